@@ -1,0 +1,40 @@
+"""What all commands share: exit codes, and the options that several of them have. Imports nothing heavy."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from tood_deploy.errors import CheckFailed, ToodError
+
+DONE, FAILED_CHECK, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
+
+
+def run_command(command: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
+    """Runs a command: its errors become one line on stderr and an exit code.
+
+    Returns:
+        What the command returns; 1 for a failed check, 2 for wrong use or bad input, 130 for Ctrl-C.
+    """
+    try:
+        return command(argv)
+    except ToodError as error:
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        return WRONG_USE
+    except CheckFailed as error:
+        print(f"failed: {_one_line(error)}", file=sys.stderr)
+        return FAILED_CHECK
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Options of every command that opens a checkpoint."""
+    group = parser.add_argument_group("checkpoint")
+    group.add_argument("--preset", metavar="NAME", help="the configuration, where the checkpoint does not tell it")
+    group.add_argument("--classes", metavar="NAMES", help="class names, separated by commas, or a text file with one name a line")
+    group.add_argument("--convention", choices=("mmdet", "authors"), help="whose test-time behaviour to follow (default: by the checkpoint's origin)")

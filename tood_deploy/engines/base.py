@@ -1,0 +1,91 @@
+"""The one face of every runtime: a batch of padded pictures in, detections in network pixels out. NumPy alone."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tood_deploy.errors import ArtefactError, InputError
+from tood_deploy.manifest import Manifest
+from tood_deploy.presets import SIZE_DIVISOR
+
+
+@dataclass(frozen=True, eq=False)
+class BatchDetections:
+    """Detections of a batch, best first, rows past `num_dets` zero.
+
+    Attributes:
+        num_dets: (B,) int32.
+        boxes_net: (B, D, 4) float32 xyxy, pixels of the network input.
+        scores: (B, D) float32.
+        labels: (B, D) int32.
+    """
+
+    num_dets: NDArray[np.int32]
+    boxes_net: NDArray[np.float32]
+    scores: NDArray[np.float32]
+    labels: NDArray[np.int32]
+
+
+class Engine(ABC):
+    """A model loaded into one runtime. Use as a context manager, or call `close`.
+
+    Attributes:
+        manifest: what the model says of itself.
+        device: where it runs: "cpu" or "cuda".
+        name: the runtime and its version, for reports.
+    """
+
+    manifest: Manifest
+    device: str
+    name: str
+
+    def infer(
+        self, images: NDArray[np.uint8], valid_hw: NDArray[np.int32], score_threshold: float, iou_threshold: float
+    ) -> BatchDetections:
+        """Runs a batch.
+
+        Args:
+            images: (B, H, W, 3) uint8 RGB; H and W multiples of 32.
+            valid_hw: (B, 2) int32, rows and columns of each image that hold real pixels; what lies outside counts as padding.
+            score_threshold: detections have a score above it.
+            iou_threshold: of two boxes of a class that overlap by more, the lower-scored goes.
+
+        Raises:
+            InputError: shapes or types are not as above.
+            ArtefactError: the model gave values that are not numbers.
+        """
+        check_inputs(images, valid_hw)
+        found = self._run(images, valid_hw, score_threshold, iou_threshold)
+        if not (np.isfinite(found.boxes_net).all() and np.isfinite(found.scores).all()):
+            raise ArtefactError(f"{self.name}: the model gave NaN or infinite values; check the checkpoint, or export in higher precision")
+        return found
+
+    @abstractmethod
+    def _run(
+        self, images: NDArray[np.uint8], valid_hw: NDArray[np.int32], score_threshold: float, iou_threshold: float
+    ) -> BatchDetections: ...
+
+    def close(self) -> None:  # noqa: B027 - runtimes that hold nothing need not override it
+        """Frees what the runtime holds."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def check_inputs(images: NDArray[np.uint8], valid_hw: NDArray[np.int32]) -> None:
+    """Raises InputError unless the arrays are what `Engine.infer` takes."""
+    if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8 or not images.size:
+        raise InputError(f"images are {images.dtype} {images.shape}; expected uint8 (B, H, W, 3) in RGB order")
+    if images.shape[1] % SIZE_DIVISOR or images.shape[2] % SIZE_DIVISOR:
+        raise InputError(f"images are {images.shape[1]} x {images.shape[2]}; expected multiples of {SIZE_DIVISOR}: use resize_and_pad")
+    if valid_hw.shape != (len(images), 2) or valid_hw.dtype != np.int32:
+        raise InputError(f"valid_hw is {valid_hw.dtype} {valid_hw.shape}; expected int32 ({len(images)}, 2)")

@@ -1,0 +1,128 @@
+"""The detector: a picture as OpenCV reads it in, `Detections` out. Knows no files but the model's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tood_deploy.detections import Detections
+from tood_deploy.engines import Engine, open_engine
+from tood_deploy.errors import ToodError
+from tood_deploy.preprocess import ImageTransform, check_imgsz, resize_and_pad
+
+if TYPE_CHECKING:
+    from tood_deploy.inference.source import Frame
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A picture ready for the network: (rows, columns, 3) uint8 RGB, and the way back."""
+
+    image: NDArray[np.uint8]
+    transform: ImageTransform
+
+
+class Detector:
+    """Finds objects in pictures with any model that `open_engine` takes."""
+
+    def __init__(
+        self,
+        model: str | PathLike[str] | Engine,
+        *,
+        conf: float = 0.3,
+        iou: float = 0.6,
+        max_det: int | None = None,
+        imgsz: Sequence[int] | None = None,
+        device: str = "cpu",
+        **engine_options: Any,
+    ) -> None:
+        """Opens the model.
+
+        Args:
+            model: an artefact, a checkpoint, a preset's name, or an engine that is open already.
+            conf: score that a detection must exceed, 0 to 1.
+            iou: overlap above which the lower-scored of two boxes of one class goes, 0 to 1.
+            max_det: the most detections a picture; as many as the model gives (100) where not said.
+            imgsz: (short side, long side) in pixels that pictures are scaled to fit; the model's own where not given.
+            device: "cpu" or "cuda".
+            **engine_options: passed on to `open_engine`.
+
+        Raises:
+            ToodError: a value out of range, or a model that cannot be opened.
+        """
+        for name, value in (("conf", conf), ("iou", iou)):
+            if not 0 <= value <= 1:
+                raise ToodError(f"{name} is {value}; expected a number from 0 to 1")
+        self.engine = model if isinstance(model, Engine) else open_engine(model, device=device, **engine_options)
+        most = self.engine.manifest.max_det
+        if max_det is not None and not 1 <= max_det <= most:
+            raise ToodError(f"max_det is {max_det}; expected 1 to {most}, what this model gives")
+        self.conf, self.iou, self.max_det = conf, iou, max_det or most
+        self.imgsz = check_imgsz(imgsz) if imgsz is not None else self.engine.manifest.preset.imgsz
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The name of every class, in the order of the class numbers."""
+        return self.engine.manifest.preset.class_names
+
+    def __call__(self, image_bgr: NDArray[np.uint8]) -> Detections:
+        """The objects in one picture, (H, W, 3) uint8 BGR, with boxes in its own pixels.
+
+        Raises:
+            InputError: not such a picture.
+        """
+        return self.infer([self.prepare(image_bgr)])[0]
+
+    def prepare(self, image_bgr: NDArray[np.uint8]) -> Prepared:
+        """The first half of a call: scaling and padding; may run in another thread than `infer`."""
+        return Prepared(*resize_and_pad(image_bgr, self.imgsz))
+
+    def infer(self, batch: Sequence[Prepared]) -> list[Detections]:
+        """The second half: the network and the way back, for pictures of one padded size.
+
+        The head pools over the whole padded input (reference/SPEC.md section 2), so a picture that is padded further for the
+        sake of its neighbours gives other results: batch pictures of the same `transform.net_hw` only.
+
+        Raises:
+            ToodError: the padded sizes differ.
+        """
+        if len({prepared.transform.net_hw for prepared in batch}) != 1:
+            raise ToodError(f"a batch of {len(batch)} pictures of different padded sizes; expected one size (group by transform.net_hw)")
+        images = np.stack([prepared.image for prepared in batch])
+        valid_hw = np.array([prepared.transform.resized_hw for prepared in batch], np.int32)
+        found = self.engine.infer(images, valid_hw, self.conf, self.iou)
+        results = []
+        for i, prepared in enumerate(batch):
+            count = min(int(found.num_dets[i]), self.max_det)
+            boxes = prepared.transform.boxes_to_image(found.boxes_net[i, :count])
+            results.append(Detections(boxes, found.scores[i, :count], found.labels[i, :count], self.class_names))
+        return results
+
+    def stream(self, source: str | PathLike[str], batch: int = 1) -> Iterator[tuple[Frame, Detections]]:
+        """Every frame of a picture, folder, video, camera or stream with its detections, in order.
+
+        Decoding, scaling and inference run at the same time, in bounded queues.
+
+        Raises:
+            ToodError: the source cannot be opened.
+        """
+        from tood_deploy.inference.pipeline import detect_frames
+        from tood_deploy.inference.source import open_source
+
+        return detect_frames(self, open_source(source), batch)
+
+    def close(self) -> None:
+        """Frees what the runtime holds."""
+        self.engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()

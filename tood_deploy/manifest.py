@@ -1,0 +1,136 @@
+"""What an artefact says of itself: JSON beside it, and, for ONNX, the same in the file's metadata. Knows no runtime."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from tood_deploy.errors import ArtefactError, OutputError, ToodError
+from tood_deploy.presets import Preset
+
+FORMAT = 1
+METADATA_KEY = "tood_deploy"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The description of one artefact.
+
+    Attributes:
+        preset: the detector.
+        precision: of the network's arithmetic: "fp32", "bf16", "fp16" or "int8".
+        max_det: rows D of the outputs.
+        checkpoint_sha256: of the checkpoint the artefact was made from.
+        options: what the artefact was built with, such as opset and form of the deformable convolutions.
+        versions: of tood_deploy and of every tool that took part.
+        created: date and time, ISO 8601, UTC.
+        artefact_sha256: of the artefact itself; empty inside the artefact's own metadata.
+        parity: the verdict of the comparison with PyTorch: deviations, tolerances, pictures; empty where there is none.
+    """
+
+    preset: Preset
+    precision: str = "fp32"
+    max_det: int = 100
+    checkpoint_sha256: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    created: str = ""
+    artefact_sha256: str = ""
+    parity: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """The manifest as a JSON object with sorted, stable keys."""
+        values = asdict(self) | {"format": FORMAT, "preset": self.preset.to_dict()}
+        return json.dumps(values, indent=2, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str, origin: str) -> Manifest:
+        """The manifest that `to_json` wrote; `origin` names the file in errors.
+
+        Raises:
+            ArtefactError: not a manifest, or one of another version.
+        """
+        try:
+            values = json.loads(text)
+            found = values.pop("format")
+            if found != FORMAT:
+                raise ArtefactError(f"{origin}: manifest of format {found}, this version reads format {FORMAT}; export the model again")
+            return cls(**values | {"preset": Preset.from_dict(values["preset"])})
+        except ArtefactError:
+            raise
+        except (ValueError, TypeError, KeyError, AttributeError, ToodError) as error:
+            raise ArtefactError(f"{origin}: not a manifest of tood_deploy ({error}); export the model again with tood-export") from error
+
+    def with_artefact(self, artefact: Path) -> Manifest:
+        """The same, with the SHA-256 of this file."""
+        return replace(self, artefact_sha256=file_sha256(artefact))
+
+
+def manifest_path(artefact: Path) -> Path:
+    """Where the manifest of an artefact lies: model.onnx -> model.json."""
+    return artefact.with_suffix(".json")
+
+
+def read_manifest(artefact: Path) -> Manifest | None:
+    """The manifest beside an artefact, None where there is none.
+
+    Raises:
+        ArtefactError: there is one, and it cannot be read.
+    """
+    path = manifest_path(artefact)
+    if not path.is_file():
+        return None
+    return Manifest.from_json(path.read_text(encoding="utf-8", errors="replace"), str(path))
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path` that becomes `path` if the block succeeds and vanishes if not.
+
+    Raises:
+        OutputError: the folder cannot be written, or the disk is full.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+        os.close(handle)
+        os.chmod(name, 0o666 & ~_umask())
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written ({error.strerror}); choose another --output") from error
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.replace(path)
+    except OSError as error:
+        raise OutputError(f"{path}: writing failed ({error.strerror or error}); nothing was left behind") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file whole or not at all.
+
+    Raises:
+        OutputError: the folder cannot be written, or the disk is full.
+    """
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

@@ -1,0 +1,75 @@
+"""Boxes: anchor points, decoding, overlap. Functions on tensors; the frame is in every docstring."""
+
+import math
+
+import torch
+from torch import Tensor
+
+ANCHOR_SIDE = 8.0  # of the square anchor, in strides
+DELTA_SCALES = (0.1, 0.2)  # of the centre and of the size (the coder's target stds)
+MAX_LOG_RATIO = abs(math.log(16 / 1000))
+
+
+def anchor_points(size_hw: tuple[int, int], like: Tensor) -> Tensor:
+    """x, y of the anchor points of one level, (2, H, W), in strides: the cell's column and row, no half-cell shift."""
+    height, width = size_hw
+    x = torch.arange(width, device=like.device, dtype=torch.float32).expand(height, width)
+    y = torch.arange(height, device=like.device, dtype=torch.float32)[:, None].expand(height, width)
+    return torch.stack((x, y))
+
+
+def anchor_boxes(size_hw: tuple[int, int], like: Tensor) -> Tensor:
+    """The square anchors of one level, (H*W, 4) xyxy in strides, row by row."""
+    points = anchor_points(size_hw, like).flatten(1).T
+    return torch.cat((points - ANCHOR_SIDE / 2, points + ANCHOR_SIDE / 2), dim=1)
+
+
+def decode_distances(distances: Tensor, points: Tensor) -> Tensor:
+    """Boxes of anchor-free heads.
+
+    Args:
+        distances: (B, 4, H, W) to the left, top, right and bottom side, >= 0, in strides.
+        points: (2, H, W) x, y, in strides.
+
+    Returns:
+        (B, 4, H, W) xyxy in strides, not clipped.
+    """
+    return torch.cat((points - distances[:, :2], points + distances[:, 2:]), dim=1)
+
+
+def decode_deltas(deltas: Tensor, points: Tensor) -> Tensor:
+    """Boxes of anchor-based heads: shifts and log-ratios against the square anchors (reference/SPEC.md section 2).
+
+    Args:
+        deltas: (B, 4, H, W) dx, dy, dw, dh, scaled as the coder's standard deviations say.
+        points: (2, H, W) x, y of the anchors' centres, in strides.
+
+    Returns:
+        (B, 4, H, W) xyxy in strides, not clipped.
+    """
+    centre = points + deltas[:, :2] * DELTA_SCALES[0] * ANCHOR_SIDE
+    log_ratio = (deltas[:, 2:] * DELTA_SCALES[1]).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    half = log_ratio.exp() * ANCHOR_SIDE * 0.5
+    return torch.cat((centre - half, centre + half), dim=1)
+
+
+def box_area(boxes: Tensor) -> Tensor:
+    """Width times height of boxes (..., 4) xyxy; of inverted boxes as the reference has it, not clamped."""
+    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+
+
+def box_iou(first: Tensor, second: Tensor) -> Tensor:
+    """Intersection over union of every pair, in any one frame.
+
+    Args:
+        first: (..., N, 4) xyxy.
+        second: (..., M, 4) xyxy.
+
+    Returns:
+        (..., N, M); NaN between boxes without any area.
+    """
+    first, second = first.unsqueeze(-2), second.unsqueeze(-3)
+    sides = torch.minimum(first[..., 2:], second[..., 2:]) - torch.maximum(first[..., :2], second[..., :2])
+    sides = sides.clamp(min=0)
+    overlap = sides[..., 0] * sides[..., 1]
+    return overlap / (box_area(first) + box_area(second) - overlap)

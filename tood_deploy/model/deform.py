@@ -1,0 +1,158 @@
+"""Sampling between cells by four gathers: deformable convolution (DCNv2) and TOOD's box alignment. Pure torch, differentiable.
+
+Every read position is a bilinear mean of its four neighbours; neighbours outside the map count as zero, so that a sample fades to
+zero within one cell beyond the border (reference/SPEC.md sections 1 and 2). No grid is normalised: that would cost precision.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+
+def bilinear_corners(y: Tensor, x: Tensor, size_hw: tuple[int, int]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The four neighbours of every read position.
+
+    Args:
+        y, x: read positions in cells, of one shape.
+        size_hw: rows and columns of the map that is read.
+
+    Yields:
+        Four times: the neighbour's index into the flattened map (int64, clamped into it) and its weight, zero outside the map.
+    """
+    height, width = size_hw
+    y0, x0 = y.floor(), x.floor()
+    fy, fx = y - y0, x - x0
+    for row, weight_y in ((y0, 1 - fy), (y0 + 1, fy)):
+        for column, weight_x in ((x0, 1 - fx), (x0 + 1, fx)):
+            inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+            # Clamped after the cast, so that not even NaN can read outside the map.
+            index = row.long().clamp(0, height - 1) * width + column.long().clamp(0, width - 1)
+            yield index, weight_y * weight_x * inside
+
+
+def align_boxes(boxes: Tensor, offsets: Tensor) -> Tensor:
+    """TOOD's box alignment: each of the four coordinates is read from a place of its own.
+
+    Args:
+        boxes: (B, 4, H, W) xyxy.
+        offsets: (B, 8, H, W) in cells; channels 2c and 2c+1 are dy and dx of coordinate c.
+
+    Returns:
+        (B, 4, H, W): coordinate c at (i, j) is read at (i + dy, j + dx).
+    """
+    batch, _, height, width = boxes.shape
+    dy, dx = offsets.reshape(batch, 4, 2, height, width).unbind(2)
+    y = dy + torch.arange(height, device=boxes.device, dtype=boxes.dtype)[:, None]
+    x = dx + torch.arange(width, device=boxes.device, dtype=boxes.dtype)
+    flat = boxes.flatten(2)
+    aligned = torch.zeros_like(flat)
+    for index, weight in bilinear_corners(y, x, (height, width)):
+        aligned = aligned + flat.gather(2, index.flatten(2)) * weight.flatten(2)
+    return aligned.reshape(batch, 4, height, width)
+
+
+def deform_conv2d(x: Tensor, offset: Tensor, mask: Tensor, weight: Tensor, *, stride: int = 1, padding: int = 1, groups: int = 1) -> Tensor:
+    """Deformable convolution, version 2.
+
+    Args:
+        x: (B, C, H, W).
+        offset: (B, 2*G*T, H', W') in cells, for G offset groups (which split C evenly, consecutively) and T taps of the kernel in
+            row-major order: dy, dx of each.
+        mask: (B, G*T, H', W') factors of the samples.
+        weight: (C', C / groups, kernel rows, kernel columns).
+
+    Returns:
+        (B, C', H', W').
+    """
+    batch, channels, height, width = x.shape
+    out_channels, _, kernel_h, kernel_w = weight.shape
+    taps = kernel_h * kernel_w
+    offset_groups = mask.shape[1] // taps
+    out_h, out_w = offset.shape[2:]
+    # Positions in the order (B, H', W', T, G): each then reads one row of C / G neighbouring channels.
+    dy, dx = offset.reshape(batch, offset_groups, taps, 2, out_h, out_w).permute(3, 0, 4, 5, 2, 1).unbind(0)
+    factor = mask.reshape(batch, offset_groups, taps, out_h, out_w).permute(0, 3, 4, 2, 1)
+    tap_y, tap_x = _tap_positions((out_h, out_w), (kernel_h, kernel_w), stride, padding, x)
+    rows = x.permute(0, 2, 3, 1).reshape(batch * height * width * offset_groups, channels // offset_groups)
+    image = torch.arange(batch, device=x.device).reshape(batch, 1, 1, 1, 1) * (height * width)
+    group = torch.arange(offset_groups, device=x.device)
+    samples: Tensor | None = None
+    for index, share in bilinear_corners(tap_y + dy, tap_x + dx, (height, width)):
+        index = (image + index) * offset_groups + group
+        read = rows.index_select(0, index.reshape(-1)) * (share * factor).reshape(-1, 1)
+        samples = read if samples is None else samples + read
+    assert samples is not None
+    return _contract(samples.reshape(batch * out_h * out_w, taps, channels), weight, groups).reshape(
+        batch, out_h, out_w, out_channels
+    ).permute(0, 3, 1, 2).contiguous()
+
+
+def _tap_positions(
+    out_hw: tuple[int, int], kernel_hw: tuple[int, int], stride: int, padding: int, like: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Where each tap reads without an offset: y (H', 1, T, 1) and x (1, W', T, 1), in cells."""
+
+    def cells(count: int) -> Tensor:
+        return torch.arange(count, device=like.device, dtype=like.dtype)
+
+    tap_y = cells(kernel_hw[0]).repeat_interleave(kernel_hw[1])
+    tap_x = cells(kernel_hw[1]).repeat(kernel_hw[0])
+    y = (cells(out_hw[0]) * stride - padding)[:, None, None, None] + tap_y[:, None]
+    x = (cells(out_hw[1]) * stride - padding)[:, None, None] + tap_x[:, None]
+    return y, x
+
+
+def _contract(samples: Tensor, weight: Tensor, groups: int) -> Tensor:
+    """Samples (N, T, C) times weight (C', C / groups, rows, columns) -> (N, C')."""
+    count, taps, channels = samples.shape
+    out_channels = weight.shape[0]
+    if groups == 1:
+        return samples.reshape(count, taps * channels) @ weight.flatten(2).permute(2, 1, 0).reshape(taps * channels, out_channels)
+    width = channels // groups
+    columns = samples.reshape(count, taps, groups, width).permute(2, 0, 1, 3).reshape(groups, count, taps * width)
+    kernel = weight.reshape(groups, out_channels // groups, width, taps).permute(0, 3, 2, 1).reshape(groups, taps * width, -1)
+    return torch.bmm(columns, kernel).transpose(0, 1).reshape(count, out_channels)
+
+
+class DeformConv2d(nn.Module):
+    """DCNv2 with its own offset convolution, in mmcv's state-dict layout. No bias.
+
+    The offset convolution's outputs are three blocks of G*T channels: the first two are the offsets, the third, through a sigmoid,
+    the mask (reference/SPEC.md section 1).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        stride: int = 1,
+        padding: int = 0,
+        groups: int = 1,
+        offset_groups: int = 1,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        assert not bias, "the deformable convolutions of TOOD have none"
+        self.stride, self.padding, self.groups, self.offset_groups = stride, padding, groups, offset_groups
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, kernel_size, kernel_size))
+        self.conv_offset = nn.Conv2d(in_channels, 3 * offset_groups * kernel_size**2, kernel_size, stride, padding)
+        nn.init.kaiming_uniform_(self.weight, a=5**0.5)
+        self.init_offsets()
+
+    def init_offsets(self) -> None:
+        """Starts as an ordinary convolution at half strength: no offsets, mask 0.5."""
+        nn.init.zeros_(self.conv_offset.weight)
+        assert self.conv_offset.bias is not None
+        nn.init.zeros_(self.conv_offset.bias)
+
+    def offset_and_mask(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Offsets (B, 2*G*T, H', W') and mask (B, G*T, H', W') for the input (B, C, H, W)."""
+        first, second, mask = self.conv_offset(x).chunk(3, dim=1)
+        return torch.cat((first, second), dim=1), mask.sigmoid()
+
+    def forward(self, x: Tensor) -> Tensor:
+        offset, mask = self.offset_and_mask(x)
+        return deform_conv2d(x, offset, mask, self.weight, stride=self.stride, padding=self.padding, groups=self.groups)

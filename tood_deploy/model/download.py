@@ -1,0 +1,161 @@
+"""Published weights, downloaded once into the user's cache. Knows no torch, and not what a checkpoint holds.
+
+A file's name in the cache never stands for anything but a file of the published hash: a download grows in a `.part` beside
+it, which a broken transfer leaves for the next try to resume.
+"""
+
+import http
+import http.client
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+from filelock import FileLock
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from tood_deploy.errors import DownloadError
+from tood_deploy.manifest import file_sha256
+from tood_deploy.presets import Preset, PublishedWeights
+
+TIMEOUT_S = 30.0
+ATTEMPTS = 4
+PAUSE_S = 1.0
+CHUNK_BYTES = 1 << 18
+
+
+def fetch_weights(preset: Preset, cache: Path | None = None) -> Path:
+    """The preset's published checkpoint on this disk, downloaded if it is not there yet.
+
+    Args:
+        preset: whose weights.
+        cache: the folder to keep them in; `weights_folder()` where not given.
+
+    Returns:
+        The file, whose SHA-256 was compared with the published one just now.
+
+    Raises:
+        DownloadError: nothing is published for this preset, or it cannot be fetched or stored, or arrived with another hash.
+    """
+    if preset.weights is None:
+        raise DownloadError(_no_weights(preset))
+    folder = weights_folder() if cache is None else cache
+    target = folder / preset.weights.url.rsplit("/", 1)[1]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / f"{target.name}.lock"):
+            if not (target.is_file() and _is_published(target, preset.weights)):
+                _fetch(preset.weights, target)
+    except OSError as error:
+        raise DownloadError(
+            f"{folder}: cannot store the weights of {preset.name} ({error.strerror or error}); free the disk, or name another folder in TOOD_HOME"
+        ) from error
+    return target
+
+
+def weights_folder() -> Path:
+    """Where downloads are kept: `$TOOD_HOME/weights`, else `tood_deploy/weights` in `$XDG_CACHE_HOME` or `~/.cache`."""
+    if home := os.environ.get("TOOD_HOME"):
+        return Path(home).expanduser() / "weights"
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tood_deploy" / "weights"
+
+
+def _no_weights(preset: Preset) -> str:
+    if preset.published_ap is None:
+        return f"{preset.name}: no weights are published for this preset; give the path of a checkpoint"
+    return (
+        f"{preset.name}: its weights are published by the authors alone, on file-sharing sites that need a browser; "
+        "download them by hand (links: README of fcjian/TOOD) and give the path of the file"
+    )
+
+
+def _is_published(path: Path, weights: PublishedWeights) -> bool:
+    return file_sha256(path).startswith(weights.sha256_prefix)
+
+
+def _fetch(weights: PublishedWeights, target: Path) -> None:
+    part = target.with_name(f"{target.name}.part")
+    if not (part.is_file() and _is_published(part, weights)):
+        _download(weights.url, part, by_hand=f"download it by other means and save it as {target}")
+    found = file_sha256(part)
+    if not found.startswith(weights.sha256_prefix):
+        part.unlink()
+        raise DownloadError(
+            f"{weights.url}: what arrived has SHA-256 {found}, expected one starting with {weights.sha256_prefix}; it was deleted: "
+            f"try again, or save the right file as {target}"
+        )
+    part.replace(target)
+
+
+def _download(url: str, part: Path, by_hand: str) -> None:
+    """Lets `part` grow to the server's whole file, resuming a transfer that breaks off."""
+    for attempt in range(ATTEMPTS):
+        time.sleep(PAUSE_S * attempt)
+        try:
+            response = _request(url, part.stat().st_size if part.exists() else 0)
+        except HTTPError as error:
+            error.close()
+            raise DownloadError(f"{url}: the server answers {error.code} {error.reason}; {by_hand}") from error
+        except (OSError, http.client.HTTPException) as error:
+            reason = getattr(error, "reason", error)
+            raise DownloadError(f"{url}: cannot be reached ({reason}); check the network, or {by_hand}") from error
+        with response:
+            if _receive(response, part):
+                return
+    raise DownloadError(f"{url}: broke off {ATTEMPTS} times; {part.stat().st_size} bytes are kept: try again to go on from there, or {by_hand}")
+
+
+def _request(url: str, offset: int) -> http.client.HTTPResponse:
+    """The file from `offset` on (status 206), or all of it where the server or the offset does not allow that (status 200)."""
+    headers = {"User-Agent": "tood_deploy"} | ({"Range": f"bytes={offset}-"} if offset else {})
+    try:
+        response = urlopen(Request(url, headers=headers), timeout=TIMEOUT_S)
+    except HTTPError as error:
+        if error.code != http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE or not offset:
+            raise
+        error.close()
+        return _request(url, 0)
+    served_range = response.headers.get("Content-Range", "")
+    if offset and response.status == http.HTTPStatus.PARTIAL_CONTENT and not served_range.startswith(f"bytes {offset}-"):
+        response.close()
+        return _request(url, 0)
+    return response
+
+
+def _receive(response: http.client.HTTPResponse, part: Path) -> bool:
+    """Writes a response to the end of `part`, from the start if it is the whole file; False if it broke off."""
+    resumes = response.status == http.HTTPStatus.PARTIAL_CONTENT
+    with part.open("ab" if resumes else "wb") as file:
+        start, length = file.tell(), response.length
+        total = None if length is None else start + length
+        with _progress_bar() as progress:
+            task = progress.add_task(part.stem, total=total, completed=start)
+            for chunk in _chunks(response):
+                file.write(chunk)
+                progress.advance(task, len(chunk))
+        return response.isclosed() if total is None else file.tell() == total
+
+
+def _chunks(response: http.client.HTTPResponse) -> Iterator[bytes]:
+    """What arrives, until the end or until the connection breaks."""
+    while True:
+        try:
+            chunk = response.read(CHUNK_BYTES)
+        except (OSError, http.client.HTTPException):
+            return
+        if not chunk:
+            return
+        yield chunk
+
+
+@contextmanager
+def _progress_bar() -> Iterator[Progress]:
+    """A bar with bytes, speed and time left on stderr, if that is a terminal."""
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
+        yield progress

@@ -1,0 +1,54 @@
+"""The network with its pre- and post-processing: what every engine runs and what is exported (DESIGN section 4).
+
+Padded uint8 pictures in, detections in network pixels out.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tood_deploy.model.head import HeadOutput
+from tood_deploy.model.postprocess import MAX_DET, BatchResult, detect
+from tood_deploy.model.tood import Tood
+
+
+class Stages(NamedTuple):
+    """The detections and the maps they come from."""
+
+    detections: BatchResult
+    head: HeadOutput
+
+
+class FusedDetector(nn.Module):
+    """A `Tood` between normalisation and suppression."""
+
+    def __init__(self, model: Tood, max_det: int = MAX_DET) -> None:
+        super().__init__()
+        self.model = model
+        self.max_det = max_det
+        self.register_buffer("mean", torch.tensor(model.preset.mean), persistent=False)
+        self.register_buffer("std", torch.tensor(model.preset.std), persistent=False)
+
+    def normalise(self, images: Tensor, valid_hw: Tensor) -> Tensor:
+        """(B, 3, H, W) float32, exactly zero outside `valid_hw`, from (B, H, W, 3) uint8 RGB."""
+        # Cast before the transposition: TensorRT's parser refuses a uint8 Transpose.
+        x = ((images.float() - self.mean) / self.std).permute(0, 3, 1, 2)
+        rows = torch.arange(x.shape[2], device=x.device) < valid_hw[:, :1]
+        columns = torch.arange(x.shape[3], device=x.device) < valid_hw[:, 1:]
+        return torch.where((rows[:, :, None] & columns[:, None, :]).unsqueeze(1), x, 0.0).contiguous()
+
+    def forward(
+        self, images: Tensor, valid_hw: Tensor, score_threshold: Tensor | float, iou_threshold: Tensor | float
+    ) -> Stages:
+        """Detections, and the head's maps.
+
+        Args:
+            images: (B, H, W, 3) uint8 RGB; H and W multiples of 32.
+            valid_hw: (B, 2) int32 rows and columns that hold real pixels.
+            score_threshold: detections have a score above it.
+            iou_threshold: overlap above which the lower-scored of two boxes of a class goes.
+        """
+        head = self.model(self.normalise(images, valid_hw))
+        convention = self.model.preset.convention
+        return Stages(detect(head, valid_hw, score_threshold, iou_threshold, convention=convention, max_det=self.max_det), head)

@@ -1,0 +1,167 @@
+"""The task-aligned head (T-Head): pyramid maps in, probabilities and boxes out. Holds no loss and no mode switch.
+
+Source: reference/SPEC.md section 2; the paper's section 3.1.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tood_deploy.model.boxes import anchor_points, decode_deltas, decode_distances
+from tood_deploy.model.deform import DeformConv2d, align_boxes
+from tood_deploy.presets import STRIDES, Preset
+
+NORM_GROUPS = 32
+DOWN_RATE = 8  # of the decomposition's attention, per tower stage
+TOWER_OFFSET_GROUPS = 4
+PRIOR_BIAS = -math.log(99)  # every class starts at a probability of 0.01
+
+
+class HeadOutput(NamedTuple):
+    """What the head says, a tensor per level.
+
+    Attributes:
+        scores: (B, K, h, w) probabilities; nothing downstream applies a sigmoid.
+        boxes_strides: (B, 4, h, w) xyxy in units of the level's stride.
+    """
+
+    scores: list[Tensor]
+    boxes_strides: list[Tensor]
+
+
+class ConvNorm(nn.Module):
+    """Convolution without bias, GroupNorm, ReLU."""
+
+    def __init__(self, in_channels: int, channels: int, kernel_size: int, deform: bool = False) -> None:
+        super().__init__()
+        padding = kernel_size // 2
+        if deform:
+            self.conv = DeformConv2d(in_channels, channels, kernel_size, padding=padding, offset_groups=TOWER_OFFSET_GROUPS)
+        else:
+            self.conv = nn.Conv2d(in_channels, channels, kernel_size, padding=padding, bias=False)
+        self.gn = nn.GroupNorm(NORM_GROUPS, channels)
+        nn.init.normal_(self.conv.weight, std=0.01)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.gn(self.conv(x)))
+
+
+class TaskDecomposition(nn.Module):
+    """Weighs the tower's stages for one task, per image, and reduces them to one map."""
+
+    def __init__(self, channels: int, stages: int) -> None:
+        super().__init__()
+        hidden = channels // DOWN_RATE
+        self.stages = stages
+        self.layer_attention = nn.Sequential(
+            nn.Conv2d(channels * stages, hidden, 1), nn.ReLU(), nn.Conv2d(hidden, stages, 1), nn.Sigmoid()
+        )
+        self.reduction_conv = ConvNorm(channels * stages, channels, 1)
+        _init_convs(self.layer_attention, std=0.001)
+
+    def forward(self, features: Tensor, pooled: Tensor) -> Tensor:
+        """The task's map (B, C, H, W) from all stages (B, S*C, H, W) and their spatial means (B, S*C, 1, 1)."""
+        batch, _, height, width = features.shape
+        kernel = self.reduction_conv.conv.weight
+        channels = kernel.shape[0]
+        stage_weights = self.layer_attention(pooled).reshape(batch, 1, self.stages, 1)
+        # The same as weighing the features, but the kernel is the smaller of the two.
+        kernel = (kernel.reshape(1, channels, self.stages, channels) * stage_weights).reshape(batch, channels, -1)
+        reduced = torch.bmm(kernel, features.flatten(2)).reshape(batch, channels, height, width)
+        return F.relu(self.reduction_conv.gn(reduced))
+
+
+class Scale(nn.Module):
+    """A learnt scalar."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+def geometric_mean_probability(first: Tensor, second: Tensor) -> Tensor:
+    """sqrt(sigmoid(first) * sigmoid(second)) of logits, with the closed-form gradient g * p * (1 - sigmoid) / 2.
+
+    Through logarithms, because the square root's own gradient is infinite where a sigmoid underflows.
+    """
+    return ((F.logsigmoid(first) + F.logsigmoid(second)) / 2).exp()
+
+
+class TaskAlignedHead(nn.Module):
+    """The head of a preset, shared by all levels but for one scale each."""
+
+    def __init__(self, preset: Preset) -> None:
+        super().__init__()
+        channels, stages = preset.channels, preset.tower_stages
+        self.anchor_free = preset.anchor == "free"
+        self.keep_inverted = preset.convention == "authors"
+        self.inter_convs = nn.ModuleList(ConvNorm(channels, channels, 3, deform=i < preset.deform_tower) for i in range(stages))
+        self.cls_decomp = TaskDecomposition(channels, stages)
+        self.reg_decomp = TaskDecomposition(channels, stages)
+        self.tood_cls = nn.Conv2d(channels, preset.num_classes, 3, padding=1)
+        self.tood_reg = nn.Conv2d(channels, 4, 3, padding=1)
+        self.cls_prob_module = _alignment_module(channels * stages, channels // 4, 1)
+        self.reg_offset_module = _alignment_module(channels * stages, channels // 4, 8)
+        self.scales = nn.ModuleList(Scale() for _ in STRIDES)
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        _init_convs(self.tood_cls, std=0.01, bias=PRIOR_BIAS)
+        _init_convs(self.tood_reg, std=0.01)
+        _init_convs(self.cls_prob_module[0], std=0.01)
+        _init_convs(self.cls_prob_module[2], std=0.01, bias=PRIOR_BIAS)
+        _init_convs(self.reg_offset_module, std=0.001)
+
+    def forward(self, levels: Sequence[Tensor]) -> HeadOutput:
+        """Scores and boxes of every level, from P3 to P7 (B, C, h, w)."""
+        outputs = [self._forward_level(x, scale) for x, scale in zip(levels, self.scales, strict=True)]
+        return HeadOutput([scores for scores, _ in outputs], [boxes for _, boxes in outputs])
+
+    def _forward_level(self, x: Tensor, scale: nn.Module) -> tuple[Tensor, Tensor]:
+        features = self._tower(x)
+        pooled = features.mean((2, 3), keepdim=True)
+        logits = self.tood_cls(self.cls_decomp(features, pooled))
+        scores = geometric_mean_probability(logits.float(), self.cls_prob_module(features).float())
+        regression = self.tood_reg(self.reg_decomp(features, pooled)).float()
+        boxes = self._decode(regression, scale)
+        aligned = align_boxes(boxes, self.reg_offset_module(features).float())
+        return scores, aligned if self.keep_inverted else _restore_inverted(aligned, boxes)
+
+    def _tower(self, x: Tensor) -> Tensor:
+        stages = []
+        for conv in self.inter_convs:
+            x = conv(x)
+            stages.append(x)
+        return torch.cat(stages, dim=1)
+
+    def _decode(self, regression: Tensor, scale: nn.Module) -> Tensor:
+        """Boxes (B, 4, h, w) xyxy in strides; the scale multiplies after the exponential."""
+        points = anchor_points(tuple(regression.shape[2:]), regression)
+        if self.anchor_free:
+            return decode_distances(scale(regression.exp()), points)
+        return decode_deltas(scale(regression), points)
+
+
+def _alignment_module(in_channels: int, hidden: int, out_channels: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(in_channels, hidden, 1), nn.ReLU(), nn.Conv2d(hidden, out_channels, 3, padding=1))
+
+
+def _init_convs(module: nn.Module, std: float, bias: float = 0.0) -> None:
+    for conv in module.modules():
+        if isinstance(conv, nn.Conv2d):
+            nn.init.normal_(conv.weight, std=std)
+            if conv.bias is not None:
+                nn.init.constant_(conv.bias, bias)
+
+
+def _restore_inverted(aligned: Tensor, boxes: Tensor) -> Tensor:
+    """Where the alignment turned a box inside out, the box as it was before (MMDetection's fix, PR 7567)."""
+    x1, y1, x2, y2 = aligned.split(1, dim=1)
+    return torch.where((x1 > x2) | (y1 > y2), boxes, aligned)

@@ -1,0 +1,93 @@
+"""Exact greedy non-maximum suppression as a fixed point, in blocks. Batched, static shapes, standard operators only.
+
+Greedy suppression keeps a box exactly if no kept box before it overlaps it. With S[i, j] = "i comes before j, same class, IoU above
+the threshold", its result is the one solution of keep = valid and not (keep @ S): iterating from keep = valid settles at least one more
+box a round, so what no longer changes is greedy suppression's own result. Blocks of `BLOCK` boxes in order of score keep the
+matrix small: a block is first checked against what is kept already, and no block is looked at once enough is kept.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tood_deploy.model.boxes import box_iou
+
+BLOCK = 256
+
+State = TypeVar("State", bound=tuple[Tensor, ...])
+
+
+def nms(boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: Tensor | float, max_det: int) -> tuple[Tensor, Tensor]:
+    """Class-wise greedy suppression, stopped at `max_det` boxes.
+
+    Args:
+        boxes: (B, N, 4) xyxy, in any one frame, in order of falling score.
+        scores: (B, N); 0 marks a row that holds no box, and all after it.
+        labels: (B, N) int64, >= 0.
+        iou_threshold: of two boxes of a class that overlap by more, the later goes.
+        max_det: at most this many are kept.
+
+    Returns:
+        The positions of kept boxes (B, max_det) int64, best first, N past the last; and how many there are (B,) int64.
+    """
+    batch, count = scores.shape
+    blocks = -(-count // BLOCK)
+    spare = blocks * BLOCK + 1 - count  # at least one row beyond all boxes, that empty places point to
+    boxes, scores, labels = F.pad(boxes, (0, 0, 0, spare)), F.pad(scores, (0, spare)), F.pad(labels, (0, spare), value=-1)
+
+    def unfinished(start: Tensor, kept: Tensor, kept_count: Tensor) -> Tensor:
+        more = scores.index_select(1, start.reshape(1)).squeeze(1) > 0
+        return (more & (kept_count < max_det)).any()
+
+    def next_block(start: Tensor, kept: Tensor, kept_count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        rows = start + torch.arange(BLOCK, device=scores.device)
+        block_boxes, block_labels = boxes.index_select(1, rows), labels.index_select(1, rows)
+        kept_boxes = boxes.gather(1, kept.unsqueeze(2).expand(-1, -1, 4))
+        covered = _overlaps(kept_boxes, labels.gather(1, kept), block_boxes, block_labels, iou_threshold).any(dim=1)
+        valid = (scores.index_select(1, rows) > 0) & ~covered
+        earlier = torch.arange(BLOCK, device=scores.device)
+        suppresses = _overlaps(block_boxes, block_labels, block_boxes, block_labels, iou_threshold) & (earlier[:, None] < earlier)
+        keep = _fixed_point(valid, suppresses)
+        # Kept boxes go to the places behind those of earlier blocks, all others to a place that is then cut off.
+        place = kept_count[:, None] + keep.long().cumsum(1) - 1
+        place = torch.where(keep & (place < max_det), place, max_det)
+        kept = F.pad(kept, (0, 1)).scatter(1, place, rows.expand(batch, -1))[:, :max_det]
+        return start + BLOCK, kept, (kept_count + keep.sum(1)).clamp(max=max_det)
+
+    start = torch.zeros((), dtype=torch.int64, device=scores.device)
+    nothing = torch.full((batch, max_det), count, dtype=torch.int64, device=scores.device)
+    _, kept, kept_count = _repeat_while(unfinished, next_block, (start, nothing, torch.zeros_like(nothing[:, 0])))
+    return kept, kept_count
+
+
+def _overlaps(first: Tensor, first_labels: Tensor, second: Tensor, second_labels: Tensor, iou_threshold: Tensor | float) -> Tensor:
+    """(B, N, M) bool: same class and IoU above the threshold."""
+    return (box_iou(first, second) > iou_threshold) & (first_labels.unsqueeze(2) == second_labels.unsqueeze(1))
+
+
+def _fixed_point(valid: Tensor, suppresses: Tensor) -> Tensor:
+    """The one solution (B, N) of keep = valid and not (keep @ suppresses), for a strictly upper triangular (B, N, N)."""
+    matrix = suppresses.float()
+
+    def settle(keep: Tensor) -> Tensor:
+        return valid & (torch.bmm(keep.float().unsqueeze(1), matrix).squeeze(1) == 0)
+
+    def changing(before: Tensor, after: Tensor) -> Tensor:
+        return (before != after).any()
+
+    def next_round(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+        return after.clone(), settle(after)
+
+    return _repeat_while(changing, next_round, (valid, settle(valid)))[1]
+
+
+def _repeat_while(condition: Callable[..., Tensor], step: Callable[..., State], state: State) -> State:
+    """Repeats `step` while `condition` holds; one Loop in an exported graph, a plain loop otherwise."""
+    if torch.compiler.is_exporting():
+        return torch.while_loop(condition, step, state)
+    while condition(*state):
+        state = step(*state)
+    return state

@@ -1,0 +1,133 @@
+"""From the head's maps to detections, in both published conventions (reference/SPEC.md section 4).
+
+One implementation for eager runs, export and evaluation. All shapes are static but for batch, height and width.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tood_deploy.model.head import HeadOutput
+from tood_deploy.model.nms import nms
+from tood_deploy.presets import STRIDES, Convention
+
+CANDIDATES_PER_LEVEL = 1000
+MAX_DET = 100
+MAX_CANDIDATES = 3840  # of all levels together: the most that TensorRT's TopK takes
+
+
+class Candidates(NamedTuple):
+    """Boxes that go into suppression, in order of falling score.
+
+    Attributes:
+        boxes_net: (B, N, 4) xyxy, pixels of the network input.
+        scores: (B, N); 0 where there is no candidate.
+        labels: (B, N) int64.
+    """
+
+    boxes_net: Tensor
+    scores: Tensor
+    labels: Tensor
+
+
+class BatchResult(NamedTuple):
+    """Detections of a batch, best first; rows past `num_dets` are zero.
+
+    Attributes:
+        num_dets: (B,) int32.
+        boxes_net: (B, D, 4) float32 xyxy, pixels of the network input.
+        scores: (B, D) float32.
+        labels: (B, D) int32.
+    """
+
+    num_dets: Tensor
+    boxes_net: Tensor
+    scores: Tensor
+    labels: Tensor
+
+
+def detect(
+    out: HeadOutput,
+    valid_hw: Tensor,
+    score_threshold: Tensor | float,
+    iou_threshold: Tensor | float,
+    *,
+    convention: Convention = "mmdet",
+    candidates_per_level: int = CANDIDATES_PER_LEVEL,
+    max_det: int = MAX_DET,
+) -> BatchResult:
+    """Detections from the head's maps: candidates, then class-wise suppression.
+
+    Args:
+        out: the head's maps, levels of stride 8 to 128.
+        valid_hw: (B, 2) rows and columns of each input that hold real pixels.
+        score_threshold: candidates have a score above it.
+        iou_threshold: overlap above which the lower-scored of two boxes of a class goes.
+        convention: "mmdet" or "authors".
+        candidates_per_level: the published `nms_pre`.
+        max_det: D.
+    """
+    candidates = select_candidates(out, valid_hw, score_threshold, convention=convention, per_level=candidates_per_level)
+    kept, num_dets = nms(*candidates, iou_threshold, max_det)
+    rows = kept.clamp(max=candidates.scores.shape[1] - 1)
+    real = torch.arange(max_det, device=kept.device) < num_dets[:, None]
+    boxes = candidates.boxes_net.gather(1, rows.unsqueeze(2).expand(-1, -1, 4)) * real.unsqueeze(2)
+    return BatchResult(
+        num_dets.int(), boxes, candidates.scores.gather(1, rows) * real, (candidates.labels.gather(1, rows) * real).int()
+    )
+
+
+def select_candidates(
+    out: HeadOutput,
+    valid_hw: Tensor,
+    score_threshold: Tensor | float,
+    *,
+    convention: Convention = "mmdet",
+    per_level: int = CANDIDATES_PER_LEVEL,
+) -> Candidates:
+    """The candidates of all levels, best first, at most `MAX_CANDIDATES`.
+
+    MMDetection keeps the best `per_level` (anchor, class) pairs of each level and drops boxes without area; the authors keep all pairs
+    of the best `per_level` anchors and clamp boxes to the picture.
+    """
+    pairs = per_level if convention == "mmdet" else MAX_CANDIDATES
+    levels = [
+        _select_level(scores, boxes * stride, per_level, pairs)
+        for scores, boxes, stride in zip(out.scores, out.boxes_strides, STRIDES, strict=True)
+    ]
+    boxes, scores, labels = (torch.cat(parts, dim=1) for parts in zip(*levels, strict=True))
+    scores = scores * (scores > score_threshold)
+    if convention == "mmdet":
+        scores = scores * ((boxes[..., 2] > boxes[..., 0]) & (boxes[..., 3] > boxes[..., 1]))
+    else:
+        height, width = valid_hw.to(boxes.dtype).unsqueeze(1).unbind(2)
+        boxes = torch.minimum(boxes.clamp(min=0), torch.stack((width, height, width, height), dim=2))
+    scores, order = scores.topk(min(MAX_CANDIDATES, scores.shape[1]), dim=1)
+    return Candidates(boxes.gather(1, order.unsqueeze(2).expand(-1, -1, 4)), scores, labels.gather(1, order))
+
+
+def _select_level(scores: Tensor, boxes: Tensor, per_level: int, pairs: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The best pairs of one level: boxes (B, P, 4), scores (B, P), labels (B, P).
+
+    A pair among the best `per_level` belongs to one of the `per_level` best anchors, so anchors are thinned first.
+
+    Args:
+        scores: (B, K, h, w).
+        boxes: (B, 4, h, w) xyxy.
+        per_level: anchors kept; a level that has fewer is filled up with pairs of score 0, so that counts do not depend on sizes.
+        pairs: (anchor, class) pairs kept.
+    """
+    classes = scores.shape[1]
+    scores, boxes = scores.flatten(2), boxes.flatten(2)
+    best = F.pad(scores.amax(dim=1), (0, per_level))
+    anchors = best.topk(per_level, dim=1).indices
+    real = anchors < scores.shape[2]
+    anchors = torch.where(real, anchors, 0)
+    thinned = scores.gather(2, anchors.unsqueeze(1).expand(-1, classes, -1)) * real.unsqueeze(1)
+    pair_scores, pair = thinned.flatten(1).topk(min(pairs, classes * per_level), dim=1)
+    labels = torch.div(pair, per_level, rounding_mode="floor")
+    anchor = anchors.gather(1, pair - labels * per_level)
+    pair_boxes = boxes.gather(2, anchor.unsqueeze(1).expand(-1, 4, -1)).transpose(1, 2)
+    return pair_boxes, pair_scores, labels

@@ -1,0 +1,97 @@
+"""From a picture as OpenCV reads it to what the network takes, and boxes back again. NumPy and OpenCV alone.
+
+Equal to the test pipeline of both public implementations (reference/SPEC.md section 4): resize with the aspect kept,
+bilinear, then pad at the right and bottom. Normalising is part of the network's graph.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from tood_deploy.errors import InputError, ToodError
+from tood_deploy.presets import SIZE_DIVISOR
+
+
+@dataclass(frozen=True)
+class ImageTransform:
+    """How a picture became the network's input.
+
+    Attributes:
+        image_hw: rows and columns of the original picture.
+        resized_hw: rows and columns after resizing: the part of the input that holds real pixels.
+        net_hw: rows and columns of the padded input.
+    """
+
+    image_hw: tuple[int, int]
+    resized_hw: tuple[int, int]
+    net_hw: tuple[int, int]
+
+    def boxes_to_image(self, boxes_net: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Boxes (D, 4) xyxy from pixels of the network input to pixels of the original picture, not clipped.
+
+        The two directions have their own factor, as rounding made them.
+        """
+        scale_y, scale_x = (resized / original for resized, original in zip(self.resized_hw, self.image_hw, strict=True))
+        return (boxes_net / np.array([scale_x, scale_y, scale_x, scale_y], np.float32)).astype(np.float32, copy=False)
+
+
+def check_imgsz(imgsz: Sequence[int]) -> tuple[int, int]:
+    """(short side, long side), put in that order.
+
+    Raises:
+        ToodError: not two positive whole numbers.
+    """
+    values = tuple(int(side) for side in imgsz)
+    if len(values) != 2 or min(values) < 1:
+        raise ToodError(f"imgsz is {' '.join(map(str, imgsz))}; expected two positive numbers, for example 800 1333")
+    return min(values), max(values)
+
+
+def fit_size(image_hw: tuple[int, int], imgsz: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns after scaling to fit `imgsz`, (short side, long side), with the aspect kept; at least one pixel."""
+    scale = min(imgsz[0] / min(image_hw), imgsz[1] / max(image_hw))
+    height, width = (max(1, int(side * scale + 0.5)) for side in image_hw)
+    return height, width
+
+
+def pad_size(resized_hw: tuple[int, int], divisor: int = SIZE_DIVISOR) -> tuple[int, int]:
+    """Rows and columns rounded up to a multiple of `divisor`."""
+    height, width = (-(-side // divisor) * divisor for side in resized_hw)
+    return height, width
+
+
+def resize(image_bgr: NDArray[np.uint8], imgsz: tuple[int, int]) -> NDArray[np.uint8]:
+    """The picture (H, W, 3) uint8 scaled to fit `imgsz`, (short side, long side): OpenCV's bilinear."""
+    height, width = fit_size(image_bgr.shape[:2], imgsz)
+    return np.asarray(cv2.resize(image_bgr, (width, height), interpolation=cv2.INTER_LINEAR), np.uint8)
+
+
+def resize_and_pad(
+    image_bgr: NDArray[np.uint8], imgsz: tuple[int, int], net_hw: tuple[int, int] | None = None
+) -> tuple[NDArray[np.uint8], ImageTransform]:
+    """The network's input for one picture.
+
+    Args:
+        image_bgr: (H, W, 3) uint8, as OpenCV reads it.
+        imgsz: (short side, long side) in pixels to fit.
+        net_hw: rows and columns to pad to; the next multiples of 32 where not given.
+
+    Returns:
+        (rows, columns, 3) uint8 RGB, zeros where padded, and the transform that leads back.
+
+    Raises:
+        InputError: not a (H, W, 3) uint8 picture, or `net_hw` is too small for it.
+    """
+    if image_bgr.ndim != 3 or image_bgr.shape[2] != 3 or image_bgr.dtype != np.uint8 or not image_bgr.size:
+        raise InputError(f"image is {image_bgr.dtype} {image_bgr.shape}; expected uint8 (H, W, 3) in BGR order, as cv2.imread gives it")
+    resized = resize(image_bgr, imgsz)
+    resized_hw = resized.shape[0], resized.shape[1]
+    net_hw = pad_size(resized_hw) if net_hw is None else net_hw
+    if net_hw[0] < resized_hw[0] or net_hw[1] < resized_hw[1]:
+        raise InputError(f"image is {resized_hw} after resizing, the network takes {net_hw}; give a smaller imgsz")
+    padded = np.zeros((*net_hw, 3), np.uint8)
+    cv2.cvtColor(resized, cv2.COLOR_BGR2RGB, dst=padded[: resized_hw[0], : resized_hw[1]])
+    return padded, ImageTransform((image_bgr.shape[0], image_bgr.shape[1]), resized_hw, net_hw)
