@@ -164,7 +164,7 @@ def test_no_network(tmp_path: Path) -> None:
 def test_folder_that_cannot_be_written(server: WeightsServer, tmp_path: Path) -> None:
     blocked = tmp_path / "a file"
     blocked.write_text("in the way")
-    with pytest.raises(DownloadError, match="cannot store the weights of r50-1x .*TOOD_HOME"):
+    with pytest.raises(DownloadError, match=r"cannot store weights \(.*TOOD_HOME"):
         fetch_weights(preset_at(server.url), blocked / "weights")
 
 
@@ -172,9 +172,10 @@ def test_full_disk_is_said(server: WeightsServer, tmp_path: Path, monkeypatch: p
     def full(*_: object) -> bool:
         raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patch, pytest.raises(DownloadError, match="No space left on device.*free the disk"):
+    with monkeypatch.context() as patch:
         patch.setattr(download, "_receive", full)
-        fetch_weights(preset_at(server.url), tmp_path)
+        with pytest.raises(DownloadError, match=r"No space left on device\); make room"):
+            fetch_weights(preset_at(server.url), tmp_path)
     assert fetch_weights(preset_at(server.url), tmp_path).read_bytes() == PAYLOAD
 
 
@@ -185,7 +186,9 @@ def test_two_at_once_download_once(server: WeightsServer, tmp_path: Path) -> Non
     assert server.ranges == [None]
 
 
-@pytest.mark.parametrize(("name", "reason"), [("x101-dcn-2x", "by the authors alone.*download them by hand"), ("tiny", "no weights are published")])
+@pytest.mark.parametrize(
+    ("name", "reason"), [("x101-dcn-2x", "by the authors alone.*download them by hand"), ("tiny", "no weights are published")]
+)
 def test_preset_without_weights(name: str, reason: str, tmp_path: Path) -> None:
     with pytest.raises(DownloadError, match=f"{name}: .*{reason}.*give the path"):
         fetch_weights(PRESETS[name], tmp_path)

@@ -83,14 +83,15 @@ def deform_conv2d(x: Tensor, offset: Tensor, mask: Tensor, weight: Tensor, *, st
         read = rows.index_select(0, index.reshape(-1)) * (share * factor).reshape(-1, 1)
         samples = read if samples is None else samples + read
     assert samples is not None
-    return _contract(samples.reshape(batch * out_h * out_w, taps, channels), weight, groups).reshape(
-        batch, out_h, out_w, out_channels
-    ).permute(0, 3, 1, 2).contiguous()
+    return (
+        _contract(samples.reshape(batch * out_h * out_w, taps, channels), weight, groups)
+        .reshape(batch, out_h, out_w, out_channels)
+        .permute(0, 3, 1, 2)
+        .contiguous()
+    )
 
 
-def _tap_positions(
-    out_hw: tuple[int, int], kernel_hw: tuple[int, int], stride: int, padding: int, like: Tensor
-) -> tuple[Tensor, Tensor]:
+def _tap_positions(out_hw: tuple[int, int], kernel_hw: tuple[int, int], stride: int, padding: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """Where each tap reads without an offset: y (H', 1, T, 1) and x (1, W', T, 1), in cells."""
 
     def cells(count: int) -> Tensor:

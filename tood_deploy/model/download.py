@@ -52,9 +52,8 @@ def fetch_weights(preset: Preset, cache: Path | None = None) -> Path:
             if not (target.is_file() and _is_published(target, preset.weights)):
                 _fetch(preset.weights, target)
     except OSError as error:
-        raise DownloadError(
-            f"{folder}: cannot store the weights of {preset.name} ({error.strerror or error}); free the disk, or name another folder in TOOD_HOME"
-        ) from error
+        reason = error.strerror or error
+        raise DownloadError(f"{folder}: cannot store weights ({reason}); make room, or name another folder in TOOD_HOME") from error
     return target
 
 
@@ -107,7 +106,8 @@ def _download(url: str, part: Path, by_hand: str) -> None:
         with response:
             if _receive(response, part):
                 return
-    raise DownloadError(f"{url}: broke off {ATTEMPTS} times; {part.stat().st_size} bytes are kept: try again to go on from there, or {by_hand}")
+    kept = part.stat().st_size
+    raise DownloadError(f"{url}: broke off {ATTEMPTS} times; {kept} bytes are kept: try again to go on from there, or {by_hand}")
 
 
 def _request(url: str, offset: int) -> http.client.HTTPResponse:

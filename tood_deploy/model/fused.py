@@ -38,9 +38,7 @@ class FusedDetector(nn.Module):
         columns = torch.arange(x.shape[3], device=x.device) < valid_hw[:, 1:]
         return torch.where((rows[:, :, None] & columns[:, None, :]).unsqueeze(1), x, 0.0).contiguous()
 
-    def forward(
-        self, images: Tensor, valid_hw: Tensor, score_threshold: Tensor | float, iou_threshold: Tensor | float
-    ) -> Stages:
+    def forward(self, images: Tensor, valid_hw: Tensor, score_threshold: Tensor | float, iou_threshold: Tensor | float) -> Stages:
         """Detections, and the head's maps.
 
         Args:

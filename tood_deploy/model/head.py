@@ -57,9 +57,7 @@ class TaskDecomposition(nn.Module):
         super().__init__()
         hidden = channels // DOWN_RATE
         self.stages = stages
-        self.layer_attention = nn.Sequential(
-            nn.Conv2d(channels * stages, hidden, 1), nn.ReLU(), nn.Conv2d(hidden, stages, 1), nn.Sigmoid()
-        )
+        self.layer_attention = nn.Sequential(nn.Conv2d(channels * stages, hidden, 1), nn.ReLU(), nn.Conv2d(hidden, stages, 1), nn.Sigmoid())
         self.reduction_conv = ConvNorm(channels * stages, channels, 1)
         _init_convs(self.layer_attention, std=0.001)
 

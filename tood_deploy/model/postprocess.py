@@ -74,9 +74,7 @@ def detect(
     rows = kept.clamp(max=candidates.scores.shape[1] - 1)
     real = torch.arange(max_det, device=kept.device) < num_dets[:, None]
     boxes = candidates.boxes_net.gather(1, rows.unsqueeze(2).expand(-1, -1, 4)) * real.unsqueeze(2)
-    return BatchResult(
-        num_dets.int(), boxes, candidates.scores.gather(1, rows) * real, (candidates.labels.gather(1, rows) * real).int()
-    )
+    return BatchResult(num_dets.int(), boxes, candidates.scores.gather(1, rows) * real, (candidates.labels.gather(1, rows) * real).int())
 
 
 def select_candidates(

@@ -21,7 +21,9 @@ class BasicBlock(nn.Module):
     def __init__(self, in_channels: int, planes: int, stride: int, preset: Preset, deform: bool) -> None:
         super().__init__()
         if deform or preset.groups != 1:
-            raise ToodError(f"preset {preset.name}: depth {preset.depth} has basic blocks, which take neither groups nor deformable convolutions")
+            raise ToodError(
+                f"preset {preset.name}: depth {preset.depth} has basic blocks, which take neither groups nor deformable convolutions"
+            )
         self.conv1 = nn.Conv2d(in_channels, planes, 3, stride, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(planes)
         self.conv2 = nn.Conv2d(planes, planes, 3, 1, 1, bias=False)

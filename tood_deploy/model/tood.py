@@ -13,7 +13,10 @@ class Tood(nn.Module):
 
     Attributes:
         preset: what it was built from; says classes, input statistics and test-time convention.
+        checkpoint_sha256: of the file its weights are from; empty where there is none.
     """
+
+    checkpoint_sha256: str = ""
 
     def __init__(self, preset: Preset) -> None:
         super().__init__()

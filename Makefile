@@ -1,0 +1,33 @@
+# Each target sets up what it needs in .venv, and is quick when run again.
+PYTHON ?= python3
+MARKS ?= not slow
+BIN := .venv/bin
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test lint format
+.DELETE_ON_ERROR:
+
+demo: .venv/installed-export  ## export a small model, verify it, find objects with it
+	$(BIN)/python -m tood_deploy.demo
+
+test: .venv/installed-dev  ## the tests but the slow ones; MARKS= runs all
+	$(BIN)/python -m pytest -m "$(MARKS)"
+
+lint: .venv/installed-dev  ## what every commit must pass
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: .venv/installed-dev  ## format the code, and mend what can be mended automatically
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.venv/installed-export: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(PIP_INSTALL) --editable '.[export]'
+	touch $@
+
+.venv/installed-dev: .venv/installed-export
+	$(PIP_INSTALL) --editable '.[export,dev]'
+	touch $@
