@@ -3,6 +3,7 @@
 import hashlib
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -29,7 +30,9 @@ class WeightsServer(ThreadingHTTPServer):
         self.payload = PAYLOAD
         self.status = 200
         self.honours_range = True
+        self.shifts_range = 0  # how far past the wanted offset a range starts
         self.says_length = True
+        self.pause_s = 0.0
         self.cuts: list[int] = []  # bytes after which the coming responses break off
         self.ranges: list[str | None] = []
 
@@ -47,6 +50,8 @@ class WeightsHandler(BaseHTTPRequestHandler):
         if self.server.status != 200:
             return self.send_error(self.server.status)
         start = int(wanted.removeprefix("bytes=").removesuffix("-")) if wanted and self.server.honours_range else 0
+        start += self.server.shifts_range if start else 0
+        time.sleep(self.server.pause_s)
         total = len(self.server.payload)
         if start >= total:
             return self.send_error(416)
@@ -117,6 +122,13 @@ def test_server_without_range_starts_over(server: WeightsServer, tmp_path: Path)
     assert server.ranges == [None, "bytes=300000-"]
 
 
+def test_server_with_another_range_starts_over(server: WeightsServer, tmp_path: Path) -> None:
+    server.shifts_range = 10
+    server.cuts = [300_000]
+    assert fetch_weights(preset_at(server.url), tmp_path).read_bytes() == PAYLOAD
+    assert server.ranges == [None, "bytes=300000-", None]
+
+
 def test_server_without_length(server: WeightsServer, tmp_path: Path) -> None:
     server.says_length = False
     assert fetch_weights(preset_at(server.url), tmp_path).read_bytes() == PAYLOAD
@@ -180,6 +192,7 @@ def test_full_disk_is_said(server: WeightsServer, tmp_path: Path, monkeypatch: p
 
 
 def test_two_at_once_download_once(server: WeightsServer, tmp_path: Path) -> None:
+    server.pause_s = 0.1  # so that all have begun before one is done
     with ThreadPoolExecutor(4) as pool:
         paths = list(pool.map(lambda _: fetch_weights(preset_at(server.url), tmp_path), range(4)))
     assert {path.read_bytes() for path in paths} == {PAYLOAD}

@@ -12,12 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tood_deploy.detections import Detections
-from tood_deploy.engines import Engine, open_engine
+from tood_deploy.engines import BatchDetections, Engine, open_engine
 from tood_deploy.errors import ToodError
 from tood_deploy.preprocess import ImageTransform, check_imgsz, resize_and_pad
 
 if TYPE_CHECKING:
-    from tood_deploy.inference.source import Frame
+    from tood_deploy.inference.frame import Frame
+    from tood_deploy.inference.source import Spec
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,11 +93,22 @@ class Detector:
         Raises:
             ToodError: the padded sizes differ.
         """
+        return self.to_detections(batch, self.run_engine(batch))
+
+    def run_engine(self, batch: Sequence[Prepared]) -> BatchDetections:
+        """The network alone, for pictures of one padded size.
+
+        Raises:
+            ToodError: the padded sizes differ.
+        """
         if len({prepared.transform.net_hw for prepared in batch}) != 1:
             raise ToodError(f"a batch of {len(batch)} pictures of different padded sizes; expected one size (group by transform.net_hw)")
         images = np.stack([prepared.image for prepared in batch])
         valid_hw = np.array([prepared.transform.resized_hw for prepared in batch], np.int32)
-        found = self.engine.infer(images, valid_hw, self.conf, self.iou)
+        return self.engine.infer(images, valid_hw, self.conf, self.iou)
+
+    def to_detections(self, batch: Sequence[Prepared], found: BatchDetections) -> list[Detections]:
+        """What the network found, one `Detections` a picture, with boxes in the picture's own pixels."""
         results = []
         for i, prepared in enumerate(batch):
             count = min(int(found.num_dets[i]), self.max_det)
@@ -104,18 +116,24 @@ class Detector:
             results.append(Detections(boxes, found.scores[i, :count], found.labels[i, :count], self.class_names))
         return results
 
-    def stream(self, source: str | PathLike[str], batch: int = 1) -> Iterator[tuple[Frame, Detections]]:
-        """Every frame of a picture, folder, video, camera or stream with its detections, in order.
+    def stream(self, source: Spec | Sequence[Spec], batch: int = 1, max_pixels: int | None = None) -> Iterator[tuple[Frame, Detections]]:
+        """Every frame of pictures, folders, videos, a camera or a stream with its detections, in order.
 
-        Decoding, scaling and inference run at the same time, in bounded queues.
+        Reading, scaling and inference run at the same time, in bounded queues. Close the iterator to stop early.
+
+        Args:
+            source: one or several of what `open_source` takes.
+            batch: the most frames of one engine call; results do not depend on it.
+            max_pixels: refuse larger pictures; 200 million where not given.
 
         Raises:
-            ToodError: the source cannot be opened.
+            ToodError: the source cannot be opened; later, while iterating: cannot be read at all.
         """
+        from tood_deploy.inference.images import MAX_PIXELS
         from tood_deploy.inference.pipeline import detect_frames
         from tood_deploy.inference.source import open_source
 
-        return detect_frames(self, open_source(source), batch)
+        return detect_frames(self, open_source(source, max_pixels or MAX_PIXELS), batch)
 
     def close(self) -> None:
         """Frees what the runtime holds."""

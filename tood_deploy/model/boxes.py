@@ -73,3 +73,35 @@ def box_iou(first: Tensor, second: Tensor) -> Tensor:
     sides = sides.clamp(min=0)
     overlap = sides[..., 0] * sides[..., 1]
     return overlap / (box_area(first) + box_area(second) - overlap)
+
+
+def box_iou_floored(first: Tensor, second: Tensor, eps: float = 1e-6) -> Tensor:
+    """As `box_iou`, with the union raised to at least `eps`, as the reference trains: 0 between boxes without area, never NaN."""
+    first, second = first.unsqueeze(-2), second.unsqueeze(-3)
+    overlap = _overlap_area(first, second)
+    return overlap / (box_area(first) + box_area(second) - overlap).clamp(min=eps)
+
+
+def box_giou(first: Tensor, second: Tensor, *, clamp_areas: bool = False, eps: float = 1e-6) -> Tensor:
+    """Generalised IoU of boxes one by one, differentiable, in any one frame.
+
+    Args:
+        first, second: (..., 4) xyxy.
+        clamp_areas: inverted boxes have no area, as the authors' code has it, rather than a signed one.
+        eps: floor of union and enclosing area.
+
+    Returns:
+        (...), from -1 to 1.
+    """
+    areas = [box_area(boxes).clamp(min=0) if clamp_areas else box_area(boxes) for boxes in (first, second)]
+    overlap = _overlap_area(first, second)
+    union = (areas[0] + areas[1] - overlap).clamp(min=eps)
+    sides = torch.maximum(first[..., 2:], second[..., 2:]) - torch.minimum(first[..., :2], second[..., :2])
+    enclosing = sides.clamp(min=0).prod(-1).clamp(min=eps)
+    return overlap / union - (enclosing - union) / enclosing
+
+
+def _overlap_area(first: Tensor, second: Tensor) -> Tensor:
+    sides = torch.minimum(first[..., 2:], second[..., 2:]) - torch.maximum(first[..., :2], second[..., :2])
+    sides = sides.clamp(min=0)
+    return sides[..., 0] * sides[..., 1]

@@ -54,7 +54,7 @@ def nms(boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: Tensor | f
         # Kept boxes go to the places behind those of earlier blocks, all others to a place that is then cut off.
         place = kept_count[:, None] + keep.long().cumsum(1) - 1
         place = torch.where(keep & (place < max_det), place, max_det)
-        kept = F.pad(kept, (0, 1)).scatter(1, place, rows.expand(batch, -1))[:, :max_det]
+        kept = F.pad(kept, (0, 1)).scatter(1, place, rows.expand(batch, -1))[:, :max_det].contiguous()
         return start + BLOCK, kept, (kept_count + keep.sum(1)).clamp(max=max_det)
 
     start = torch.zeros((), dtype=torch.int64, device=scores.device)
@@ -81,7 +81,7 @@ def _fixed_point(valid: Tensor, suppresses: Tensor) -> Tensor:
     def next_round(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
         return after.clone(), settle(after)
 
-    return _repeat_while(changing, next_round, (valid, settle(valid)))[1]
+    return _repeat_while(changing, next_round, (valid.clone(), settle(valid)))[1]
 
 
 def _repeat_while(condition: Callable[..., Tensor], step: Callable[..., State], state: State) -> State:

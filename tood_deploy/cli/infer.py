@@ -1,0 +1,88 @@
+"""tood-infer: runs a detector on pictures, videos, cameras and streams."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tood_deploy.cli.run import DONE, FAILED_CHECK, add_model_options, run_command
+
+EPILOG = """\
+The first source that cannot be read at all ends the run with exit code 2. Among several, one that cannot be read is told and the
+rest goes on; the exit code is then 1. Ctrl-C completes the outputs so far (exit code 130).
+"""
+OPENCV_PIXEL_LIMIT = 2**30
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of tood-infer."""
+    parser = argparse.ArgumentParser(prog="tood-infer", description="Find objects in pictures, videos, cameras and streams.", epilog=EPILOG)
+    parser.add_argument("model", metavar="MODEL", help="an artefact of tood-export (.onnx), a checkpoint, or a preset's name")
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        nargs="+",
+        help="a picture, folder, glob, text file with one path a line, video, camera (0 or /dev/video0), rtsp:// or http(s):// address",
+    )
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where to run (default: cpu)")
+    parser.add_argument("--imgsz", nargs=2, type=int, metavar=("H", "W"), help="short and long side to fit pictures to (default: the model's)")
+    parser.add_argument("--conf", type=float, default=0.3, help="keep detections above this score, 0 to 1 (default: 0.3)")
+    parser.add_argument("--iou", type=float, default=0.6, help="overlap above which the weaker of two boxes goes, 0 to 1 (default: 0.6)")
+    parser.add_argument("--max-det", type=int, metavar="N", help="the most detections a picture (default: what the model gives, 100)")
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="frames of one engine call (default: 1)")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of one inference (default: all cores)")
+    parser.add_argument("--max-pixels", type=int, default=200_000_000, metavar="N", help="refuse larger pictures (default: 200000000)")
+    add_output_options(parser)
+    add_model_options(parser)
+    return parser
+
+
+def add_output_options(parser: argparse.ArgumentParser) -> None:
+    """What to write and where."""
+    group = parser.add_argument_group("output")
+    group.add_argument("--output", type=Path, metavar="PLACE", help="annotated pictures and videos: a folder, or a file for a single source")
+    group.add_argument("--json", type=Path, metavar="FILE", help="COCO results; image ids count from 1, category ids are class numbers plus 1")
+    group.add_argument("--coco-annotations", type=Path, metavar="FILE", help="take the image and category ids of --json from these annotations")
+    group.add_argument("--jsonl", metavar="FILE", help="one JSON object a frame, as they come; - for stdout")
+    group.add_argument("--crops", type=Path, metavar="DIR", help="every object as a picture of its own")
+    group.add_argument("--show", action="store_true", help="show the frames in a window; q ends")
+    group.add_argument("--quiet", action="store_true", help="no line a frame, no progress, no closing line")
+
+
+def infer_command(argv: Sequence[str] | None = None) -> int:
+    """Runs tood-infer; errors pass through."""
+    args = build_parser().parse_args(argv)
+    if args.max_pixels > OPENCV_PIXEL_LIMIT:  # OpenCV has a limit of its own and reads this when it is loaded
+        os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(args.max_pixels))
+
+    import cv2
+
+    from tood_deploy.inference.detector import Detector
+    from tood_deploy.inference.run import Outputs, run_inference
+    from tood_deploy.inference.source import open_source
+    from tood_deploy.manifest import doubts
+
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # what fails is said once, by us
+    outputs = Outputs(args.output, args.json, args.coco_annotations, args.jsonl, args.crops, args.show, args.quiet)
+    source = open_source(args.source, args.max_pixels)
+    options = {"conf": args.conf, "iou": args.iou, "max_det": args.max_det, "imgsz": args.imgsz, "device": args.device}
+    with Detector(args.model, **options, **engine_options(args)) as detector:
+        if args.model.endswith(".onnx") and (doubt := doubts(Path(args.model), detector.engine.manifest)):
+            print(f"warning: {doubt}", file=sys.stderr)
+        run_inference(detector, source, outputs, args.batch)
+    if source.skipped:
+        print(f"failed: {source.skipped} pictures or frames could not be read", file=sys.stderr)
+    return FAILED_CHECK if source.skipped else DONE
+
+
+def engine_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What `open_engine` takes beyond the device; options of checkpoints only where given."""
+    given = {"threads": args.threads, "preset": args.preset, "class_names": args.classes, "convention": args.convention}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The entry point of tood-infer; see `run_command` for the exit codes."""
+    return run_command(infer_command, argv)

@@ -1,0 +1,71 @@
+"""The network as the exporter sees it: flat outputs, and deformable convolutions in the form the runtime has.
+
+The model knows nothing of this file (DESIGN section 4).
+"""
+
+import copy
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from tood_deploy.model.deform import DeformConv2d
+from tood_deploy.model.fused import FusedDetector
+from tood_deploy.model.tood import Tood
+from tood_deploy.presets import STRIDES
+
+DeformForm = Literal["op", "gather"]
+DEFORM_OPSET = 19  # that brought DeformConv
+
+INPUTS = ("images", "valid_hw", "score_threshold", "iou_threshold")
+OUTPUTS = ("num_dets", "boxes", "scores", "labels")
+LEVELS = tuple(f"p{i}" for i in range(3, 3 + len(STRIDES)))
+HEAD_OUTPUTS = tuple(f"head_{kind}_{level}" for kind in ("scores", "boxes") for level in LEVELS)
+
+
+class ExportedGraph(nn.Module):
+    """`FusedDetector` with its outputs in a row: `OUTPUTS`, then the head's maps, `HEAD_OUTPUTS`."""
+
+    def __init__(self, model: Tood, deform: DeformForm, max_det: int) -> None:
+        super().__init__()
+        self.detector = FusedDetector(_use_deform_op(model) if deform == "op" else model, max_det).eval()
+
+    def forward(self, images: Tensor, valid_hw: Tensor, score_threshold: Tensor, iou_threshold: Tensor) -> tuple[Tensor, ...]:
+        """See `FusedDetector.forward`."""
+        stages = self.detector(images, valid_hw, score_threshold, iou_threshold)
+        return (*stages.detections, *stages.head.scores, *stages.head.boxes_strides)
+
+
+class DeformConvOp(nn.Module):
+    """A `DeformConv2d` as ONNX's own operator. Only ever traced, never run by PyTorch."""
+
+    def __init__(self, layer: DeformConv2d) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer = self.layer
+        offset, mask = layer.offset_and_mask(x)
+        out_channels, _, *kernel = layer.weight.shape
+        attributes = {
+            "group": layer.groups,
+            "offset_group": layer.offset_groups,
+            "kernel_shape": kernel,
+            "pads": [layer.padding] * 4,
+            "strides": [layer.stride] * 2,
+            "dilations": [1, 1],
+        }
+        shape = (x.shape[0], out_channels, *offset.shape[2:])
+        inputs = (x, layer.weight, offset, None, mask)
+        return torch.onnx.ops.symbolic("DeformConv", inputs, attributes, dtype=x.dtype, shape=shape, version=DEFORM_OPSET)
+
+
+def _use_deform_op(model: Tood) -> Tood:
+    """A copy of the model, sharing its weights, with every deformable convolution as an operator."""
+    shared = {id(parameter): parameter for parameter in model.parameters()}
+    model = copy.deepcopy(model, memo=shared)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, DeformConv2d):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, DeformConvOp(module))
+    return model

@@ -1,0 +1,104 @@
+"""A network in, one ONNX file out, with pre- and post-processing inside and dynamic in batch, height and width.
+
+Knows nothing of runtimes. The head's maps are values of the graph under fixed names but no outputs of it: `with_head_outputs` makes a
+copy that gives them, so what is verified is the shipped graph itself.
+"""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import onnx
+import torch
+
+from tood_deploy.export.graph import HEAD_OUTPUTS, INPUTS, OUTPUTS, DeformForm, ExportedGraph
+from tood_deploy.manifest import METADATA_KEY, Manifest
+from tood_deploy.model.postprocess import MAX_DET
+from tood_deploy.model.tood import Tood
+from tood_deploy.presets import SIZE_DIVISOR
+
+OPSET = 21  # the first with GroupNormalization as one node
+EXAMPLE_BATCH, EXAMPLE_H, EXAMPLE_W = 2, 8, 10  # sizes in units of SIZE_DIVISOR; no two alike, none of them one
+
+
+def onnx_from_model(model: Tood, *, deform: DeformForm = "op", max_det: int = MAX_DET) -> onnx.ModelProto:
+    """The exported graph of DESIGN section 4, with the head's maps as additional outputs.
+
+    Args:
+        model: the network, in eval mode.
+        deform: deformable convolutions as ONNX's operator ("op") or as gathers ("gather"), for runtimes that lack it.
+        max_det: rows D of the outputs.
+    """
+    graph = ExportedGraph(model, deform, max_det).eval()
+    example = (
+        torch.zeros(EXAMPLE_BATCH, EXAMPLE_H * SIZE_DIVISOR, EXAMPLE_W * SIZE_DIVISOR, 3, dtype=torch.uint8),
+        torch.full((EXAMPLE_BATCH, 2), EXAMPLE_H * SIZE_DIVISOR, dtype=torch.int32),
+        torch.tensor(0.05),
+        torch.tensor(0.6),
+    )
+    batch, rows, columns = (torch.export.Dim(name, min=1) for name in ("batch", "rows", "columns"))
+    dynamic = ({0: batch, 1: SIZE_DIVISOR * rows, 2: SIZE_DIVISOR * columns}, {0: batch}, None, None)
+    with _quiet_exporter(), torch.no_grad():
+        program = torch.onnx.export(
+            graph,
+            example,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=INPUTS,
+            output_names=(*OUTPUTS, *HEAD_OUTPUTS),
+            dynamic_shapes=dynamic,
+            verbose=False,
+        )
+    assert program is not None
+    return _tidy(program.model_proto)
+
+
+def save_onnx(exported: onnx.ModelProto, manifest: Manifest, path: Path) -> None:
+    """Writes the shipped graph: without the head's maps as outputs, with the manifest in its metadata, checked by ONNX's checker."""
+    shipped = onnx.ModelProto()
+    shipped.CopyFrom(exported)
+    outputs = [value for value in shipped.graph.output if value.name in OUTPUTS]
+    del shipped.graph.output[:]
+    shipped.graph.output.extend(outputs)
+    onnx.helper.set_model_props(shipped, {METADATA_KEY: manifest.to_json()})
+    onnx.save(shipped, path)
+    onnx.checker.check_model(path, full_check=True)
+
+
+def with_head_outputs(shipped: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy of a shipped graph that also gives the head's maps."""
+    extended = onnx.ModelProto()
+    extended.CopyFrom(shipped)
+    extended.graph.output.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in HEAD_OUTPUTS)
+    return extended
+
+
+def _tidy(exported: onnx.ModelProto) -> onnx.ModelProto:
+    """Without the exporter's own notes on every node, which hold source paths of the machine that exported."""
+    exported.producer_name, exported.doc_string = "tood_deploy", ""
+    graphs = [exported.graph]
+    while graphs:
+        graph = graphs.pop()
+        del graph.metadata_props[:]
+        for value in (*graph.input, *graph.output, *graph.value_info, *graph.initializer):
+            del value.metadata_props[:]
+        for node in graph.node:
+            del node.metadata_props[:]
+            graphs.extend(attribute.g for attribute in node.attribute if attribute.type == onnx.AttributeProto.GRAPH)
+    return exported
+
+
+@contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Silences what the exporter says of itself and of packages it could have used."""
+    logger = logging.getLogger("torch.onnx._internal.exporter")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

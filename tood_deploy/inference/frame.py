@@ -1,0 +1,76 @@
+"""One decoded picture and where it came from; and what gives such pictures, one after another. Knows no files."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Kind = Literal["images", "video", "live"]
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """One picture of a source.
+
+    Attributes:
+        image_bgr: (H, W, 3) uint8 BGR, upright.
+        name: path or address of what it came from.
+        index: its number in that file or stream, from 0; a live stream counts the frames that were dropped, too.
+        pts, time_base: its time is pts * time_base seconds, as the file has it; None for a picture.
+        decoded_s: when it was decoded, in seconds of `time.perf_counter`.
+    """
+
+    image_bgr: NDArray[np.uint8]
+    name: str
+    index: int = 0
+    pts: int | None = None
+    time_base: Fraction | None = None
+    decoded_s: float = field(default_factory=time.perf_counter)
+
+    @property
+    def timestamp_s(self) -> float | None:
+        """Seconds, as the file has them (live: since the first frame came); None for a picture."""
+        return None if self.pts is None or self.time_base is None else float(self.pts * self.time_base)
+
+    def age_s(self) -> float:
+        """Seconds since it was decoded."""
+        return time.perf_counter() - self.decoded_s
+
+
+class Source(ABC):
+    """Gives frames when iterated over. What cannot be read is counted and told, and the rest goes on.
+
+    Attributes:
+        kind: "images", "video" (every frame, in time) or "live" (the latest frame wins).
+        names: the files or addresses it reads.
+        length: how many frames it will give, as far as its header tells; None where unknown.
+        skipped: pictures and frames that could not be read.
+        dropped: frames of a live source that nobody had time for.
+        problems: what was lost, one line each, in the order it happened.
+    """
+
+    kind: ClassVar[Kind]
+
+    def __init__(self, names: tuple[str, ...], length: int | None) -> None:
+        self.names, self.length = names, length
+        self.skipped = 0
+        self.dropped = 0
+        self.problems: list[str] = []
+
+    @abstractmethod
+    def __iter__(self) -> Iterator[Frame]: ...
+
+    def skip(self, problem: str, count: int = 1) -> None:
+        """Counts what could not be read and keeps the line that says so."""
+        self.skipped += count
+        self.problems.append(problem)
+
+    def close(self) -> None:  # noqa: B027 - most sources hold nothing between frames
+        """Ends a wait for the next frame."""

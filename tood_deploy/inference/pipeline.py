@@ -1,0 +1,180 @@
+"""Overlaps reading, scaling and inference: three threads, with a bound on what lies between them.
+
+A source of frames and a detector come in; frames with their detections come out, in order. It knows no files and draws nothing.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, TypeVar
+
+from tood_deploy.detections import Detections
+from tood_deploy.errors import ToodError
+from tood_deploy.inference.frame import Frame, Source
+from tood_deploy.inference.timings import Timings
+
+if TYPE_CHECKING:
+    from tood_deploy.inference.detector import Detector, Prepared
+
+MAX_BYTES_IN_FLIGHT = 256 * 2**20
+
+Item = TypeVar("Item")
+
+
+def detect_frames(
+    detector: Detector, source: Source, batch: int = 1, timings: Timings | None = None
+) -> Iterator[tuple[Frame, Detections]]:
+    """Every frame of a source with what the detector found in it, in order.
+
+    Frames of one padded size are batched; results do not depend on the batch. Closing the iterator early stops all threads.
+
+    Args:
+        detector: runs in a thread of its own.
+        source: is read in a thread of its own; its errors come out here, after the frames before them.
+        batch: the most frames of one engine call.
+        timings: where to note what each stage took.
+
+    Raises:
+        ToodError: batch is not positive, or whatever the source or the engine raised.
+    """
+    if batch < 1:
+        raise ToodError(f"batch is {batch}; expected a positive number")
+    return _Pipeline(detector, source, batch, timings or Timings()).run()
+
+
+class InFlight:
+    """Bounds the frames between reading and the consumer, by number and bytes, but always lets one batch through."""
+
+    def __init__(self, least: int, most: int, most_bytes: int = MAX_BYTES_IN_FLIGHT) -> None:
+        self.least, self.most, self.most_bytes = least, most, most_bytes
+        self.frames = self.bytes = 0
+        self.stopped = False
+        self._changed = threading.Condition()
+
+    def wait_for_room(self) -> bool:
+        """Waits until another frame may be read; False once stopped."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.stopped or self._has_room())
+            return not self.stopped
+
+    def _has_room(self) -> bool:
+        return self.frames < self.least or (self.frames < self.most and self.bytes < self.most_bytes)
+
+    def enter(self, frame: Frame) -> None:
+        """Counts a frame in."""
+        self._change(1, frame.image_bgr.nbytes)
+
+    def leave(self, frame: Frame) -> None:
+        """Counts a frame out."""
+        self._change(-1, -frame.image_bgr.nbytes)
+
+    def stop(self) -> None:
+        """Lets nothing more in."""
+        self.stopped = True
+        self._change(0, 0)
+
+    def _change(self, frames: int, nbytes: int) -> None:
+        with self._changed:
+            self.frames += frames
+            self.bytes += nbytes
+            self._changed.notify_all()
+
+
+@dataclass(frozen=True)
+class _End:
+    """The last thing in a queue; with the error that ended the stage before it, if one did."""
+
+    error: BaseException | None = None
+
+
+_Decoded = tuple[Frame, "Prepared"]
+_Result = tuple[Frame, Detections]
+
+
+class _Pipeline:
+    def __init__(self, detector: Detector, source: Source, batch: int, timings: Timings) -> None:
+        self.detector, self.source, self.batch, self.timings = detector, source, batch, timings
+        # Live: one batch in the engine, one waiting, so that no result is older than it must be.
+        self.in_flight = InFlight(batch, 2 * batch if source.kind == "live" else 2 * batch + 2)
+        self.frames: SimpleQueue[Frame | _End] = SimpleQueue()
+        self.prepared: SimpleQueue[_Decoded | _End] = SimpleQueue()
+        self.results: SimpleQueue[_Result | _End] = SimpleQueue()
+
+    def run(self) -> Iterator[_Result]:
+        stages = ((self._read, self.frames), (self._prepare, self.prepared), (self._infer, self.results))
+        threads = [threading.Thread(target=_run_stage, args=stage, name=stage[0].__name__, daemon=True) for stage in stages]
+        for thread in threads:
+            thread.start()
+        try:
+            for frame, found in _items(self.results):
+                self.in_flight.leave(frame)
+                yield frame, found
+        finally:
+            self.in_flight.stop()
+            self.source.close()
+            for thread in threads:
+                thread.join()
+
+    def _read(self) -> None:
+        frames = iter(self.source)
+        while self.in_flight.wait_for_room() and (frame := next(frames, None)) is not None:
+            self.in_flight.enter(frame)
+            self.frames.put(frame)
+
+    def _prepare(self) -> None:
+        for frame in _items(self.frames):
+            if self.in_flight.stopped:
+                continue
+            started = time.perf_counter()
+            prepared = self.detector.prepare(frame.image_bgr)
+            self.timings.add("pre", time.perf_counter() - started)
+            self.prepared.put((frame, prepared))
+
+    def _infer(self) -> None:
+        waiting: list[_Decoded] = []
+        for frame, prepared in _items(self.prepared, lambda: self._infer_batch(waiting)):
+            if waiting and waiting[0][1].transform.net_hw != prepared.transform.net_hw:
+                self._infer_batch(waiting)
+            waiting.append((frame, prepared))
+            if len(waiting) == self.batch:
+                self._infer_batch(waiting)
+
+    def _infer_batch(self, waiting: list[_Decoded]) -> None:
+        """Runs what waits, hands the results on, and leaves nothing waiting."""
+        decoded = list(waiting)
+        waiting.clear()
+        if not decoded or self.in_flight.stopped:
+            return
+        started = time.perf_counter()
+        batch = [prepared for _, prepared in decoded]
+        found = self.detector.run_engine(batch)
+        inferred = time.perf_counter()
+        detections = self.detector.to_detections(batch, found)
+        self.timings.add("infer", inferred - started, len(batch))
+        self.timings.add("post", time.perf_counter() - inferred, len(batch))
+        for (frame, _), objects in zip(decoded, detections, strict=True):
+            self.timings.finish_frame(frame.decoded_s)
+            self.results.put((frame, objects))
+
+
+def _run_stage(work: Callable[[], None], results: SimpleQueue) -> None:
+    """A thread's work; however it ends, the next stage is told."""
+    try:
+        work()
+    except BaseException as error:  # noqa: BLE001 - raised again in the consumer's thread
+        results.put(_End(error))
+    else:
+        results.put(_End())
+
+
+def _items(queue: SimpleQueue[Item | _End], at_end: Callable[[], None] = lambda: None) -> Iterator[Item]:
+    """What a queue holds, to its end; raises the error it ended with, after `at_end`."""
+    while not isinstance(item := queue.get(), _End):
+        yield item
+    at_end()
+    if item.error is not None:
+        raise item.error

@@ -1,0 +1,198 @@
+"""Frames of video files: every one, with its true time, upright. Broken ones are counted and left out. PyAV decodes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from fractions import Fraction
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.error import FFmpegError, InvalidDataError
+from av.packet import Packet
+from av.stream import Disposition
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+from numpy.typing import NDArray
+
+from tood_deploy.errors import InputError
+from tood_deploy.inference.frame import Frame, Source
+from tood_deploy.inference.images import MAX_PIXELS
+
+VIDEO_SUFFIXES = frozenset(".264 .265 .3gp .asf .avi .flv .h264 .hevc .m2ts .m4v .mjpeg .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .webm .wmv".split())
+DECODER_THREADS = 4
+MAX_FAILURES_IN_A_ROW = 50  # then the rest is given up: a cut file fails at every packet that is not there
+END_TOLERANCE_S = 0.5
+TIMEOUT_S = 10.0
+
+
+def open_container(name: str, timeout_s: float = TIMEOUT_S) -> InputContainer:
+    """Opens a file, a camera's device file or an address with PyAV; a silence of `timeout_s` seconds is an error.
+
+    Raises:
+        InputError: nothing there, or not a video.
+    """
+    camera_format = "v4l2" if name.startswith("/dev/") else None
+    options = {"rtsp_transport": "tcp"} if name.startswith("rtsp") else {}
+    try:
+        return av.open(name, format=camera_format, options=options, timeout=timeout_s)
+    except FFmpegError as error:
+        raise InputError(f"{name}: cannot be opened as a video ({error.strerror or error}); expected a video file, camera or stream") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{name}: cannot be opened ({error}); expected a video file, camera or stream") from error
+
+
+def find_video_stream(container: InputContainer, name: str, max_pixels: int = MAX_PIXELS) -> VideoStream:
+    """The video of a container, its decoder set up; a cover picture does not count.
+
+    Raises:
+        InputError: there is none, or its frames are too large.
+    """
+    streams = [stream for stream in container.streams.video if Disposition.attached_pic not in stream.disposition]
+    if not streams:
+        raise InputError(f"{name}: holds no video; expected a file with a video stream")
+    stream = max(streams, key=lambda one: one.codec_context.width * one.codec_context.height)
+    pixels = stream.codec_context.width * stream.codec_context.height
+    if pixels > max_pixels:
+        raise InputError(f"{name}: frames of {pixels:,} pixels, more than {max_pixels:,}; if you trust it, raise the limit with --max-pixels")
+    stream.codec_context.thread_type = "AUTO"
+    stream.codec_context.thread_count = DECODER_THREADS
+    return stream
+
+
+def upright_bgr(frame: VideoFrame) -> NDArray[np.uint8]:
+    """The frame as (H, W, 3) uint8 BGR, turned the way its metadata says."""
+    image = frame.to_ndarray(format="bgr24")
+    quarter_turns = round(frame.rotation / 90) % 4  # counter-clockwise, as np.rot90 turns
+    return np.ascontiguousarray(np.rot90(image, quarter_turns)) if quarter_turns else image
+
+
+class VideoSource(Source):
+    """One video file, or a recording at an address."""
+
+    kind = "video"
+
+    def __init__(self, name: str, max_pixels: int = MAX_PIXELS) -> None:
+        """Reads the header.
+
+        Raises:
+            InputError: not a video, or one without a video stream.
+        """
+        super().__init__((name,), None)
+        self.name, self.max_pixels = name, max_pixels
+        with open_container(name) as container:
+            stream = find_video_stream(container, name, max_pixels)
+            self.length = stream.frames or _estimated_frames(container, stream)
+
+    def __iter__(self) -> Iterator[Frame]:
+        """Every frame that can be decoded; what could not is told at the end.
+
+        Raises:
+            InputError: there is not a single one.
+        """
+        with open_container(self.name) as container:
+            decoder = Decoder(container, find_video_stream(container, self.name, self.max_pixels))
+            index = -1
+            for index, (frame, pts) in enumerate(decoder.frames()):
+                yield Frame(upright_bgr(frame), self.name, index, pts, decoder.time_base)
+            if index < 0:
+                raise InputError(f"{self.name}: not one frame can be decoded; expected a video, this one is empty or damaged")
+            if decoder.broken:
+                self.skip(f"{self.name}: {decoder.broken} broken frames were skipped", decoder.broken)
+            if loss := decoder.loss_at_end():
+                self.skip(f"{self.name}: cut or damaged: {loss}; what could be decoded, {index + 1} frames, is kept", 0)
+                self.skipped += max(1, decoder.missing)
+
+
+class Decoder:
+    """Reads packets and decodes them, past whatever is broken.
+
+    Attributes:
+        broken: packets and frames that could not be decoded.
+        missing: packets that the header promises and the file does not hold, as far as it can be told.
+        time_base: seconds of one unit of the frames' pts.
+        end: why reading ended.
+    """
+
+    def __init__(self, container: InputContainer, stream: VideoStream) -> None:
+        self.container, self.stream = container, stream
+        self.broken = self.packets = 0
+        self.time_base = stream.time_base or Fraction(1, 90_000)
+        self.end, self.end_s = "no more data", 0.0
+        self._last_pts: int | None = None
+
+    @property
+    def missing(self) -> int:
+        """Packets that the header promises and the file does not hold; 0 where the header does not say."""
+        return max(0, self.stream.frames - self.packets)
+
+    def frames(self) -> Iterator[tuple[VideoFrame, int]]:
+        """Every good frame and its pts, which always grows."""
+        for packet in self._packets():
+            try:
+                decoded = self.stream.codec_context.decode(packet)
+            except FFmpegError:
+                self.broken += 1
+                continue
+            for frame in decoded:
+                if frame.is_corrupt:
+                    self.broken += 1
+                else:
+                    yield frame, self._next_pts(frame)
+
+    def loss_at_end(self) -> str:
+        """What is missing at the end of the file, by its header; "" where nothing is."""
+        promised_s = _promised_end_s(self.container, self.stream)
+        if self.missing:
+            return f"it holds {self.packets} of {self.stream.frames} frames"
+        if not self.stream.frames and promised_s - self.end_s > END_TOLERANCE_S:
+            return f"it ends after {self.end_s:.1f} of {promised_s:.1f} seconds"
+        return ""
+
+    def _packets(self) -> Iterator[Packet | None]:
+        """All packets, then None, which makes the decoder give what it still holds."""
+        failures = 0
+        while failures < MAX_FAILURES_IN_A_ROW:
+            try:
+                for packet in self.container.demux(self.stream):
+                    failures = 0
+                    if packet.size:
+                        self._count(packet)
+                        yield packet
+                break
+            except InvalidDataError:
+                failures += 1
+            except FFmpegError as error:  # a lost connection or a failing disk: asking again would only wait again
+                self.end = str(error.strerror or error)
+                break
+        yield None
+
+    def _count(self, packet: Packet) -> None:
+        self.packets += 1
+        if packet.pts is not None:
+            self.end_s = max(self.end_s, float((packet.pts + (packet.duration or 0)) * self.time_base))
+
+    def _next_pts(self, frame: VideoFrame) -> int:
+        """The frame's own time where it has one that grows, else one frame after the last."""
+        step = max(1, round(1 / (float(self.stream.guessed_rate or 25) * self.time_base)))
+        after_last = 0 if self._last_pts is None else self._last_pts + step
+        if frame.pts is None or (self._last_pts is not None and frame.pts <= self._last_pts):
+            self._last_pts = after_last
+        else:
+            self._last_pts = frame.pts
+        return self._last_pts
+
+
+def _estimated_frames(container: InputContainer, stream: VideoStream) -> int | None:
+    start_s = float((stream.start_time or 0) * (stream.time_base or 0))
+    duration_s = _promised_end_s(container, stream) - start_s
+    return round(duration_s * float(stream.guessed_rate)) or None if duration_s > 0 and stream.guessed_rate else None
+
+
+def _promised_end_s(container: InputContainer, stream: VideoStream) -> float:
+    """When the video ends by its header, in seconds; 0 where it does not say."""
+    if stream.duration and stream.time_base:
+        return float((stream.start_time or 0) + stream.duration) * float(stream.time_base)
+    if container.duration and len(container.streams) == 1:
+        return ((container.start_time or 0) + container.duration) / av.time_base
+    return 0.0

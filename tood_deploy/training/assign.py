@@ -1,0 +1,164 @@
+"""Which anchor points learn which box: ATSS for the warm-up, then task-aligned assignment. Knows no loss.
+
+Source: reference/SPEC.md section 3; the paper's section 3.2. Results are lists of pairs, so that memory grows with the positives and
+not with anchor points times boxes: 500 boxes in a picture of 800x1344 are 11 million pairs, of which some thousands matter.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tood_deploy.model.boxes import ANCHOR_SIDE, box_iou_floored
+from tood_deploy.presets import STRIDES
+from tood_deploy.training.targets import AnchorGrid
+
+INSIDE_MARGIN = 0.01  # pixels that an anchor point must lie inside a box, from every side
+ATSS_TOPK = 9  # anchors a level
+TAL_TOPK = 13  # anchor points of all levels
+BOXES_AT_ONCE = 16  # keeps the matrices of a step in the processor's cache
+METRIC_EPS = 1e-7
+
+
+class Assignment(NamedTuple):
+    """The positives of one image, as pairs in no particular order.
+
+    Attributes:
+        anchors: (P,) positions of the anchor points; each occurs once.
+        boxes: (P,) positions of the boxes they learn.
+        ious: (P,) overlap of the box with the anchor (ATSS) or with the predicted box (task-aligned).
+        metrics: (P,) alignment metric: score times overlap to the sixth power; 1 in ATSS.
+    """
+
+    anchors: Tensor
+    boxes: Tensor
+    ious: Tensor
+    metrics: Tensor
+
+
+def assign_task_aligned(
+    scores: Tensor,
+    boxes_net: Tensor,
+    points: Tensor,
+    valid: Tensor,
+    gt_boxes: Tensor,
+    gt_labels: Tensor,
+    topk: int = TAL_TOPK,
+) -> Assignment:
+    """The anchor points whose predictions suit each box best.
+
+    Args:
+        scores: (K, A) predicted probabilities, detached.
+        boxes_net: (A, 4) predicted boxes xyxy, in pixels, detached.
+        points: (A, 2) anchor points x, y, in pixels.
+        valid: (A,) bool; others are never assigned.
+        gt_boxes: (G, 4) xyxy, in pixels.
+        gt_labels: (G,).
+        topk: anchor points a box, before those outside the box are taken out.
+    """
+    found: list[tuple[Tensor, ...]] = []
+    planes = boxes_net.T.contiguous()
+    # Boxes of one height share the few predictions that overlap their strip; a metric is positive only where two boxes overlap.
+    for rows in (gt_boxes[:, 1] + gt_boxes[:, 3]).argsort().split(BOXES_AT_ONCE):
+        chunk = gt_boxes[rows]
+        near = _overlapping(planes, chunk, valid)
+        ious = _pairwise_iou(chunk, planes[:, near])
+        metrics = scores.index_select(0, gt_labels[rows]).index_select(1, near) * ious.pow(2).pow(3)
+        best, index = metrics.topk(min(topk, len(near)), dim=1)
+        found.append((near[index].flatten(), rows.repeat_interleave(best.shape[1]), ious.gather(1, index).flatten(), best.flatten()))
+    pairs = Assignment(*(torch.cat(parts) for parts in zip(*found, strict=True))) if found else _nothing(scores)
+    kept = (pairs.metrics > 0) & _inside(points[pairs.anchors], gt_boxes[pairs.boxes])
+    return _one_box_each(_select(pairs, kept), len(points))
+
+
+def assign_atss(grid: AnchorGrid, valid_hw: tuple[int, int], gt_boxes: Tensor, topk: int = ATSS_TOPK) -> Assignment:
+    """The anchors near each box's centre that overlap it more than most of them do.
+
+    Args:
+        grid: the anchor points.
+        valid_hw: rows and columns of the image that hold real pixels; only cells on it (padded to 32) take part.
+        gt_boxes: (G, 4) xyxy, in pixels.
+        topk: candidates a level.
+    """
+    candidates = _nearest_anchors(grid, grid.valid_sizes(valid_hw), gt_boxes, topk)  # (G, N)
+    points = grid.points[candidates]
+    half = grid.strides[candidates].unsqueeze(2) * (ANCHOR_SIDE / 2)
+    ious = box_iou_floored(torch.cat((points - half, points + half), dim=2), gt_boxes.unsqueeze(1)).squeeze(2)
+    threshold = ious.mean(1, keepdim=True) + ious.std(1, keepdim=True)
+    positive = (ious >= threshold) & _inside(points, gt_boxes.unsqueeze(1))
+    rows = torch.arange(len(gt_boxes), device=gt_boxes.device).unsqueeze(1).expand_as(candidates)
+    pairs = Assignment(candidates[positive], rows[positive], ious[positive], torch.ones_like(ious[positive]))
+    return _one_box_each(pairs, len(grid.points))
+
+
+def normalised_metrics(assigned: Assignment, num_boxes: int) -> Tensor:
+    """(P,) the targets of the class score: per box, its largest metric becomes its largest overlap."""
+    best_metric, best_iou = (
+        values.new_zeros(num_boxes).scatter_reduce(0, assigned.boxes, values, "amax") for values in (assigned.metrics, assigned.ious)
+    )
+    return assigned.metrics / (best_metric + METRIC_EPS)[assigned.boxes] * best_iou[assigned.boxes]
+
+
+def _overlapping(planes: Tensor, boxes: Tensor, valid: Tensor) -> Tensor:
+    """Positions of the valid predictions (4, A) that overlap the rectangle around all of these boxes."""
+    x1, y1, x2, y2 = planes
+    left, top = boxes[:, :2].amin(0)
+    right, bottom = boxes[:, 2:].amax(0)
+    return (valid & (x2 > left) & (y2 > top) & (x1 < right) & (y1 < bottom)).nonzero().squeeze(1)
+
+
+def _pairwise_iou(boxes: Tensor, planes: Tensor) -> Tensor:
+    """(G, N) overlaps of boxes (G, 4) with predictions (4, N), in place where it can be: this is most of the assignment's time."""
+    x1, y1, x2, y2 = planes
+    gx1, gy1, gx2, gy2 = boxes.T.unsqueeze(2)
+    overlap = torch.minimum(gx2, x2).sub_(torch.maximum(gx1, x1)).clamp_(min=0)
+    overlap.mul_(torch.minimum(gy2, y2).sub_(torch.maximum(gy1, y1)).clamp_(min=0))
+    union = ((gx2 - gx1) * (gy2 - gy1) + (x2 - x1) * (y2 - y1)).sub_(overlap)
+    return overlap.div_(union.clamp_(min=1e-6))
+
+
+def _nearest_anchors(grid: AnchorGrid, valid_sizes: Sequence[tuple[int, int]], gt_boxes: Tensor, topk: int) -> Tensor:
+    """(G, N) positions of the `topk` valid anchors of every level that are nearest to each box's centre.
+
+    They lie in a window of `topk` rows and columns around it, pushed inside the level where it would leave it.
+    """
+    centres = (gt_boxes[:, :2] + gt_boxes[:, 2:]) / 2
+    chosen, offset = [], 0
+    for (height, width), (rows, columns), stride in zip(grid.sizes_hw, valid_sizes, STRIDES, strict=True):
+        x = _window(centres[:, 0] / stride, columns, topk)
+        y = _window(centres[:, 1] / stride, rows, topk)
+        dx, dy = x * stride - centres[:, :1], y * stride - centres[:, 1:]
+        distances = (dx.unsqueeze(1).square() + dy.unsqueeze(2).square()).sqrt().flatten(1)
+        cells = (y.unsqueeze(2) * width + x.unsqueeze(1)).flatten(1) + offset
+        chosen.append(cells.gather(1, distances.topk(min(topk, distances.shape[1]), dim=1, largest=False).indices))
+        offset += height * width
+    return torch.cat(chosen, dim=1)
+
+
+def _window(centre: Tensor, count: int, size: int) -> Tensor:
+    """(G, min(size, count)) neighbouring cells of 0..count-1 around each centre."""
+    start = (centre.round().long() - size // 2).clamp(min=0).clamp(max=max(count - size, 0))
+    return start.unsqueeze(1) + torch.arange(min(size, count), device=centre.device)
+
+
+def _inside(points: Tensor, boxes: Tensor) -> Tensor:
+    """Whether points (..., 2) lie inside boxes (..., 4), by more than the margin on every side."""
+    return torch.cat((points - boxes[..., :2], boxes[..., 2:] - points), dim=-1).amin(-1) > INSIDE_MARGIN
+
+
+def _one_box_each(pairs: Assignment, num_anchors: int) -> Assignment:
+    """Of an anchor point's several boxes the one with the largest overlap; of equal ones the first."""
+    best = pairs.ious.new_full((num_anchors,), -1.0).scatter_reduce(0, pairs.anchors, pairs.ious, "amax")
+    pairs = _select(pairs, pairs.ious == best[pairs.anchors])
+    first = pairs.boxes.new_full((num_anchors,), torch.iinfo(torch.int64).max).scatter_reduce(0, pairs.anchors, pairs.boxes, "amin")
+    return _select(pairs, pairs.boxes == first[pairs.anchors])
+
+
+def _select(pairs: Assignment, mask: Tensor) -> Assignment:
+    return Assignment(*(part[mask] for part in pairs))
+
+
+def _nothing(like: Tensor) -> Assignment:
+    none = torch.zeros(0, dtype=torch.int64, device=like.device)
+    return Assignment(none, none, like.new_zeros(0), like.new_zeros(0))
