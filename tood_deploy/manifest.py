@@ -96,6 +96,15 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def doubts(artefact: Path, manifest: Manifest) -> str:
+    """Why an artefact's answers should not be trusted blindly, in one line; "" where nothing speaks against it."""
+    if manifest.artefact_sha256 and manifest.artefact_sha256 != file_sha256(artefact):
+        return f"{artefact}: is not the file its manifest describes (another SHA-256); export it again with tood-export"
+    if not manifest.parity:
+        return f"{artefact}: was never compared with PyTorch (its manifest has no parity verdict); export it again with tood-export"
+    return ""
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary name beside `path` that becomes `path` if the block succeeds and vanishes if not.

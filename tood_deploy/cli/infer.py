@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tood_deploy.cli.run import DONE, FAILED_CHECK, add_model_options, run_command
+from tood_deploy.cli.run import DONE, FAILED_CHECK, add_model_options, class_names_from, run_command
+from tood_deploy.errors import ToodError
 
 EPILOG = """\
 The first source that cannot be read at all ends the run with exit code 2. Among several, one that cannot be read is told and the
@@ -27,7 +28,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="a picture, folder, glob, text file with one path a line, video, camera (0 or /dev/video0), rtsp:// or http(s):// address",
     )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where to run (default: cpu)")
-    parser.add_argument("--imgsz", nargs=2, type=int, metavar=("H", "W"), help="short and long side to fit pictures to (default: the model's)")
+    parser.add_argument(
+        "--imgsz", nargs=2, type=int, metavar=("H", "W"), help="short and long side to fit pictures to (default: the model's)"
+    )
     parser.add_argument("--conf", type=float, default=0.3, help="keep detections above this score, 0 to 1 (default: 0.3)")
     parser.add_argument("--iou", type=float, default=0.6, help="overlap above which the weaker of two boxes goes, 0 to 1 (default: 0.6)")
     parser.add_argument("--max-det", type=int, metavar="N", help="the most detections a picture (default: what the model gives, 100)")
@@ -42,9 +45,15 @@ def build_parser() -> argparse.ArgumentParser:
 def add_output_options(parser: argparse.ArgumentParser) -> None:
     """What to write and where."""
     group = parser.add_argument_group("output")
-    group.add_argument("--output", type=Path, metavar="PLACE", help="annotated pictures and videos: a folder, or a file for a single source")
-    group.add_argument("--json", type=Path, metavar="FILE", help="COCO results; image ids count from 1, category ids are class numbers plus 1")
-    group.add_argument("--coco-annotations", type=Path, metavar="FILE", help="take the image and category ids of --json from these annotations")
+    group.add_argument(
+        "--output", type=Path, metavar="PLACE", help="annotated pictures and videos: a folder, or a file for a single source"
+    )
+    group.add_argument(
+        "--json", type=Path, metavar="FILE", help="COCO results; image ids count from 1, category ids are class numbers plus 1"
+    )
+    group.add_argument(
+        "--coco-annotations", type=Path, metavar="FILE", help="take the image and category ids of --json from these annotations"
+    )
     group.add_argument("--jsonl", metavar="FILE", help="one JSON object a frame, as they come; - for stdout")
     group.add_argument("--crops", type=Path, metavar="DIR", help="every object as a picture of its own")
     group.add_argument("--show", action="store_true", help="show the frames in a window; q ends")
@@ -69,7 +78,7 @@ def infer_command(argv: Sequence[str] | None = None) -> int:
     source = open_source(args.source, args.max_pixels)
     options = {"conf": args.conf, "iou": args.iou, "max_det": args.max_det, "imgsz": args.imgsz, "device": args.device}
     with Detector(args.model, **options, **engine_options(args)) as detector:
-        if args.model.endswith(".onnx") and (doubt := doubts(Path(args.model), detector.engine.manifest)):
+        if is_artefact(args.model) and (doubt := doubts(Path(args.model), detector.engine.manifest)):
             print(f"warning: {doubt}", file=sys.stderr)
         run_inference(detector, source, outputs, args.batch)
     if source.skipped:
@@ -77,10 +86,24 @@ def infer_command(argv: Sequence[str] | None = None) -> int:
     return FAILED_CHECK if source.skipped else DONE
 
 
+def is_artefact(model: str) -> bool:
+    """Whether a model argument names an exported artefact, not a checkpoint or preset."""
+    return model.lower().endswith(".onnx")
+
+
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What `open_engine` takes beyond the device; options of checkpoints only where given."""
-    given = {"threads": args.threads, "preset": args.preset, "class_names": args.classes, "convention": args.convention}
-    return {name: value for name, value in given.items() if value is not None}
+    """What `open_engine` takes beyond the device, as far as given.
+
+    Raises:
+        ToodError: options of checkpoints beside an artefact, which has all of that inside.
+    """
+    described = {"preset": args.preset, "class_names": class_names_from(args.classes), "convention": args.convention}
+    options = {name: value for name, value in described.items() if value is not None}
+    if options and is_artefact(args.model):
+        raise ToodError(
+            f"{args.model}: an exported artefact knows its preset, classes and convention; leave --preset, --classes, --convention out"
+        )
+    return options | ({"threads": args.threads} if args.threads is not None else {})
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from tood_deploy.errors import CheckFailed, ToodError
 
@@ -38,3 +39,19 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--preset", metavar="NAME", help="the configuration, where the checkpoint does not tell it")
     group.add_argument("--classes", metavar="NAMES", help="class names, separated by commas, or a text file with one name a line")
     group.add_argument("--convention", choices=("mmdet", "authors"), help="whose test-time behaviour to follow (default: by the checkpoint's origin)")
+
+
+def class_names_from(text: str | None) -> list[str] | None:
+    """The value of --classes: names separated by commas, or the lines of a text file; None where not given.
+
+    Raises:
+        ToodError: names are empty or stand twice.
+    """
+    if text is None:
+        return None
+    path = Path(text)
+    parts = path.read_text(encoding="utf-8").splitlines() if path.is_file() else text.split(",")
+    names = [part.strip() for part in parts if part.strip()]
+    if not names or len(set(names)) != len(names):
+        raise ToodError(f"--classes {text}: {len(names)} names, {len(set(names))} different; expected one different name for each class")
+    return names

@@ -31,7 +31,9 @@ def write_image(path: Path, image_bgr: NDArray[np.uint8]) -> None:
         _, data = cv2.imencode(path.suffix, image_bgr, JPEG_QUALITY if path.suffix.lower() in (".jpg", ".jpeg", ".jpe") else [])
     except cv2.error as error:
         size = f"{image_bgr.shape[1]} x {image_bgr.shape[0]}"
-        raise OutputError(f"{path}: {size} pixels cannot be written as {path.suffix} ({error.err}); write one file ending in .png") from error
+        raise OutputError(
+            f"{path}: {size} pixels cannot be written as {path.suffix} ({error.err}); write one file ending in .png"
+        ) from error
     with atomic_path(path) as temporary:
         temporary.write_bytes(data.tobytes())
 

@@ -81,8 +81,13 @@ def _relative_parts(name: str, names: Sequence[str]) -> tuple[str, ...]:
         return (re.sub(r"\W+", "_", f"{address.hostname}{PurePath(address.path).with_suffix('')}").strip("_"),)
     if len(names) == 1:
         return (PurePath(name).name,)
-    shared = os.path.commonpath([os.path.dirname(os.path.abspath(other)) for other in names])
-    return PurePath(os.path.relpath(os.path.abspath(name), shared)).parts
+    shared = os.path.commonpath([absolute_path(other).parent for other in names])
+    return absolute_path(name).relative_to(shared).parts
+
+
+def absolute_path(name: str | Path) -> Path:
+    """The path from the root, without `.` and `..`, symbolic links left as they are."""
+    return Path(os.path.normpath(Path(name).absolute()))
 
 
 def _output_suffix(name: PurePath) -> str:

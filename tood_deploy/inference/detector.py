@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from types import TracebackType
@@ -116,7 +116,9 @@ class Detector:
             results.append(Detections(boxes, found.scores[i, :count], found.labels[i, :count], self.class_names))
         return results
 
-    def stream(self, source: Spec | Sequence[Spec], batch: int = 1, max_pixels: int | None = None) -> Iterator[tuple[Frame, Detections]]:
+    def stream(
+        self, source: Spec | Sequence[Spec], batch: int = 1, max_pixels: int | None = None
+    ) -> Generator[tuple[Frame, Detections], None, None]:
         """Every frame of pictures, folders, videos, a camera or a stream with its detections, in order.
 
         Reading, scaling and inference run at the same time, in bounded queues. Close the iterator to stop early.

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,7 +56,7 @@ class Source(ABC):
         problems: what was lost, one line each, in the order it happened.
     """
 
-    kind: ClassVar[Kind]
+    kind: Kind
 
     def __init__(self, names: tuple[str, ...], length: int | None) -> None:
         self.names, self.length = names, length

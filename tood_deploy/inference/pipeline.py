@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, TypeVar
@@ -27,7 +27,7 @@ Item = TypeVar("Item")
 
 def detect_frames(
     detector: Detector, source: Source, batch: int = 1, timings: Timings | None = None
-) -> Iterator[tuple[Frame, Detections]]:
+) -> Generator[tuple[Frame, Detections], None, None]:
     """Every frame of a source with what the detector found in it, in order.
 
     Frames of one padded size are batched; results do not depend on the batch. Closing the iterator early stops all threads.
@@ -104,7 +104,7 @@ class _Pipeline:
         self.prepared: SimpleQueue[_Decoded | _End] = SimpleQueue()
         self.results: SimpleQueue[_Result | _End] = SimpleQueue()
 
-    def run(self) -> Iterator[_Result]:
+    def run(self) -> Generator[_Result, None, None]:
         stages = ((self._read, self.frames), (self._prepare, self.prepared), (self._infer, self.results))
         threads = [threading.Thread(target=_run_stage, args=stage, name=stage[0].__name__, daemon=True) for stage in stages]
         for thread in threads:
@@ -165,7 +165,7 @@ def _run_stage(work: Callable[[], None], results: SimpleQueue) -> None:
     """A thread's work; however it ends, the next stage is told."""
     try:
         work()
-    except BaseException as error:  # noqa: BLE001 - raised again in the consumer's thread
+    except BaseException as error:  # raised again in the consumer's thread
         results.put(_End(error))
     else:
         results.put(_End())

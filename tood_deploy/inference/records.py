@@ -80,13 +80,14 @@ class JsonLines(Sink):
         """Writes one line."""
         with output_errors(self.target):
             if self._file is None:
-                Path(self.target).parent.mkdir(parents=True, exist_ok=True)
-                self._file = open(self.target, "w", encoding="utf-8")  # noqa: SIM115 - closed in __exit__
+                path = Path(self.target)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = path.open("w", encoding="utf-8")
             self._file.write(json.dumps(frame_record(frame, found, self.live), ensure_ascii=False) + "\n")
             self._file.flush()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._file is not None and self._file is not sys.stdout:
+        if self._file is not None and self.target != STDOUT:
             with output_errors(self.target):
                 self._file.close()
 

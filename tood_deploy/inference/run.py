@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -90,14 +89,9 @@ def run_inference(detector: Detector, source: Source, outputs: Outputs, batch: i
     """
     sinks = open_sinks(outputs, source, detector.class_names)
     timings = Timings()
-    with Talk(source, timings, outputs.quiet) as talk, SinkThread(sinks) as writer:
-        with closing(detect_frames(detector, source, batch, timings)) as results:
-            for frame, found in results:
-                writer.put(frame, found)
-                talk.advance()
+    results = detect_frames(detector, source, batch, timings)
+    with Talk(source, timings, outputs.quiet) as talk, SinkThread(sinks) as writer, closing(results):
+        for frame, found in results:
+            writer.put(frame, found)
+            talk.advance()
     return timings
-
-
-def warn(line: str) -> None:
-    """One line on stderr."""
-    print(f"warning: {line}", file=sys.stderr)

@@ -77,7 +77,7 @@ class SinkThread:
             try:
                 for sink in self.sinks:
                     sink.write(*item)
-            except BaseException as error:  # noqa: BLE001 - raised again by put and __exit__
+            except BaseException as error:  # raised again by put and __exit__
                 self._error = error
 
     def __enter__(self) -> Self:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import os
 from collections.abc import Iterator, Sequence
 from os import PathLike
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import imagesize
 
 from tood_deploy.errors import InputError, ToodError
+from tood_deploy.inference.destinations import absolute_path
 from tood_deploy.inference.frame import Frame, Kind, Source
 from tood_deploy.inference.images import MAX_PIXELS, PICTURE_SUFFIXES, ImageSource
 from tood_deploy.inference.live import LiveSource
@@ -41,7 +41,7 @@ def open_source(specs: Spec | Sequence[Spec], max_pixels: int = MAX_PIXELS) -> S
         raise InputError(f"{live[0]}: a camera or stream beside other sources; expected it alone, as it need not end")
     if live:
         return _open_address(live[0], max_pixels)
-    paths = list({os.path.abspath(path): path for spec in listed for path in _expand(spec)}.values())  # each file once
+    paths = list({absolute_path(path): path for spec in listed for path in _expand(spec)}.values())  # each file once
     if not paths:
         raise InputError("no source given; expected pictures, a folder, a video, a camera or an address")
     return _open_file(paths[0], max_pixels) if len(paths) == 1 else FileSources(paths, max_pixels)
@@ -50,11 +50,10 @@ def open_source(specs: Spec | Sequence[Spec], max_pixels: int = MAX_PIXELS) -> S
 class FileSources(Source):
     """Several pictures and videos, one after another; one that cannot be read is told, and the rest goes on."""
 
-    kind: Kind = "images"
-
     def __init__(self, paths: Sequence[Path], max_pixels: int = MAX_PIXELS) -> None:
         super().__init__(tuple(map(str, paths)), len(paths))
         self.paths, self.max_pixels = paths, max_pixels
+        self.kind: Kind = "images"
         if any(path.suffix.lower() in VIDEO_SUFFIXES for path in paths):
             self.kind, self.length = "video", None
 
@@ -81,7 +80,7 @@ class FileSources(Source):
 def _live_address(spec: Spec) -> str:
     """The device file or address of a camera or stream; "" for anything else."""
     text = str(spec)
-    if text.isdecimal() and not os.path.exists(text):
+    if text.isdecimal() and not Path(text).exists():
         return f"/dev/video{text}"
     return text if text.startswith((*STREAM_SCHEMES, "/dev/video")) else ""
 
@@ -109,12 +108,16 @@ def _looks_like_picture(path: Path) -> bool:
 def _expand(spec: Spec) -> list[Path]:
     """The files that one argument stands for."""
     path = Path(spec)
-    if os.path.isdir(spec):  # unlike Path.is_dir, False for a name that is too long or may not be looked at
-        return _files_of_folder(path)
-    if os.path.isfile(spec):
-        return _files_of_list(path) if path.suffix.lower() == LIST_SUFFIX else [path]
+    try:
+        if path.is_dir():
+            return _files_of_folder(path)
+        if path.is_file():
+            return _files_of_list(path) if path.suffix.lower() == LIST_SUFFIX else [path]
+    except OSError as error:
+        raise InputError(f"{spec}: cannot be read ({error.strerror}); expected a picture, folder, glob, list or video") from error
     if glob.has_magic(str(spec)):
-        found = [Path(name) for name in sorted(glob.glob(str(spec), recursive=True)) if Path(name).is_file()]
+        names = sorted(glob.glob(str(spec), recursive=True))  # noqa: PTH207 - Path.glob takes no absolute pattern
+        found = [Path(name) for name in names if Path(name).is_file()]
         if not found:
             raise InputError(f"{spec}: no file has such a name; expected a glob that finds pictures or videos")
         return found
@@ -122,10 +125,7 @@ def _expand(spec: Spec) -> list[Path]:
 
 
 def _files_of_folder(folder: Path) -> list[Path]:
-    try:
-        files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be read ({error.strerror})") from error
+    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     wanted = [path for path in files if path.suffix.lower() in PICTURE_SUFFIXES | VIDEO_SUFFIXES]
     if not wanted:
         raise InputError(
@@ -138,7 +138,7 @@ def _files_of_folder(folder: Path) -> list[Path]:
 def _files_of_list(path: Path) -> list[Path]:
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise InputError(f"{path}: cannot be read as a list ({error}); expected text with one path a line") from error
     files = [path.parent / line for line in lines if line and not line.startswith("#")]
     if not files:

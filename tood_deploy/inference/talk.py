@@ -20,7 +20,13 @@ class Talk:
         self.source, self.timings, self.quiet = source, timings, quiet
         self.console = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
         columns = (SpinnerColumn(), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
-        self.bar = Progress(*columns, console=self.console, disable=quiet or not sys.stderr.isatty(), transient=True)
+        self.bar = Progress(
+            *columns,
+            console=self.console,
+            disable=quiet or not sys.stderr.isatty(),
+            transient=True,
+            redirect_stdout=sys.stdout.isatty(),  # results that go into a pipe or file must stay there
+        )
         self.task = self.bar.add_task("frames", total=source.length, rate="")
         self._told = 0
 
@@ -32,7 +38,7 @@ class Talk:
 
     def _tell_problems(self) -> None:
         for problem in self.source.problems[self._told :]:
-            self.console.print(f"skipped: {problem}")
+            self.console.print(f"warning: {problem}")
             self._told += 1
 
     def __enter__(self) -> Self:

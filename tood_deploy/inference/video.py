@@ -19,7 +19,9 @@ from tood_deploy.errors import InputError
 from tood_deploy.inference.frame import Frame, Source
 from tood_deploy.inference.images import MAX_PIXELS
 
-VIDEO_SUFFIXES = frozenset(".264 .265 .3gp .asf .avi .flv .h264 .hevc .m2ts .m4v .mjpeg .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .webm .wmv".split())
+VIDEO_SUFFIXES = frozenset(
+    ".264 .265 .3gp .asf .avi .flv .h264 .hevc .m2ts .m4v .mjpeg .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .webm .wmv".split()
+)
 DECODER_THREADS = 4
 MAX_FAILURES_IN_A_ROW = 50  # then the rest is given up: a cut file fails at every packet that is not there
 END_TOLERANCE_S = 0.5
@@ -37,7 +39,9 @@ def open_container(name: str, timeout_s: float = TIMEOUT_S) -> InputContainer:
     try:
         return av.open(name, format=camera_format, options=options, timeout=timeout_s)
     except FFmpegError as error:
-        raise InputError(f"{name}: cannot be opened as a video ({error.strerror or error}); expected a video file, camera or stream") from error
+        raise InputError(
+            f"{name}: cannot be opened as a video ({error.strerror or error}); expected a video file, camera or stream"
+        ) from error
     except (OSError, ValueError) as error:
         raise InputError(f"{name}: cannot be opened ({error}); expected a video file, camera or stream") from error
 
@@ -54,7 +58,9 @@ def find_video_stream(container: InputContainer, name: str, max_pixels: int = MA
     stream = max(streams, key=lambda one: one.codec_context.width * one.codec_context.height)
     pixels = stream.codec_context.width * stream.codec_context.height
     if pixels > max_pixels:
-        raise InputError(f"{name}: frames of {pixels:,} pixels, more than {max_pixels:,}; if you trust it, raise the limit with --max-pixels")
+        raise InputError(
+            f"{name}: frames of {pixels:,} pixels, more than {max_pixels:,}; if you trust it, raise the limit with --max-pixels"
+        )
     stream.codec_context.thread_type = "AUTO"
     stream.codec_context.thread_count = DECODER_THREADS
     return stream
@@ -62,7 +68,7 @@ def find_video_stream(container: InputContainer, name: str, max_pixels: int = MA
 
 def upright_bgr(frame: VideoFrame) -> NDArray[np.uint8]:
     """The frame as (H, W, 3) uint8 BGR, turned the way its metadata says."""
-    image = frame.to_ndarray(format="bgr24")
+    image = np.asarray(frame.to_ndarray(format="bgr24"), np.uint8)
     quarter_turns = round(frame.rotation / 90) % 4  # counter-clockwise, as np.rot90 turns
     return np.ascontiguousarray(np.rot90(image, quarter_turns)) if quarter_turns else image
 
@@ -176,11 +182,10 @@ class Decoder:
         """The frame's own time where it has one that grows, else one frame after the last."""
         step = max(1, round(1 / (float(self.stream.guessed_rate or 25) * self.time_base)))
         after_last = 0 if self._last_pts is None else self._last_pts + step
-        if frame.pts is None or (self._last_pts is not None and frame.pts <= self._last_pts):
-            self._last_pts = after_last
-        else:
-            self._last_pts = frame.pts
-        return self._last_pts
+        stalls = frame.pts is None or (self._last_pts is not None and frame.pts <= self._last_pts)
+        pts = after_last if frame.pts is None or stalls else frame.pts
+        self._last_pts = pts
+        return pts
 
 
 def _estimated_frames(container: InputContainer, stream: VideoStream) -> int | None:

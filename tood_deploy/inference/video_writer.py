@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -106,12 +107,8 @@ class VideoWriter:
 
     def _drop(self, error: BaseException) -> None:
         """Closes what is open and removes the temporary file."""
-        try:
+        with suppress(FFmpegError):  # writing the trailer of a file that is removed anyway
             if hasattr(self, "_container"):
                 self._container.close()
-        except FFmpegError:
-            pass  # the trailer of a file that is removed anyway
-        try:
+        with suppress(OSError, OutputError):  # the caller tells the first error
             self._file.__exit__(type(error), error, error.__traceback__)
-        except (OSError, OutputError):
-            pass  # the caller tells the first error

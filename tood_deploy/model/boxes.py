@@ -97,7 +97,7 @@ def box_giou(first: Tensor, second: Tensor, *, clamp_areas: bool = False, eps: f
     overlap = _overlap_area(first, second)
     union = (areas[0] + areas[1] - overlap).clamp(min=eps)
     sides = torch.maximum(first[..., 2:], second[..., 2:]) - torch.minimum(first[..., :2], second[..., :2])
-    enclosing = sides.clamp(min=0).prod(-1).clamp(min=eps)
+    enclosing = (sides[..., 0] * sides[..., 1]).clamp(min=eps)
     return overlap / union - (enclosing - union) / enclosing
 
 

@@ -57,6 +57,8 @@ def assign_task_aligned(
         gt_labels: (G,).
         topk: anchor points a box, before those outside the box are taken out.
     """
+    if not len(gt_boxes):
+        return _nothing(scores)
     found: list[tuple[Tensor, ...]] = []
     planes = boxes_net.T.contiguous()
     # Boxes of one height share the few predictions that overlap their strip; a metric is positive only where two boxes overlap.
@@ -67,7 +69,7 @@ def assign_task_aligned(
         metrics = scores.index_select(0, gt_labels[rows]).index_select(1, near) * ious.pow(2).pow(3)
         best, index = metrics.topk(min(topk, len(near)), dim=1)
         found.append((near[index].flatten(), rows.repeat_interleave(best.shape[1]), ious.gather(1, index).flatten(), best.flatten()))
-    pairs = Assignment(*(torch.cat(parts) for parts in zip(*found, strict=True))) if found else _nothing(scores)
+    pairs = Assignment(*(torch.cat(parts) for parts in zip(*found, strict=True)))
     kept = (pairs.metrics > 0) & _inside(points[pairs.anchors], gt_boxes[pairs.boxes])
     return _one_box_each(_select(pairs, kept), len(points))
 
@@ -81,6 +83,8 @@ def assign_atss(grid: AnchorGrid, valid_hw: tuple[int, int], gt_boxes: Tensor, t
         gt_boxes: (G, 4) xyxy, in pixels.
         topk: candidates a level.
     """
+    if not len(gt_boxes):
+        return _nothing(gt_boxes)
     candidates = _nearest_anchors(grid, grid.valid_sizes(valid_hw), gt_boxes, topk)  # (G, N)
     points = grid.points[candidates]
     half = grid.strides[candidates].unsqueeze(2) * (ANCHOR_SIDE / 2)

@@ -3,7 +3,7 @@
 Source: reference/SPEC.md section 3. Which stage of training it is comes in as an argument; nothing is remembered between calls.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -154,11 +154,11 @@ def _cross_entropy(scores: Tensor, wanted: Tensor) -> Tensor:
     return F.binary_cross_entropy(scores.nan_to_num(nan=0.0), wanted, reduction="none")
 
 
-def _class_loss(scores: Tensor, positives: Positives, loss: type | object, valid: Tensor) -> Tensor:
+def _class_loss(scores: Tensor, positives: Positives, loss: Callable[[Tensor, Tensor], Tensor], valid: Tensor) -> Tensor:
     """(B, A) the loss of every anchor point over all classes."""
     wanted = torch.zeros_like(scores)
     wanted[positives.images, positives.labels, positives.anchors] = positives.scores
-    return loss(scores, wanted).sum(1) * valid  # type: ignore[operator]
+    return loss(scores, wanted).sum(1) * valid
 
 
 def _positives_of_image(image: int, found: Assignment, grid: AnchorGrid, target: Targets, warmup: bool) -> Positives:
