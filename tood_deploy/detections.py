@@ -13,7 +13,7 @@ from tood_deploy.draw import draw_boxes
 from tood_deploy.errors import ToodError
 
 if TYPE_CHECKING:
-    import supervision
+    import supervision  # pyright: ignore[reportMissingImports] - optional
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +62,7 @@ class Detections:
 
     def names(self) -> list[str]:
         """The class name of every object; the class number where no names are known."""
-        return [self.class_names[i] if i < len(self.class_names) else str(i) for i in self.class_ids.tolist()]
+        return [self.class_names[i] if i < len(self.class_names) else str(i) for i in map(int, self.class_ids)]
 
     def to_coco(self, image_id: int, category_ids: Sequence[int] | None = None) -> list[dict[str, Any]]:
         """COCO results: one dictionary an object, `bbox` as x, y, width, height in pixels.
@@ -84,7 +84,7 @@ class Detections:
             ToodError: the package supervision is not installed.
         """
         try:
-            import supervision
+            import supervision  # pyright: ignore[reportMissingImports] - optional
         except ImportError as error:
             raise ToodError("to_supervision needs the package supervision; install it with: pip install supervision") from error
         return supervision.Detections(

@@ -105,8 +105,9 @@ class Preset:
         known = {field.name for field in fields(cls)} - {"weights"}
         if unknown := set(values) - known:
             raise ToodError(f"preset holds unknown fields {sorted(unknown)}; it was written by another version of tood_deploy")
+        arguments: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
         try:
-            return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+            return cls(**arguments)
         except TypeError as error:
             raise ToodError(f"preset cannot be read ({error}); expected the fields {sorted(known)}") from error
 

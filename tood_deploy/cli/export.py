@@ -36,7 +36,9 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("checkpoint", help="a checkpoint file, or the name of a preset")
     result.add_argument("--output", type=Path, metavar="FILE", help="where to (default: the checkpoint's name, ending in .onnx, here)")
-    result.add_argument("--imgsz", type=int, nargs=2, metavar=("H", "W"), help="picture size to record as the artefact's default: short and long side")
+    result.add_argument(
+        "--imgsz", type=int, nargs=2, metavar=("H", "W"), help="the artefact's default picture size: short and long side"
+    )
     result.add_argument("--max-det", type=int, default=100, metavar="N", help="the most detections a picture (default: 100)")
     result.add_argument(
         "--deform",
@@ -44,7 +46,9 @@ def parser() -> argparse.ArgumentParser:
         default="op",
         help="deformable convolutions as ONNX's operator (ONNX Runtime, TensorRT) or as gathers (OpenVINO, TensorRT-RTX)",
     )
-    result.add_argument("--verify-images", type=Path, metavar="DIR", help="pictures to verify on, in addition to the built-in ones (the first 16)")
+    result.add_argument(
+        "--verify-images", type=Path, metavar="DIR", help="pictures to verify on, in addition to the built-in ones (the first 16)"
+    )
     result.add_argument("--quiet", action="store_true", help="print nothing but errors")
     add_model_options(result)
     return result

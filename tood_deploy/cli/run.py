@@ -38,7 +38,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("checkpoint")
     group.add_argument("--preset", metavar="NAME", help="the configuration, where the checkpoint does not tell it")
     group.add_argument("--classes", metavar="NAMES", help="class names, separated by commas, or a text file with one name a line")
-    group.add_argument("--convention", choices=("mmdet", "authors"), help="whose test-time behaviour to follow (default: by the checkpoint's origin)")
+    group.add_argument(
+        "--convention", choices=("mmdet", "authors"), help="whose test-time behaviour to follow (default: by the checkpoint's origin)"
+    )
 
 
 def class_names_from(text: str | None) -> list[str] | None:

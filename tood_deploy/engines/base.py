@@ -10,7 +10,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from tood_deploy.errors import ArtefactError, InputError
+from tood_deploy.errors import ArtefactError, InputError, ToodError
 from tood_deploy.manifest import Manifest
 from tood_deploy.presets import SIZE_DIVISOR
 
@@ -44,6 +44,7 @@ class Engine(ABC):
     manifest: Manifest
     device: str
     name: str
+    closed: bool = False
 
     def infer(
         self, images: NDArray[np.uint8], valid_hw: NDArray[np.int32], score_threshold: float, iou_threshold: float
@@ -59,7 +60,10 @@ class Engine(ABC):
         Raises:
             InputError: shapes or types are not as above.
             ArtefactError: the model gave values that are not numbers.
+            ToodError: the engine was closed.
         """
+        if self.closed:
+            raise ToodError(f"{self.name}: the engine was closed; open the model again")
         check_inputs(images, valid_hw)
         found = self._run(images, valid_hw, score_threshold, iou_threshold)
         if not (np.isfinite(found.boxes_net).all() and np.isfinite(found.scores).all()):
@@ -71,8 +75,9 @@ class Engine(ABC):
         self, images: NDArray[np.uint8], valid_hw: NDArray[np.int32], score_threshold: float, iou_threshold: float
     ) -> BatchDetections: ...
 
-    def close(self) -> None:  # noqa: B027 - runtimes that hold nothing need not override it
-        """Frees what the runtime holds."""
+    def close(self) -> None:
+        """Frees what the runtime holds; may be called again."""
+        self.closed = True
 
     def __enter__(self) -> Self:
         return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -42,20 +43,20 @@ class OnnxEngine(Engine):
         self.device = device
         self.name = f"ONNX Runtime {ort.__version__}"
 
-    def _run(
-        self, images: NDArray[np.uint8], valid_hw: NDArray[np.int32], score_threshold: float, iou_threshold: float
-    ) -> BatchDetections:
+    def _run(self, images: NDArray[np.uint8], valid_hw: NDArray[np.int32], score_threshold: float, iou_threshold: float) -> BatchDetections:
         thresholds = np.float32(score_threshold), np.float32(iou_threshold)
         values = (images, valid_hw, *(np.asarray(threshold) for threshold in thresholds))
-        return BatchDetections(*self.session.run(OUTPUTS, dict(zip(INPUTS, values, strict=True))))
+        found: Any = self.session.run(OUTPUTS, dict(zip(INPUTS, values, strict=True)))
+        return BatchDetections(*found)
 
     def close(self) -> None:
-        """Frees the session."""
-        self.__dict__.pop("session", None)
+        """Frees the session; may be called again."""
+        super().close()
+        vars(self).pop("session", None)
 
 
 def _remedy(device: str) -> str:
-    return "install tood_deploy[gpu] and a matching CUDA and cuDNN" if device == "cuda" else "reinstall onnxruntime"
+    return "install onnxruntime-gpu in its place (README, On a GPU), with matching CUDA and cuDNN" if device == "cuda" else "reinstall onnxruntime"
 
 
 def _open_session(path: Path, provider: str, threads: int | None) -> ort.InferenceSession:

@@ -20,7 +20,9 @@ from tood_deploy.model.tood import Tood
 class TorchEngine(Engine):
     """A checkpoint in PyTorch, float32."""
 
-    def __init__(self, checkpoint: str | PathLike[str] | Tood, *, device: str = "cpu", threads: int | None = None, **load_options: Any) -> None:
+    def __init__(
+        self, checkpoint: str | PathLike[str] | Tood, *, device: str = "cpu", threads: int | None = None, **load_options: Any
+    ) -> None:
         """Loads the checkpoint.
 
         Args:
@@ -33,7 +35,9 @@ class TorchEngine(Engine):
             ToodError: the checkpoint cannot be loaded, or the device is not there.
         """
         if device == "cuda" and not torch.cuda.is_available():
-            raise DeviceError(f"device cuda is not there for PyTorch {torch.__version__}; install a CUDA build and driver, or use --device cpu")
+            raise DeviceError(
+                f"device cuda is not there for PyTorch {torch.__version__}; install a CUDA build and driver, or use --device cpu"
+            )
         if threads is not None:
             if threads < 1:
                 raise ToodError(f"threads is {threads}; expected a positive number")
@@ -45,13 +49,12 @@ class TorchEngine(Engine):
         self.name = f"PyTorch {torch.__version__}"
 
     @torch.inference_mode()
-    def _run(
-        self, images: NDArray[np.uint8], valid_hw: NDArray[np.int32], score_threshold: float, iou_threshold: float
-    ) -> BatchDetections:
+    def _run(self, images: NDArray[np.uint8], valid_hw: NDArray[np.int32], score_threshold: float, iou_threshold: float) -> BatchDetections:
         inputs = (torch.from_numpy(array).to(self.device) for array in (images, valid_hw))
         found = self.detector(*inputs, score_threshold, iou_threshold).detections
         return BatchDetections(*(tensor.cpu().numpy() for tensor in found))
 
     def close(self) -> None:
-        """Frees the network."""
-        self.__dict__.pop("detector", None)
+        """Frees the network; may be called again."""
+        super().close()
+        vars(self).pop("detector", None)

@@ -12,7 +12,7 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 
-import tood_deploy
+from tood_deploy import __version__
 from tood_deploy.errors import ToodError
 from tood_deploy.export.graph import DeformForm
 from tood_deploy.export.to_onnx import OPSET, onnx_from_model, save_onnx
@@ -69,7 +69,7 @@ def _is_deformable(model: Tood) -> bool:
 
 def _versions() -> dict[str, str]:
     return {
-        "tood_deploy": tood_deploy.__version__,
+        "tood_deploy": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "onnx": onnx.__version__,

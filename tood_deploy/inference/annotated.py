@@ -27,13 +27,14 @@ def write_image(path: Path, image_bgr: NDArray[np.uint8]) -> None:
     Raises:
         OutputError: the format cannot hold it, the folder cannot be written, or the disk is full.
     """
+    options = JPEG_QUALITY if path.suffix.lower() in (".jpg", ".jpeg", ".jpe") else []
     try:
-        _, data = cv2.imencode(path.suffix, image_bgr, JPEG_QUALITY if path.suffix.lower() in (".jpg", ".jpeg", ".jpe") else [])
-    except cv2.error as error:
+        written, data = cv2.imencode(path.suffix, image_bgr, options)
+    except cv2.error:
+        written, data = False, np.zeros(0, np.uint8)
+    if not written:
         size = f"{image_bgr.shape[1]} x {image_bgr.shape[0]}"
-        raise OutputError(
-            f"{path}: {size} pixels cannot be written as {path.suffix} ({error.err}); write one file ending in .png"
-        ) from error
+        raise OutputError(f"{path}: {size} pixels cannot be written as {path.suffix}; choose another --output, ending in .png")
     with atomic_path(path) as temporary:
         temporary.write_bytes(data.tobytes())
 

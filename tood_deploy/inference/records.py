@@ -78,7 +78,7 @@ class JsonLines(Sink):
 
     def write(self, frame: Frame, found: Detections) -> None:
         """Writes one line."""
-        with output_errors(self.target):
+        with output_errors("stdout" if self.target == STDOUT else self.target):
             if self._file is None:
                 path = Path(self.target)
                 path.parent.mkdir(parents=True, exist_ok=True)

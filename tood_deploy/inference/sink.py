@@ -46,7 +46,7 @@ def output_errors(path: Path | str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OutputError(f"{path}: writing failed ({error.strerror or error}); make room, or choose another place") from error
+        raise OutputError(f"{path}: writing failed ({error.strerror or error}); expected a place with room that can be written") from error
 
 
 class SinkThread:

@@ -88,7 +88,9 @@ class VideoWriter:
         try:
             self._container.mux(self._stream.encode(frame))
         except FFmpegError as error:
-            raise OutputError(f"{self.path}: writing failed ({error.strerror or error}); make room, or choose another place") from error
+            raise OutputError(
+                f"{self.path}: writing failed ({error.strerror or error}); expected a place with room that can be written"
+            ) from error
 
     def __enter__(self) -> Self:
         return self
@@ -102,7 +104,7 @@ class VideoWriter:
             self._container.close()
         except (FFmpegError, OutputError) as failure:
             self._drop(failure)
-            raise OutputError(f"{self.path}: writing failed ({failure}); make room, or choose another place") from failure
+            raise OutputError(f"{self.path}: writing failed ({failure}); expected a place with room that can be written") from failure
         self._file.__exit__(None, None, None)
 
     def _drop(self, error: BaseException) -> None:

@@ -111,7 +111,8 @@ def _choose_preset(found: Preset, facts: ConfigFacts, given: Preset | None, path
     if given is not None:
         if facts.anchor not in (None, given.anchor):
             raise CheckpointError(
-                f"{path}: its configuration says anchor-{facts.anchor}, the preset {given.name} is anchor-{given.anchor}; leave the preset out"
+                f"{path}: its configuration says anchor-{facts.anchor}, the preset {given.name} is anchor-{given.anchor}; "
+                "leave the preset out"
             )
         return given
     if facts.anchor is None:
@@ -167,9 +168,11 @@ def _check_class_names(class_names: Sequence[str] | None, found: Preset, path: P
 
 def _fill(preset: Preset, file: CheckpointFile) -> Tood:
     expected, state = _expected_shapes(preset), dict(file.state_dict)
-    for key in expected:
+    for key in (key for key, shape in expected.items() if not shape):
         if key.endswith("num_batches_tracked"):
             state.setdefault(key, torch.zeros((), dtype=torch.int64))  # files from before PyTorch 0.4.1 lack it; nothing uses it
+        if key in state and state[key].shape == (1,):
+            state[key] = state[key][0]  # they also hold scalars as vectors of one
     if problems := _differences(expected, _shapes(state)):
         raise CheckpointError(
             f"{file.path}: does not fit the preset {preset.name}: {problems}; the file is damaged or of a variant of TOOD"

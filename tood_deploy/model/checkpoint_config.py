@@ -46,7 +46,8 @@ def read_config(meta: Mapping[str, Any], origin: str) -> ConfigFacts:
     """
     text = meta.get("cfg", meta.get("config"))
     config = _parse(text) if isinstance(text, str) else {}
-    model = config.get("model") or {}
+    model = config.get("model")
+    model = model if isinstance(model, Mapping) else {}
     _check(model, origin)
     mean, std = _statistics(config, origin)
     return ConfigFacts(_class_names(meta), _anchor(model), _image_size(config), mean, std, _epochs(config))
@@ -129,7 +130,8 @@ def _image_size(config: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def _statistics(config: Mapping[str, Any], origin: str) -> tuple[Any, Any]:
-    source = _lookup(config, "model.data_preprocessor") or {}
+    source = _lookup(config, "model.data_preprocessor")
+    source = source if isinstance(source, Mapping) else {}
     for step in _test_steps(config):
         if step.get("type") == "Normalize":
             source = step
@@ -137,10 +139,13 @@ def _statistics(config: Mapping[str, Any], origin: str) -> tuple[Any, Any]:
                 raise CheckpointError(
                     f"{origin}: the configuration feeds BGR pictures; only RGB is supported, as in TOOD's published models"
                 )
-    return tuple(
-        values if isinstance(values := source.get(key), tuple) and len(values) == 3 and None not in values else None
-        for key in ("mean", "std")
-    )
+    return _three_numbers(source.get("mean")), _three_numbers(source.get("std"))
+
+
+def _three_numbers(values: Any) -> tuple[float, float, float] | None:
+    if isinstance(values, tuple) and len(values) == 3 and all(isinstance(value, (int, float)) for value in values):
+        return float(values[0]), float(values[1]), float(values[2])
+    return None
 
 
 def _epochs(config: Mapping[str, Any]) -> int | None:

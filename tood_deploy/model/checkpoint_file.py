@@ -113,7 +113,7 @@ def _read_safetensors(path: Path) -> CheckpointFile:
 
 
 def _load_weights_only(path: Path) -> Any:
-    allowed = [(Skipped, name) for name in METADATA_CLASSES]
+    allowed: list[Any] = [(Skipped, name) for name in METADATA_CLASSES]
     try:
         with torch.serialization.safe_globals(allowed):
             return torch.load(path, map_location="cpu", weights_only=True)

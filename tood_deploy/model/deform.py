@@ -155,5 +155,6 @@ class DeformConv2d(nn.Module):
         return torch.cat((first, second), dim=1), mask.sigmoid()
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) in, (B, C', H', W') out."""
         offset, mask = self.offset_and_mask(x)
         return deform_conv2d(x, offset, mask, self.weight, stride=self.stride, padding=self.padding, groups=self.groups)

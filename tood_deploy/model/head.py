@@ -47,6 +47,7 @@ class ConvNorm(nn.Module):
         nn.init.normal_(self.conv.weight, std=0.01)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) in, (B, C', H, W) out."""
         return F.relu(self.gn(self.conv(x)))
 
 
@@ -81,6 +82,7 @@ class Scale(nn.Module):
         self.scale = nn.Parameter(torch.tensor(1.0))
 
     def forward(self, x: Tensor) -> Tensor:
+        """The input, times the scalar."""
         return x * self.scale
 
 
@@ -142,7 +144,7 @@ class TaskAlignedHead(nn.Module):
 
     def _decode(self, regression: Tensor, scale: nn.Module) -> Tensor:
         """Boxes (B, 4, h, w) xyxy in strides; the scale multiplies after the exponential."""
-        points = anchor_points(tuple(regression.shape[2:]), regression)
+        points = anchor_points((regression.shape[2], regression.shape[3]), regression)
         if self.anchor_free:
             return decode_distances(scale(regression.exp()), points)
         return decode_deltas(scale(regression), points)

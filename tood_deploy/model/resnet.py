@@ -31,6 +31,7 @@ class BasicBlock(nn.Module):
         self.downsample = _downsample(in_channels, planes, stride)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) in, (B, C', H / stride, W / stride) out."""
         y = F.relu(self.bn1(self.conv1(x)))
         y = self.bn2(self.conv2(y))
         return F.relu(y + (x if self.downsample is None else self.downsample(x)))
@@ -54,6 +55,7 @@ class Bottleneck(nn.Module):
         self.downsample = _downsample(in_channels, planes * 4, stride)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) in, (B, C', H / stride, W / stride) out."""
         y = F.relu(self.bn1(self.conv1(x)))
         y = F.relu(self.bn2(self.conv2(y)))
         y = self.bn3(self.conv3(y))

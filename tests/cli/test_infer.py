@@ -1,0 +1,356 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import av
+import cv2
+import numpy as np
+import pytest
+from inference.fakes import CLASSES, RedEngine, moving_pictures, red_picture, write_picture, write_video
+
+from tood_deploy.cli import infer
+from tood_deploy.cli.infer import main
+from tood_deploy.inference import detector as detector_module
+from tood_deploy.manifest import Manifest, doubts, file_sha256
+
+ROOT = Path(__file__).resolve().parents[2]
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def engine() -> RedEngine:
+    return RedEngine()
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path, engine: RedEngine) -> Run:
+    """Runs tood-infer with a stand-in engine in an empty folder; gives exit code, stdout and stderr."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(detector_module, "open_engine", lambda model, **options: asked.append({"model": model, **options}) or engine)
+
+    def call(*arguments: str | Path, model: str = "model.pth") -> tuple[int, str, str]:
+        code = main([model, *map(str, arguments)])
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    call.asked = asked  # pyright: ignore[reportFunctionMemberAccess]
+    return call
+
+
+def assert_one_line(result: tuple[int, str, str], *words: str) -> None:
+    """Exit code 2, one line on stderr with these words, nothing left in the working folder."""
+    code, _, err = result
+    assert code == 2
+    assert err.count("\n") == 1, err
+    assert err.startswith("error: ")
+    for word in words:
+        assert word in err
+    assert list(Path.cwd().iterdir()) == []
+
+
+def test_a_picture_with_all_outputs(run: Run, tmp_path: Path) -> None:
+    picture = write_picture(tmp_path / "a.png")
+    code, out, err = run(picture, "--output", "out", "--json", "r.json", "--jsonl", "r.jsonl", "--crops", "crops")
+    assert code == 0
+    assert out == f"{picture}: 1 red thing\n"
+    assert err.startswith("1 frames in ")
+    for word in ("fps", "pre", "infer", "post", "end-to-end", "p95"):
+        assert word in err
+    drawn = cv2.imread("out/a.png")
+    assert drawn is not None
+    assert (drawn != red_picture()).any()
+    (row,) = json.loads(Path("r.json").read_text())
+    assert (row["image_id"], row["category_id"]) == (1, 1)
+    np.testing.assert_allclose(row["bbox"], [8, 8, 16, 16], atol=1)
+    assert json.loads(Path("r.jsonl").read_text())["detections"][0]["class_name"] == CLASSES[0]
+    assert [path.name for path in Path("crops").iterdir()] == ["a_000_red-thing.jpg"]
+
+
+def test_a_video(run: Run, tmp_path: Path, engine: RedEngine) -> None:
+    times = [0, 40, 50, 120, 500, 510]
+    video = write_video(tmp_path / "v.avi.mkv", moving_pictures(6), times)
+    code, out, _ = run(video, "--output", "v.mp4", "--batch", "4", "--jsonl", "-", "--quiet")
+    assert code == 0
+    assert engine.batches == [4, 2]
+    assert [json.loads(line)["timestamp_s"] for line in out.splitlines()] == pytest.approx([time / 1000 for time in times])
+    with av.open("v.mp4") as container:
+        assert [frame.time for frame in container.decode(video=0)] == pytest.approx([time / 1000 for time in times])
+
+
+def test_quiet_says_nothing(run: Run, tmp_path: Path) -> None:
+    assert run(write_picture(tmp_path / "a.png"), "--quiet") == (0, "", "")
+
+
+def test_options_reach_the_engine(run: Run, tmp_path: Path) -> None:
+    picture = write_picture(tmp_path / "a.png")
+    run(picture, "--threads", "2", "--device", "cuda", "--preset", "tiny", "--classes", "a,b", "--convention", "authors")
+    run(picture)
+    assert run.asked == [  # pyright: ignore[reportFunctionMemberAccess]
+        {"model": "model.pth", "device": "cuda", "threads": 2, "preset": "tiny", "class_names": ["a", "b"], "convention": "authors"},
+        {"model": "model.pth", "device": "cpu"},
+    ]
+
+
+def test_max_det_conf_and_imgsz(run: Run, tmp_path: Path, engine: RedEngine) -> None:
+    seen: list[Any] = []
+    real = engine.infer
+    engine.infer = lambda images, *rest: seen.append((images.shape, *rest[1:])) or real(images, *rest)  # pyright: ignore[reportAttributeAccessIssue]
+    picture = write_picture(tmp_path / "a.png")
+    assert run(picture, "--conf", "0.5", "--iou", "0.4", "--imgsz", "128", "64", "--max-det", "1")[0] == 0
+    assert seen == [((1, 64, 96, 3), 0.5, 0.4)]
+
+
+def test_coco_ids_from_annotations(run: Run, tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        write_picture(tmp_path / "pictures" / name)
+    images = [{"id": 11, "file_name": "b.png"}, {"id": 12, "file_name": "a.png"}]
+    categories = [{"id": 5, "name": CLASSES[1]}, {"id": 3, "name": CLASSES[0]}]
+    (tmp_path / "annotations.json").write_text(json.dumps({"images": images, "categories": categories}))
+    assert run(tmp_path / "pictures", "--json", "r.json", "--coco-annotations", tmp_path / "annotations.json")[0] == 0
+    assert [(row["image_id"], row["category_id"]) for row in json.loads(Path("r.json").read_text())] == [(12, 3), (11, 3)]
+
+
+def test_ids_count_the_pictures_that_cannot_be_read(run: Run, tmp_path: Path) -> None:
+    for name in ("a.png", "b.png", "c.png"):
+        write_picture(tmp_path / "pictures" / name)
+    (tmp_path / "pictures" / "b.png").write_bytes(b"")
+    assert run(tmp_path / "pictures", "--json", "r.json")[0] == 1
+    assert [row["image_id"] for row in json.loads(Path("r.json").read_text())] == [1, 3]
+
+
+def test_equal_names_in_two_folders(run: Run, tmp_path: Path) -> None:
+    one, two = write_picture(tmp_path / "one" / "a.png"), write_picture(tmp_path / "two" / "a.png", red_picture(left=40))
+    assert run(one, two, "--output", "out", "--quiet")[0] == 0
+    images = [cv2.imread(f"out/{folder}/a.png") for folder in ("one", "two")]
+    assert images[0] is not None
+    assert images[1] is not None
+    assert (images[0] != images[1]).any()
+
+
+class TestBadInput:
+    def test_no_such_file(self, run: Run) -> None:
+        assert_one_line(run("none.jpg", "--output", "out"), "none.jpg", "no such file")
+
+    def test_a_folder_without_pictures(self, run: Run, tmp_path: Path) -> None:
+        (tmp_path / "empty").mkdir()
+        assert_one_line(run(tmp_path / "empty", "--output", "out"), "no picture or video")
+
+    def test_a_truncated_jpeg(self, run: Run, tmp_path: Path) -> None:
+        path = write_picture(tmp_path / "a.jpg")
+        path.write_bytes(path.read_bytes()[:-100])
+        assert_one_line(run(path, "--output", "out", "--json", "r.json", "--jsonl", "r.jsonl", "--crops", "crops"), "cut")
+
+    @pytest.mark.parametrize("data", [b"", b"plain text, not a picture\n" * 20])
+    def test_a_file_that_is_no_picture(self, run: Run, tmp_path: Path, data: bytes) -> None:
+        (tmp_path / "a.jpg").write_bytes(data)
+        assert_one_line(run(tmp_path / "a.jpg", "--output", "out"), "a.jpg", "picture")
+
+    @pytest.mark.parametrize("size", [(1, 1), (20, 20000), (20000, 20)])
+    def test_odd_sizes_work(self, run: Run, tmp_path: Path, size: tuple[int, int]) -> None:
+        code, _, _ = run(write_picture(tmp_path / "a.png", np.full((*size, 3), 60, np.uint8)), "--output", "out", "--imgsz", "64", "96")
+        drawn = cv2.imread("out/a.png")
+        assert code == 0
+        assert drawn is not None
+        assert drawn.shape == (*size, 3)
+
+    def test_sixteen_bits_work(self, run: Run, tmp_path: Path) -> None:
+        cv2.imwrite(str(tmp_path / "a.png"), red_picture().astype(np.uint16) * 257)
+        assert run(tmp_path / "a.png")[:2] == (0, f"{tmp_path / 'a.png'}: 1 red thing\n")
+
+    def test_too_many_pixels(self, run: Run, tmp_path: Path) -> None:
+        path = write_picture(tmp_path / "a.png")
+        assert_one_line(run(path, "--max-pixels", "1000"), "3,072 pixels", "--max-pixels")
+        assert run(path, "--max-pixels", "4000")[0] == 0
+
+    def test_a_video_without_frames(self, run: Run, tmp_path: Path) -> None:
+        path = write_video(tmp_path / "a.mp4", moving_pictures(4), movflags="faststart")
+        path.write_bytes(path.read_bytes().split(b"mdat")[0] + b"mdat")
+        assert_one_line(run(path, "--output", "out"), "not one frame")
+
+    def test_a_cut_video_keeps_what_was_decoded(self, run: Run, tmp_path: Path) -> None:
+        path = write_video(tmp_path / "a.mp4", moving_pictures(40), movflags="faststart")
+        path.write_bytes(path.read_bytes()[: path.stat().st_size * 6 // 10])
+        code, out, err = run(path, "--output", "out")
+        assert code == 1
+        assert "of 40 frames" in err
+        assert "failed: " in err.splitlines()[-1]
+        with av.open("out/a.mp4") as container:
+            assert len(list(container.decode(video=0))) == len(out.splitlines()) > 5
+
+    def test_one_bad_picture_of_many(self, run: Run, tmp_path: Path) -> None:
+        for name in ("a.png", "c.png"):
+            write_picture(tmp_path / "pictures" / name)
+        (tmp_path / "pictures" / "b.png").write_text("text")
+        code, out, err = run(tmp_path / "pictures", "--output", "out", "--batch", "2")
+        assert code == 1
+        assert len(out.splitlines()) == 2
+        assert sorted(path.name for path in Path("out").iterdir()) == ["a.png", "c.png"]
+        warning, closing_line, failure = err.splitlines()
+        assert warning.startswith(f"warning: {tmp_path / 'pictures' / 'b.png'}: not a picture")
+        assert closing_line.startswith("2 frames in ")
+        assert failure == "failed: 1 pictures or frames could not be read"
+
+    def test_nothing_readable_of_many(self, run: Run, tmp_path: Path) -> None:
+        for name in ("a.jpg", "b.jpg"):
+            (tmp_path / name).write_text("text")
+        code, _, err = run(tmp_path / "*.jpg", "--output", "out")
+        assert code == 2
+        assert err.splitlines()[-1].startswith("error: none of the 2 ")
+        assert list(Path.cwd().iterdir()) == []
+
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            (["--conf", "1.5"], ["conf is 1.5", "0 to 1"]),
+            (["--conf", "-0.1"], ["conf is -0.1"]),
+            (["--conf", "nan"], ["conf is nan"]),
+            (["--iou", "2"], ["iou is 2.0"]),
+            (["--imgsz", "0", "100"], ["imgsz is 0 100", "positive"]),
+            (["--imgsz", "-5", "100"], ["imgsz is -5 100"]),
+            (["--batch", "0"], ["batch is 0", "positive"]),
+            (["--max-det", "0"], ["max_det is 0"]),
+            (["--max-det", "101"], ["max_det is 101", "1 to 4"]),
+            (["--max-pixels", "0"], ["max_pixels is 0"]),
+            (["--coco-annotations", "x.json"], ["--json"]),
+            (["--output", "/proc/none"], ["cannot be written"]),
+            (["--output", "/dev/null/out"], ["cannot be written"]),
+            (["--json", "/dev/null/r.json"], ["cannot be written"]),
+            (["--jsonl", "/dev/null/r.jsonl"], ["cannot be written"]),
+            (["--crops", "/dev/null/crops"], ["cannot be written"]),
+            (["--output", "a.mp4"], ["cannot hold this input"]),
+        ],
+    )
+    def test_values_out_of_range(self, run: Run, tmp_path: Path, arguments: list[str], words: list[str]) -> None:
+        assert_one_line(run(write_picture(tmp_path / "a.png"), *arguments), *words)
+
+    def test_an_input_is_never_overwritten(self, run: Run, tmp_path: Path) -> None:
+        path = write_picture(tmp_path / "a.png")
+        before = path.read_bytes()
+        assert_one_line(run(path, "--output", tmp_path), "would be overwritten")
+        assert path.read_bytes() == before
+
+    def test_a_full_disk(self, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def full(*_: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(Path, "write_bytes", full)
+        cv2.imwrite(str(tmp_path / "a.png"), red_picture())
+        code, _, err = run(tmp_path / "a.png", "--output", "out", "--quiet")
+        assert (code, err.count("\n")) == (2, 1)
+        assert "No space left on device" in err
+        assert list(Path("out").iterdir()) == []
+
+    def test_show_without_windows(self, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("DISPLAY", raising=False)
+        monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+        assert_one_line(run(write_picture(tmp_path / "a.png"), "--show"), "--show")
+
+    def test_options_of_checkpoints_beside_an_artefact(self, run: Run, tmp_path: Path) -> None:
+        assert_one_line(run(write_picture(tmp_path / "a.png"), "--preset", "tiny", model="model.onnx"), "--preset")
+
+    def test_usage_errors_exit_with_2(self, capsys: pytest.CaptureFixture[str]) -> None:
+        for arguments in (["m.onnx"], ["m.onnx", "a.jpg", "--conf", "high"], ["m.onnx", "a.jpg", "--device", "tpu"]):
+            with pytest.raises(SystemExit) as stopped:
+                main(arguments)
+            assert stopped.value.code == 2
+        assert "usage: tood-infer" in capsys.readouterr().err
+
+
+class TestDoubts:
+    @pytest.fixture
+    def artefact(self, tmp_path: Path) -> Path:
+        path = tmp_path / "model.onnx"
+        path.write_bytes(b"an artefact")
+        return path
+
+    def test_of_an_artefact(self, artefact: Path) -> None:
+        manifest = RedEngine().manifest
+        assert "no parity verdict" in doubts(artefact, manifest)
+        proven = replace(manifest, parity={"tolerance": 1e-5}, artefact_sha256=file_sha256(artefact))
+        assert doubts(artefact, proven) == ""
+        artefact.write_bytes(b"another")
+        assert "another SHA-256" in doubts(artefact, proven)
+
+    def test_are_one_line_on_stderr(self, run: Run, artefact: Path, tmp_path: Path, engine: RedEngine) -> None:
+        picture = write_picture(tmp_path / "a.png")
+        code, _, err = run(picture, "--quiet", model=str(artefact))
+        assert (code, err.count("\n")) == (0, 1)
+        assert err.startswith("warning: ")
+        engine.manifest = Manifest(engine.manifest.preset, parity={"tolerance": 1e-5}, artefact_sha256=file_sha256(artefact))
+        assert run(picture, "--quiet", model=str(artefact))[2] == ""
+
+
+def test_the_pixel_limit_of_opencv_is_raised_too(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENCV_IO_MAX_IMAGE_PIXELS", raising=False)
+    picture = write_picture(tmp_path / "a.png")
+    run(picture, "--max-pixels", "1000000")
+    assert "OPENCV_IO_MAX_IMAGE_PIXELS" not in os.environ
+    run(picture, "--max-pixels", str(2**31))
+    assert os.environ.pop("OPENCV_IO_MAX_IMAGE_PIXELS") == str(2**31)
+
+
+def test_the_default_pixel_limit_is_the_librarys() -> None:
+    from tood_deploy.inference.images import MAX_PIXELS
+
+    assert infer.build_parser().get_default("max_pixels") == MAX_PIXELS
+
+
+SLOW_RUN = """
+import sys
+sys.path.insert(0, "tests")
+from inference.fakes import RedEngine
+from tood_deploy.cli.infer import main
+from tood_deploy.inference import detector
+detector.open_engine = lambda model, **options: RedEngine(0.02)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def start_slow_run(*arguments: str | Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", textwrap.dedent(SLOW_RUN), "model.pth", *map(str, arguments)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_an_interrupted_video_plays(tmp_path: Path) -> None:
+    video = write_video(tmp_path / "v.mp4", moving_pictures(24) * 50)
+    process = start_slow_run(video, "--output", tmp_path / "out", "--jsonl", "-", "--json", tmp_path / "r.json")
+    assert process.stdout is not None
+    written = [json.loads(process.stdout.readline()) for _ in range(10)]
+    process.send_signal(signal.SIGINT)
+    rest, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert err.splitlines()[-1] == "interrupted"
+    assert "Traceback" not in err
+    lines = len(written) + len(rest.splitlines())
+    with av.open(str(tmp_path / "out" / "v.mp4")) as container:
+        times = [frame.time for frame in container.decode(video=0)]
+    assert len(times) == lines < 1200
+    assert times == pytest.approx([0.04 * i for i in range(lines)])
+    assert len(json.loads((tmp_path / "r.json").read_text())) == lines
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["v.mp4"]
+
+
+def test_a_reader_that_goes_away_ends_the_run(tmp_path: Path) -> None:
+    video = write_video(tmp_path / "v.mp4", moving_pictures(24) * 50)
+    process = start_slow_run(video, "--jsonl", "-")
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr is not None
+    started = time.perf_counter()
+    err = process.stderr.read()
+    process.stderr.close()
+    assert process.wait(timeout=30) == 2
+    assert time.perf_counter() - started < 15
+    assert "stdout" in err
+    assert "Traceback" not in err

@@ -1,0 +1,77 @@
+from pathlib import Path
+
+import pytest
+
+from tood_deploy.errors import OutputError
+from tood_deploy.inference.destinations import check_writable, plan_outputs
+
+
+def planned(names: list[str], output: str = "out") -> list[str]:
+    return [str(path) for path in plan_outputs(names, Path(output)).values()]
+
+
+@pytest.mark.parametrize(
+    ("names", "outputs"),
+    [
+        (["a/x.jpg"], ["out/x.jpg"]),
+        (["a/x.jpg", "a/y.PNG"], ["out/x.jpg", "out/y.PNG"]),
+        (["a/x.jpg", "b/x.jpg"], ["out/a/x.jpg", "out/b/x.jpg"]),
+        (["r/a/x.jpg", "r/b/c/x.jpg", "r/b/y.jpg"], ["out/a/x.jpg", "out/b/c/x.jpg", "out/b/y.jpg"]),
+        (["../one/x.jpg", "two/x.jpg"], None),
+        (["x.avi"], ["out/x.mp4"]),
+        (["x.avi", "x.mov", "x.mp4"], ["out/x.avi.mp4", "out/x.mov.mov", "out/x.mp4.mp4"]),
+        (["x.avi", "x.webm"], ["out/x.avi.mp4", "out/x.webm.mp4"]),
+        (["x.gif", "y.avif", "z.pgm"], ["out/x.png", "out/y.png", "out/z.png"]),
+        (["X.jpg", "sub/x.JPG"], ["out/X.jpg", "out/sub/x.JPG"]),
+        (["rtsp://user:secret@camera.local:554/main/1?x=2"], ["out/camera_local_main_1.mp4"]),
+        (["/dev/video0"], ["out/video0.mp4"]),
+    ],
+)
+def test_every_input_has_a_file_of_its_own(names: list[str], outputs: list[str] | None) -> None:
+    result = planned(names)
+    assert len(set(result)) == len(names)
+    assert all(name.startswith("out/") and ".." not in name for name in result)
+    assert outputs is None or result == outputs
+
+
+def test_one_file_for_a_single_input(tmp_path: Path) -> None:
+    assert planned(["a.avi"], "b/c.mp4") == ["b/c.mp4"]
+    assert planned(["a.jpg"], "c.png") == ["c.png"]
+    (tmp_path / "folder.mp4").mkdir()
+    assert planned(["a.avi"], str(tmp_path / "folder.mp4")) == [str(tmp_path / "folder.mp4" / "a.mp4")]
+
+
+@pytest.mark.parametrize(
+    ("names", "output", "message"),
+    [
+        (["a.jpg", "b.jpg"], "c.jpg", "one file for 2 inputs"),
+        (["a.jpg"], "c.mp4", "cannot hold this input"),
+        (["a.mp4"], "c.jpg", "cannot hold this input"),
+        (["a.mp4"], "c.webm", r"\.mkv, \.mov, \.mp4"),
+    ],
+)
+def test_files_that_cannot_hold_the_output(names: list[str], output: str, message: str) -> None:
+    with pytest.raises(OutputError, match=message):
+        planned(names, output)
+
+
+def test_an_input_is_never_overwritten(tmp_path: Path) -> None:
+    picture = tmp_path / "a.jpg"
+    picture.touch()
+    (tmp_path / "link").symlink_to(tmp_path)
+    for output in (tmp_path, tmp_path / "link", picture):
+        with pytest.raises(OutputError, match="is an input"):
+            plan_outputs([str(picture), str(tmp_path / "b.jpg")][: 2 if output.is_dir() else 1], output)
+
+
+def test_a_place_that_can_be_written_is_left_as_it_was(tmp_path: Path) -> None:
+    check_writable(tmp_path)
+    check_writable(tmp_path / "not" / "yet" / "there")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file" / "below", Path("/proc/none")):
+        with pytest.raises(OutputError, match="cannot be written"):
+            check_writable(place)

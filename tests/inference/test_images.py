@@ -1,0 +1,147 @@
+import base64
+import struct
+import zlib
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from inference.fakes import red_picture, write_picture
+from numpy.typing import NDArray
+
+from tood_deploy.errors import InputError
+from tood_deploy.inference.images import ImageSource, decode_image
+
+# 24 x 16 pixels: red (220, 30, 40), green (30, 200, 60) and blue (40, 60, 210) thirds, from left to right.
+CMYK_JPEG = base64.b64decode(
+    "/9j/7gAOQWRvYmUAZAAAAAAA/9sAQwADAgIDAgIDAwMDBAMDBAUIBQUEBAUKBwcGCAwKDAwLCgsLDQ4SEA0OEQ4LCxAWEBETFBUVFQwPFxgWFBgSFBUU/8AAFAgAEAAYBE"
+    "MRAE0RAFkRAEsRAP/EAB8AAAEFAQEBAQEBAAAAAAAAAAABAgMEBQYHCAkKC//EALUQAAIBAwMCBAMFBQQEAAABfQECAwAEEQUSITFBBhNRYQcicRQygZGhCCNCscEVUtHw"
+    "JDNicoIJChYXGBkaJSYnKCkqNDU2Nzg5OkNERUZHSElKU1RVVldYWVpjZGVmZ2hpanN0dXZ3eHl6g4SFhoeIiYqSk5SVlpeYmZqio6Slpqeoqaqys7S1tre4ubrCw8TFxs"
+    "fIycrS09TV1tfY2drh4uPk5ebn6Onq8fLz9PX29/j5+v/aAA4EQwBNAFkASwAAPwD71r8+q+FK/VOvwFr9xa7aitqvyKr9kKK/eCvL6/DmivwFr9xa7aitqvyKr9kKK//Z"
+)
+PALETTE_PNG = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAABgAAAAQAgMAAABxSlcGAAAACVBMVEUeyDwoPNLcHihH9Rs4AAAAF0lEQVR4nGNcxRDGEMrAxMDAwMBABwoAmUsBdauEyyYAAAAASUVORK5CYII="
+)
+THIRDS_BGR = [(40, 30, 220), (60, 200, 30), (210, 60, 40)]
+
+
+def encode(image: NDArray[np.uint8] | NDArray[np.uint16], suffix: str = ".png") -> bytes:
+    return cv2.imencode(suffix, image)[1].tobytes()
+
+
+def with_orientation(jpeg: bytes, orientation: int) -> bytes:
+    """Puts an EXIF block with this orientation behind the start of a JPEG."""
+    tiff = b"MM\x00\x2a" + struct.pack(">IHHHIHHI", 8, 1, 0x0112, 3, 1, orientation, 0, 0)
+    exif = b"Exif\x00\x00" + tiff
+    return jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + jpeg[2:]
+
+
+def png_bomb(width: int, height: int) -> bytes:
+    """A small PNG whose header promises many pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("data", [CMYK_JPEG, PALETTE_PNG], ids=["cmyk", "palette"])
+def test_cmyk_and_palette_become_bgr(data: bytes) -> None:
+    image = decode_image(data, "thirds")
+    assert image.shape == (16, 24, 3)
+    for third, colour in enumerate(THIRDS_BGR):
+        np.testing.assert_allclose(image[8, 4 + 8 * third], colour, atol=4)  # JPEG's loss
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tiff", ".ppm"])
+def test_sixteen_bits_are_scaled_down(suffix: str) -> None:
+    values = np.linspace(0, 65535, 20 * 30 * 3).reshape(20, 30, 3).astype(np.uint16)
+    image = decode_image(encode(values, suffix), "deep")
+    assert image.dtype == np.uint8
+    np.testing.assert_allclose(image, values / 257, atol=1)
+
+
+def test_grey_and_alpha_become_bgr() -> None:
+    grey = np.arange(48, dtype=np.uint8).reshape(6, 8)
+    assert (decode_image(encode(grey), "grey") == grey[..., None]).all()
+    transparent = np.dstack([red_picture(), np.zeros((48, 64), np.uint8)])
+    assert (decode_image(encode(transparent), "alpha") == red_picture()).all()
+
+
+@pytest.mark.parametrize(("orientation", "turn"), [(3, cv2.ROTATE_180), (6, cv2.ROTATE_90_CLOCKWISE), (8, cv2.ROTATE_90_COUNTERCLOCKWISE)])
+def test_exif_orientation_is_honoured(orientation: int, turn: int) -> None:
+    jpeg = encode(red_picture(), ".jpg")
+    upright = cv2.rotate(decode_image(jpeg, "plain"), turn)
+    assert (decode_image(with_orientation(jpeg, orientation), "turned") == upright).all()
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".bmp", ".tiff", ".webp", ".jp2", ".gif", ".ppm", ".avif"])
+@pytest.mark.parametrize("kept", [0.5, 0.9])
+def test_a_truncated_picture_is_refused(suffix: str, kept: float) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3)).astype(np.uint8)
+    data = encode(noise, suffix)
+    assert decode_image(data, "whole").shape == (64, 64, 3)
+    with pytest.raises(InputError, match="cut"):
+        decode_image(data[: int(kept * len(data))], "cut")
+
+
+def test_a_jpeg_without_its_last_rows_is_refused() -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3)).astype(np.uint8)
+    data = encode(noise, ".jpg")
+    with pytest.raises(InputError, match="cut"):
+        decode_image(data[:-20], "cut")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "empty file"),
+        (b"this is a text file\n" * 20, "not a picture"),
+        (b"\xff\xd8\xff", "not a picture"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(100), "not a picture"),
+        (b"<svg width='10' height='10'></svg>", "not a picture|cut, damaged"),
+    ],
+)
+def test_what_is_no_picture_is_refused(data: bytes, message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        decode_image(data, "a.jpg")
+    assert str(caught.value).startswith("a.jpg: ")
+
+
+def test_a_bomb_is_refused_by_its_header() -> None:
+    with pytest.raises(InputError, match=r"900,000,000 pixels, more than 200,000,000; .*--max-pixels"):
+        decode_image(png_bomb(30000, 30000), "bomb.png")
+
+
+def test_the_pixel_limit_can_be_raised_and_lowered() -> None:
+    data = encode(red_picture())
+    assert decode_image(data, "a", max_pixels=48 * 64).shape == (48, 64, 3)
+    with pytest.raises(InputError, match="3,072 pixels, more than 3,071"):
+        decode_image(data, "a", max_pixels=48 * 64 - 1)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (20, 20000), (20000, 20)])
+def test_odd_sizes_work(size: tuple[int, int]) -> None:
+    image = np.full((*size, 3), 77, np.uint8)
+    assert (decode_image(encode(image), "odd") == image).all()
+
+
+def test_a_picture_with_nothing_on_stderr(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(InputError):
+        decode_image(encode(red_picture())[:-20], "cut.png")
+    assert capfd.readouterr().err == ""
+
+
+def test_source_gives_one_frame(tmp_path: Path) -> None:
+    path = write_picture(tmp_path / "a b.png")
+    source = ImageSource(path)
+    (frame,) = source
+    assert (frame.name, frame.index, frame.timestamp_s, frame.pts) == (str(path), 0, None, None)
+    assert (frame.image_bgr == red_picture()).all()
+    assert (source.kind, source.length, source.names) == ("images", 1, (str(path),))
+
+
+def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="No such file"):
+        next(iter(ImageSource(tmp_path / "none.jpg")))

@@ -1,0 +1,199 @@
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from inference.fakes import RedEngine, moving_pictures, red_picture, write_picture, write_video
+from numpy.typing import NDArray
+
+from tood_deploy import Detector, ToodError
+from tood_deploy.errors import InputError
+from tood_deploy.inference.frame import Frame, Source
+from tood_deploy.inference.pipeline import InFlight, detect_frames
+from tood_deploy.inference.source import open_source
+from tood_deploy.inference.timings import Timings
+
+
+class Pictures(Source):
+    """Frames from memory; remembers how many were read and when."""
+
+    kind = "images"
+
+    def __init__(self, images: list[NDArray[np.uint8]], error: Exception | None = None) -> None:
+        super().__init__(("memory",), len(images))
+        self.images, self.error, self.read = images, error, 0
+
+    def __iter__(self) -> Iterator[Frame]:
+        for i, image in enumerate(self.images):
+            self.read += 1
+            yield Frame(image, "memory", i)
+        if self.error is not None:
+            raise self.error
+
+
+def detector(engine: RedEngine | None = None) -> Detector:
+    return Detector(engine or RedEngine(), imgsz=(96, 128))
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5, 100])
+def test_every_frame_in_order_with_its_own_boxes(batch: int) -> None:
+    results = list(detect_frames(detector(), Pictures(moving_pictures(13)), batch))
+    assert [frame.index for frame, _ in results] == list(range(13))
+    for i, (_, found) in enumerate(results):
+        np.testing.assert_allclose(found.boxes, [[2 * i, 8, 2 * i + 16, 24]], atol=1)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 8])
+def test_results_do_not_depend_on_the_batch(batch: int) -> None:
+    images = [red_picture(48, 64), red_picture(64, 48), red_picture(48, 64), red_picture(48, 64), red_picture(33, 200), red_picture(48, 64)]
+    alone = [detector()(image) for image in images]
+    engine = RedEngine()
+    together = [found for _, found in detect_frames(detector(engine), Pictures(images), batch)]
+    for one, other in zip(alone, together, strict=True):
+        assert (one.boxes == other.boxes).all()
+        assert (one.scores == other.scores).all()
+    assert max(engine.batches) <= batch
+
+
+def test_only_pictures_of_one_padded_size_share_a_batch() -> None:
+    images = [red_picture(48, 64)] * 3 + [red_picture(64, 48)] * 3 + [red_picture(48, 64)] * 5
+    engine = RedEngine()
+    list(detect_frames(detector(engine), Pictures(images), batch=4))
+    assert engine.batches == [3, 3, 4, 1]
+
+
+def test_no_frames_give_no_results() -> None:
+    assert list(detect_frames(detector(), Pictures([]))) == []
+
+
+def test_a_source_that_fails_is_told_after_the_frames_before() -> None:
+    results = detect_frames(detector(), Pictures(moving_pictures(5), InputError("the disk broke")), batch=4)
+    got = []
+    with pytest.raises(InputError, match="the disk broke"):
+        got.extend(frame.index for frame, _ in iterate_into(results, got))
+    assert got == [0, 1, 2, 3, 4]
+
+
+def iterate_into(results: Iterator, got: list[int]) -> Iterator:
+    for frame, _ in results:
+        got.append(frame.index)
+    return iter(())
+
+
+def test_an_engine_that_fails_is_told() -> None:
+    with pytest.raises(RuntimeError, match="the engine broke"):
+        list(detect_frames(detector(RedEngine(fail_at_call=2)), Pictures(moving_pictures(20))))
+    assert no_threads_left()
+
+
+def test_a_picture_that_cannot_be_scaled_is_told() -> None:
+    images = [*moving_pictures(2), np.zeros((4, 4), np.uint8)]
+    with pytest.raises(InputError, match=r"expected uint8 \(H, W, 3\)"):
+        list(detect_frames(detector(), Pictures(images)))
+    assert no_threads_left()
+
+
+def test_closing_early_stops_all_threads() -> None:
+    source = Pictures(moving_pictures(30) * 100)
+    results = detect_frames(detector(RedEngine(0.001)), source)
+    for _ in range(3):
+        next(results)
+    results.close()
+    assert no_threads_left()
+    assert source.read < 30
+
+
+def no_threads_left() -> bool:
+    return not [thread for thread in threading.enumerate() if thread.name in ("_read", "_prepare", "_infer")]
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_slow_consumer_holds_the_source_back(batch: int) -> None:
+    source = Pictures(moving_pictures(30) * 10)
+    results = detect_frames(detector(), source, batch)
+    next(results)
+    time.sleep(0.1)
+    assert source.read <= 2 * batch + 3
+    results.close()
+
+
+def test_large_pictures_are_held_back_by_their_bytes() -> None:
+    in_flight = InFlight(least=1, most=10, most_bytes=5 * 48 * 64 * 3)
+    frame = Frame(red_picture(), "memory")
+    for _ in range(4):
+        in_flight.enter(frame)
+    assert in_flight.wait_for_room()
+    in_flight.enter(frame)
+    threading.Timer(0.05, in_flight.leave, (frame,)).start()
+    started = time.perf_counter()
+    assert in_flight.wait_for_room()
+    assert time.perf_counter() - started > 0.03
+    in_flight.stop()
+    assert not in_flight.wait_for_room()
+
+
+def test_a_batch_larger_than_the_bytes_allowed_still_goes_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tood_deploy.inference.pipeline.InFlight.__init__.__defaults__", (1,))
+    engine = RedEngine()
+    assert len(list(detect_frames(detector(engine), Pictures(moving_pictures(9)), batch=4))) == 9
+    assert engine.batches == [4, 4, 1]
+
+
+def test_batch_must_be_positive() -> None:
+    with pytest.raises(ToodError, match="batch is 0"):
+        detect_frames(detector(), Pictures([]), 0)
+
+
+def test_reading_and_inference_overlap() -> None:
+    class SlowPictures(Pictures):
+        def __iter__(self) -> Iterator[Frame]:
+            for frame in super().__iter__():
+                time.sleep(0.015)  # decoding
+                yield frame
+
+    timings = Timings()
+    for _ in detect_frames(detector(RedEngine(0.02)), SlowPictures(moving_pictures(20)), timings=timings):
+        time.sleep(0.015)  # drawing
+    one_after_another = 20 * (0.015 + 0.02 + 0.015)
+    assert timings.ended_s - timings.started_s < 0.7 * one_after_another
+
+
+def test_a_clip_runs_at_the_rate_of_the_engine(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", moving_pictures(40, 240, 320))
+    timings = Timings()
+    for _ in detect_frames(detector(RedEngine(0.02)), open_source(path), timings=timings):
+        pass
+    engine_only_fps = 1000 / timings.percentile_ms("infer", 50)
+    assert timings.fps > 0.85 * engine_only_fps  # 0.97 on an idle machine; this one may be busy
+
+
+def test_timings_of_every_frame() -> None:
+    timings = Timings()
+    list(detect_frames(detector(RedEngine(0.01)), Pictures(moving_pictures(8)), 4, timings))
+    assert timings.frames == 8
+    assert 10 <= timings.percentile_ms("infer", 50) < 30  # per frame, not per batch of 4
+    assert timings.percentile_ms("end_to_end", 95) >= timings.percentile_ms("infer", 50)
+    line = timings.summary()
+    for word in ("8 frames", "fps", "pre ", "infer ", "post ", "end-to-end ", "p95"):
+        assert word in line
+
+
+def test_timings_of_nothing() -> None:
+    assert Timings().summary().startswith("0 frames")
+
+
+def test_stream_of_the_detector(tmp_path: Path) -> None:
+    video = write_video(tmp_path / "a.mp4", moving_pictures(6))
+    picture = write_picture(tmp_path / "b.png")
+    found = list(detector().stream([video, picture], batch=2))
+    assert [(Path(frame.name).name, frame.index, frame.timestamp_s) for frame, _ in found[-2:]] == [("a.mp4", 5, 0.2), ("b.png", 0, None)]
+    assert all(len(objects) == 1 for _, objects in found)
+
+
+def test_stream_refuses_what_is_not_there_at_once(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such file"):
+        detector().stream(tmp_path / "none.mp4")
+    with pytest.raises(InputError, match="more than 100"):
+        list(detector().stream(write_picture(tmp_path / "b.png"), max_pixels=100))

@@ -1,0 +1,136 @@
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from tood_deploy.errors import InputError, ToodError
+from tood_deploy.preprocess import ImageTransform, check_imgsz, fit_size, pad_size, resize, resize_and_pad
+
+Goldens = Callable[[str], dict[str, NDArray[Any]]]
+
+
+@pytest.fixture(scope="module")
+def demo(shared: Path) -> NDArray[np.uint8]:
+    return np.asarray(cv2.imread(str(shared / "reference" / "images" / "demo.jpg")), np.uint8)
+
+
+@pytest.mark.shared
+def test_equals_the_reference_byte_for_byte(demo: NDArray[np.uint8], goldens: Goldens) -> None:
+    golden = goldens("input__demo__320")
+    resized_hw = tuple(int(side) for side in golden["img_shape"][:2])
+    image, transform = resize_and_pad(demo, (320, 320))
+    assert (resize(demo, (320, 320)).transpose(2, 0, 1) == golden["resized_bgr_u8"]).all()
+    assert transform.resized_hw == resized_hw
+    assert transform.net_hw == tuple(int(side) for side in golden["pad_shape"][:2])
+    assert transform.image_hw == tuple(int(side) for side in golden["ori_shape"][:2])
+    assert (image[: resized_hw[0], : resized_hw[1], ::-1].transpose(2, 0, 1) == golden["resized_bgr_u8"]).all()
+
+
+@pytest.mark.shared
+def test_equals_the_reference_normalised(demo: NDArray[np.uint8], goldens: Goldens) -> None:
+    golden = goldens("input__demo__320")["input"]
+    image, transform = resize_and_pad(demo, (320, 320))
+    rows, columns = transform.resized_hw
+    normalised = np.zeros(golden.shape, np.float32)
+    mean, std = np.array([123.675, 116.28, 103.53], np.float32), np.array([58.395, 57.12, 57.375], np.float32)
+    normalised[0, :, :rows, :columns] = ((image[:rows, :columns] - mean) / std).transpose(2, 0, 1)
+    np.testing.assert_allclose(normalised, golden, atol=1e-6)  # float32 rounding of one division
+
+
+@pytest.mark.shared
+def test_equals_the_reference_at_full_size(demo: NDArray[np.uint8], goldens: Goldens) -> None:
+    golden = goldens("tood_r50_fpn_1x_coco__demo__800x1333")
+    resized = np.ascontiguousarray(resize(demo, (800, 1333)).transpose(2, 0, 1))
+    assert hashlib.sha256(resized.tobytes()).hexdigest() == str(golden["resized_u8_sha256"])
+
+
+@pytest.mark.parametrize(
+    ("image_hw", "imgsz", "resized_hw", "net_hw"),
+    [
+        ((427, 640), (800, 1333), (800, 1199), (800, 1216)),
+        ((640, 427), (800, 1333), (1199, 800), (1216, 800)),
+        ((1, 1), (800, 1333), (800, 800), (800, 800)),
+        ((20000, 20), (800, 1333), (1333, 1), (1344, 32)),
+        ((20, 20000), (800, 1333), (1, 1333), (32, 1344)),
+        ((1, 100000), (240, 320), (1, 320), (32, 320)),  # scaled, one side would have no pixel at all
+        ((32, 32), (32, 32), (32, 32), (32, 32)),
+    ],
+)
+def test_sizes(image_hw: tuple[int, int], imgsz: tuple[int, int], resized_hw: tuple[int, int], net_hw: tuple[int, int]) -> None:
+    image, transform = resize_and_pad(np.full((*image_hw, 3), 200, np.uint8), imgsz)
+    assert transform == ImageTransform(image_hw, resized_hw, net_hw)
+    assert image.shape == (*net_hw, 3)
+    assert (image[: resized_hw[0], : resized_hw[1]] == 200).all()
+    assert not image[resized_hw[0] :].any()
+    assert not image[:, resized_hw[1] :].any()
+
+
+@given(st.integers(1, 5000), st.integers(1, 5000), st.integers(1, 1000), st.integers(0, 1000))
+def test_the_picture_fits_and_touches_one_limit(height: int, width: int, short: int, more: int) -> None:
+    fitted = fit_size((height, width), (short, short + more))
+    assert min(fitted) >= 1
+    assert min(fitted) <= short
+    assert max(fitted) <= short + more
+    assert min(fitted) == short or max(fitted) == short + more
+    assert all(0 <= padded - side < 32 and padded % 32 == 0 for padded, side in zip(pad_size(fitted), fitted, strict=True))
+
+
+def test_colours_become_rgb() -> None:
+    image, _ = resize_and_pad(np.full((32, 32, 3), (10, 20, 30), np.uint8), (32, 32))
+    assert image[0, 0].tolist() == [30, 20, 10]
+
+
+def test_padding_to_a_fixed_shape() -> None:
+    image, transform = resize_and_pad(np.full((50, 100, 3), 9, np.uint8), (50, 100), net_hw=(128, 256))
+    assert image.shape == (128, 256, 3)
+    assert transform.resized_hw == (50, 100)
+    with pytest.raises(InputError, match="smaller imgsz"):
+        resize_and_pad(np.zeros((50, 100, 3), np.uint8), (50, 100), net_hw=(32, 128))
+
+
+def test_boxes_go_back_with_a_factor_for_each_direction() -> None:
+    transform = ImageTransform((20000, 20), (1333, 1), (1344, 32))
+    boxes = transform.boxes_to_image(np.array([[0, 0, 1, 1333], [0.5, 133.3, 1, 266.6]], np.float32))
+    np.testing.assert_allclose(boxes, [[0, 0, 20, 20000], [10, 2000, 20, 4000]], rtol=1e-6)
+    assert boxes.dtype == np.float32
+    assert transform.boxes_to_image(np.zeros((0, 4), np.float32)).shape == (0, 4)
+
+
+@given(st.integers(1, 3000), st.integers(1, 3000), st.integers(1, 800))
+def test_the_whole_picture_goes_back_to_itself(height: int, width: int, short: int) -> None:
+    resized = fit_size((height, width), (short, 2 * short))
+    transform = ImageTransform((height, width), resized, pad_size(resized))
+    whole = transform.boxes_to_image(np.array([[0, 0, resized[1], resized[0]]], np.float32))
+    np.testing.assert_allclose(whole, [[0, 0, width, height]], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        np.zeros((8, 8), np.uint8),
+        np.zeros((8, 8, 4), np.uint8),
+        np.zeros((8, 8, 3), np.float32),
+        np.zeros((8, 8, 3), np.uint16),
+        np.zeros((0, 8, 3), np.uint8),
+    ],
+)
+def test_what_is_no_picture_is_refused(image: Any) -> None:
+    with pytest.raises(InputError, match=r"expected uint8 \(H, W, 3\)"):
+        resize_and_pad(image, (32, 32))
+
+
+def test_imgsz_is_put_in_order() -> None:
+    assert check_imgsz([1333, 800]) == (800, 1333)
+
+
+@pytest.mark.parametrize("imgsz", [(0, 10), (-1, 10), (10,), (1, 2, 3)])
+def test_imgsz_must_be_two_positive_numbers(imgsz: tuple[int, ...]) -> None:
+    with pytest.raises(ToodError, match="two positive numbers"):
+        check_imgsz(imgsz)

@@ -1,0 +1,162 @@
+"""Pictures into batches. The order and every random choice follow from seed, epoch and position alone.
+
+So nothing needs to be stored to go on with a broken run exactly, with any number of loading processes and workers.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from tood_deploy.errors import InputError
+from tood_deploy.preprocess import pad_size
+from tood_deploy.training.annotations import Record
+from tood_deploy.training.augment import Augment
+from tood_deploy.training.targets import Targets
+
+ORDER, AUGMENT = 0, 1  # streams of random numbers
+ATTEMPTS = 20  # pictures tried in place of unreadable ones
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One augmented picture.
+
+    Attributes:
+        image: (H, W, 3) uint8 RGB.
+        boxes: (G, 4) float32 xyxy in its pixels.
+        labels: (G,) int64.
+        image_id: as in the annotations.
+        unreadable: files that could not be read, in place of which this one came.
+    """
+
+    image: NDArray[np.uint8]
+    boxes: NDArray[np.float32]
+    labels: NDArray[np.int64]
+    image_id: int
+    unreadable: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """What one step learns from.
+
+    Attributes:
+        images: (B, H, W, 3) uint8 RGB; zeros where padded.
+        valid_hw: (B, 2) int32 rows and columns that hold real pixels.
+        targets: of every image.
+        image_ids: of every image.
+        unreadable: files that were replaced by others.
+    """
+
+    images: Tensor
+    valid_hw: Tensor
+    targets: list[Targets]
+    image_ids: list[int]
+    unreadable: list[str]
+
+
+class TrainingData(Dataset[Sample]):
+    """The augmented pictures of an epoch, by (epoch, position)."""
+
+    def __init__(self, records: Sequence[Record], augment: Augment, seed: int) -> None:
+        self.records, self.augment, self.seed = records, augment, seed
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        """The picture at a position, as this epoch changes it; the next readable one where it cannot be read."""
+        epoch, index = key
+        unreadable: list[str] = []
+        for attempt in range(min(ATTEMPTS, len(self.records))):
+            record = self.records[(index + attempt) % len(self.records)]
+            image = read_picture(record)
+            if image is not None:
+                rng = np.random.default_rng((self.seed, AUGMENT, epoch, index))
+                image, boxes = self.augment(image, record.boxes, rng)
+                return Sample(cv2.cvtColor(image, cv2.COLOR_BGR2RGB).astype(np.uint8, copy=False), boxes, record.labels, record.image_id, tuple(unreadable))
+            unreadable.append(record.path.name)
+        raise InputError(f"{len(unreadable)} pictures in a row cannot be read ({', '.join(unreadable[:3])}, ...); check the folder with --check-data")
+
+
+def read_picture(record: Record) -> NDArray[np.uint8] | None:
+    """The picture, (H, W, 3) uint8 BGR; None if it cannot be read, or has another size than its annotations say.
+
+    Stored as it is or turned upright by its EXIF data, whichever of the two has the annotated size.
+    """
+    for flags in (cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION, cv2.IMREAD_COLOR):
+        image = cv2.imread(str(record.path), flags)
+        if image is None:
+            return None
+        if image.shape[:2] == record.size_hw:
+            return np.asarray(image, np.uint8)
+    return None
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Pictures padded at the right and bottom to one size, a multiple of 32."""
+    sizes = [sample.image.shape[:2] for sample in samples]
+    height, width = pad_size((max(h for h, _ in sizes), max(w for _, w in sizes)))
+    images = np.zeros((len(samples), height, width, 3), np.uint8)
+    for padded, sample, (rows, columns) in zip(images, samples, sizes, strict=True):
+        padded[:rows, :columns] = sample.image
+    targets = [
+        Targets(torch.from_numpy(sample.boxes), torch.from_numpy(sample.labels), size) for sample, size in zip(samples, sizes, strict=True)
+    ]
+    unreadable = [name for sample in samples for name in sample.unreadable]
+    valid_hw = torch.tensor(sizes, dtype=torch.int32)
+    return Batch(torch.from_numpy(images), valid_hw, targets, [sample.image_id for sample in samples], unreadable)
+
+
+def epoch_batches(records: Sequence[Record], batch: int, *, seed: int, epoch: int, by_aspect: bool, at_least: int = 1) -> list[list[int]]:
+    """Positions of the pictures of each step of an epoch, every picture once.
+
+    Args:
+        records: the pictures.
+        batch: pictures a step; the last steps may have fewer.
+        seed, epoch: decide the order.
+        by_aspect: a batch holds either wide or tall pictures, but for the last.
+        at_least: pictures that a step has in any case: the first ones again if need be.
+    """
+    order = np.random.default_rng((seed, ORDER, epoch)).permutation(len(records)).tolist()
+    batches: list[list[int]] = []
+    waiting: dict[bool, list[int]] = {False: [], True: []}
+    for index in order:
+        wide = by_aspect and records[index].size_hw[1] >= records[index].size_hw[0]
+        waiting[wide].append(index)
+        if len(waiting[wide]) == batch:
+            batches.append(waiting[wide])
+            waiting[wide] = []
+    rest = waiting[True] + waiting[False]
+    batches.extend(rest[start : start + batch] for start in range(0, len(rest), batch))
+    if len(batches[-1]) < at_least:
+        batches[-1] = batches[-1] + (order * at_least)[: at_least - len(batches[-1])]
+    return batches
+
+
+def load_batches(data: TrainingData, steps: Sequence[Sequence[int]], epoch: int, workers: int, pin: bool = False) -> Iterator[Batch]:
+    """The batches of these steps, in order.
+
+    Args:
+        data: the pictures.
+        steps: positions of the pictures of each step.
+        epoch: decides the augmentation.
+        workers: loading processes; 0 loads in this one.
+        pin: into memory that a GPU copies from fast.
+    """
+    keys = [[(epoch, index) for index in step] for step in steps]
+    return iter(DataLoader(data, batch_sampler=keys, num_workers=workers, collate_fn=collate, pin_memory=pin, worker_init_fn=_start_worker))  # type: ignore[arg-type]
+
+
+def _start_worker(_: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that trains: it saves first
+    cv2.setNumThreads(1)

@@ -1,0 +1,279 @@
+"""The run: epochs of steps, evaluation, checkpoints. Learning itself is `step`'s, AP is handed in.
+
+Everything that decides what comes next is in the checkpoint or follows from (seed, epoch, step), so a run that is broken off at any
+moment goes on exactly.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from numpy.typing import NDArray
+
+from tood_deploy.errors import CheckpointError, ToodError
+from tood_deploy.model.checkpoint import load_checkpoint, save_checkpoint
+from tood_deploy.model.tood import Tood
+from tood_deploy.training.checkpoints import BEST, FINAL, LAST, read_training_state, remove_leftovers, write_training_checkpoint
+from tood_deploy.training.data import Batch, TrainingData, epoch_batches, load_batches
+from tood_deploy.training.distributed import any_rank, barrier, is_main, rank, world_size
+from tood_deploy.training.interrupt import StopFlag
+from tood_deploy.training.journal import Journal
+from tood_deploy.training.recipe import Recipe
+from tood_deploy.training.schedule import learning_rate
+from tood_deploy.training.step import Learner, NonFinite
+
+
+class Verdict(Protocol):
+    """What an evaluation gives: numbers by name, "AP" among them, and pictures to look at."""
+
+    @property
+    def metrics(self) -> dict[str, float]: ...
+    @property
+    def pictures(self) -> Sequence[NDArray[Any]]: ...
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run is run, not what it learns.
+
+    Attributes:
+        output: its folder.
+        device: "cpu", or this worker's GPU.
+        workers: loading processes a worker.
+        save_every: steps between two checkpoints within an epoch; None writes one an epoch.
+        evaluate_every: epochs between two evaluations; the last epoch is always evaluated.
+        resume: go on from the folder's last checkpoint, if there is one.
+        stop_after: epochs, counted from 1, after which this call ends early.
+    """
+
+    output: Path
+    device: str | torch.device = "cpu"
+    workers: int = 0
+    save_every: int | None = None
+    evaluate_every: int = 1
+    resume: bool = False
+    stop_after: int | None = None
+
+
+@dataclass
+class Progress:
+    """Where a run stands.
+
+    Attributes:
+        step: steps done, over all epochs.
+        history: one entry for every epoch that is finished, evaluation included.
+        best_ap: the best so far, -1 before the first evaluation.
+    """
+
+    step: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+    best_ap: float = -1.0
+
+
+def fit(
+    model: Tood,
+    data: TrainingData,
+    recipe: Recipe,
+    options: RunOptions,
+    *,
+    evaluate: Callable[[Tood], Verdict] | None = None,
+    journal: Journal | None = None,
+) -> Progress:
+    """Trains a network.
+
+    Args:
+        model: with its first weights; it is changed.
+        data: the augmented pictures.
+        recipe: what is learnt how.
+        options: where and how it runs.
+        evaluate: AP of a network; called on all workers.
+        journal: hears of everything; silent where not given.
+
+    Returns:
+        Where the run stands at its end. The folder holds `last.pth`, `best.pth` and `model.safetensors`.
+
+    Raises:
+        CheckpointError: the folder's checkpoint cannot be gone on from.
+        CheckFailed: the loss or its gradient is not finite.
+        OutputError: a checkpoint cannot be written.
+        KeyboardInterrupt: Ctrl-C; the state is saved.
+    """
+    with StopFlag() as flag, journal or Journal(None) as heard:
+        run = _Run(model, data, recipe, options, evaluate, heard, flag)
+        run.start()
+        end = min(recipe.epochs, options.stop_after or recipe.epochs)
+        for epoch in range(len(run.progress.history), end):
+            run.train_epoch(epoch)
+            run.close_epoch(epoch)
+        run.finish()
+        return run.progress
+
+
+class _Run:
+    """The state of one call of `fit`."""
+
+    def __init__(
+        self, model: Tood, data: TrainingData, recipe: Recipe, options: RunOptions, evaluate: Any, journal: Journal, flag: StopFlag
+    ) -> None:
+        self.data, self.recipe, self.options, self.evaluate, self.journal, self.flag = data, recipe, options, evaluate, journal, flag
+        self.device = torch.device(options.device)
+        self.learner = Learner(model, recipe, self.device)
+        self.progress = Progress()
+        self.steps_per_epoch = len(self._plan(0))
+
+    def start(self) -> None:
+        """Goes on from the folder's checkpoint, or makes sure that there is none to overwrite."""
+        last = self.options.output / LAST
+        if is_main():
+            self.options.output.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self.options.output)
+        if not last.is_file():
+            return
+        if not self.options.resume:
+            raise ToodError(f"{self.options.output}: holds a run already; add --resume to go on with it, or choose another --output")
+        self._restore(read_training_state(last), last)
+        if is_main():
+            self.journal.forget_after(self.progress.step)
+        self.journal.say(f"going on from {last}: epoch {len(self.progress.history) + 1}, step {self.progress.step}")
+
+    def train_epoch(self, epoch: int) -> None:
+        """The steps of an epoch that are not done yet."""
+        self.learner.prepare()
+        plan = self._plan(epoch)
+        done = self.progress.step - epoch * self.steps_per_epoch
+        self.journal.start_epoch(epoch, self.recipe.epochs, len(plan), done)
+        batches = self._load(plan[done:], epoch)
+        for number in range(done + 1, len(plan) + 1):
+            self._train_step(batches, epoch)
+            every = self.options.save_every
+            if every and self.progress.step % every == 0 and number < len(plan):
+                self.save(LAST)
+            self._stop_if_asked()
+
+    def close_epoch(self, epoch: int) -> None:
+        """Evaluation, log and checkpoints at the end of an epoch."""
+        last_one = epoch + 1 == self.recipe.epochs
+        row: dict[str, float] = {"step": self.progress.step, "epoch": epoch + 1}
+        verdict = None
+        if self.evaluate is not None and (last_one or (epoch + 1) % self.options.evaluate_every == 0):
+            start = time.perf_counter()
+            verdict = self.evaluate(self.deployed())
+            row |= verdict.metrics | {"evaluation_s": time.perf_counter() - start}
+            self.journal.pictures(verdict.pictures, self.progress.step)
+        self.progress.history.append(row)
+        self.journal.write("epoch", row)
+        if "AP" in row:
+            self.journal.say(f"epoch {epoch + 1}: " + ", ".join(f"{name} {row[name]:.3f}" for name in row if name.startswith("AP")))
+        better = row.get("AP", -1.0) > self.progress.best_ap
+        if better:
+            self.progress.best_ap = row["AP"]
+        self.save(LAST)
+        if better:
+            self.save(BEST)
+        self._stop_if_asked()
+
+    def finish(self) -> None:
+        """The best weights, the last ones where none were evaluated, as a plain model file."""
+        output = self.options.output
+        if is_main() and len(self.progress.history) == self.recipe.epochs:
+            best = output / BEST
+            save_checkpoint(load_checkpoint(best if best.is_file() else output / LAST), output / FINAL)
+        barrier()
+
+    def save(self, name: str) -> None:
+        """Writes a checkpoint, on the main worker."""
+        if not is_main():
+            return
+        training = self.learner.state() | {
+            "step": self.progress.step,
+            "history": json.dumps(self.progress.history),
+            "best_ap": self.progress.best_ap,
+            "steps_per_epoch": self.steps_per_epoch,
+            "recipe": json.dumps(self.recipe.to_dict()),
+        }
+        preset = self.learner.model.preset
+        write_training_checkpoint(self.options.output / name, preset, self.learner.deployed_weights(), training)
+
+    def deployed(self) -> Tood:
+        """The network with the weights to deploy, in eval mode."""
+        if self.learner.average is None:
+            return self.learner.model.eval()
+        model = copy.deepcopy(self.learner.model)
+        model.load_state_dict(self.learner.average.state)
+        return model.eval()
+
+    def _plan(self, epoch: int) -> list[list[int]]:
+        recipe = self.recipe
+        return epoch_batches(
+            self.data.records,
+            recipe.batch,
+            seed=recipe.seed,
+            epoch=epoch,
+            by_aspect=recipe.group_by_aspect,
+            at_least=world_size() * recipe.accumulate,
+        )
+
+    def _load(self, plan: Sequence[Sequence[int]], epoch: int) -> Iterator[Batch]:
+        """This worker's part of every step, in as many parts as the recipe accumulates."""
+        parts = world_size() * self.recipe.accumulate
+        mine = [step[number * world_size() + rank() :: parts] for step in plan for number in range(self.recipe.accumulate)]
+        return load_batches(self.data, mine, epoch, self.options.workers, pin=self.device.type == "cuda")
+
+    def _train_step(self, batches: Iterator[Batch], epoch: int) -> None:
+        start = time.perf_counter()
+        parts = [next(batches) for _ in range(self.recipe.accumulate)]
+        loaded = time.perf_counter()
+        rate = learning_rate(self.recipe, self.progress.step, self.steps_per_epoch)
+        try:
+            result = self.learner.step(parts, epoch, rate)
+        except NonFinite as error:
+            raise NonFinite(f"step {self.progress.step + 1}: {error}; {self._last_good()}; try a smaller --lr, or --clip") from error
+        self.progress.step += 1
+        for name in (name for part in parts for name in part.unreadable):
+            self.journal.say(f"warning: {name} cannot be read, another picture took its place")
+            self.journal.write("unreadable", {"step": self.progress.step, "file": name})
+        seconds = time.perf_counter() - start
+        speed = sum(len(part.image_ids) for part in parts) * world_size() / seconds
+        values = {"step": self.progress.step, "lr": rate, "images_per_s": speed, "seconds": seconds, "data_seconds": loaded - start}
+        self.journal.step(result._asdict() | values)
+
+    def _last_good(self) -> str:
+        last = self.options.output / LAST
+        return f"the last good checkpoint is {last}" if last.is_file() else "no checkpoint was written yet"
+
+    def _stop_if_asked(self) -> None:
+        if any_rank(self.flag.raised, self.device):
+            self.save(LAST)
+            self.journal.say(f"stopped at step {self.progress.step}, all is saved in {self.options.output / LAST}; go on with --resume")
+            raise KeyboardInterrupt
+
+    def _restore(self, content: dict[str, Any], path: Path) -> None:
+        training, preset = content["training"], self.learner.model.preset
+        if tuple(json.loads(content["tood_deploy"])["class_names"]) != preset.class_names:
+            raise CheckpointError(f"{path}: was trained on other classes; expected {', '.join(preset.class_names[:5])}: use the same data")
+        if training["steps_per_epoch"] != self.steps_per_epoch:
+            raise CheckpointError(
+                f"{path}: its epochs have {training['steps_per_epoch']} steps, with this data and batch they have {self.steps_per_epoch}; "
+                "use the same data and --batch"
+            )
+        _report_changes(Recipe.from_dict(json.loads(training["recipe"])), self.recipe, self.journal)
+        try:
+            self.learner.restore(content["state_dict"], training)
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{path}: does not fit this run ({str(error).splitlines()[0]}); use the same preset and options") from error
+        self.progress = Progress(training["step"], json.loads(training["history"]), training["best_ap"])
+
+
+def _report_changes(before: Recipe, now: Recipe, journal: Journal) -> None:
+    """Says what is asked for otherwise than when the run began; it is done as asked now."""
+    old, new = before.to_dict(), now.to_dict()
+    for name in new:
+        if old[name] != new[name]:
+            journal.say(f"note: {name} is {new[name]} from here on, it was {old[name]}")
