@@ -6,6 +6,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")  # before anything imports torch: 
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,3 +60,43 @@ def synth_picture() -> Callable[[int, int], NDArray[np.uint8]]:
 def seeded_fill() -> Callable[[dict[str, tuple[int, ...]]], dict[str, NDArray[Any]]]:
     """A function of shapes by state-dict key: the deterministic stand-in weights behind the goldens."""
     return seeded_weights.fill
+
+
+@pytest.fixture(scope="session")
+def seeded_model() -> Callable[..., Any]:
+    """A function of a preset's name, with fields to replace: its network with the stand-in weights."""
+
+    def build(name: str, **fields: Any) -> Any:
+        import torch
+
+        from tood_deploy.model import build_model
+        from tood_deploy.presets import PRESETS
+
+        with torch.device("meta"):
+            model = build_model(replace(PRESETS[name], **fields))
+        shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+        model.load_state_dict({key: torch.as_tensor(value) for key, value in seeded_weights.fill(shapes).items()}, assign=True)
+        return model.requires_grad_(True)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(seeded_model: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny` with stand-in weights and 80 classes, which finds a hundred things in the synthetic picture; our own format."""
+    from tood_deploy.model import save_checkpoint
+
+    path = tmp_path_factory.mktemp("tiny") / "tiny.safetensors"
+    save_checkpoint(seeded_model("tiny"), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_artefact(tiny_checkpoint: Path) -> Path:
+    """The same, exported and verified once for all tests. Copy it before changing it."""
+    from tood_deploy.export.artefact import export_onnx
+    from tood_deploy.model import load_checkpoint
+
+    path = tiny_checkpoint.with_suffix(".onnx")
+    export_onnx(load_checkpoint(tiny_checkpoint), path)
+    return path

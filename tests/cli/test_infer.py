@@ -36,7 +36,13 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     asked: list[dict[str, Any]] = []
-    monkeypatch.setattr(detector_module, "open_engine", lambda model, **options: asked.append({"model": model, **options}) or engine)
+
+    def open_engine(model: str, **options: Any) -> RedEngine:
+        asked.append({"model": model, **options})
+        engine.closed = False
+        return engine
+
+    monkeypatch.setattr(detector_module, "open_engine", open_engine)
 
     def call(*arguments: str | Path, model: str = "model.pth") -> tuple[int, str, str]:
         code = main([model, *map(str, arguments)])

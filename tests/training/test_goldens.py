@@ -51,7 +51,9 @@ def outputs(goldens: Goldens, models: dict[str, Tood]) -> dict[str, HeadOutput]:
 
 def targets_of(golden: Arrays) -> list[Targets]:
     return [
-        Targets(torch.from_numpy(golden[f"gt_bboxes_{i}"]), torch.from_numpy(golden[f"gt_labels_{i}"]), tuple(golden[f"img_shape_{i}"].tolist()))
+        Targets(
+            torch.from_numpy(golden[f"gt_bboxes_{i}"]), torch.from_numpy(golden[f"gt_labels_{i}"]), tuple(golden[f"img_shape_{i}"].tolist())
+        )
         for i in range(2)
     ]
 

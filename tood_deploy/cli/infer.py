@@ -11,8 +11,9 @@ from tood_deploy.cli.run import DONE, FAILED_CHECK, add_model_options, class_nam
 from tood_deploy.errors import ToodError
 
 EPILOG = """\
-The first source that cannot be read at all ends the run with exit code 2. Among several, one that cannot be read is told and the
-rest goes on; the exit code is then 1. Ctrl-C completes the outputs so far (exit code 130).
+A single picture or video that cannot be read ends the run with exit code 2. Among several, one that cannot be read is told and
+the rest goes on; the exit code is then 1, as it is for a video that is cut or has broken frames. Ctrl-C completes the outputs so
+far (exit code 130). A camera or stream gives the latest frame whenever the model is free, and counts those it drops.
 """
 OPENCV_PIXEL_LIMIT = 2**30
 
@@ -81,7 +82,7 @@ def infer_command(argv: Sequence[str] | None = None) -> int:
         if is_artefact(args.model) and (doubt := doubts(Path(args.model), detector.engine.manifest)):
             print(f"warning: {doubt}", file=sys.stderr)
         run_inference(detector, source, outputs, args.batch)
-    if source.skipped:
+    if source.skipped and source.kind != "live":  # a lost connection has been told
         print(f"failed: {source.skipped} pictures or frames could not be read", file=sys.stderr)
     return FAILED_CHECK if source.skipped else DONE
 

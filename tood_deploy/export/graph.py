@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tood_deploy.model.deform import DeformConv2d
-from tood_deploy.model.fused import FusedDetector
+from tood_deploy.model.fused import FusedDetector, Stages
 from tood_deploy.model.tood import Tood
 from tood_deploy.presets import STRIDES
 
@@ -22,9 +22,19 @@ OUTPUTS = ("num_dets", "boxes", "scores", "labels")
 LEVELS = tuple(f"p{i}" for i in range(3, 3 + len(STRIDES)))
 HEAD_OUTPUTS = tuple(f"head_{kind}_{level}" for kind in ("scores", "boxes") for level in LEVELS)
 
+# Values on the way to `OUTPUTS` that keep these names in every exported graph, stage by stage; none of them is an output of it.
+STAGE_VALUES = {
+    "pixels": ("pixels",),
+    "backbone": ("c3", "c4", "c5"),
+    "pyramid": LEVELS,
+    "head": HEAD_OUTPUTS,
+    "candidates": ("candidate_boxes", "candidate_scores", "candidate_labels"),
+}
+INNER_VALUES = tuple(name for names in STAGE_VALUES.values() for name in names)
+
 
 class ExportedGraph(nn.Module):
-    """`FusedDetector` with its outputs in a row: `OUTPUTS`, then the head's maps, `HEAD_OUTPUTS`."""
+    """`FusedDetector` with its outputs in a row: `OUTPUTS`, then those of all stages before, `INNER_VALUES`."""
 
     def __init__(self, model: Tood, deform: DeformForm, max_det: int) -> None:
         super().__init__()
@@ -33,7 +43,13 @@ class ExportedGraph(nn.Module):
     def forward(self, images: Tensor, valid_hw: Tensor, score_threshold: Tensor, iou_threshold: Tensor) -> tuple[Tensor, ...]:
         """See `FusedDetector.forward`."""
         stages = self.detector(images, valid_hw, score_threshold, iou_threshold)
-        return (*stages.detections, *stages.head.scores, *stages.head.boxes_strides)
+        return (*stages.detections, *inner_values(stages))
+
+
+def inner_values(stages: Stages) -> tuple[Tensor, ...]:
+    """What `INNER_VALUES` names, in its order."""
+    head = (*stages.head.scores, *stages.head.boxes_strides)
+    return (stages.pixels, *stages.backbone, *stages.pyramid, *head, *stages.candidates)
 
 
 class DeformConvOp(nn.Module):
@@ -44,6 +60,7 @@ class DeformConvOp(nn.Module):
         self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
+        """As `DeformConv2d.forward`."""
         layer = self.layer
         offset, mask = layer.offset_and_mask(x)
         out_channels, _, *kernel = layer.weight.shape

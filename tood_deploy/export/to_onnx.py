@@ -1,19 +1,20 @@
 """A network in, one ONNX file out, with pre- and post-processing inside and dynamic in batch, height and width.
 
-Knows nothing of runtimes. The head's maps are values of the graph under fixed names but no outputs of it: `with_head_outputs` makes a
-copy that gives them, so what is verified is the shipped graph itself.
+Knows nothing of runtimes. What the stages before the detections give (`STAGE_VALUES`) are values of the graph under fixed names but no
+outputs of it: `with_outputs` makes a copy that gives them, so what is verified is the shipped graph itself.
 """
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import onnx
 import torch
 
-from tood_deploy.export.graph import HEAD_OUTPUTS, INPUTS, OUTPUTS, DeformForm, ExportedGraph
+from tood_deploy.errors import ArtefactError
+from tood_deploy.export.graph import INNER_VALUES, INPUTS, OUTPUTS, DeformForm, ExportedGraph
 from tood_deploy.manifest import METADATA_KEY, Manifest
 from tood_deploy.model.postprocess import MAX_DET
 from tood_deploy.model.tood import Tood
@@ -24,7 +25,7 @@ EXAMPLE_BATCH, EXAMPLE_H, EXAMPLE_W = 2, 8, 10  # sizes in units of SIZE_DIVISOR
 
 
 def onnx_from_model(model: Tood, *, deform: DeformForm = "op", max_det: int = MAX_DET) -> onnx.ModelProto:
-    """The exported graph of DESIGN section 4, with the head's maps as additional outputs.
+    """The exported graph of DESIGN section 4, with the values of all stages (`INNER_VALUES`) as additional outputs.
 
     Args:
         model: the network, in eval mode.
@@ -47,7 +48,7 @@ def onnx_from_model(model: Tood, *, deform: DeformForm = "op", max_det: int = MA
             dynamo=True,
             opset_version=OPSET,
             input_names=INPUTS,
-            output_names=(*OUTPUTS, *HEAD_OUTPUTS),
+            output_names=(*OUTPUTS, *INNER_VALUES),
             dynamic_shapes=dynamic,
             verbose=False,
         )
@@ -56,7 +57,7 @@ def onnx_from_model(model: Tood, *, deform: DeformForm = "op", max_det: int = MA
 
 
 def save_onnx(exported: onnx.ModelProto, manifest: Manifest, path: Path) -> None:
-    """Writes the shipped graph: without the head's maps as outputs, with the manifest in its metadata, checked by ONNX's checker."""
+    """Writes the shipped graph: without the stages' values as outputs, with the manifest in its metadata, checked by ONNX's checker."""
     shipped = onnx.ModelProto()
     shipped.CopyFrom(exported)
     outputs = [value for value in shipped.graph.output if value.name in OUTPUTS]
@@ -67,11 +68,20 @@ def save_onnx(exported: onnx.ModelProto, manifest: Manifest, path: Path) -> None
     onnx.checker.check_model(path, full_check=True)
 
 
-def with_head_outputs(shipped: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy of a shipped graph that also gives the head's maps."""
+def with_outputs(shipped: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
+    """A copy of a shipped graph that also gives these inner values; their types are the runtime's to tell.
+
+    Raises:
+        ArtefactError: the graph does not hold them.
+    """
+    made = {name for node in shipped.graph.node for name in node.output}
+    if missing := [name for name in names if name not in made]:
+        raise ArtefactError(
+            f"the graph has no values {', '.join(missing[:3])}: it is of an older tood_deploy, or was rewritten; export it again"
+        )
     extended = onnx.ModelProto()
     extended.CopyFrom(shipped)
-    extended.graph.output.extend(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in HEAD_OUTPUTS)
+    extended.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
     return extended
 
 

@@ -19,7 +19,7 @@ from tood_deploy.errors import CheckFailed
 from tood_deploy.export.compare import Match, Rows, map_deviation, match_detections
 from tood_deploy.export.graph import HEAD_OUTPUTS, INPUTS, OUTPUTS
 from tood_deploy.export.pictures import synthetic_picture
-from tood_deploy.export.to_onnx import with_head_outputs
+from tood_deploy.export.to_onnx import with_outputs
 from tood_deploy.model.fused import FusedDetector
 from tood_deploy.model.tood import Tood
 from tood_deploy.preprocess import resize_and_pad
@@ -95,7 +95,7 @@ class Verifier:
         self.detector = FusedDetector(model, max_det).eval()
         options = ort.SessionOptions()
         options.log_severity_level = 4
-        extended = with_head_outputs(onnx.load(artefact)).SerializeToString()
+        extended = with_outputs(onnx.load(artefact), HEAD_OUTPUTS).SerializeToString()
         self.session = ort.InferenceSession(extended, options, providers=["CPUExecutionProvider"])
         self.tolerances = tolerances
         self.verdict = Verdict()

@@ -135,7 +135,7 @@ class Detector:
         from tood_deploy.inference.pipeline import detect_frames
         from tood_deploy.inference.source import open_source
 
-        return detect_frames(self, open_source(source, max_pixels or MAX_PIXELS), batch)
+        return detect_frames(self, open_source(source, MAX_PIXELS if max_pixels is None else max_pixels), batch)
 
     def close(self) -> None:
         """Frees what the runtime holds."""

@@ -40,7 +40,9 @@ class LiveSource(Source):
         super().__init__((address,), None)
         self.address = address
         self._container = container or open_container(address)
-        self._decoder = Decoder(self._container, find_video_stream(self._container, address, max_pixels))
+        stream = find_video_stream(self._container, address, max_pixels)
+        stream.codec_context.thread_type = "SLICE"  # threads over frames would hold some of them back
+        self._decoder = Decoder(self._container, stream)
         self._arrived = threading.Condition()
         self._latest: tuple[VideoFrame, int, float] | None = None
         self._ended = False

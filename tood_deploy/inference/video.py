@@ -35,15 +35,15 @@ def open_container(name: str, timeout_s: float = TIMEOUT_S) -> InputContainer:
         InputError: nothing there, or not a video.
     """
     camera_format = "v4l2" if name.startswith("/dev/") else None
-    options = {"rtsp_transport": "tcp"} if name.startswith("rtsp") else {}
+    options = {"rtsp_transport": "tcp", "fflags": "nobuffer"} if name.startswith("rtsp") else {}
     try:
         return av.open(name, format=camera_format, options=options, timeout=timeout_s)
     except FFmpegError as error:
         raise InputError(
-            f"{name}: cannot be opened as a video ({error.strerror or error}); expected a video file, camera or stream"
+            f"{name}: cannot be opened as a video ({error.strerror or error}); expected a picture, video, camera or stream"
         ) from error
     except (OSError, ValueError) as error:
-        raise InputError(f"{name}: cannot be opened ({error}); expected a video file, camera or stream") from error
+        raise InputError(f"{name}: cannot be opened ({error}); expected a picture, video, camera or stream") from error
 
 
 def find_video_stream(container: InputContainer, name: str, max_pixels: int = MAX_PIXELS) -> VideoStream:

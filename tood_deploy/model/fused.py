@@ -9,15 +9,28 @@ import torch
 from torch import Tensor, nn
 
 from tood_deploy.model.head import HeadOutput
-from tood_deploy.model.postprocess import MAX_DET, BatchResult, detect
+from tood_deploy.model.postprocess import MAX_DET, BatchResult, Candidates, select_candidates, suppress
 from tood_deploy.model.tood import Tood
 
 
 class Stages(NamedTuple):
-    """The detections and the maps they come from."""
+    """The detections and everything they come from, in order.
 
-    detections: BatchResult
+    Attributes:
+        pixels: (B, 3, H, W) normalised input of the network.
+        backbone: C3, C4, C5.
+        pyramid: P3 to P7.
+        head: probabilities and boxes of every level.
+        candidates: what goes into suppression.
+        detections: what comes out of it.
+    """
+
+    pixels: Tensor
+    backbone: list[Tensor]
+    pyramid: list[Tensor]
     head: HeadOutput
+    candidates: Candidates
+    detections: BatchResult
 
 
 class FusedDetector(nn.Module):
@@ -39,7 +52,7 @@ class FusedDetector(nn.Module):
         return torch.where((rows[:, :, None] & columns[:, None, :]).unsqueeze(1), x, 0.0).contiguous()
 
     def forward(self, images: Tensor, valid_hw: Tensor, score_threshold: Tensor | float, iou_threshold: Tensor | float) -> Stages:
-        """Detections, and the head's maps.
+        """Detections, and all stages on the way to them.
 
         Args:
             images: (B, H, W, 3) uint8 RGB; H and W multiples of 32.
@@ -47,6 +60,9 @@ class FusedDetector(nn.Module):
             score_threshold: detections have a score above it.
             iou_threshold: overlap above which the lower-scored of two boxes of a class goes.
         """
-        head = self.model(self.normalise(images, valid_hw))
-        convention = self.model.preset.convention
-        return Stages(detect(head, valid_hw, score_threshold, iou_threshold, convention=convention, max_det=self.max_det), head)
+        pixels = self.normalise(images, valid_hw)
+        backbone = self.model.backbone(pixels)
+        pyramid = self.model.neck(backbone)
+        head = self.model.bbox_head(pyramid)
+        candidates = select_candidates(head, valid_hw, score_threshold, convention=self.model.preset.convention)
+        return Stages(pixels, backbone, pyramid, head, candidates, suppress(candidates, iou_threshold, self.max_det))

@@ -70,6 +70,11 @@ def detect(
         max_det: D.
     """
     candidates = select_candidates(out, valid_hw, score_threshold, convention=convention, per_level=candidates_per_level)
+    return suppress(candidates, iou_threshold, max_det)
+
+
+def suppress(candidates: Candidates, iou_threshold: Tensor | float, max_det: int = MAX_DET) -> BatchResult:
+    """Detections from candidates: class-wise suppression, at most `max_det` a picture."""
     kept, num_dets = nms(*candidates, iou_threshold, max_det)
     rows = kept.clamp(max=candidates.scores.shape[1] - 1)
     real = torch.arange(max_det, device=kept.device) < num_dets[:, None]

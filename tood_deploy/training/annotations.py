@@ -55,7 +55,10 @@ class Problems:
 
     def lines(self) -> list[str]:
         """One line a kind: how many, and which for example."""
-        return [f"{count} x {kind} ({', '.join(self.examples[kind])}{', ...' if count > EXAMPLES else ''})" for kind, count in self.counts.items()]
+        return [
+            f"{count} x {kind} ({', '.join(self.examples[kind])}{', ...' if count > EXAMPLES else ''})"
+            for kind, count in self.counts.items()
+        ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +117,13 @@ def read_annotations(path: Path, pictures: Path, class_names: Iterable[str] | No
     images = _images(content["images"], pictures, path, problems)
     boxes = _boxes(content["annotations"], images, {category: label for label, category in enumerate(ids)}, problems, path)
     records = [
-        Record(key, file, size, np.array([box for box, _ in boxes[key]], np.float32).reshape(-1, 4), np.array([c for _, c in boxes[key]], np.int64))
+        Record(
+            key,
+            file,
+            size,
+            np.array([box for box, _ in boxes[key]], np.float32).reshape(-1, 4),
+            np.array([c for _, c in boxes[key]], np.int64),
+        )
         for key, (file, size) in images.items()
     ]
     return Annotations(path, records, names, ids, problems)

@@ -4,7 +4,7 @@ Source: reference/SPEC.md section 3; the paper's section 3.2. Results are lists 
 not with anchor points times boxes: 500 boxes in a picture of 800x1344 are 11 million pairs, of which some thousands matter.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from tood_deploy.training.targets import AnchorGrid
 INSIDE_MARGIN = 0.01  # pixels that an anchor point must lie inside a box, from every side
 ATSS_TOPK = 9  # anchors a level
 TAL_TOPK = 13  # anchor points of all levels
-BOXES_AT_ONCE = 16  # keeps the matrices of a step in the processor's cache
+STRIP, BOXES_AT_ONCE = 96, 8  # boxes: those taken together should lie near one another, and their matrices fit the processor's cache
 METRIC_EPS = 1e-7
 
 
@@ -61,12 +61,12 @@ def assign_task_aligned(
         return _nothing(scores)
     found: list[tuple[Tensor, ...]] = []
     planes = boxes_net.T.contiguous()
-    # Boxes of one height share the few predictions that overlap their strip; a metric is positive only where two boxes overlap.
-    for rows in (gt_boxes[:, 1] + gt_boxes[:, 3]).argsort().split(BOXES_AT_ONCE):
+    for rows in _neighbours(gt_boxes):
         chunk = gt_boxes[rows]
         near = _overlapping(planes, chunk, valid)
         ious = _pairwise_iou(chunk, planes[:, near])
-        metrics = scores.index_select(0, gt_labels[rows]).index_select(1, near) * ious.pow(2).pow(3)
+        metrics = ious.square()
+        metrics.mul_(metrics.square()).mul_(scores.index_select(0, gt_labels[rows]).index_select(1, near))
         best, index = metrics.topk(min(topk, len(near)), dim=1)
         found.append((near[index].flatten(), rows.repeat_interleave(best.shape[1]), ious.gather(1, index).flatten(), best.flatten()))
     pairs = Assignment(*(torch.cat(parts) for parts in zip(*found, strict=True)))
@@ -104,6 +104,15 @@ def normalised_metrics(assigned: Assignment, num_boxes: int) -> Tensor:
     return assigned.metrics / (best_metric + METRIC_EPS)[assigned.boxes] * best_iou[assigned.boxes]
 
 
+def _neighbours(boxes: Tensor) -> Iterator[Tensor]:
+    """Positions of all boxes, in parts that lie near one another: a metric is positive only where two boxes overlap, and the few
+    predictions that overlap one box of a part are mostly those that overlap the others.
+    """
+    centres = boxes[:, :2] + boxes[:, 2:]
+    for strip in centres[:, 1].argsort().split(STRIP):
+        yield from strip[centres[strip, 0].argsort()].split(BOXES_AT_ONCE)
+
+
 def _overlapping(planes: Tensor, boxes: Tensor, valid: Tensor) -> Tensor:
     """Positions of the valid predictions (4, A) that overlap the rectangle around all of these boxes."""
     x1, y1, x2, y2 = planes
@@ -118,8 +127,9 @@ def _pairwise_iou(boxes: Tensor, planes: Tensor) -> Tensor:
     gx1, gy1, gx2, gy2 = boxes.T.unsqueeze(2)
     overlap = torch.minimum(gx2, x2).sub_(torch.maximum(gx1, x1)).clamp_(min=0)
     overlap.mul_(torch.minimum(gy2, y2).sub_(torch.maximum(gy1, y1)).clamp_(min=0))
-    union = ((gx2 - gx1) * (gy2 - gy1) + (x2 - x1) * (y2 - y1)).sub_(overlap)
-    return overlap.div_(union.clamp_(min=1e-6))
+    # No union is smaller than the larger of its two boxes, so flooring these floors it, at less cost.
+    areas = ((gx2 - gx1) * (gy2 - gy1)).clamp(min=1e-6), ((x2 - x1) * (y2 - y1)).clamp(min=0)
+    return overlap.div_((areas[0] + areas[1]).sub_(overlap))
 
 
 def _nearest_anchors(grid: AnchorGrid, valid_sizes: Sequence[tuple[int, int]], gt_boxes: Tensor, topk: int) -> Tensor:

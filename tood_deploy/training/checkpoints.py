@@ -42,7 +42,9 @@ def write_training_checkpoint(path: Path, preset: Preset, weights: Mapping[str, 
             os.fsync(file.fileno())
     except (OutputError, RuntimeError) as error:  # PyTorch's writer turns some disk errors into RuntimeError
         older = f"the older {path.name} is intact" if path.is_file() else "nothing was left behind"
-        raise OutputError(f"{path}: the checkpoint cannot be written ({_reason(error)}); {older}: make room, then go on with --resume") from error
+        raise OutputError(
+            f"{path}: the checkpoint cannot be written ({_reason(error)}); {older}: make room, then go on with --resume"
+        ) from error
 
 
 def read_training_state(path: Path) -> dict[str, Any]:
@@ -54,7 +56,9 @@ def read_training_state(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can raise nearly anything
-        raise CheckpointError(f"{path}: cannot be read ({str(error).splitlines()[0][:200]}); expected a checkpoint of tood-train") from error
+        raise CheckpointError(
+            f"{path}: cannot be read ({str(error).splitlines()[0][:200]}); expected a checkpoint of tood-train"
+        ) from error
     if not isinstance(content, dict) or OWN_KEY not in content or not isinstance(content.get("training"), dict):
         raise CheckpointError(f"{path}: holds no state of a training; expected a checkpoint of tood-train")
     return content

@@ -83,9 +83,17 @@ class TrainingData(Dataset[Sample]):
             if image is not None:
                 rng = np.random.default_rng((self.seed, AUGMENT, epoch, index))
                 image, boxes = self.augment(image, record.boxes, rng)
-                return Sample(cv2.cvtColor(image, cv2.COLOR_BGR2RGB).astype(np.uint8, copy=False), boxes, record.labels, record.image_id, tuple(unreadable))
+                return Sample(
+                    cv2.cvtColor(image, cv2.COLOR_BGR2RGB).astype(np.uint8, copy=False),
+                    boxes,
+                    record.labels,
+                    record.image_id,
+                    tuple(unreadable),
+                )
             unreadable.append(record.path.name)
-        raise InputError(f"{len(unreadable)} pictures in a row cannot be read ({', '.join(unreadable[:3])}, ...); check the folder with --check-data")
+        raise InputError(
+            f"{len(unreadable)} pictures in a row cannot be read ({', '.join(unreadable[:3])}, ...); check the folder with --check-data"
+        )
 
 
 def read_picture(record: Record) -> NDArray[np.uint8] | None:

@@ -47,9 +47,15 @@ class Evaluation:
 
 
 class CocoEvaluator:
-    """Runs a network over a validation set. Hand one to `fit`."""
+    """Runs a network over a validation set. Hand one to `fit`.
 
-    def __init__(self, annotations: Annotations, device: str | torch.device = "cpu", batch: int = 8, precision: torch.dtype | None = None) -> None:
+    Attributes:
+        latest: what the last call gave, on the main worker.
+    """
+
+    def __init__(
+        self, annotations: Annotations, device: str | torch.device = "cpu", batch: int = 8, precision: torch.dtype | None = None
+    ) -> None:
         """Reads the ground truth.
 
         Args:
@@ -60,6 +66,7 @@ class CocoEvaluator:
         """
         self.annotations, self.device, self.batch, self.precision = annotations, torch.device(device), batch, precision
         self.truth = _read_truth(annotations)
+        self.latest: Evaluation | None = None
 
     def __call__(self, model: Tood) -> Evaluation:
         """AP of a network, at the published thresholds; leaves it in eval mode."""
@@ -69,7 +76,8 @@ class CocoEvaluator:
             return Evaluation({})
         rows = [row for share, _ in gathered for row in share]
         missing = tuple(name for _, share in gathered for name in share)
-        return self._score(rows, drawn, missing)
+        self.latest = self._score(rows, drawn, missing)
+        return self.latest
 
     def _detect_share(self, detector: FusedDetector) -> tuple[list[dict[str, Any]], list[NDArray[np.uint8]], list[str]]:
         """COCO results of this worker's pictures; the first few drawn; the unreadable ones."""
@@ -134,7 +142,7 @@ class CocoEvaluator:
 
 
 def _read_truth(annotations: Annotations) -> Any:
-    """pycocotools' form of the ground truth; fields it cannot do without are filled in."""
+    """The ground truth as pycocotools takes it; fields it cannot do without are filled in."""
     from pycocotools.coco import COCO
 
     truth = COCO()

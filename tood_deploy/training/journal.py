@@ -71,7 +71,8 @@ class Journal:
 
     def step(self, values: Mapping[str, float]) -> None:
         """After a step: the bar moves; every so often an entry is written. `values["step"]` counts from 1."""
-        state = f"cls {values['cls']:.3f} box {values['box']:.3f} lr {values['lr']:.2g} {values['images_per_s']:.1f} images/s {memory_mb():.0f} MB"
+        speed, memory = f"{values['images_per_s']:.1f} images/s", f"{memory_mb():.0f} MB"
+        state = f"cls {values['cls']:.3f} box {values['box']:.3f} lr {values['lr']:.2g} {speed} {memory}"
         self.bar.update(self.task, advance=1, state=state)
         if int(values["step"]) % self.every == 0:
             self.write("step", values)

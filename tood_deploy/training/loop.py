@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -34,9 +35,14 @@ class Verdict(Protocol):
     """What an evaluation gives: numbers by name, "AP" among them, and pictures to look at."""
 
     @property
-    def metrics(self) -> dict[str, float]: ...
+    def metrics(self) -> dict[str, float]:
+        """Numbers, 0 to 1."""
+        ...
+
     @property
-    def pictures(self) -> Sequence[NDArray[Any]]: ...
+    def pictures(self) -> Sequence[NDArray[Any]]:
+        """(H, W, 3) uint8 RGB."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -127,6 +133,7 @@ class _Run:
         self.learner = Learner(model, recipe, self.device)
         self.progress = Progress()
         self.steps_per_epoch = len(self._plan(0))
+        self.epoch_values: list[dict[str, float]] = []  # of the steps of this epoch that this call made
 
     def start(self) -> None:
         """Goes on from the folder's checkpoint, or makes sure that there is none to overwrite."""
@@ -146,6 +153,7 @@ class _Run:
     def train_epoch(self, epoch: int) -> None:
         """The steps of an epoch that are not done yet."""
         self.learner.prepare()
+        self.epoch_values = []
         plan = self._plan(epoch)
         done = self.progress.step - epoch * self.steps_per_epoch
         self.journal.start_epoch(epoch, self.recipe.epochs, len(plan), done)
@@ -160,7 +168,7 @@ class _Run:
     def close_epoch(self, epoch: int) -> None:
         """Evaluation, log and checkpoints at the end of an epoch."""
         last_one = epoch + 1 == self.recipe.epochs
-        row: dict[str, float] = {"step": self.progress.step, "epoch": epoch + 1}
+        row: dict[str, float] = {"step": self.progress.step, "epoch": epoch + 1, **_epoch_means(self.epoch_values)}
         verdict = None
         if self.evaluate is not None and (last_one or (epoch + 1) % self.options.evaluate_every == 0):
             start = time.perf_counter()
@@ -242,7 +250,8 @@ class _Run:
         seconds = time.perf_counter() - start
         speed = sum(len(part.image_ids) for part in parts) * world_size() / seconds
         values = {"step": self.progress.step, "lr": rate, "images_per_s": speed, "seconds": seconds, "data_seconds": loaded - start}
-        self.journal.step(result._asdict() | values)
+        self.epoch_values.append(result._asdict() | values)
+        self.journal.step(self.epoch_values[-1])
 
     def _last_good(self) -> str:
         last = self.options.output / LAST
@@ -267,8 +276,19 @@ class _Run:
         try:
             self.learner.restore(content["state_dict"], training)
         except (RuntimeError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{path}: does not fit this run ({str(error).splitlines()[0]}); use the same preset and options") from error
+            raise CheckpointError(
+                f"{path}: does not fit this run ({str(error).splitlines()[0]}); use the same preset and options"
+            ) from error
         self.progress = Progress(training["step"], json.loads(training["history"]), training["best_ap"])
+
+
+def _epoch_means(steps: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Mean losses, and what a step takes at the median: it does not notice the few that something else disturbed."""
+    if not steps:
+        return {}
+    means = {name: statistics.fmean(step[name] for step in steps) for name in ("cls", "box", "grad_norm", "positives")}
+    medians = {name: statistics.median(step[name] for step in steps) for name in ("seconds", "data_seconds", "images_per_s")}
+    return means | medians | {"lr": steps[-1]["lr"]}
 
 
 def _report_changes(before: Recipe, now: Recipe, journal: Journal) -> None:

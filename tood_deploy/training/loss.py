@@ -115,10 +115,7 @@ class ToodLoss:
     def _average_factors(self, positives: Positives) -> tuple[Tensor, Tensor]:
         """What the class and the box loss are divided by, the mean over all workers."""
         factors = mean_over_ranks(torch.stack((positives.scores.sum(), positives.weights.sum())))
-        if self.variant == "authors":
-            factors = torch.where(factors < TINY_FACTOR, 1.0, factors)
-        else:
-            factors = factors.clamp(min=1.0)
+        factors = torch.where(factors < TINY_FACTOR, 1.0, factors) if self.variant == "authors" else factors.clamp(min=1.0)
         return factors[0], factors[1]
 
     def _box_loss(self, boxes: Tensor, positives: Positives, grid: AnchorGrid) -> Tensor:

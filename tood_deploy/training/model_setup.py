@@ -1,14 +1,94 @@
-"""A network made ready for training: what is frozen, and where its first weights come from."""
+"""A network made ready for training: where its first weights come from, and what is frozen."""
 
 from __future__ import annotations
 
-from torch import nn
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
-from tood_deploy.model.tood import Tood
+import torch
+from torch import Tensor, nn
+
+from tood_deploy.errors import CheckpointError, DownloadError
+from tood_deploy.model.checkpoint import load_checkpoint
+from tood_deploy.model.checkpoint_file import read_checkpoint
+from tood_deploy.model.download import fetch_weights
+from tood_deploy.model.tood import Tood, build_model
+from tood_deploy.presets import Preset, PublishedWeights
+from tood_deploy.training.recipe import BACKBONES
+
+CLASS_LAYER = ("bbox_head.tood_cls.weight", "bbox_head.tood_cls.bias")
+NOT_IN_BACKBONES = ("conv_offset.", "num_batches_tracked")
+
+
+def new_model(preset: Preset, seed: int) -> Tood:
+    """The network with random weights that follow from the seed."""
+    torch.manual_seed(seed)
+    return build_model(preset)
+
+
+def load_backbone(model: Tood, source: str | None) -> str:
+    """Fills the backbone with weights trained for classification, in torchvision's key names.
+
+    Args:
+        model: it is changed.
+        source: a file or a URL; None takes the published recipe's, downloaded once.
+
+    Returns:
+        One line: what was loaded.
+
+    Raises:
+        CheckpointError: the file does not fit.
+        DownloadError: it cannot be fetched.
+    """
+    path = _backbone_file(model.preset, source)
+    state = dict(_backbone_tensors(read_checkpoint(path).state_dict))
+    expected = model.backbone.state_dict()
+    wanted = [key for key in expected if not any(part in key for part in NOT_IN_BACKBONES)]
+    missing = [key for key in wanted if key not in state]
+    wrong = [key for key in wanted if key in state and state[key].shape != expected[key].shape]
+    if missing or wrong:
+        raise CheckpointError(
+            f"{path}: not the weights of a ResNet of depth {model.preset.depth} with {model.preset.groups} groups: "
+            f"{len(missing)} keys missing ({', '.join(missing[:3])}), {len(wrong)} of another shape ({', '.join(wrong[:3])})"
+        )
+    model.backbone.load_state_dict({key: state[key].float() for key in wanted}, strict=False)
+    return f"backbone: {len(wanted)} tensors of {path}"
+
+
+def load_pretrained(model: Tood, checkpoint: str) -> str:
+    """Fills the network from a TOOD checkpoint; the class layer stays random where the classes differ.
+
+    Args:
+        model: it is changed.
+        checkpoint: a file of any known kind, or a preset's name.
+
+    Returns:
+        One line: what was loaded, and whether the class layer was.
+
+    Raises:
+        CheckpointError: another structure or kind of anchors.
+    """
+    source = load_checkpoint(checkpoint, preset=model.preset)
+    if source.preset.anchor != model.preset.anchor:
+        raise CheckpointError(
+            f"{checkpoint}: anchor-{source.preset.anchor}, the preset {model.preset.name} is anchor-{model.preset.anchor}; "
+            "choose another preset"
+        )
+    state = source.state_dict()
+    if source.preset.class_names == model.preset.class_names:
+        model.load_state_dict(state)
+        return f"all weights from {checkpoint}"
+    model.load_state_dict({key: value for key, value in state.items() if key not in CLASS_LAYER}, strict=False)
+    return (
+        f"weights from {checkpoint}, but for the class layer, which starts anew: "
+        f"{source.preset.num_classes} classes there, {model.preset.num_classes} here"
+    )
 
 
 def freeze(model: Tood, stages: int, norm: bool) -> None:
-    """Fixes the first layers, and all running statistics, for good.
+    """Puts the network into training mode, and fixes its first layers and running statistics.
 
     Args:
         model: the network.
@@ -19,9 +99,36 @@ def freeze(model: Tood, stages: int, norm: bool) -> None:
     fixed = [] if stages < 0 else [backbone.conv1, backbone.bn1, *(getattr(backbone, f"layer{n}") for n in range(1, stages + 1))]
     for module in fixed:
         module.requires_grad_(False)
-    keep = [*fixed, backbone] if norm else fixed
     model.train()
-    for module in keep:
+    for module in [*fixed, backbone] if norm else fixed:
         for part in module.modules():
             if isinstance(part, nn.BatchNorm2d):
                 part.eval()
+
+
+def _backbone_file(preset: Preset, source: str | None) -> Path:
+    if source is not None and not re.match(r"https?://", source):
+        return Path(source)
+    weights = BACKBONES.get((preset.depth, preset.groups)) if source is None else _weights_at(source)
+    if weights is None:
+        raise CheckpointError(
+            f"no ImageNet backbone is known for depth {preset.depth} with {preset.groups} groups; give --backbone-weights or --from-scratch"
+        )
+    try:
+        return fetch_weights(replace(preset, weights=weights))
+    except DownloadError as error:
+        raise DownloadError(f"{error}; or give --backbone-weights FILE, --checkpoint or --from-scratch") from error
+
+
+def _weights_at(url: str) -> PublishedWeights:
+    """Many such files carry the start of their hash in their name; one that does not is taken as it comes."""
+    match = re.search(r"-([0-9a-f]{8,64})\.\w+$", url)
+    return PublishedWeights(url, match[1] if match else "")
+
+
+def _backbone_tensors(state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors under the backbone's own names, also out of a whole detector."""
+    prefix = "backbone." if any(key.startswith("backbone.") for key in state) else ""
+    for key, value in state.items():
+        if key.startswith(prefix):
+            yield key.removeprefix(prefix), value

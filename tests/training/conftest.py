@@ -1,0 +1,65 @@
+"""A data set and a network so small that a step takes some hundredths of a second."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tood_deploy.demo.scenes import SCENE_CLASSES, write_scenes
+from tood_deploy.presets import PRESETS, Preset
+from tood_deploy.training.annotations import read_annotations
+from tood_deploy.training.augment import Augment
+from tood_deploy.training.data import TrainingData
+from tood_deploy.training.loop import Progress, RunOptions, fit
+from tood_deploy.training.model_setup import new_model
+from tood_deploy.training.recipe import RECIPES, Recipe
+
+Fit = Callable[..., Progress]
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten generated pictures: a folder with annotations.json and pictures/."""
+    return write_scenes(tmp_path_factory.mktemp("scenes"), 10, seed=3).parent
+
+
+@pytest.fixture(scope="session")
+def small_preset() -> Preset:
+    return replace(PRESETS["tiny"], base_channels=8, channels=32, tower_stages=2, imgsz=(64, 96), class_names=SCENE_CLASSES)
+
+
+@pytest.fixture(scope="session")
+def short_recipe() -> Recipe:
+    """Two steps of four and one of two an epoch; both kinds of assignment, both mirrors, sizes, an average."""
+    recipe = RECIPES["tiny"]
+    return replace(recipe, epochs=4, batch=4, warmup_steps=5, drops=(3,), atss_epochs=2, short_sides=(48, 64), flip_vertical=0.5, ema=0.9)
+
+
+@pytest.fixture
+def run_fit(scenes: Path, small_preset: Preset, short_recipe: Recipe) -> Fit:
+    """A function: trains in a folder, with changes to the recipe and the options."""
+
+    def run(output: Path, recipe: Recipe | None = None, evaluate: Any = None, journal: Any = None, **options: Any) -> Progress:
+        recipe = recipe or short_recipe
+        annotations = read_annotations(scenes / "annotations.json", scenes / "pictures")
+        data = TrainingData(
+            annotations.for_training(),
+            Augment(small_preset.imgsz, recipe.short_sides, recipe.flip, recipe.flip_vertical, recipe.colour),
+            recipe.seed,
+        )
+        model = new_model(small_preset, recipe.seed)
+        return fit(model, data, recipe, RunOptions(output, **options), evaluate=evaluate, journal=journal)
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Any:
+    """On maps this small a second thread costs more than it gives."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

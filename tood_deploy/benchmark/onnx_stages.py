@@ -1,0 +1,68 @@
+"""The stages of an exported .onnx artefact in ONNX Runtime.
+
+Detections come from the shipped file itself. Everything before comes from variants made of it in memory: one with the inner values as
+further outputs, and one part per stage that starts from given values.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+
+from tood_deploy.benchmark.graph_parts import cut_graph
+from tood_deploy.benchmark.stages import STAGES, Stage, StageRunner, Values, graph_inputs
+from tood_deploy.engines.onnx_engine import OnnxEngine
+from tood_deploy.export.graph import INNER_VALUES, OUTPUTS
+from tood_deploy.export.to_onnx import with_outputs
+
+TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
+
+
+class OnnxStages(StageRunner):
+    """An artefact that `OnnxEngine` has open."""
+
+    has_stages = True
+
+    def __init__(self, engine: OnnxEngine, path: Path) -> None:
+        """Takes the engine and the file that it has open.
+
+        Raises:
+            ArtefactError: the file does not name its inner values: it is of an older version.
+        """
+        self.engine, self.name = engine, engine.name
+        model = onnx.load(path)
+        self._variant = self._open(with_outputs(model, INNER_VALUES))
+        typed = onnx.shape_inference.infer_shapes(model)
+        self._parts = {stage.name: self._open(cut_graph(typed, stage.reads, stage.gives)) for stage in STAGES}
+
+    def run_all(self, inputs: Values) -> Values:
+        """All stages; the detections are the shipped file's own."""
+        inner = self._variant.run(list(INNER_VALUES), graph_inputs(inputs))
+        shipped = self.engine.session.run(list(OUTPUTS), graph_inputs(inputs))
+        return inputs | _widened(INNER_VALUES, inner) | dict(zip(OUTPUTS, shipped, strict=True))
+
+    def run(self, stage: Stage, values: Values) -> Values:
+        """One stage."""
+        part = self._parts[stage.name]
+        given = {wanted.name: values[wanted.name].astype(TYPES.get(wanted.type), copy=False) for wanted in _of_type(part, TYPES)}
+        given |= {other.name: values[other.name] for other in part.get_inputs() if other.type not in TYPES}
+        return _widened(stage.gives, part.run(list(stage.gives), given))
+
+    def _open(self, model: onnx.ModelProto) -> ort.InferenceSession:
+        options = self.engine.session.get_session_options()
+        return ort.InferenceSession(model.SerializeToString(), options, providers=self.engine.session.get_providers())
+
+
+def _of_type(session: ort.InferenceSession, types: Any) -> list[Any]:
+    return [value for value in session.get_inputs() if value.type in types]
+
+
+def _widened(names: Any, arrays: Any) -> Values:
+    """Under their names, with every kind of floating-point number as float32."""
+    return {
+        name: array.astype(np.float32) if array.dtype == np.float16 else array for name, array in zip(names, arrays, strict=True)
+    }

@@ -1,0 +1,197 @@
+"""The reports of evaluation and benchmark: one self-contained HTML page, the same in Markdown, the numbers as JSON.
+
+Tables, figures and pictures come in; files come out. It knows nothing of detectors, metrics or what is reported.
+Fractions stay fractions in JSON; whoever makes a table chooses its units.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from numpy.typing import NDArray
+
+from tood_deploy import __version__
+from tood_deploy.manifest import write_text
+
+NOTHING = "–"
+LARGEST_PICTURE_PX = 1280
+JPEG_QUALITY = 82
+
+Cell = str | int | float | None
+
+_TEMPLATES = Environment(
+    loader=PackageLoader("tood_deploy.benchmark"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows below headers; the first column names the row, the others are numbers or short texts.
+
+    Attributes:
+        headers: one text a column.
+        rows: cells; None and NaN are shown as a dash, floats with two digits after the point.
+        note: a sentence below.
+    """
+
+    headers: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    note: str = ""
+
+    def html(self) -> Markup:
+        """The table as HTML; it scrolls sideways where the screen is narrow."""
+        return render("table.html", headers=self.headers, rows=[[show(cell) for cell in row] for row in self.rows], note=self.note)
+
+    def markdown(self) -> str:
+        """The table as Markdown."""
+        lines = [self.headers, ["---"] + ["---:"] * (len(self.headers) - 1), *([show(cell) for cell in row] for row in self.rows)]
+        text = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+        return f"{text}\n\n{self.note}" if self.note else text
+
+
+@dataclass(frozen=True)
+class Card:
+    """One picture or figure of a gallery.
+
+    Attributes:
+        caption: a line above it.
+        body: what `embed_figure` or `picture` gave.
+    """
+
+    caption: str
+    body: Markup
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page under a heading.
+
+    Attributes:
+        title: the heading.
+        body: HTML from `Table.html`, `gallery`, `embed_figure`, `picture` or `paragraph`; several are joined with +.
+        lead: a sentence or two that say what is to be seen.
+    """
+
+    title: str
+    body: Markup
+    lead: str = ""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A number in large letters at the top of the page, with what it is and a remark."""
+
+    name: str
+    value: str
+    remark: str = ""
+
+
+def render(template: str, **values: Any) -> Markup:
+    """Fills a template of this package; every text is escaped, Markup is not."""
+    return Markup(_TEMPLATES.get_template(template).render(**values))
+
+
+def render_page(
+    title: str,
+    sections: Sequence[Section],
+    path: Path,
+    *,
+    lead: str = "",
+    tiles: Sequence[Tile] = (),
+    facts: Mapping[str, str] | None = None,
+    warnings: Sequence[str] = (),
+) -> None:
+    """Writes one HTML page that needs no other file and no network, readable on a phone, light or dark as the reader has it.
+
+    Args:
+        title: of the page.
+        sections: in order; two or more get a table of contents.
+        path: of the file.
+        lead: a sentence below the title.
+        tiles: the most important numbers.
+        facts: what was run on what: name and value, at the end of the page.
+        warnings: lines that stand out at the top.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    page = {"title": title, "lead": lead, "tiles": tiles, "warnings": warnings, "sections": sections, "facts": facts or {}}
+    write_text(path, render("page.html", **page, version=__version__))
+
+
+def paragraph(text: str) -> Markup:
+    """A plain paragraph."""
+    return Markup("<p>{}</p>\n").format(text)
+
+
+def gallery(cards: Sequence[Card], *, narrow: bool = False) -> Markup:
+    """Cards beside one another as far as the screen allows.
+
+    Args:
+        cards: in order.
+        narrow: small figures, several a row; otherwise wide pictures, at most two.
+    """
+    return render("gallery.html", cards=cards, narrow=narrow)
+
+
+def picture(image_bgr: NDArray[np.uint8], description: str) -> Markup:
+    """An `<img>` with the picture, (H, W, 3) uint8 BGR, inside; `description` is for those who cannot see it."""
+    return Markup('<img src="{}" alt="{}" loading="lazy">\n').format(embed_picture(image_bgr), description)
+
+
+def embed_picture(image_bgr: NDArray[np.uint8], largest_px: int = LARGEST_PICTURE_PX) -> str:
+    """A data URI of the picture, (H, W, 3) uint8 BGR, as JPEG, scaled down where a side is longer than `largest_px`."""
+    scale = largest_px / max(image_bgr.shape[:2])
+    if scale < 1:
+        size_wh = max(1, round(image_bgr.shape[1] * scale)), max(1, round(image_bgr.shape[0] * scale))
+        image_bgr = np.asarray(cv2.resize(image_bgr, size_wh, interpolation=cv2.INTER_AREA), np.uint8)
+    _, data = cv2.imencode(".jpg", image_bgr, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
+    return "data:image/jpeg;base64," + base64.b64encode(data.tobytes()).decode()
+
+
+def show(cell: Cell) -> str:
+    """A cell as text."""
+    if cell is None or (isinstance(cell, float) and math.isnan(cell)):
+        return NOTHING
+    return f"{cell:.2f}" if isinstance(cell, float) else str(cell)
+
+
+def write_markdown(path: Path, parts: Sequence[str]) -> None:
+    """Writes Markdown: headings, paragraphs and tables, a blank line between them.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    write_text(path, "\n\n".join(part.strip() for part in parts if part.strip()) + "\n")
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Writes JSON that every reader takes: NaN and infinite numbers become null, arrays lists.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    write_text(path, json.dumps(plain(values), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def plain(values: Any) -> Any:
+    """The same as lists, dictionaries, texts and finite numbers."""
+    if isinstance(values, Mapping):
+        return {str(key): plain(value) for key, value in values.items()}
+    if isinstance(values, np.ndarray | np.generic):
+        return plain(values.tolist())
+    if isinstance(values, list | tuple):
+        return [plain(value) for value in values]
+    if isinstance(values, float) and not math.isfinite(values):
+        return None
+    return values
