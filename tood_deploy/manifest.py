@@ -102,6 +102,8 @@ def doubts(artefact: Path, manifest: Manifest) -> str:
         return f"{artefact}: is not the file its manifest describes (another SHA-256); export it again with tood-export"
     if not manifest.parity:
         return f"{artefact}: was never compared with PyTorch (its manifest has no parity verdict); export it again with tood-export"
+    if failing := manifest.parity.get("benchmark", {}).get("failing_stage"):
+        return f"{artefact}: failed its comparison with PyTorch at the stage {failing}; see tood-bench parity, or export it again"
     return ""
 
 

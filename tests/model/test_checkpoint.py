@@ -215,7 +215,9 @@ class TestRefusals:
         del state["neck.fpn_convs.3.conv.bias"]
         state["bbox_head.extra.weight"] = torch.zeros(1)
         path = write(tmp_path / "a.pth", state)
-        self.refuse(path, r"1 keys missing \(neck\.fpn_convs\.3\.conv\.bias\); 1 keys unexpected \(bbox_head\.extra\.weight\)", preset="tiny")
+        self.refuse(
+            path, r"1 keys missing \(neck\.fpn_convs\.3\.conv\.bias\); 1 keys unexpected \(bbox_head\.extra\.weight\)", preset="tiny"
+        )
 
     def test_preset_that_contradicts_the_file(self, model: Tood, tmp_path: Path) -> None:
         path = write(tmp_path / "a.pth", {"state_dict": model.state_dict(), "meta": {"cfg": CONFIG_3X}})

@@ -54,7 +54,9 @@ def make(seed: int, batch: int, count: int, classes: int, spread: float, empty: 
     max_det=st.sampled_from([1, 5, 100, 700]),
     empty=st.sampled_from([0.0, 0.5, 1.0]),
 )
-def test_equals_greedy(seed: int, batch: int, count: int, classes: int, spread: float, threshold: float, max_det: int, empty: float) -> None:
+def test_equals_greedy(
+    seed: int, batch: int, count: int, classes: int, spread: float, threshold: float, max_det: int, empty: float
+) -> None:
     assert_equals_greedy(*make(seed, batch, count, classes, spread, empty), threshold, max_det)
 
 

@@ -1,8 +1,13 @@
 """Vectorised assignment beside plain loops, and its time and memory at full size."""
 
 import math
+import resource
 import statistics
+import subprocess
+import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -139,33 +144,42 @@ def test_targets_of_the_score_reach_the_best_overlap() -> None:
 
 
 @pytest.mark.parametrize("kind", ["atss", "task-aligned"])
-def test_500_boxes_at_full_size_take_little_time_and_memory(kind: str) -> None:
+def test_500_boxes_at_full_size_take_little_time(kind: str) -> None:
+    assign = crowded(kind)
+    seconds = []
+    for _ in range(7):
+        start = time.process_time()
+        found = assign()
+        seconds.append(time.process_time() - start)
+    assert len(found.anchors) > 1000
+    assert min(seconds) < 0.06, seconds  # of one thread
+
+
+def test_500_boxes_at_full_size_take_little_memory() -> None:
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_assign; test_assign.print_memory_growth()"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert float(result.stdout) < 300, result.stdout
+
+
+def crowded(kind: str) -> Callable[[], Assignment]:
+    """500 boxes of all sizes in a picture of 800 x 1333."""
     rng = np.random.default_rng(0)
     grid = grid_of(800, 1344)
     gt, labels = random_boxes(rng, 500, 800, 1344, smallest=8), torch.from_numpy(rng.integers(0, 80, 500))
+    if kind == "atss":
+        return lambda: assign_atss(grid, (800, 1333), gt)
     scores = torch.rand(80, len(grid.points))
     reach = torch.rand(len(grid.points), 4) * grid.strides[:, None] * 8
     boxes = torch.cat((grid.points - reach[:, :2], grid.points + reach[:, 2:]), dim=1)
     valid = grid.valid_mask((800, 1333))
+    return lambda: assign_task_aligned(scores, boxes, grid.points, valid, gt, labels)
 
-    def assign() -> Assignment:
-        if kind == "atss":
-            return assign_atss(grid, (800, 1333), gt)
-        return assign_task_aligned(scores, boxes, grid.points, valid, gt, labels)
 
-    seconds = []
-    for _ in range(7):
-        start = time.perf_counter()
-        found = assign()
-        seconds.append(time.perf_counter() - start)
-    assert len(found.anchors) > 1000
-    assert min(seconds) < 0.06, seconds  # the least disturbed one: the machine may be busy
-    profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
-    with profile:
+def print_memory_growth() -> None:
+    """MiB by which the peak of this process grows; for a process of its own, as the peak never falls."""
+    torch.set_num_threads(1)
+    both = [crowded(kind) for kind in ("atss", "task-aligned")]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for assign in both:
         assign()
-    assert _largest_allocation(profile) < 2**27
-
-
-def _largest_allocation(profile: torch.profiler.profile) -> int:
-    """Bytes of the operator that took most."""
-    return max(abs(event.self_cpu_memory_usage) // max(event.count, 1) for event in profile.key_averages())
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)

@@ -21,7 +21,7 @@ from pycocotools.cocoeval import COCOeval, Params
 from tood_deploy.benchmark.results import Results, results_from_rows
 from tood_deploy.benchmark.truth import Truth, read_truth
 
-NUMBERS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+NUMBERS: tuple[str, ...] = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 AREAS = ("all", "small", "medium", "large")
 OVERLAPS = tuple(Params("bbox").iouThrs.tolist())  # 0.50, 0.55 ... 0.95
 RECALLS = tuple(Params("bbox").recThrs.tolist())  # 0.00, 0.01 ... 1.00
@@ -143,7 +143,7 @@ class _Collected:
         self.truths: list[tuple[int, float, bool]] = []
         self.overlaps = 1
 
-    def add(self, chunk: COCOeval, start: int, truth_start: int) -> None:
+    def add(self, chunk: Any, start: int, truth_start: int) -> None:
         """Takes a chunk whose detections and objects begin at these positions."""
         pictures, sizes = len(chunk.params.imgIds), len(chunk.params.areaRng)
         self.overlaps = len(chunk.params.iouThrs)
@@ -181,7 +181,7 @@ def _compact(entry: dict[str, Any] | None) -> dict[str, Any] | None:
     return values | {"dtIgnore": entry["dtIgnore"], "gtIgnore": np.array(entry["gtIgnore"], bool)}
 
 
-def _match_chunks(truth: Truth, results: Results, params: Params) -> Iterator[tuple[COCOeval, int, int]]:
+def _match_chunks(truth: Truth, results: Results, params: Params) -> Iterator[tuple[Any, int, int]]:
     """Some pictures at a time, matched; with the positions at which their detections and objects begin."""
     ids = list(truth.images)
     for first in range(0, len(ids), CHUNK_PICTURES):
@@ -194,15 +194,15 @@ def _match_chunks(truth: Truth, results: Results, params: Params) -> Iterator[tu
         yield chunk, found.start, boxes.start
 
 
-def _new_eval(params: Params, truth: Truth, image_ids: Sequence[int] | None = None) -> COCOeval:
-    result = COCOeval(iouType="bbox")
+def _new_eval(params: Params, truth: Truth, image_ids: Sequence[int] | None = None) -> Any:
+    result: Any = COCOeval(iouType="bbox")  # its type stubs leave out what is set here and read above
     result.params = params
     params.imgIds, params.catIds = list(image_ids or truth.images), list(truth.categories)
     return result
 
 
-def _coco(truth: Truth, image_ids: Sequence[int], rows: list[dict[str, Any]]) -> COCO:
-    coco = COCO()
+def _coco(truth: Truth, image_ids: Sequence[int], rows: list[dict[str, Any]]) -> Any:
+    coco: Any = COCO()
     categories = [{"id": key, "name": name} for key, name in truth.categories.items()]
     coco.dataset = {"images": [{"id": key} for key in image_ids], "categories": categories, "annotations": rows}
     coco.createIndex()

@@ -21,15 +21,17 @@ class Deviation:
 
     Attributes:
         tolerance: what counts as outside lies above it.
+        relative: whether the tolerance is in units of the reference's root mean square, array by array.
         elements: numbers compared.
         outside: of these, outside the tolerance; what is not a number is.
-        not_numbers: NaN or infinite where the reference is not.
+        not_numbers: NaN or infinite where the reference is not, or without a counterpart because shapes differ.
         largest: the largest difference of numbers.
         squares, reference_squares: sums of squares, for the relative L2 norm.
         counts: how many of a sample lie in which power of ten.
     """
 
     tolerance: float = 0.0
+    relative: bool = False
     elements: int = 0
     outside: int = 0
     not_numbers: int = 0
@@ -39,13 +41,16 @@ class Deviation:
     counts: NDArray[np.int64] = field(default_factory=_no_counts, repr=False)
 
     def add(self, reference: NDArray[np.floating], found: NDArray[np.floating]) -> None:
-        """Adds two arrays of one shape."""
+        """Adds two arrays; with other shapes nothing of them can be compared, and all of it counts as not a number."""
+        if reference.shape != found.shape:
+            found = np.full_like(reference, np.nan)
         real = np.isfinite(found) | ~np.isfinite(reference)
         difference = np.abs(np.where(real, found - reference, 0.0)).ravel()
         not_numbers = int(real.size - real.sum())
         self.elements += difference.size
         self.not_numbers += not_numbers
-        self.outside += int((difference > self.tolerance).sum()) + not_numbers
+        unit = float(np.sqrt(np.square(reference, dtype=np.float64).mean())) if self.relative and reference.size else 1.0
+        self.outside += int((difference > self.tolerance * unit).sum()) + not_numbers
         self.largest = max(self.largest, float(difference.max(initial=0)))
         self.squares += float(np.square(difference, dtype=np.float64).sum())
         self.reference_squares += float(np.square(reference, dtype=np.float64).sum())
@@ -60,6 +65,7 @@ class Deviation:
         """Both together."""
         return Deviation(
             max(self.tolerance, other.tolerance),
+            self.relative,
             self.elements + other.elements,
             self.outside + other.outside,
             self.not_numbers + other.not_numbers,

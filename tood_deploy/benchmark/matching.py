@@ -19,9 +19,7 @@ def pair_rows(reference: Rows, found: Rows) -> NDArray[np.intp]:
     Boxes at the same place of both lists go first, then the best box of the reference takes what overlaps it most.
     """
     ranked = min(len(reference), len(found))
-    same = (reference.labels[:ranked] == found.labels[:ranked]) & (
-        _row_iou(reference.boxes[:ranked], found.boxes[:ranked]) > PAIR_IOU
-    )
+    same = (reference.labels[:ranked] == found.labels[:ranked]) & (_row_iou(reference.boxes[:ranked], found.boxes[:ranked]) > PAIR_IOU)
     pairs = [(i, i) for i in np.flatnonzero(same).tolist()]
     rest, free = np.setdiff1d(np.arange(len(reference)), np.flatnonzero(same)), np.ones(len(found), bool)
     free[:ranked] = ~same

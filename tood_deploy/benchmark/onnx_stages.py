@@ -63,6 +63,4 @@ def _of_type(session: ort.InferenceSession, types: Any) -> list[Any]:
 
 def _widened(names: Any, arrays: Any) -> Values:
     """Under their names, with every kind of floating-point number as float32."""
-    return {
-        name: array.astype(np.float32) if array.dtype == np.float16 else array for name, array in zip(names, arrays, strict=True)
-    }
+    return {name: array.astype(np.float32) if array.dtype == np.float16 else array for name, array in zip(names, arrays, strict=True)}

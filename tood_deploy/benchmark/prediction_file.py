@@ -88,7 +88,9 @@ class PredictionFile:
         """All detections, ids of categories for class numbers; classes without one are left out."""
         ids = np.array([-1 if category is None else category for category in category_ids], np.int64)
         parts = [_as_results(image, ids, *self._parts[image]) for image in sorted(self._parts)]
-        columns = zip(*((part.image_ids, part.category_ids, part.boxes_xywh, part.scores) for part in (empty_results(), *parts)), strict=True)
+        columns = zip(
+            *((part.image_ids, part.category_ids, part.boxes_xywh, part.scores) for part in (empty_results(), *parts)), strict=True
+        )
         return Results(*(np.concatenate(column) for column in columns))
 
     def _load(self) -> None:

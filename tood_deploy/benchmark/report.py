@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from tood_deploy import __version__
 from tood_deploy.manifest import write_text
 
-NOTHING = "–"
+NOTHING = "-"
 LARGEST_PICTURE_PX = 1280
 JPEG_QUALITY = 82
 
@@ -55,7 +55,7 @@ class Table:
     def markdown(self) -> str:
         """The table as Markdown."""
         lines = [self.headers, ["---"] + ["---:"] * (len(self.headers) - 1), *([show(cell) for cell in row] for row in self.rows)]
-        text = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+        text = "\n".join("| " + " | ".join(cell.replace("|", "\\|").replace("<", "&lt;") for cell in line) + " |" for line in lines)
         return f"{text}\n\n{self.note}" if self.note else text
 
 
@@ -134,14 +134,19 @@ def paragraph(text: str) -> Markup:
     return Markup("<p>{}</p>\n").format(text)
 
 
-def gallery(cards: Sequence[Card], *, narrow: bool = False) -> Markup:
-    """Cards beside one another as far as the screen allows.
+def gallery(cards: Sequence[Card], columns: Literal["one", "two", "many"] = "two") -> Markup:
+    """Cards in order; `columns` beside one another where the screen is wide enough: "one" for pairs, "many" for small figures."""
+    return render("gallery.html", cards=cards, columns=columns)
 
-    Args:
-        cards: in order.
-        narrow: small figures, several a row; otherwise wide pictures, at most two.
-    """
-    return render("gallery.html", cards=cards, narrow=narrow)
+
+def pair(left: Markup, right: Markup) -> Markup:
+    """Two pictures beside one another, the right one below the left where the screen is narrow."""
+    return Markup('<div class="pair">{}{}</div>\n').format(left, right)
+
+
+def fold(summary: str, body: Markup) -> Markup:
+    """Something long that a reader opens with a click."""
+    return Markup("<details><summary>{}</summary>{}</details>\n").format(summary, body)
 
 
 def picture(image_bgr: NDArray[np.uint8], description: str) -> Markup:

@@ -16,7 +16,9 @@ from tood_deploy.benchmark.truth import Truth, load_json
 from tood_deploy.errors import InputError
 from tood_deploy.manifest import atomic_path
 
-EXPECTED = "COCO results: a list of objects with image_id, category_id, bbox and score"
+EXPECTED_ROW = "image_id, category_id, bbox (x, y, width, height) and score"
+EXPECTED = f"COCO results: a list of objects with {EXPECTED_ROW}"
+SHOWN_LETTERS = 80
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +41,7 @@ def read_results(path: Path, truth: Truth) -> Results:
     rows = load_json(path, EXPECTED)
     if not isinstance(rows, list):
         found = f"an object with {', '.join(list(rows)[:6])}" if isinstance(rows, dict) else f"a {type(rows).__name__}"
-        raise InputError(f"{path}: not COCO results: found {found}; expected a list of objects with image_id, category_id, bbox and score")
+        raise InputError(f"{path}: not COCO results: found {found}; expected a list of objects with {EXPECTED_ROW}")
     return results_from_rows(rows, truth, str(path))
 
 
@@ -49,14 +51,14 @@ def results_from_rows(rows: Sequence[dict[str, Any]], truth: Truth, origin: str 
     Raises:
         InputError: as `read_results`.
     """
+    wrong = next((position for position, row in enumerate(rows) if not _is_row(row)), None)
+    if wrong is not None:
+        raise InputError(f"{origin}: row {wrong} is {json.dumps(rows[wrong])[:SHOWN_LETTERS]}; expected {EXPECTED_ROW}")
     try:
         ids = np.array([(row["image_id"], row["category_id"]) for row in rows]).reshape(-1, 2)
         values = np.array([(*row["bbox"], row["score"]) for row in rows], np.float64).reshape(-1, 5)
-    except (KeyError, TypeError, ValueError) as error:
-        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
-        raise InputError(f"{origin}: cannot be read as COCO results ({reason}); expected image_id, category_id, bbox and score in each") from error
-    if len(values) != len(rows):
-        raise InputError(f"{origin}: a bbox has not four numbers; expected x, y, width, height in each")
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{origin}: a value is not a number ({error}); expected {EXPECTED_ROW} in each row") from error
     _check_finite(values, origin)
     _check_known(ids[:, 0], truth.images, "image", origin, truth)
     _check_known(ids[:, 1], truth.categories, "category", origin, truth)
@@ -80,6 +82,11 @@ def write_results(path: Path, results: Results) -> None:
             row = {"image_id": image, "category_id": category, "bbox": box, "score": score}
             file.write(("[\n" if not position else ",\n") + json.dumps(row))
         file.write("\n]\n" if len(results) else "[]\n")
+
+
+def _is_row(row: Any) -> bool:
+    known = isinstance(row, dict) and {"image_id", "category_id", "bbox", "score"} <= row.keys()
+    return known and isinstance(row["bbox"], list | tuple) and len(row["bbox"]) == 4
 
 
 def _check_finite(values: NDArray[np.float64], origin: str) -> None:

@@ -26,7 +26,7 @@ class TorchStages(StageRunner):
     def __init__(self, detector: FusedDetector, autocast: torch.dtype | None = None) -> None:
         """Takes a detector in eval mode, on its device; `autocast` is the type of the network's arithmetic, None for float32."""
         self.detector, self.autocast = detector, autocast
-        self.device = detector.get_buffer("mean").device
+        self.device = detector.mean.device
         self.name = f"PyTorch {torch.__version__}, eager"
 
     @torch.inference_mode()

@@ -94,7 +94,9 @@ def load_json(path: Path, expected: str) -> Any:
 def _load(path: Path) -> dict[str, list[Any]]:
     content = load_json(path, "COCO annotations")
     if not isinstance(content, dict) or not all(isinstance(content.get(part), list) for part in PARTS):
-        found = f"an object with {', '.join(list(content)[:6]) or 'nothing'}" if isinstance(content, dict) else f"a {type(content).__name__}"
+        found = (
+            f"an object with {', '.join(list(content)[:6]) or 'nothing'}" if isinstance(content, dict) else f"a {type(content).__name__}"
+        )
         raise InputError(f"{path}: not COCO annotations: found {found}; expected an object with the lists {', '.join(PARTS)}")
     if empty := [part for part in PARTS if not content[part]]:
         raise InputError(f"{path}: the list {empty[0]} is empty, there is nothing to compare with; expected at least one of each")
@@ -131,7 +133,9 @@ def _boxes(path: Path, entries: Sequence[Any], images: Collection[int], categori
             image, category, box = entry["image_id"], entry["category_id"], [float(value) for value in entry["bbox"]]
             area, crowd = float(entry.get("area", box[2] * box[3])), bool(entry.get("iscrowd", 0))
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            raise InputError(f"{path}: annotation number {position} cannot be read ({error}); expected image_id, category_id, bbox") from error
+            raise InputError(
+                f"{path}: annotation number {position} cannot be read ({error}); expected image_id, category_id, bbox"
+            ) from error
         if image not in images or category not in categories:
             unknown = f"image id {image}" if image not in images else f"category id {category}"
             raise InputError(f"{path}: annotation number {position} is of {unknown}, which the file does not list; add it or drop the box")

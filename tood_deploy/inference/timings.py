@@ -33,6 +33,10 @@ class Timings:
         """Of a stage, per frame; 0 where nothing ran."""
         return float(np.percentile(list(self._ms[stage]), percent)) if self._ms[stage] else 0.0
 
+    def mean_ms(self, stage: str) -> float:
+        """Of a stage, per frame; 0 where nothing ran."""
+        return float(np.mean(list(self._ms[stage]))) if self._ms[stage] else 0.0
+
     @property
     def fps(self) -> float:
         """Frames a second from the start to the last result."""

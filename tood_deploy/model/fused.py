@@ -36,6 +36,9 @@ class Stages(NamedTuple):
 class FusedDetector(nn.Module):
     """A `Tood` between normalisation and suppression."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, model: Tood, max_det: int = MAX_DET) -> None:
         super().__init__()
         self.model = model

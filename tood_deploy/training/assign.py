@@ -105,8 +105,9 @@ def normalised_metrics(assigned: Assignment, num_boxes: int) -> Tensor:
 
 
 def _neighbours(boxes: Tensor) -> Iterator[Tensor]:
-    """Positions of all boxes, in parts that lie near one another: a metric is positive only where two boxes overlap, and the few
-    predictions that overlap one box of a part are mostly those that overlap the others.
+    """Positions of all boxes, in parts that lie near one another.
+
+    A metric is positive only where two boxes overlap, and what overlaps one box of such a part mostly overlaps the others too.
     """
     centres = boxes[:, :2] + boxes[:, 2:]
     for strip in centres[:, 1].argsort().split(STRIP):

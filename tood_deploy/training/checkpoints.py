@@ -56,12 +56,22 @@ def read_training_state(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can raise nearly anything
-        raise CheckpointError(
-            f"{path}: cannot be read ({str(error).splitlines()[0][:200]}); expected a checkpoint of tood-train"
-        ) from error
+        raise CheckpointError(f"{path}: cannot be read ({_reason(error)}); expected a checkpoint of tood-train") from error
     if not isinstance(content, dict) or OWN_KEY not in content or not isinstance(content.get("training"), dict):
         raise CheckpointError(f"{path}: holds no state of a training; expected a checkpoint of tood-train")
     return content
+
+
+def make_run_folder(output: Path) -> None:
+    """Makes the folder of a run, if it is not there.
+
+    Raises:
+        OutputError: it cannot be made.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{output}: cannot be written ({error.strerror}); choose another --output") from error
 
 
 def remove_leftovers(output: Path) -> None:

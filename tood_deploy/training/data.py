@@ -161,10 +161,11 @@ def load_batches(data: TrainingData, steps: Sequence[Sequence[int]], epoch: int,
         workers: loading processes; 0 loads in this one.
         pin: into memory that a GPU copies from fast.
     """
+    if workers:
+        cv2.setNumThreads(1)  # before the fork: in a forked process OpenCV waits for ever for the threads it had in this one
     keys = [[(epoch, index) for index in step] for step in steps]
     return iter(DataLoader(data, batch_sampler=keys, num_workers=workers, collate_fn=collate, pin_memory=pin, worker_init_fn=_start_worker))  # type: ignore[arg-type]
 
 
 def _start_worker(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that trains: it saves first
-    cv2.setNumThreads(1)

@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from tood_deploy.errors import OutputError
+from tood_deploy.training.checkpoints import make_run_folder
+
 LOG = "log.jsonl"
 
 
@@ -32,7 +35,7 @@ class Journal:
             every: steps between two entries.
         """
         self.output, self.quiet, self.every = output, quiet or output is None, every
-        self.board = _open_board(output, self)
+        self.board: Any = None
         self.bar = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}"), TimeRemainingColumn(),
             console=Console(stderr=True), disable=self.quiet or not sys.stderr.isatty(),
@@ -40,6 +43,9 @@ class Journal:
         self.task = self.bar.add_task("", state="", visible=False)
 
     def __enter__(self) -> Self:
+        if self.output is not None:
+            make_run_folder(self.output)
+            self.board = _open_board(self.output, self.quiet)
         self.bar.start()
         return self
 
@@ -84,8 +90,11 @@ class Journal:
         if self.output is None:
             return
         entry = {"kind": kind, **values, "time": round(time.time(), 3)}
-        with (self.output / LOG).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+        try:
+            with (self.output / LOG).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+        except OSError as error:
+            raise OutputError(f"{self.output / LOG}: cannot be written ({error.strerror}); make room, then go on with --resume") from error
         for name, value in values.items() if self.board is not None else ():
             if name != "step" and isinstance(value, (int, float)):
                 self.board.add_scalar(f"{kind}/{name}", value, int(values.get("step", 0)))  # type: ignore[union-attr]
@@ -121,13 +130,11 @@ def _parse(line: str) -> dict[str, Any] | None:
     return entry if isinstance(entry, dict) else None
 
 
-def _open_board(output: Path | None, journal: Journal) -> Any:
-    if output is None:
-        return None
+def _open_board(output: Path, quiet: bool) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        if not journal.quiet:
+        if not quiet:
             print("TensorBoard is not installed, its files are not written; pip install tensorboard", file=sys.stderr)
         return None
     return SummaryWriter(output / "tensorboard")

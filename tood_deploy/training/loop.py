@@ -21,7 +21,15 @@ from numpy.typing import NDArray
 from tood_deploy.errors import CheckpointError, ToodError
 from tood_deploy.model.checkpoint import load_checkpoint, save_checkpoint
 from tood_deploy.model.tood import Tood
-from tood_deploy.training.checkpoints import BEST, FINAL, LAST, read_training_state, remove_leftovers, write_training_checkpoint
+from tood_deploy.training.checkpoints import (
+    BEST,
+    FINAL,
+    LAST,
+    make_run_folder,
+    read_training_state,
+    remove_leftovers,
+    write_training_checkpoint,
+)
 from tood_deploy.training.data import Batch, TrainingData, epoch_batches, load_batches
 from tood_deploy.training.distributed import any_rank, barrier, is_main, rank, world_size
 from tood_deploy.training.interrupt import StopFlag
@@ -139,7 +147,7 @@ class _Run:
         """Goes on from the folder's checkpoint, or makes sure that there is none to overwrite."""
         last = self.options.output / LAST
         if is_main():
-            self.options.output.mkdir(parents=True, exist_ok=True)
+            make_run_folder(self.options.output)
             remove_leftovers(self.options.output)
         if not last.is_file():
             return

@@ -88,7 +88,8 @@ class Recipe:
     def from_dict(cls, values: dict[str, Any]) -> Recipe:
         """The recipe that `to_dict` wrote; fields of other versions are left out."""
         known = {field.name for field in fields(cls)}
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items() if key in known})
+        plain: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items() if key in known}
+        return cls(**plain)
 
     def with_epochs(self, epochs: int) -> Recipe:
         """The same over another number of epochs, the drops at the same shares of them."""

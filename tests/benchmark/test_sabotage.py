@@ -1,0 +1,196 @@
+"""Artefacts that are broken on purpose, one in each way: parity catches every one and names the guilty stage."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+
+from tood_deploy.benchmark.gates import Gates
+from tood_deploy.benchmark.parity import Result, Settings, compare
+from tood_deploy.benchmark.picture_set import PictureSet, open_pictures
+from tood_deploy.benchmark.scoring import Scoring
+from tood_deploy.benchmark.subject import Subject, open_subject
+from tood_deploy.benchmark.truth import read_truth
+from tood_deploy.export.to_onnx import onnx_from_model, save_onnx
+from tood_deploy.inference.detector import Detector
+from tood_deploy.manifest import Manifest
+from tood_deploy.model.checkpoint import load_checkpoint, save_checkpoint
+from tood_deploy.model.tood import build_model
+
+pytestmark = pytest.mark.slow
+
+IMGSZ = (240, 320)
+TRAINED = Path("reference/checkpoints/mmdet3_bccd_tiny.pth")
+HEAD, PYRAMID, BACKBONE = "detector.model.bbox_head", "detector.model.neck", "detector.model.backbone"
+Sabotage = Callable[[onnx.ModelProto], None]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory, seeded_fill: Callable) -> Subject:
+    """The trained checkpoint where it is there; otherwise `tiny` with stand-in weights, which find boxes too."""
+    from conftest import SHARED
+
+    checkpoint = SHARED / TRAINED
+    if not checkpoint.is_file():
+        model = build_model("tiny")
+        shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+        model.load_state_dict({key: torch.from_numpy(value) for key, value in seeded_fill(shapes).items()})
+        checkpoint = tmp_path_factory.mktemp("checkpoint") / "tiny.safetensors"
+        save_checkpoint(model, checkpoint)
+    return open_subject(str(checkpoint), device="cpu", threads=2, stages=True)
+
+
+@pytest.fixture(scope="module")
+def exported(reference: Subject) -> onnx.ModelProto:
+    return onnx_from_model(load_checkpoint(reference.name))
+
+
+@pytest.fixture(scope="module")
+def scoring(reference: Subject, tmp_path_factory: pytest.TempPathFactory) -> tuple[PictureSet, Scoring]:
+    """Synthetic pictures; the truth is what the reference itself finds in them with a score above 0.2."""
+    pictures, names = open_pictures(None, None, IMGSZ, 3), reference.manifest.preset.class_names
+    detector = Detector(reference.engine, conf=0.2, imgsz=IMGSZ)
+    rows = [row for picture in pictures for row in detector(picture.read()).to_coco(picture.image_id)]
+    assert rows
+    truth = {
+        "images": [{"id": picture.image_id, "file_name": picture.name} for picture in pictures],
+        "categories": [{"id": number, "name": name} for number, name in enumerate(names, 1)],
+        "annotations": [{"id": number, **row} for number, row in enumerate(rows, 1)],
+    }
+    path = tmp_path_factory.mktemp("truth") / "truth.json"
+    path.write_text(json.dumps(truth))
+    return replace(pictures, truth=read_truth(path)), Scoring.of(read_truth(path), names, None)
+
+
+@pytest.fixture
+def judge(reference: Subject, exported: onnx.ModelProto, scoring: tuple[PictureSet, Scoring], tmp_path: Path) -> Callable[..., Result]:
+    """Breaks a copy of the artefact and compares it with the reference."""
+
+    def run(sabotage: Sabotage) -> Result:
+        broken = onnx.ModelProto()
+        broken.CopyFrom(exported)
+        sabotage(broken)
+        save_onnx(broken, Manifest(reference.manifest.preset), tmp_path / "broken.onnx")
+        subject = open_subject(str(tmp_path / "broken.onnx"), device="cpu", threads=2, stages=None)
+        return compare(reference, [(subject, Gates())], scoring[0], Settings(IMGSZ), scoring[1])[0]
+
+    return run
+
+
+def edit_weight(model: onnx.ModelProto, name: str, edit: Callable[[np.ndarray], object]) -> None:
+    """Changes an initializer."""
+    tensor = next(tensor for tensor in model.graph.initializer if tensor.name == name)
+    values = numpy_helper.to_array(tensor).copy()
+    edit(values)
+    tensor.CopyFrom(numpy_helper.from_array(values, name))
+
+
+def insert_after(model: onnx.ModelProto, name: str, *operators: tuple[str, list[str], dict]) -> None:
+    """Sends a value through further nodes before anyone reads it. An operator is its type, its other inputs and its attributes."""
+    nodes, made, before = [], name, f"{name}_before"
+    for number, (kind, others, attributes) in enumerate(operators):
+        output = name if number == len(operators) - 1 else f"{name}_{number}"
+        nodes.append(onnx.helper.make_node(kind, [before if number == 0 else made, *others], [output], **attributes))
+        made = output
+    for position, node in enumerate(model.graph.node):
+        if name in node.output:
+            node.output[list(node.output).index(name)] = before
+            for offset, added in enumerate(nodes, 1):
+                model.graph.node.insert(position + offset, added)
+            return
+    raise AssertionError(name)
+
+
+def maker(model: onnx.ModelProto, name: str) -> onnx.NodeProto:
+    return next(node for node in model.graph.node if name in node.output)
+
+
+def wrong_mean(model: onnx.ModelProto) -> None:
+    edit_weight(model, "detector.mean", lambda mean: mean.__setitem__(0, 103.53))
+
+
+def blue_for_red(model: onnx.ModelProto) -> None:
+    first = next(node for node in model.graph.node if node.op_type == "Cast" and "images" in node.input)
+    model.graph.initializer.append(numpy_helper.from_array(np.array([2, 1, 0], np.int64), "swapped"))
+    insert_after(model, first.output[0], ("Gather", ["swapped"], {"axis": 3}))
+
+
+def half_pixel_shift(model: onnx.ModelProto) -> None:
+    """The alignment's offsets, in cells, all half a cell larger."""
+    edit_weight(model, f"{HEAD}.reg_offset_module.2.bias", lambda bias: bias.__iadd__(0.5))
+
+
+def suppress_at_half(model: onnx.ModelProto) -> None:
+    """Whatever threshold is asked for, the loop of suppression reads 0.5."""
+    model.graph.initializer.append(numpy_helper.from_array(np.array(0.5, np.float32), "half"))
+    for node in model.graph.node:
+        rename_input(node, "iou_threshold", "half")
+
+
+def rename_input(node: onnx.NodeProto, old: str, new: str) -> None:
+    for position, name in enumerate(node.input):
+        if name == old:
+            node.input[position] = new
+    for attribute in node.attribute:
+        for inner in attribute.g.node:
+            rename_input(inner, old, new)
+
+
+def decode_in_half_precision(model: onnx.ModelProto) -> None:
+    """The decoded boxes of every level, before they are aligned, through float16."""
+    casts = (("Cast", [], {"to": onnx.TensorProto.FLOAT16}), ("Cast", [], {"to": onnx.TensorProto.FLOAT}))
+    for level in range(3, 8):
+        insert_after(model, maker(model, f"head_boxes_p{level}").input[1], *casts)
+
+
+def zero_backbone_channel(model: onnx.ModelProto) -> None:
+    edit_weight(model, f"{BACKBONE}.layer3.0.conv2.weight", lambda weight: weight.__setitem__(7, 0))
+
+
+def zero_pyramid_channel(model: onnx.ModelProto) -> None:
+    edit_weight(model, f"{PYRAMID}.fpn_convs.1.conv.weight", lambda weight: weight.__setitem__(3, 0))
+
+
+def zero_head_channel(model: onnx.ModelProto) -> None:
+    edit_weight(model, f"{HEAD}.tood_cls.weight", lambda weight: weight.__setitem__((slice(None), 5), 0))
+
+
+def test_a_sound_artefact_passes(judge: Callable[..., Result]) -> None:
+    result = judge(lambda model: None)
+    assert [str(failure) for failure in result.failures] == []
+    assert result.comparison.carried.rows["detections"].reference > 20
+    assert result.comparison.alone is not None
+    assert result.ap_drop == pytest.approx(0, abs=0.1)
+    assert set(result.swap_costs) == {"pre-processing", "network", "post-processing"}
+
+
+@pytest.mark.parametrize(
+    ("sabotage", "stage", "part"),
+    [
+        (wrong_mean, "pixels", "pre-processing"),
+        (blue_for_red, "pixels", "pre-processing"),
+        (zero_backbone_channel, "backbone", "network"),
+        (zero_pyramid_channel, "pyramid", "network"),
+        (zero_head_channel, "head", "network"),
+        (half_pixel_shift, "head", "network"),
+        (decode_in_half_precision, "head", None),
+        (suppress_at_half, "detections", "post-processing"),
+    ],
+)
+def test_the_guilty_stage_is_named(judge: Callable[..., Result], sabotage: Sabotage, stage: str, part: str | None) -> None:
+    result = judge(sabotage)
+    assert result.guilty == stage
+    guilty_alone = {failure.stage for failure in result.failures if not failure.carried}
+    assert guilty_alone == {stage}
+    others = {name for name, cost in result.swap_costs.items() if cost != pytest.approx(0, abs=1e-6)}
+    assert others <= ({part} if part else {"network"})
+    if part in ("pre-processing", "network"):
+        assert result.costliest in (part, "")

@@ -1,0 +1,159 @@
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from benchmark.truths import annotation, coco, result, write_json
+from inference.fakes import CLASSES, RedEngine, red_picture, write_picture
+
+from tood_deploy.cli.eval import main
+from tood_deploy.inference import detector as detector_module
+
+Run = Callable[..., tuple[int, str, str]]
+
+# The engine finds the first two, and something else in the third picture: precision 1 at the recalls 0.00 to 0.66, 67 of 101.
+OBJECTS = [annotation(1, 1, (4, 8, 16, 16)), annotation(2, 1, (8, 8, 16, 16)), annotation(3, 1, (40, 30, 8, 8))]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """Runs tood-eval with a stand-in engine in a folder with truth.json and pictures/; gives exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+    for i in range(1, 4):
+        write_picture(tmp_path / "pictures" / f"{i}.png", red_picture(left=4 * i))
+    write_json(tmp_path / "truth.json", coco(OBJECTS, names=CLASSES))
+    monkeypatch.setattr(detector_module, "open_engine", lambda model, **options: RedEngine())
+
+    def call(*arguments: str, model: str = "model.pth") -> tuple[int, str, str]:
+        code = main([model, "--annotations", "truth.json", *arguments])
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return call
+
+
+def report(folder: str) -> dict[str, Any]:
+    return json.loads((Path(folder) / "report.json").read_text(encoding="utf-8"))
+
+
+def assert_one_line(result: tuple[int, str, str], *words: str) -> None:
+    code, out, err = result
+    assert (code, out, err.count("\n")) == (2, "", 1), err
+    for word in words:
+        assert word in err
+
+
+def test_a_model(run: Run) -> None:
+    code, out, err = run("--images", "pictures", "--imgsz", "48", "64", "--batch", "2")
+    assert code == 0
+    assert "AP  66.34" in out
+    assert "model-eval/report.html" in out
+    assert "note: Classes without objects in the annotations have no AP and do not count in the mean: other/thing." in err
+    assert sorted(path.suffix for path in Path("model-eval").iterdir()) == [".html", ".json", ".json", ".jsonl", ".md"]
+    assert len(json.loads(Path("model-eval/results.json").read_text())) == 3
+    values = report("model-eval")
+    assert values["facts"]["detection"].startswith("conf 0.05, iou 0.6, at most 4 a picture, 1000 candidates")
+    assert values["facts"]["command"].startswith("tood-eval model.pth --annotations truth.json")
+
+
+def test_its_results_file_scores_the_same(run: Run) -> None:
+    run("--images", "pictures", "--imgsz", "48", "64", "--output", "first")
+    assert run("--output", "second", model="first/results.json")[0] == 0
+    assert report("first")["numbers"] == report("second")["numbers"]
+
+
+def test_run_again_it_reads_what_is_there(run: Run) -> None:
+    arguments = ("--images", "pictures", "--imgsz", "48", "64")
+    run(*arguments)
+    assert "3 of 3 pictures were done by an earlier run" in run(*arguments)[2]
+    assert "earlier run" not in run(*arguments, "--conf", "0.06")[2]
+    assert "resumed" not in report("model-eval")["facts"]
+
+
+def test_quiet(run: Run) -> None:
+    assert run("--images", "pictures", "--imgsz", "48", "64", "--quiet") == (0, "", "")
+
+
+def test_empty_results_are_zero_and_said(run: Run) -> None:
+    write_json(Path("none.json"), [])
+    code, out, err = run(model="none.json")
+    assert code == 0
+    assert "AP   0.00" in out
+    assert "no detections at all" in err
+
+
+@pytest.mark.parametrize(("least", "code"), [("66", 0), ("67", 1)])
+def test_a_gate(run: Run, least: str, code: int) -> None:
+    found, _, err = run("--images", "pictures", "--imgsz", "48", "64", "--min-ap", least)
+    assert found == code
+    assert ("failed: AP is 66.34, expected at least 67" in err) == bool(code)
+    assert Path("model-eval/report.html").is_file()
+
+
+def test_other_classes_need_a_mapping(run: Run) -> None:
+    write_json(Path("truth.json"), coco(OBJECTS, names=("square", "cow")))
+    arguments = ("--images", "pictures", "--imgsz", "48", "64")
+    assert_one_line(run(*arguments), "only the model has red thing, other/thing", "--mapping FILE")
+    write_json(Path("mapping.json"), {"red thing": "square", "other/thing": None})
+    code, out, err = run(*arguments, "--mapping", "mapping.json")
+    assert code == 0
+    assert "AP  66.34" in out
+    assert "Left out by the mapping: the model's other/thing." in err
+    assert "the annotations' cow." in err
+
+
+def test_options_without_effect_are_refused(run: Run) -> None:
+    write_json(Path("some.json"), [result(1, 1, (1, 1, 4, 4), 0.5)])
+    assert_one_line(
+        run("--conf", "0.1", "--max-det", "5", "--mapping", "m.json", model="some.json"), "leave --conf, --max-det, --mapping out"
+    )
+    assert_one_line(run(), "--images is missing")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (("--images", "nowhere"), "no such folder"),
+        (("--images", "."), "3 of the 3 pictures"),
+        (("--images", "pictures", "--conf", "2"), "conf is 2.0"),
+        (("--images", "pictures", "--batch", "0"), "batch is 0"),
+        (("--images", "pictures", "--max-det", "5"), "max_det is 5"),
+        (("--images", "pictures", "--output", "truth.json/below"), "truth.json"),
+    ],
+)
+def test_wrong_use_is_one_line(run: Run, arguments: tuple[str, ...], word: str) -> None:
+    assert_one_line(run(*arguments), word)
+
+
+def test_files_that_are_not_coco(run: Run) -> None:
+    write_json(Path("manifest.json"), {"format": 1, "preset": {}})
+    assert_one_line(run(model="manifest.json"), "not COCO results: found an object with format, preset")
+    assert_one_line(run(model="absent.json"), "absent.json: cannot be read")
+    assert_one_line(run("--output", "truth.json", model="absent.json"), "truth.json: cannot be written")
+    Path("truth.json").write_text("{}")
+    assert_one_line(run("--images", "pictures"), "not COCO annotations")
+
+
+def test_a_missing_package_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("tood_deploy.benchmark")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "pycocotools", None)
+    monkeypatch.setitem(sys.modules, "pycocotools.coco", None)
+    assert_one_line(run("--images", "pictures"), "pycocotools", "tood_deploy[eval]")
+
+
+@pytest.mark.shared
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "expected"), [("mmdet3", (0.536563, 0.861130, 0.593842)), ("authors", (0.536936, 0.861156, 0.593957))])
+def test_real_checkpoints_score_as_in_their_own_code(
+    shared: Path, tmp_path: Path, name: str, expected: tuple[float, ...], capfd: pytest.CaptureFixture[str]
+) -> None:
+    data, model = shared / "data" / "bccd", shared / "reference" / "checkpoints" / f"{name}_bccd_tiny.pth"
+    arguments = [str(model), "--annotations", str(data / "val.json"), "--images", str(data / "val"), "--imgsz", "240", "320"]
+    assert main([*arguments, "--batch", "4", "--threads", "1", "--output", str(tmp_path)]) == 0
+    assert "AP  53." in capfd.readouterr().out
+    numbers = report(str(tmp_path))["numbers"]
+    # What is left is the rounding of another runtime's convolutions, which may swap two boxes of nearly equal score.
+    assert tuple(numbers[key] for key in ("AP", "AP50", "AP75")) == pytest.approx(expected, abs=5e-4)

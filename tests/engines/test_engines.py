@@ -1,0 +1,173 @@
+"""The engines: one face, the same answers, clear refusals."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper
+
+from tood_deploy.engines import BatchDetections, Engine, open_engine
+from tood_deploy.engines.onnx_engine import PROVIDERS
+from tood_deploy.errors import ArtefactError, DeviceError, InputError, ToodError
+from tood_deploy.export.compare import Rows, match_detections
+from tood_deploy.export.pictures import synthetic_picture
+from tood_deploy.manifest import manifest_path
+
+SIZES_HW = [(64, 64), (64, 320), (256, 96)]
+
+
+@pytest.fixture(scope="module", params=["torch", "onnx"])
+def engine(request: pytest.FixtureRequest, tiny_checkpoint: Path, tiny_artefact: Path) -> Engine:
+    return open_engine(tiny_checkpoint if request.param == "torch" else tiny_artefact)
+
+
+def rows(found: BatchDetections, picture: int) -> Rows:
+    count = int(found.num_dets[picture])
+    return Rows(found.boxes_net[picture, :count], found.scores[picture, :count], found.labels[picture, :count])
+
+
+def test_shapes_types_and_order(engine: Engine) -> None:
+    images = np.stack([synthetic_picture(96, 128, seed) for seed in range(2)])
+    found = engine.infer(images, np.array([[90, 128], [96, 100]], np.int32), 0.05, 0.6)
+    assert [(array.shape, array.dtype.name) for array in (found.num_dets, found.boxes_net, found.scores, found.labels)] == [
+        ((2,), "int32"),
+        ((2, 100, 4), "float32"),
+        ((2, 100), "float32"),
+        ((2, 100), "int32"),
+    ]
+    for picture in range(2):
+        scores = rows(found, picture).scores
+        assert len(scores) > 10
+        assert (scores > 0.05).all()
+        assert (np.diff(scores) <= 0).all()
+        assert not found.boxes_net[picture, len(scores) :].any()
+
+
+def test_thresholds_are_run_time_inputs(engine: Engine) -> None:
+    image, size = synthetic_picture(96, 128, 1)[None], np.array([[96, 128]], np.int32)
+    many, few = (int(engine.infer(image, size, conf, 0.6).num_dets[0]) for conf in (0.02, 0.15))
+    assert many > few > 0
+    loose, strict = (int(engine.infer(image, size, 0.1, iou).num_dets[0]) for iou in (1.0, 0.2))
+    assert loose > strict > 0
+    assert engine.infer(image, size, 1.0, 0.6).num_dets[0] == 0
+
+
+def test_what_lies_outside_the_picture_does_not_matter(engine: Engine) -> None:
+    image, size = synthetic_picture(96, 128, 1)[None], np.array([[70, 101]], np.int32)
+    other = image.copy()
+    other[:, 70:] = 255
+    other[:, :, 101:] = 13
+    first, second = engine.infer(image, size, 0.05, 0.6), engine.infer(other, size, 0.05, 0.6)
+    assert np.array_equal(first.boxes_net, second.boxes_net)
+    assert np.array_equal(first.scores, second.scores)
+
+
+@pytest.mark.parametrize("size_hw", SIZES_HW)
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_runtimes_agree_at_every_size_and_batch(size_hw: tuple[int, int], batch: int, tiny_checkpoint: Path, tiny_artefact: Path) -> None:
+    images = np.stack([synthetic_picture(*size_hw, seed) for seed in range(batch)])
+    sizes = np.array([[size_hw[0] - seed, size_hw[1] - 3 * seed] for seed in range(batch)], np.int32)
+    expected = open_engine(tiny_checkpoint).infer(images, sizes, 0.03, 0.6)
+    found = open_engine(tiny_artefact, threads=1).infer(images, sizes, 0.03, 0.6)
+    for picture in range(batch):
+        match = match_detections(rows(expected, picture), rows(found, picture), 1e-5, 0.05)
+        assert match.exchanged <= 1
+        assert match.reference > 3
+
+
+@pytest.mark.parametrize(
+    ("images", "sizes", "message"),
+    [
+        (np.zeros((1, 64, 64, 3), np.float32), np.array([[64, 64]], np.int32), r"float32 \(1, 64, 64, 3\); expected uint8"),
+        (np.zeros((1, 3, 64, 64), np.uint8), np.array([[64, 64]], np.int32), r"expected uint8 \(B, H, W, 3\)"),
+        (np.zeros((1, 60, 64, 3), np.uint8), np.array([[60, 64]], np.int32), "60 x 64; expected multiples of 32"),
+        (np.zeros((2, 64, 64, 3), np.uint8), np.array([[64, 64]], np.int32), r"valid_hw is int32 \(1, 2\); expected int32 \(2, 2\)"),
+        (np.zeros((0, 64, 64, 3), np.uint8), np.zeros((0, 2), np.int32), "expected uint8"),
+    ],
+)
+def test_wrong_inputs_are_named(images: np.ndarray, sizes: np.ndarray, message: str, engine: Engine) -> None:
+    with pytest.raises(InputError, match=message):
+        engine.infer(images, sizes, 0.05, 0.6)
+
+
+def test_closed_engine_says_so(tiny_artefact: Path) -> None:
+    with open_engine(tiny_artefact) as engine:
+        pass
+    engine.close()
+    with pytest.raises(ToodError, match="was closed"):
+        engine.infer(np.zeros((1, 64, 64, 3), np.uint8), np.array([[64, 64]], np.int32), 0.05, 0.6)
+
+
+class TestOpening:
+    def test_no_such_file(self) -> None:
+        with pytest.raises(ToodError, match=r"nothing\.onnx: no such file.*r50-1x"):
+            open_engine("nothing.onnx")
+
+    def test_unknown_kind(self, tmp_path: Path) -> None:
+        (tmp_path / "model.tflite").write_bytes(b"x")
+        with pytest.raises(ToodError, match=r"ending in \.tflite is not a model.*\.onnx"):
+            open_engine(tmp_path / "model.tflite")
+
+    def test_unknown_device(self, tiny_artefact: Path) -> None:
+        with pytest.raises(ToodError, match="device is 'tpu'; expected cpu or cuda"):
+            open_engine(tiny_artefact, device="tpu")
+
+    @pytest.mark.skipif(PROVIDERS["cuda"] in onnxruntime.get_available_providers(), reason="CUDA is there")
+    def test_absent_gpu_is_an_error_in_onnx_runtime(self, tiny_artefact: Path) -> None:
+        with pytest.raises(DeviceError, match="CUDAExecutionProvider"):
+            open_engine(tiny_artefact, device="cuda")
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")
+    def test_absent_gpu_is_an_error_in_pytorch(self, tiny_checkpoint: Path) -> None:
+        with pytest.raises(DeviceError, match="cuda is not there"):
+            open_engine(tiny_checkpoint, device="cuda")
+
+    def test_provider_that_does_not_start_is_an_error(self, tiny_artefact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A build with the CUDA provider on a machine without CUDA: ONNX Runtime itself would fall back in silence."""
+        monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(PROVIDERS.values()))
+        with pytest.warns(UserWarning, match="CUDAExecutionProvider"), pytest.raises(DeviceError, match="could not start"):
+            open_engine(tiny_artefact, device="cuda")
+
+    @pytest.mark.parametrize("threads", [0, -2])
+    def test_senseless_threads(self, threads: int, engine: Engine, tiny_checkpoint: Path, tiny_artefact: Path) -> None:
+        path = tiny_artefact if "ONNX" in engine.name else tiny_checkpoint
+        with pytest.raises(ToodError, match=f"threads is {threads}"):
+            open_engine(path, threads=threads)
+
+
+class TestForeignFiles:
+    def test_onnx_of_somebody_else(self, tmp_path: Path) -> None:
+        value = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])
+        node = helper.make_node("Relu", ["x"], ["y"])
+        output = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])
+        model = helper.make_model(helper.make_graph([node], "g", [value], [output]), opset_imports=[helper.make_opsetid("", 21)])
+        model.ir_version = 10
+        onnx.save(model, tmp_path / "theirs.onnx")
+        with pytest.raises(ArtefactError, match=r"not one of tood_deploy.*inputs \['x'\].*tood-export"):
+            open_engine(tmp_path / "theirs.onnx")
+
+    def test_cut_file(self, tiny_artefact: Path, tmp_path: Path) -> None:
+        (tmp_path / "cut.onnx").write_bytes(tiny_artefact.read_bytes()[:100_000])
+        with pytest.raises(ArtefactError, match=r"cut\.onnx: ONNX Runtime cannot open it"):
+            open_engine(tmp_path / "cut.onnx")
+
+    def test_manifest_of_another_version(self, tiny_artefact: Path, tmp_path: Path) -> None:
+        copy = Path(shutil.copy(tiny_artefact, tmp_path / "model.onnx"))
+        manifest_path(copy).write_text(manifest_path(tiny_artefact).read_text().replace('"format": 1', '"format": 7'))
+        with pytest.raises(ArtefactError, match="manifest of format 7, this version reads format 1"):
+            open_engine(copy)
+
+    @pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 1, "preset": {"name": "x"}}', '{"format": 1, "preset": 5}'])
+    def test_damaged_manifest(self, text: str, tiny_artefact: Path, tmp_path: Path) -> None:
+        copy = Path(shutil.copy(tiny_artefact, tmp_path / "model.onnx"))
+        manifest_path(copy).write_text(text)
+        with pytest.raises(ArtefactError, match="not a manifest"):
+            open_engine(copy)
+
+    def test_without_manifest_the_file_tells_itself(self, tiny_artefact: Path, tmp_path: Path) -> None:
+        copy = shutil.copy(tiny_artefact, tmp_path / "model.onnx")
+        assert open_engine(copy).manifest.preset == open_engine(tiny_artefact).manifest.preset

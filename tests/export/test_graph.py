@@ -1,0 +1,32 @@
+"""Deformable convolutions in both exported forms, as one layer alone."""
+
+from pathlib import Path
+from typing import Any
+
+import onnxruntime as ort
+import pytest
+import torch
+
+from tood_deploy.export.graph import DeformConvOp
+from tood_deploy.model.deform import DeformConv2d
+
+
+@pytest.mark.parametrize(("stride", "groups", "offset_groups"), [(1, 1, 4), (2, 8, 1)])
+@pytest.mark.parametrize("form", ["op", "gather"])
+@pytest.mark.filterwarnings("ignore:# The axis name")  # two names for the one batch
+def test_both_forms_equal_pytorch(form: str, stride: int, groups: int, offset_groups: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layer = DeformConv2d(16, 16, 3, stride=stride, padding=1, groups=groups, offset_groups=offset_groups).eval()
+    torch.nn.init.normal_(layer.conv_offset.weight, std=0.2)
+    module = DeformConvOp(layer).eval() if form == "op" else layer
+    shape: Any = ({0: torch.export.Dim("batch", min=1), 2: torch.export.Dim("rows", min=2), 3: torch.export.Dim("columns", min=2)},)
+    program = torch.onnx.export(module, (torch.randn(2, 16, 9, 12),), dynamo=True, opset_version=21, dynamic_shapes=shape, verbose=False)
+    assert program is not None
+    program.save(tmp_path / "layer.onnx")
+    assert ("DeformConv" in {node.op_type for node in program.model_proto.graph.node}) == (form == "op")
+    session = ort.InferenceSession(tmp_path / "layer.onnx", providers=["CPUExecutionProvider"])
+    for size in ((1, 16, 5, 7), (3, 16, 12, 8)):
+        x = torch.randn(size)
+        (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        with torch.inference_mode():
+            torch.testing.assert_close(torch.as_tensor(found), layer(x), rtol=1e-4, atol=1e-5)

@@ -1,0 +1,111 @@
+"""`tood-bench latency` from file names to tables and reports."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import closing, nullcontext
+from datetime import UTC, datetime
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from tood_deploy import __version__
+from tood_deploy.benchmark.gpu import GpuMeter
+from tood_deploy.benchmark.latency import Measurement, Plan, measure
+from tood_deploy.benchmark.latency_report import write_latency_reports
+from tood_deploy.benchmark.latency_tables import overview_table
+from tood_deploy.benchmark.latency_worker import END_TO_END
+from tood_deploy.benchmark.machine import Load, LoadWatch, Machine, describe_machine
+from tood_deploy.benchmark.report import Table, show
+from tood_deploy.manifest import read_manifest
+
+WIDE = 160
+
+
+def run_latency(plan: Plan, output: Path, ap: Mapping[str, float], command: str, quiet: bool) -> list[Measurement]:
+    """Measures, writes the reports, and prints the most important tables.
+
+    Args:
+        plan: what to measure.
+        output: folder for the reports.
+        ap: AP (0 to 100) by model's name, in place of what the manifests say.
+        command: the command line, for the report.
+        quiet: print nothing.
+
+    Raises:
+        ToodError: a model cannot be opened or run, or the reports cannot be written.
+    """
+    machine, watch = describe_machine(), LoadWatch()
+    on_gpu = any(case.device == "cuda" for case in plan.cases)
+    with closing(GpuMeter()) if on_gpu else nullcontext() as meter:
+        measurements = measure(plan, meter, lambda text: None if quiet else print(text, file=sys.stderr))
+        account = {"gpu": meter.account.to_dict()} if meter else {}
+    load = watch.stop()
+    found = _recorded_ap(measurements) | dict(ap)
+    values = machine.to_dict() | account | {"load": vars(load)}
+    write_latency_reports(
+        output, measurements, _facts(plan, machine, load, account, measurements, command), values, found, _warnings(measurements, load)
+    )
+    if not quiet:
+        _print(measurements, _warnings(measurements, load))
+    return measurements
+
+
+def _recorded_ap(measurements: Sequence[Measurement]) -> dict[str, float]:
+    """AP that a parity run left in the manifests."""
+    found = {}
+    for each in measurements:
+        manifest = read_manifest(Path(each.case.model))
+        ap = ((manifest.parity.get("benchmark") or {}).get("ap") or {}).get("artefact") if manifest else None
+        if isinstance(ap, float) and math.isfinite(ap):
+            found[each.case.name] = ap
+    return found
+
+
+def _facts(
+    plan: Plan, machine: Machine, load: Load, account: Mapping[str, object], measurements: Sequence[Measurement], command: str
+) -> dict[str, str]:
+    threads = plan.cases[0].threads
+    facts = {
+        "command": command,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "CPU": f"{machine.cpu}, {machine.cores} logical cores, {machine.usable_cores} usable, governor {machine.governor}",
+        "threads": f"{threads} of each inference" if threads else "as many as the runtime chooses",
+        "load": f"average {load.before} before, {load.after} after; others kept {load.others:.2f} cores busy",
+        "memory": f"{machine.memory_gib} GiB",
+        "software": f"tood_deploy {__version__}, Python {machine.python}, {machine.system}; "
+        + "; ".join(dict.fromkeys(each.opened.engine for each in measurements)),
+        "pictures": "; ".join(dict.fromkeys(each.opened.pictures for each in measurements)),
+        "method": f"{plan.rounds} rounds; in each, every model in turn, in random order, {plan.turn_s:g} s of each kind of call",
+    }
+    return facts | {name: str(value) for name, value in account.items()}
+
+
+def _warnings(measurements: Sequence[Measurement], load: Load) -> list[str]:
+    found = [load.noticed] if load.noticed else []
+    for each in measurements:
+        if not each.opened.warm_ups[END_TO_END].stable:
+            found.append(f"{each.case.name}, batch {each.case.batch}: was not stable when its warm-up time ran out; raise --warmup-seconds")
+        if not each.opened.detections:
+            found.append(f"{each.case.name}, batch {each.case.batch}: found nothing in the pictures, so post-processing had little to do")
+    return found
+
+
+def _print(measurements: Sequence[Measurement], warnings: Sequence[str]) -> None:
+    print_table(overview_table(measurements))
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+
+
+def print_table(table: Table) -> None:
+    """Prints a table on stdout; as wide as it needs to be where that is no terminal."""
+    console = Console()
+    shown = RichTable(caption=table.note, caption_justify="left")
+    for number, header in enumerate(table.headers):
+        shown.add_column(header, justify="right" if number else "left")
+    for row in table.rows:
+        shown.add_row(*(show(cell) for cell in row))
+    console.print(shown, width=None if console.is_terminal else WIDE, highlight=False)

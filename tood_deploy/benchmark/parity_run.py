@@ -1,0 +1,131 @@
+"""`tood-bench parity` from file names to reports and verdicts."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+
+from tood_deploy import __version__
+from tood_deploy.benchmark.gates import PRECISION_GATES, Gates
+from tood_deploy.benchmark.parity import Result, Settings, check_subjects, compare
+from tood_deploy.benchmark.parity_report import write_reports
+from tood_deploy.benchmark.picture_set import Picture, PictureSet, open_pictures
+from tood_deploy.benchmark.scoring import Scoring
+from tood_deploy.benchmark.subject import Subject, is_checkpoint, open_subject
+from tood_deploy.benchmark.truth import read_truth
+from tood_deploy.benchmark.verdict import describe, write_verdict
+from tood_deploy.errors import ToodError
+from tood_deploy.preprocess import check_imgsz
+
+
+@dataclass(frozen=True)
+class ParityOrder:
+    """What the user asked for.
+
+    Attributes:
+        reference: a checkpoint or preset.
+        models: artefacts.
+        images, annotations, mapping, limit: the pictures, their truth, and class names in terms of its categories.
+        imgsz: (short side, long side); the first artefact's own where not given.
+        conf, iou: thresholds of all detectors.
+        sizes_hw, net_hw: further input sizes and the canvas to try.
+        stages: whether to look at the stages; None for: where the runtime lets one.
+        gates: limits in place of those that go with the artefact's precision.
+        device, threads: to run on.
+        load_options: of checkpoints.
+        output: folder for the reports.
+        keep_verdict: whether to write the verdict into each artefact's manifest.
+        command: the command line, for the report.
+        quiet: no progress bar.
+    """
+
+    reference: str
+    models: Sequence[str]
+    output: Path
+    images: Path | None = None
+    annotations: Path | None = None
+    mapping: Path | None = None
+    limit: int | None = None
+    imgsz: Sequence[int] | None = None
+    conf: float = 0.05
+    iou: float = 0.6
+    sizes_hw: tuple[tuple[int, int], ...] = ()
+    net_hw: tuple[int, int] | None = None
+    stages: bool | None = None
+    gates: dict[str, float] = field(default_factory=dict)
+    device: str = "cpu"
+    threads: int | None = None
+    load_options: dict[str, Any] = field(default_factory=dict)
+    keep_verdict: bool = True
+    command: str = ""
+    quiet: bool = False
+
+
+def run_parity(order: ParityOrder) -> list[Result]:
+    """Compares, writes the reports, and writes each verdict into its artefact's manifest.
+
+    Raises:
+        ToodError: bad input or wrong use.
+    """
+    if not is_checkpoint(order.reference):
+        raise ToodError(
+            f"{order.reference}: not a checkpoint or preset; the reference is PyTorch in float32, give the checkpoint of the artefacts"
+        )
+    if order.mapping is not None and order.annotations is None:
+        raise ToodError(f"{order.mapping}: a mapping to categories without annotations; add --annotations FILE or leave it out")
+    with ExitStack() as opened:
+        reference, subjects = _open_models(order, opened)
+        imgsz = check_imgsz(order.imgsz) if order.imgsz else subjects[0].manifest.preset.imgsz
+        settings = Settings(imgsz, order.conf, order.iou, order.sizes_hw, order.net_hw)
+        truth = read_truth(order.annotations) if order.annotations else None
+        pictures = open_pictures(order.images, truth, imgsz, order.limit)
+        names = reference.manifest.preset.class_names
+        scoring = Scoring.of(pictures.truth, names, order.mapping) if pictures.truth else None
+        gated = [(subject, gates_of(subject, order.gates)) for subject in subjects]
+        results = compare(reference, gated, pictures, settings, scoring, lambda each: _track(each, order.quiet))
+        _report(order, results, reference, pictures, settings)
+    return results
+
+
+def _open_models(order: ParityOrder, opened: ExitStack) -> tuple[Subject, list[Subject]]:
+    options = {"device": order.device, "threads": order.threads}
+    reference = open_subject(order.reference, stages=True, **options, **order.load_options)
+    subjects = [open_subject(model, stages=order.stages, **options, **order.load_options) for model in order.models]
+    for subject in (reference, *subjects):
+        opened.callback(subject.engine.close)
+    check_subjects(reference, subjects)
+    return reference, subjects
+
+
+def gates_of(subject: Subject, given: dict[str, float]) -> Gates:
+    """The limits that go with an artefact's precision, with those the user gave in their place."""
+    return replace(PRECISION_GATES[subject.manifest.precision], **given)
+
+
+def _track(pictures: Iterable[Picture], quiet: bool) -> Iterable[Picture]:
+    console = Console(stderr=True)
+    return track(pictures, "comparing", console=console, disable=quiet or not console.is_terminal, transient=True)
+
+
+def _report(order: ParityOrder, results: Sequence[Result], reference: Subject, pictures: PictureSet, settings: Settings) -> None:
+    descriptions = [describe(result, reference, pictures, settings) for result in results]
+    facts = {
+        "command": order.command,
+        "date": descriptions[0]["date"],
+        "reference": f"{order.reference}, {reference.runner.name}, float32",
+        "artefacts": "; ".join(f"{result.comparison.subject.name}, {result.comparison.subject.engine.name}" for result in results),
+        "pictures": f"{pictures.description}, scaled to fit {settings.imgsz[0]} x {settings.imgsz[1]}",
+        "thresholds": f"score above {settings.conf:g}, suppression at {settings.iou:g}",
+        "software": f"tood_deploy {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}",
+    }
+    write_reports(order.output, results, descriptions, facts)
+    for result, description in zip(results, descriptions, strict=True):
+        if order.keep_verdict:
+            write_verdict(result.comparison.subject, description)

@@ -1,0 +1,98 @@
+"""Tables of a comparison: stages, boxes, AP, classes, input sizes. Numbers in, `Table` out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tood_deploy.benchmark.deviation import Deviation
+from tood_deploy.benchmark.parity import Result
+from tood_deploy.benchmark.report import Table
+from tood_deploy.benchmark.scoring import average_precision
+
+
+def waterfall_table(result: Result) -> Table:
+    """Every stage's deviation, as deployed and alone."""
+    alone = result.comparison.alone.waterfall() if result.comparison.alone else {}
+    rows = []
+    for name, found in result.comparison.carried.waterfall().items():
+        beside = _numbers(alone[name], full=False) if name in alone else ["0"] * 3 if alone else []
+        rows.append([name, *_numbers(found, full=True), *beside])
+    headers = ["stage", "max", "99 in 100", "relative L2", "outside"]
+    return Table(
+        headers + [f"alone: {header}" for header in ("max", "relative L2", "outside") if alone],
+        rows,
+        "As deployed: with what the stages before handed on. Alone: from the reference's own values. Outside: share of elements "
+        "beyond the tolerance. Pixels in normalised units, head boxes in strides, other boxes in pixels of the network's input.",
+    )
+
+
+def _numbers(found: Deviation, full: bool) -> list[str]:
+    shown = [found.worst, *([found.p99] if full else []), found.relative_l2]
+    return [*(f"{value:.1e}" if value else "0" for value in shown), f"{100 * found.outside_share:.3g}%"]
+
+
+def matching_table(result: Result) -> Table:
+    """Boxes found again, lost and added."""
+    comparison = result.comparison
+    kinds = {"candidates": comparison.carried.rows["candidates"], "detections": comparison.carried.rows["detections"]}
+    if comparison.alone:
+        kinds |= {"candidates, alone": comparison.alone.rows["candidates"], "detections, alone": comparison.alone.rows["detections"]}
+    kinds["first picture in every batch slot"] = comparison.slots
+    if comparison.canvas:
+        height, width = comparison.canvas.net_hw
+        kinds[f"padded to {height}x{width}, against not"] = comparison.canvas.change
+    rows = [
+        [name, found.reference, found.matched, found.lost, found.added, f"{100 * found.matched_share:.2f}%"]
+        for name, found in kinds.items()
+        if found.reference + found.added
+    ]
+    return Table(
+        ("boxes", "reference", "matched", "lost", "added", "matched of either"), rows, "Matched: same class, IoU above 0.75, each box once."
+    )
+
+
+def ap_table(result: Result) -> Table:
+    """AP, and what each part costs when it alone is swapped in."""
+    reference, found = (average_precision(metrics) for metrics in (result.reference_metrics, result.metrics))
+    rows: list[list[Any]] = [["PyTorch reference", reference, 0.0], ["artefact", found, reference - found]]
+    rows += [[f"reference with the artefact's {part}", reference - cost, cost] for part, cost in result.swap_costs.items()]
+    if result.canvas_metrics and result.comparison.canvas:
+        height, width = result.comparison.canvas.net_hw
+        padded = average_precision(result.canvas_metrics)
+        rows.append([f"artefact, every picture padded to {height}x{width}", padded, reference - padded])
+    precise = [[name, f"{ap:.3f}", f"{cost:+.3f}"] for name, ap, cost in rows]
+    return Table(("run", "AP", "lost"), precise, _precision_note(result))
+
+
+def _precision_note(result: Result) -> str:
+    precision = result.comparison.subject.manifest.precision
+    if "precision" in result.swap_costs:
+        return f"Precision: the reference's network run by PyTorch in {precision}."
+    return (
+        f"Precision has no row: PyTorch cannot run the network in {precision}."
+        if precision == "int8"
+        else "The artefact's arithmetic is fp32, as the reference's."
+    )
+
+
+def class_table(result: Result) -> Table:
+    """AP of every class on both sides."""
+    assert result.reference_metrics is not None
+    assert result.metrics is not None
+    first, second = result.reference_metrics.class_ap, result.metrics.class_ap
+    return Table(
+        ("class", "reference", "artefact", "lost"),
+        [[n, 100 * first[n], 100 * second[n], f"{100 * (first[n] - second[n]):+.3f}"] for n in first],
+    )
+
+
+def sizes_table(result: Result) -> Table:
+    """How an artefact fares at other input sizes."""
+    rows = []
+    for (height, width), found in result.comparison.sizes.items():
+        detections, waterfall = found.rows["detections"], found.waterfall()
+        maps = [f"{waterfall[name].worst:.1e}" if name in waterfall else None for name in ("head: scores", "head: boxes")]
+        verdict = next((failure.stage for failure in found.failures()), "passed")
+        rows.append([f"{height} x {width}", *maps, detections.reference, detections.matched, detections.added, verdict])
+    headers = ("input", "head scores, max", "head boxes, max", "detections", "matched", "added", "verdict")
+    return Table(headers, rows, "One synthetic picture each, as deployed.")

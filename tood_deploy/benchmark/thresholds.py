@@ -1,0 +1,154 @@
+"""Where to cut: the score and suppression thresholds at which F1 is highest, for every class and for all together.
+
+A detection is right where it overlaps an object of its class by 0.5 or more (IoU). Lower suppression thresholds than the run's are
+tried by suppressing its detections once more: what a run at that threshold gives, but for the rare box that was suppressed by
+one that would itself be gone. The matching is pycocotools's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pycocotools import mask as coco_mask
+
+from tood_deploy.benchmark.coco_ap import Matches, match
+from tood_deploy.benchmark.results import Results
+from tood_deploy.benchmark.truth import Truth
+
+LOWEST_IOU, HIGHEST_IOU, IOU_STEP = 0.30, 0.70, 0.05
+
+
+@dataclass(frozen=True, eq=False)
+class F1Curve:
+    """Precision and recall of the detections with at least a score, from the best score down.
+
+    Attributes:
+        scores: (N,) distinct, falling.
+        precision, recall: (N,) fractions.
+    """
+
+    scores: NDArray[np.float64]
+    precision: NDArray[np.float64]
+    recall: NDArray[np.float64]
+
+    @property
+    def f1(self) -> NDArray[np.float64]:
+        """(N,) harmonic mean of the two."""
+        return 2 * self.precision * self.recall / np.maximum(self.precision + self.recall, 1e-12)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The best thresholds, and what they give.
+
+    Attributes:
+        conf: keep detections above this score: halfway between the last one kept and the first one not.
+        iou: suppression threshold; None for results whose own is unknown and best left as it is.
+        f1, precision, recall: fractions.
+    """
+
+    conf: float
+    iou: float | None
+    f1: float
+    precision: float
+    recall: float
+
+
+@dataclass(frozen=True, eq=False)
+class Thresholds:
+    """The best cuts. Classes are missing that have no objects, or no right detection.
+
+    Attributes:
+        best: of every class, both thresholds free.
+        as_run: of every class, at the run's own suppression threshold.
+        together: one cut for all classes, counted together; None where nothing is right.
+        curves: of every class with objects, at the run's own suppression threshold.
+    """
+
+    best: Mapping[str, Cut]
+    as_run: Mapping[str, Cut]
+    together: Cut | None
+    curves: Mapping[str, F1Curve]
+
+
+def find_thresholds(truth: Truth, results: Results, conf: float = 0.0, iou: float | None = None) -> Thresholds:
+    """The best cuts of detections that were made with `conf` and `iou`; None where that is unknown."""
+    tries: dict[float | None, tuple[Results, Matches]] = {iou: (results, match(truth, results))}
+    for lower, kept in zip(lower_ious(iou), suppress(results, lower_ious(iou)), strict=True):
+        if not kept.all():
+            fewer = results.pick(kept)
+            tries[lower] = fewer, match(truth, fewer)
+    cuts: dict[str, dict[float | None, Cut]] = {}
+    for key, name in truth.categories.items():
+        cuts[name] = _cuts({tried: f1_curve(truth, *pair, key) for tried, pair in tries.items()}, conf)
+    together = _cuts({tried: f1_curve(truth, *pair, None) for tried, pair in tries.items()}, conf)
+    curves = {name: curve for key, name in truth.categories.items() if (curve := f1_curve(truth, *tries[iou], key)) is not None}
+    return Thresholds(
+        {name: _best(found) for name, found in cuts.items() if found},
+        {name: found[iou] for name, found in cuts.items() if iou in found},
+        _best(together) if together else None,
+        curves,
+    )
+
+
+def lower_ious(iou: float | None) -> list[float]:
+    """The suppression thresholds to try, all below the run's own."""
+    steps = np.arange(LOWEST_IOU, HIGHEST_IOU + IOU_STEP / 2, IOU_STEP).round(2).tolist()
+    return [step for step in steps if iou is None or step < iou - 1e-9]
+
+
+def f1_curve(truth: Truth, results: Results, matches: Matches, category: int | None) -> F1Curve | None:
+    """Precision and recall over the score of one category, or of all together; None where it has no objects."""
+    objects = np.count_nonzero(~matches.truth_ignored & ((truth.boxes.category_ids == category) | (category is None)))
+    if not objects:
+        return None
+    counted = ~matches.ignored[:, 0] & ((results.category_ids[matches.rows] == category) | (category is None))
+    scores, found = results.scores[matches.rows[counted]], matches.found[counted, 0]
+    order = np.argsort(-scores, kind="stable")
+    scores, right = scores[order], np.cumsum(found[order])
+    last = np.append(np.diff(scores) != 0, True)[: len(scores)]  # equal scores are kept or dropped together
+    total = np.arange(1, len(scores) + 1)
+    return F1Curve(scores[last], (right / total)[last], (right / objects)[last])
+
+
+def suppress(results: Results, ious: Sequence[float]) -> list[NDArray[np.bool_]]:
+    """Which detections remain, (N,) bool, after greedy suppression within picture and class at each of these thresholds."""
+    masks = [np.ones(len(results), bool) for _ in ious]
+    order = np.lexsort((-results.scores, results.category_ids, results.image_ids))
+    ids = np.stack([results.image_ids[order], results.category_ids[order]])
+    starts = np.flatnonzero(np.append(True, (np.diff(ids) != 0).any(axis=0))[: len(results)])
+    for group in np.split(order, starts[1:]) if len(ious) else ():
+        boxes = results.boxes_xywh[group]
+        overlaps = np.triu(_overlaps(boxes), 1) if len(group) > 1 else np.zeros((1, 1))
+        for mask, iou in zip(masks, ious, strict=True):
+            for position in np.flatnonzero((overlaps > iou).any(axis=1)):
+                if mask[group[position]]:
+                    mask[group[overlaps[position] > iou]] = False
+    return masks
+
+
+def _overlaps(boxes_xywh: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(N, N) IoU of every pair."""
+    boxes: Any = boxes_xywh  # pycocotools's types leave arrays of floats out
+    return np.asarray(coco_mask.iou(boxes, boxes, [0] * len(boxes)), np.float64)
+
+
+def _cuts(curves: Mapping[float | None, F1Curve | None], conf: float) -> dict[float | None, Cut]:
+    """The best cut of each curve that has a right detection."""
+    return {iou: _cut(curve, conf, iou) for iou, curve in curves.items() if curve is not None and curve.recall.any()}
+
+
+def _cut(curve: F1Curve, conf: float, iou: float | None) -> Cut:
+    best = int(np.argmax(curve.f1))
+    below = curve.scores[best + 1] if best + 1 < len(curve.scores) else min(conf, curve.scores[best])
+    values = (float(values[best]) for values in (curve.f1, curve.precision, curve.recall))
+    return Cut(float(curve.scores[best] + below) / 2, iou, *values)
+
+
+def _best(cuts: Mapping[float | None, Cut]) -> Cut:
+    """The highest F1; of equals the first: the run's own suppression threshold."""
+    return max(cuts.values(), key=lambda cut: cut.f1)

@@ -1,0 +1,130 @@
+"""tood-eval: COCO AP of any model, and a report on where it is wrong."""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tood_deploy.cli.infer import engine_options, is_artefact
+from tood_deploy.cli.run import DONE, add_model_options, run_command
+from tood_deploy.errors import CheckFailed, ToodError
+
+if TYPE_CHECKING:
+    from tood_deploy.benchmark.evaluation import Evaluation
+
+RESULTS_SUFFIX = ".json"
+CONF, IOU = 0.05, 0.6
+MOST_CLASSES = 10  # named on stdout; the report has all
+OF_MODELS = ("conf", "iou", "max_det", "imgsz", "batch", "device", "threads", "mapping", "preset", "classes", "convention")
+
+EPILOG = """\
+The published evaluation is the default: score above 0.05, suppression at 0.6, 100 detections a picture, 1000 candidates a level.
+Detections are kept in the output folder as they come: run the same command again after an interruption, and it goes on from there.
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of tood-eval."""
+    parser = argparse.ArgumentParser(
+        prog="tood-eval", description="COCO AP of a model or of its results, and a report on where it is wrong.", epilog=EPILOG
+    )
+    parser.add_argument(
+        "model", metavar="MODEL", help="an exported artefact, a checkpoint, a preset's name, or a COCO results file (.json)"
+    )
+    parser.add_argument("--annotations", type=Path, required=True, metavar="FILE", help="the truth, COCO JSON")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="folder of the pictures; for a results file only to draw the worst")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="folder for the report (default: the model's name and -eval, here)")
+    parser.add_argument("--min-ap", type=float, metavar="P", help="exit with code 1 if AP, in percent, is lower")
+    parser.add_argument("--quiet", action="store_true", help="no progress, no notes, no result on stdout: the files alone")
+    group = parser.add_argument_group("detection (not for results files)")
+    group.add_argument("--conf", type=float, help=f"keep detections above this score, 0 to 1 (default: {CONF})")
+    group.add_argument("--iou", type=float, help=f"overlap above which the weaker of two boxes goes, 0 to 1 (default: {IOU})")
+    group.add_argument("--max-det", type=int, metavar="N", help="the most detections a picture (default: what the model gives, 100)")
+    group.add_argument(
+        "--imgsz", nargs=2, type=int, metavar=("H", "W"), help="short and long side to fit pictures to (default: the model's)"
+    )
+    group.add_argument("--batch", type=int, metavar="N", help="the most pictures of one engine call (default: 1)")
+    group.add_argument("--device", choices=("cpu", "cuda"), help="where to run (default: cpu)")
+    group.add_argument("--threads", type=int, metavar="N", help="CPU threads of one inference (default: all cores)")
+    group.add_argument("--mapping", type=Path, metavar="FILE", help="JSON object: category name, or null to leave out, by class name")
+    add_model_options(parser)
+    return parser
+
+
+def eval_command(argv: Sequence[str] | None = None) -> int:
+    """Runs tood-eval; errors pass through."""
+    args = build_parser().parse_args(argv)
+    check_options(args)
+    folder = args.output or Path(f"{Path(args.model).stem}-eval")
+    command = shlex.join(["tood-eval", *(sys.argv[1:] if argv is None else argv)])
+    try:
+        from tood_deploy.benchmark.evaluation_report import HTML, write_evaluation
+        from tood_deploy.benchmark.evaluation_run import evaluate_file, open_data_set
+        from tood_deploy.inference.destinations import check_writable
+    except ModuleNotFoundError as error:
+        raise ToodError(f"tood-eval needs the package {error.name}; install it with: pip install 'tood_deploy[eval]'") from error
+
+    data = open_data_set(args.annotations, args.images)
+    check_writable(folder)
+    if of_results(args):
+        result = evaluate_file(Path(args.model), data, command, quiet=args.quiet)
+    else:
+        result = evaluate_detector(args, data, folder, command)
+    write_evaluation(result, folder)
+    if not args.quiet:
+        for note in result.notes:
+            print(f"note: {note}", file=sys.stderr)
+        print(f"{summary(result)}\n{folder / HTML}")
+    if args.min_ap is not None and 100 * result.metrics.numbers["AP"] < args.min_ap:
+        raise CheckFailed(f"AP is {100 * result.metrics.numbers['AP']:.2f}, expected at least {args.min_ap:g} (--min-ap)")
+    return DONE
+
+
+def of_results(args: argparse.Namespace) -> bool:
+    """Whether MODEL is a results file."""
+    return args.model.lower().endswith(RESULTS_SUFFIX)
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Refuses what would be without effect.
+
+    Raises:
+        ToodError: options of detection beside a results file, or a model without pictures.
+    """
+    given = [f"--{name.replace('_', '-')}" for name in OF_MODELS if getattr(args, name) is not None]
+    if of_results(args) and given:
+        raise ToodError(f"{args.model}: a results file is scored as it is; leave {', '.join(given)} out, or give the model")
+    if not of_results(args) and args.images is None:
+        raise ToodError("--images is missing: a model needs the pictures; expected the folder that the annotations' file names start from")
+
+
+def evaluate_detector(args: argparse.Namespace, data: Any, folder: Path, command: str) -> "Evaluation":
+    """Opens the model and runs it over the pictures."""
+    from tood_deploy.benchmark.evaluation_run import evaluate_model
+    from tood_deploy.inference.detector import Detector
+    from tood_deploy.manifest import doubts
+
+    conf, iou = CONF if args.conf is None else args.conf, IOU if args.iou is None else args.iou
+    options = {"conf": conf, "iou": iou, "max_det": args.max_det, "imgsz": args.imgsz, "device": args.device or "cpu"}
+    batch = 1 if args.batch is None else args.batch
+    with Detector(args.model, **options, **engine_options(args)) as detector:
+        if is_artefact(args.model) and (doubt := doubts(Path(args.model), detector.engine.manifest)):
+            print(f"warning: {doubt}", file=sys.stderr)
+        return evaluate_model(args.model, detector, data, folder, command, mapping=args.mapping, batch=batch, quiet=args.quiet)
+
+
+def summary(result: "Evaluation") -> str:
+    """The COCO numbers in percent, and AP of the classes, as text."""
+    numbers = result.metrics.numbers
+    lines = [f"{name:>6} {100 * value:6.2f}" if value > -1 else f"{name:>6}      -" for name, value in numbers.items()]
+    columns = [lines[row] + lines[row + 3] + lines[row + 6] + lines[row + 9] for row in range(3)]
+    best = [f"{name} {100 * value:.1f}" for name, value in sorted(result.metrics.class_ap.items(), key=lambda item: -item[1])]
+    shown = best if len(best) <= MOST_CLASSES else [*best[: MOST_CLASSES // 2], "...", *best[-MOST_CLASSES // 2 :]]
+    return "\n".join([*columns, f"AP of the classes, the best first: {', '.join(shown)}"])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The entry point of tood-eval; see `run_command` for the exit codes."""
+    return run_command(eval_command, argv)
