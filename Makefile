@@ -25,9 +25,9 @@ format: .venv/installed-dev  ## format the code, and mend what can be mended aut
 .venv/installed-export: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
-	$(PIP_INSTALL) --editable '.[export]'
+	$(PIP_INSTALL) --editable '.[export,eval]'
 	touch $@
 
 .venv/installed-dev: .venv/installed-export
-	$(PIP_INSTALL) --editable '.[export,dev]'
+	$(PIP_INSTALL) --editable '.[export,eval,train,dev]'
 	touch $@

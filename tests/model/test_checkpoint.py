@@ -254,6 +254,11 @@ class TestRefusals:
 
 
 class TestSaving:
+    def test_file_is_readable_as_the_umask_says(self, model: Tood, tmp_path: Path) -> None:
+        save_checkpoint(model, tmp_path / "a.safetensors")
+        (tmp_path / "b").touch()
+        assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "b").stat().st_mode
+
     def test_unwritable_place(self, model: Tood) -> None:
         with pytest.raises(OutputError, match="cannot be written"):
             save_checkpoint(model, "/proc/nowhere/a.safetensors")
@@ -265,7 +270,7 @@ class TestSaving:
         def full_disk(*args: Any, **kwargs: Any) -> None:
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr("tood_deploy.model.checkpoint.save_file", full_disk)
+        monkeypatch.setattr("pathlib.Path.write_bytes", full_disk)
         with pytest.raises(OutputError, match="No space left"):
             save_checkpoint(model, path)
         assert path.read_bytes() == b"old"

@@ -28,7 +28,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def small_preset() -> Preset:
-    return replace(PRESETS["tiny"], base_channels=8, channels=32, tower_stages=2, imgsz=(64, 96), class_names=SCENE_CLASSES)
+    return replace(PRESETS["tiny"], base_channels=8, channels=64, tower_stages=2, imgsz=(64, 96), class_names=SCENE_CLASSES)
 
 
 @pytest.fixture(scope="session")

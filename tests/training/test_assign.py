@@ -149,9 +149,8 @@ def test_500_boxes_at_full_size_take_little_time(kind: str) -> None:
     seconds = []
     for _ in range(7):
         start = time.process_time()
-        found = assign()
+        assert len(assign().anchors) > 1000
         seconds.append(time.process_time() - start)
-    assert len(found.anchors) > 1000
     assert min(seconds) < 0.06, seconds  # of one thread
 
 

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from tood_deploy.errors import ToodError
 from tood_deploy.model import HeadOutput
+from tood_deploy.presets import Convention
 from tood_deploy.training import Targets, ToodLoss
 from tood_deploy.training.loss import centerness, quality_focal_loss
 
@@ -54,7 +55,8 @@ def test_the_epoch_alone_decides_the_stage(epoch: int) -> None:
 def test_padding_counts_in_the_authors_variant_alone() -> None:
     small = Targets(one_box().boxes, one_box().labels, (32, 32))
     whole = Targets(one_box().boxes, one_box().labels, (64, 64))
-    for variant, alike in (("authors", True), ("mmdet", False)):
+    variants: tuple[tuple[Convention, bool], ...] = (("authors", True), ("mmdet", False))
+    for variant, alike in variants:
         loss = ToodLoss("r50-1x", variant=variant)
         sums = []
         for target in (small, whole):

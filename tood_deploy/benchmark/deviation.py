@@ -44,9 +44,11 @@ class Deviation:
         """Adds two arrays; with other shapes nothing of them can be compared, and all of it counts as not a number."""
         if reference.shape != found.shape:
             found = np.full_like(reference, np.nan)
-        real = np.isfinite(found) | ~np.isfinite(reference)
-        difference = np.abs(np.where(real, found - reference, 0.0)).ravel()
-        not_numbers = int(real.size - real.sum())
+        known = np.isfinite(reference)
+        both = known & np.isfinite(found)
+        difference = np.abs(np.where(both, found, 0) - np.where(both, reference, 0)).ravel()
+        reference = np.where(known, reference, 0)
+        not_numbers = int(known.sum() - both.sum())
         self.elements += difference.size
         self.not_numbers += not_numbers
         unit = float(np.sqrt(np.square(reference, dtype=np.float64).mean())) if self.relative and reference.size else 1.0

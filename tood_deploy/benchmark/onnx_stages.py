@@ -19,7 +19,13 @@ from tood_deploy.engines.onnx_engine import OnnxEngine
 from tood_deploy.export.graph import INNER_VALUES, OUTPUTS
 from tood_deploy.export.to_onnx import with_outputs
 
-TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
+TYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(uint8)": np.uint8,
+}
 
 
 class OnnxStages(StageRunner):
@@ -43,22 +49,17 @@ class OnnxStages(StageRunner):
         """All stages; the detections are the shipped file's own."""
         inner = self._variant.run(list(INNER_VALUES), graph_inputs(inputs))
         shipped = self.engine.session.run(list(OUTPUTS), graph_inputs(inputs))
-        return inputs | _widened(INNER_VALUES, inner) | dict(zip(OUTPUTS, shipped, strict=True))
+        return inputs | _widened(INNER_VALUES, inner) | _widened(OUTPUTS, shipped)
 
     def run(self, stage: Stage, values: Values) -> Values:
         """One stage."""
         part = self._parts[stage.name]
-        given = {wanted.name: values[wanted.name].astype(TYPES.get(wanted.type), copy=False) for wanted in _of_type(part, TYPES)}
-        given |= {other.name: values[other.name] for other in part.get_inputs() if other.type not in TYPES}
+        given = {value.name: values[value.name].astype(TYPES[value.type], copy=False) for value in part.get_inputs()}
         return _widened(stage.gives, part.run(list(stage.gives), given))
 
     def _open(self, model: onnx.ModelProto) -> ort.InferenceSession:
         options = self.engine.session.get_session_options()
         return ort.InferenceSession(model.SerializeToString(), options, providers=self.engine.session.get_providers())
-
-
-def _of_type(session: ort.InferenceSession, types: Any) -> list[Any]:
-    return [value for value in session.get_inputs() if value.type in types]
 
 
 def _widened(names: Any, arrays: Any) -> Values:

@@ -131,6 +131,8 @@ def run_video(detector: Detector, clip: str, batch: int, most_frames: int | None
     """
     if most_frames is not None and most_frames < 1:
         raise ToodError(f"--limit is {most_frames}; expected a positive number of frames")
+    if batch < 1:
+        raise ToodError(f"--batch is {batch}; expected a positive number")
     source = open_source(clip)
     if source.kind != "video":
         raise InputError(f"{clip}: not a video; expected a clip, such as .mp4")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from tood_deploy.errors import CheckpointError
@@ -77,7 +77,7 @@ def save_checkpoint(model: Tood, path: str | PathLike[str], dtype: torch.dtype =
         key: (value.to(dtype) if value.is_floating_point() else value).contiguous().cpu() for key, value in model.state_dict().items()
     }
     with atomic_path(Path(path)) as temporary:
-        save_file(tensors, temporary, {OWN_KEY: own_metadata(model.preset)})
+        temporary.write_bytes(save(tensors, {OWN_KEY: own_metadata(model.preset)}))
 
 
 def own_metadata(preset: Preset) -> str:

@@ -135,7 +135,7 @@ class CocoEvaluator:
             scoring.summarize()
         precision = np.asarray(scoring.eval["precision"])[..., 0, -1]  # (T, 101, K), all sizes, 100 detections
         known = np.where(precision < 0, np.nan, precision)  # -1 marks a class without objects
-        present = ~np.isnan(known).all(axis=(0, 1))
+        present: NDArray[np.bool_] = np.asarray(~np.isnan(known).all(axis=(0, 1)))
         class_ap = {name: float(known[..., k].mean()) if present[k] else float("nan") for k, name in enumerate(names)}
         metrics = {name: float(value) if value >= 0 else float("nan") for name, value in zip(METRICS, scoring.stats[:6], strict=True)}
         return Evaluation(metrics, known[..., present].mean(axis=2), class_ap, drawn, unreadable)
@@ -146,12 +146,13 @@ def _read_truth(annotations: Annotations) -> Any:
     from pycocotools.coco import COCO
 
     truth = COCO()
-    truth.dataset = json.loads(annotations.path.read_text(encoding="utf-8"))
-    for number, entry in enumerate(truth.dataset["annotations"], start=1):
+    content: dict[str, Any] = json.loads(annotations.path.read_text(encoding="utf-8"))
+    content.setdefault("info", {})
+    for number, entry in enumerate(content["annotations"], start=1):
         entry.setdefault("id", number)
         entry.setdefault("iscrowd", 0)
         entry.setdefault("area", entry["bbox"][2] * entry["bbox"][3])
-    truth.dataset.setdefault("info", {})
+    truth.dataset = content  # type: ignore[assignment]
     with contextlib.redirect_stdout(io.StringIO()):
         truth.createIndex()
     return truth

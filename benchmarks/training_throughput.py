@@ -1,0 +1,149 @@
+"""What a training step takes, by preset, precision and device, and where the time goes. Prints one table.
+
+    python benchmarks/training_throughput.py --presets tiny r50-1x --imgsz 240 320 --batch 8 --threads 2
+
+Pictures are made up in memory, with ten boxes each; the input pipeline is measured by itself on files (`--pipeline`). Times are medians
+of single steps: other work on the machine disturbs some steps, and the median does not notice a few.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from tood_deploy.demo.scenes import write_scenes
+from tood_deploy.model import HeadOutput
+from tood_deploy.presets import PRESETS, SIZE_DIVISOR
+from tood_deploy.training.annotations import read_annotations
+from tood_deploy.training.augment import Augment
+from tood_deploy.training.data import Batch, TrainingData, epoch_batches, load_batches
+from tood_deploy.training.model_setup import new_model
+from tood_deploy.training.recipe import RECIPES
+from tood_deploy.training.step import AUTOCAST, Learner
+from tood_deploy.training.targets import AnchorGrid, Targets
+
+BOXES = 10
+PARTS = ("forward", "assignment", "loss", "backward", "update")
+
+
+def make_batch(count: int, imgsz: tuple[int, int], classes: int) -> Batch:
+    """Random pictures of that size, with boxes of many sizes."""
+    rng = np.random.default_rng(0)
+    height, width = (-(-side // SIZE_DIVISOR) * SIZE_DIVISOR for side in imgsz)
+    images = torch.from_numpy(rng.integers(0, 256, (count, height, width, 3), np.uint8))
+    targets = []
+    for _ in range(count):
+        sides = np.exp(rng.uniform(np.log(16), np.log(min(imgsz) * 0.8), (BOXES, 2)))
+        corners = rng.uniform(0, 1, (BOXES, 2)) * (np.array(imgsz[::-1]) - sides)
+        boxes = torch.from_numpy(np.concatenate((corners, corners + sides), axis=1).astype(np.float32))
+        targets.append(Targets(boxes, torch.from_numpy(rng.integers(0, classes, BOXES)), imgsz))
+    return Batch(images, torch.tensor([imgsz] * count, dtype=torch.int32), targets, list(range(count)), [])
+
+
+def timed(action: Callable[[], object], device: torch.device) -> float:
+    """Seconds, the GPU's own work included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    action()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def measure_step(learner: Learner, batch: Batch, precision: torch.dtype | None) -> dict[str, float]:
+    """Seconds of every part of one task-aligned step."""
+    device, seconds = learner.device, {}
+    images = learner.normalise(batch.images.to(device), batch.valid_hw.to(device))
+    made: dict[str, HeadOutput | torch.Tensor] = {}
+
+    def forward() -> None:
+        with torch.autocast(device.type, precision, enabled=precision is not None):
+            made["out"] = learner.network(images)
+
+    def loss() -> None:
+        found = learner.criterion(made["out"], batch.targets, 99)  # type: ignore[arg-type]
+        made["loss"] = found.cls + found.box
+
+    learner.optimiser.zero_grad(set_to_none=True)
+    seconds["forward"] = timed(forward, device)
+    seconds["assignment"] = timed(lambda: assign(learner, made["out"], batch), device)  # type: ignore[arg-type]
+    seconds["loss"] = max(timed(loss, device) - seconds["assignment"], 0.0)
+    seconds["backward"] = timed(lambda: made["loss"].backward(), device)  # type: ignore[union-attr]
+    seconds["update"] = timed(learner.optimiser.step, device)
+    return seconds
+
+
+def assign(learner: Learner, out: HeadOutput, batch: Batch) -> None:
+    """The assignment alone, which the loss does again."""
+    grid = AnchorGrid.of_maps(out.scores)
+    scores = torch.cat([level.flatten(2) for level in out.scores], dim=2)
+    boxes = torch.cat([level.flatten(2) for level in out.boxes_strides], dim=2).transpose(1, 2)
+    for i, target in enumerate(batch.targets):
+        learner.criterion._assign(i, scores, boxes, grid, target.to(learner.device), warmup=False)
+
+
+def measure_pipeline(imgsz: tuple[int, int], batch: int) -> tuple[float, str]:
+    """Pictures a second that one core reads, scales, mirrors and pads, and which pictures these are."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_scenes(Path(folder), 64, size_hw=(480, 640))
+        data = TrainingData(read_annotations(path, Path(folder) / "pictures").for_training(), Augment(imgsz), seed=0)
+        plan = epoch_batches(data.records, batch, seed=0, epoch=0, by_aspect=True)
+        start = time.process_time()
+        count = sum(len(part.image_ids) for part in load_batches(data, plan, 0, workers=0))
+        return count / (time.process_time() - start), "generated JPEG of 640 x 480"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The script's arguments."""
+    result = argparse.ArgumentParser(description="Measures training steps.")
+    result.add_argument("--presets", nargs="+", default=["tiny"], choices=tuple(PRESETS), metavar="NAME")
+    result.add_argument("--precisions", nargs="+", default=["fp32"], choices=("fp32", "bf16", "fp16"))
+    result.add_argument("--imgsz", type=int, nargs=2, default=(240, 320), metavar=("H", "W"))
+    result.add_argument("--batch", type=int, default=8)
+    result.add_argument("--steps", type=int, default=10, help="measured, after two that are not")
+    result.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    result.add_argument("--threads", type=int, default=2)
+    result.add_argument("--pipeline", action="store_true", help="measure the input pipeline as well")
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Prints the table."""
+    arguments = parser().parse_args(argv)
+    torch.set_num_threads(arguments.threads)
+    cv2.setNumThreads(1)
+    imgsz, device = (arguments.imgsz[0], arguments.imgsz[1]), torch.device(arguments.device)
+    table = Table("preset", "precision", "images/s", "s a step", *(f"{part} %" for part in PARTS))
+    for name in arguments.presets:
+        for precision in arguments.precisions:
+            learner = Learner(new_model(PRESETS[name], 0), replace(RECIPES[name], precision=precision), device)
+            batch = make_batch(arguments.batch, imgsz, PRESETS[name].num_classes)
+            runs = [measure_step(learner, batch, AUTOCAST[precision]) for _ in range(2 + arguments.steps)][2:]
+            parts = {part: statistics.median(run[part] for run in runs) for part in PARTS}
+            total = sum(parts.values())
+            shares = (f"{100 * seconds / total:.1f}" for seconds in parts.values())
+            table.add_row(name, precision, f"{arguments.batch / total:.2f}", f"{total:.3f}", *shares)
+    console = Console(width=120)
+    console.print(f"{platform.processor() or platform.machine()}, {arguments.threads} threads, {device.type}, PyTorch {torch.__version__}")
+    console.print(f"batch {arguments.batch} of {imgsz[0]} x {imgsz[1]}, {BOXES} boxes a picture, medians of {arguments.steps} steps")
+    console.print(table)
+    if arguments.pipeline:
+        rate, pictures = measure_pipeline(imgsz, arguments.batch)
+        console.print(f"input pipeline: {rate:.0f} images/s for each core ({pictures})")
+
+
+if __name__ == "__main__":
+    main()

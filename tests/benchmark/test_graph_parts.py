@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from tood_deploy.benchmark.graph_parts import cut_graph
+from tood_deploy.errors import ArtefactError
+from tood_deploy.export.to_onnx import with_outputs
+
+
+@pytest.fixture
+def model() -> onnx.ModelProto:
+    """double = 2 x; tripled = double + x; then a branch that reads `tripled` from outside: y = tripled * factor, or x."""
+    branch = helper.make_graph([helper.make_node("Mul", ["tripled", "factor"], ["inner"])], "then", [], [value("inner")])
+    other = helper.make_graph([helper.make_node("Identity", ["x"], ["inner_else"])], "else", [], [value("inner_else")])
+    nodes = [
+        helper.make_node("Mul", ["x", "two"], ["double"]),
+        helper.make_node("Add", ["double", "x"], ["tripled"]),
+        helper.make_node("If", ["wanted"], ["y"], then_branch=branch, else_branch=other),
+    ]
+    inputs = [value("x"), value("factor"), helper.make_tensor_value_info("wanted", TensorProto.BOOL, [])]
+    graph = helper.make_graph(nodes, "g", inputs, [value("y")], [numpy_helper.from_array(np.array([2], np.float32), "two")])
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    return onnx.shape_inference.infer_shapes(made)
+
+
+def value(name: str) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, [1])
+
+
+def run(model: onnx.ModelProto, output: str, **inputs: float | bool) -> float:
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    types = {each.name: np.bool_ if "bool" in each.type else np.float32 for each in session.get_inputs()}
+    assert set(types) == set(inputs)
+    feeds = {name: np.array(number if types[name] is np.bool_ else [number], types[name]) for name, number in inputs.items()}
+    return float(np.asarray(session.run([output], feeds)[0])[0])
+
+
+def test_a_part_from_the_start(model: onnx.ModelProto) -> None:
+    assert run(cut_graph(model, [], ["tripled"]), "tripled", x=5) == 15
+
+
+def test_a_part_from_a_given_value_keeps_the_inputs_it_needs(model: onnx.ModelProto) -> None:
+    assert run(cut_graph(model, ["double"], ["tripled"]), "tripled", double=100, x=5) == 105
+
+
+def test_values_that_an_inner_graph_reads_count(model: onnx.ModelProto) -> None:
+    part = cut_graph(model, ["tripled"], ["y"])
+    assert run(part, "y", tripled=7, factor=3, wanted=True, x=0) == 21
+    assert [node.op_type for node in part.graph.node] == ["If"]
+
+
+def test_a_given_value_that_is_not_needed_is_no_input(model: onnx.ModelProto) -> None:
+    assert [each.name for each in cut_graph(model, ["tripled"], ["double"]).graph.input] == ["x"]
+
+
+def test_a_variant_gives_inner_values_too(model: onnx.ModelProto) -> None:
+    variant = with_outputs(model, ["double"])
+    assert run(variant, "double", x=4, factor=1, wanted=True) == 8
+    assert [each.name for each in model.graph.output] == ["y"]
+
+
+def test_a_value_that_is_not_there(model: onnx.ModelProto) -> None:
+    with pytest.raises(ArtefactError, match="c3.*export it again"):
+        with_outputs(model, ["double", "c3"])

@@ -1,0 +1,259 @@
+"""Parity between checkpoints, which needs no export: sound and broken networks, AP, canvases, verdicts, reports."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tood_deploy.benchmark.canvas import Canvas, fit_imgsz
+from tood_deploy.benchmark.gates import PRECISION_GATES, Gates
+from tood_deploy.benchmark.parity import Result, Settings, check_subjects, compare
+from tood_deploy.benchmark.parity_report import verdict_line, write_reports
+from tood_deploy.benchmark.picture_set import open_pictures
+from tood_deploy.benchmark.scoring import Scoring
+from tood_deploy.benchmark.stages import STAGES
+from tood_deploy.benchmark.subject import Subject, open_subject
+from tood_deploy.benchmark.torch_stages import TorchStages
+from tood_deploy.benchmark.truth import read_truth
+from tood_deploy.benchmark.verdict import describe, write_verdict
+from tood_deploy.engines.torch_engine import TorchEngine
+from tood_deploy.errors import ToodError
+from tood_deploy.inference.detector import Detector
+from tood_deploy.manifest import Manifest, doubts, manifest_path, read_manifest
+from tood_deploy.model.tood import Tood, build_model
+from tood_deploy.preprocess import fit_size
+from tood_deploy.presets import PRESETS
+
+IMGSZ = (90, 120)
+CLASSES = ("a", "b", "c")
+
+
+@pytest.fixture(scope="module")
+def model(seeded_fill: Callable) -> Tood:
+    """`tiny` with three classes and stand-in weights, which find boxes."""
+    made = build_model(replace(PRESETS["tiny"], class_names=CLASSES))
+    shapes = {key: tuple(value.shape) for key, value in made.state_dict().items()}
+    made.load_state_dict({key: torch.from_numpy(value) for key, value in seeded_fill(shapes).items()})
+    with torch.no_grad():
+        for layer in (made.bbox_head.tood_cls, made.bbox_head.cls_prob_module[2]):
+            layer.bias += 2  # so that scores go beyond the threshold
+    return made
+
+
+def subject_of(model: Tood, name: str = "model.pth", path: Path | None = None) -> Subject:
+    engine = TorchEngine(model)
+    return Subject(name, path, engine, TorchStages(engine.detector), "abc")
+
+
+def broken(model: Tood, edit: Callable[[Tood], object]) -> Subject:
+    copy = build_model(model.preset)
+    copy.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        edit(copy)
+    return subject_of(copy, "broken.pth")
+
+
+def run(model: Tood, subject: Subject, scoring: Scoring | None = None, gates: Gates | None = None, settings: Settings | None = None) -> Result:
+    pictures = open_pictures(None, None, IMGSZ, 2)
+    return compare(subject_of(model), [(subject, gates or Gates())], pictures, settings or Settings(IMGSZ), scoring)[0]
+
+
+@pytest.fixture(scope="module")
+def scoring(model: Tood, tmp_path_factory: pytest.TempPathFactory) -> Scoring:
+    """The truth is what the model itself finds with a score above 0.08."""
+    pictures = open_pictures(None, None, IMGSZ, 2)
+    detector = Detector(TorchEngine(model), conf=0.08, imgsz=IMGSZ)
+    rows = [row for picture in pictures for row in detector(picture.read()).to_coco(picture.image_id)]
+    content = {
+        "images": [{"id": picture.image_id, "file_name": picture.name} for picture in pictures],
+        "categories": [{"id": number, "name": name} for number, name in enumerate(CLASSES, 1)],
+        "annotations": [{"id": number, **row} for number, row in enumerate(rows, 1)],
+    }
+    path = tmp_path_factory.mktemp("truth") / "truth.json"
+    path.write_text(json.dumps(content))
+    return Scoring.of(read_truth(path), CLASSES, None)
+
+
+def test_the_stages_one_after_another_are_the_whole(model: Tood) -> None:
+    subject = subject_of(model)
+    image = np.random.default_rng(0).integers(0, 256, (1, 64, 96, 3), dtype=np.uint8)
+    inputs = {"images": image, "valid_hw": np.array([[60, 90]], np.int32)}
+    inputs |= {"score_threshold": np.array(0.05, np.float32), "iou_threshold": np.array(0.6, np.float32)}
+    whole, chained = subject.runner.run_all(inputs), subject.runner.run_chain(STAGES, inputs)
+    assert whole.keys() == chained.keys()
+    for name in whole:
+        np.testing.assert_array_equal(whole[name], chained[name], err_msg=name)
+
+
+def test_a_network_equals_itself(model: Tood, scoring: Scoring) -> None:
+    result = run(model, subject_of(model), scoring, settings=Settings(IMGSZ, sizes_hw=((64, 64), (96, 32))))
+    assert result.passed
+    assert result.guilty == ""
+    assert result.comparison.carried.rows["detections"].reference > 10
+    assert result.ap_drop == 0
+    assert set(result.swap_costs.values()) == {0}
+    assert result.comparison.slots.reference > 0
+    assert set(result.comparison.sizes) == {(64, 64), (96, 32)}
+
+
+@pytest.mark.parametrize(
+    ("edit", "stage"),
+    [
+        (lambda model: model.backbone.layer2[0].conv1.weight[3].zero_(), "backbone"),
+        (lambda model: model.neck.lateral_convs[1].conv.bias.add_(0.5), "pyramid"),
+        (lambda model: model.bbox_head.tood_reg.bias.add_(0.01), "head"),
+    ],
+)
+def test_the_guilty_stage_of_a_broken_network(model: Tood, scoring: Scoring, edit: Callable, stage: str) -> None:
+    result = run(model, broken(model, edit), scoring)
+    assert result.guilty == stage
+    assert {failure.stage for failure in result.failures if not failure.carried} == {stage}
+    assert result.costliest in ("network", "")
+    assert f"FAILED at the stage {stage}" in verdict_line(result)
+
+
+def test_looser_gates_let_it_pass(model: Tood) -> None:
+    subject = broken(model, lambda copy: copy.bbox_head.tood_reg.bias.add_(1e-3))
+    assert not run(model, subject).passed
+    assert run(model, subject, gates=Gates(max_box_strides=1, max_box_px=20, min_matched=0.5)).passed
+
+
+def test_an_ap_drop_alone_fails(model: Tood, scoring: Scoring) -> None:
+    subject = broken(model, lambda copy: copy.bbox_head.tood_reg.bias.add_(0.3))
+    wide = Gates(10, 10, 10, 1e6, 1e6, 0, max_ap_drop=0.1)
+    result = run(model, subject, scoring, wide)
+    assert result.guilty == "AP"
+    assert result.ap_drop > 0.1
+    assert result.costliest == "network"
+
+
+def test_not_a_number_is_reported_not_dropped(model: Tood, scoring: Scoring) -> None:
+    result = run(model, broken(model, lambda copy: copy.bbox_head.tood_cls.bias.fill_(float("nan"))), scoring)
+    assert result.guilty == "head"
+    assert "NaN" in str(result.failures[0])
+    assert result.comparison.carried.to_dict()["head_scores_p3"]["not_numbers"] > 0
+
+
+def test_detections_alone(model: Tood, tmp_path: Path) -> None:
+    from tood_deploy.benchmark.subject import DetectionsOnly
+
+    subject = replace(subject_of(model), runner=DetectionsOnly(TorchEngine(model)))
+    result = run(model, subject)
+    assert result.passed
+    assert result.comparison.alone is None
+    assert not result.swap_costs
+    reference = subject_of(model)
+    description = describe(result, reference, open_pictures(None, None, IMGSZ, 2), Settings(IMGSZ))
+    assert description["stages_alone"] is None
+    write_reports(tmp_path, [result], [description], {"command": "c"})
+    assert "detections" in (tmp_path / "parity.md").read_text()
+
+
+class TestCanvas:
+    def test_what_padding_changes_is_counted(self, model: Tood, scoring: Scoring) -> None:
+        result = run(model, subject_of(model), scoring, settings=Settings(IMGSZ, net_hw=(160, 160)))
+        canvas = result.comparison.canvas
+        assert canvas is not None
+        assert result.passed  # a canvas is looked at, not judged
+        assert canvas.change.reference > 0
+        assert canvas.change.score.worst > 1e-6
+        assert canvas.shrunk == 0
+
+    def test_a_canvas_that_fits_exactly_changes_nothing(self, model: Tood) -> None:
+        result = run(model, subject_of(model), settings=Settings(IMGSZ, net_hw=(96, 128)))
+        assert result.comparison.canvas is not None
+        assert result.comparison.canvas.change.matched_share == 1
+        assert result.comparison.canvas.change.score.worst == 0
+
+    def test_not_a_multiple_of_32(self, model: Tood) -> None:
+        with pytest.raises(ToodError, match=r"--net-size is 100 160.*multiples of 32"):
+            Canvas(subject_of(model).runner, (100, 160), IMGSZ, 0.05, 0.6, None)
+
+    @pytest.mark.parametrize("image_hw", [(480, 640), (640, 480), (100, 1000), (33, 47)])
+    def test_every_picture_fits(self, image_hw: tuple[int, int]) -> None:
+        height, width = fit_size(image_hw, fit_imgsz(image_hw, (240, 320), (256, 320)))
+        assert height <= 256
+        assert width <= 320
+
+
+class TestVerdict:
+    def test_it_goes_into_the_manifest(self, model: Tood, tmp_path: Path) -> None:
+        artefact = tmp_path / "model.onnx"
+        artefact.write_bytes(b"an artefact")
+        manifest = Manifest(model.preset, parity={"exported": 1}).with_artefact(artefact)
+        manifest_path(artefact).write_text(manifest.to_json())
+        subject = broken(model, lambda copy: copy.bbox_head.tood_reg.bias.add_(0.1))
+        subject = replace(subject, name=str(artefact), path=artefact, sha256=manifest.artefact_sha256)
+        subject.engine.manifest = manifest
+        result = run(model, subject)
+        pictures = open_pictures(None, None, IMGSZ, 2)
+        assert write_verdict(subject, describe(result, subject_of(model), pictures, Settings(IMGSZ))) == manifest_path(artefact)
+        found = read_manifest(artefact)
+        assert found is not None
+        verdict = found.parity["benchmark"]
+        assert found.parity["exported"] == 1
+        assert verdict["passed"] is False
+        assert verdict["failing_stage"] == "head"
+        assert verdict["artefact"]["sha256"] == manifest.artefact_sha256
+        assert verdict["reference"]["sha256"] == "abc"
+        assert len(verdict["pictures"]["sha256"]) == 64
+        assert verdict["date"].endswith("+00:00")
+        assert verdict["gates"]["max_ap_drop"] == 0.1
+        assert "failed its comparison with PyTorch at the stage head" in doubts(artefact, found)
+
+    def test_a_checkpoint_has_no_manifest(self, model: Tood, tmp_path: Path) -> None:
+        subject = replace(subject_of(model), path=tmp_path / "model.pth")
+        assert write_verdict(subject, {}) is None
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_reports(model: Tood, scoring: Scoring, tmp_path: Path) -> None:
+    subject = broken(model, lambda copy: copy.bbox_head.tood_cls.bias.add_(1.0))
+    result = run(model, subject, scoring, settings=Settings(IMGSZ, sizes_hw=((64, 64),), net_hw=(128, 128)))
+    settings = Settings(IMGSZ)
+    description = describe(result, subject_of(model), open_pictures(None, None, IMGSZ, 2), settings)
+    write_reports(tmp_path, [result, result], [description, description], {"command": "tood-bench parity"})
+    text, page = (tmp_path / "parity.md").read_text(), (tmp_path / "parity.html").read_text()
+    for word in ("FAILED at the stage head", "| pixels |", "| head: boxes |", "padded to 128x128", "64 x 64", "| a |"):
+        assert word in text
+    assert page.count("<img ") >= 2
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    values = json.loads((tmp_path / "parity.json").read_text())
+    assert values["models"]["broken.pth"]["failing_stage"] == "head"
+
+
+class TestBadInput:
+    def test_another_number_of_classes(self, model: Tood) -> None:
+        other = subject_of(build_model(replace(model.preset, class_names=("a", "b"))), "two.onnx")
+        with pytest.raises(ToodError, match=r"two.onnx: has 2 classes, the reference model.pth 3"):
+            check_subjects(subject_of(model), [other])
+
+    def test_other_names(self, model: Tood) -> None:
+        other = subject_of(build_model(replace(model.preset, class_names=("a", "x", "c"))), "x.onnx")
+        with pytest.raises(ToodError, match=r"'x' where the reference model.pth has 'b'"):
+            check_subjects(subject_of(model), [other])
+
+    @pytest.mark.parametrize("values", [{"min_matched": 1.5}, {"max_score": -1}, {"max_ap_drop": float("nan")}])
+    def test_senseless_limits(self, values: dict[str, float]) -> None:
+        with pytest.raises(ToodError, match="expected a number"):
+            Gates(**values)
+
+    def test_every_precision_has_its_limits(self) -> None:
+        assert set(PRECISION_GATES) == {"fp32", "fp16", "bf16", "int8"}
+        assert PRECISION_GATES["fp32"].max_score < PRECISION_GATES["fp16"].max_score < PRECISION_GATES["bf16"].max_score
+
+    def test_stages_of_a_model_that_has_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from inference.fakes import RedEngine
+
+        from tood_deploy.benchmark import subject
+
+        monkeypatch.setattr(subject, "open_engine", lambda *_, **__: RedEngine())
+        assert not open_subject("m.plan", device="cpu", threads=None, stages=None).runner.has_stages
+        with pytest.raises(ToodError, match="leave --stages out"):
+            open_subject("m.plan", device="cpu", threads=None, stages=True)

@@ -1,0 +1,70 @@
+import json
+from pathlib import Path
+
+import pytest
+from inference.fakes import RedEngine, moving_pictures, write_picture, write_video
+
+from tood_deploy.benchmark.video import VideoRun, run_video
+from tood_deploy.benchmark.video_report import bench_video
+from tood_deploy.errors import ToodError
+from tood_deploy.inference.detector import Detector
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> str:
+    return str(write_video(tmp_path / "clip.mp4", moving_pictures(12)))
+
+
+def detector(seconds_per_image: float = 0.0) -> Detector:
+    return Detector(RedEngine(seconds_per_image), imgsz=(48, 64))
+
+
+def test_every_thread_is_accounted_for(clip: str) -> None:
+    run = run_video(detector(), clip, 1, None, encode=True, engine_s=0.01)
+    assert run.frames == run.detections == 12
+    assert list(run.busy_s) == ["decode", "scale", "infer", "draw and encode"]
+    assert all(seconds > 0 for seconds in run.busy_s.values())
+    assert run.problems == ()
+
+
+def test_without_encoding_and_with_fewer_frames(clip: str) -> None:
+    run = run_video(detector(), clip, 2, 5, encode=False, engine_s=0.01)
+    assert run.frames == 5
+    assert list(run.busy_s) == ["decode", "scale", "infer"]
+
+
+def test_a_slow_engine_is_what_limits(clip: str) -> None:
+    run = run_video(detector(0.05), clip, 1, None, encode=False, engine_s=0.01)
+    assert max(run.busy_s, key=lambda stage: run.busy_s[stage]) == "infer"
+
+
+def test_the_limit_in_words() -> None:
+    assert VideoRun(10, 2.0, {"decode": 0.1, "infer": 1.9}, (5, 5), 0, ()).limit == "infer limits: its thread works 95% of the time"
+    assert "no thread works all the time (infer most, 60%)" in VideoRun(10, 2.0, {"decode": 0.1, "infer": 1.2}, (5, 5), 0, ()).limit
+    assert VideoRun(10, 2.0, {"infer": 1.0}, (4, 6), 0, ()).share_of_engine == 1
+
+
+def test_reports(clip: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    bench_video(detector(), "red", clip, out, batch=1, limit=4, encode=True, command="tood-bench video", quiet=False)
+    values = json.loads((out / "video.json").read_text())
+    assert values["run"]["frames"] == 4
+    assert "| infer |" in (out / "video.md").read_text()
+    assert "<h1>" in (out / "video.html").read_text()
+    assert "of the engine alone" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("batch", [0, -1])
+def test_a_batch_of_nothing(clip: str, batch: int) -> None:
+    with pytest.raises(ToodError, match="batch"):
+        run_video(detector(), clip, batch, None, encode=False, engine_s=0.01)
+
+
+def test_a_picture_is_no_clip(tmp_path: Path) -> None:
+    with pytest.raises(ToodError, match="not a video"):
+        run_video(detector(), str(write_picture(tmp_path / "a.png")), 1, None, encode=False)
+
+
+def test_no_frames_asked_for(clip: str) -> None:
+    with pytest.raises(ToodError, match="--limit is 0"):
+        run_video(detector(), clip, 1, 0, encode=False)
