@@ -3,7 +3,7 @@
     python benchmarks/training_throughput.py --presets tiny r50-1x --imgsz 240 320 --batch 8 --threads 2
 
 Pictures are made up in memory, with ten boxes each; the input pipeline is measured by itself on files (`--pipeline`). Times are medians
-of single steps: other work on the machine disturbs some steps, and the median does not notice a few.
+of single steps. With `--threads 1` they are the thread's own time, so that other work on the machine hardly shows.
 """
 
 from __future__ import annotations
@@ -53,14 +53,15 @@ def make_batch(count: int, imgsz: tuple[int, int], classes: int) -> Batch:
 
 
 def timed(action: Callable[[], object], device: torch.device) -> float:
-    """Seconds, the GPU's own work included."""
+    """Seconds, the GPU's own work included; with one CPU thread its own time, whatever else the machine does."""
+    clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     if device.type == "cuda":
         torch.cuda.synchronize()
-    start = time.perf_counter()
+    start = clock()
     action()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def measure_step(learner: Learner, batch: Batch, precision: torch.dtype | None) -> dict[str, float]:

@@ -30,7 +30,7 @@ from tood_deploy.model.tood import Tood, build_model
 from tood_deploy.preprocess import fit_size
 from tood_deploy.presets import PRESETS
 
-IMGSZ = (90, 120)
+IMGSZ = (60, 90)
 CLASSES = ("a", "b", "c")
 
 
@@ -157,7 +157,7 @@ def test_detections_alone(model: Tood, tmp_path: Path) -> None:
 
 class TestCanvas:
     def test_what_padding_changes_is_counted(self, model: Tood, scoring: Scoring) -> None:
-        result = run(model, subject_of(model), scoring, settings=Settings(IMGSZ, net_hw=(160, 160)))
+        result = run(model, subject_of(model), scoring, settings=Settings(IMGSZ, net_hw=(128, 128)))
         canvas = result.comparison.canvas
         assert canvas is not None
         assert result.passed  # a canvas is looked at, not judged
@@ -166,7 +166,7 @@ class TestCanvas:
         assert canvas.shrunk == 0
 
     def test_a_canvas_that_fits_exactly_changes_nothing(self, model: Tood) -> None:
-        result = run(model, subject_of(model), settings=Settings(IMGSZ, net_hw=(96, 128)))
+        result = run(model, subject_of(model), settings=Settings(IMGSZ, net_hw=(64, 96)))
         assert result.comparison.canvas is not None
         assert result.comparison.canvas.change.matched_share == 1
         assert result.comparison.canvas.change.score.worst == 0

@@ -14,6 +14,7 @@ from tood_deploy.errors import CheckpointError, DownloadError
 from tood_deploy.model.checkpoint import load_checkpoint
 from tood_deploy.model.checkpoint_file import read_checkpoint
 from tood_deploy.model.download import fetch_weights
+from tood_deploy.model.resnet import BasicBlock, Bottleneck
 from tood_deploy.model.tood import Tood, build_model
 from tood_deploy.presets import Preset, PublishedWeights
 from tood_deploy.training.recipe import BACKBONES
@@ -23,9 +24,16 @@ NOT_IN_BACKBONES = ("conv_offset.", "num_batches_tracked")
 
 
 def new_model(preset: Preset, seed: int) -> Tood:
-    """The network with random weights that follow from the seed."""
+    """The network with random weights that follow from the seed.
+
+    Every residual block begins as the identity, its last norm's scale zero, as both public implementations train from scratch.
+    """
     torch.manual_seed(seed)
-    return build_model(preset)
+    model = build_model(preset)
+    for block in model.backbone.modules():
+        if isinstance(block, (BasicBlock, Bottleneck)):
+            nn.init.zeros_((block.bn3 if isinstance(block, Bottleneck) else block.bn2).weight)
+    return model
 
 
 def load_backbone(model: Tood, source: str | None) -> str:

@@ -1,0 +1,140 @@
+"""What ONNX Runtime gives over eager PyTorch, and what pre- and post-processing, the pipeline and memory cost: one table.
+
+    python benchmarks/onnx_speed.py r50.pth r50.onnx clip.mp4
+
+All figures are medians of one run; compared things take turns, so that other load on the machine hits both alike.
+"""
+
+import argparse
+import multiprocessing
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+
+import cv2
+import numpy as np
+import onnx
+import onnxruntime as ort
+from rich.console import Console
+from rich.table import Table
+
+from tood_deploy import Detector, __version__
+from tood_deploy.benchmark.machine import describe_machine
+from tood_deploy.export.graph import HEAD_OUTPUTS, INPUTS, OUTPUTS
+from tood_deploy.export.pictures import synthetic_picture
+from tood_deploy.export.to_onnx import with_outputs
+
+FULL_HD = (1080, 1920)
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("artefact", type=Path)
+    parser.add_argument("clip", type=Path)
+    parser.add_argument("--imgsz", type=int, nargs=2, default=(800, 1333), metavar=("H", "W"))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--frames", type=int, default=16, help="of the clip")
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    options = {"conf": 0.3, "imgsz": arguments.imgsz, "threads": arguments.threads}
+    memory_mib = in_child(peak_memory, arguments.artefact, options)
+    eager, fast = Detector(arguments.checkpoint, **options), Detector(arguments.artefact, **options)
+    picture = first_frame(arguments.clip)
+    prepared = fast.prepare(picture)
+    eager_s, fast_s, whole_s = take_turns(
+        arguments.rounds, lambda: eager.infer([prepared]), lambda: fast.infer([prepared]), lambda: fast(picture)
+    )
+    full_hd = synthetic_picture(*FULL_HD, seed=0)
+    (pre_s,) = take_turns(10 * arguments.rounds, lambda: fast.prepare(full_hd))
+    post_s = time_post_processing(arguments, fast, prepared.image, prepared.transform.resized_hw)
+    stream_s = time_stream(fast, arguments.clip, arguments.frames)
+    table = Table(
+        title=f"tood_deploy {__version__}, {eager.engine.name} and {fast.engine.name}, input {prepared.transform.net_hw}, batch 1"
+    )
+    for column in ("what", "median", "ratio", "of what"):
+        table.add_column(column)
+    rows = (
+        ("eager PyTorch, network and post-processing", eager_s, None, ""),
+        ("ONNX Runtime, the same", fast_s, eager_s / fast_s, "times as fast as eager"),
+        ("ONNX Runtime, end to end from a decoded frame", whole_s, None, ""),
+        ("post-processing: candidates and NMS", post_s, post_s / whole_s, "of end to end"),
+        (f"pre-processing of a {FULL_HD[1]}x{FULL_HD[0]} frame", pre_s, pre_s / whole_s, "of end to end"),
+        ("one frame of the clip, streamed", stream_s, fast_s / stream_s, "of the engine-only rate"),
+    )
+    for what, seconds, ratio, meaning in rows:
+        table.add_row(what, f"{seconds * 1e3:.1f} ms", "" if ratio is None else f"{ratio:.3f}", meaning)
+    table.add_row("peak memory of a process with the artefact", f"{memory_mib:.0f} MiB", "", "")
+    Console(width=140).print(table, describe_machine(), sep="\n")
+
+
+def take_turns(rounds: int, *calls: Callable[[], object]) -> list[float]:
+    """Median seconds of each call, after one warm-up of each."""
+    times: list[list[float]] = [[] for _ in calls]
+    for turn in range(rounds + 1):
+        for call, seconds in zip(calls, times, strict=True):
+            start = time.perf_counter()
+            call()
+            if turn:
+                seconds.append(time.perf_counter() - start)
+    return [statistics.median(seconds) for seconds in times]
+
+
+def first_frame(clip: Path) -> np.ndarray:
+    """(H, W, 3) uint8 BGR."""
+    found, frame = cv2.VideoCapture(str(clip)).read()
+    if not found:
+        raise SystemExit(f"{clip}: no frame")
+    return np.asarray(frame, np.uint8)
+
+
+def time_post_processing(arguments: argparse.Namespace, detector: Detector, image: np.ndarray, valid_hw: tuple[int, int]) -> float:
+    """Median seconds of the part of the artefact behind the head's maps, cut out and fed with real maps."""
+    shipped = onnx.load(arguments.artefact)
+    feeds = {"images": image[None], "valid_hw": np.array([valid_hw], np.int32)}
+    feeds |= {name: np.array(value, np.float32) for name, value in zip(INPUTS[2:], (detector.conf, detector.iou), strict=True)}
+    maps = ort.InferenceSession(with_outputs(shipped, HEAD_OUTPUTS).SerializeToString()).run(list(HEAD_OUTPUTS), feeds)
+    given = dict(zip(HEAD_OUTPUTS, maps, strict=True))
+    with tempfile.TemporaryDirectory() as folder:
+        whole, part = Path(folder) / "whole.onnx", Path(folder) / "part.onnx"
+        onnx.save(onnx.shape_inference.infer_shapes(with_outputs(shipped, HEAD_OUTPUTS)), whole)
+        onnx.utils.extract_model(str(whole), str(part), [*HEAD_OUTPUTS, *INPUTS[1:]], list(OUTPUTS), check_model=False)
+        settings = ort.SessionOptions()
+        settings.intra_op_num_threads = arguments.threads
+        session = ort.InferenceSession(str(part), settings)
+    needed = {value.name for value in session.get_inputs()}
+    given = {name: value for name, value in (feeds | given).items() if name in needed}
+    return take_turns(10 * arguments.rounds, lambda: session.run(None, given))[0]
+
+
+def time_stream(detector: Detector, clip: Path, frames: int) -> float:
+    """Seconds a frame from the first result to the last."""
+    arrivals = [time.perf_counter() for _ in islice(detector.stream(clip), frames)]
+    return (arrivals[-1] - arrivals[0]) / (len(arrivals) - 1)
+
+
+def peak_memory(artefact: Path, options: dict[str, object], result: "multiprocessing.Queue[float]") -> None:
+    """Puts the highest resident size in MiB of this process, which opens the artefact and runs three pictures."""
+    with Detector(artefact, **options) as detector:
+        for seed in range(3):
+            detector(synthetic_picture(*FULL_HD, seed=seed))
+    result.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def in_child(function: Callable[..., None], *arguments: object) -> float:
+    """What `function` puts into the queue, run in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    child = context.Process(target=function, args=(*arguments, queue))
+    child.start()
+    child.join()
+    return queue.get()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""The detector: from a picture to detections in its own pixels."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from inference.fakes import RedEngine, red_picture
+
+from tood_deploy import Detections, Detector
+from tood_deploy.errors import InputError, ToodError
+
+
+@pytest.mark.parametrize("size_hw", [(48, 64), (480, 640), (96, 33), (1000, 40)])
+def test_boxes_are_in_pixels_of_the_picture(size_hw: tuple[int, int]) -> None:
+    height, width = size_hw
+    side = min(height, width) // 2
+    found = Detector(RedEngine(), imgsz=(96, 128))(red_picture(height, width, left=4, top=8, side=side))
+    assert isinstance(found, Detections)
+    assert found.names() == ["red thing"]
+    scale = max(height / found_size(size_hw)[0], 1)  # one pixel of the network's input, in pixels of the picture
+    np.testing.assert_allclose(found.boxes[0], [4, 8, 4 + side, 8 + side], atol=1.5 * scale)
+
+
+def found_size(size_hw: tuple[int, int]) -> tuple[int, int]:
+    scale = min(96 / min(size_hw), 128 / max(size_hw))
+    return round(size_hw[0] * scale), round(size_hw[1] * scale)
+
+
+def test_nothing_found_is_empty_not_none() -> None:
+    found = Detector(RedEngine())(np.zeros((50, 50, 3), np.uint8))
+    assert len(found) == 0
+    assert found.boxes.shape == (0, 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"conf": -0.1}, "conf is -0.1; expected a number from 0 to 1"),
+        ({"conf": 1.5}, "conf is 1.5"),
+        ({"iou": 2}, "iou is 2"),
+        ({"conf": float("nan")}, "conf is nan"),
+        ({"max_det": 0}, "max_det is 0; expected 1 to 4"),
+        ({"max_det": 5}, "max_det is 5; expected 1 to 4"),
+        ({"imgsz": (0, 10)}, "imgsz is 0 10; expected two positive"),
+        ({"imgsz": (10,)}, "imgsz is 10; expected two"),
+    ],
+)
+def test_values_out_of_range_are_named(options: dict, message: str) -> None:
+    with pytest.raises(ToodError, match=message):
+        Detector(RedEngine(), **options)
+
+
+def test_max_det_keeps_the_best() -> None:
+    assert Detector(RedEngine(), max_det=1).max_det == 1
+    assert Detector(RedEngine()).max_det == 4
+
+
+@pytest.mark.parametrize(
+    "image",
+    [np.zeros((50, 50), np.uint8), np.zeros((50, 50, 4), np.uint8), np.zeros((50, 50, 3), np.float32), np.zeros((0, 50, 3), np.uint8)],
+)
+def test_what_is_no_picture_is_named(shape: tuple[int, ...], kind: type) -> None:
+    with pytest.raises(InputError, match=r"expected uint8 \(H, W, 3\)"):
+        Detector(RedEngine())(np.zeros(shape, kind))
+
+
+def test_batches_hold_one_padded_size() -> None:
+    detector = Detector(RedEngine(), imgsz=(96, 128))
+    prepared = [detector.prepare(red_picture(48, 64)), detector.prepare(red_picture(64, 48))]
+    with pytest.raises(ToodError, match=r"group by transform\.net_hw"):
+        detector.infer(prepared)
+    assert [len(found) for found in detector.infer([prepared[0]] * 3)] == [1, 1, 1]
+
+
+def test_stream_gives_frames_in_order(tmp_path: Path) -> None:
+    for number in range(5):
+        cv2.imwrite(str(tmp_path / f"{number}.png"), red_picture(left=4 * number))
+    with Detector(RedEngine(), imgsz=(48, 64)) as detector:
+        lefts = [found.boxes[0, 0] for _, found in detector.stream(tmp_path, batch=2)]
+    np.testing.assert_allclose(lefts, [0, 4, 8, 12, 16], atol=1)
+
+
+def test_real_artefact_finds_the_same_in_a_batch_and_alone(tiny_artefact: Path) -> None:
+    with Detector(tiny_artefact, conf=0.1, imgsz=(96, 128)) as detector:
+        picture = red_picture(120, 160, side=60)
+        alone = detector(picture)
+        for found in detector.infer([detector.prepare(picture)] * 3):
+            np.testing.assert_allclose(found.boxes, alone.boxes, atol=1e-3)
+            np.testing.assert_array_equal(found.class_ids, alone.class_ids)
