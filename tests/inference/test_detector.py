@@ -57,8 +57,7 @@ def test_max_det_keeps_the_best() -> None:
 
 
 @pytest.mark.parametrize(
-    "image",
-    [np.zeros((50, 50), np.uint8), np.zeros((50, 50, 4), np.uint8), np.zeros((50, 50, 3), np.float32), np.zeros((0, 50, 3), np.uint8)],
+    ("shape", "kind"), [((50, 50), np.uint8), ((50, 50, 4), np.uint8), ((50, 50, 3), np.float32), ((0, 50, 3), np.uint8)]
 )
 def test_what_is_no_picture_is_named(shape: tuple[int, ...], kind: type) -> None:
     with pytest.raises(InputError, match=r"expected uint8 \(H, W, 3\)"):
