@@ -25,7 +25,7 @@ class Gates:
     max_pixel: float = 1e-4
     max_map: float = 1e-4
     max_score: float = 1e-4
-    max_box_strides: float = 2e-3
+    max_box_strides: float = 5e-3
     max_box_px: float = 0.1
     min_matched: float = 0.995
     max_ap_drop: float = 0.1

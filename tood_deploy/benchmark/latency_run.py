@@ -102,10 +102,10 @@ def _print(measurements: Sequence[Measurement], warnings: Sequence[str]) -> None
 
 def print_table(table: Table) -> None:
     """Prints a table on stdout; as wide as it needs to be where that is no terminal."""
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else WIDE, highlight=False)
     shown = RichTable(caption=table.note, caption_justify="left")
     for number, header in enumerate(table.headers):
         shown.add_column(header, justify="right" if number else "left")
     for row in table.rows:
         shown.add_row(*(show(cell) for cell in row))
-    console.print(shown, width=None if console.is_terminal else WIDE, highlight=False)
+    console.print(shown)
