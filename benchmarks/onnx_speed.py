@@ -9,7 +9,6 @@ import argparse
 import multiprocessing
 import resource
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from itertools import islice
@@ -23,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tood_deploy import Detector, __version__
+from tood_deploy.benchmark.graph_parts import cut_graph
 from tood_deploy.benchmark.machine import describe_machine
 from tood_deploy.export.graph import HEAD_OUTPUTS, INPUTS, OUTPUTS
 from tood_deploy.export.pictures import synthetic_picture
@@ -100,13 +100,10 @@ def time_post_processing(arguments: argparse.Namespace, detector: Detector, imag
     feeds |= {name: np.array(value, np.float32) for name, value in zip(INPUTS[2:], (detector.conf, detector.iou), strict=True)}
     maps = ort.InferenceSession(with_outputs(shipped, HEAD_OUTPUTS).SerializeToString()).run(list(HEAD_OUTPUTS), feeds)
     given = dict(zip(HEAD_OUTPUTS, maps, strict=True))
-    with tempfile.TemporaryDirectory() as folder:
-        whole, part = Path(folder) / "whole.onnx", Path(folder) / "part.onnx"
-        onnx.save(onnx.shape_inference.infer_shapes(with_outputs(shipped, HEAD_OUTPUTS)), whole)
-        onnx.utils.extract_model(str(whole), str(part), [*HEAD_OUTPUTS, *INPUTS[1:]], list(OUTPUTS), check_model=False)
-        settings = ort.SessionOptions()
-        settings.intra_op_num_threads = arguments.threads
-        session = ort.InferenceSession(str(part), settings)
+    part = cut_graph(onnx.shape_inference.infer_shapes(with_outputs(shipped, HEAD_OUTPUTS)), HEAD_OUTPUTS, OUTPUTS)
+    settings = ort.SessionOptions()
+    settings.intra_op_num_threads = arguments.threads
+    session = ort.InferenceSession(part.SerializeToString(), settings)
     needed = {value.name for value in session.get_inputs()}
     given = {name: value for name, value in (feeds | given).items() if name in needed}
     return take_turns(10 * arguments.rounds, lambda: session.run(None, given))[0]

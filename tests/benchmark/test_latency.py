@@ -28,10 +28,10 @@ def measurement(name: str, total_ms: list[list[float]], batch: int = 1) -> Measu
     case = Case(f"{name}.onnx", name, batch)
     warm_ups = {ENGINE: WARM, END_TO_END: WARM}
     opened = Opened("an engine", "fp32", 1.5, 0.5, warm_ups, "pictures", (64, 96), 3)
-    turns = [
-        Turn({END_TO_END: [{"pre": ms / 10, "infer": ms * 0.9, "total": ms} for ms in times], ENGINE: [{"infer": 1.0, "total": 1.0}]}, 100.0 + i)
-        for i, times in enumerate(total_ms)
-    ]
+    turns = []
+    for i, times in enumerate(total_ms):
+        whole = [{"pre": ms / 10, "infer": ms * 0.9, "total": ms} for ms in times]
+        turns.append(Turn({END_TO_END: whole, ENGINE: [{"infer": 1.0, "total": 1.0}]}, 100.0 + i))
     return Measurement(case, opened, turns, images=10)
 
 
@@ -41,7 +41,9 @@ class TestPlan:
         groups = [[(case.name, case.batch, case.imgsz) for case in group] for group in plan.groups()]
         assert groups == [[("a", 1, (64, 96)), ("b", 1, (64, 96))], [("a", 4, (64, 96)), ("b", 4, (64, 96))]]
 
-    @pytest.mark.parametrize(("values", "option"), [({"batches": (1, 0)}, "--batch"), ({"rounds": 0}, "--rounds"), ({"turn_s": -1}, "--turn")])
+    @pytest.mark.parametrize(
+        ("values", "option"), [({"batches": (1, 0)}, "--batch"), ({"rounds": 0}, "--rounds"), ({"turn_s": -1}, "turn")]
+    )
     def test_senseless_numbers(self, values: dict, option: str) -> None:
         with pytest.raises(ToodError, match=option):
             Plan((Case("a", "a"),), **values)
@@ -159,4 +161,3 @@ def test_a_worker_that_dies_is_told(tmp_path: Path) -> None:
         worker._process.join()
         with pytest.raises(ToodError, match="ended with code -9"):
             worker.receive(Opened)
-

@@ -32,7 +32,7 @@ def test_the_governor_where_there_is_one(tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="no /proc")
 def test_a_small_process_does_not_inherit_its_parents_peak() -> None:
     ballast = bytearray(300 * 2**20)
-    ballast[:: 4096] = b"1" * len(ballast[:: 4096])
+    ballast[::4096] = b"1" * len(ballast[::4096])
     code = "from tood_deploy.benchmark.machine import peak_memory_mib; print(peak_memory_mib())"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
     assert float(result.stdout) < 150

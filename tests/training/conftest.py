@@ -13,9 +13,10 @@ from tood_deploy.presets import PRESETS, Preset
 from tood_deploy.training.annotations import read_annotations
 from tood_deploy.training.augment import Augment
 from tood_deploy.training.data import TrainingData
-from tood_deploy.training.loop import Progress, RunOptions, fit
+from tood_deploy.training.loop import fit
 from tood_deploy.training.model_setup import new_model
 from tood_deploy.training.recipe import RECIPES, Recipe
+from tood_deploy.training.run import Progress, RunOptions
 
 Fit = Callable[..., Progress]
 

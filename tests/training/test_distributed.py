@@ -34,7 +34,8 @@ from tood_deploy.training.data import TrainingData
 from tood_deploy.training.distributed import process_group, rank
 from tood_deploy.training.evaluate import CocoEvaluator
 from tood_deploy.training.journal import Journal
-from tood_deploy.training.loop import RunOptions, fit
+from tood_deploy.training.loop import fit
+from tood_deploy.training.run import RunOptions
 from tood_deploy.training.model_setup import new_model
 from tood_deploy.training.recipe import Recipe
 preset, recipe, scenes, output, weights = (json.loads(text) for text in sys.argv[1:])

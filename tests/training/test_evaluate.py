@@ -13,9 +13,9 @@ from tood_deploy.presets import Preset
 from tood_deploy.training.annotations import read_annotations
 from tood_deploy.training.evaluate import CocoEvaluator
 from tood_deploy.training.journal import Journal, read_log
-from tood_deploy.training.loop import Progress
 from tood_deploy.training.model_setup import new_model
 from tood_deploy.training.recipe import Recipe
+from tood_deploy.training.run import Progress
 from tood_deploy.training.session import finish_report
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "tood_deploy" / "weights" / "tiny-demo.safetensors"

@@ -272,7 +272,8 @@ from tood_deploy.presets import Preset
 from tood_deploy.training.annotations import read_annotations
 from tood_deploy.training.augment import Augment
 from tood_deploy.training.data import TrainingData
-from tood_deploy.training.loop import RunOptions, fit
+from tood_deploy.training.loop import fit
+from tood_deploy.training.run import RunOptions
 from tood_deploy.training.model_setup import new_model
 from tood_deploy.training.recipe import Recipe
 import json, os
@@ -327,3 +328,15 @@ def test_kill_at_twenty_random_moments(scenes: Path, small_preset: Any, short_re
     assert interrupted_writes > 0
     progress = run_fit(output, recipe, resume=True, stop_after=steps[-1] // STEPS + 1)
     assert progress.step >= steps[-1]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_lower_precisions_learn_and_resume(run_fit: Fit, short_recipe: Recipe, tmp_path: Path, precision: Any) -> None:
+    recipe = replace(short_recipe, precision=precision, accumulate=2, optimiser="sgd", schedule="cosine")
+    run_fit(tmp_path / "run", recipe, stop_after=1)
+    progress = run_fit(tmp_path / "run", recipe, resume=True, stop_after=2)
+    assert progress.step == 2 * STEPS
+    assert progress.history[1]["cls"] < progress.history[0]["cls"]
+    assert read_training_state(tmp_path / "run" / "last.pth")["training"]["scaler"].get("scale", 0.0) == (
+        65536.0 if precision == "fp16" else 0.0
+    )

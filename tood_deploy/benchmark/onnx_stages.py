@@ -58,7 +58,10 @@ class OnnxStages(StageRunner):
         return _widened(stage.gives, part.run(list(stage.gives), given))
 
     def _open(self, model: onnx.ModelProto) -> ort.InferenceSession:
-        options = self.engine.session.get_session_options()
+        options = ort.SessionOptions()
+        options.log_severity_level = 4
+        options.intra_op_num_threads = self.engine.session.get_session_options().intra_op_num_threads
+        options.enable_cpu_mem_arena = False  # seven sessions that each kept their memory would need many times the engine's
         return ort.InferenceSession(model.SerializeToString(), options, providers=self.engine.session.get_providers())
 
 

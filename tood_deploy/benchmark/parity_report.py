@@ -16,6 +16,8 @@ from tood_deploy.benchmark.parity_tables import ap_table, class_table, matching_
 from tood_deploy.benchmark.report import Card, Section, Table, Tile, gallery, paragraph, picture, render_page, write_json, write_markdown
 from tood_deploy.benchmark.scoring import average_precision
 
+SHOWN_FAILURES = 3
+
 Facts = Mapping[str, str]
 
 
@@ -39,10 +41,18 @@ def write_reports(folder: Path, results: Sequence[Result], descriptions: Sequenc
     write_markdown(paths[1], markdown_parts(results, facts))
     sections = [section for result in results for section in _sections(result, len(results) > 1)]
     tiles = [tile for result in results for tile in _tiles(result)]
-    warnings = [f"{result.comparison.subject.name}: {failure}" for result in results for failure in result.failures]
+    warnings = [line for result in results for line in _warnings(result)]
     names = ", ".join(result.comparison.subject.name for result in results)
     render_page(f"Parity with PyTorch: {names}", sections, paths[2], lead=headline(results), tiles=tiles, facts=facts, warnings=warnings)
     return paths
+
+
+def _warnings(result: Result) -> list[str]:
+    """The first limits that an artefact passed, the guilty stage's before all."""
+    name, shown = result.comparison.subject.name, [str(failure) for failure in result.failures[:SHOWN_FAILURES]]
+    left_out = len(result.failures) - len(shown)
+    more = [f"{left_out} more limits passed, most of them as a consequence; parity.md lists all"] if left_out else []
+    return [f"{name}: {line}" for line in (*shown, *more)]
 
 
 def headline(results: Sequence[Result]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tood_deploy.benchmark.deviation import Deviation
+from tood_deploy.benchmark.matching import PAIR_IOU
 from tood_deploy.benchmark.parity import Result
 from tood_deploy.benchmark.report import Table
 from tood_deploy.benchmark.scoring import average_precision
@@ -37,42 +38,43 @@ def matching_table(result: Result) -> Table:
     kinds = {"candidates": comparison.carried.rows["candidates"], "detections": comparison.carried.rows["detections"]}
     if comparison.alone:
         kinds |= {"candidates, alone": comparison.alone.rows["candidates"], "detections, alone": comparison.alone.rows["detections"]}
-    kinds["first picture in every batch slot"] = comparison.slots
+    kinds["batch slots"] = comparison.slots
     if comparison.canvas:
         height, width = comparison.canvas.net_hw
-        kinds[f"padded to {height}x{width}, against not"] = comparison.canvas.change
+        kinds[f"padded to {height}x{width}"] = comparison.canvas.change
     rows = [
         [name, found.reference, found.matched, found.lost, found.added, f"{100 * found.matched_share:.2f}%"]
         for name, found in kinds.items()
         if found.reference + found.added
     ]
-    return Table(
-        ("boxes", "reference", "matched", "lost", "added", "matched of either"), rows, "Matched: same class, IoU above 0.75, each box once."
+    note = (
+        f"Matched: same class, IoU above {PAIR_IOU}, each box once. Batch slots: the first picture in every slot of a batch, "
+        "against itself alone. Padded: every picture on one canvas, as an engine of fixed shape does it, against as little as needed."
     )
+    return Table(("boxes", "reference", "matched", "lost", "added", "matched of either"), rows, note)
 
 
 def ap_table(result: Result) -> Table:
     """AP, and what each part costs when it alone is swapped in."""
     reference, found = (average_precision(metrics) for metrics in (result.reference_metrics, result.metrics))
-    rows: list[list[Any]] = [["PyTorch reference", reference, 0.0], ["artefact", found, reference - found]]
-    rows += [[f"reference with the artefact's {part}", reference - cost, cost] for part, cost in result.swap_costs.items()]
+    rows: list[list[Any]] = [["PyTorch", reference, 0.0], ["artefact", found, reference - found]]
+    rows += [[f"swapped: {part}", reference - cost, cost] for part, cost in result.swap_costs.items()]
     if result.canvas_metrics and result.comparison.canvas:
         height, width = result.comparison.canvas.net_hw
         padded = average_precision(result.canvas_metrics)
-        rows.append([f"artefact, every picture padded to {height}x{width}", padded, reference - padded])
+        rows.append([f"padded to {height}x{width}", padded, reference - padded])
     precise = [[name, f"{ap:.3f}", f"{cost:+.3f}"] for name, ap, cost in rows]
-    return Table(("run", "AP", "lost"), precise, _precision_note(result))
+    note = f"Swapped: the reference, with this part of the artefact in place of its own. {_precision_note(result)}"
+    return Table(("run", "AP", "lost"), precise, note)
 
 
 def _precision_note(result: Result) -> str:
     precision = result.comparison.subject.manifest.precision
     if "precision" in result.swap_costs:
         return f"Precision: the reference's network run by PyTorch in {precision}."
-    return (
-        f"Precision has no row: PyTorch cannot run the network in {precision}."
-        if precision == "int8"
-        else "The artefact's arithmetic is fp32, as the reference's."
-    )
+    if precision == "int8":
+        return "Precision has no row, because PyTorch cannot run the network in int8."
+    return "Precision costs nothing: the artefact's arithmetic is fp32, as the reference's."
 
 
 def class_table(result: Result) -> Table:

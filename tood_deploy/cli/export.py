@@ -36,9 +36,7 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("checkpoint", help="a checkpoint file, or the name of a preset")
     result.add_argument("--output", type=Path, metavar="FILE", help="where to (default: the checkpoint's name, ending in .onnx, here)")
-    result.add_argument(
-        "--imgsz", type=int, nargs=2, metavar=("H", "W"), help="the artefact's default picture size: short and long side"
-    )
+    result.add_argument("--imgsz", type=int, nargs=2, metavar=("H", "W"), help="the artefact's default picture size: short and long side")
     result.add_argument("--max-det", type=int, default=100, metavar="N", help="the most detections a picture (default: 100)")
     result.add_argument(
         "--deform",

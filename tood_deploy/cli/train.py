@@ -128,7 +128,7 @@ def train_command(argv: Sequence[str] | None) -> int:
     if arguments.check_data:
         return _check_data(paths, class_names)
     from tood_deploy.preprocess import check_imgsz
-    from tood_deploy.training.loop import RunOptions
+    from tood_deploy.training.run import RunOptions
     from tood_deploy.training.session import FirstWeights, choose_recipe, train
 
     recipe, notes = choose_recipe(arguments.preset, _recipe_changes(arguments))

@@ -32,7 +32,20 @@ def demo_command(argv: Sequence[str] | None) -> int:
         (
             "tood-bench",
             bench.main,
-            ["latency", model, "--baseline", WEIGHTS, "--images", pictures, "--rounds", 3, "--turn-seconds", 0.5, "--output", folder / "latency"],
+            [
+                "latency",
+                model,
+                "--baseline",
+                WEIGHTS,
+                "--images",
+                pictures,
+                "--rounds",
+                3,
+                "--turn-seconds",
+                0.5,
+                "--output",
+                folder / "latency",
+            ],
         ),
     ]
     for name, command, arguments in steps:

@@ -56,7 +56,11 @@ class OnnxEngine(Engine):
 
 
 def _remedy(device: str) -> str:
-    return "install onnxruntime-gpu in its place (README, On a GPU), with matching CUDA and cuDNN" if device == "cuda" else "reinstall onnxruntime"
+    return (
+        "install onnxruntime-gpu in its place (README, On a GPU), with matching CUDA and cuDNN"
+        if device == "cuda"
+        else "reinstall onnxruntime"
+    )
 
 
 def _open_session(path: Path, provider: str, threads: int | None) -> ort.InferenceSession:

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import copy
 import json
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from numpy.typing import NDArray
 
 from tood_deploy.errors import CheckpointError, ToodError
 from tood_deploy.model.checkpoint import load_checkpoint, save_checkpoint
@@ -35,60 +32,9 @@ from tood_deploy.training.distributed import any_rank, barrier, is_main, rank, w
 from tood_deploy.training.interrupt import StopFlag
 from tood_deploy.training.journal import Journal
 from tood_deploy.training.recipe import Recipe
+from tood_deploy.training.run import Progress, RunOptions, Verdict, epoch_means
 from tood_deploy.training.schedule import learning_rate
 from tood_deploy.training.step import Learner, NonFinite
-
-
-class Verdict(Protocol):
-    """What an evaluation gives: numbers by name, "AP" among them, and pictures to look at."""
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """Numbers, 0 to 1."""
-        ...
-
-    @property
-    def pictures(self) -> Sequence[NDArray[Any]]:
-        """(H, W, 3) uint8 RGB."""
-        ...
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """How a run is run, not what it learns.
-
-    Attributes:
-        output: its folder.
-        device: "cpu", or this worker's GPU.
-        workers: loading processes a worker.
-        save_every: steps between two checkpoints within an epoch; None writes one an epoch.
-        evaluate_every: epochs between two evaluations; the last epoch is always evaluated.
-        resume: go on from the folder's last checkpoint, if there is one.
-        stop_after: epochs, counted from 1, after which this call ends early.
-    """
-
-    output: Path
-    device: str | torch.device = "cpu"
-    workers: int = 0
-    save_every: int | None = None
-    evaluate_every: int = 1
-    resume: bool = False
-    stop_after: int | None = None
-
-
-@dataclass
-class Progress:
-    """Where a run stands.
-
-    Attributes:
-        step: steps done, over all epochs.
-        history: one entry for every epoch that is finished, evaluation included.
-        best_ap: the best so far, -1 before the first evaluation.
-    """
-
-    step: int = 0
-    history: list[dict[str, float]] = field(default_factory=list)
-    best_ap: float = -1.0
 
 
 def fit(
@@ -176,7 +122,7 @@ class _Run:
     def close_epoch(self, epoch: int) -> None:
         """Evaluation, log and checkpoints at the end of an epoch."""
         last_one = epoch + 1 == self.recipe.epochs
-        row: dict[str, float] = {"step": self.progress.step, "epoch": epoch + 1, **_epoch_means(self.epoch_values)}
+        row: dict[str, float] = {"step": self.progress.step, "epoch": epoch + 1, **epoch_means(self.epoch_values)}
         verdict = None
         if self.evaluate is not None and (last_one or (epoch + 1) % self.options.evaluate_every == 0):
             start = time.perf_counter()
@@ -288,15 +234,6 @@ class _Run:
                 f"{path}: does not fit this run ({str(error).splitlines()[0]}); use the same preset and options"
             ) from error
         self.progress = Progress(training["step"], json.loads(training["history"]), training["best_ap"])
-
-
-def _epoch_means(steps: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Mean losses, and what a step takes at the median: it does not notice the few that something else disturbed."""
-    if not steps:
-        return {}
-    means = {name: statistics.fmean(step[name] for step in steps) for name in ("cls", "box", "grad_norm", "positives")}
-    medians = {name: statistics.median(step[name] for step in steps) for name in ("seconds", "data_seconds", "images_per_s")}
-    return means | medians | {"lr": steps[-1]["lr"]}
 
 
 def _report_changes(before: Recipe, now: Recipe, journal: Journal) -> None:

@@ -22,10 +22,11 @@ from tood_deploy.training.data import TrainingData
 from tood_deploy.training.distributed import is_main, process_group, world_size
 from tood_deploy.training.evaluate import CocoEvaluator, Evaluation
 from tood_deploy.training.journal import Journal
-from tood_deploy.training.loop import Progress, RunOptions, fit
+from tood_deploy.training.loop import fit
 from tood_deploy.training.model_setup import load_backbone, load_pretrained, new_model
 from tood_deploy.training.plots import plot_learning, plot_precision_recall
 from tood_deploy.training.recipe import ONE_X, RECIPES, TWO_X, Recipe
+from tood_deploy.training.run import Progress, RunOptions
 from tood_deploy.training.step import AUTOCAST
 
 SCHEDULES = {"1x": ONE_X, "2x": TWO_X}
