@@ -94,7 +94,8 @@ def summary(output: Path, manifest: Manifest) -> str:
     lines = [
         f"{output}  {output.stat().st_size / 2**20:.1f} MiB, {manifest.precision}, dynamic batch and size",
         f"{manifest_path(output)}  manifest",
-        f"parity with {parity['reference']} on {parity['pictures']} pictures: {found['matched']} of {found['reference']} detections matched, "
+        f"parity with {parity['reference']} on {parity['pictures']} pictures: "
+        f"{found['matched']} of {found['reference']} detections matched, "
         f"scores within {found['score_deviation']:.1e}, boxes within {found['box_deviation_px']:.1e} px; "
         f"head maps within {parity['head_scores']:.1e} (scores) and {parity['head_boxes']:.1e} strides (boxes)",
     ]
