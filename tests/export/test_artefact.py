@@ -273,7 +273,7 @@ class TestPictures:
             read_pictures(tmp_path, 5)
 
 
-EVERY = ["r50-1x", "r50-anchor-1x", "r50-2x", "r101-2x", "x101-2x", "r101-dcn-2x", "x101-dcn-2x"]
+EVERY = ["r50-1x", "r50-anchor-1x", "r101-2x", "x101-2x", "r101-dcn-2x", "x101-dcn-2x"]  # r50-2x is r50-1x under another name
 
 
 @pytest.mark.slow

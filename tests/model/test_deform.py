@@ -77,7 +77,7 @@ def test_offset_convolution_has_the_layout_of_mmcv() -> None:
     layer = DeformConv2d(8, 8, 3, padding=1, offset_groups=4)
     assert layer.conv_offset.weight.shape == (108, 8, 3, 3)
     with torch.no_grad():
-        layer.conv_offset.bias.copy_(torch.arange(108.0))
+        layer.conv_offset.get_parameter("bias").copy_(torch.arange(108.0))
     offset, mask = layer.offset_and_mask(torch.zeros(1, 8, 2, 2))
     assert offset[0, :, 0, 0].tolist() == list(range(72))
     torch.testing.assert_close(mask[0, :, 0, 0], torch.arange(72.0, 108.0).sigmoid())

@@ -79,7 +79,7 @@ def test_decomposition_weighs_stages() -> None:
     """Scaling the kernel by stage is scaling the features by stage."""
     torch.manual_seed(0)
     layer = TaskDecomposition(32, 3)
-    torch.nn.init.normal_(layer.layer_attention[2].bias)
+    torch.nn.init.normal_(layer.layer_attention[2].get_parameter("bias"))
     features = torch.randn(2, 96, 5, 4)
     pooled = features.mean((2, 3), keepdim=True)
     weights = layer.layer_attention(pooled).repeat_interleave(32, dim=1)

@@ -103,7 +103,7 @@ def record_maps(model: Any, maps: dict[str, NDArray[np.float32]]) -> None:
 
 def statistics(values: NDArray[np.float32]) -> list[float]:
     wide = values.astype(np.float64)
-    return [wide.mean(), wide.std(ddof=1), np.abs(wide).max(), np.linalg.norm(wide)]
+    return [float(value) for value in (wide.mean(), wide.std(ddof=1), np.abs(wide).max(), np.linalg.norm(wide))]
 
 
 def test_deformable_maps_equal_plain_ones_when_nothing_is_shifted(seeded_model: Callable[..., Any]) -> None:

@@ -32,7 +32,9 @@ def assert_equals_greedy(boxes: torch.Tensor, scores: torch.Tensor, labels: torc
         assert kept[picture].tolist() == expected + [scores.shape[1]] * (max_det - len(expected))
 
 
-def make(seed: int, batch: int, count: int, classes: int, spread: float, empty: float = 0.0) -> tuple[torch.Tensor, ...]:
+def make(
+    seed: int, batch: int, count: int, classes: int, spread: float, empty: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Boxes on a coarse grid (so many are equal, touching or nested), coarse scores (so many tie), sorted."""
     rng = np.random.default_rng(seed)
     corner = np.round(rng.random((batch, count, 2)) * spread)

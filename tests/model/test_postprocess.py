@@ -1,8 +1,10 @@
 """Candidates and detections: against plain loops over the published rules, and against the reference's own detections."""
 
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -101,6 +103,12 @@ def to_rows(found: BatchResult, boxes: NDArray[np.float32] | None = None) -> Row
     return Rows(net if boxes is None else boxes, found.scores[0, :count].numpy(), found.labels[0, :count].numpy())
 
 
+def read_demo(shared: Any) -> NDArray[np.uint8]:
+    picture = cv2.imread(str(shared / "reference" / "images" / "demo.jpg"))
+    assert picture is not None
+    return np.asarray(picture, np.uint8)
+
+
 def golden_rows(golden: dict[str, NDArray[Any]], kind: str) -> Rows:
     return Rows(golden[f"{kind}_bboxes"], golden[f"{kind}_scores"], golden[f"{kind}_labels"].astype(np.int32))
 
@@ -139,17 +147,15 @@ def test_detections_equal_mmdetection(name: str, goldens: Goldens, seeded_model:
             max_det = 2000 if kind == "uncapped" else 100
             found = detect(out, torch.tensor([[height, width]]), 0.05, 0.6, candidates_per_level=per_level, max_det=max_det)
             count = int(found.num_dets[0])
-            boxes = found.boxes_net[0, :count].numpy() / np.tile(scale, 2).astype(np.float32)
+            boxes = (found.boxes_net[0, :count].numpy() / np.tile(scale, 2)).astype(np.float32)
             assert_equal_detections(golden_rows(golden, kind), to_rows(found, boxes))
 
 
 @pytest.mark.shared
 @pytest.mark.parametrize("name", ["r50-1x", "r50-anchor-1x"])
 def test_detections_equal_the_authors(name: str, goldens: Goldens, seeded_model: Callable[..., Any], shared: Any) -> None:
-    import cv2
-
     golden = goldens(f"fcjian_{MMDET[name].replace('anchor-based', 'anchor_based')}__demo__320")
-    image, transform = resize_and_pad(cv2.imread(str(shared / "reference" / "images" / "demo.jpg")), (214, 320))
+    image, transform = resize_and_pad(read_demo(shared), (214, 320))
     detector = FusedDetector(seeded_model(name, convention="authors"))
     with torch.inference_mode():
         found = detector(torch.from_numpy(image)[None], torch.tensor([transform.resized_hw]), 0.05, 0.6).detections
@@ -160,12 +166,8 @@ def test_detections_equal_the_authors(name: str, goldens: Goldens, seeded_model:
 @pytest.mark.shared
 def test_input_and_detections_at_full_size(goldens: Goldens, seeded_model: Callable[..., Any], shared: Any) -> None:
     """The published test size, from the JPEG on: the network's input to the byte, and 1,003 detections."""
-    import hashlib
-
-    import cv2
-
     golden = goldens("tood_r50_fpn_1x_coco__demo__800x1333")
-    image, transform = resize_and_pad(cv2.imread(str(shared / "reference" / "images" / "demo.jpg")), (800, 1333))
+    image, transform = resize_and_pad(read_demo(shared), (800, 1333))
     detector = FusedDetector(seeded_model("r50-1x"), max_det=2000)
     images, valid_hw = torch.from_numpy(image)[None], torch.tensor([transform.resized_hw])
     with torch.inference_mode():
