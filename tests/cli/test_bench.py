@@ -111,6 +111,7 @@ class TestLatency:
         assert "eager PyTorch" in out
         assert "round 2 of 2" in err
         assert "was not stable" in err
+        assert "2 rounds are too few" in err
         values = json.loads(Path("latency-report/latency.json").read_text())
         first, second = values["measurements"]
         assert (first["model"], second["model"]) == ("eager PyTorch", "off.safetensors")

@@ -23,6 +23,7 @@ from tood_deploy.benchmark.report import Table, show
 from tood_deploy.manifest import read_manifest
 
 WIDE = 160
+FEWEST_ROUNDS = 6
 
 
 def run_latency(plan: Plan, output: Path, ap: Mapping[str, float], command: str, quiet: bool) -> list[Measurement]:
@@ -86,6 +87,9 @@ def _facts(
 
 def _warnings(measurements: Sequence[Measurement], load: Load) -> list[str]:
     found = [load.noticed] if load.noticed else []
+    rounds = len(measurements[0].rounds)
+    if rounds < FEWEST_ROUNDS:
+        found.append(f"{rounds} rounds are too few for an interval to mean much; expected at least {FEWEST_ROUNDS}: raise --rounds")
     for each in measurements:
         if not each.opened.warm_ups[END_TO_END].stable:
             found.append(f"{each.case.name}, batch {each.case.batch}: was not stable when its warm-up time ran out; raise --warmup-seconds")
