@@ -53,7 +53,7 @@ class GpuMeter:
         """
         try:
             if nvml is None:
-                import pynvml as nvml
+                import pynvml as nvml  # pyright: ignore[reportMissingImports] - optional
             nvml.nvmlInit()
             self._nvml, self._gpu = nvml, nvml.nvmlDeviceGetHandleByIndex(number)
         except Exception as error:  # NVML's errors are of a type that exists only where the package does
