@@ -32,7 +32,7 @@ def onnx_from_model(model: Tood, *, deform: DeformForm = "op", max_det: int = MA
         deform: deformable convolutions as ONNX's operator ("op") or as gathers ("gather"), for runtimes that lack it.
         max_det: rows D of the outputs.
     """
-    torch.compiler.reset()  # the loops go through the compiler, which refuses the ninth of a process otherwise
+    torch.compiler.reset()  # the loops go through the compiler: nothing that earlier exports left there takes part
     graph = ExportedGraph(model, deform, max_det).eval()
     example = (
         torch.zeros(EXAMPLE_BATCH, EXAMPLE_H * SIZE_DIVISOR, EXAMPLE_W * SIZE_DIVISOR, 3, dtype=torch.uint8),
