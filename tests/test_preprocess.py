@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from tood_deploy.errors import InputError, ToodError
-from tood_deploy.preprocess import ImageTransform, check_imgsz, fit_size, pad_size, resize, resize_and_pad
+from tood_deploy.preprocess import ImageTransform, check_imgsz, choose_canvas, fit_imgsz, fit_size, pad_size, resize, resize_and_pad
 
 Goldens = Callable[[str], dict[str, NDArray[Any]]]
 
@@ -134,3 +134,30 @@ def test_imgsz_is_put_in_order() -> None:
 def test_imgsz_must_be_two_positive_numbers(imgsz: tuple[int, ...]) -> None:
     with pytest.raises(ToodError, match="two positive numbers"):
         check_imgsz(imgsz)
+
+
+@pytest.mark.parametrize(
+    ("image_hw", "net_hw"),
+    [
+        ((480, 640), (800, 1344)),
+        ((640, 480), (1344, 800)),
+        ((480, 480), (800, 1344)),  # fits both, which are of one size: the first
+        ((100, 4000), (800, 1344)),
+    ],
+)
+def test_the_canvas_follows_the_picture(image_hw: tuple[int, int], net_hw: tuple[int, int]) -> None:
+    assert choose_canvas(image_hw, (800, 1333), [(800, 1344), (1344, 800)]) == net_hw
+
+
+def test_the_smallest_canvas_that_holds_the_picture_whole() -> None:
+    assert choose_canvas((480, 640), (800, 1333), [(1344, 1344), (800, 1088), (640, 640)]) == (800, 1088)
+    assert choose_canvas((480, 640), (800, 1333), [(320, 320), (640, 640)]) == (640, 640), "none holds it: the least shrinkage"
+
+
+@given(st.integers(1, 3000), st.integers(1, 3000), st.sampled_from([(320, 320), (800, 1333)]))
+def test_a_picture_always_fits_its_canvas(height: int, width: int, imgsz: tuple[int, int]) -> None:
+    canvases = [(320, 320), (800, 1344), (1344, 800)]
+    net_hw = choose_canvas((height, width), imgsz, canvases)
+    resized_hw = fit_size((height, width), fit_imgsz((height, width), imgsz, net_hw))
+    assert resized_hw[0] <= max(net_hw[0], 1)
+    assert resized_hw[1] <= max(net_hw[1], 1)

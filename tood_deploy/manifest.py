@@ -33,6 +33,8 @@ class Manifest:
         created: date and time, ISO 8601, UTC.
         artefact_sha256: of the artefact itself; empty inside the artefact's own metadata.
         parity: the verdict of the comparison with PyTorch: deviations, tolerances, pictures; empty where there is none.
+        target: what the artefact was built for and must meet again when it is opened; empty where it runs anywhere.
+        self_test: a stored input and the stored answer to it; empty where there is none.
     """
 
     preset: Preset
@@ -44,6 +46,8 @@ class Manifest:
     created: str = ""
     artefact_sha256: str = ""
     parity: dict[str, Any] = field(default_factory=dict)
+    target: dict[str, Any] = field(default_factory=dict)
+    self_test: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """The manifest as a JSON object with sorted, stable keys."""

@@ -63,6 +63,33 @@ def pad_size(resized_hw: tuple[int, int], divisor: int = SIZE_DIVISOR) -> tuple[
     return height, width
 
 
+def fit_imgsz(image_hw: tuple[int, ...], imgsz: tuple[int, int], net_hw: tuple[int, int]) -> tuple[int, int]:
+    """(short side, long side) that a picture is scaled to fit: `imgsz`, or less where the canvas `net_hw` has no room for that."""
+    height, width = image_hw[:2]
+    scale = min(imgsz[0] / min(height, width), imgsz[1] / max(height, width))
+    room = min(net_hw[0] / height, net_hw[1] / width)
+    if room >= scale:
+        return imgsz
+    sides = (int(height * room), int(width * room))
+    return max(1, min(sides)), max(1, max(sides))
+
+
+def choose_canvas(image_hw: tuple[int, ...], imgsz: tuple[int, int], canvases_hw: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Of the padded sizes that an engine takes, the one that shrinks a picture least, then the one with the fewest pixels.
+
+    Args:
+        image_hw: rows and columns of the picture.
+        imgsz: (short side, long side) in pixels that it is scaled to fit where there is room.
+        canvases_hw: rows and columns of every padded size, at least one.
+    """
+
+    def shrinkage_and_area(canvas_hw: tuple[int, int]) -> tuple[float, int]:
+        resized_hw = fit_size((image_hw[0], image_hw[1]), fit_imgsz(image_hw, imgsz, canvas_hw))
+        return -float(resized_hw[0] * resized_hw[1]), canvas_hw[0] * canvas_hw[1]
+
+    return min(canvases_hw, key=shrinkage_and_area)
+
+
 def resize(image_bgr: NDArray[np.uint8], imgsz: tuple[int, int]) -> NDArray[np.uint8]:
     """The picture (H, W, 3) uint8 scaled to fit `imgsz`, (short side, long side): OpenCV's bilinear."""
     height, width = fit_size(image_bgr.shape[:2], imgsz)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from tood_deploy.benchmark.canvas import Canvas, fit_imgsz
+from tood_deploy.benchmark.canvas import Canvas
 from tood_deploy.benchmark.gates import PRECISION_GATES, Gates
 from tood_deploy.benchmark.parity import Result, Settings, check_subjects, compare
 from tood_deploy.benchmark.parity_report import verdict_line, write_reports
@@ -28,7 +28,7 @@ from tood_deploy.errors import ToodError
 from tood_deploy.inference.detector import Detector
 from tood_deploy.manifest import Manifest, doubts, manifest_path, read_manifest
 from tood_deploy.model.tood import Tood, build_model
-from tood_deploy.preprocess import fit_size
+from tood_deploy.preprocess import fit_imgsz, fit_size
 from tood_deploy.presets import PRESETS
 
 IMGSZ = (60, 90)

@@ -11,7 +11,7 @@ from tood_deploy.benchmark.subject import network_inputs
 from tood_deploy.detections import Detections
 from tood_deploy.errors import ToodError
 from tood_deploy.export.compare import Rows
-from tood_deploy.preprocess import resize_and_pad
+from tood_deploy.preprocess import fit_imgsz, resize_and_pad
 from tood_deploy.presets import SIZE_DIVISOR
 
 
@@ -47,14 +47,3 @@ class Canvas:
         self.change.add(Rows(dynamic.boxes, dynamic.scores, dynamic.class_ids), Rows(found.boxes, found.scores, found.class_ids))
         if self.scoring is not None:
             self.rows += self.scoring.rows(found, picture.image_id)
-
-
-def fit_imgsz(image_hw: tuple[int, ...], imgsz: tuple[int, int], net_hw: tuple[int, int]) -> tuple[int, int]:
-    """(short side, long side) that a picture is scaled to fit: `imgsz`, or less where the canvas has no room for that."""
-    height, width = image_hw[:2]
-    scale = min(imgsz[0] / min(height, width), imgsz[1] / max(height, width))
-    room = min(net_hw[0] / height, net_hw[1] / width)
-    if room >= scale:
-        return imgsz
-    sides = (int(height * room), int(width * room))
-    return max(1, min(sides)), max(1, max(sides))

@@ -39,11 +39,15 @@ class Engine(ABC):
         manifest: what the model says of itself.
         device: where it runs: "cpu" or "cuda".
         name: the runtime and its version, for reports.
+        canvases_hw: the padded sizes it takes, rows and columns; empty where every multiple of 32 will do.
+        most_batch: the largest batch it takes; None where there is no bound.
     """
 
     manifest: Manifest
     device: str
     name: str
+    canvases_hw: tuple[tuple[int, int], ...] = ()
+    most_batch: int | None = None
     closed: bool = False
 
     def infer(
@@ -65,10 +69,23 @@ class Engine(ABC):
         if self.closed:
             raise ToodError(f"{self.name}: the engine was closed; open the model again")
         check_inputs(images, valid_hw)
+        self._check_profile(images)
         found = self._run(images, valid_hw, score_threshold, iou_threshold)
         if not (np.isfinite(found.boxes_net).all() and np.isfinite(found.scores).all()):
             raise ArtefactError(f"{self.name}: the model gave NaN or infinite values; check the checkpoint, or export in higher precision")
         return found
+
+    def _check_profile(self, images: NDArray[np.uint8]) -> None:
+        batch, height, width, _ = images.shape
+        if self.canvases_hw and (height, width) not in self.canvases_hw:
+            takes = ", ".join(f"{rows} x {columns}" for rows, columns in self.canvases_hw)
+            raise InputError(
+                f"images are {height} x {width}, this model takes {takes}; pad to one of these, or export with --shapes {height}x{width}"
+            )
+        if self.most_batch is not None and batch > self.most_batch:
+            raise InputError(
+                f"a batch of {batch}, this model takes at most {self.most_batch}; give a smaller --batch, or export with a larger one"
+            )
 
     @abstractmethod
     def _run(

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from tood_deploy.detections import Detections
 from tood_deploy.engines import BatchDetections, Engine, open_engine
 from tood_deploy.errors import ToodError
-from tood_deploy.preprocess import ImageTransform, check_imgsz, resize_and_pad
+from tood_deploy.preprocess import ImageTransform, check_imgsz, choose_canvas, fit_imgsz, resize_and_pad
 
 if TYPE_CHECKING:
     from tood_deploy.inference.frame import Frame
@@ -82,7 +82,11 @@ class Detector:
 
     def prepare(self, image_bgr: NDArray[np.uint8]) -> Prepared:
         """The first half of a call: scaling and padding; may run in another thread than `infer`."""
-        return Prepared(*resize_and_pad(image_bgr, self.imgsz))
+        canvases = self.engine.canvases_hw
+        if not canvases:
+            return Prepared(*resize_and_pad(image_bgr, self.imgsz))
+        net_hw = choose_canvas(image_bgr.shape, self.imgsz, canvases)
+        return Prepared(*resize_and_pad(image_bgr, fit_imgsz(image_bgr.shape, self.imgsz, net_hw), net_hw))
 
     def infer(self, batch: Sequence[Prepared]) -> list[Detections]:
         """The second half: the network and the way back, for pictures of one padded size.
