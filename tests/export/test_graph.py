@@ -1,5 +1,6 @@
-"""Deformable convolutions in both exported forms, as one layer alone."""
+"""The exported forms of parts of the network, each alone: deformable convolutions, the head with static kernels."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from tood_deploy.export.graph import DeformConvOp
+from tood_deploy.export.static_head import use_static_kernels
 from tood_deploy.model.deform import DeformConv2d
 
 
@@ -30,3 +32,16 @@ def test_both_forms_equal_pytorch(form: str, stride: int, groups: int, offset_gr
         (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
         with torch.inference_mode():
             torch.testing.assert_close(torch.as_tensor(found), layer(x), rtol=1e-4, atol=1e-5)
+
+
+def test_the_head_with_static_kernels_equals_the_head(seeded_model: Callable[..., Any]) -> None:
+    model = seeded_model("tiny").eval()
+    torch.manual_seed(0)
+    levels = [torch.randn(2, model.preset.channels, *size) for size in ((9, 12), (5, 6), (3, 3), (2, 2), (1, 1))]
+    with torch.inference_mode():
+        expected = model.bbox_head(levels)
+    use_static_kernels(model.bbox_head)
+    with torch.inference_mode():
+        found = model.bbox_head(levels)
+    for one, other in zip(expected, found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)

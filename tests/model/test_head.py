@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from tood_deploy.model.boxes import anchor_boxes, anchor_points, box_iou, decode_deltas, decode_distances
-from tood_deploy.model.head import TaskDecomposition, geometric_mean_probability
+from tood_deploy.model.head import TaskDecomposition, TowerMaps, geometric_mean_probability
 from tood_deploy.presets import STRIDES
 
 Goldens = Callable[[str], dict[str, NDArray[Any]]]
@@ -81,9 +81,9 @@ def test_decomposition_weighs_stages() -> None:
     layer = TaskDecomposition(32, 3)
     torch.nn.init.normal_(layer.layer_attention[2].get_parameter("bias"))
     features = torch.randn(2, 96, 5, 4)
-    pooled = features.mean((2, 3), keepdim=True)
-    weights = layer.layer_attention(pooled).repeat_interleave(32, dim=1)
-    torch.testing.assert_close(layer(features, pooled), layer.reduction_conv(features * weights), rtol=1e-4, atol=1e-5)
+    tower = TowerMaps(list(features.chunk(3, dim=1)), features, features.mean((2, 3), keepdim=True))
+    weights = layer.layer_attention(tower.pooled).repeat_interleave(32, dim=1)
+    torch.testing.assert_close(layer(tower), layer.reduction_conv(features * weights), rtol=1e-4, atol=1e-5)
 
 
 def test_iou_of_known_boxes() -> None:

@@ -1,4 +1,4 @@
-"""The network as the exporter sees it: flat outputs, and deformable convolutions in the form the runtime has.
+"""The network as the exporter sees it: flat outputs, static kernels, and deformable convolutions in the form the runtime has.
 
 The model knows nothing of this file (DESIGN section 4).
 """
@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from tood_deploy.export.static_head import use_static_kernels
 from tood_deploy.model.deform import DeformConv2d
 from tood_deploy.model.fused import FusedDetector, Stages
 from tood_deploy.model.tood import Tood
@@ -38,7 +39,11 @@ class ExportedGraph(nn.Module):
 
     def __init__(self, model: Tood, deform: DeformForm, max_det: int) -> None:
         super().__init__()
-        self.detector = FusedDetector(_use_deform_op(model) if deform == "op" else model, max_det).eval()
+        model = _copy_sharing_weights(model)
+        use_static_kernels(model.bbox_head)
+        if deform == "op":
+            _use_deform_op(model)
+        self.detector = FusedDetector(model, max_det).eval()
 
     def forward(self, images: Tensor, valid_hw: Tensor, score_threshold: Tensor, iou_threshold: Tensor) -> tuple[Tensor, ...]:
         """See `FusedDetector.forward`."""
@@ -77,12 +82,13 @@ class DeformConvOp(nn.Module):
         return torch.onnx.ops.symbolic("DeformConv", inputs, attributes, dtype=x.dtype, shape=shape, version=DEFORM_OPSET)
 
 
-def _use_deform_op(model: Tood) -> Tood:
-    """A copy of the model, sharing its weights, with every deformable convolution as an operator."""
-    shared = {id(parameter): parameter for parameter in model.parameters()}
-    model = copy.deepcopy(model, memo=shared)
+def _copy_sharing_weights(model: Tood) -> Tood:
+    return copy.deepcopy(model, memo={id(parameter): parameter for parameter in model.parameters()})
+
+
+def _use_deform_op(model: Tood) -> None:
+    """Turns every deformable convolution into an operator, in place."""
     for name, module in list(model.named_modules()):
         if isinstance(module, DeformConv2d):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, DeformConvOp(module))
-    return model

@@ -33,6 +33,20 @@ class HeadOutput(NamedTuple):
     boxes_strides: list[Tensor]
 
 
+class TowerMaps(NamedTuple):
+    """What the tower makes of one level.
+
+    Attributes:
+        stages: (B, C, h, w) of each of its S convolutions, in order.
+        joined: the same in one, (B, S*C, h, w).
+        pooled: the mean of every map, (B, S*C, 1, 1).
+    """
+
+    stages: list[Tensor]
+    joined: Tensor
+    pooled: Tensor
+
+
 class ConvNorm(nn.Module):
     """Convolution without bias, GroupNorm, ReLU."""
 
@@ -62,16 +76,33 @@ class TaskDecomposition(nn.Module):
         self.reduction_conv = ConvNorm(channels * stages, channels, 1)
         _init_convs(self.layer_attention, std=0.001)
 
-    def forward(self, features: Tensor, pooled: Tensor) -> Tensor:
-        """The task's map (B, C, H, W) from all stages (B, S*C, H, W) and their spatial means (B, S*C, 1, 1)."""
-        batch, _, height, width = features.shape
+    def forward(self, tower: TowerMaps) -> Tensor:
+        """The task's map (B, C, h, w)."""
+        return F.relu(self.reduction_conv.gn(self.reduce(tower)))
+
+    def reduce(self, tower: TowerMaps) -> Tensor:
+        """All stages, each times its weight for the image, through one 1x1 convolution: (B, C, h, w)."""
+        batch, _, height, width = tower.joined.shape
         kernel = self.reduction_conv.conv.weight
         channels = kernel.shape[0]
-        stage_weights = self.layer_attention(pooled).reshape(batch, 1, self.stages, 1)
         # The same as weighing the features, but the kernel is the smaller of the two.
-        kernel = (kernel.reshape(1, channels, self.stages, channels) * stage_weights).reshape(batch, channels, -1)
-        reduced = torch.bmm(kernel, features.flatten(2)).reshape(batch, channels, height, width)
-        return F.relu(self.reduction_conv.gn(reduced))
+        kernel = kernel.reshape(1, channels, self.stages, channels) * self.stage_weights(tower).unsqueeze(1).unsqueeze(3)
+        return torch.bmm(kernel.reshape(batch, channels, -1), tower.joined.flatten(2)).reshape(batch, channels, height, width)
+
+    def stage_weights(self, tower: TowerMaps) -> Tensor:
+        """(B, S), from 0 to 1."""
+        return self.layer_attention(tower.pooled).flatten(1)
+
+
+class Alignment(nn.Sequential):
+    """What the tower says of a cell, whatever the task: 1x1 convolution of all stages, ReLU, 3x3 convolution."""
+
+    def __init__(self, in_channels: int, hidden: int, out_channels: int) -> None:
+        super().__init__(nn.Conv2d(in_channels, hidden, 1), nn.ReLU(), nn.Conv2d(hidden, out_channels, 3, padding=1))
+
+    def forward(self, tower: TowerMaps) -> Tensor:
+        """(B, C', h, w)."""
+        return super().forward(tower.joined)
 
 
 class Scale(nn.Module):
@@ -108,8 +139,8 @@ class TaskAlignedHead(nn.Module):
         self.reg_decomp = TaskDecomposition(channels, stages)
         self.tood_cls = nn.Conv2d(channels, preset.num_classes, 3, padding=1)
         self.tood_reg = nn.Conv2d(channels, 4, 3, padding=1)
-        self.cls_prob_module = _alignment_module(channels * stages, channels // 4, 1)
-        self.reg_offset_module = _alignment_module(channels * stages, channels // 4, 8)
+        self.cls_prob_module = Alignment(channels * stages, channels // 4, 1)
+        self.reg_offset_module = Alignment(channels * stages, channels // 4, 8)
         self.scales = nn.ModuleList(Scale() for _ in STRIDES)
         self._init_weights()
 
@@ -126,21 +157,21 @@ class TaskAlignedHead(nn.Module):
         return HeadOutput([scores for scores, _ in outputs], [boxes for _, boxes in outputs])
 
     def _forward_level(self, x: Tensor, scale: nn.Module) -> tuple[Tensor, Tensor]:
-        features = self._tower(x)
-        pooled = features.mean((2, 3), keepdim=True)
-        logits = self.tood_cls(self.cls_decomp(features, pooled))
-        scores = geometric_mean_probability(logits.float(), self.cls_prob_module(features).float())
-        regression = self.tood_reg(self.reg_decomp(features, pooled)).float()
+        tower = self._tower(x)
+        logits = self.tood_cls(self.cls_decomp(tower))
+        scores = geometric_mean_probability(logits.float(), self.cls_prob_module(tower).float())
+        regression = self.tood_reg(self.reg_decomp(tower)).float()
         boxes = self._decode(regression, scale)
-        aligned = align_boxes(boxes, self.reg_offset_module(features).float())
+        aligned = align_boxes(boxes, self.reg_offset_module(tower).float())
         return scores, aligned if self.keep_inverted else _restore_inverted(aligned, boxes)
 
-    def _tower(self, x: Tensor) -> Tensor:
+    def _tower(self, x: Tensor) -> TowerMaps:
         stages = []
         for conv in self.inter_convs:
             x = conv(x)
             stages.append(x)
-        return torch.cat(stages, dim=1)
+        pooled = torch.cat([stage.mean((2, 3), keepdim=True) for stage in stages], dim=1)
+        return TowerMaps(stages, torch.cat(stages, dim=1), pooled)
 
     def _decode(self, regression: Tensor, scale: nn.Module) -> Tensor:
         """Boxes (B, 4, h, w) xyxy in strides; the scale multiplies after the exponential."""
@@ -148,10 +179,6 @@ class TaskAlignedHead(nn.Module):
         if self.anchor_free:
             return decode_distances(scale(regression.exp()), points)
         return decode_deltas(scale(regression), points)
-
-
-def _alignment_module(in_channels: int, hidden: int, out_channels: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(in_channels, hidden, 1), nn.ReLU(), nn.Conv2d(hidden, out_channels, 3, padding=1))
 
 
 def _init_convs(module: nn.Module, std: float, bias: float = 0.0) -> None:
