@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from tood_deploy.draw import class_colour, draw_boxes, line_width, text_colour, text_size
+from tood_deploy.draw import _label_places, class_colour, draw_boxes, line_width, text_colour, text_size
 
 GREY = 128
 
@@ -70,6 +70,33 @@ def test_a_label_longer_than_the_picture_shrinks() -> None:
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1), (2, 2)])
 def test_pictures_of_a_pixel_are_drawn_on(size: tuple[int, int]) -> None:
     assert draw(grey(*size), [[0, 0, size[1], size[0]]], ["cat 0.50"]).shape == (*size, 3)
+
+
+def slow_places(boxes: list[list[int]], labels_hw: list[tuple[int, int]], image_hw: tuple[int, int]) -> list[tuple[int, int]]:
+    """Place after place, overlap after overlap."""
+    taken: list[tuple[int, int, int, int]] = []
+    for (x1, y1, x2, y2), (height, width) in zip(boxes, labels_hw, strict=True):
+        best: tuple[int, tuple[int, int]] | None = None
+        for x, y in ((x1, y1 - height), (x1, y2), (x1, y1), (x2 - width, y1 - height), (x2 - width, y2), (x1, y2 - height)):
+            left, top = max(0, min(x, image_hw[1] - width)), max(0, min(y, image_hw[0] - height))
+            hidden = 0
+            for a, b, c, d in taken:
+                hidden += max(0, min(left + width, c) - max(left, a)) * max(0, min(top + height, d) - max(top, b))
+            if best is None or hidden < best[0]:
+                best = hidden, (left, top)
+        assert best is not None
+        taken.append((*best[1], best[1][0] + width, best[1][1] + height))
+    return [(left, top) for left, top, _, _ in taken]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_label_places_equal_the_slow_way(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    height, width = (int(side) for side in random.integers(1, 200, 2))
+    corners = random.integers(-20, 220, (seed, 4))
+    boxes = [[*map(int, np.minimum(box[:2], box[2:])), *map(int, np.maximum(box[:2], box[2:]))] for box in corners]
+    labels_hw = [(int(rows), int(columns)) for rows, columns in random.integers(1, 60, (seed, 2))]
+    assert _label_places(boxes, labels_hw, (height, width)) == slow_places(boxes, labels_hw, (height, width))
 
 
 def test_labels_of_neighbours_do_not_hide_each_other() -> None:

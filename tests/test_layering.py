@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "tood_deploy"
 
 # A unit may import the units of the rows above it, and itself; units of one row never import one another, save the ground floor's.
 LAYERS = (
-    {"errors", "presets", "detections", "draw", "manifest"},
+    {"errors", "presets", "detections", "draw", "manifest", "rows", "golden", "home", "openvino_model", "tensorrt_flavour", "cuda_device"},
     {"preprocess", "model"},
     {"training", "export", "engines"},
     {"inference"},
@@ -19,7 +19,7 @@ LAYERS = (
     {"demo"},
 )
 RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
-TORCH_FREE = {"errors", "presets", "detections", "draw", "manifest", "preprocess", "engines", "inference"}
+TORCH_FREE = LAYERS[0] | {"preprocess", "engines", "inference"}
 TORCH_ENGINE = "engines/torch_engine.py"
 
 

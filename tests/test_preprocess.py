@@ -72,6 +72,13 @@ def test_sizes(image_hw: tuple[int, int], imgsz: tuple[int, int], resized_hw: tu
     assert not image[:, resized_hw[1] :].any()
 
 
+def test_a_picture_decoded_smaller_goes_back_to_its_original() -> None:
+    image, transform = resize_and_pad(np.full((120, 160, 3), 200, np.uint8), (240, 320), image_hw=(480, 639))
+    assert transform == ImageTransform((480, 639), fit_size((480, 639), (240, 320)), (256, 320))
+    assert (image[:240, :320] == 200).all()
+    np.testing.assert_allclose(transform.boxes_to_image(np.array([[0, 0, 320, 240]], np.float32)), [[0, 0, 639, 480]], rtol=1e-6)
+
+
 @given(st.integers(1, 5000), st.integers(1, 5000), st.integers(1, 1000), st.integers(0, 1000))
 def test_the_picture_fits_and_touches_one_limit(height: int, width: int, short: int, more: int) -> None:
     fitted = fit_size((height, width), (short, short + more))
@@ -147,6 +154,13 @@ def test_imgsz_must_be_two_positive_numbers(imgsz: tuple[int, ...]) -> None:
 )
 def test_the_canvas_follows_the_picture(image_hw: tuple[int, int], net_hw: tuple[int, int]) -> None:
     assert choose_canvas(image_hw, (800, 1333), [(800, 1344), (1344, 800)]) == net_hw
+
+
+def test_a_canvas_that_a_picture_fits_by_rounding_is_not_too_small() -> None:
+    # 605 columns become 960.3, which are 960: the picture needs no shrinking to 799 x 960.
+    assert fit_size((504, 605), (800, 1333)) == (800, 960)
+    assert fit_imgsz((504, 605), (800, 1333), (800, 960)) == (800, 1333)
+    assert choose_canvas((504, 605), (800, 1333), [(800, 992), (800, 960)]) == (800, 960)
 
 
 def test_the_smallest_canvas_that_holds_the_picture_whole() -> None:

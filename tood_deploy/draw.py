@@ -2,6 +2,7 @@
 
 import colorsys
 from collections.abc import Sequence
+from functools import lru_cache
 
 import cv2
 import numpy as np
@@ -12,6 +13,7 @@ SHADES = ((0.85, 0.95), (0.60, 1.0), (0.95, 0.65))  # saturation and value, in t
 FONT, FONT_WEIGHT = "sans", 500
 SMALLEST_TEXT, LARGEST_TEXT = 11, 90  # pixels
 DARK_TEXT_ABOVE = 140  # luminance, 0 to 255
+MOST_PATCHES = 256  # labels kept, of some kilobytes each: in a video they come again
 
 
 def class_colour(class_id: int) -> tuple[int, int, int]:
@@ -65,6 +67,7 @@ def draw_boxes(
     return drawn
 
 
+@lru_cache(maxsize=MOST_PATCHES)
 def _label_patch(label: str, background_bgr: tuple[int, int, int], size: int, room: int) -> NDArray[np.uint8]:
     """The filled label as a small picture; the text shrinks, down to half the smallest size, to fit into `room` pixels."""
     font = cv2.FontFace(FONT)
@@ -83,22 +86,16 @@ def _text_width(label: str, font: cv2.FontFace, size: int) -> int:
 
 def _label_places(boxes: list[list[int]], labels_hw: list[tuple[int, int]], image_hw: tuple[int, int]) -> list[tuple[int, int]]:
     """Left and top of every label, inside the picture: the first place at its box that hides no better object's label."""
-    taken = np.zeros((0, 4))
-    for (x1, y1, x2, y2), (height, width) in zip(boxes, labels_hw, strict=True):
-        wished = ((x1, y1 - height), (x1, y2), (x1, y1), (x2 - width, y1 - height), (x2 - width, y2), (x1, y2 - height))
-        fitting = [_keep_inside(place, (height, width), image_hw) for place in wished]
-        hidden = [_overlap_with(taken, place, (height, width)) for place in fitting]
-        left, top = fitting[hidden.index(min(hidden))]
-        taken = np.vstack([taken, (left, top, left + width, top + height)])
-    return [(int(left), int(top)) for left, top in taken[:, :2]]
+    taken = np.zeros((len(boxes), 4), np.int64)
+    for i, ((x1, y1, x2, y2), (height, width)) in enumerate(zip(boxes, labels_hw, strict=True)):
+        wished = [(x1, y1 - height), (x1, y2), (x1, y1), (x2 - width, y1 - height), (x2 - width, y2), (x1, y2 - height)]
+        inside: NDArray[np.int64] = np.maximum(np.minimum(wished, (image_hw[1] - width, image_hw[0] - height)), 0)
+        places = np.hstack([inside, np.add(inside, (width, height))])
+        taken[i] = places[_overlaps(places, taken[:i]).argmin()]
+    return [(left, top) for left, top, _, _ in taken.tolist()]
 
 
-def _keep_inside(place: tuple[int, int], label_hw: tuple[int, int], image_hw: tuple[int, int]) -> tuple[int, int]:
-    return max(0, min(place[0], image_hw[1] - label_hw[1])), max(0, min(place[1], image_hw[0] - label_hw[0]))
-
-
-def _overlap_with(taken: NDArray[np.float64], place: tuple[int, int], label_hw: tuple[int, int]) -> float:
-    """Pixels that a label at this place has in common with the places (n, 4) xyxy that are taken."""
-    left, top = place
-    sides = np.minimum(taken[:, 2:], (left + label_hw[1], top + label_hw[0])) - np.maximum(taken[:, :2], place)
-    return float(np.clip(sides, 0, None).prod(axis=1).sum())
+def _overlaps(places: NDArray[np.int64], taken: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Pixels (P,) that each of the places (P, 4) xyxy has in common with those (n, 4) that are taken."""
+    sides = np.minimum(places[:, None, 2:], taken[:, 2:]) - np.maximum(places[:, None, :2], taken[:, :2])
+    return sides.clip(0).prod(axis=2).sum(axis=1)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,9 @@ from tood_deploy.presets import Preset
 
 FORMAT = 1
 METADATA_KEY = "tood_deploy"
+ARTEFACT_SUFFIXES = (".onnx", ".xml", ".engine", ".plan")
+INPUTS = ("images", "valid_hw", "score_threshold", "iou_threshold")  # of every artefact (DESIGN section 4)
+OUTPUTS = ("num_dets", "boxes", "scores", "labels")
 
 
 @dataclass(frozen=True)
@@ -73,13 +78,19 @@ class Manifest:
             raise ArtefactError(f"{origin}: not a manifest of tood_deploy ({error}); export the model again with tood-export") from error
 
     def with_artefact(self, artefact: Path) -> Manifest:
-        """The same, with the SHA-256 of this file."""
-        return replace(self, artefact_sha256=file_sha256(artefact))
+        """The same, with the SHA-256 of this artefact."""
+        return replace(self, artefact_sha256=artefact_sha256(artefact))
 
 
 def manifest_path(artefact: Path) -> Path:
     """Where the manifest of an artefact lies: model.onnx -> model.json."""
     return artefact.with_suffix(".json")
+
+
+def neighbour(artefact: Path) -> Path | None:
+    """An artefact of another kind beside this one whose manifest has the same name; None where there is none."""
+    others = (artefact.with_suffix(suffix) for suffix in ARTEFACT_SUFFIXES if suffix != artefact.suffix.lower())
+    return next((other for other in others if other.is_file()), None)
 
 
 def read_manifest(artefact: Path) -> Manifest | None:
@@ -94,15 +105,44 @@ def read_manifest(artefact: Path) -> Manifest | None:
     return Manifest.from_json(path.read_text(encoding="utf-8", errors="replace"), str(path))
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def artefact_files(artefact: Path) -> tuple[Path, ...]:
+    """The files an artefact consists of, its manifest left out: one, but an OpenVINO .xml has its weights in a .bin beside it."""
+    return (artefact, artefact.with_suffix(".bin")) if artefact.suffix.lower() == ".xml" else (artefact,)
+
+
+def artefact_sha256(artefact: Path) -> str:
+    """SHA-256 of all bytes of an artefact.
+
+    Raises:
+        ArtefactError: a file of it is missing.
+    """
+    files = artefact_files(artefact)
+    for path in files:
+        if not path.is_file():
+            raise ArtefactError(
+                f"{path}: is missing; {artefact.name} consists of {' and '.join(file.name for file in files)}: copy them all"
+            )
+    return file_sha256(*files)
+
+
+def file_sha256(*paths: Path) -> str:
+    """SHA-256, hexadecimal, of a file's bytes, or of several files one after the other. Remembered until a file changes."""
+    status = [(path, path.stat()) for path in paths]
+    return _sha256(tuple((str(path.resolve()), state.st_ino, state.st_size, state.st_mtime_ns) for path, state in status))
+
+
+@lru_cache(maxsize=64)
+def _sha256(states: tuple[tuple[str, int, int, int], ...]) -> str:
+    digest = hashlib.sha256()
+    for name, *_ in states:
+        with Path(name).open("rb") as file:
+            hashlib.file_digest(file, lambda: digest)
+    return digest.hexdigest()
 
 
 def doubts(artefact: Path, manifest: Manifest) -> str:
     """Why an artefact's answers should not be trusted blindly, in one line; "" where nothing speaks against it."""
-    if manifest.artefact_sha256 and manifest.artefact_sha256 != file_sha256(artefact):
+    if manifest.artefact_sha256 and manifest.artefact_sha256 != artefact_sha256(artefact):
         return f"{artefact}: is not the file its manifest describes (another SHA-256); export it again with tood-export"
     if not manifest.parity:
         return f"{artefact}: was never compared with PyTorch (its manifest has no parity verdict); export it again with tood-export"
@@ -133,6 +173,30 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise OutputError(f"{path}: writing failed ({error.strerror or error}); nothing was left behind") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_paths(*paths: Path) -> Iterator[tuple[Path, ...]]:
+    """Like `atomic_path`, for files of one folder that belong together: all become themselves if the block succeeds, none if not.
+
+    The temporary ones carry the final names, in a folder of their own.
+
+    Raises:
+        OutputError: the folder cannot be written, or the disk is full.
+    """
+    try:
+        paths[0].parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{paths[0].stem}-", dir=paths[0].parent))
+    except OSError as error:
+        raise OutputError(f"{paths[0]}: cannot be written ({error.strerror}); choose another --output") from error
+    try:
+        yield tuple(folder / path.name for path in paths)
+        for path in paths:
+            (folder / path.name).replace(path)
+    except OSError as error:
+        raise OutputError(f"{paths[0]}: writing failed ({error.strerror or error}); nothing was left behind") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _umask() -> int:

@@ -66,10 +66,10 @@ def pad_size(resized_hw: tuple[int, int], divisor: int = SIZE_DIVISOR) -> tuple[
 def fit_imgsz(image_hw: tuple[int, ...], imgsz: tuple[int, int], net_hw: tuple[int, int]) -> tuple[int, int]:
     """(short side, long side) that a picture is scaled to fit: `imgsz`, or less where the canvas `net_hw` has no room for that."""
     height, width = image_hw[:2]
-    scale = min(imgsz[0] / min(height, width), imgsz[1] / max(height, width))
-    room = min(net_hw[0] / height, net_hw[1] / width)
-    if room >= scale:
+    resized = fit_size((height, width), imgsz)
+    if resized[0] <= net_hw[0] and resized[1] <= net_hw[1]:
         return imgsz
+    room = min(net_hw[0] / height, net_hw[1] / width)
     sides = (int(height * room), int(width * room))
     return max(1, min(sides)), max(1, max(sides))
 
@@ -90,14 +90,17 @@ def choose_canvas(image_hw: tuple[int, ...], imgsz: tuple[int, int], canvases_hw
     return min(canvases_hw, key=shrinkage_and_area)
 
 
-def resize(image_bgr: NDArray[np.uint8], imgsz: tuple[int, int]) -> NDArray[np.uint8]:
-    """The picture (H, W, 3) uint8 scaled to fit `imgsz`, (short side, long side): OpenCV's bilinear."""
-    height, width = fit_size(image_bgr.shape[:2], imgsz)
+def resize(image_bgr: NDArray[np.uint8], imgsz: tuple[int, int], image_hw: tuple[int, int] | None = None) -> NDArray[np.uint8]:
+    """The picture (H, W, 3) uint8 scaled to fit `imgsz`, (short side, long side): OpenCV's bilinear; `image_hw`: see `resize_and_pad`."""
+    height, width = fit_size(image_hw or (image_bgr.shape[0], image_bgr.shape[1]), imgsz)
     return np.asarray(cv2.resize(image_bgr, (width, height), interpolation=cv2.INTER_LINEAR), np.uint8)
 
 
 def resize_and_pad(
-    image_bgr: NDArray[np.uint8], imgsz: tuple[int, int], net_hw: tuple[int, int] | None = None
+    image_bgr: NDArray[np.uint8],
+    imgsz: tuple[int, int],
+    net_hw: tuple[int, int] | None = None,
+    image_hw: tuple[int, int] | None = None,
 ) -> tuple[NDArray[np.uint8], ImageTransform]:
     """The network's input for one picture.
 
@@ -105,6 +108,7 @@ def resize_and_pad(
         image_bgr: (H, W, 3) uint8, as OpenCV reads it.
         imgsz: (short side, long side) in pixels to fit.
         net_hw: rows and columns to pad to; the next multiples of 32 where not given.
+        image_hw: rows and columns of the original picture, where `image_bgr` is all of it but smaller; boxes go back to the original.
 
     Returns:
         (rows, columns, 3) uint8 RGB, zeros where padded, and the transform that leads back.
@@ -114,11 +118,12 @@ def resize_and_pad(
     """
     if image_bgr.ndim != 3 or image_bgr.shape[2] != 3 or image_bgr.dtype != np.uint8 or not image_bgr.size:
         raise InputError(f"image is {image_bgr.dtype} {image_bgr.shape}; expected uint8 (H, W, 3) in BGR order, as cv2.imread gives it")
-    resized = resize(image_bgr, imgsz)
+    image_hw = image_hw or (image_bgr.shape[0], image_bgr.shape[1])
+    resized = resize(image_bgr, imgsz, image_hw)
     resized_hw = resized.shape[0], resized.shape[1]
     net_hw = pad_size(resized_hw) if net_hw is None else net_hw
     if net_hw[0] < resized_hw[0] or net_hw[1] < resized_hw[1]:
         raise InputError(f"image is {resized_hw} after resizing, the network takes {net_hw}; give a smaller imgsz")
     padded = np.zeros((*net_hw, 3), np.uint8)
     cv2.cvtColor(resized, cv2.COLOR_BGR2RGB, dst=padded[: resized_hw[0], : resized_hw[1]])
-    return padded, ImageTransform((image_bgr.shape[0], image_bgr.shape[1]), resized_hw, net_hw)
+    return padded, ImageTransform(image_hw, resized_hw, net_hw)

@@ -89,7 +89,7 @@ def test_another_threshold_annotation_or_picture_is_another_run(truth: Truth, fo
     files = picture_files(truth, folder)
     keys = [
         prediction_key(detector_of(RedEngine(), **options), "red", truth, files)
-        for options in ({}, {"conf": 0.06}, {"iou": 0.5}, {"max_det": 3})
+        for options in ({}, {"conf": 0.06}, {"iou": 0.5}, {"max_det": 3}, {"fast_decode": True})
     ]
     keys.append(prediction_key(detector_of(RedEngine()), "blue", truth, files))
     write_picture(folder / "3.png", red_picture(left=33))
@@ -101,6 +101,22 @@ def test_another_threshold_annotation_or_picture_is_another_run(truth: Truth, fo
     assert len({key.header() for key in keys}) == len(keys)
     again = prediction_key(detector_of(RedEngine()), "red", truth, files)
     assert again.header() == keys[-1].header()
+
+
+def test_pictures_decoded_smaller_keep_their_size(tmp_path: Path) -> None:
+    for i in range(1, 3):
+        write_picture(tmp_path / "large" / f"{i}.jpg", red_picture(192, 256, left=64, side=96))
+    content = coco([annotation(1, 1, (64, 8, 96, 96))], images=2)
+    for image in content["images"]:
+        image |= {"file_name": f"{image['id']}.jpg", "height": 192, "width": 256}
+    truth = read_truth(write_json(tmp_path / "large.json", content))
+    files = picture_files(truth, tmp_path / "large")
+    detector = detector_of(RedEngine(), fast_decode=True)
+    key = prediction_key(detector, "red", truth, files)
+    kept = PredictionFile(key.file_in(tmp_path), key)
+    predict(detector, truth, files, kept, 1, quiet=True)
+    assert kept.sizes_hw == {1: (192, 256), 2: (192, 256)}
+    np.testing.assert_allclose(kept.results([1, 2]).boxes_xywh, [[64, 8, 96, 96]] * 2, atol=8)
 
 
 def test_values_that_are_no_numbers_name_the_picture(truth: Truth, folder: Path, kept_by: Open) -> None:

@@ -72,6 +72,14 @@ def test_run_again_it_reads_what_is_there(run: Run) -> None:
     assert "resumed" not in report("model-eval")["facts"]
 
 
+def test_fast_decode_is_another_run_and_said(run: Run) -> None:
+    arguments = ("--images", "pictures", "--imgsz", "48", "64")
+    run(*arguments)
+    assert report("model-eval")["facts"]["decoding"] == "all pixels"
+    assert "earlier run" not in run(*arguments, "--fast-decode")[2]
+    assert "--fast-decode" in report("model-eval")["facts"]["decoding"]
+
+
 def test_quiet(run: Run) -> None:
     assert run("--images", "pictures", "--imgsz", "48", "64", "--quiet") == (0, "", "")
 

@@ -93,6 +93,19 @@ def test_a_video(run: Run, tmp_path: Path, engine: RedEngine) -> None:
         assert [frame.time for frame in container.decode(video=0)] == pytest.approx([time / 1000 for time in times])
 
 
+def test_fast_decode(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[Any] = []
+    real = cv2.imdecode
+    monkeypatch.setattr(cv2, "imdecode", lambda data, flags: decoded.append(flags) or real(data, flags))
+    picture = write_picture(tmp_path / "a.jpg", red_picture(200, 400, left=80, top=40, side=80))
+    for option in ([], ["--fast-decode"]):
+        code, out, _ = run(picture, "--imgsz", "48", "96", "--jsonl", "-", *option)
+        record = json.loads(out)
+        assert (code, record["height"], record["width"]) == (0, 200, 400)
+        np.testing.assert_allclose(record["detections"][0]["box"], [80, 40, 160, 120], atol=6)
+    assert decoded == [cv2.IMREAD_COLOR, cv2.IMREAD_REDUCED_COLOR_4]
+
+
 def test_quiet_says_nothing(run: Run, tmp_path: Path) -> None:
     assert run(write_picture(tmp_path / "a.png"), "--quiet") == (0, "", "")
 
@@ -109,8 +122,8 @@ def test_options_reach_the_engine(run: Run, tmp_path: Path) -> None:
 
 def test_max_det_conf_and_imgsz(run: Run, tmp_path: Path, engine: RedEngine) -> None:
     seen: list[Any] = []
-    real = engine.infer
-    engine.infer = lambda images, *rest: seen.append((images.shape, *rest[1:])) or real(images, *rest)  # pyright: ignore[reportAttributeAccessIssue]
+    real = engine._run
+    engine._run = lambda images, *rest: seen.append((images.shape, *rest[1:])) or real(images, *rest)  # pyright: ignore[reportAttributeAccessIssue]
     picture = write_picture(tmp_path / "a.png")
     assert run(picture, "--conf", "0.5", "--iou", "0.4", "--imgsz", "128", "64", "--max-det", "1")[0] == 0
     assert seen == [((1, 64, 96, 3), 0.5, 0.4)]
@@ -238,6 +251,14 @@ class TestBadInput:
     )
     def test_values_out_of_range(self, run: Run, tmp_path: Path, arguments: list[str], words: list[str]) -> None:
         assert_one_line(run(write_picture(tmp_path / "a.png"), *arguments), *words)
+
+    def test_fast_decode_of_what_is_shown_or_no_picture(self, run: Run, tmp_path: Path) -> None:
+        picture = write_picture(tmp_path / "a.jpg")
+        assert_one_line(
+            run(picture, "--fast-decode", "--output", "out"), "--fast-decode reads pictures smaller", "whole ones are needed for --output;"
+        )
+        assert_one_line(run(picture, "--fast-decode", "--crops", "c", "--show"), "needed for --crops and --show;")
+        assert_one_line(run(write_video(tmp_path / "v.mp4", moving_pictures(2)), "--fast-decode"), "v.mp4", "leave --fast-decode out")
 
     def test_an_input_is_never_overwritten(self, run: Run, tmp_path: Path) -> None:
         path = write_picture(tmp_path / "a.png")

@@ -17,8 +17,9 @@ from tood_deploy.export import artefact as artefact_module
 from tood_deploy.export.artefact import export_onnx
 from tood_deploy.export.graph import INPUTS, OUTPUTS
 from tood_deploy.export.pictures import read_pictures, synthetic_picture
+from tood_deploy.export.runners import OnnxRunner, torch_reference
 from tood_deploy.export.to_onnx import with_outputs
-from tood_deploy.export.verify import verify_onnx
+from tood_deploy.export.verify import verify
 from tood_deploy.manifest import METADATA_KEY, Manifest, file_sha256, read_manifest
 from tood_deploy.model import load_checkpoint
 
@@ -136,7 +137,7 @@ class TestVerification:
     ) -> None:
         broken = edit(tiny_artefact, tmp_path / "broken.onnx", scale_constant(name, 1.001))
         with pytest.raises(CheckFailed, match=stage):
-            verify_onnx(load_checkpoint(tiny_checkpoint), broken, max_det=100)
+            verify(torch_reference(load_checkpoint(tiny_checkpoint), 100), OnnxRunner(broken))
 
     def test_another_suppression_fails(self, tiny_artefact: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
         def lower_threshold(model: onnx.ModelProto) -> None:
@@ -149,11 +150,13 @@ class TestVerification:
 
         broken = edit(tiny_artefact, tmp_path / "broken.onnx", lower_threshold)
         with pytest.raises(CheckFailed, match="detections exchanged"):
-            verify_onnx(load_checkpoint(tiny_checkpoint), broken, max_det=100)
+            verify(torch_reference(load_checkpoint(tiny_checkpoint), 100), OnnxRunner(broken))
 
     def test_own_pictures_take_part(self, tiny_artefact: Path, tiny_checkpoint: Path) -> None:
         pictures = [synthetic_picture(50, 90, 1), synthetic_picture(200, 40, 2)]
-        assert verify_onnx(load_checkpoint(tiny_checkpoint), tiny_artefact, max_det=100, pictures=pictures)["pictures"] == 14
+        assert (
+            verify(torch_reference(load_checkpoint(tiny_checkpoint), 100), OnnxRunner(tiny_artefact), pictures=pictures)["pictures"] == 14
+        )
 
     def test_values_of_a_rewritten_graph_are_missed(self, graph: onnx.ModelProto) -> None:
         with pytest.raises(ToodError, match="no values nowhere"):
@@ -232,7 +235,8 @@ class TestCommand:
 
         monkeypatch.setattr(artefact_module, "onnx_from_model", lambda *args, **kwargs: "unused")
         monkeypatch.setattr(artefact_module, "save_onnx", lambda *args: None)
-        monkeypatch.setattr(artefact_module, "verify_onnx", fail)
+        monkeypatch.setattr(artefact_module, "OnnxRunner", lambda path: None)
+        monkeypatch.setattr(artefact_module, "verify", fail)
         assert main([str(tiny_checkpoint), "--output", str(tmp_path / "a.onnx")]) == 1
         assert not list(tmp_path.iterdir())
 

@@ -72,6 +72,17 @@ def test_batches_hold_one_padded_size() -> None:
     assert [len(found) for found in detector.infer([prepared[0]] * 3)] == [1, 1, 1]
 
 
+def test_one_picture_is_not_copied_on_its_way_to_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    given, engine = [], RedEngine()
+    run = engine._run
+    monkeypatch.setattr(engine, "_run", lambda images, *rest: given.append(images) or run(images, *rest))
+    detector = Detector(engine, imgsz=(96, 128))
+    prepared = [detector.prepare(red_picture(left=left)) for left in (4, 8)]
+    assert (detector.infer(prepared[:1])[0].boxes == detector.infer(prepared)[0].boxes).all()
+    assert np.shares_memory(given[0], prepared[0].image)
+    assert [images.shape for images in given] == [(1, 96, 128, 3), (2, 96, 128, 3)]
+
+
 def test_stream_gives_frames_in_order(tmp_path: Path) -> None:
     for number in range(5):
         cv2.imwrite(str(tmp_path / f"{number}.png"), red_picture(left=4 * number))

@@ -2,6 +2,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from inference.fakes import RedEngine, moving_pictures, red_picture, write_pictu
 from numpy.typing import NDArray
 
 from tood_deploy import Detector, ToodError
+from tood_deploy.engines import BatchDetections
 from tood_deploy.errors import InputError
 from tood_deploy.inference.frame import Frame, Source
 from tood_deploy.inference.pipeline import InFlight, detect_frames
@@ -62,6 +64,80 @@ def test_only_pictures_of_one_padded_size_share_a_batch() -> None:
     engine = RedEngine()
     list(detect_frames(detector(engine), Pictures(images), batch=4))
     assert engine.batches == [3, 3, 4, 1]
+
+
+class Overlapping(RedEngine):
+    """Works on several batches at a time; remembers the most that were under way, and those never collected."""
+
+    def __init__(self, in_flight: int, fail_at_call: int | None = None) -> None:
+        super().__init__()
+        self.in_flight, self.fail_at_collect = in_flight, fail_at_call
+        self.under_way = self.most_under_way = self.collected = 0
+
+    def _submit(self, images: NDArray[np.uint8], valid_hw: NDArray[np.int32], score_threshold: float, iou_threshold: float) -> Any:
+        self.under_way += 1
+        self.most_under_way = max(self.most_under_way, self.under_way)
+        return images, valid_hw, score_threshold, iou_threshold
+
+    def _collect(self, ticket: Any) -> BatchDetections:
+        self.under_way -= 1
+        self.collected += 1
+        if self.collected == self.fail_at_collect:
+            raise RuntimeError("the engine broke")
+        return self._run(*ticket)
+
+
+class TestEngineThatOverlaps:
+    @pytest.mark.parametrize(("in_flight", "batch"), [(1, 1), (2, 1), (2, 3), (4, 2), (4, 100)])
+    def test_every_frame_in_order_and_nothing_left(self, in_flight: int, batch: int) -> None:
+        engine = Overlapping(in_flight)
+        results = list(detect_frames(detector(engine), Pictures(moving_pictures(13)), batch))
+        assert [frame.index for frame, _ in results] == list(range(13))
+        for i, (_, found) in enumerate(results):
+            np.testing.assert_allclose(found.boxes, [[2 * i, 8, 2 * i + 16, 24]], atol=1)
+        assert engine.under_way == 0
+        assert engine.most_under_way == min(in_flight, -(-13 // batch))
+
+    def test_has_one_batch_of_a_live_source_at_a_time(self) -> None:
+        engine, source = Overlapping(3), Pictures(moving_pictures(5))
+        source.kind = "live"
+        assert len(list(detect_frames(detector(engine), source))) == 5
+        assert engine.most_under_way == 1
+
+    def test_that_fails_is_told_and_left_with_nothing_under_way(self) -> None:
+        engine = Overlapping(3, fail_at_call=2)
+        with pytest.raises(RuntimeError, match="the engine broke"):
+            list(detect_frames(detector(engine), Pictures(moving_pictures(9))))
+        assert engine.under_way == 0
+
+    def test_closing_early_leaves_nothing_under_way(self) -> None:
+        engine = Overlapping(3)
+        results = detect_frames(detector(engine), Pictures(moving_pictures(50)))
+        next(results)
+        results.close()
+        assert engine.under_way == 0
+        assert no_threads_left()
+
+    def test_time_is_counted_once(self) -> None:
+        timings = Timings()
+        engine = Overlapping(2)
+        engine.seconds_per_image = 0.01
+        started = time.perf_counter()
+        list(detect_frames(detector(engine), Pictures(moving_pictures(10)), timings=timings))
+        assert 0.1 <= 10 * timings.mean_ms("infer") / 1000 <= time.perf_counter() - started
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4])
+def test_pictures_of_one_canvas_share_a_batch(batch: int) -> None:
+    sizes_hw = [(48, 64), (40, 64), (64, 48), (64, 40), (60, 64), (48, 64), (33, 40)]
+    images = [red_picture(*size_hw, left=2 * i) for i, size_hw in enumerate(sizes_hw)]
+    engine = RedEngine()
+    engine.canvases_hw = ((96, 128), (128, 96))
+    results = list(detect_frames(detector(engine), Pictures(images), batch))
+    assert [frame.index for frame, _ in results] == list(range(7))
+    for i, (_, found) in enumerate(results):
+        np.testing.assert_allclose(found.boxes, [[2 * i, 8, 2 * i + 16, 24]], atol=1)
+    assert engine.batches == {1: [1] * 7, 2: [2, 2, 2, 1], 4: [2, 2, 3]}[batch]
 
 
 def test_no_frames_give_no_results() -> None:

@@ -52,6 +52,11 @@ class TestCocoResults:
 
 
 class TestJsonLines:
+    def test_the_size_is_that_of_the_file(self, tmp_path: Path) -> None:
+        write_all(JsonLines(str(tmp_path / "r.jsonl"), live=False), (Frame(red_picture(), "a.jpg", original_hw=(96, 128)), ONE))
+        record = json.loads((tmp_path / "r.jsonl").read_text())
+        assert (record["height"], record["width"]) == (96, 128)
+
     def test_a_line_is_there_as_soon_as_it_is_written(self, tmp_path: Path) -> None:
         path = tmp_path / "new" / "r.jsonl"
         with JsonLines(str(path), live=False) as sink:

@@ -31,6 +31,16 @@ def test_colours_survive(tmp_path: Path) -> None:
     np.testing.assert_allclose(frame.image_bgr[40, 50], (60, 60, 60), atol=6)
 
 
+@pytest.mark.parametrize("size", [(48, 64), (34, 66), (272, 480)])
+def test_pixels_are_those_of_the_default_conversion(tmp_path: Path, size: tuple[int, int]) -> None:
+    noise = [np.random.default_rng(i).integers(0, 255, (*size, 3)).astype(np.uint8) for i in range(3)]
+    path = write_video(tmp_path / "a.mp4", noise)
+    with av.open(str(path)) as container:
+        expected = [frame.to_ndarray(format="bgr24") for frame in container.decode(video=0)]
+    for frame, image in zip(VideoSource(str(path)), expected, strict=True):
+        assert (frame.image_bgr == image).all()
+
+
 @pytest.mark.parametrize(("rotation", "turns"), [(0, 0), (90, 1), (180, 2), (-90, 3)])
 def test_rotation_is_honoured(tmp_path: Path, rotation: int, turns: int) -> None:
     images = moving_pictures(2)

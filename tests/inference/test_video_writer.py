@@ -30,6 +30,16 @@ def test_a_frame_of_another_size_is_scaled(tmp_path: Path) -> None:
     assert [image.shape for _, image in read_video(tmp_path / "v.mp4")] == [(48, 64, 3)] * 2
 
 
+def test_rows_that_do_not_lie_together(tmp_path: Path) -> None:
+    wide = np.hstack([red_picture(), red_picture()])
+    for name, images in (("view", [wide[:, :64], wide[::-1, :64]]), ("copy", [red_picture(), red_picture()[::-1].copy()])):
+        with VideoWriter(tmp_path / f"{name}.mp4", (64, 48), MILLISECOND) as writer:
+            for i, image in enumerate(images):
+                writer.write(image, 40 * i)
+    for (_, one), (_, other) in zip(read_video(tmp_path / "view.mp4"), read_video(tmp_path / "copy.mp4"), strict=True):
+        assert (one == other).all()
+
+
 def test_times_that_do_not_grow_are_moved(tmp_path: Path) -> None:
     with VideoWriter(tmp_path / "v.mp4", (64, 48), MILLISECOND) as writer:
         for pts in (0, 40, 40, 30, 80):

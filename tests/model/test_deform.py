@@ -66,6 +66,16 @@ def test_gradients_are_those_of_the_function() -> None:
     assert torch.autograd.gradcheck(align_boxes, (boxes, shifts), fast_mode=True)
 
 
+def test_half_precision_features_are_read_at_exact_places() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1, 4, 2, 300)  # bf16 has no odd number beyond 256
+    offset, mask, weight = torch.zeros(1, 18, 2, 300), torch.ones(1, 9, 2, 300), torch.randn(3, 4, 3, 3)
+    expected = torch.nn.functional.conv2d(x.bfloat16(), weight.bfloat16(), padding=1)
+    found = deform_conv2d(x.bfloat16(), offset.bfloat16(), mask.bfloat16(), weight.bfloat16())
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.1)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e30])
 def test_senseless_offsets_never_read_outside(value: float) -> None:
     out = align_boxes(torch.ones(1, 4, 3, 3), torch.full((1, 8, 3, 3), value))

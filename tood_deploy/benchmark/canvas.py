@@ -10,9 +10,9 @@ from tood_deploy.benchmark.stages import STAGES, StageRunner
 from tood_deploy.benchmark.subject import network_inputs
 from tood_deploy.detections import Detections
 from tood_deploy.errors import ToodError
-from tood_deploy.export.compare import Rows
 from tood_deploy.preprocess import fit_imgsz, resize_and_pad
 from tood_deploy.presets import SIZE_DIVISOR
+from tood_deploy.rows import Rows
 
 
 class Canvas:

@@ -17,7 +17,7 @@ from tood_deploy.benchmark.prediction_file import PredictionFile
 from tood_deploy.benchmark.results import Results, read_results, write_results
 from tood_deploy.benchmark.truth import Truth, read_truth
 from tood_deploy.inference.detector import Detector
-from tood_deploy.manifest import file_sha256
+from tood_deploy.manifest import artefact_sha256, file_sha256
 
 RESULTS = "results.json"
 MANY_DETECTIONS = 50_000
@@ -118,11 +118,12 @@ def _model_facts(model: str, detector: Detector) -> dict[str, str]:
     preset = manifest.preset
     network = f"{preset.name}, anchor-{preset.anchor}, {preset.num_classes} classes, {preset.convention} convention"
     return {
-        "model": f"{model}, SHA-256 {file_sha256(path)}" if path.is_file() else model,
-        "network": f"{network}, {manifest.precision}",
+        "model": f"{model}, SHA-256 {artefact_sha256(path)}" if path.is_file() else model,
+        "network": f"{network}, {detector.engine.precision}",
         "runtime": f"{detector.engine.name}, {detector.engine.device}",
         "detection": f"conf {detector.conf:g}, iou {detector.iou:g}, at most {detector.max_det} a picture, 1000 candidates a level",
         "imgsz": " ".join(map(str, detector.imgsz)),
+        "decoding": "JPEG pictures only as large as needed (--fast-decode)" if detector.fast_decode else "all pixels",
     }
 
 

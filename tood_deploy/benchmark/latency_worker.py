@@ -134,8 +134,8 @@ class Bench:
         first_result_s = time.perf_counter() - before
         self.kinds: dict[str, Callable[[Laps], Any]] = {ENGINE: self._engine_call, END_TO_END: self._end_to_end_call}
         warm_ups = {kind: warm_up(lambda run=run: self._timed(run), case.warmup_s) for kind, run in self.kinds.items()}
-        manifest, net_hw = detector.engine.manifest, self.prepared[0].transform.net_hw
-        self.opened = Opened(detector.engine.name, manifest.precision, load_s, first_result_s, warm_ups, description, net_hw, detections)
+        engine, net_hw = detector.engine, self.prepared[0].transform.net_hw
+        self.opened = Opened(engine.name, engine.precision, load_s, first_result_s, warm_ups, description, net_hw, detections)
 
     def turn(self, seconds: float) -> Turn:
         """Calls of each kind for so long, at least one each."""

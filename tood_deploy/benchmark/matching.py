@@ -1,4 +1,4 @@
-"""Pairs the boxes of two runs on the same picture by class and overlap. NumPy alone; knows no thresholds of detectors."""
+"""What became of the boxes of a run in another one on the same pictures. NumPy alone; knows no thresholds of detectors."""
 
 from __future__ import annotations
 
@@ -8,39 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tood_deploy.benchmark.deviation import Deviation
-from tood_deploy.export.compare import Rows
-
-PAIR_IOU = 0.75  # above every sensible threshold of suppression, so that no kept neighbour is taken for the box itself
-
-
-def pair_rows(reference: Rows, found: Rows) -> NDArray[np.intp]:
-    """Positions (P, 2) of boxes of one class that overlap by more than `PAIR_IOU`; each is used once.
-
-    Boxes at the same place of both lists go first, then the best box of the reference takes what overlaps it most.
-    """
-    ranked = min(len(reference), len(found))
-    same = (reference.labels[:ranked] == found.labels[:ranked]) & (_row_iou(reference.boxes[:ranked], found.boxes[:ranked]) > PAIR_IOU)
-    pairs = [(i, i) for i in np.flatnonzero(same).tolist()]
-    rest, free = np.setdiff1d(np.arange(len(reference)), np.flatnonzero(same)), np.ones(len(found), bool)
-    free[:ranked] = ~same
-    for i in rest.tolist():
-        fitting = np.flatnonzero(free & (found.labels == reference.labels[i]))
-        if len(fitting):
-            overlaps = _row_iou(reference.boxes[i], found.boxes[fitting])
-            if overlaps.max() > PAIR_IOU:
-                best = fitting[overlaps.argmax()]
-                free[best] = False
-                pairs.append((i, int(best)))
-    return np.array(pairs, np.intp).reshape(-1, 2)
-
-
-def _row_iou(first: NDArray[np.floating], second: NDArray[np.floating]) -> NDArray[np.floating]:
-    """Overlap (N,) of boxes (N, 4) xyxy, or of one box (4,), with (N, 4); 1 for a box with itself, even one without area."""
-    sides = np.minimum(first[..., 2:], second[..., 2:]) - np.maximum(first[..., :2], second[..., :2])
-    overlap = sides.clip(0).prod(axis=-1)
-    union = (first[..., 2:] - first[..., :2]).prod(axis=-1) + (second[..., 2:] - second[..., :2]).prod(axis=-1) - overlap
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where((first == second).all(axis=-1), 1.0, np.nan_to_num(overlap / union, nan=0.0, posinf=0.0, neginf=0.0))
+from tood_deploy.rows import Rows, pair_rows
 
 
 @dataclass

@@ -40,8 +40,9 @@ class ParityOrder:
         gates: limits in place of those that go with the artefact's precision.
         device, threads: to run on.
         load_options: of checkpoints.
+        artefact_options: of artefacts.
         output: folder for the reports.
-        keep_verdict: whether to write the verdict into each artefact's manifest.
+        keep_verdict: whether to write the verdict into each artefact's manifest; not if it was run in another precision than its own.
         command: the command line, for the report.
         quiet: no progress bar.
     """
@@ -63,6 +64,7 @@ class ParityOrder:
     device: str = "cpu"
     threads: int | None = None
     load_options: dict[str, Any] = field(default_factory=dict)
+    artefact_options: dict[str, Any] = field(default_factory=dict)
     keep_verdict: bool = True
     command: str = ""
     quiet: bool = False
@@ -95,9 +97,9 @@ def run_parity(order: ParityOrder) -> list[Result]:
 
 
 def _open_models(order: ParityOrder, opened: ExitStack) -> tuple[Subject, list[Subject]]:
-    options = {"device": order.device, "threads": order.threads}
-    reference = open_subject(order.reference, stages=True, **options, **order.load_options)
-    subjects = [open_subject(model, stages=order.stages, **options, **order.load_options) for model in order.models]
+    options = {"device": order.device, "threads": order.threads, "artefact_options": order.artefact_options} | order.load_options
+    reference = open_subject(order.reference, stages=True, **options)
+    subjects = [open_subject(model, stages=order.stages, **options) for model in order.models]
     for subject in (reference, *subjects):
         opened.callback(subject.engine.close)
     check_subjects(reference, subjects)
@@ -106,7 +108,7 @@ def _open_models(order: ParityOrder, opened: ExitStack) -> tuple[Subject, list[S
 
 def gates_of(subject: Subject, given: dict[str, float]) -> Gates:
     """The limits that go with an artefact's precision, with those the user gave in their place."""
-    return replace(PRECISION_GATES[subject.manifest.precision], **given)
+    return replace(PRECISION_GATES[subject.engine.precision.split(",")[0]], **given)
 
 
 def _track(pictures: Iterable[Picture], quiet: bool) -> Iterable[Picture]:
@@ -127,5 +129,6 @@ def _report(order: ParityOrder, results: Sequence[Result], reference: Subject, p
     }
     write_reports(order.output, results, descriptions, facts)
     for result, description in zip(results, descriptions, strict=True):
-        if order.keep_verdict:
+        engine = result.comparison.subject.engine
+        if order.keep_verdict and engine.precision == engine.manifest.precision:
             write_verdict(result.comparison.subject, description)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from tood_deploy.benchmark.deviation import Deviation
-from tood_deploy.benchmark.matching import PAIR_IOU
 from tood_deploy.benchmark.parity import Result
 from tood_deploy.benchmark.report import Table
 from tood_deploy.benchmark.scoring import average_precision
+from tood_deploy.rows import PAIR_IOU
 
 
 def waterfall_table(result: Result) -> Table:

@@ -18,7 +18,7 @@ from tood_deploy.inference.pipeline import detect_frames
 from tood_deploy.inference.source import open_source
 from tood_deploy.inference.talk import Talk
 from tood_deploy.inference.timings import Timings
-from tood_deploy.manifest import file_sha256
+from tood_deploy.manifest import artefact_sha256, file_sha256
 from tood_deploy.preprocess import fit_size, pad_size
 
 
@@ -48,13 +48,14 @@ def prediction_key(detector: Detector, model: str, truth: Truth, files: Mapping[
     engine = detector.engine
     return Key(
         {
-            "model": file_sha256(Path(model)) if Path(model).is_file() else model,
+            "model": artefact_sha256(Path(model)) if Path(model).is_file() else model,
             "manifest": hashlib.sha256(engine.manifest.to_json().encode()).hexdigest(),
-            "runtime": f"{engine.name}, {engine.device}, tood_deploy {__version__}",
+            "runtime": f"{engine.name}, {engine.precision}, {engine.device}, tood_deploy {__version__}",
             "conf": detector.conf,
             "iou": detector.iou,
             "max_det": detector.max_det,
             "imgsz": list(detector.imgsz),
+            "fast_decode": detector.fast_decode,
             "annotations": file_sha256(truth.path),
             "pictures": pictures.hexdigest(),
         }
@@ -87,7 +88,7 @@ def predict(detector: Detector, truth: Truth, files: Mapping[int, Path], kept: P
     try:
         with kept, Talk(source, timings, quiet) as talk, closing(results):
             for frame, found in results:
-                kept.add(ids[frame.name], (frame.image_bgr.shape[0], frame.image_bgr.shape[1]), found)
+                kept.add(ids[frame.name], frame.size_hw, found)
                 talk.advance()
                 done += 1
     except ArtefactError as error:

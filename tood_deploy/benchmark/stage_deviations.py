@@ -12,7 +12,7 @@ from tood_deploy.benchmark.deviation import Deviation
 from tood_deploy.benchmark.gates import Failure, Gates
 from tood_deploy.benchmark.matching import RowDeviation
 from tood_deploy.benchmark.stages import STAGES, Stage, Values
-from tood_deploy.export.compare import Rows
+from tood_deploy.rows import Rows
 
 ROW_STAGES = ("candidates", "detections")
 CARRIED_SLACK = 5  # of maps as deployed: the rounding of all stages before adds up

@@ -14,7 +14,7 @@ from tood_deploy.engines import Engine, open_engine
 from tood_deploy.engines.opening import CHECKPOINT_SUFFIXES
 from tood_deploy.errors import ToodError
 from tood_deploy.export.graph import INPUTS, OUTPUTS
-from tood_deploy.manifest import Manifest, file_sha256
+from tood_deploy.manifest import Manifest, artefact_sha256
 from tood_deploy.preprocess import ImageTransform
 from tood_deploy.presets import PRESETS
 
@@ -62,19 +62,29 @@ class DetectionsOnly(StageRunner):
         raise ToodError(f"{self.name} gives detections alone; the stage {stage.name} cannot be looked at: use the .onnx it was made from")
 
 
-def open_subject(model: str, *, device: str, threads: int | None, stages: bool | None, **load_options: Any) -> Subject:
-    """Opens a model and, unless `stages` is False, its stages.
+def open_subject(
+    model: str,
+    *,
+    device: str,
+    threads: int | None,
+    stages: bool | None,
+    artefact_options: dict[str, Any] | None = None,
+    **load_options: Any,
+) -> Subject:
+    """Opens a model, with `artefact_options` or `load_options`, and, unless `stages` is False, its stages.
 
     Raises:
         ToodError: it cannot be opened; or its stages were asked for (True) and its runtime does not give them.
     """
-    options = load_options if is_checkpoint(model) else {}
-    engine = open_engine(model, device=device, **options, **({} if threads is None else {"threads": threads}))
+    options = dict(load_options if is_checkpoint(model) else artefact_options or {})
+    if threads is not None:
+        options["threads"] = threads
+    engine = open_engine(model, device=device, **options)
     path = Path(model) if Path(model).is_file() else None
     runner = DetectionsOnly(engine) if stages is False else _open_stages(engine, path)
     if stages and not runner.has_stages:
         raise ToodError(f"{model}: {engine.name} gives detections alone; leave --stages out, or compare the .onnx it was made from")
-    return Subject(model, path, engine, runner, file_sha256(path) if path else engine.manifest.checkpoint_sha256)
+    return Subject(model, path, engine, runner, artefact_sha256(path) if path else engine.manifest.checkpoint_sha256)
 
 
 def is_checkpoint(model: str) -> bool:

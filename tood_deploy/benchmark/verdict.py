@@ -27,7 +27,7 @@ def describe(result: Result, reference: Subject, pictures: PictureSet, settings:
         "artefact": {
             "sha256": comparison.subject.sha256,
             "runtime": comparison.subject.engine.name,
-            "precision": comparison.subject.manifest.precision,
+            "precision": comparison.subject.engine.precision,
         },
         "reference": {"sha256": reference.sha256, "runtime": reference.engine.name},
         "pictures": {"description": pictures.description, "count": len(pictures), "sha256": result.pictures_sha256},

@@ -30,7 +30,7 @@ def bench_video(
     facts = {
         "command": command,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "model": f"{model}, {detector.engine.name}, {detector.engine.manifest.precision}, {detector.engine.device}",
+        "model": f"{model}, {detector.engine.name}, {detector.engine.precision}, {detector.engine.device}",
         "clip": f"{clip}, scaled to fit {detector.imgsz[0]} x {detector.imgsz[1]}, batch {batch}",
         "CPU": f"{machine.cpu}, {machine.cores} logical cores, governor {machine.governor}",
         "load": f"average {load.before} before, {load.after} after; others kept {load.others:.2f} cores busy",

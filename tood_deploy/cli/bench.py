@@ -7,8 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tood_deploy.cli.infer import is_artefact
-from tood_deploy.cli.run import DONE, add_model_options, class_names_from, run_command
+from tood_deploy.cli.run import (
+    DONE,
+    add_model_options,
+    add_runtime_options,
+    class_names_from,
+    is_artefact,
+    run_command,
+    runtime_options,
+    takes_hint,
+)
 from tood_deploy.errors import CheckFailed, ToodError
 
 PARITY_SIZES = ("64x64", "320x320", "640x384", "384x640", "1344x1344")
@@ -103,6 +111,7 @@ def _add_shared(parser: argparse.ArgumentParser, name: str) -> None:
     )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where to run (default: cpu)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of one inference (default: all cores)")
+    add_runtime_options(parser)
     parser.add_argument(
         "--output", type=Path, default=Path(f"{name}-report"), metavar="DIR", help=f"folder for the report (default: {name}-report)"
     )
@@ -120,9 +129,9 @@ def latency_command(args: argparse.Namespace, command: str) -> int:
     from tood_deploy.preprocess import check_imgsz
 
     common = {name: getattr(args, name) for name in ("images", "device", "threads", "conf", "iou")} | {"warmup_s": args.warmup_seconds}
-    options = load_options(args)
     models = ({BASELINE: args.baseline} if args.baseline else {}) | dict(zip(short_names(args.models), args.models, strict=True))
-    cases = tuple(Case(model, name, options=options if takes_options(model) else {}, **common) for name, model in models.items())
+    options = options_by_model(args, list(models.values()))
+    cases = tuple(Case(model, name, options=options[model], **common) for name, model in models.items())
     sizes = (check_imgsz(args.imgsz) if args.imgsz else None,)
     run_latency(Plan(cases, tuple(args.batch), sizes, args.rounds, args.turn_seconds), args.output, ap, command, args.quiet)
     if not args.quiet:
@@ -137,7 +146,8 @@ def video_command(args: argparse.Namespace, command: str) -> int:
 
     options = {name: getattr(args, name) for name in ("conf", "iou", "imgsz", "device")}
     options |= {} if args.threads is None else {"threads": args.threads}
-    options |= load_options(args) if takes_options(args.model) else {}
+    options |= options_by_model(args, [args.model])[args.model]
+    options |= {"hint": "throughput"} if takes_hint(args.model, args) else {}
     chosen = {"batch": args.batch, "limit": args.limit, "encode": not args.no_encode, "command": command, "quiet": args.quiet}
     with Detector(args.model, **options) as detector:
         bench_video(detector, args.model, args.clip, args.output, **chosen)
@@ -146,9 +156,16 @@ def video_command(args: argparse.Namespace, command: str) -> int:
     return DONE
 
 
-def takes_options(model: str) -> bool:
-    """Whether a model is loaded with the options of checkpoints."""
-    return not is_artefact(model)
+def options_by_model(args: argparse.Namespace, models: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """What each model is opened with: artefacts with the options of runtimes, checkpoints with those of checkpoints.
+
+    Raises:
+        ToodError: options of runtimes, and no artefact.
+    """
+    of_artefacts, of_checkpoints = runtime_options(args), load_options(args)
+    if of_artefacts and not any(map(is_artefact, models)):
+        raise ToodError(f"{models[0]}: not an exported artefact; leave --runtime, --precision, --no-self-test out, or export it first")
+    return {model: of_artefacts if is_artefact(model) else of_checkpoints for model in models}
 
 
 def short_names(models: Sequence[str]) -> list[str]:
@@ -190,6 +207,7 @@ def parity_command(args: argparse.Namespace, command: str) -> int:
         gates={name: getattr(args, name) for name in GATES if getattr(args, name) is not None},
         threads=args.threads,
         load_options=load_options(args),
+        artefact_options=next((each for model, each in options_by_model(args, args.models).items() if is_artefact(model)), {}),
         keep_verdict=not args.no_verdict,
         command=command,
         quiet=args.quiet,

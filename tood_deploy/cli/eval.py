@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tood_deploy.cli.infer import engine_options, is_artefact
-from tood_deploy.cli.run import DONE, add_model_options, run_command
+from tood_deploy.cli.infer import engine_options
+from tood_deploy.cli.run import DONE, add_fast_decode, add_model_options, add_runtime_options, is_artefact, run_command, takes_hint
 from tood_deploy.errors import CheckFailed, ToodError
 
 if TYPE_CHECKING:
@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 RESULTS_SUFFIX = ".json"
 CONF, IOU = 0.05, 0.6
 MOST_CLASSES = 10  # named on stdout; the report has all
-OF_MODELS = ("conf", "iou", "max_det", "imgsz", "batch", "device", "threads", "mapping", "preset", "classes", "convention")
+OF_MODELS = (
+    *("conf", "iou", "max_det", "imgsz", "batch", "device", "threads", "runtime", "precision", "no_self_test", "fast_decode"),
+    *("mapping", "preset", "classes", "convention"),
+)
 
 EPILOG = """\
 The published evaluation is the default: score above 0.05, suppression at 0.6, 100 detections a picture, 1000 candidates a level.
@@ -48,6 +51,8 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--batch", type=int, metavar="N", help="the most pictures of one engine call (default: 1)")
     group.add_argument("--device", choices=("cpu", "cuda"), help="where to run (default: cpu)")
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads of one inference (default: all cores)")
+    add_runtime_options(group)
+    add_fast_decode(group)
     group.add_argument("--mapping", type=Path, metavar="FILE", help="JSON object: category name, or null to leave out, by class name")
     add_model_options(parser)
     return parser
@@ -108,7 +113,10 @@ def evaluate_detector(args: argparse.Namespace, data: Any, folder: Path, command
 
     conf, iou = CONF if args.conf is None else args.conf, IOU if args.iou is None else args.iou
     options = {"conf": conf, "iou": iou, "max_det": args.max_det, "imgsz": args.imgsz, "device": args.device or "cpu"}
+    options["fast_decode"] = bool(args.fast_decode)
     batch = 1 if args.batch is None else args.batch
+    if takes_hint(args.model, args):
+        options["hint"] = "throughput"
     with Detector(args.model, **options, **engine_options(args)) as detector:
         if is_artefact(args.model) and (doubt := doubts(Path(args.model), detector.engine.manifest)):
             print(f"warning: {doubt}", file=sys.stderr)

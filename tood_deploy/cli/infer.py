@@ -7,7 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tood_deploy.cli.run import DONE, FAILED_CHECK, add_model_options, class_names_from, run_command
+from tood_deploy.cli.run import (
+    DONE,
+    FAILED_CHECK,
+    add_fast_decode,
+    add_model_options,
+    add_runtime_options,
+    class_names_from,
+    is_artefact,
+    run_command,
+    runtime_options,
+    takes_hint,
+)
 from tood_deploy.errors import ToodError
 
 EPILOG = """\
@@ -21,7 +32,9 @@ OPENCV_PIXEL_LIMIT = 2**30
 def build_parser() -> argparse.ArgumentParser:
     """The options of tood-infer."""
     parser = argparse.ArgumentParser(prog="tood-infer", description="Find objects in pictures, videos, cameras and streams.", epilog=EPILOG)
-    parser.add_argument("model", metavar="MODEL", help="an artefact of tood-export (.onnx), a checkpoint, or a preset's name")
+    parser.add_argument(
+        "model", metavar="MODEL", help="an artefact of tood-export (.onnx, .xml, .engine), a checkpoint, or a preset's name"
+    )
     parser.add_argument(
         "source",
         metavar="SOURCE",
@@ -37,6 +50,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-det", type=int, metavar="N", help="the most detections a picture (default: what the model gives, 100)")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="frames of one engine call (default: 1)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of one inference (default: all cores)")
+    add_runtime_options(parser)
+    add_fast_decode(parser)
     parser.add_argument("--max-pixels", type=int, default=200_000_000, metavar="N", help="refuse larger pictures (default: 200000000)")
     add_output_options(parser)
     add_model_options(parser)
@@ -78,6 +93,9 @@ def infer_command(argv: Sequence[str] | None = None) -> int:
     outputs = Outputs(args.output, args.json, args.coco_annotations, args.jsonl, args.crops, args.show, args.quiet)
     source = open_source(args.source, args.max_pixels)
     options = {"conf": args.conf, "iou": args.iou, "max_det": args.max_det, "imgsz": args.imgsz, "device": args.device}
+    options["fast_decode"] = bool(args.fast_decode)
+    if takes_hint(args.model, args) and (source.kind == "video" or (source.kind == "images" and len(source.names) > 1)):
+        options["hint"] = "throughput"  # nobody waits for a single frame
     with Detector(args.model, **options, **engine_options(args)) as detector:
         if is_artefact(args.model) and (doubt := doubts(Path(args.model), detector.engine.manifest)):
             print(f"warning: {doubt}", file=sys.stderr)
@@ -87,16 +105,11 @@ def infer_command(argv: Sequence[str] | None = None) -> int:
     return FAILED_CHECK if source.skipped else DONE
 
 
-def is_artefact(model: str) -> bool:
-    """Whether a model argument names an exported artefact, not a checkpoint or preset."""
-    return model.lower().endswith(".onnx")
-
-
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     """What `open_engine` takes beyond the device, as far as given.
 
     Raises:
-        ToodError: options of checkpoints beside an artefact, which has all of that inside.
+        ToodError: options of checkpoints beside an artefact, which has all of that inside; or the other way round.
     """
     described = {"preset": args.preset, "class_names": class_names_from(args.classes), "convention": args.convention}
     options = {name: value for name, value in described.items() if value is not None}
@@ -104,7 +117,12 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
         raise ToodError(
             f"{args.model}: an exported artefact knows its preset, classes and convention; leave --preset, --classes, --convention out"
         )
-    return options | ({"threads": args.threads} if args.threads is not None else {})
+    chosen = runtime_options(args)
+    if chosen and not is_artefact(args.model):
+        raise ToodError(
+            f"{args.model}: a checkpoint is run by PyTorch in float32; leave --runtime, --precision, --no-self-test out, or export it first"
+        )
+    return options | chosen | ({"threads": args.threads} if args.threads is not None else {})
 
 
 def main(argv: Sequence[str] | None = None) -> int:

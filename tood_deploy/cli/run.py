@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from tood_deploy.errors import CheckFailed, ToodError
 
@@ -41,6 +42,50 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--convention", choices=("mmdet", "authors"), help="whose test-time behaviour to follow (default: by the checkpoint's origin)"
     )
+
+
+def add_runtime_options(parser: argparse._ActionsContainer) -> None:
+    """Options of every command that runs an exported artefact; all None where not given."""
+    parser.add_argument(
+        "--runtime", choices=("onnxruntime", "openvino", "tensorrt"), help="what runs an artefact (default: by its name's ending)"
+    )
+    parser.add_argument(
+        "--precision",
+        choices=("fp32", "bf16"),
+        help="OpenVINO alone: of all that is not quantised (default: what the artefact was made for)",
+    )
+    parser.add_argument(
+        "--no-self-test", action="store_true", default=None, help="do not prove an artefact when it is first opened on this machine"
+    )
+
+
+def add_fast_decode(parser: argparse._ActionsContainer) -> None:
+    """The option of commands that read many pictures; None where not given."""
+    parser.add_argument(
+        "--fast-decode",
+        action="store_true",
+        default=None,
+        help="decode JPEG pictures at 1/2, 1/4 or 1/8 of their size where the network takes no more; scores change a little",
+    )
+
+
+def runtime_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What `add_runtime_options` was given, as `open_engine` takes it."""
+    options = {"runtime": args.runtime, "precision": args.precision, "self_test": False if args.no_self_test else None}
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def is_artefact(model: str) -> bool:
+    """Whether a model argument names an exported artefact, not a checkpoint or preset."""
+    from tood_deploy.engines.opening import ARTEFACT_SUFFIXES
+
+    return Path(model).suffix.lower() in ARTEFACT_SUFFIXES
+
+
+def takes_hint(model: str, args: argparse.Namespace) -> bool:
+    """Whether what runs a model can work on several batches at a time: OpenVINO, and ONNX Runtime on the CPU."""
+    runtime = args.runtime or {".xml": "openvino", ".onnx": "onnxruntime"}.get(Path(model).suffix.lower())
+    return runtime == "openvino" or (runtime == "onnxruntime" and args.device in (None, "cpu"))
 
 
 def class_names_from(text: str | None) -> list[str] | None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,9 @@ from numpy.typing import NDArray
 from tood_deploy.errors import ArtefactError, InputError, ToodError
 from tood_deploy.manifest import Manifest
 from tood_deploy.presets import SIZE_DIVISOR
+
+Hint = Literal["latency", "throughput"]  # work on one batch at a time, or on several
+HINTS = ("latency", "throughput")
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +45,9 @@ class Engine(ABC):
         name: the runtime and its version, for reports.
         canvases_hw: the padded sizes it takes, rows and columns; empty where every multiple of 32 will do.
         most_batch: the largest batch it takes; None where there is no bound.
+        notes: remarks of the runtime for the user, in the order they came up; more may come while it runs.
+        in_flight: how many batches should be submitted before the first is collected, for throughput.
+        loaded_from: what it was made of: "artefact", or "cache" where the runtime kept what it had compiled; for the self-test.
     """
 
     manifest: Manifest
@@ -48,7 +55,15 @@ class Engine(ABC):
     name: str
     canvases_hw: tuple[tuple[int, int], ...] = ()
     most_batch: int | None = None
+    notes: Sequence[str] = ()
+    in_flight: int = 1
+    loaded_from: str = "artefact"
     closed: bool = False
+
+    @property
+    def precision(self) -> str:
+        """Of the arithmetic as it runs here, such as "fp32", or "int8, bf16" where int8 stands beside another."""
+        return self.manifest.precision
 
     def infer(
         self, images: NDArray[np.uint8], valid_hw: NDArray[np.int32], score_threshold: float, iou_threshold: float
@@ -66,14 +81,48 @@ class Engine(ABC):
             ArtefactError: the model gave values that are not numbers.
             ToodError: the engine was closed.
         """
+        self._check_call(images, valid_hw)
+        return self._checked(self._run(images, valid_hw, score_threshold, iou_threshold))
+
+    def submit(self, images: NDArray[np.uint8], valid_hw: NDArray[np.int32], score_threshold: float, iou_threshold: float) -> Any:
+        """Starts a batch, given as to `infer`, and returns what `collect` takes. The arrays must stay as they are until then.
+
+        A runtime that cannot run batches beside one another runs it at once. No more than `in_flight` should be under way.
+
+        Raises:
+            ToodError: as `infer`.
+        """
+        self._check_call(images, valid_hw)
+        return self._submit(images, valid_hw, score_threshold, iou_threshold)
+
+    def collect(self, ticket: Any) -> BatchDetections:
+        """Waits for a batch that was submitted; each can be collected once.
+
+        Raises:
+            ToodError: as `infer`.
+        """
+        return self._checked(self._collect(ticket))
+
+    def _submit(self, images: NDArray[np.uint8], valid_hw: NDArray[np.int32], score_threshold: float, iou_threshold: float) -> Any:
+        return self._run(images, valid_hw, score_threshold, iou_threshold)
+
+    def _collect(self, ticket: Any) -> BatchDetections:
+        return ticket
+
+    def _check_call(self, images: NDArray[np.uint8], valid_hw: NDArray[np.int32]) -> None:
         if self.closed:
             raise ToodError(f"{self.name}: the engine was closed; open the model again")
         check_inputs(images, valid_hw)
         self._check_profile(images)
-        found = self._run(images, valid_hw, score_threshold, iou_threshold)
+
+    def _checked(self, found: BatchDetections) -> BatchDetections:
         if not (np.isfinite(found.boxes_net).all() and np.isfinite(found.scores).all()):
             raise ArtefactError(f"{self.name}: the model gave NaN or infinite values; check the checkpoint, or export in higher precision")
         return found
+
+    def batches_at(self, net_hw: tuple[int, int]) -> tuple[int, int | None]:
+        """The smallest and the largest batch it takes at a padded size; None where there is no bound."""
+        return 1, self.most_batch
 
     def _check_profile(self, images: NDArray[np.uint8]) -> None:
         batch, height, width, _ = images.shape
@@ -101,6 +150,12 @@ class Engine(ABC):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+def check_hint(hint: str) -> None:
+    """Raises ToodError unless it is a `Hint`."""
+    if hint not in HINTS:
+        raise ToodError(f"hint is {hint!r}; expected {' or '.join(HINTS)}")
 
 
 def check_inputs(images: NDArray[np.uint8], valid_hw: NDArray[np.int32]) -> None:

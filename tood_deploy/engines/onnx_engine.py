@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -9,50 +11,76 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from tood_deploy.engines.base import BatchDetections, Engine
+from tood_deploy.engines.base import BatchDetections, Engine, Hint, check_hint
 from tood_deploy.errors import ArtefactError, DeviceError, ToodError
-from tood_deploy.manifest import METADATA_KEY, Manifest, read_manifest
+from tood_deploy.manifest import INPUTS, METADATA_KEY, OUTPUTS, Manifest, read_manifest
 
+STREAMS = 2  # more would hold more memory and keep a pair of cores no busier
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-INPUTS = ["images", "valid_hw", "score_threshold", "iou_threshold"]
-OUTPUTS = ["num_dets", "boxes", "scores", "labels"]
 
 
 class OnnxEngine(Engine):
     """An .onnx artefact in an ONNX Runtime session."""
 
-    def __init__(self, path: Path, *, device: str = "cpu", threads: int | None = None) -> None:
+    def __init__(self, path: Path, *, device: str = "cpu", threads: int | None = None, hint: Hint = "latency") -> None:
         """Opens the artefact.
 
         Args:
             path: the .onnx file.
             device: "cpu" or "cuda" (needs onnxruntime-gpu; never falls back to the CPU).
-            threads: of one inference on the CPU; the number of cores where not given.
+            threads: on the CPU, of all inferences together; the number of cores where not given.
+            hint: "latency": all threads work on one batch; "throughput", on the CPU: two batches run beside one another (`in_flight`),
+                whose threads need not wait for each other after every layer.
 
         Raises:
             ArtefactError: not a file of tood-export, cut, or of another version.
             DeviceError: the device is not there.
+            ToodError: a value out of range.
         """
+        check_hint(hint)
+        if hint == "throughput" and device != "cpu":
+            raise ToodError(
+                f"hint is throughput, which ONNX Runtime has on the CPU, and device is {device}; leave the hint out, give a batch"
+            )
         provider = PROVIDERS[device]
         if provider not in ort.get_available_providers():
             raise DeviceError(f"device {device} needs {provider}, this onnxruntime has {ort.get_available_providers()}: {_remedy(device)}")
-        self.session = _open_session(path, provider, threads)
+        cores = _cores() if threads is None else threads
+        side_by_side = hint == "throughput" and cores >= STREAMS
+        # Who calls a session works for it; its own threads are one less than its number of threads.
+        self.session = _open_session(path, provider, cores - STREAMS + 1 if side_by_side else threads)
         if self.session.get_providers()[0] != provider:
             raise DeviceError(f"ONNX Runtime could not start {provider} and offers {self.session.get_providers()}: {_remedy(device)}")
         self.manifest = _session_manifest(self.session, path)
         self.device = device
         self.name = f"ONNX Runtime {ort.__version__}"
+        self._callers = ThreadPoolExecutor(STREAMS, "onnxruntime") if side_by_side else None
+        self.in_flight = STREAMS if side_by_side else 1
 
     def _run(self, images: NDArray[np.uint8], valid_hw: NDArray[np.int32], score_threshold: float, iou_threshold: float) -> BatchDetections:
         thresholds = np.float32(score_threshold), np.float32(iou_threshold)
         values = (images, valid_hw, *(np.asarray(threshold) for threshold in thresholds))
-        found: Any = self.session.run(OUTPUTS, dict(zip(INPUTS, values, strict=True)))
+        found: Any = self.session.run(list(OUTPUTS), dict(zip(INPUTS, values, strict=True)))
         return BatchDetections(*found)
+
+    def _submit(self, images: NDArray[np.uint8], valid_hw: NDArray[np.int32], score_threshold: float, iou_threshold: float) -> Any:
+        call = images, valid_hw, score_threshold, iou_threshold
+        return self._run(*call) if self._callers is None else self._callers.submit(self._run, *call)
+
+    def _collect(self, ticket: BatchDetections | Future[BatchDetections]) -> BatchDetections:
+        return ticket.result() if isinstance(ticket, Future) else ticket
 
     def close(self) -> None:
         """Frees the session; may be called again."""
         super().close()
+        if (callers := vars(self).pop("_callers", None)) is not None:
+            callers.shutdown()
         vars(self).pop("session", None)
+
+
+def _cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _remedy(device: str) -> str:
@@ -80,7 +108,7 @@ def _open_session(path: Path, provider: str, threads: int | None) -> ort.Inferen
 def _session_manifest(session: ort.InferenceSession, path: Path) -> Manifest:
     text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
     names = [value.name for value in session.get_inputs()], [value.name for value in session.get_outputs()]
-    if text is None or names != (INPUTS, OUTPUTS):
+    if text is None or names != ([*INPUTS], [*OUTPUTS]):
         raise ArtefactError(
             f"{path}: an ONNX file, but not one of tood_deploy (inputs {names[0]}, outputs {names[1]}, expected {INPUTS} and {OUTPUTS}); "
             "make it from the checkpoint with tood-export"

@@ -5,17 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-
-@dataclass(frozen=True)
-class Rows:
-    """Detections of one picture: boxes (D, 4) xyxy pixels, scores (D,), labels (D,)."""
-
-    boxes: NDArray[np.float32]
-    scores: NDArray[np.float32]
-    labels: NDArray[np.int32]
-
-    def __len__(self) -> int:
-        return len(self.scores)
+from tood_deploy.rows import Rows, pair_rows
 
 
 @dataclass(frozen=True)
@@ -66,6 +56,17 @@ def match_detections(reference: Rows, found: Rows, score_tolerance: float, box_t
             pairs.append((float(score_off[best]), float(box_off[best])))
     score_deviation, box_deviation = (max(values, default=0.0) for values in (zip(*pairs, strict=True) if pairs else ((), ())))
     return Match(len(reference), len(pairs), int(free.sum()), score_deviation, box_deviation)
+
+
+def match_overlapping(reference: Rows, found: Rows, score_tolerance: float) -> Match:
+    """Pairs detections of one class that overlap by more than `PAIR_IOU` and whose scores agree within the tolerance."""
+    pairs = pair_rows(reference, found)
+    score_off = np.abs(reference.scores[pairs[:, 0]] - found.scores[pairs[:, 1]])
+    box_off = np.abs(reference.boxes[pairs[:, 0]] - found.boxes[pairs[:, 1]]).max(axis=1, initial=0)
+    near = score_off <= score_tolerance
+    matched = int(near.sum())
+    deviations = (float(values[near].max(initial=0)) for values in (score_off, box_off))
+    return Match(len(reference), matched, len(found) - matched, *deviations)
 
 
 def map_deviation(reference: NDArray[np.float32], found: NDArray[np.float32]) -> float:

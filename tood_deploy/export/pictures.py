@@ -25,21 +25,35 @@ def synthetic_picture(height: int, width: int, seed: int) -> NDArray[np.uint8]:
     return (picture + rng.integers(0, 8, picture.shape)).clip(0, 255).astype(np.uint8)
 
 
-def read_pictures(folder: Path, most: int) -> list[NDArray[np.uint8]]:
-    """The first pictures of a folder in order of their names, (H, W, 3) uint8 BGR.
+def picture_paths(folder: Path, most: int | None = None) -> list[Path]:
+    """The first pictures of a folder in order of their names; all where `most` is not given.
 
     Raises:
-        InputError: no such folder, no picture in it, or one that cannot be read.
+        InputError: no such folder, or no picture in it.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; expected a folder of pictures ({', '.join(SUFFIXES)})")
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)[:most]
     if not paths:
         raise InputError(f"{folder}: no pictures in it; expected files ending in {', '.join(SUFFIXES)}")
-    return [_read_picture(path) for path in paths]
+    return paths
 
 
-def _read_picture(path: Path) -> NDArray[np.uint8]:
+def read_pictures(folder: Path, most: int) -> list[NDArray[np.uint8]]:
+    """The first pictures of a folder in order of their names, (H, W, 3) uint8 BGR.
+
+    Raises:
+        InputError: no such folder, no picture in it, or one that cannot be read.
+    """
+    return [read_picture(path) for path in picture_paths(folder, most)]
+
+
+def read_picture(path: Path) -> NDArray[np.uint8]:
+    """One picture, (H, W, 3) uint8 BGR.
+
+    Raises:
+        InputError: it cannot be read.
+    """
     picture = cv2.imread(str(path), cv2.IMREAD_COLOR)
     if picture is None:
         raise InputError(f"{path}: cannot be read as a picture; remove or replace it")

@@ -43,6 +43,7 @@ class StaticAlignment(nn.Module):
     def __init__(self, layer: Alignment, stages: int) -> None:
         super().__init__()
         first, self.activation, self.last = layer
+        assert isinstance(first, nn.Conv2d)
         self.kernels = _kernels_by_stage(first.weight, stages)
         self.bias = first.bias
 

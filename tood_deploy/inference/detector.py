@@ -41,6 +41,7 @@ class Detector:
         max_det: int | None = None,
         imgsz: Sequence[int] | None = None,
         device: str = "cpu",
+        fast_decode: bool = False,
         **engine_options: Any,
     ) -> None:
         """Opens the model.
@@ -52,6 +53,8 @@ class Detector:
             max_det: the most detections a picture; as many as the model gives (100) where not said.
             imgsz: (short side, long side) in pixels that pictures are scaled to fit; the model's own where not given.
             device: "cpu" or "cuda".
+            fast_decode: whether `stream` may decode JPEG pictures at 1/2, 1/4 or 1/8 of their size where `imgsz` needs no more. Results
+                then differ a little; `Frame.image_bgr` is smaller, boxes stay in pixels of the whole picture (`Frame.size_hw`).
             **engine_options: passed on to `open_engine`.
 
         Raises:
@@ -64,6 +67,7 @@ class Detector:
         most = self.engine.manifest.max_det
         if max_det is not None and not 1 <= max_det <= most:
             raise ToodError(f"max_det is {max_det}; expected 1 to {most}, what this model gives")
+        self.fast_decode = fast_decode
         self.conf, self.iou, self.max_det = conf, iou, max_det or most
         self.imgsz = check_imgsz(imgsz) if imgsz is not None else self.engine.manifest.preset.imgsz
 
@@ -80,13 +84,18 @@ class Detector:
         """
         return self.infer([self.prepare(image_bgr)])[0]
 
-    def prepare(self, image_bgr: NDArray[np.uint8]) -> Prepared:
-        """The first half of a call: scaling and padding; may run in another thread than `infer`."""
-        canvases = self.engine.canvases_hw
+    def prepare(self, image_bgr: NDArray[np.uint8], image_hw: tuple[int, int] | None = None) -> Prepared:
+        """The first half of a call: scaling and padding; may run in another thread than `infer`.
+
+        Args:
+            image_bgr: (H, W, 3) uint8, as OpenCV reads it.
+            image_hw: rows and columns of the original, where `image_bgr` was decoded smaller; boxes will be in its pixels.
+        """
+        canvases, size_hw = self.engine.canvases_hw, image_hw or image_bgr.shape
         if not canvases:
-            return Prepared(*resize_and_pad(image_bgr, self.imgsz))
-        net_hw = choose_canvas(image_bgr.shape, self.imgsz, canvases)
-        return Prepared(*resize_and_pad(image_bgr, fit_imgsz(image_bgr.shape, self.imgsz, net_hw), net_hw))
+            return Prepared(*resize_and_pad(image_bgr, self.imgsz, image_hw=image_hw))
+        net_hw = choose_canvas(size_hw, self.imgsz, canvases)
+        return Prepared(*resize_and_pad(image_bgr, fit_imgsz(size_hw, self.imgsz, net_hw), net_hw, image_hw))
 
     def infer(self, batch: Sequence[Prepared]) -> list[Detections]:
         """The second half: the network and the way back, for pictures of one padded size.
@@ -99,17 +108,32 @@ class Detector:
         """
         return self.to_detections(batch, self.run_engine(batch))
 
+    def submit(self, batch: Sequence[Prepared]) -> Any:
+        """Starts the network on pictures of one padded size; `collect` takes what comes back. See `Engine.submit`.
+
+        Raises:
+            ToodError: the padded sizes differ.
+        """
+        return self.engine.submit(*self._inputs(batch), self.conf, self.iou)
+
+    def collect(self, ticket: Any) -> BatchDetections:
+        """Waits for what was submitted."""
+        return self.engine.collect(ticket)
+
     def run_engine(self, batch: Sequence[Prepared]) -> BatchDetections:
         """The network alone, for pictures of one padded size.
 
         Raises:
             ToodError: the padded sizes differ.
         """
+        return self.engine.infer(*self._inputs(batch), self.conf, self.iou)
+
+    def _inputs(self, batch: Sequence[Prepared]) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
         if len({prepared.transform.net_hw for prepared in batch}) != 1:
             raise ToodError(f"a batch of {len(batch)} pictures of different padded sizes; expected one size (group by transform.net_hw)")
-        images = np.stack([prepared.image for prepared in batch])
+        images = batch[0].image[None] if len(batch) == 1 else np.stack([prepared.image for prepared in batch])
         valid_hw = np.array([prepared.transform.resized_hw for prepared in batch], np.int32)
-        return self.engine.infer(images, valid_hw, self.conf, self.iou)
+        return images, valid_hw
 
     def to_detections(self, batch: Sequence[Prepared], found: BatchDetections) -> list[Detections]:
         """What the network found, one `Detections` a picture, with boxes in the picture's own pixels."""

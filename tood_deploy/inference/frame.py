@@ -12,6 +12,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from tood_deploy.errors import InputError
+
 Kind = Literal["images", "video", "live"]
 
 
@@ -25,6 +27,7 @@ class Frame:
         index: its number in that file or stream, from 0; a live stream counts the frames that were dropped, too.
         pts, time_base: its time is pts * time_base seconds, as the file has it; None for a picture.
         decoded_s: when it was decoded, in seconds of `time.perf_counter`.
+        original_hw: rows and columns of the picture in its file, where it was decoded smaller; None where it was not.
     """
 
     image_bgr: NDArray[np.uint8]
@@ -33,6 +36,12 @@ class Frame:
     pts: int | None = None
     time_base: Fraction | None = None
     decoded_s: float = field(default_factory=time.perf_counter)
+    original_hw: tuple[int, int] | None = None
+
+    @property
+    def size_hw(self) -> tuple[int, int]:
+        """Rows and columns of the picture in its file, which boxes are in pixels of."""
+        return self.original_hw or (self.image_bgr.shape[0], self.image_bgr.shape[1])
 
     @property
     def timestamp_s(self) -> float | None:
@@ -54,9 +63,12 @@ class Source(ABC):
         skipped: pictures and frames that could not be read.
         dropped: frames of a live source that nobody had time for.
         problems: what was lost, one line each, in the order it happened.
+        fit: (short side, long side) that pictures will be scaled to fit: JPEG pictures may then be decoded at 1/2, 1/4 or 1/8 of
+            their size where that is enough; None, as at first: all of their pixels.
     """
 
     kind: Kind
+    fit: tuple[int, int] | None = None
 
     def __init__(self, names: tuple[str, ...], length: int | None) -> None:
         self.names, self.length = names, length
@@ -66,6 +78,16 @@ class Source(ABC):
 
     @abstractmethod
     def __iter__(self) -> Iterator[Frame]: ...
+
+    def decode_to_fit(self, imgsz: tuple[int, int]) -> None:
+        """Lets JPEG pictures be decoded smaller, as `fit` says.
+
+        Raises:
+            InputError: the source is no pictures.
+        """
+        if self.kind != "images":
+            raise InputError(f"{self.names[0]}: a video or stream has no smaller decoding, JPEG pictures have; leave --fast-decode out")
+        self.fit = imgsz
 
     def skip(self, problem: str, count: int = 1) -> None:
         """Counts what could not be read and keeps the line that says so."""

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tood_deploy.detections import Detections
 from tood_deploy.errors import ToodError
@@ -39,10 +41,12 @@ def detect_frames(
         timings: where to note what each stage took.
 
     Raises:
-        ToodError: batch is not positive, or whatever the source or the engine raised.
+        ToodError: batch is not positive, fast decoding of what is no pictures, or whatever the source or the engine raised.
     """
     if batch < 1:
         raise ToodError(f"batch is {batch}; expected a positive number")
+    if detector.fast_decode:
+        source.decode_to_fit(detector.imgsz)
     return _Pipeline(detector, source, batch, timings or Timings()).run()
 
 
@@ -95,11 +99,23 @@ _Decoded = tuple[Frame, "Prepared"]
 _Result = tuple[Frame, Detections]
 
 
+@dataclass(frozen=True)
+class _Running:
+    """A batch that the engine works on."""
+
+    decoded: list[_Decoded]
+    ticket: Any
+    started_s: float
+
+
 class _Pipeline:
     def __init__(self, detector: Detector, source: Source, batch: int, timings: Timings) -> None:
         self.detector, self.source, self.batch, self.timings = detector, source, batch, timings
         # Live: one batch in the engine, one waiting, so that no result is older than it must be.
-        self.in_flight = InFlight(batch, 2 * batch if source.kind == "live" else 2 * batch + 2)
+        self.at_once = 1 if source.kind == "live" else detector.engine.in_flight
+        self.in_flight = InFlight(self.at_once * batch, 2 * batch if source.kind == "live" else (self.at_once + 1) * batch + 2)
+        self.running: deque[_Running] = deque()
+        self.collected_s = 0.0
         self.frames: SimpleQueue[Frame | _End] = SimpleQueue()
         self.prepared: SimpleQueue[_Decoded | _End] = SimpleQueue()
         self.results: SimpleQueue[_Result | _End] = SimpleQueue()
@@ -130,33 +146,52 @@ class _Pipeline:
             if self.in_flight.stopped:
                 continue
             started = time.perf_counter()
-            prepared = self.detector.prepare(frame.image_bgr)
+            prepared = self.detector.prepare(frame.image_bgr, frame.original_hw)
             self.timings.add("pre", time.perf_counter() - started)
             self.prepared.put((frame, prepared))
 
     def _infer(self) -> None:
         waiting: list[_Decoded] = []
-        for frame, prepared in _items(self.prepared, lambda: self._infer_batch(waiting)):
-            if waiting and waiting[0][1].transform.net_hw != prepared.transform.net_hw:
-                self._infer_batch(waiting)
-            waiting.append((frame, prepared))
-            if len(waiting) == self.batch:
-                self._infer_batch(waiting)
+        try:
+            for frame, prepared in _items(self.prepared, lambda: self._finish(waiting)):
+                if waiting and waiting[0][1].transform.net_hw != prepared.transform.net_hw:
+                    self._submit(waiting)
+                waiting.append((frame, prepared))
+                if len(waiting) == self.batch:
+                    self._submit(waiting)
+        finally:
+            for running in self.running:  # after an error: the engine may be used again
+                with suppress(Exception):
+                    self.detector.collect(running.ticket)
 
-    def _infer_batch(self, waiting: list[_Decoded]) -> None:
-        """Runs what waits, hands the results on, and leaves nothing waiting."""
+    def _finish(self, waiting: list[_Decoded]) -> None:
+        """Runs what still waits, and hands all results on."""
+        self._submit(waiting)
+        while self.running:
+            self._collect()
+
+    def _submit(self, waiting: list[_Decoded]) -> None:
+        """Starts what waits, leaves nothing waiting, and hands on what must be done before more may be started."""
         decoded = list(waiting)
         waiting.clear()
         if not decoded or self.in_flight.stopped:
             return
         started = time.perf_counter()
-        batch = [prepared for _, prepared in decoded]
-        found = self.detector.run_engine(batch)
+        self.running.append(_Running(decoded, self.detector.submit([prepared for _, prepared in decoded]), started))
+        while len(self.running) >= self.at_once:
+            self._collect()
+
+    def _collect(self) -> None:
+        """Waits for the batch that was started first, and hands its results on."""
+        running = self.running.popleft()
+        batch = [prepared for _, prepared in running.decoded]
+        found = self.detector.collect(running.ticket)
         inferred = time.perf_counter()
         detections = self.detector.to_detections(batch, found)
-        self.timings.add("infer", inferred - started, len(batch))
+        self.timings.add("infer", inferred - max(running.started_s, self.collected_s), len(batch))  # while the one before ran, it waited
         self.timings.add("post", time.perf_counter() - inferred, len(batch))
-        for (frame, _), objects in zip(decoded, detections, strict=True):
+        self.collected_s = inferred
+        for (frame, _), objects in zip(running.decoded, detections, strict=True):
             self.timings.finish_frame(frame.decoded_s)
             self.results.put((frame, objects))
 

@@ -97,7 +97,7 @@ def frame_record(frame: Frame, found: Detections, live: bool) -> dict[str, Any]:
     rows = zip(found.boxes.tolist(), found.scores.tolist(), found.class_ids.tolist(), found.names(), strict=True)
     record: dict[str, Any] = {"source": frame.name, "index": frame.index, "timestamp_s": frame.timestamp_s}
     record |= {"age_ms": round(frame.age_s() * 1000, 1)} if live else {}
-    record |= {"height": frame.image_bgr.shape[0], "width": frame.image_bgr.shape[1]}
+    record |= {"height": frame.size_hw[0], "width": frame.size_hw[1]}
     record["detections"] = [{"box": box, "score": score, "class_id": number, "class_name": name} for box, score, number, name in rows]
     return record
 

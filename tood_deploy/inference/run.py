@@ -47,6 +47,11 @@ class Outputs:
         if self.coco_annotations is not None and self.coco_json is None:
             raise ToodError("--coco-annotations gives ids to COCO results, and none are asked for; add --json FILE")
 
+    def needing_pixels(self) -> list[str]:
+        """Options given that show or cut out pictures, and so need all of their pixels."""
+        given = {"--output": self.annotated is not None, "--crops": self.crops is not None, "--show": self.show}
+        return [name for name, wanted in given.items() if wanted]
+
 
 def open_sinks(outputs: Outputs, source: Source, class_names: Sequence[str]) -> list[Sink]:
     """A sink for everything that was asked for; nothing is written before the first result.
@@ -85,12 +90,17 @@ def run_inference(detector: Detector, source: Source, outputs: Outputs, batch: i
     """Runs the detector over a source and writes what was asked for. Ctrl-C completes the outputs so far.
 
     Raises:
-        ToodError: the source cannot be read at all, an output cannot be written, or the engine failed.
+        ToodError: the source cannot be read at all, an output cannot be written, or the engine failed; or pictures shall be decoded
+            smaller than they are, and drawn on.
     """
+    if detector.fast_decode and (shown := outputs.needing_pixels()):
+        raise ToodError(
+            f"--fast-decode reads pictures smaller than they are, whole ones are needed for {' and '.join(shown)}; leave one out"
+        )
     sinks = open_sinks(outputs, source, detector.class_names)
     timings = Timings()
     results = detect_frames(detector, source, batch, timings)
-    with Talk(source, timings, outputs.quiet) as talk, SinkThread(sinks) as writer, closing(results):
+    with Talk(source, timings, outputs.quiet, detector.engine.notes) as talk, SinkThread(sinks) as writer, closing(results):
         for frame, found in results:
             writer.put(frame, found)
             talk.advance()

@@ -72,6 +72,7 @@ class FileSources(Source):
 
     def _frames_of(self, path: Path) -> Iterator[Frame]:
         source = _open_file(path, self.max_pixels)
+        source.fit = self.fit
         yield from source
         self.skipped += source.skipped
         self.problems += source.problems

@@ -1,8 +1,9 @@
-"""What a run says on stderr: problems as they happen, a progress bar on a terminal, a closing line."""
+"""What a run says on stderr: problems as they happen, remarks of the runtime, a progress bar on a terminal, a closing line."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
@@ -16,8 +17,8 @@ from tood_deploy.inference.timings import Timings
 class Talk:
     """Follows one run. Quiet: only problems are told."""
 
-    def __init__(self, source: Source, timings: Timings, quiet: bool) -> None:
-        self.source, self.timings, self.quiet = source, timings, quiet
+    def __init__(self, source: Source, timings: Timings, quiet: bool, notes: Sequence[str] = ()) -> None:
+        self.source, self.timings, self.quiet, self.notes = source, timings, quiet, notes
         self.console = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
         columns = (SpinnerColumn(), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
         self.bar = Progress(
@@ -28,7 +29,7 @@ class Talk:
             redirect_stdout=sys.stdout.isatty(),  # results that go into a pipe or file must stay there
         )
         self.task = self.bar.add_task("frames", total=source.length, rate="")
-        self._told = 0
+        self._told = self._noted = 0
 
     def advance(self) -> None:
         """One more frame is done."""
@@ -40,6 +41,9 @@ class Talk:
         for problem in self.source.problems[self._told :]:
             self.console.print(f"warning: {problem}")
             self._told += 1
+        for note in () if self.quiet else self.notes[self._noted :]:
+            self.console.print(f"note: {note}")
+            self._noted += 1
 
     def __enter__(self) -> Self:
         self.bar.start()

@@ -68,7 +68,7 @@ def find_video_stream(container: InputContainer, name: str, max_pixels: int = MA
 
 def upright_bgr(frame: VideoFrame) -> NDArray[np.uint8]:
     """The frame as (H, W, 3) uint8 BGR, turned the way its metadata says."""
-    image = np.asarray(frame.to_ndarray(format="bgr24"), np.uint8)
+    image = np.asarray(frame.to_ndarray(format="bgr24", threads=1), np.uint8)  # threads made anew for each frame do not pay
     quarter_turns = round(frame.rotation / 90) % 4  # counter-clockwise, as np.rot90 turns
     return np.ascontiguousarray(np.rot90(image, quarter_turns)) if quarter_turns else image
 

@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 from av.error import FFmpegError
 from av.video.frame import VideoFrame
-from av.video.reformatter import Colorspace
+from av.video.reformatter import Colorspace, VideoReformatter
 from numpy.typing import NDArray
 
 from tood_deploy.errors import OutputError
@@ -41,6 +41,7 @@ class VideoWriter:
         """
         self.path, self.frame_wh, self.time_base = path, frame_wh, time_base
         self._last_pts: int | None = None
+        self._reformatter = VideoReformatter()
         self._file = atomic_path(path)
         self._temporary = self._file.__enter__()
         try:
@@ -70,8 +71,8 @@ class VideoWriter:
         if self._last_pts is not None and pts <= self._last_pts:
             pts = self._last_pts + 1
         self._last_pts = pts
-        frame = VideoFrame.from_ndarray(self._fit(image_bgr), format="bgr24")
-        frame = frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)
+        frame = VideoFrame.from_numpy_buffer(np.ascontiguousarray(self._fit(image_bgr)), format="bgr24")
+        frame = self._reformatter.reformat(frame, format="yuv420p", dst_colorspace=Colorspace.ITU709, threads=1)
         frame.pts, frame.time_base = pts, self.time_base
         self._encode(frame)
 

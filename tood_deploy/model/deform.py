@@ -84,7 +84,7 @@ def deform_conv2d(x: Tensor, offset: Tensor, mask: Tensor, weight: Tensor, *, st
         samples = read if samples is None else samples + read
     assert samples is not None
     return (
-        _contract(samples.reshape(batch * out_h * out_w, taps, channels), weight, groups)
+        _contract(samples.to(x.dtype).reshape(batch * out_h * out_w, taps, channels), weight, groups)
         .reshape(batch, out_h, out_w, out_channels)
         .permute(0, 3, 1, 2)
         .contiguous()
@@ -92,10 +92,14 @@ def deform_conv2d(x: Tensor, offset: Tensor, mask: Tensor, weight: Tensor, *, st
 
 
 def _tap_positions(out_hw: tuple[int, int], kernel_hw: tuple[int, int], stride: int, padding: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each tap reads without an offset: y (H', 1, T, 1) and x (1, W', T, 1), in cells."""
+    """Where each tap reads without an offset: y (H', 1, T, 1) and x (1, W', T, 1), in cells.
+
+    At least in float32, whatever the features have: bf16 steps by whole cells from 128 on.
+    """
+    dtype = torch.promote_types(like.dtype, torch.float32)
 
     def cells(count: int) -> Tensor:
-        return torch.arange(count, device=like.device, dtype=like.dtype)
+        return torch.arange(count, device=like.device, dtype=dtype)
 
     tap_y = cells(kernel_hw[0]).repeat_interleave(kernel_hw[1])
     tap_x = cells(kernel_hw[1]).repeat(kernel_hw[0])

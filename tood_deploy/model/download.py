@@ -6,7 +6,6 @@ it, which a broken transfer leaves for the next try to resume.
 
 import http
 import http.client
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from tood_deploy.errors import DownloadError
+from tood_deploy.home import home_folder
 from tood_deploy.manifest import file_sha256
 from tood_deploy.presets import Preset, PublishedWeights
 
@@ -58,10 +58,8 @@ def fetch_weights(preset: Preset, cache: Path | None = None) -> Path:
 
 
 def weights_folder() -> Path:
-    """Where downloads are kept: `$TOOD_HOME/weights`, else `tood_deploy/weights` in `$XDG_CACHE_HOME` or `~/.cache`."""
-    if home := os.environ.get("TOOD_HOME"):
-        return Path(home).expanduser() / "weights"
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tood_deploy" / "weights"
+    """Where downloads are kept; see `home_folder`."""
+    return home_folder("weights")
 
 
 def _no_weights(preset: Preset) -> str:

@@ -100,9 +100,9 @@ class Alignment(nn.Sequential):
     def __init__(self, in_channels: int, hidden: int, out_channels: int) -> None:
         super().__init__(nn.Conv2d(in_channels, hidden, 1), nn.ReLU(), nn.Conv2d(hidden, out_channels, 3, padding=1))
 
-    def forward(self, tower: TowerMaps) -> Tensor:
-        """(B, C', h, w)."""
-        return super().forward(tower.joined)
+    def forward(self, input: TowerMaps) -> Tensor:
+        """(B, C', h, w) from what the tower makes of a level."""
+        return super().forward(input.joined)
 
 
 class Scale(nn.Module):

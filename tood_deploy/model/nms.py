@@ -46,15 +46,17 @@ def nms(boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: Tensor | f
         rows = start + torch.arange(BLOCK, device=scores.device)
         block_boxes, block_labels = boxes.index_select(1, rows), labels.index_select(1, rows)
         kept_boxes = boxes.gather(1, kept.unsqueeze(2).expand(-1, -1, 4))
-        covered = _overlaps(kept_boxes, labels.gather(1, kept), block_boxes, block_labels, iou_threshold).any(dim=1)
+        covered = overlapping(kept_boxes, labels.gather(1, kept), block_boxes, block_labels, iou_threshold).any(dim=1)
         valid = (scores.index_select(1, rows) > 0) & ~covered
         earlier = torch.arange(BLOCK, device=scores.device)
-        suppresses = _overlaps(block_boxes, block_labels, block_boxes, block_labels, iou_threshold) & (earlier[:, None] < earlier)
+        suppresses = overlapping(block_boxes, block_labels, block_boxes, block_labels, iou_threshold) & (earlier[:, None] < earlier)
         keep = _fixed_point(valid, suppresses)
         # Kept boxes go to the places behind those of earlier blocks, all others to a place that is then cut off.
         place = kept_count[:, None] + keep.long().cumsum(1) - 1
         place = torch.where(keep & (place < max_det), place, max_det)
-        kept = F.pad(kept, (0, 1)).scatter(1, place, rows.expand(batch, -1))[:, :max_det].contiguous()
+        # At least as wide as a block, as TensorRT takes no scatter of more places than it has room for.
+        room = F.pad(kept, (0, max(1, BLOCK - max_det)))
+        kept = room.scatter(1, place, rows.expand(batch, -1))[:, :max_det].contiguous()
         return start + BLOCK, kept, (kept_count + keep.sum(1)).clamp(max=max_det)
 
     start = torch.zeros((), dtype=torch.int64, device=scores.device)
@@ -63,7 +65,7 @@ def nms(boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: Tensor | f
     return kept, kept_count
 
 
-def _overlaps(first: Tensor, first_labels: Tensor, second: Tensor, second_labels: Tensor, iou_threshold: Tensor | float) -> Tensor:
+def overlapping(first: Tensor, first_labels: Tensor, second: Tensor, second_labels: Tensor, iou_threshold: Tensor | float) -> Tensor:
     """(B, N, M) bool: same class and IoU above the threshold."""
     return (box_iou(first, second) > iou_threshold) & (first_labels.unsqueeze(2) == second_labels.unsqueeze(1))
 

@@ -75,9 +75,13 @@ def detect(
 
 def suppress(candidates: Candidates, iou_threshold: Tensor | float, max_det: int = MAX_DET) -> BatchResult:
     """Detections from candidates: class-wise suppression, at most `max_det` a picture."""
-    kept, num_dets = nms(*candidates, iou_threshold, max_det)
+    return take_kept(candidates, *nms(*candidates, iou_threshold, max_det))
+
+
+def take_kept(candidates: Candidates, kept: Tensor, num_dets: Tensor) -> BatchResult:
+    """The candidates at the positions `kept` (B, D), of which the first `num_dets` (B,) count."""
     rows = kept.clamp(max=candidates.scores.shape[1] - 1)
-    real = torch.arange(max_det, device=kept.device) < num_dets[:, None]
+    real = torch.arange(kept.shape[1], device=kept.device) < num_dets[:, None]
     boxes = candidates.boxes_net.gather(1, rows.unsqueeze(2).expand(-1, -1, 4)) * real.unsqueeze(2)
     return BatchResult(num_dets.int(), boxes, candidates.scores.gather(1, rows) * real, (candidates.labels.gather(1, rows) * real).int())
 

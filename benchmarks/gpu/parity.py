@@ -1,0 +1,86 @@
+"""How far each way is from PyTorch in float32 on the CPU, on the same padded pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from benchmarks.gpu.settings import CONF, IOU
+from tood_deploy.engines.base import BatchDetections, Engine
+from tood_deploy.export.compare import Match
+from tood_deploy.export.verify import TOLERANCES, Tolerances
+from tood_deploy.inference.detector import Detector, Prepared
+from tood_deploy.model.fused import FusedDetector
+from tood_deploy.model.tood import Tood
+from tood_deploy.rows import Rows, batch_rows
+
+# On a GPU float32 is summed up in other orders, by other algorithms of convolution, than on the CPU that the published tolerances are for.
+GPU_FP32 = replace(TOLERANCES["fp32"], scores=1e-3, boxes_px=0.5, exchanged_share=0.02)
+
+
+class Reference:
+    """The network in PyTorch, float32, on the CPU, and what it finds."""
+
+    def __init__(self, model: Tood, pictures: Sequence[NDArray[np.uint8]], size_hw: tuple[int, int]) -> None:
+        self.detector, self.size_hw = FusedDetector(model).eval(), size_hw
+        self.pictures = pictures
+        self._expected: list[Rows] | None = None
+
+    def compare(self, engine: Engine, batch: int, precision: str) -> dict[str, Any]:
+        """Runs every picture through an engine, in all slots of a batch.
+
+        Returns:
+            The correspondence of the detections, what was allowed, the pictures on which it was not kept, and slots that differ.
+        """
+        prepared = self._prepare(engine)
+        if self._expected is None:
+            self._expected = [self._run(each) for each in prepared]
+        tolerances = GPU_FP32 if precision == "fp32" else TOLERANCES[precision]
+        total, worst, outside, slots = Match(), 0, 0, 0
+        for each, expected in zip(prepared, self._expected, strict=True):
+            first, last = _ends(_infer(engine, each, batch))
+            match = tolerances.match(expected, first)
+            total, worst = total + match, max(worst, match.exchanged)
+            outside += match.exchanged > tolerances.allowed_exchanges(match)
+            slots += _differ(first, last, tolerances)
+        found = {"pictures": len(prepared), "pictures_outside": outside, "worst_exchanges": worst, "slots_that_differ": slots}
+        return asdict(total) | found | {"tolerances": asdict(tolerances)}
+
+    def _prepare(self, engine: Engine) -> list[Prepared]:
+        detector = Detector(engine, imgsz=self.size_hw)
+        return [detector.prepare(picture) for picture in self.pictures]
+
+    @torch.no_grad()
+    def _run(self, prepared: Prepared) -> Rows:
+        valid_hw = torch.tensor([prepared.transform.resized_hw], dtype=torch.int32)
+        found = self.detector(torch.from_numpy(prepared.image)[None], valid_hw, CONF, IOU).detections
+        return batch_rows([tensor.numpy() for tensor in found])[0]
+
+
+def _infer(engine: Engine, prepared: Prepared, batch: int) -> BatchDetections:
+    images = prepared.image[None].repeat(batch, 0)
+    return engine.infer(images, np.array([prepared.transform.resized_hw], np.int32).repeat(batch, 0), CONF, IOU)
+
+
+def _ends(found: BatchDetections) -> tuple[Rows, Rows]:
+    rows = batch_rows((found.num_dets, found.boxes_net, found.scores, found.labels))
+    return rows[0], rows[-1]
+
+
+def _differ(first: Rows, last: Rows, tolerances: Tolerances) -> bool:
+    match = tolerances.match(first, last)
+    return match.exchanged > tolerances.allowed_exchanges(match)
+
+
+def verdict(parity: dict[str, Any]) -> str:
+    """Why a comparison fails; "" where it does not."""
+    if parity.get("pictures_outside"):
+        return f"parity: {parity['pictures_outside']} of {parity['pictures']} pictures outside the tolerance"
+    if parity.get("slots_that_differ"):
+        return f"parity: {parity['slots_that_differ']} of {parity['pictures']} pictures depend on the batch slot"
+    return ""

@@ -1,0 +1,184 @@
+"""Builds every preset in every precision with TensorRT-RTX, ahead of time and without a GPU: one Markdown table.
+
+    python benchmarks/rtx_builds.py --work builds/ --output docs/results/rtx-builds.md
+
+Weights are random and the ranges of int8 are made up: neither changes what is built. Every build runs in a process of its own. What is in
+the folder --work is not made again, so that a run that was stopped goes on where it stopped.
+"""
+
+import argparse
+import io
+import json
+import multiprocessing
+import resource
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import onnx
+import torch
+from rich.box import MARKDOWN
+from rich.console import Console
+from rich.table import Table
+
+from tood_deploy import __version__
+from tood_deploy.benchmark.machine import describe_machine
+from tood_deploy.errors import ToodError
+from tood_deploy.export.layers import shares
+from tood_deploy.export.mixed_precision import lower_precision
+from tood_deploy.export.profiles import Profiles, batch_from_text, shapes_from_text
+from tood_deploy.export.quantize import calibrated_values, quantize
+from tood_deploy.export.to_onnx import onnx_from_model, save_onnx
+from tood_deploy.export.to_tensorrt import engine_from_onnx
+from tood_deploy.manifest import Manifest, write_text
+from tood_deploy.model import build_model
+from tood_deploy.presets import PRESETS
+from tood_deploy.tensorrt_flavour import load_flavour
+
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+MADE_UP = (-4.0, 4.0)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One build.
+
+    Attributes:
+        preset, precision: what was built.
+        onnx_mib, plan_mib: sizes of the files.
+        layers: of the network as parsed.
+        gmac: multiplications for one picture of the first size, in thousand millions.
+        share: of the multiplications in the precision that was asked for, 0 to 1.
+        seconds: of reading and building.
+        peak_gib: the most memory of the process.
+        error: why it was not built; "" where it was.
+    """
+
+    preset: str
+    precision: str
+    onnx_mib: float = 0.0
+    plan_mib: float = 0.0
+    layers: int = 0
+    gmac: float = 0.0
+    share: float = 0.0
+    seconds: float = 0.0
+    peak_gib: float = 0.0
+    error: str = ""
+
+    def cells(self) -> list[str]:
+        """The row of the table."""
+        if self.error:
+            return [self.preset, self.precision, f"not built: {self.error}", *[""] * 6]
+        numbers = (f"{self.onnx_mib:.0f}", f"{self.plan_mib:.0f}", str(self.layers), f"{self.gmac:.4g}", f"{self.share:.1%}")
+        return [self.preset, self.precision, *numbers, f"{self.seconds:.0f}", f"{self.peak_gib:.1f}"]
+
+
+def main() -> None:
+    """Builds and prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--presets", nargs="+", choices=PRESETS, default=list(PRESETS))
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
+    parser.add_argument("--shapes", default="800x1344,1344x800")
+    parser.add_argument("--batch", default="1,1,8", metavar="MIN,OPT,MAX")
+    parser.add_argument("--work", type=Path, required=True, help="folder for ONNX files and results")
+    parser.add_argument("--output", type=Path, help="the Markdown file; stdout where not given")
+    arguments = parser.parse_args()
+    profiles = Profiles(shapes_from_text(arguments.shapes), batch_from_text(arguments.batch))
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    rows = [kept_row(arguments.work, preset, precision, profiles) for preset in arguments.presets for precision in arguments.precisions]
+    text = report(rows, profiles)
+    if arguments.output:
+        write_text(arguments.output, text)
+    else:
+        print(text)
+
+
+def kept_row(work: Path, preset: str, precision: str, profiles: Profiles) -> Row:
+    """The row of one build, from an earlier run with the same sizes and batches, or from this one."""
+    batch = "-".join(map(str, profiles.batch))
+    path = work / f"{preset}-{precision}-{profiles.text()}-{batch}.json"
+    if not path.is_file():
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            pool.submit(save_precision, work, preset, precision).result()
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            row = pool.submit(build_row, work, preset, precision, profiles).result()
+        write_text(path, json.dumps(asdict(row), indent=2))
+    return Row(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def save_precision(work: Path, preset: str, precision: str) -> None:
+    """Writes the ONNX of one preset in one precision, if it is not there; unverified, as there is nothing to find in random weights."""
+    path = onnx_path(work, preset, precision)
+    if path.is_file():
+        return
+    plain = onnx_path(work, preset, "fp32")
+    if not plain.is_file():
+        torch.manual_seed(0)
+        model = build_model(preset).eval()
+        save_onnx(onnx_from_model(model, deform="gather"), Manifest(model.preset), plain)
+    if precision == "fp32":
+        return
+    exported = onnx.load(plain)
+    if precision == "int8":
+        exported = quantize(exported, dict.fromkeys(calibrated_values(exported), MADE_UP), scheme="s8s8")
+    lowered, _ = lower_precision(exported, "bf16" if precision == "bf16" else "fp16")
+    save_onnx(lowered, replace(Manifest(PRESETS[preset]), precision=precision), path)
+
+
+def onnx_path(work: Path, preset: str, precision: str) -> Path:
+    """Where the ONNX of one preset in one precision lies."""
+    return work / f"{preset}-{precision}.onnx"
+
+
+def build_row(work: Path, preset: str, precision: str, profiles: Profiles) -> Row:
+    """Builds once; the engine itself is not kept."""
+    source, output = onnx_path(work, preset, precision), work / "build.engine"
+    try:
+        built = engine_from_onnx(source, output, profiles=profiles, flavour="tensorrt_rtx")
+    except ToodError as error:
+        return Row(preset, precision, error=" ".join(str(error).split()))
+    finally:
+        for path in (output, output.with_suffix(".json")):
+            path.unlink(missing_ok=True)
+    found = shares(built.layers.network)
+    return Row(
+        preset,
+        precision,
+        source.stat().st_size / 2**20,
+        built.size_bytes / 2**20,
+        len(built.layers.network),
+        sum(share.macs for share in found.values()) / 1e9,
+        found[precision].mac_share,
+        built.seconds,
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+    )
+
+
+def report(rows: Sequence[Row], profiles: Profiles) -> str:
+    """The table and what it was made with, as Markdown."""
+    table = Table(box=MARKDOWN)
+    for column in ("preset", "precision", "ONNX MiB", "plan MiB", "layers", "GMAC", "in that precision", "seconds", "peak GiB"):
+        table.add_column(column, justify="left" if column in ("preset", "precision") else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row.cells())
+    file = io.StringIO()
+    Console(file=file, width=500).print(table)
+    lines = [line.strip() for line in file.getvalue().splitlines() if line.strip()]
+    title = f"# Engines of every preset, built by {load_flavour('tensorrt_rtx').title} without a GPU"
+    smallest, best, largest = profiles.batch
+    made = (
+        f"tood_deploy {__version__}, {datetime.now(UTC):%Y-%m-%d}. Sizes {profiles.text()}, "
+        f"batches {smallest} to {largest}, fastest at {best}. "
+        "Random weights, deformable convolutions as gathers, int8 with fp16 beside it. Layers are those of the network as parsed; "
+        "GMAC is for one picture of the first size."
+    )
+    machine = describe_machine()
+    where = f"Built on {machine.cpu}, {machine.usable_cores} cores, {machine.memory_gib} GiB, {machine.system}, Python {machine.python}."
+    return "\n\n".join((title, made, "\n".join(lines), f"{where}\n"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""Finds objects in pictures by a model that Triton Inference Server serves, as `tood-export --to triton` wrote it.
+
+    pip install "tritonclient[grpc]"
+    python examples/triton_client.py tood street.jpg dog.jpg --url localhost:8001
+
+The client scales and pads pictures as `Detector` does and maps boxes back; what it must know of the model it asks the server for.
+`tood_deploy` is needed for its pre-processing alone: NumPy and OpenCV, no runtime.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from tood_deploy.detections import Detections
+from tood_deploy.preprocess import ImageTransform, resize_and_pad
+
+OUTPUTS = ("num_dets", "boxes", "scores", "labels")
+TYPES = {"uint8": "UINT8", "int32": "INT32", "float32": "FP32"}  # as the protocol calls them
+AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """What the server says of a model.
+
+    Attributes:
+        name: of the model.
+        imgsz: (short side, long side) in pixels that pictures are scaled to fit.
+        class_names: one a class.
+    """
+
+    name: str
+    imgsz: tuple[int, int]
+    class_names: tuple[str, ...]
+
+
+def read_model(client: Any, name: str) -> ServedModel:
+    """Asks the server for the model's configuration."""
+    config = client.get_model_config(name).config
+    parameters = {key: value.string_value for key, value in config.parameters.items()}
+    short, long = (int(side) for side in parameters["imgsz"].split())
+    return ServedModel(name, (short, long), tuple(json.loads(parameters["class_names"])))
+
+
+def request_arrays(
+    image_bgr: NDArray[np.uint8], imgsz: tuple[int, int], conf: float, iou: float
+) -> tuple[dict[str, NDArray[Any]], ImageTransform]:
+    """The request for one picture, (H, W, 3) uint8 BGR: arrays with a batch axis by the inputs' names; and the way back."""
+    image, transform = resize_and_pad(image_bgr, imgsz)
+    arrays: dict[str, NDArray[Any]] = {
+        "images": image[None],
+        "valid_hw": np.array([transform.resized_hw], np.int32),
+        "score_threshold": np.array([[conf]], np.float32),
+        "iou_threshold": np.array([[iou]], np.float32),
+    }
+    return arrays, transform
+
+
+def detections_from(answer: Mapping[str, NDArray[Any]], transform: ImageTransform, class_names: Sequence[str]) -> Detections:
+    """The objects in the picture, boxes in its own pixels, from the answer's arrays by the outputs' names."""
+    count = int(answer["num_dets"].reshape(-1)[0])
+    boxes = transform.boxes_to_image(answer["boxes"][0, :count])
+    return Detections(boxes, answer["scores"][0, :count], answer["labels"][0, :count], tuple(class_names))
+
+
+def detect(
+    client: Any, triton: Any, model: ServedModel, images_bgr: Sequence[NDArray[np.uint8]], conf: float, iou: float
+) -> Iterator[Detections]:
+    """Sends all pictures at the same time, so that the server can batch them, and yields their detections in order.
+
+    Args:
+        client: an `InferenceServerClient`; its calls may come from several threads.
+        triton: the module `tritonclient.grpc` or `tritonclient.http` that it is from.
+        model: what to ask for.
+        images_bgr: (H, W, 3) uint8 each, of any sizes; those of the same padded size can share a batch.
+        conf: score that a detection must exceed.
+        iou: overlap above which the lower-scored of two boxes of one class goes.
+    """
+
+    def ask(image_bgr: NDArray[np.uint8]) -> Detections:
+        arrays, transform = request_arrays(image_bgr, model.imgsz, conf, iou)
+        inputs = [triton.InferInput(name, list(array.shape), TYPES[array.dtype.name]) for name, array in arrays.items()]
+        for given, array in zip(inputs, arrays.values(), strict=True):
+            given.set_data_from_numpy(array)
+        result = client.infer(model.name, inputs, outputs=[triton.InferRequestedOutput(name) for name in OUTPUTS])
+        return detections_from({name: result.as_numpy(name) for name in OUTPUTS}, transform, model.class_names)
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        yield from pool.map(ask, images_bgr)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints a line an object."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="its name on the server")
+    parser.add_argument("pictures", nargs="+", type=Path)
+    parser.add_argument("--url", default="localhost:8001", help="host and port of the server's gRPC service (default: %(default)s)")
+    parser.add_argument("--conf", type=float, default=0.3)
+    parser.add_argument("--iou", type=float, default=0.6)
+    arguments = parser.parse_args(argv)
+    from tritonclient import grpc  # pyright: ignore[reportMissingImports] - ties down packages that tood_deploy needs newer
+
+    images: list[Any] = [cv2.imread(str(path), cv2.IMREAD_COLOR) for path in arguments.pictures]
+    if unreadable := [str(path) for path, image in zip(arguments.pictures, images, strict=True) if image is None]:
+        print(f"error: cannot be read as pictures: {', '.join(unreadable)}", file=sys.stderr)
+        return 2
+    with grpc.InferenceServerClient(arguments.url) as client:
+        model = read_model(client, arguments.model)
+        for path, found in zip(arguments.pictures, detect(client, grpc, model, images, arguments.conf, arguments.iou), strict=True):
+            for box, score, name in zip(found.boxes, found.scores, found.names(), strict=True):
+                print(f"{path}\t{name}\t{score:.3f}\t{' '.join(f'{side:.1f}' for side in box)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

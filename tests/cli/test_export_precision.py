@@ -1,0 +1,69 @@
+"""Options of quality and search that do not go together, and what right ones become."""
+
+from pathlib import Path
+
+import pytest
+from benchmark.truths import annotation, coco, write_json
+from inference.fakes import CLASSES, red_picture, write_picture
+
+from tood_deploy.benchmark.precision_search import PrecisionSearch
+from tood_deploy.cli.export import check_arguments, main, order_from, parser
+
+INT8 = ("--precision", "int8", "--calib-data", "pictures")
+TUNED = ("--autotune-precision", "--calib-data", "pictures")
+ANNOTATED = ("--annotations", "truth.json", "--images", "pictures")
+
+
+@pytest.fixture(autouse=True)
+def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A folder with truth.json and pictures/ to work in."""
+    monkeypatch.chdir(tmp_path)
+    for i in range(1, 3):
+        write_picture(tmp_path / "pictures" / f"{i}.png", red_picture(left=4 * i))
+    write_json(tmp_path / "truth.json", coco([annotation(1, 1, (4, 8, 16, 16))], names=CLASSES, images=2))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--max-ap-drop", "0.5"), "--max-ap-drop needs --precision int8 or --autotune-precision"),
+        ((*INT8, "--max-ap-drop", "0.5"), "--max-ap-drop needs --annotations FILE"),
+        ((*INT8, "--max-ap-drop", "0.5", "--annotations", "truth.json"), "--annotations needs --images DIR"),
+        ((*INT8, "--max-drop", "1", *ANNOTATED), "--annotations needs --max-ap-drop"),
+        ((*INT8, "--images", "pictures"), "--images needs --shapes auto or --annotations"),
+        ((*INT8, "--max-drop", "1", "--max-ap-drop", "0", *ANNOTATED), "two limits of one quality"),
+        ((*INT8, "--max-ap-drop", "-1", *ANNOTATED), "the largest drop is -1.0; expected 0 or more"),
+        ((*INT8, "--max-ap-drop", "1", "--annotations", "absent.json", "--images", "pictures"), "absent.json: cannot be read"),
+        ((*INT8, "--max-ap-drop", "1", "--annotations", "truth.json", "--images", "."), "2 of the 2 pictures of truth.json are missing"),
+        (TUNED, "--autotune-precision needs --max-ap-drop D with --annotations and --images, or --max-drop D"),
+        (("--autotune-precision", "--max-drop", "1"), "--autotune-precision needs --calib-data DIR"),
+        ((*TUNED, "--max-drop", "1", "--precision", "int8"), "--precision beside --autotune-precision"),
+        ((*TUNED, "--max-drop", "1", "--keep", "neck.*"), "--keep beside --autotune-precision"),
+        ((*TUNED, "--max-drop", "1", "--rest", "bf16"), "--rest needs --to engine"),
+        ((*TUNED, "--max-drop", "1", "--to", "triton"), "does not make --to triton"),
+    ],
+)
+def test_wrong_together(arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["model.onnx", *arguments, "--output", "out.onnx"]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert message in err
+
+
+def test_quality_in_ap() -> None:
+    arguments = parser().parse_args(["model.onnx", *INT8, "--max-ap-drop", "0", *ANNOTATED])
+    check_arguments(arguments)
+    options = order_from(arguments, "").precision
+    assert (options.precision, options.int8.max_drop, options.wanted) == ("int8", 0.0, "int8")
+    assert options.quality is not None
+
+
+@pytest.mark.parametrize("how", [("--max-ap-drop", "0.2", *ANNOTATED), ("--max-drop", "0.2")])
+def test_a_search(how: tuple[str, ...]) -> None:
+    arguments = parser().parse_args(["model.onnx", *TUNED, *how, "--quiet"])
+    check_arguments(arguments)
+    options = order_from(arguments, "").precision
+    assert options.wanted == "the best mixture of precisions"
+    assert isinstance(options.lower, PrecisionSearch)
+    assert (options.lower.int8.max_drop, options.lower.int8.scheme, options.lower.half) == (0.2, "u8s8", None)
+    assert (options.lower.quality is None) == (how[0] == "--max-drop")

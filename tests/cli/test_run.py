@@ -1,0 +1,114 @@
+"""The options of runtimes, in every command that has them: they reach the engine, or are refused in one line."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from inference.fakes import RedEngine, moving_pictures, write_picture, write_video
+
+from tood_deploy.cli import bench, eval, infer
+from tood_deploy.cli.run import is_artefact
+from tood_deploy.engines.opening import RUNTIMES
+from tood_deploy.inference import detector as detector_module
+
+GIVEN = ("--runtime", "openvino", "--precision", "bf16", "--no-self-test")
+TAKEN = {"runtime": "openvino", "precision": "bf16", "self_test": False}
+Run = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, Any]]:
+    """What was asked of `open_engine`, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    calls: list[dict[str, Any]] = []
+    monkeypatch.setattr(detector_module, "open_engine", lambda model, **options: calls.append(options) or RedEngine())
+    return calls
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str]) -> Run:
+    def call(module: Any, *arguments: str | Path) -> tuple[int, str]:
+        code = module.main([*map(str, arguments)])
+        return code, capfd.readouterr().err
+
+    return call
+
+
+def test_reach_the_engine(run: Run, asked: list[dict[str, Any]], tmp_path: Path) -> None:
+    code, _ = run(infer, "m.onnx", write_picture(tmp_path / "a.png"), *GIVEN, "--threads", "1", "--quiet")
+    assert (code, asked) == (0, [{"device": "cpu", "threads": 1, **TAKEN}])
+
+
+def test_are_left_out_where_not_given(run: Run, asked: list[dict[str, Any]], tmp_path: Path) -> None:
+    run(infer, "m.onnx", write_picture(tmp_path / "a.png"), "--quiet")
+    assert asked == [{"device": "cpu"}]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["m.xml", "a.png"], None),
+        (["m.xml", "a.png", "b.png"], "throughput"),
+        (["m.xml", "v.mp4"], "throughput"),
+        (["m.onnx", "a.png"], None),
+        (["m.onnx", "v.mp4"], "throughput"),
+        (["m.onnx", "v.mp4", "--runtime", "openvino"], "throughput"),
+        (["m.onnx", "v.mp4", "--device", "cuda"], None),
+        (["m.engine", "v.mp4"], None),
+    ],
+)
+def test_batches_run_side_by_side_on_a_cpu_where_nobody_waits_for_one(
+    arguments: list[str], hint: str | None, run: Run, asked: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    for name in ("m.xml", "m.bin", "m.onnx", "m.engine"):
+        Path(name).write_bytes(b"")
+    write_picture(tmp_path / "a.png")
+    write_picture(tmp_path / "b.png")
+    write_video(tmp_path / "v.mp4", moving_pictures(3))
+    assert run(infer, *arguments, "--quiet")[0] == 0
+    assert asked[0].get("hint") == hint
+
+
+def test_of_videos_in_the_benchmark(run: Run, asked: list[dict[str, Any]], tmp_path: Path) -> None:
+    clip = write_video(tmp_path / "v.mp4", moving_pictures(4))
+    assert run(bench, "video", "m.onnx", clip, "--no-encode", "--imgsz", "48", "64", "--quiet", *GIVEN)[0] == 0
+    assert asked == [{"device": "cpu", "hint": "throughput", **TAKEN}]
+
+
+@pytest.mark.parametrize("option", [["--runtime", "openvino"], ["--precision", "bf16"], ["--no-self-test"]])
+def test_are_refused_beside_a_checkpoint(option: list[str], run: Run, asked: list[dict[str, Any]], tmp_path: Path) -> None:
+    picture = write_picture(tmp_path / "a.png")
+    commands = (
+        (infer, "m.pth", picture),
+        (bench, "video", "m.pth", "v.mp4"),
+        (bench, "latency", "m.pth"),
+        (bench, "parity", "m.pth", "n.pth"),
+    )
+    for module, *arguments in commands:
+        code, err = run(module, *arguments, *option)
+        assert (code, err.count("\n")) == (2, 1)
+        assert "leave --runtime, --precision, --no-self-test out, or export it first" in err
+    assert not asked
+
+
+def test_are_refused_beside_results(run: Run, tmp_path: Path) -> None:
+    code, err = run(eval, "r.json", "--annotations", "t.json", *GIVEN)
+    assert code == 2
+    assert "leave --runtime, --precision, --no-self-test out, or give the model" in err
+
+
+def test_apply_to_artefacts_and_not_to_the_baseline() -> None:
+    arguments = bench.build_parser().parse_args(["latency", "a.onnx", "b.xml", "--baseline", "c.pth", "--preset", "tiny", *GIVEN])
+    options = bench.options_by_model(arguments, ["c.pth", "a.onnx", "b.xml"])
+    assert options == {"c.pth": {"preset": "tiny"}, "a.onnx": TAKEN, "b.xml": TAKEN}
+
+
+def test_every_runtime_can_be_chosen() -> None:
+    arguments = infer.build_parser().parse_args(["m.onnx", "a.png", "--runtime", [*RUNTIMES][-1]])
+    assert arguments.runtime in RUNTIMES
+
+
+def test_artefacts_by_their_names() -> None:
+    assert [is_artefact(name) for name in ("a.onnx", "a.ONNX", "a.xml", "a.engine")] == [True] * 4
+    assert [is_artefact(name) for name in ("a.pth", "a.safetensors", "r50-1x", "onnx")] == [False] * 4

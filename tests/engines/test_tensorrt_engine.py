@@ -1,0 +1,302 @@
+"""The TensorRT engine at work. Where no GPU can be, on a CUDA driver and a TensorRT made of Python, and the names say so."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import threading
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+
+trt = pytest.importorskip("tensorrt_rtx")
+real_driver = pytest.importorskip("cuda.bindings.driver")
+
+# ruff: noqa: E402 - what follows imports the two
+from engines.tensorrt_bench import PROFILES, Bench, assert_answers, pictures
+
+from tood_deploy.engines.plan_check import Profile
+from tood_deploy.engines.tensorrt_engine import choose_profile
+from tood_deploy.errors import DeviceError, InputError, ToodError
+from tood_deploy.inference.detector import Detector
+
+Status = real_driver.CUresult
+
+
+@pytest.mark.parametrize("cuda_graph", ["auto", False])
+def test_answers_at_every_shape_with_a_fake_gpu(bench: Bench, cuda_graph: Any) -> None:
+    with bench.open(cuda_graph=cuda_graph) as engine:
+        assert engine.canvases_hw == ((64, 96), (96, 32))
+        assert [engine.batches_at(size_hw) for size_hw in engine.canvases_hw] == [(1, 4), (1, 2)]
+        assert engine.name.endswith(" 10.13.3.9, Fake GPU")
+        assert (engine.most_batch, engine.in_flight, engine.device, engine.notes) == (4, 2, "cuda", [])
+        for _ in range(3):
+            for size_hw, (least, _, most) in PROFILES:
+                for batch in range(least, most + 1):
+                    images, valid_hw = pictures(batch, batch, size_hw)
+                    assert_answers(engine.infer(images, valid_hw, 0.25, 0.5), images, valid_hw)
+
+
+def test_thresholds_reach_the_network_with_a_fake_gpu(bench: Bench) -> None:
+    images, valid_hw = pictures(2)
+    with bench.open() as engine:
+        for conf, iou in ((0.1, 0.2), (0.3, 0.9), (0.0, 1.0)):
+            assert_answers(engine.infer(images, valid_hw, conf, iou), images, valid_hw, conf, iou)
+
+
+def test_pictures_with_gaps_in_memory_with_a_fake_gpu(bench: Bench) -> None:
+    images, valid_hw = pictures(2)
+    gappy = np.concatenate([images, images], 2)[:, :, :96, ::-1]
+    with bench.open() as engine:
+        assert_answers(engine.infer(gappy, valid_hw, 0.25, 0.5), np.ascontiguousarray(gappy), valid_hw)
+
+
+class TestCudaGraphs:
+    def test_recorded_once_a_shape_after_a_run_with_a_fake_gpu(self, bench: Bench) -> None:
+        images, valid_hw = pictures(2)
+        with bench.open() as engine:
+            for _ in range(4):
+                engine.infer(images, valid_hw, 0.25, 0.5)
+        runs = [entry.split()[:-1] for entry in bench.driver.history if "run" in entry]
+        assert runs == [["run"], ["replayed", "run"], ["replayed", "run"], ["replayed", "run"]]
+        assert bench.driver.calls["cuGraphInstantiate"] == 1
+
+    def test_never_if_not_wanted_with_a_fake_gpu(self, bench: Bench) -> None:
+        images, valid_hw = pictures(1)
+        with bench.open(cuda_graph=False) as engine:
+            for _ in range(3):
+                engine.infer(images, valid_hw, 0.25, 0.5)
+        assert bench.driver.calls["cuStreamBeginCapture"] == 0
+
+    def test_what_cannot_be_recorded_is_said_once_with_a_fake_gpu(self, bench: Bench) -> None:
+        bench.plan.recordable = False
+        with bench.open() as engine:
+            for batch in (1, 2, 1, 2):
+                images, valid_hw = pictures(batch)
+                assert_answers(engine.infer(images, valid_hw, 0.25, 0.5), images, valid_hw)
+            assert len(engine.notes) == 1
+            assert "without CUDA graphs: none can be recorded" in engine.notes[0]
+
+    def test_what_cannot_be_recorded_is_an_error_where_asked_for_with_a_fake_gpu(self, bench: Bench) -> None:
+        bench.plan.recordable = False
+        images, valid_hw = pictures(1)
+        with (
+            bench.open(cuda_graph=True) as engine,
+        ):
+            for _ in range(2):
+                with pytest.raises(DeviceError, match=r"no CUDA graph can be recorded \(.*\); leave cuda_graph at auto"):
+                    engine.infer(images, valid_hw, 0.25, 0.5)
+
+    def test_another_value_is_refused_with_a_fake_gpu(self, bench: Bench) -> None:
+        with pytest.raises(ToodError, match="cuda_graph is 'always'; expected auto, True or False"):
+            bench.open(cuda_graph="always")
+
+
+class TestTwoInFlight:
+    def test_nothing_waits_until_collected_with_a_fake_gpu(self, bench: Bench) -> None:
+        """After the first batch of each buffer, which records, submitting only queues work; and the GPU takes turns."""
+        batches = [pictures(2, seed) for seed in range(6)]
+        with bench.open() as engine:
+            warm = [engine.submit(*batch, 0.25, 0.5) for batch in batches[:2]]
+            for ticket, batch in zip(warm, batches[:2], strict=True):
+                assert_answers(engine.collect(ticket), *batch)
+            bench.driver.history.clear()
+            first, second = (engine.submit(*batch, 0.25, 0.5) for batch in batches[2:4])
+            assert bench.driver.history == []
+            assert_answers(engine.collect(second), *batches[3])
+            order = [entry.split()[-2] for entry in bench.driver.history]
+            assert order.count("run") == 2
+            assert_answers(engine.collect(first), *batches[2])
+
+    def test_computing_takes_turns_copying_does_not_with_a_fake_gpu(self, bench: Bench) -> None:
+        batches = [pictures(1, seed) for seed in range(4)]
+        with bench.open() as engine:
+            for ticket in [engine.submit(*batch, 0.25, 0.5) for batch in batches[:2]]:
+                engine.collect(ticket)
+            bench.driver.history.clear()
+            first, second = (engine.submit(*batch, 0.25, 0.5) for batch in batches[2:])
+            engine.collect(second)
+            streams = [entry.split()[-1] for entry in bench.driver.history]
+            kinds = [entry.split()[-2] for entry in bench.driver.history]
+            # Of the second: its pictures come in; then the first's whole run, since they share memory; then its own.
+            assert kinds == ["in", "in", "run", "run", "out"]
+            assert streams[0] == streams[3] == streams[4] != streams[1] == streams[2]
+            engine.collect(first)
+
+    def test_a_new_shape_takes_its_turn_too_with_a_fake_gpu(self, bench: Bench) -> None:
+        with bench.open() as engine:
+            engine.infer(*pictures(1), 0.25, 0.5)
+            bench.driver.history.clear()
+            first, second = engine.submit(*pictures(1), 0.25, 0.5), engine.submit(*pictures(2), 0.25, 0.5)
+            kinds = [entry.split()[-2] for entry in bench.driver.history]
+            assert kinds == ["in", "run", "profile", "in", "run"], "the second's profile was chosen while the first ran"
+            assert_answers(engine.collect(first), *pictures(1))
+            assert_answers(engine.collect(second), *pictures(2))
+
+    def test_a_long_stream_with_a_fake_gpu(self, bench: Bench) -> None:
+        with bench.open() as engine:
+            waiting: list[tuple[Any, tuple[np.ndarray, np.ndarray]]] = []
+            for seed in range(20):
+                batch = pictures(1 + seed % 2, seed, ((64, 96), (96, 32))[seed % 3 == 0])
+                waiting.append((engine.submit(*batch, 0.25, 0.5), batch))
+                if len(waiting) == 2:
+                    ticket, expected = waiting.pop(0)
+                    assert_answers(engine.collect(ticket), *expected)
+
+    def test_the_detectors_stream_with_a_fake_gpu(self, bench: Bench, tmp_path: Path) -> None:
+        """The pipeline keeps two batches in flight; what comes out is what one picture at a time gives."""
+        generator = np.random.default_rng(0)
+        images = [generator.integers(0, 256, (*size_hw, 3), np.uint8) for size_hw in ((48, 90), (90, 40), (64, 96), (50, 50), (33, 64))]
+        for number, image in enumerate(images):
+            cv2.imwrite(str(tmp_path / f"{number}.png"), image)
+        with Detector(bench.open(), conf=0.25, iou=0.5) as detector:
+            for batch in (1, 2):
+                streamed = [found for _, found in detector.stream(sorted(tmp_path.glob("*.png")), batch)]
+                for image, found in zip(images, streamed, strict=True):
+                    alone = detector(image)
+                    assert len(alone) > 0
+                    assert np.array_equal(alone.boxes, found.boxes)
+                    assert np.array_equal(alone.class_ids, found.class_ids)
+
+    def test_arrays_may_change_once_submitted_with_a_fake_gpu(self, bench: Bench) -> None:
+        images, valid_hw = pictures(2)
+        kept = images.copy()
+        with bench.open() as engine:
+            for _ in range(3):
+                images[:] = kept
+                ticket = engine.submit(images, valid_hw, 0.25, 0.5)
+                images[:] = 0
+                assert_answers(engine.collect(ticket), kept, valid_hw)
+
+    def test_a_third_batch_is_refused_with_a_fake_gpu(self, bench: Bench) -> None:
+        batch = pictures(1)
+        with bench.open() as engine:
+            tickets = [engine.submit(*batch, 0.25, 0.5) for _ in range(2)]
+            with pytest.raises(ToodError, match="2 batches are submitted already; collect the oldest one first"):
+                engine.submit(*batch, 0.25, 0.5)
+            with pytest.raises(ToodError, match="collect the oldest"):
+                engine.infer(*batch, 0.25, 0.5)
+            for ticket in tickets:
+                assert_answers(engine.collect(ticket), *batch)
+
+    def test_collecting_twice_is_refused_with_a_fake_gpu(self, bench: Bench) -> None:
+        batch = pictures(1)
+        with bench.open() as engine, bench.open() as other:
+            ticket = engine.submit(*batch, 0.25, 0.5)
+            with pytest.raises(ToodError, match="another engine's"):
+                other.collect(ticket)
+            engine.collect(ticket)
+            with pytest.raises(ToodError, match="collected already"):
+                engine.collect(ticket)
+
+    def test_results_stay_when_the_buffers_are_used_again_with_a_fake_gpu(self, bench: Bench) -> None:
+        first, second = pictures(2, 1), pictures(2, 2)
+        with bench.open() as engine:
+            found = engine.infer(*first, 0.25, 0.5)
+            engine.infer(*second, 0.25, 0.5)
+        assert_answers(found, *first)
+
+
+class TestThreads:
+    @pytest.mark.parametrize("engines", [1, 2])
+    def test_many_threads_with_a_fake_gpu(self, bench: Bench, engines: int) -> None:
+        opened = [bench.open() for _ in range(engines)]
+        failures: list[BaseException] = []
+
+        def work(number: int) -> None:
+            try:
+                for turn in range(10):
+                    batch = pictures(1 + turn % 2, 100 * number + turn)
+                    assert_answers(opened[number % engines].infer(*batch, 0.25, 0.5), *batch)
+            except BaseException as error:
+                failures.append(error)
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for engine in opened:
+            engine.close()
+        assert failures == []
+
+    def test_the_callers_context_is_left_alone_with_a_fake_gpu(self, bench: Bench) -> None:
+        bench.driver.stack.append(0xAB)
+        with bench.open() as engine:
+            engine.infer(*pictures(1), 0.25, 0.5)
+            assert bench.driver.stack == [0xAB]
+        assert bench.driver.stack.pop() == 0xAB
+
+
+class TestLifecycle:
+    def test_closing_twice_and_use_after_with_a_fake_gpu(self, bench: Bench) -> None:
+        engine = bench.open()
+        ticket = engine.submit(*pictures(1), 0.25, 0.5)
+        engine.close()
+        engine.close()
+        assert bench.driver.held() == {}
+        for use in (lambda: engine.infer(*pictures(1), 0.25, 0.5), lambda: engine.collect(ticket)):
+            with pytest.raises(ToodError, match="was closed; open the model again"):
+                use()
+
+    def test_an_engine_nobody_closed_is_freed_with_it_with_a_fake_gpu(self, bench: Bench) -> None:
+        bench.open().infer(*pictures(1), 0.25, 0.5)
+        gc.collect()
+        assert bench.driver.held() == {}
+
+    def test_opening_that_fails_anywhere_frees_everything_with_a_fake_gpu(self, bench: Bench) -> None:
+        """Every single call to CUDA while opening and at the first batch is made to fail once."""
+
+        def attempt() -> None:
+            with bench.open() as engine:
+                engine.infer(*pictures(1), 0.25, 0.5)
+                engine.infer(*pictures(1), 0.25, 0.5)
+
+        attempt()
+        counts = dict(bench.driver.calls)
+        giving_back = ("Free", "Destroy", "Pop", "MemGetInfo")
+        tried = 0
+        for function, count in counts.items():
+            if any(word in function for word in giving_back):
+                continue
+            for call in range(1, count + 1):
+                bench.driver.fail(function, Status.CUDA_ERROR_LAUNCH_FAILED, call)
+                with contextlib.suppress(DeviceError):  # a graph that cannot be recorded is none
+                    attempt()
+                assert bench.driver.held() == {}, (function, call)
+                bench.driver.failures.clear()
+                tried += 1
+        assert tried > 30
+
+    def test_ten_thousand_calls_hold_no_more_than_one_with_a_fake_gpu(self, bench: Bench) -> None:
+        batch = pictures(1)
+        with bench.open() as engine:
+            engine.infer(*batch, 0.25, 0.5)
+            held = bench.driver.held()
+            for _ in range(10_000):
+                engine.infer(*batch, 0.25, 0.5)
+            assert bench.driver.held() == held
+            assert bench.driver.calls["cuMemAlloc"] == 5
+            bench.driver.history.clear()
+
+    def test_a_failed_batch_leaves_the_engine_usable_with_a_fake_gpu(self, bench: Bench) -> None:
+        batch = pictures(1)
+        with bench.open() as engine:
+            for _ in range(3):
+                bench.plan.failures["execute"] = "enqueueV3: Error Code 1: Myelin (something odd)"
+                with pytest.raises(DeviceError, match=r"running failed \(enqueueV3: Error Code 1: Myelin \(something odd\)\); start the"):
+                    engine.infer(*pictures(2), 0.25, 0.5)
+            assert_answers(engine.infer(*batch, 0.25, 0.5), *batch)
+
+
+def test_the_profile_tuned_best_is_chosen() -> None:
+    profiles = [Profile((64, 64), 1, 1, 8), Profile((64, 64), 1, 8, 8), Profile((64, 96), 2, 4, 8)]
+    assert [choose_profile(profiles, (batch, 64, 64, 3)) for batch in (1, 4, 5, 8)] == [0, 0, 1, 1]
+    assert choose_profile(profiles, (2, 64, 96, 3)) == 2
+    with pytest.raises(InputError, match="a batch of 1 at 64 x 96, this engine takes 2 to 8"):
+        choose_profile(profiles, (1, 64, 96, 3))
+    with pytest.raises(InputError, match="takes 1 to 8 or 1 to 8"):
+        choose_profile(profiles, (9, 64, 64, 3))

@@ -1,0 +1,168 @@
+"""From an .onnx artefact to OpenVINO's IR: verified, described, whole or not at all."""
+
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import openvino
+import pytest
+
+from tood_deploy.engines import open_engine
+from tood_deploy.errors import ArtefactError, CheckFailed, DeviceError, OutputError, ToodError
+from tood_deploy.export import to_openvino, verify
+from tood_deploy.export.pictures import synthetic_picture
+from tood_deploy.export.runners import Reference, torch_reference
+from tood_deploy.export.to_openvino import openvino_from_onnx
+from tood_deploy.export.verify import TOLERANCES
+from tood_deploy.manifest import Manifest, artefact_sha256, doubts, manifest_path, read_manifest
+from tood_deploy.model import load_checkpoint
+from tood_deploy.openvino_model import manifest_inside
+
+HAS_BF16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_checkpoint: Path) -> Reference:
+    return torch_reference(load_checkpoint(tiny_checkpoint), 100)
+
+
+@pytest.fixture(scope="module")
+def made(tiny_artefact: Path, reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
+    path = tmp_path_factory.mktemp("ir") / "tiny.xml"
+    return path, openvino_from_onnx(tiny_artefact, path, reference=reference, options={"note": 1})
+
+
+@pytest.fixture
+def one_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verification at one small size, where it is not what is looked at."""
+    monkeypatch.setattr(verify, "SIZES_HW", {"small": (96, 64)})
+
+
+def copy(artefact: Path, folder: Path, change: Callable[[onnx.ModelProto], None] | None = None, **fields: Any) -> Path:
+    """An artefact with another graph or manifest, which says so of itself."""
+    path = folder / "source.onnx"
+    shutil.copy(artefact, path)
+    if change is not None:
+        graph = onnx.load(path)
+        change(graph)
+        onnx.save(graph, path)
+    manifest = read_manifest(artefact)
+    assert manifest is not None
+    manifest_path(path).write_text(replace(manifest, **fields).to_json())
+    return path
+
+
+def shift_scores(graph: onnx.ModelProto) -> None:
+    for value in graph.graph.initializer:
+        if "tood_cls.bias" in value.name:
+            value.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(value) * np.float32(1.001), value.name))
+
+
+class TestMade:
+    def test_three_files_and_nothing_else(self, made: tuple[Path, Manifest]) -> None:
+        assert sorted(path.name for path in made[0].parent.iterdir()) == ["tiny.bin", "tiny.json", "tiny.xml"]
+
+    def test_manifest_describes_it(self, made: tuple[Path, Manifest], tiny_artefact: Path) -> None:
+        path, manifest = made
+        source = read_manifest(tiny_artefact)
+        assert source is not None
+        assert read_manifest(path) == manifest
+        assert manifest.artefact_sha256 == artefact_sha256(path) != source.artefact_sha256
+        assert (manifest.preset, manifest.checkpoint_sha256, manifest.precision) == (source.preset, source.checkpoint_sha256, "fp32")
+        assert manifest.options | {"format": "openvino", "rest": "fp32", "note": 1} == manifest.options
+        assert manifest.versions["openvino"] == openvino.__version__
+        assert doubts(path, manifest) == ""
+
+    def test_the_file_tells_itself(self, made: tuple[Path, Manifest]) -> None:
+        inside = manifest_inside(openvino.Core().read_model(made[0]), made[0])
+        assert (inside.preset, inside.options["format"]) == (made[1].preset, "openvino")
+
+    def test_verdict_is_openvinos_own_and_as_tight_as_for_onnx(self, made: tuple[Path, Manifest]) -> None:
+        parity = made[1].parity
+        assert parity["runtime"].startswith(f"OpenVINO {openvino.__version__.split('-')[0]}, fp32")
+        assert 0 < parity["head_scores"] <= parity["tolerances"]["head_scores"] == 1e-5
+        assert parity["detections"]["reference"] > 300
+        assert parity["batch_slots"]["matched"] == parity["batch_slots"]["reference"]
+
+    def test_weights_keep_their_bits(self, made: tuple[Path, Manifest], tiny_artefact: Path) -> None:
+        assert made[0].with_suffix(".bin").stat().st_size > 0.95 * tiny_artefact.stat().st_size
+
+    def test_runs(self, made: tuple[Path, Manifest]) -> None:
+        with open_engine(made[0], threads=1) as engine:
+            found = engine.infer(synthetic_picture(96, 128, 1)[None], np.array([[96, 128]], np.int32), 0.05, 0.6)
+        assert found.num_dets[0] > 10
+
+    @pytest.mark.skipif(not HAS_BF16, reason="this CPU has no bf16 instructions")
+    @pytest.mark.usefixtures("one_size")
+    def test_bf16_is_said_and_pinned(self, tiny_artefact: Path, reference: Reference, tmp_path: Path) -> None:
+        manifest = openvino_from_onnx(tiny_artefact, tmp_path / "a.xml", reference=reference, rest="bf16")
+        assert (manifest.precision, manifest.options["rest"]) == ("bf16", "bf16")
+        assert 1e-4 < manifest.parity["head_scores"] <= TOLERANCES["bf16"].head_scores
+        assert "bf16" in manifest.parity["runtime"]
+        with open_engine(tmp_path / "a.xml", threads=1) as engine:
+            assert engine.precision == "bf16"
+
+    @pytest.mark.usefixtures("one_size")
+    def test_quantised_weights_stay_so_beside_float32(self, tiny_artefact: Path, reference: Reference, tmp_path: Path) -> None:
+        """A float32 graph that says it is int8: only what is said of it is looked at."""
+        source = copy(tiny_artefact, tmp_path, precision="int8", options={"rest": "fp32"})
+        manifest = openvino_from_onnx(source, tmp_path / "a.xml", reference=reference)
+        assert (manifest.precision, manifest.options["rest"]) == ("int8", "fp32")
+        assert manifest.parity["tolerances"]["scores"] == TOLERANCES["int8"].scores
+        assert manifest.parity["reference"].startswith("source.onnx in ONNX Runtime")
+        assert manifest.parity["onnx"] == read_manifest(source).parity  # pyright: ignore[reportOptionalMemberAccess]
+
+
+class TestNothingIsLeft:
+    @pytest.mark.usefixtures("one_size")
+    def test_after_a_failed_verification(self, tiny_artefact: Path, reference: Reference, tmp_path: Path) -> None:
+        source = copy(tiny_artefact, tmp_path, shift_scores)
+        output = tmp_path / "out" / "a.xml"
+        output.parent.mkdir()
+        output.write_bytes(b"old")
+        with pytest.raises(CheckFailed, match=r"head scores .* deviate"):
+            openvino_from_onnx(source, output, reference=reference)
+        assert [(path.name, path.read_bytes()) for path in output.parent.iterdir()] == [("a.xml", b"old")]
+
+    def test_after_an_interruption(
+        self, tiny_artefact: Path, reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def interrupt(*_: object, **__: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(to_openvino, "verify", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            openvino_from_onnx(tiny_artefact, tmp_path / "a.xml", reference=reference)
+        assert not list(tmp_path.iterdir())
+
+
+class TestRefusals:
+    def test_another_ending(self, tiny_artefact: Path, reference: Reference, tmp_path: Path) -> None:
+        with pytest.raises(ToodError, match=r"expected a name ending in \.xml"):
+            openvino_from_onnx(tiny_artefact, tmp_path / "a.onnx", reference=reference)
+
+    def test_no_manifest(self, tiny_artefact: Path, reference: Reference, tmp_path: Path) -> None:
+        source = Path(shutil.copy(tiny_artefact, tmp_path / "a.onnx"))
+        with pytest.raises(ArtefactError, match=r"has no manifest beside it \(a\.json\)"):
+            openvino_from_onnx(source, tmp_path / "a.xml", reference=reference)
+
+    def test_cut_source(self, tiny_artefact: Path, reference: Reference, tmp_path: Path) -> None:
+        source = copy(tiny_artefact, tmp_path)
+        source.write_bytes(source.read_bytes()[:100_000])
+        with pytest.raises(ArtefactError, match=r"source\.onnx: OpenVINO cannot open it"):
+            openvino_from_onnx(source, tmp_path / "a.xml", reference=reference)
+
+    def test_a_place_that_cannot_be_written(self, tiny_artefact: Path, reference: Reference) -> None:
+        with pytest.raises(OutputError, match="choose another --output"):
+            openvino_from_onnx(tiny_artefact, Path("/proc/nowhere/a.xml"), reference=reference)
+
+    def test_without_openvino(self, tiny_artefact: Path, reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "openvino", None)
+        with pytest.raises(DeviceError, match="OpenVINO is not installed"):
+            openvino_from_onnx(tiny_artefact, tmp_path / "a.xml", reference=reference)
+        assert not list(tmp_path.iterdir())

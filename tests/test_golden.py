@@ -1,0 +1,49 @@
+"""The stored self-test survives JSON bit for bit, and damage is one clear line."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tood_deploy.errors import ArtefactError
+from tood_deploy.golden import Golden, GoldenCase
+from tood_deploy.rows import Rows
+
+RNG = np.random.default_rng(7)
+
+
+@pytest.fixture
+def golden() -> Golden:
+    rows = Rows(RNG.random((3, 4), np.float32) * 100, RNG.random(3, np.float32), np.array([0, 5, 79], np.int32))
+    nothing = Rows(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int32))
+    picture = RNG.integers(0, 256, (21, 33, 3)).astype(np.uint8)
+    return Golden(picture, 0.6, "PyTorch", (GoldenCase((32, 64), 0.25, rows), GoldenCase((64, 64), 0.0, nothing)))
+
+
+def test_json_keeps_every_bit(golden: Golden) -> None:
+    again = Golden.from_dict(json.loads(json.dumps(golden.to_dict())), "a.onnx")
+    assert np.array_equal(again.picture, golden.picture)
+    assert (again.iou_threshold, again.reference) == (0.6, "PyTorch")
+    for old, new in zip(golden.cases, again.cases, strict=True):
+        assert (old.net_hw, old.score_threshold) == (new.net_hw, new.score_threshold)
+        for name in ("boxes", "scores", "labels"):
+            before, after = getattr(old.expected, name), getattr(new.expected, name)
+            assert before.dtype == after.dtype
+            assert np.array_equal(before, after)
+
+
+def test_the_picture_lies_in_every_slot(golden: Golden) -> None:
+    images, valid_hw = golden.inputs((64, 96), batch=3)
+    assert images.shape == (3, 64, 96, 3)
+    assert valid_hw.tolist() == [[21, 33]] * 3
+    for image in images:
+        assert np.array_equal(image[:21, :33], golden.picture)
+        assert image.sum() == golden.picture.sum(dtype=int)
+
+
+@pytest.mark.parametrize(
+    "damage", [{"picture_png": "?"}, {"picture_png": "aGFsbG8="}, {"cases": [{}]}, {"cases": 3}, {"iou_threshold": "x"}]
+)
+def test_damage_is_one_clear_line(damage: dict[str, object], golden: Golden) -> None:
+    with pytest.raises(ArtefactError, match=r"a\.onnx: the self-test in its manifest is damaged.*export the model again"):
+        Golden.from_dict(golden.to_dict() | damage, "a.onnx")

@@ -1,0 +1,108 @@
+"""An exported .onnx file in, OpenVINO's IR out: .xml, .bin and manifest, verified, all three or none."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tood_deploy.errors import ArtefactError, ToodError
+from tood_deploy.export.graph import HEAD_OUTPUTS, OUTPUTS
+from tood_deploy.export.onnx_artefact import read_onnx
+from tood_deploy.export.runners import Maps, Reference, graph_inputs, onnx_reference
+from tood_deploy.export.verify import TOLERANCES, Tolerances, verify
+from tood_deploy.manifest import Manifest, atomic_paths, manifest_path, read_manifest
+from tood_deploy.openvino_model import CPU, PLACE, TYPES, check_precision, load_openvino, read_model
+
+Rest = Literal["fp32", "bf16"]
+
+
+class OpenVinoRunner:
+    """An .xml or .onnx file in OpenVINO on the CPU, with the head's maps added as outputs in memory; a `Runner`."""
+
+    def __init__(self, artefact: Path, rest: Rest = "fp32") -> None:
+        """Opens the artefact; `rest` is the precision of what is not quantised.
+
+        Raises:
+            DeviceError: OpenVINO is not installed, or the CPU has no bf16.
+            ArtefactError: OpenVINO cannot read it.
+        """
+        ov = load_openvino()
+        core = ov.Core()
+        check_precision(core, rest)
+        model = read_model(core, artefact)
+        model.add_outputs(list(HEAD_OUTPUTS))
+        self._request = core.compile_model(model, CPU, {"INFERENCE_PRECISION_HINT": TYPES[rest]}).create_infer_request()
+        self.name = f"OpenVINO {ov.__version__.split('-')[0]}, {rest}, CPU"
+
+    def __call__(self, images: NDArray[np.uint8], valid_hw: NDArray[np.int32], score_threshold: float, iou_threshold: float) -> Maps:
+        """See `Runner`."""
+        self._request.infer(graph_inputs(images, valid_hw, score_threshold, iou_threshold))
+        return [np.array(self._request.get_tensor(name).data) for name in (*OUTPUTS, *HEAD_OUTPUTS)]
+
+
+def openvino_from_onnx(
+    onnx_path: Path,
+    output: Path,
+    *,
+    reference: Reference,
+    rest: Rest | None = None,
+    pictures: Sequence[NDArray[np.uint8]] = (),
+    tolerances: Tolerances | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Manifest:
+    """Writes `output` (.xml), its .bin and the manifest beside them, after proving them equal to the network.
+
+    Weights are stored as they are in the .onnx, in float32 or int8; bf16 is a property of the run, pinned by the manifest. What is
+    quantised was compared with the network when it was made (`parity` of the .onnx): here it is compared with the .onnx in ONNX Runtime.
+
+    Args:
+        onnx_path: an artefact of tood-export, in float32 or quantised, with deformable convolutions as gathers.
+        output: where to; what is there already is replaced.
+        reference: the network that the .onnx was made from, or the float32 .onnx; not asked where the .onnx is quantised.
+        rest: precision of all that is not quantised; as the .onnx file's manifest says where not given.
+        pictures: (H, W, 3) uint8 BGR, to verify on in addition to the built-in ones.
+        tolerances: of the verification; those of the precision where not given.
+        options: more to note in the manifest.
+
+    Raises:
+        ToodError: an argument out of range, OpenVINO is missing or lacks an operator, or a place that cannot be written.
+        CheckFailed: the artefact deviates from PyTorch; nothing is left behind.
+    """
+    if output.suffix.lower() != ".xml":
+        raise ToodError(f"output is {output}; expected a name ending in .xml")
+    ov = load_openvino()
+    source = read_manifest(onnx_path)
+    if source is None:
+        raise ArtefactError(f"{onnx_path}: has no manifest beside it ({manifest_path(onnx_path).name}); export the checkpoint again")
+    manifest = _manifest(source, rest, ov, options or {})
+    graph = read_model(ov.Core(), onnx_path)
+    graph.set_rt_info(manifest.to_json(), PLACE)
+    # The .bin becomes itself first, and the manifest, which tells whether all three belong together, last.
+    with atomic_paths(output.with_suffix(".bin"), output, manifest_path(output)) as (_, xml, described):
+        ov.save_model(graph, xml, compress_to_fp16=False)
+        run = OpenVinoRunner(xml, manifest.options["rest"])
+        compared = onnx_reference(read_onnx(onnx_path)) if manifest.precision == "int8" else reference
+        parity = verify(compared, run, pictures=pictures, tolerances=tolerances or TOLERANCES[manifest.precision])
+        manifest = replace(manifest, parity=parity | {"onnx": source.parity}).with_artefact(xml)
+        described.write_text(manifest.to_json(), encoding="utf-8")
+    return manifest
+
+
+def _manifest(source: Manifest, rest: Rest | None, ov: ModuleType, options: Mapping[str, Any]) -> Manifest:
+    """The manifest of the IR, as yet without verdict."""
+    wanted = rest or (source.options.get("rest") if source.precision == "int8" else source.precision)
+    chosen = "bf16" if wanted == "bf16" else "fp32"
+    return replace(
+        source,
+        precision=chosen if source.precision in TYPES else source.precision,
+        options={**source.options, "format": "openvino", "rest": chosen, **options},
+        versions=source.versions | {"openvino": ov.__version__},
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        artefact_sha256="",
+        parity={},
+    )
