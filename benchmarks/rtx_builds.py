@@ -26,12 +26,12 @@ from rich.table import Table
 from tood_deploy import __version__
 from tood_deploy.benchmark.machine import describe_machine
 from tood_deploy.errors import ToodError
-from tood_deploy.export.layers import shares
-from tood_deploy.export.mixed_precision import lower_precision
-from tood_deploy.export.profiles import Profiles, batch_from_text, shapes_from_text
-from tood_deploy.export.quantize import calibrated_values, quantize
+from tood_deploy.export.precision.mixed_precision import lower_precision
+from tood_deploy.export.precision.quantize import calibrated_values, quantize
+from tood_deploy.export.tensorrt.layers import shares
+from tood_deploy.export.tensorrt.profiles import Profiles, batch_from_text, shapes_from_text
+from tood_deploy.export.tensorrt.to_tensorrt import engine_from_onnx
 from tood_deploy.export.to_onnx import onnx_from_model, save_onnx
-from tood_deploy.export.to_tensorrt import engine_from_onnx
 from tood_deploy.manifest import Manifest, write_text
 from tood_deploy.model import build_model
 from tood_deploy.presets import PRESETS

@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmarks.gpu.settings import BACKENDS, H200_TFLOPS, MODES, PRECISIONS, Settings
 from tood_deploy.cli.run import run_command
 from tood_deploy.errors import DeviceError, ToodError
-from tood_deploy.export.profiles import shapes_from_text
+from tood_deploy.export.tensorrt.profiles import shapes_from_text
 from tood_deploy.presets import PRESETS
 
 SMALL = {"preset": "tiny", "sizes": "64x96", "batches": "1,2", "rounds": 2, "seconds": 0.1}  # on a CPU, where the flow alone is of interest

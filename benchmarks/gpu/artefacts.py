@@ -45,13 +45,13 @@ class Artefacts:
 
             export_onnx(self.model, path)
             return
-        from tood_deploy.export.to_half_precision import low_precision_onnx
+        from tood_deploy.export.precision.to_half_precision import low_precision_onnx
 
         low_precision_onnx(self.onnx("fp32"), path, precision)
 
     def _make_engine(self, path: Path, precision: Precision) -> None:
-        from tood_deploy.export.profiles import Profiles
-        from tood_deploy.export.to_tensorrt import engine_from_onnx
+        from tood_deploy.export.tensorrt.profiles import Profiles
+        from tood_deploy.export.tensorrt.to_tensorrt import engine_from_onnx
 
         batches = sorted(self.settings.batches)
         profiles = Profiles(self.settings.sizes_hw, (batches[0], batches[len(batches) // 2], batches[-1]))

@@ -14,9 +14,9 @@ from onnx import numpy_helper
 from tood_deploy.benchmark.evaluation_run import DataSet, open_data_set
 from tood_deploy.benchmark.precision_quality import ApDrop
 from tood_deploy.errors import InputError, ToodError
-from tood_deploy.export.mixed_precision import lower_precision
 from tood_deploy.export.onnx_artefact import OnnxArtefact, read_onnx
 from tood_deploy.export.pictures import synthetic_picture
+from tood_deploy.export.precision.mixed_precision import lower_precision
 from tood_deploy.inference.detector import Detector
 
 

@@ -16,12 +16,12 @@ from tood_deploy.benchmark.precision_latency import LatencyBench, Opener, Target
 from tood_deploy.benchmark.precision_search import PrecisionSearch, graph_precision
 from tood_deploy.engines import Engine, open_engine
 from tood_deploy.errors import DeviceError, ToodError
-from tood_deploy.export.autotune import Tuned
-from tood_deploy.export.int8 import Int8Options
-from tood_deploy.export.lowering import Lowered, PrecisionOptions, lower_onnx
-from tood_deploy.export.mixture import network_parts
 from tood_deploy.export.onnx_artefact import OnnxArtefact, read_onnx
 from tood_deploy.export.pictures import synthetic_picture
+from tood_deploy.export.precision.autotune import Tuned
+from tood_deploy.export.precision.int8 import Int8Options
+from tood_deploy.export.precision.lowering import Lowered, PrecisionOptions, lower_onnx
+from tood_deploy.export.precision.mixture import network_parts
 from tood_deploy.export.runners import onnx_reference
 from tood_deploy.manifest import read_manifest
 

@@ -26,8 +26,8 @@ CONF, IOU = 0.03, 0.6
 @pytest.fixture(scope="module")
 def plan(tiny_artefact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`tiny` in float32, by the TensorRT that is installed."""
-    from tood_deploy.export.profiles import Profiles
-    from tood_deploy.export.to_tensorrt import engine_from_onnx
+    from tood_deploy.export.tensorrt.profiles import Profiles
+    from tood_deploy.export.tensorrt.to_tensorrt import engine_from_onnx
 
     path = tmp_path_factory.mktemp("plan") / "tiny.engine"
     engine_from_onnx(tiny_artefact, path, profiles=Profiles(SIZES_HW, (1, 2, MOST)), quiet=True)
@@ -175,10 +175,10 @@ def test_pictures_that_lie_on_the_gpu(plan: Path, cuda_graph: Any, offered: str)
 
 def test_the_self_test_passes_in_every_slot(plan: Path, tiny_artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the export gives an engine its self-test: from the ONNX artefact, on the engine's canvases."""
-    from tood_deploy.export.profiles import Profiles
     from tood_deploy.export.runners import OnnxRunner
     from tood_deploy.export.self_test import self_test_from
-    from tood_deploy.export.to_tensorrt import engine_from_onnx
+    from tood_deploy.export.tensorrt.profiles import Profiles
+    from tood_deploy.export.tensorrt.to_tensorrt import engine_from_onnx
 
     monkeypatch.setenv("TOOD_HOME", str(tmp_path / "home"))
     path = tmp_path / "tiny.engine"

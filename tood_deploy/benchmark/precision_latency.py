@@ -17,10 +17,10 @@ import onnx
 from tood_deploy.benchmark.precision_quality import IOU_THRESHOLD, SCORE_THRESHOLD
 from tood_deploy.benchmark.warmup import warm_up
 from tood_deploy.engines import Engine, open_engine
-from tood_deploy.export.engine_options import EngineOptions
-from tood_deploy.export.profiles import Profiles
-from tood_deploy.export.sensitivity import Prepared
-from tood_deploy.export.to_tensorrt import engine_from_onnx
+from tood_deploy.export.precision.sensitivity import Prepared
+from tood_deploy.export.tensorrt.engine_options import EngineOptions
+from tood_deploy.export.tensorrt.profiles import Profiles
+from tood_deploy.export.tensorrt.to_tensorrt import engine_from_onnx
 
 Target = Literal["onnx", "openvino", "engine"]
 Open = Callable[[Path, tuple[int, int]], Engine]

@@ -15,8 +15,8 @@ from tood_deploy.benchmark.evaluation_run import DataSet
 from tood_deploy.benchmark.prediction import predict
 from tood_deploy.benchmark.prediction_file import Key, PredictionFile
 from tood_deploy.errors import ArtefactError, InputError
-from tood_deploy.export.emulation import emulate_low_precision
 from tood_deploy.export.onnx_artefact import OnnxArtefact
+from tood_deploy.export.precision.emulation import emulate_low_precision
 from tood_deploy.inference.detector import Detector
 
 SCORE_THRESHOLD, IOU_THRESHOLD = 0.05, 0.6

@@ -15,19 +15,19 @@ import onnx_ir as ir
 
 from tood_deploy.benchmark.precision_latency import LatencyBench, Opener
 from tood_deploy.errors import ToodError
-from tood_deploy.export.autotune import Hands, Mixture, Tuned, autotune
-from tood_deploy.export.calibration import Calibration, calibrate
-from tood_deploy.export.emulation import emulate_low_precision
-from tood_deploy.export.int8 import Int8Options, prepare_pictures
-from tood_deploy.export.lowering import Lowered, QualityOf
-from tood_deploy.export.mismatch import DetectionMismatch
-from tood_deploy.export.mixed_precision import DATA_TYPES, LowPrecision
-from tood_deploy.export.mixture import mix_precisions, network_parts
 from tood_deploy.export.onnx_artefact import OnnxArtefact
+from tood_deploy.export.precision.autotune import Hands, Mixture, Tuned, autotune
+from tood_deploy.export.precision.calibration import Calibration, calibrate
+from tood_deploy.export.precision.emulation import emulate_low_precision
+from tood_deploy.export.precision.int8 import Int8Options, prepare_pictures
+from tood_deploy.export.precision.lowering import Lowered, QualityOf
+from tood_deploy.export.precision.mismatch import DetectionMismatch
+from tood_deploy.export.precision.mixed_precision import DATA_TYPES, LowPrecision
+from tood_deploy.export.precision.mixture import mix_precisions, network_parts
+from tood_deploy.export.precision.quantizable import all_layers
+from tood_deploy.export.precision.quantize import calibrated_values, quantize
+from tood_deploy.export.precision.sensitivity import Prepared
 from tood_deploy.export.progress import progress_bar
-from tood_deploy.export.quantizable import all_layers
-from tood_deploy.export.quantize import calibrated_values, quantize
-from tood_deploy.export.sensitivity import Prepared
 from tood_deploy.manifest import METADATA_KEY
 
 Tell = Callable[[Any], None]

@@ -11,9 +11,9 @@ from tood_deploy.cli.run import DONE, add_model_options, class_names_from, run_c
 from tood_deploy.errors import ToodError
 
 if TYPE_CHECKING:
-    from tood_deploy.export.engine_options import EngineOptions
-    from tood_deploy.export.lowering import PrecisionOptions
     from tood_deploy.export.order import Order
+    from tood_deploy.export.precision.lowering import PrecisionOptions
+    from tood_deploy.export.tensorrt.engine_options import EngineOptions
 
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "engine": ".engine", "triton": ""}
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")
@@ -211,9 +211,9 @@ def _check_search(arguments: argparse.Namespace, given: set[str]) -> None:
 
 def order_from(arguments: argparse.Namespace, command: str) -> "Order":
     """The arguments as the exporter takes them; `command` makes the same again."""
-    from tood_deploy.export.engine_options import EngineOptions
     from tood_deploy.export.order import CheckpointOptions, Order, SizeOptions
-    from tood_deploy.export.triton_options import TritonOptions
+    from tood_deploy.export.tensorrt.engine_options import EngineOptions
+    from tood_deploy.export.triton.options import TritonOptions
 
     load = {"preset": arguments.preset, "class_names": class_names_from(arguments.classes), "convention": arguments.convention}
     made = {"imgsz": arguments.imgsz, "max_det": arguments.max_det, "deform": arguments.deform}
@@ -261,8 +261,8 @@ def default_output(arguments: argparse.Namespace) -> Path:
 def _precision_from(arguments: argparse.Namespace, engine: "EngineOptions") -> "PrecisionOptions":
     from functools import partial
 
-    from tood_deploy.export.int8 import Int8Options
-    from tood_deploy.export.lowering import PrecisionOptions
+    from tood_deploy.export.precision.int8 import Int8Options
+    from tood_deploy.export.precision.lowering import PrecisionOptions
 
     max_drop = arguments.max_drop if arguments.max_ap_drop is None else arguments.max_ap_drop
     values = {"method": arguments.calib_method, "max_drop": max_drop, "most_pictures": arguments.calib_pictures}

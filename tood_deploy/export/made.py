@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from tood_deploy.export.layers import Layer, LayerReport, shares_table
+from tood_deploy.export.tensorrt.layers import Layer, LayerReport, shares_table
 from tood_deploy.manifest import Manifest, artefact_files, manifest_path
 from tood_deploy.presets import Preset
 

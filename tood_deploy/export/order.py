@@ -18,20 +18,20 @@ from numpy.typing import NDArray
 
 from tood_deploy.errors import OutputError, ToodError
 from tood_deploy.export.artefact import export_onnx
-from tood_deploy.export.engine_options import EngineOptions
-from tood_deploy.export.lowering import PrecisionOptions, lower_onnx
 from tood_deploy.export.made import Made, describe
 from tood_deploy.export.onnx_artefact import read_onnx
 from tood_deploy.export.pictures import read_pictures
-from tood_deploy.export.profiles import Profiles, batch_from_text, default_shapes, shapes_from_text
+from tood_deploy.export.precision.lowering import PrecisionOptions, lower_onnx
 from tood_deploy.export.runners import Reference, onnx_reference, torch_reference
 from tood_deploy.export.self_test import self_test_from
-from tood_deploy.export.shape_plan import propose_shapes
-from tood_deploy.export.shape_report import plot_proposal, proposal_table
+from tood_deploy.export.tensorrt.engine_options import EngineOptions
+from tood_deploy.export.tensorrt.profiles import Profiles, batch_from_text, default_shapes, shapes_from_text
+from tood_deploy.export.tensorrt.shape_plan import propose_shapes
+from tood_deploy.export.tensorrt.shape_report import plot_proposal, proposal_table
+from tood_deploy.export.tensorrt.to_tensorrt import engine_from_onnx
 from tood_deploy.export.to_openvino import openvino_from_onnx
-from tood_deploy.export.to_tensorrt import engine_from_onnx
-from tood_deploy.export.to_triton import triton_repository
-from tood_deploy.export.triton_options import TritonOptions
+from tood_deploy.export.triton.options import TritonOptions
+from tood_deploy.export.triton.to_triton import triton_repository
 from tood_deploy.manifest import Manifest, atomic_paths, manifest_path, neighbour, read_manifest
 from tood_deploy.model.checkpoint import load_checkpoint
 from tood_deploy.preprocess import check_imgsz

@@ -1,0 +1,76 @@
+"""Inner values of a graph, picture by picture: the same numbers as from the whole graph at once, and not all at the same time."""
+
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+
+from tood_deploy.errors import ArtefactError, InputError
+from tood_deploy.export.graph import HEAD_OUTPUTS
+from tood_deploy.export.precision.activations import IOU_THRESHOLD, SCORE_THRESHOLD, ActivationReader, iterate_activations
+from tood_deploy.export.to_onnx import with_outputs
+
+SIZE_HW = (64, 96)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_artefact: Path) -> onnx.ModelProto:
+    return onnx.load(tiny_artefact)
+
+
+@pytest.fixture(scope="module")
+def names(model: onnx.ModelProto) -> list[str]:
+    """Values from all over the network, and what the loop of suppression gives; not in the graph's order.
+
+    None from behind the first sorting, where two numbers that are nearly equal may change places.
+    """
+    first = next(i for i, node in enumerate(model.graph.node) if node.op_type == "TopK")
+    made = [name for node in model.graph.node[:first] for name in node.output if name]
+    return sorted({*made[::9], *HEAD_OUTPUTS, "num_dets"}, key=lambda name: name[::-1])
+
+
+@pytest.mark.parametrize("together", [1, 7, 10_000])
+def test_equal_to_the_whole_graph(model: onnx.ModelProto, names: list[str], synth_picture: Any, together: int) -> None:
+    image = synth_picture(*SIZE_HW)
+    reader = ActivationReader(model, names, threads=1, together=together)
+    found, largest = {}, 0
+    for values in reader.read(image, (60, 90)):
+        assert found.keys().isdisjoint(values)
+        largest = max(largest, len(values))
+        found.update(values)
+    assert largest <= together
+    assert found.keys() == set(names)
+    thresholds = {"score_threshold": np.array(SCORE_THRESHOLD, np.float32), "iou_threshold": np.array(IOU_THRESHOLD, np.float32)}
+    outside = [name for name in names if name != "num_dets"]
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    session = ort.InferenceSession(with_outputs(model, outside).SerializeToString(), options, providers=["CPUExecutionProvider"])
+    expected: Any = session.run(names, {"images": image[None], "valid_hw": np.array([[60, 90]], np.int32), **thresholds})
+    for name, array in zip(names, expected, strict=True):
+        np.testing.assert_allclose(found[name], array, rtol=1e-3, atol=1e-3, err_msg=name)
+
+
+def test_nothing_is_computed_beyond_the_last_wanted_value(model: onnx.ModelProto, synth_picture: Any) -> None:
+    reader = ActivationReader(model, ["c3"], threads=1)
+    (segment,) = reader._segments
+    assert segment.reads == ("images", "valid_hw")
+    (values,) = reader.read(synth_picture(*SIZE_HW), SIZE_HW)
+    assert values["c3"].shape[2:] == (8, 12)
+
+
+def test_folders_in_order_of_names(model: onnx.ModelProto, synth_picture: Any, tmp_path: Path) -> None:
+    for name, size in (("b.png", (40, 80)), ("a.png", (64, 64)), ("c.png", (90, 60))):
+        cv2.imwrite(str(tmp_path / name), synth_picture(*size))
+    shapes = [values["pixels"].shape[2:] for values in iterate_activations(model, tmp_path, (64, 96), ["pixels"], most=2)]
+    assert shapes == [(64, 64), (64, 96)]
+
+
+def test_bad_input(model: onnx.ModelProto, tmp_path: Path) -> None:
+    with pytest.raises(ArtefactError, match="makes no values conv_of_another_graph"):
+        ActivationReader(model, ["c3", "conv_of_another_graph"])
+    with pytest.raises(InputError, match="no pictures in it"):
+        next(iterate_activations(model, tmp_path, (64, 96), ["c3"]))

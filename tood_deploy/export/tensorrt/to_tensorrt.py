@@ -1,0 +1,124 @@
+"""From an ONNX artefact to a TensorRT engine: a plan file that holds the plan alone, and the manifest beside it, or nothing at all."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from tood_deploy import __version__
+from tood_deploy.errors import OutputError, ToodError
+from tood_deploy.export.onnx_artefact import OnnxArtefact, read_onnx
+from tood_deploy.export.tensorrt.build import build_plan
+from tood_deploy.export.tensorrt.build_progress import Monitor, build_progress, run_cancellable
+from tood_deploy.export.tensorrt.engine_options import EngineOptions
+from tood_deploy.export.tensorrt.engine_target import engine_target
+from tood_deploy.export.tensorrt.layers import LayerReport, inspect_plan, network_layers
+from tood_deploy.export.tensorrt.network import parse_network
+from tood_deploy.export.tensorrt.profiles import Profiles, default_shapes
+from tood_deploy.manifest import Manifest, atomic_paths, manifest_path, neighbour
+from tood_deploy.tensorrt_flavour import Flavour, load_flavour
+
+SUFFIXES = (".engine", ".plan")
+
+
+@dataclass(frozen=True)
+class BuiltEngine:
+    """One engine that was built.
+
+    Attributes:
+        manifest: what lies beside it.
+        layers: its layers, and the precision they compute in.
+        seconds: that reading and building took.
+        size_bytes: of the plan.
+    """
+
+    manifest: Manifest
+    layers: LayerReport
+    seconds: float
+    size_bytes: int
+
+
+def engine_from_onnx(
+    onnx_path: Path,
+    output: Path,
+    *,
+    profiles: Profiles | None = None,
+    options: EngineOptions | None = None,
+    flavour: str | None = None,
+    self_test: dict[str, Any] | None = None,
+    rebuild: str = "",
+    quiet: bool = False,
+) -> BuiltEngine:
+    """Writes `output` (.engine or .plan) and the manifest beside it.
+
+    Args:
+        onnx_path: an .onnx artefact of tood-export; its precision is the engine's.
+        output: where to; an engine that is there already is replaced in one step.
+        profiles: the sizes and batches it takes; landscape and portrait of the model's own size, batches of 1 to 8 where not given.
+        options: of the builder.
+        flavour: "tensorrt" or "tensorrt_rtx"; the one that is installed where not given.
+        self_test: a stored picture and the answers to it on every size of `profiles`, for the manifest; see `self_test_from`.
+        rebuild: the command that builds this engine again, for the manifest.
+        quiet: no progress bar, on a terminal neither.
+
+    Raises:
+        DeviceError: no TensorRT, no GPU where it needs one, or out of memory.
+        ArtefactError: not an ONNX of ours, an operator that TensorRT lacks, or a precision that the network does not have.
+        ToodError: an argument out of range, or a place that cannot be written.
+    """
+    options = options or EngineOptions()
+    _check_output(output)
+    library = load_flavour(flavour)
+    options.check(library)
+    artefact = read_onnx(onnx_path)
+    profiles = profiles or Profiles(default_shapes(artefact.manifest.preset.imgsz))
+    target = engine_target(library, profiles, options)
+    started = time.perf_counter()
+    with build_progress(library, quiet) as monitor:
+        plan, layers = run_cancellable(lambda: _build(library, artefact, profiles, options, monitor), monitor)
+    seconds = time.perf_counter() - started
+    manifest = replace(_describe(artefact, library, options, layers, rebuild), target=target, self_test=self_test or {})
+    with atomic_paths(output, manifest_path(output)) as (plan_file, manifest_file):
+        plan_file.write_bytes(plan)
+        manifest = manifest.with_artefact(plan_file)
+        manifest_file.write_text(manifest.to_json(), encoding="utf-8")
+    return BuiltEngine(manifest, layers, seconds, output.stat().st_size)
+
+
+def _check_output(output: Path) -> None:
+    if output.suffix.lower() not in SUFFIXES:
+        raise ToodError(f"output is {output}; expected a name ending in {' or '.join(SUFFIXES)}")
+    if other := neighbour(output):
+        raise OutputError(
+            f"{output}: its manifest {manifest_path(output).name} would replace that of {other.name}; "
+            f"give another --output, such as {output.with_stem(output.stem + '-trt')}"
+        )
+
+
+def _build(
+    library: Flavour, artefact: OnnxArtefact, profiles: Profiles, options: EngineOptions, monitor: Monitor
+) -> tuple[Any, LayerReport]:
+    """The plan, and the report on its layers; a precision that nothing is computed in is found before the long build."""
+    layers = LayerReport(network_layers(library, parse_network(library, artefact).network, profiles.shapes_hw[0]))
+    layers.check(artefact.manifest.precision)
+    parsed = parse_network(library, artefact)
+    plan = build_plan(library, parsed, profiles, options, monitor)
+    engine, note = inspect_plan(library, plan, host_code=options.version_compatible)
+    return plan, replace(layers, engine=engine, note=note)
+
+
+def _describe(artefact: OnnxArtefact, library: Flavour, options: EngineOptions, layers: LayerReport, rebuild: str) -> Manifest:
+    """The manifest of the engine: that of its ONNX, and what was added."""
+    source = artefact.manifest
+    added = {"format": "engine", "onnx_sha256": artefact.sha256, "precisions": layers.to_dict(), **options.to_dict()}
+    parity = {**source.parity, "compared": "the ONNX artefact that this engine was built from"} if source.parity else {}
+    return replace(
+        source,
+        options=source.options | added | ({"rebuild": rebuild} if rebuild else {}),
+        versions=source.versions | {"tood_deploy": __version__, library.name: library.version},
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        parity=parity,
+    )

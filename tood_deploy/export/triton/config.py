@@ -1,0 +1,121 @@
+"""The configuration of a model on Triton Inference Server, from its manifest; and the data its warm-up runs on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tood_deploy import __version__
+from tood_deploy.export.pictures import synthetic_picture
+from tood_deploy.export.tensorrt.profiles import Profiles, Shape
+from tood_deploy.export.triton.options import Backend, TritonOptions
+from tood_deploy.export.triton.schema import new_config
+from tood_deploy.manifest import INPUTS, OUTPUTS, Manifest
+from tood_deploy.preprocess import resize_and_pad
+from tood_deploy.presets import SIZE_DIVISOR
+
+LABELS_FILE = "labels.txt"
+WARM_UP_FOLDER = "warmup"  # where Triton looks for the files that a warm-up names
+MODEL_FILES: dict[Backend, str] = {"onnxruntime": "model.onnx", "tensorrt": "model.plan"}
+PLATFORMS: dict[Backend, str] = {"onnxruntime": "onnxruntime_onnx", "tensorrt": "tensorrt_plan"}
+WARM_UP_CONF, WARM_UP_IOU = 0.05, 0.6
+OURS = "tood_deploy"  # the parameter by which a configuration of ours is known
+
+
+def triton_config(manifest: Manifest, backend: Backend, options: TritonOptions, profiles: Profiles) -> Any:
+    """The `ModelConfig`.
+
+    Args:
+        manifest: of the model.
+        backend: what runs it.
+        options: with the model's name.
+        profiles: the largest batch, and the sizes to warm up; a TensorRT plan has just these.
+    """
+    most = profiles.batch[-1]
+    return new_config(
+        name=options.name,
+        platform=PLATFORMS[backend],
+        backend=backend,
+        default_model_filename=MODEL_FILES[backend],
+        max_batch_size=most,
+        input=_inputs(),
+        output=_outputs(manifest.max_det),
+        dynamic_batching={"max_queue_delay_microseconds": options.queue_delay_us} if most > 1 else None,
+        instance_group=[_instances(options, len(profiles.shapes_hw) if backend == "tensorrt" else 0)],
+        model_warmup=[_warm_up(shape, batch) for shape in profiles.shapes_hw for batch in options.warm_up_batches],
+        parameters={name: {"string_value": value} for name, value in _parameters(manifest).items()},
+    )
+
+
+def _inputs() -> list[dict[str, Any]]:
+    images, valid_hw, score_threshold, iou_threshold = INPUTS
+    return [
+        {"name": images, "data_type": "TYPE_UINT8", "dims": [-1, -1, 3]},
+        {"name": valid_hw, "data_type": "TYPE_INT32", "dims": [2]},
+        {"name": score_threshold, "data_type": "TYPE_FP32", "dims": [1]},
+        {"name": iou_threshold, "data_type": "TYPE_FP32", "dims": [1]},
+    ]
+
+
+def _outputs(max_det: int) -> list[dict[str, Any]]:
+    num_dets, boxes, scores, labels = OUTPUTS
+    return [
+        {"name": num_dets, "data_type": "TYPE_INT32", "dims": [1], "reshape": {"shape": []}},  # the graph gives it without a second axis
+        {"name": boxes, "data_type": "TYPE_FP32", "dims": [max_det, 4]},
+        {"name": scores, "data_type": "TYPE_FP32", "dims": [max_det]},
+        {"name": labels, "data_type": "TYPE_INT32", "dims": [max_det], "label_filename": LABELS_FILE},
+    ]
+
+
+def _instances(options: TritonOptions, profiles: int) -> dict[str, Any]:
+    group: dict[str, Any] = {"count": options.instances, "kind": f"KIND_{options.device.upper()}", "gpus": options.gpus}
+    return group | ({"profile": [str(number) for number in range(profiles)]} if profiles > 1 else {})
+
+
+def _warm_up(shape: Shape, batch: int) -> dict[str, Any]:
+    inputs = {}
+    for name, array in warm_up_arrays(shape).items():
+        kind = next(each["data_type"] for each in _inputs() if each["name"] == name)
+        inputs[name] = {"data_type": kind, "dims": array.shape, "input_data_file": f"{_size_name(shape)}/{name}"}
+    return {"name": f"{_size_name(shape)}, batch {batch}", "batch_size": batch, "inputs": inputs}
+
+
+def warm_up_arrays(shape: Shape) -> dict[str, NDArray[Any]]:
+    """A synthetic picture that fills a padded size, as one request of batch 1 without the batch axis: name to array."""
+    height, width = shape
+    image, transform = resize_and_pad(synthetic_picture(height, width, seed=0), (min(shape), max(shape)), shape)
+    thresholds = (np.array([value], np.float32) for value in (WARM_UP_CONF, WARM_UP_IOU))
+    return dict(zip(INPUTS, (image, np.array(transform.resized_hw, np.int32), *thresholds), strict=True))
+
+
+def write_warm_up(folder: Path, shapes_hw: Sequence[Shape]) -> None:
+    """The files that the configuration's warm-up names, little-endian as Triton reads them: a folder a size, a file an input."""
+    for shape in shapes_hw:
+        place = folder / _size_name(shape)
+        place.mkdir(parents=True)
+        for name, array in warm_up_arrays(shape).items():
+            (place / name).write_bytes(array.astype(array.dtype.newbyteorder("<")).tobytes())
+
+
+def _size_name(shape: Shape) -> str:
+    return f"{shape[0]}x{shape[1]}"
+
+
+def _parameters(manifest: Manifest) -> dict[str, str]:
+    """What clients need to know of the model and cannot see in its inputs and outputs; they can ask the server for it."""
+    preset = manifest.preset
+    return {
+        OURS: __version__,
+        "preset": preset.name,
+        "precision": manifest.precision,
+        "class_names": json.dumps(preset.class_names, ensure_ascii=False),
+        "imgsz": f"{preset.imgsz[0]} {preset.imgsz[1]}",
+        "size_divisor": str(SIZE_DIVISOR),
+        "model_sha256": manifest.artefact_sha256,
+        "checkpoint_sha256": manifest.checkpoint_sha256,
+    }
