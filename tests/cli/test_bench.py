@@ -146,7 +146,7 @@ class TestVideo:
         assert code == 0
         assert "infer" in out
         assert out.splitlines()[-1] == "video-report/video.html"
-        assert asked == [("m.onnx", {"device": "cpu", "threads": 2})]
+        assert asked == [("m.onnx", {"device": "cpu", "threads": 2, "hint": "throughput"})]
 
     def test_no_such_clip(self, run: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(detector_module, "open_engine", lambda model, **options: RedEngine())
