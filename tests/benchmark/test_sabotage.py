@@ -128,7 +128,7 @@ def blue_for_red(model: onnx.ModelProto) -> None:
 
 def half_pixel_shift(model: onnx.ModelProto) -> None:
     """The alignment's offsets, in cells, all half a cell larger."""
-    edit_weight(model, f"{HEAD}.reg_offset_module.2.bias", lambda bias: bias.__iadd__(0.5))
+    edit_weight(model, f"{HEAD}.reg_offset_module.last.bias", lambda bias: bias.__iadd__(0.5))
 
 
 def suppress_at_half(model: onnx.ModelProto) -> None:
