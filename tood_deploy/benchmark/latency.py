@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from tood_deploy.benchmark.gpu import GpuMeter
 from tood_deploy.benchmark.latency_worker import Calls, Case, Failed, Opened, Turn, serve
 from tood_deploy.errors import ToodError
+from tood_deploy.manifest import artefact_files
 
 SAMPLE_EVERY_S = 0.1
 Answer = TypeVar("Answer", Opened, Turn)
@@ -86,7 +87,7 @@ class Measurement:
     def artefact_mib(self) -> float | None:
         """Size of the file; None for a preset's name."""
         path = Path(self.case.model)
-        return path.stat().st_size / 2**20 if path.is_file() else None
+        return sum(file.stat().st_size for file in artefact_files(path)) / 2**20 if path.is_file() else None
 
 
 class Worker:
