@@ -17,7 +17,9 @@ DESCRIPTOR = "triton_model_config.binpb"
 
 @cache
 def _message_class() -> type[Message]:
-    file = descriptor_pb2.FileDescriptorProto.FromString(resources.files("tood_deploy.export.triton").joinpath("schemas", DESCRIPTOR).read_bytes())
+    file = descriptor_pb2.FileDescriptorProto.FromString(
+        resources.files("tood_deploy.export.triton").joinpath("schemas", DESCRIPTOR).read_bytes()
+    )
     pool = descriptor_pool.DescriptorPool()  # its own: tritonclient, in the same process, registers the same names
     pool.Add(file)
     return message_factory.GetMessageClass(pool.FindMessageTypeByName("inference.ModelConfig"))
