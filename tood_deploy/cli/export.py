@@ -174,6 +174,11 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         (arguments.to == "triton", OF_TRITON, "--to triton"),
         (tuned or arguments.precision == "int8", OF_INT8, "--precision int8 or --autotune-precision"),
         (not tuned or arguments.to == "engine", ("rest",), "--to engine when it comes with --autotune-precision"),
+        (
+            arguments.rest == "fp32" or arguments.to in ("openvino", "engine"),
+            ("rest",),
+            "--to openvino or engine: ONNX Runtime gets it wrong",
+        ),
         (tuned or arguments.precision in ("int8", "fp16"), ("calib_data",), "--precision int8 or fp16, or --autotune-precision"),
         ("max_ap_drop" in given, ("annotations",), "--max-ap-drop"),
         (arguments.shapes == "auto" or "annotations" in given, ("images",), "--shapes auto or --annotations"),

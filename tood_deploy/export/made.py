@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from tood_deploy.export.tensorrt.layers import Layer, LayerReport, shares_table
-from tood_deploy.manifest import Manifest, artefact_files, manifest_path
+from tood_deploy.manifest import ARTEFACT_SUFFIXES, Manifest, artefact_files, manifest_path
 from tood_deploy.presets import Preset
 
 
@@ -32,8 +32,9 @@ class Made:
             yield shares_table(self.layers)
             if list_layers:
                 yield layers_table(self.layers.engine or self.layers.network)
-        if self.path.suffix.lower() in (".onnx", ".xml", ".engine", ".plan") and "serving" not in self.manifest.options:
-            yield f"next: tood-infer {self.path} PICTURES --output DIR"
+        if self.path.suffix.lower() in ARTEFACT_SUFFIXES and "serving" not in self.manifest.options:
+            device = " --device cuda" if self.layers is not None else ""
+            yield f"next: tood-infer {self.path} PICTURES --output DIR{device}"
 
 
 def describe(preset: Preset) -> str:
@@ -72,6 +73,7 @@ def describe_parity(parity: dict[str, Any]) -> Iterator[str]:
         f"scores within {found['score_deviation']:.1e}, boxes within {found['box_deviation_px']:.1e} px; "
         f"head maps within {parity['head_scores']:.1e} (scores) and {parity['head_boxes']:.1e} strides (boxes)"
     )
+    yield from describe_parity(parity.get("onnx", {}))
     if not found["reference"]:
         yield "no detection on these pictures: only the head's maps were compared; give --verify-images a folder of real pictures"
 

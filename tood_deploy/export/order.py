@@ -35,6 +35,7 @@ from tood_deploy.export.triton.to_triton import triton_repository
 from tood_deploy.manifest import Manifest, atomic_paths, manifest_path, neighbour, read_manifest
 from tood_deploy.model.checkpoint import load_checkpoint
 from tood_deploy.preprocess import check_imgsz
+from tood_deploy.tensorrt_flavour import load_flavour
 
 Target = Literal["onnx", "openvino", "engine", "triton"]
 Say = Callable[[str], None]
@@ -204,8 +205,6 @@ def _given_onnx(path: Path, order: Order) -> tuple[Path, Reference]:
 
 def _deform_form(order: Order) -> Literal["op", "gather"]:
     """The form that the target has."""
-    from tood_deploy.tensorrt_flavour import load_flavour
-
     if order.to == "openvino":
         return "gather"
     return "gather" if order.to == "engine" and load_flavour(order.flavour).name == "tensorrt_rtx" else "op"
