@@ -1,0 +1,86 @@
+"""The whole export by the command, from an .onnx: every target, what it says, and what it leaves behind."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tood_deploy.cli.export import main
+from tood_deploy.engines import open_engine
+from tood_deploy.manifest import neighbour, read_manifest
+
+
+@pytest.fixture
+def source(tiny_artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """`tiny.onnx` and its manifest in the present folder, which is empty otherwise."""
+    monkeypatch.chdir(tmp_path)
+    for suffix in (".onnx", ".json"):
+        shutil.copy(tiny_artefact.with_suffix(suffix), tmp_path / f"tiny{suffix}")
+    return Path("tiny.onnx")
+
+
+def made_beside(source: Path) -> set[str]:
+    return {path.name for path in source.absolute().parent.iterdir()} - {"tiny.onnx", "tiny.json"}
+
+
+def test_openvino(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(source), "--to", "openvino"]) == 0
+    assert made_beside(source) == {"tiny-openvino.xml", "tiny-openvino.bin", "tiny-openvino.json"}
+    assert "next: tood-infer tiny-openvino.xml PICTURES --output DIR\n" in capsys.readouterr().out
+    with open_engine("tiny-openvino.xml") as engine:
+        assert engine.precision == "fp32"
+
+
+def test_fp16(source: Path) -> None:
+    assert main([str(source), "--precision", "fp16", "--quiet"]) == 0
+    assert made_beside(source) == {"tiny-fp16.onnx", "tiny-fp16.json"}
+    manifest = read_manifest(Path("tiny-fp16.onnx"))
+    assert manifest is not None
+    assert manifest.precision == "fp16"
+    assert manifest.parity["reference"].startswith("tiny.onnx")
+    assert manifest.self_test
+
+
+def test_triton(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(source), "--to", "triton", "--output", "repo", "--name", "tood"]) == 0
+    assert made_beside(source) == {"repo"}
+    assert Path("repo/tood/1/model.onnx").is_file()
+    assert "next: tood-infer" not in capsys.readouterr().out
+
+
+def test_an_engine_says_how_to_run_it(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(source), "--to", "engine", "--shapes", "64x96", "--batch", "1"]) == 0
+    assert made_beside(source) == {"tiny-engine.engine", "tiny-engine.json"}
+    assert "PICTURES --output DIR --device cuda\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "tiny.onnx is an .onnx already"),
+        (["--to", "openvino", "--output", "tiny.xml"], "its manifest tiny.json would replace that of tiny.onnx"),
+        (["--to", "openvino", "--output", "tiny.ir"], "expected a name ending in .xml"),
+        (["--to", "openvino", "--precision", "fp16"], "OpenVINO on CPUs computes in fp32, bf16 and int8"),
+        (["--precision", "int8"], "--precision int8 needs --calib-data"),
+        (["--precision", "int8", "--calib-data", ".", "--rest", "fp16"], "--rest needs --to openvino or engine"),
+        (["--precision", "fp16", "--batch", "2"], "--batch needs --to engine or --to triton"),
+        (["--precision", "fp16", "--max-det", "5"], "--max-det needs a checkpoint"),
+        (["--to", "triton", "--gpus", "one"], "--gpus is 'one'; expected whole numbers"),
+        (["--to", "engine", "--shapes", "64"], "expected HxW"),
+    ],
+)
+def test_wrong_use_is_one_line_and_leaves_nothing(
+    arguments: list[str], message: str, source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(source), *arguments, "--quiet"]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not made_beside(source)
+
+
+def test_neighbours(tmp_path: Path) -> None:
+    (tmp_path / "a.engine").touch()
+    (tmp_path / "b.onnx").touch()
+    assert neighbour(tmp_path / "a.onnx") == tmp_path / "a.engine"
+    assert neighbour(tmp_path / "b.onnx") is None, "an artefact may replace itself"
