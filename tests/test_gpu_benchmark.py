@@ -67,6 +67,7 @@ def row_of(report: dict[str, Any], how: str, precision: str, cell: str = "64x96,
     return row
 
 
+@pytest.mark.slow
 class TestFlow:
     def test_every_way_has_a_row_in_every_cell(self, report: dict[str, Any]) -> None:
         names = [(row["how"], row["precision"], row["cell"]) for row in report["rows"]]
@@ -132,6 +133,7 @@ class TestFailures:
         assert status_of(error) == status
         assert str(error) in note_of(error)
 
+    @pytest.mark.slow
     def test_a_fault_is_listed_the_run_goes_on_and_fails(
         self, run: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -148,6 +150,7 @@ class TestFailures:
         assert row_of(report, "eager", "fp32")["status"] == "ok"
         assert "failed: 64x96, batch 2: ONNX Runtime, CPU, fp32: RuntimeError: broken" in capsys.readouterr().err
 
+    @pytest.mark.slow
     def test_wrong_boxes_fail_the_run(self, run: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         original = static_detector.pack
 

@@ -4,10 +4,16 @@ from pathlib import Path
 import pytest
 from inference.fakes import RedEngine, moving_pictures, write_picture, write_video
 
+from tood_deploy.benchmark import video as video_module
 from tood_deploy.benchmark.video import VideoRun, run_video
 from tood_deploy.benchmark.video_report import bench_video
 from tood_deploy.errors import ToodError
 from tood_deploy.inference.detector import Detector
+
+
+@pytest.fixture(autouse=True)
+def engine_timed_shortly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(video_module, "ENGINE_S", 0.01)
 
 
 @pytest.fixture
@@ -20,7 +26,7 @@ def detector(seconds_per_image: float = 0.0) -> Detector:
 
 
 def test_every_thread_is_accounted_for(clip: str) -> None:
-    run = run_video(detector(), clip, 1, None, encode=True, engine_s=0.01)
+    run = run_video(detector(), clip, 1, None, encode=True)
     assert run.frames == run.detections == 12
     assert list(run.busy_s) == ["decode", "scale", "infer", "draw and encode"]
     assert all(seconds > 0 for seconds in run.busy_s.values())
@@ -28,13 +34,13 @@ def test_every_thread_is_accounted_for(clip: str) -> None:
 
 
 def test_without_encoding_and_with_fewer_frames(clip: str) -> None:
-    run = run_video(detector(), clip, 2, 5, encode=False, engine_s=0.01)
+    run = run_video(detector(), clip, 2, 5, encode=False)
     assert run.frames == 5
     assert list(run.busy_s) == ["decode", "scale", "infer"]
 
 
 def test_a_slow_engine_is_what_limits(clip: str) -> None:
-    run = run_video(detector(0.05), clip, 1, None, encode=False, engine_s=0.01)
+    run = run_video(detector(0.05), clip, 1, None, encode=False)
     assert max(run.busy_s, key=lambda stage: run.busy_s[stage]) == "infer"
 
 
@@ -57,7 +63,7 @@ def test_reports(clip: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize("batch", [0, -1])
 def test_a_batch_of_nothing(clip: str, batch: int) -> None:
     with pytest.raises(ToodError, match="batch"):
-        run_video(detector(), clip, batch, None, encode=False, engine_s=0.01)
+        run_video(detector(), clip, batch, None, encode=False)
 
 
 def test_a_picture_is_no_clip(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from inference.fakes import RedEngine, moving_pictures, write_picture, write_video
 
+from tood_deploy.benchmark import video as video_module
 from tood_deploy.cli.bench import ap_from, main, short_names, size_from
 from tood_deploy.errors import ToodError
 from tood_deploy.inference import detector as detector_module
@@ -140,6 +141,7 @@ class TestLatency:
 class TestVideo:
     def test_a_clip(self, run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         asked = []
+        monkeypatch.setattr(video_module, "ENGINE_S", 0.01)
         monkeypatch.setattr(detector_module, "open_engine", lambda model, **options: asked.append((model, options)) or RedEngine())
         clip = write_video(tmp_path / "clip.mp4", moving_pictures(6))
         code, out, _ = run("video", "m.onnx", clip, "--limit", 4, "--imgsz", 48, 64, "--threads", 2, "--no-encode")

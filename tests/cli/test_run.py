@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from inference.fakes import RedEngine, moving_pictures, write_picture, write_video
 
+from tood_deploy.benchmark import video as video_module
 from tood_deploy.cli import bench, eval, infer
 from tood_deploy.cli.run import is_artefact
 from tood_deploy.engines.opening import RUNTIMES
@@ -70,7 +71,8 @@ def test_batches_run_side_by_side_on_a_cpu_where_nobody_waits_for_one(
     assert asked[0].get("hint") == hint
 
 
-def test_of_videos_in_the_benchmark(run: Run, asked: list[dict[str, Any]], tmp_path: Path) -> None:
+def test_of_videos_in_the_benchmark(run: Run, asked: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(video_module, "ENGINE_S", 0.01)
     clip = write_video(tmp_path / "v.mp4", moving_pictures(4))
     assert run(bench, "video", "m.onnx", clip, "--no-encode", "--imgsz", "48", "64", "--quiet", *GIVEN)[0] == 0
     assert asked == [{"device": "cpu", "hint": "throughput", **TAKEN}]

@@ -25,6 +25,7 @@ from tood_deploy.inference.timings import Timings
 
 SATURATED = 0.9
 ENGINE_FRAMES = 16
+ENGINE_S = 3.0  # how long the engine alone is timed, before and after
 
 
 class TimedSource(Source):
@@ -116,7 +117,7 @@ class VideoRun:
         return f"no thread works all the time ({busiest} most, {100 * shares[busiest]:.0f}%): they wait for one another or for free cores"
 
 
-def run_video(detector: Detector, clip: str, batch: int, most_frames: int | None, encode: bool, engine_s: float = 3.0) -> VideoRun:
+def run_video(detector: Detector, clip: str, batch: int, most_frames: int | None, encode: bool) -> VideoRun:
     """Runs the pipeline on a clip, as tood-infer does; the annotated video goes into a folder that is then removed.
 
     Args:
@@ -125,7 +126,6 @@ def run_video(detector: Detector, clip: str, batch: int, most_frames: int | None
         batch: the most frames of one engine call.
         most_frames: take the first of them only.
         encode: whether to draw and encode; otherwise results are thrown away.
-        engine_s: how long to time the engine alone, before and after.
 
     Raises:
         ToodError: not a video, or it cannot be read.
@@ -137,7 +137,7 @@ def run_video(detector: Detector, clip: str, batch: int, most_frames: int | None
     source = open_source(clip)
     if source.kind != "video":
         raise InputError(f"{clip}: not a video; expected a clip, such as .mp4")
-    before = engine_rate(detector, clip, batch, engine_s)
+    before = engine_rate(detector, clip, batch, ENGINE_S)
     timed, timings, detections = TimedSource(source, most_frames), Timings(), 0
     with tempfile.TemporaryDirectory() as folder:
         sinks = [TimedSink(Annotated({name: Path(folder) / "out.mp4" for name in source.names}))] if encode else []
@@ -156,7 +156,7 @@ def run_video(detector: Detector, clip: str, batch: int, most_frames: int | None
         "infer": timings.frames * (timings.mean_ms("infer") + timings.mean_ms("post")) / 1000,
     }
     busy_s |= {"draw and encode": sinks[0].seconds} if sinks else {}
-    rates = before, engine_rate(detector, clip, batch, engine_s)
+    rates = before, engine_rate(detector, clip, batch, ENGINE_S)
     return VideoRun(timings.frames, seconds, busy_s, rates, detections, tuple(timed.problems))
 
 

@@ -18,11 +18,6 @@ SIZE_HW = (64, 96)
 
 
 @pytest.fixture(scope="module")
-def model(tiny_artefact: Path) -> onnx.ModelProto:
-    return onnx.load(tiny_artefact)
-
-
-@pytest.fixture(scope="module")
 def names(model: onnx.ModelProto) -> list[str]:
     """Values from all over the network, and what the loop of suppression gives; not in the graph's order.
 

@@ -4,7 +4,6 @@ import itertools
 import random
 from collections.abc import Callable, Collection, Mapping
 from io import StringIO
-from pathlib import Path
 from typing import Any
 
 import onnx
@@ -195,11 +194,6 @@ def test_bad_input(groups: list[str], precisions: tuple[str, ...], max_drop: flo
         autotune(groups, precisions, hands, max_drop=max_drop)
     with pytest.raises(ToodError, match="ranked are b, which are no groups"):
         autotune(["a"], PRECISIONS, hands, max_drop=0.2, ranked=["b"])
-
-
-@pytest.fixture(scope="module")
-def model(tiny_artefact: Path) -> onnx.ModelProto:
-    return onnx.load(tiny_artefact)
 
 
 def pretend_to_quantize(seen: list[Collection[str]]) -> Callable[[onnx.ModelProto, Collection[str]], onnx.ModelProto]:

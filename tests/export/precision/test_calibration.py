@@ -29,11 +29,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model(tiny_artefact: Path) -> onnx.ModelProto:
-    return onnx.load(tiny_artefact)
-
-
-@pytest.fixture(scope="module")
 def whole(model: onnx.ModelProto, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Calibration:
     return calibrate(model, VALUES, folder, IMGSZ, cache=tmp_path_factory.mktemp("cache"))
 

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -19,7 +18,6 @@ from onnx import numpy_helper
 from tood_deploy.errors import ToodError
 from tood_deploy.export.graph import HEAD_OUTPUTS, INNER_VALUES
 from tood_deploy.export.pictures import synthetic_picture
-from tood_deploy.export.precision.calibration import calibrate
 from tood_deploy.export.precision.quantizable import ALWAYS_FLOAT, choose_layers, place_pairs
 from tood_deploy.export.precision.quantize import (
     SCHEMES,
@@ -35,19 +33,6 @@ from tood_deploy.export.to_onnx import with_outputs
 
 IMGSZ = (96, 128)
 BLOCK = "backbone.layer1.1"
-
-
-@pytest.fixture(scope="module")
-def model(tiny_artefact: Path) -> onnx.ModelProto:
-    return onnx.load(tiny_artefact)
-
-
-@pytest.fixture(scope="module")
-def ranges(model: onnx.ModelProto, tmp_path_factory: pytest.TempPathFactory) -> Ranges:
-    folder = tmp_path_factory.mktemp("pictures")
-    for seed in range(3):
-        cv2.imwrite(str(folder / f"{seed}.png"), synthetic_picture(*IMGSZ, seed))
-    return calibrate(model, calibrated_values(model), folder, IMGSZ, cache=folder / "cache").ranges("minmax")
 
 
 @pytest.fixture(scope="module")

@@ -114,6 +114,7 @@ class TestHalfPrecisionArtefact:
         assert "backbone.conv1" in options["half_precision"]["lowered"]
         assert output.stat().st_size < 0.6 * small_artefact.stat().st_size
 
+    @pytest.mark.slow
     def test_overflow_is_found_kept_and_reported(self, tiny_artefact: Path, pictures: Path, tmp_path: Path, synth_picture: Any) -> None:
         wild = rewritten(tiny_artefact, tmp_path / "wild.onnx", 1e5)  # normalisation behind it takes the factor out again
         image, valid_hw = synth_picture(64, 96)[None], np.array([[64, 96]], np.int32)

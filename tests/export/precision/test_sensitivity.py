@@ -1,9 +1,7 @@
 """The list of sensitive layers and the search for those that stay float32; the damage against a loop over cells."""
 
 from collections.abc import Collection
-from pathlib import Path
 
-import cv2
 import numpy as np
 import onnx
 import pytest
@@ -12,28 +10,14 @@ from numpy.typing import NDArray
 from tood_deploy.errors import InputError
 from tood_deploy.export.pictures import synthetic_picture
 from tood_deploy.export.precision import sensitivity as sensitivity_module
-from tood_deploy.export.precision.calibration import calibrate
 from tood_deploy.export.precision.mismatch import DetectionMismatch
-from tood_deploy.export.precision.quantize import Ranges, calibrated_values, quantize
+from tood_deploy.export.precision.quantize import Ranges, quantize
 from tood_deploy.export.precision.sensitivity import Prepared, Sensitivity, choose_kept, layer_groups, map_damage, measure_sensitivity
 
 IMGSZ = (96, 128)
 LEVELS_HW = ((4, 6), (2, 3), (1, 2), (1, 1), (1, 1))
 CLASSES = 3
 PICTURES: list[Prepared] = [(synthetic_picture(*IMGSZ, 40 + seed), IMGSZ) for seed in range(2)]
-
-
-@pytest.fixture(scope="module")
-def model(tiny_artefact: Path) -> onnx.ModelProto:
-    return onnx.load(tiny_artefact)
-
-
-@pytest.fixture(scope="module")
-def ranges(model: onnx.ModelProto, tmp_path_factory: pytest.TempPathFactory) -> Ranges:
-    folder = tmp_path_factory.mktemp("pictures")
-    for seed in range(3):
-        cv2.imwrite(str(folder / f"{seed}.png"), synthetic_picture(*IMGSZ, seed))
-    return calibrate(model, calibrated_values(model), folder, IMGSZ, cache=folder / "cache").ranges("minmax")
 
 
 def random_maps(seed: int) -> list[NDArray[np.float32]]:
@@ -82,6 +66,7 @@ class TestList:
         assert groups[0] == "backbone.conv1"
         assert {"bbox_head.cls_decomp.kernels.*", "backbone.layer2.0.downsample.*", "bbox_head.inter_convs.0.conv"} <= set(groups)
 
+    @pytest.mark.slow
     def test_a_layer_with_bad_ranges_comes_first(self, model: onnx.ModelProto, ranges: Ranges, monkeypatch: pytest.MonkeyPatch) -> None:
         groups = ("backbone.conv1", "bbox_head.inter_convs.*", "*")
         monkeypatch.setattr(sensitivity_module, "layer_groups", lambda _: groups[:2])
