@@ -202,12 +202,31 @@ class TestFormsOfTheirOwn:
         self, ir: Path, engine: OpenVinoEngine, compiled: list[tuple[int, ...]]
     ) -> None:
         with OpenVinoEngine(ir, threads=1, calls_before_static=2) as own:
-            found = [own.infer(*inputs(), 0.05, 0.6) for _ in range(4)]
+            found = [own.infer(*inputs(), 0.05, 0.6) for _ in range(2)]
+            assert not compiled
+            found.append(own.infer(*inputs(), 0.05, 0.6))
+            own.settle(1, (96, 128))
+            found.append(own.infer(*inputs(), 0.05, 0.6))
             own.infer(*inputs(size_hw=(64, 64)), 0.05, 0.6)
         assert compiled == [(1, 96, 128, 3)]
         expected = rows(engine.infer(*inputs(), 0.05, 0.6))
         for each in found:
             assert match_detections(expected, rows(each), 1e-5, 0.05).exchanged <= 1
+
+    def test_are_made_beside_the_work_and_used_once_they_are_there(self, ir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        may_compile, compile_for, used = threading.Event(), Forms._compile_for, []
+        submit = Form.submit
+        monkeypatch.setattr(Forms, "_compile_for", lambda self, shape: may_compile.wait(60) and compile_for(self, shape))
+        monkeypatch.setattr(Form, "submit", lambda self, values: used.append(self) or submit(self, values))
+        with OpenVinoEngine(ir, threads=1, calls_before_static=1) as own:
+            for _ in range(3):
+                own.infer(*inputs(), 0.05, 0.6)
+            assert len(set(used)) == 1
+            may_compile.set()
+            own.settle(1, (96, 128))
+            own.infer(*inputs(), 0.05, 0.6)
+        assert used[-1].compiled.inputs[0].partial_shape.is_static
+        assert not used[0].compiled.inputs[0].partial_shape.is_static
 
     def test_are_few_and_the_oldest_goes(self, ir: Path, compiled: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("tood_deploy.engines.openvino_forms.MOST_STATIC", 1)

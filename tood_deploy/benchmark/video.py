@@ -168,6 +168,7 @@ def engine_rate(detector: Detector, clip: str, batch: int, seconds: float) -> fl
     prepared = [detector.prepare(frames[i % len(frames)]) for i in range(max(batch, len(frames)))]
     batches = [prepared[i : i + batch] for i in range(0, len(prepared) - batch + 1, batch)]
     detector.run_engine(batches[0])
+    detector.engine.settle(batch, prepared[0].transform.net_hw)
     at_once, times = detector.engine.in_flight, list[float]()
     tickets = deque(detector.submit(batches[i % len(batches)]) for i in range(at_once - 1))
     while sum(times) < seconds or len(times) < 2:

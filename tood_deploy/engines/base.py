@@ -124,6 +124,17 @@ class Engine(ABC):
         """The smallest and the largest batch it takes at a padded size; None where there is no bound."""
         return 1, self.most_batch
 
+    def settle(self, batch: int, net_hw: tuple[int, int]) -> None:  # noqa: B027  most runtimes have nothing to do
+        """Does now what would else be done after many batches of one shape; nothing, for most runtimes.
+
+        Args:
+            batch: pictures in a batch.
+            net_hw: their padded rows and columns.
+
+        Raises:
+            ToodError: as `infer`.
+        """
+
     def _check_profile(self, images: NDArray[np.uint8]) -> None:
         batch, height, width, _ = images.shape
         if self.canvases_hw and (height, width) not in self.canvases_hw:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter, OrderedDict, deque
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,8 @@ class Forms:
             model: what is in the file, if it was read already; otherwise a cached form is opened without reading it.
             cache: folder for the form for every shape, used with this precision alone: OpenVINO would open what it compiled in float32
                 in bf16 too, and does not always get it right (2026.4). Other forms are not kept.
-            static_after: how many batches of one shape come before it gets its own form; None: never.
+            static_after: how many batches of one shape come before it gets its own form, which is compiled beside the work that goes on;
+                0: at once, and the first batch waits for it; None: never.
             tolerance: between the forms.
 
         Raises:
@@ -92,8 +94,9 @@ class Forms:
         """
         self._core, self._path, self._config, self._static_after, self._tolerance = core, path, config, static_after, tolerance
         self._calls: Counter[Shape] = Counter()
-        self._static: OrderedDict[Shape, Form] = OrderedDict()
+        self._static: OrderedDict[Shape, Future[Form]] = OrderedDict()
         self._lock = threading.Lock()
+        self._compiler = ThreadPoolExecutor(1, "openvino-form")
         check_files(path)
         self._dynamic = self._compile(path if model is None else model, config if cache is None else config | {"CACHE_DIR": cache})
         self.in_flight = int(self._dynamic.compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
@@ -111,13 +114,34 @@ class Forms:
             self._calls[shape] += 1
             if shape not in self._static and self._calls[shape] <= self._static_after:
                 return self._dynamic
-            if shape not in self._static:
-                self._static[shape] = self._compile_for(shape)
-            self._static.move_to_end(shape)
-            while len(self._static) > MOST_STATIC:
-                forgotten, _ = self._static.popitem(last=False)
-                del self._calls[forgotten]
-            return self._static[shape]
+            own = self._own_form(shape)
+        return own.result() if own.done() or self._static_after == 0 else self._dynamic
+
+    def settle(self, shape: Shape) -> None:
+        """Waits until batches of this shape have a form of their own, if ever they get one.
+
+        Raises:
+            ArtefactError: as `of_shape`.
+        """
+        if self._static_after is None:
+            return
+        with self._lock:
+            own = self._own_form(shape)
+        own.result()
+
+    def close(self) -> None:
+        """Ends what is still being compiled."""
+        self._compiler.shutdown(cancel_futures=True)
+
+    def _own_form(self, shape: Shape) -> Future[Form]:
+        """The form of one shape, which may still be in the making; the one that was not used for longest goes."""
+        if shape not in self._static:
+            self._static[shape] = self._compiler.submit(self._compile_for, shape)
+        self._static.move_to_end(shape)
+        while len(self._static) > MOST_STATIC:
+            forgotten, _ = self._static.popitem(last=False)
+            self._calls.pop(forgotten, None)
+        return self._static[shape]
 
     def _compile_for(self, shape: Shape) -> Form:
         """A form for one shape, proven: compiled apart, it is not what the self-test has seen."""
