@@ -19,6 +19,7 @@ RUNTIME = (
     "rows",
     "golden",
     "home",
+    "onnx_session",
     "openvino_model",
     "tensorrt_flavour",
     "cuda_device",

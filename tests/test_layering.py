@@ -10,7 +10,20 @@ PACKAGE = Path(__file__).resolve().parents[1] / "tood_deploy"
 
 # A unit may import the units of the rows above it, and itself; units of one row never import one another, save the ground floor's.
 LAYERS = (
-    {"errors", "presets", "detections", "draw", "manifest", "rows", "golden", "home", "openvino_model", "tensorrt_flavour", "cuda_device"},
+    {
+        "errors",
+        "presets",
+        "detections",
+        "draw",
+        "manifest",
+        "rows",
+        "golden",
+        "home",
+        "openvino_model",
+        "onnx_session",
+        "tensorrt_flavour",
+        "cuda_device",
+    },
     {"preprocess", "model"},
     {"training", "export", "engines"},
     {"inference"},

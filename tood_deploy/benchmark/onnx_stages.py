@@ -18,6 +18,7 @@ from tood_deploy.benchmark.stages import STAGES, Stage, StageRunner, Values, gra
 from tood_deploy.engines.onnx_engine import OnnxEngine
 from tood_deploy.export.graph import INNER_VALUES, OUTPUTS
 from tood_deploy.export.to_onnx import with_outputs
+from tood_deploy.onnx_session import open_session
 
 TYPES = {
     "tensor(float)": np.float32,
@@ -58,11 +59,9 @@ class OnnxStages(StageRunner):
         return _widened(stage.gives, part.run(list(stage.gives), given))
 
     def _open(self, model: onnx.ModelProto) -> ort.InferenceSession:
-        options = ort.SessionOptions()
-        options.log_severity_level = 4
-        options.intra_op_num_threads = self.engine.session.get_session_options().intra_op_num_threads
-        options.enable_cpu_mem_arena = False  # seven sessions that each kept their memory would need many times the engine's
-        return ort.InferenceSession(model.SerializeToString(), options, providers=self.engine.session.get_providers())
+        session = self.engine.session
+        threads = session.get_session_options().intra_op_num_threads
+        return open_session(model.SerializeToString(), provider=session.get_providers()[0], threads=threads, keeps_memory=False)
 
 
 def _widened(names: Any, arrays: Any) -> Values:

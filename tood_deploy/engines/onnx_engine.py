@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from tood_deploy.engines.base import BatchDetections, Engine, Hint, check_hint
 from tood_deploy.errors import ArtefactError, DeviceError, ToodError
 from tood_deploy.manifest import INPUTS, METADATA_KEY, OUTPUTS, Manifest, read_manifest
+from tood_deploy.onnx_session import CPU, open_session
 
 STREAMS = 2  # more would hold more memory and keep a pair of cores no busier
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+PROVIDERS = {"cpu": CPU, "cuda": "CUDAExecutionProvider"}
 
 
 class OnnxEngine(Engine):
@@ -92,14 +93,10 @@ def _remedy(device: str) -> str:
 
 
 def _open_session(path: Path, provider: str, threads: int | None) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.log_severity_level = 4  # what fails is raised, and said once
-    if threads is not None:
-        if threads < 1:
-            raise ToodError(f"threads is {threads}; expected a positive number")
-        options.intra_op_num_threads = threads
+    if threads is not None and threads < 1:
+        raise ToodError(f"threads is {threads}; expected a positive number")
     try:
-        return ort.InferenceSession(str(path), options, providers=[provider])
+        return open_session(path, provider=provider, threads=threads)
     except Exception as error:  # onnxruntime raises types of its own that share no public base
         reason = str(error).strip().splitlines()[0]
         raise ArtefactError(f"{path}: ONNX Runtime cannot open it, cut or not an ONNX file ({reason}); export it again") from error

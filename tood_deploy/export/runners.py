@@ -17,6 +17,7 @@ from tood_deploy.export.onnx_artefact import OnnxArtefact
 from tood_deploy.export.to_onnx import with_outputs
 from tood_deploy.model.fused import FusedDetector
 from tood_deploy.model.tood import Tood
+from tood_deploy.onnx_session import open_session
 
 Maps = list[NDArray[Any]]
 
@@ -65,11 +66,9 @@ class OnnxRunner:
         Raises:
             ArtefactError: the graph does not hold the head's maps.
         """
-        options = ort.SessionOptions()
-        options.log_severity_level = 4
         model = artefact if isinstance(artefact, onnx.ModelProto) else onnx.load(artefact)
         extended = with_outputs(model, HEAD_OUTPUTS).SerializeToString()
-        self.session = ort.InferenceSession(extended, options, providers=["CPUExecutionProvider"])
+        self.session = open_session(extended)
         self.name = f"ONNX Runtime {ort.__version__}, CPU"
 
     def __call__(self, images: NDArray[np.uint8], valid_hw: NDArray[np.int32], score_threshold: float, iou_threshold: float) -> Maps:

@@ -21,6 +21,7 @@ from onnx_ir.analysis import analyze_implicit_usage
 from tood_deploy.errors import ArtefactError
 from tood_deploy.export.graph import INPUTS
 from tood_deploy.export.pictures import picture_paths, read_picture
+from tood_deploy.onnx_session import open_session
 from tood_deploy.preprocess import resize_and_pad
 
 TOGETHER = 4  # wanted values of one segment: below 0.3 GB for the largest networks at 800 x 1344
@@ -70,12 +71,7 @@ class ActivationReader:
         made = {value.name: value for node in typed.graph for value in node.outputs if value.name}
         if missing := [name for name in names if name not in made]:
             raise ArtefactError(f"the graph makes no values {', '.join(missing[:3])}; take names of the graph itself, or export it again")
-        options = ort.SessionOptions()
-        options.log_severity_level = 4
-        options.enable_cpu_mem_arena = False  # an arena for each of many sessions would keep all their memory
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        self._segments = list(_segments(typed, [made[name] for name in dict.fromkeys(names)], options, together))
+        self._segments = list(_segments(typed, [made[name] for name in dict.fromkeys(names)], threads, together))
 
     def read(self, image: NDArray[np.uint8], valid_hw: tuple[int, int]) -> Iterator[Values]:
         """The wanted values of one picture, some at a time: take from each dictionary what is needed before asking for the next.
@@ -117,7 +113,7 @@ def iterate_activations(
         yield from reader.read(image, transform.resized_hw)
 
 
-def _segments(model: ir.Model, wanted: Sequence[ir.Value], options: ort.SessionOptions, together: int) -> Iterator[_Segment]:
+def _segments(model: ir.Model, wanted: Sequence[ir.Value], threads: int | None, together: int) -> Iterator[_Segment]:
     """The graph in parts, each from what was computed before to the next few wanted values."""
     place = {value: i for i, node in enumerate(model.graph) for value in node.outputs}
     reads = _reads(model.graph, wanted)
@@ -130,7 +126,7 @@ def _segments(model: ir.Model, wanted: Sequence[ir.Value], options: ort.SessionO
         gives = [value for value, i in place.items() if start <= i < end and (value in part or value in later)]
         takes = known.intersection(set[ir.Value]().union(*reads[start:end]))
         held = known.union(gives)
-        yield _open_segment(model, takes, gives, part, held - later, options)
+        yield _open_segment(model, takes, gives, part, held - later, threads)
         known, start = held & later, end
 
 
@@ -151,12 +147,12 @@ def _reads(graph: ir.Graph, wanted: Sequence[ir.Value]) -> list[set[ir.Value]]:
 
 
 def _open_segment(
-    model: ir.Model, takes: set[ir.Value], gives: list[ir.Value], wanted: list[ir.Value], last: set[ir.Value], options: ort.SessionOptions
+    model: ir.Model, takes: set[ir.Value], gives: list[ir.Value], wanted: list[ir.Value], last: set[ir.Value], threads: int | None
 ) -> _Segment:
     reads = sorted(map(_name, takes))
     part = ir.convenience.extract(model.graph, reads, gives)
     proto = ir.to_proto(ir.Model(part, ir_version=model.ir_version))
-    session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = open_session(proto.SerializeToString(), threads=threads, keeps_memory=False)
     return _Segment(session, tuple(reads), tuple(map(_name, gives)), tuple(map(_name, wanted)), tuple(map(_name, last)))
 
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 
 from tood_deploy.errors import InputError
 from tood_deploy.export.compare import Match, match_overlapping
 from tood_deploy.export.graph import OUTPUTS
 from tood_deploy.export.precision.sensitivity import Prepared
 from tood_deploy.export.runners import graph_inputs
+from tood_deploy.onnx_session import open_session
 from tood_deploy.rows import Rows, batch_rows
 
 SCORE_THRESHOLD, IOU_THRESHOLD = 0.3, 0.6
@@ -45,9 +45,7 @@ class DetectionMismatch:
         return 100 * (1 - 2 * match.matched / total)
 
     def _detect(self, model: onnx.ModelProto) -> list[Rows]:
-        options = ort.SessionOptions()
-        options.log_severity_level = 4
-        session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        session = open_session(model.SerializeToString())
         rows = []
         for image, valid_hw in self.pictures:
             inputs = graph_inputs(image[None], np.array([valid_hw], np.int32), self.score_threshold, IOU_THRESHOLD)

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from tood_deploy.export.graph import HEAD_OUTPUTS, INPUTS
 from tood_deploy.export.precision.quantizable import all_layers
 from tood_deploy.export.precision.quantize import Ranges, Scheme, quantize
+from tood_deploy.onnx_session import open_session
 from tood_deploy.rows import row_iou
 
 MOST_TOLD = 5
@@ -147,10 +147,8 @@ def _head_maps(model: onnx.ModelProto, pictures: Sequence[Prepared]) -> list[Map
     whole = ir.from_proto(model)
     made = {value.name: value for node in whole.graph for value in node.outputs}
     part = ir.convenience.extract(whole.graph, whole.graph.inputs[:2], [made[name] for name in HEAD_OUTPUTS])
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
     proto = ir.to_proto(ir.Model(part, ir_version=whole.ir_version))
-    session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = open_session(proto.SerializeToString())
     inputs = [dict(zip(INPUTS, (image[None], np.array([valid_hw], np.int32)), strict=False)) for image, valid_hw in pictures]
     found: Any = [session.run(list(HEAD_OUTPUTS), values) for values in inputs]
     return found

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from tood_deploy.errors import CheckFailed
 from tood_deploy.export.pictures import synthetic_picture
 from tood_deploy.export.precision.emulation import emulate_low_precision
 from tood_deploy.manifest import INPUTS, OUTPUTS
+from tood_deploy.onnx_session import open_session
 
 SCORE, IOU = INPUTS[2:]
 PAIRS = f"{IOU}_of_pairs"  # (B, 1, 1), to be compared with the overlap of each two boxes of a picture
@@ -82,9 +82,7 @@ def check_serving_form(shipped: onnx.ModelProto, serving: onnx.ModelProto, preci
 
 
 def _run(model: onnx.ModelProto, precision: str, feeds: list[dict[str, NDArray]]) -> list[list[NDArray]]:
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
     runnable = emulate_low_precision(model) if precision == "bf16" else model
-    session = ort.InferenceSession(runnable.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = open_session(runnable.SerializeToString())
     found: Any = [session.run(list(OUTPUTS), feed) for feed in feeds]
     return found
