@@ -28,6 +28,7 @@ from tood_deploy.benchmark.machine import describe_machine
 from tood_deploy.errors import ToodError
 from tood_deploy.export.precision.mixed_precision import lower_precision
 from tood_deploy.export.precision.quantize import calibrated_values, quantize
+from tood_deploy.export.tensorrt.engine_options import EngineOptions, Nms
 from tood_deploy.export.tensorrt.layers import shares
 from tood_deploy.export.tensorrt.profiles import Profiles, batch_from_text, shapes_from_text
 from tood_deploy.export.tensorrt.to_tensorrt import engine_from_onnx
@@ -82,29 +83,31 @@ def main() -> None:
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--shapes", default="800x1344,1344x800")
     parser.add_argument("--batch", default="1,1,8", metavar="MIN,OPT,MAX")
+    parser.add_argument("--nms", choices=("unrolled", "loop"), default="unrolled", help="as of tood-export")
     parser.add_argument("--work", type=Path, required=True, help="folder for ONNX files and results")
     parser.add_argument("--output", type=Path, help="the Markdown file; stdout where not given")
     arguments = parser.parse_args()
     profiles = Profiles(shapes_from_text(arguments.shapes), batch_from_text(arguments.batch))
     arguments.work.mkdir(parents=True, exist_ok=True)
-    rows = [kept_row(arguments.work, preset, precision, profiles) for preset in arguments.presets for precision in arguments.precisions]
-    text = report(rows, profiles)
+    wanted = [(preset, precision) for preset in arguments.presets for precision in arguments.precisions]
+    rows = [kept_row(arguments.work, preset, precision, profiles, arguments.nms) for preset, precision in wanted]
+    text = report(rows, profiles, arguments.nms)
     if arguments.output:
         write_text(arguments.output, text)
     else:
         print(text)
 
 
-def kept_row(work: Path, preset: str, precision: str, profiles: Profiles) -> Row:
-    """The row of one build, from an earlier run with the same sizes and batches, or from this one."""
+def kept_row(work: Path, preset: str, precision: str, profiles: Profiles, nms: Nms) -> Row:
+    """The row of one build, from an earlier run with the same sizes, batches and suppression, or from this one."""
     batch = "-".join(map(str, profiles.batch))
-    path = work / f"{preset}-{precision}-{profiles.text()}-{batch}.json"
+    path = work / f"{preset}-{precision}-{profiles.text()}-{batch}-{nms}.json"
     if not path.is_file():
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(1, mp_context=context) as pool:
             pool.submit(save_precision, work, preset, precision).result()
         with ProcessPoolExecutor(1, mp_context=context) as pool:
-            row = pool.submit(build_row, work, preset, precision, profiles).result()
+            row = pool.submit(build_row, work, preset, precision, profiles, nms).result()
         write_text(path, json.dumps(asdict(row), indent=2))
     return Row(**json.loads(path.read_text(encoding="utf-8")))
 
@@ -133,11 +136,11 @@ def onnx_path(work: Path, preset: str, precision: str) -> Path:
     return work / f"{preset}-{precision}.onnx"
 
 
-def build_row(work: Path, preset: str, precision: str, profiles: Profiles) -> Row:
+def build_row(work: Path, preset: str, precision: str, profiles: Profiles, nms: Nms) -> Row:
     """Builds once; the engine itself is not kept."""
     source, output = onnx_path(work, preset, precision), work / "build.engine"
     try:
-        built = engine_from_onnx(source, output, profiles=profiles, flavour="tensorrt_rtx")
+        built = engine_from_onnx(source, output, profiles=profiles, options=EngineOptions(nms=nms), flavour="tensorrt_rtx")
     except ToodError as error:
         return Row(preset, precision, error=" ".join(str(error).split()))
     finally:
@@ -157,7 +160,7 @@ def build_row(work: Path, preset: str, precision: str, profiles: Profiles) -> Ro
     )
 
 
-def report(rows: Sequence[Row], profiles: Profiles) -> str:
+def report(rows: Sequence[Row], profiles: Profiles, nms: Nms) -> str:
     """The table and what it was made with, as Markdown."""
     table = Table(box=MARKDOWN)
     for column in ("preset", "precision", "ONNX MiB", "plan MiB", "layers", "GMAC", "in that precision", "seconds", "peak GiB"):
@@ -172,7 +175,8 @@ def report(rows: Sequence[Row], profiles: Profiles) -> str:
     made = (
         f"tood_deploy {__version__}, {datetime.now(UTC):%Y-%m-%d}. Sizes {profiles.text()}, "
         f"batches {smallest} to {largest}, fastest at {best}. "
-        "Random weights, deformable convolutions as gathers, int8 with fp16 beside it. Layers are those of the network as parsed; "
+        "Random weights, deformable convolutions as gathers, int8 with fp16 beside it, "
+        f"suppression {'without a loop' if nms == 'unrolled' else 'in a loop'}. Layers are those of the network as parsed; "
         "GMAC is for one picture of the first size."
     )
     machine = describe_machine()

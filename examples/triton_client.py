@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tood_deploy.detections import Detections
+from tood_deploy.errors import ToodError
 from tood_deploy.preprocess import ImageTransform, resize_and_pad
 
 OUTPUTS = ("num_dets", "boxes", "scores", "labels")
@@ -68,8 +69,17 @@ def request_arrays(
 
 
 def detections_from(answer: Mapping[str, NDArray[Any]], transform: ImageTransform, class_names: Sequence[str]) -> Detections:
-    """The objects in the picture, boxes in its own pixels, from the answer's arrays by the outputs' names."""
+    """The objects in the picture, boxes in its own pixels, from the answer's arrays by the outputs' names.
+
+    Raises:
+        ToodError: the server's engine suppresses in a fixed number of rounds, which were too few for this picture.
+    """
     count = int(answer["num_dets"].reshape(-1)[0])
+    if count < 0:
+        raise ToodError(
+            f"num_dets is {count}: the rounds of suppression were too few for this picture, so its detections are not known; "
+            "build the served engine with more --nms-rounds, or with --nms loop"
+        )
     boxes = transform.boxes_to_image(answer["boxes"][0, :count])
     return Detections(boxes, answer["scores"][0, :count], answer["labels"][0, :count], tuple(class_names))
 
@@ -101,7 +111,7 @@ def detect(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints a line an object."""
+    """Prints a line an object; a picture that the engine has no answer for ends it with exit code 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="its name on the server")
     parser.add_argument("pictures", nargs="+", type=Path)
@@ -117,7 +127,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     with grpc.InferenceServerClient(arguments.url) as client:
         model = read_model(client, arguments.model)
-        for path, found in zip(arguments.pictures, detect(client, grpc, model, images, arguments.conf, arguments.iou), strict=True):
+        answers = detect(client, grpc, model, images, arguments.conf, arguments.iou)
+        for path in arguments.pictures:
+            try:
+                found = next(answers)
+            except ToodError as error:
+                print(f"error: {path}: {error}", file=sys.stderr)
+                return 2
             for box, score, name in zip(found.boxes, found.scores, found.names(), strict=True):
                 print(f"{path}\t{name}\t{score:.3f}\t{' '.join(f'{side:.1f}' for side in box)}")
     return 0

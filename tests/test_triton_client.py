@@ -13,6 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from tood_deploy import Detector
+from tood_deploy.errors import ToodError
 from tood_deploy.export.pictures import synthetic_picture
 from tood_deploy.export.tensorrt.profiles import Profiles
 from tood_deploy.export.triton.options import TritonOptions
@@ -109,3 +110,10 @@ def test_pictures_of_one_padded_size_can_share_a_batch(example: ModuleType, serv
     shapes = [{name: array.shape for name, array in feeds.items()} for feeds in server.requests]
     assert shapes[0] == shapes[1]
     assert all(shape[0] == 1 for shape in shapes[0].values())
+
+
+def test_a_picture_without_an_answer_is_an_error(example: ModuleType) -> None:
+    """As an engine without a loop gives it where its rounds of suppression were too few."""
+    answer = {"num_dets": np.array([[-1]], np.int32)} | {name: np.zeros((1, 100), np.float32) for name in ("boxes", "scores", "labels")}
+    with pytest.raises(ToodError, match=r"num_dets is -1: the rounds of suppression were too few .*--nms loop"):
+        example.detections_from(answer, None, ())

@@ -7,7 +7,9 @@ from benchmark.truths import annotation, coco, write_json
 from inference.fakes import CLASSES, red_picture, write_picture
 
 from tood_deploy.benchmark.precision_search import PrecisionSearch
-from tood_deploy.cli.export import check_arguments, main, order_from, parser
+from tood_deploy.cli.export import main, parser
+from tood_deploy.cli.export_order import order_from
+from tood_deploy.export.option_rules import check_options
 
 INT8 = ("--precision", "int8", "--calib-data", "pictures")
 TUNED = ("--autotune-precision", "--calib-data", "pictures")
@@ -52,7 +54,7 @@ def test_wrong_together(arguments: tuple[str, ...], message: str, capsys: pytest
 
 def test_quality_in_ap() -> None:
     arguments = parser().parse_args(["model.onnx", *INT8, "--max-ap-drop", "0", *ANNOTATED])
-    check_arguments(arguments)
+    check_options(vars(arguments))
     options = order_from(arguments, "").precision
     assert (options.precision, options.int8.max_drop, options.wanted) == ("int8", 0.0, "int8")
     assert options.quality is not None
@@ -61,7 +63,7 @@ def test_quality_in_ap() -> None:
 @pytest.mark.parametrize("how", [("--max-ap-drop", "0.2", *ANNOTATED), ("--max-drop", "0.2")])
 def test_a_search(how: tuple[str, ...]) -> None:
     arguments = parser().parse_args(["model.onnx", *TUNED, *how, "--quiet"])
-    check_arguments(arguments)
+    check_options(vars(arguments))
     options = order_from(arguments, "").precision
     assert options.wanted == "the best mixture of precisions"
     assert isinstance(options.lower, PrecisionSearch)

@@ -20,7 +20,7 @@ from engines.tensorrt_bench import PROFILES, Bench, assert_answers, pictures
 
 from tood_deploy.engines.plan_check import Profile
 from tood_deploy.engines.tensorrt_engine import choose_profile
-from tood_deploy.errors import DeviceError, InputError, ToodError
+from tood_deploy.errors import ArtefactError, DeviceError, InputError, ToodError
 from tood_deploy.inference.detector import Detector
 
 Status = real_driver.CUresult
@@ -52,6 +52,40 @@ def test_pictures_with_gaps_in_memory_with_a_fake_gpu(bench: Bench) -> None:
     gappy = np.concatenate([images, images], 2)[:, :, :96, ::-1]
     with bench.open() as engine:
         assert_answers(engine.infer(gappy, valid_hw, 0.25, 0.5), np.ascontiguousarray(gappy), valid_hw)
+
+
+class TestTooFewRoundsOfSuppression:
+    """An engine without a loop gives -1 as count of a picture whose detections are not known."""
+
+    @pytest.fixture
+    def unsettled(self, bench: Bench) -> Bench:
+        """Its third picture never settles."""
+
+        def spoil(found: dict[str, np.ndarray]) -> None:
+            found["num_dets"][2:3] = -1
+
+        bench.plan.spoil = spoil
+        bench.write(options={"nms": "unrolled", "nms_rounds": 16})
+        return bench
+
+    MESSAGE = (
+        r"model\.engine: 16 rounds of suppression were too few for picture 3 of a batch of 4 .*; build .* --nms-rounds, or .* --nms loop"
+    )
+
+    def test_is_an_error_with_a_fake_gpu(self, unsettled: Bench) -> None:
+        images, valid_hw = pictures(4)
+        with unsettled.open() as engine:
+            with pytest.raises(ArtefactError, match=self.MESSAGE):
+                engine.infer(images, valid_hw, 0.25, 0.5)
+            assert_answers(engine.infer(images[:2], valid_hw[:2], 0.25, 0.5), images[:2], valid_hw[:2])
+
+    def test_is_an_error_when_collected_and_frees_the_slot_with_a_fake_gpu(self, unsettled: Bench) -> None:
+        with unsettled.open() as engine:
+            for _ in range(3):
+                tickets = [engine.submit(*pictures(4), 0.25, 0.5), engine.submit(*pictures(1), 0.25, 0.5)]
+                with pytest.raises(ArtefactError, match=self.MESSAGE):
+                    engine.collect(tickets[0])
+                assert_answers(engine.collect(tickets[1]), *pictures(1))
 
 
 class TestCudaGraphs:

@@ -1,13 +1,14 @@
 """The whole export by the command, from an .onnx: every target, what it says, and what it leaves behind."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tood_deploy.cli.export import main
 from tood_deploy.engines import open_engine
-from tood_deploy.manifest import neighbour, read_manifest
+from tood_deploy.manifest import manifest_path, neighbour, read_manifest
 
 
 @pytest.fixture
@@ -52,6 +53,38 @@ def test_an_engine_says_how_to_run_it(source: Path, capsys: pytest.CaptureFixtur
     assert main([str(source), "--to", "engine", "--shapes", "64x96", "--batch", "1"]) == 0
     assert made_beside(source) == {"tiny-engine.engine", "tiny-engine.json"}
     assert "PICTURES --output DIR --device cuda\n" in capsys.readouterr().out
+    manifest = read_manifest(Path("tiny-engine.engine"))
+    assert manifest is not None
+    assert (manifest.options["nms"], manifest.options["nms_rounds"]) == ("unrolled", 16)
+
+
+@pytest.mark.slow
+def test_an_engine_of_what_a_server_has(source: Path) -> None:
+    """The way to a plan for a server, as far as it goes without TensorRT for Triton: docs/serving.md."""
+    assert main([str(source), "--to", "triton", "--output", "repo", "--name", "tood", "--warm-up", "none", "--quiet"]) == 0
+    assert (
+        main(["repo/tood/1/model.onnx", "--to", "engine", "--shapes", "64x96", "--batch", "1", "--output", "served.engine", "--quiet"]) == 0
+    )
+    manifest = read_manifest(Path("served.engine"))
+    assert manifest is not None
+    assert (manifest.options["nms"], "serving" in manifest.options, manifest.self_test) == ("unrolled", True, {})
+
+
+def test_an_engine_is_served_as_it_is(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A stand-in for a plan of TensorRT, which cannot be had without a GPU."""
+    engine = Path("plan.engine")
+    engine.write_bytes(b"a plan")
+    target = {"flavour": "tensorrt", "profiles": [{"size_hw": [64, 96], "batch": [1, 1, 4]}]}
+    manifest = read_manifest(source)
+    assert manifest is not None
+    stated = replace(manifest, target=target, options=manifest.options | {"serving": {}}).with_artefact(engine)
+    manifest_path(engine).write_text(stated.to_json())
+    assert main(["plan.engine", "--to", "triton", "--output", "repo", "--name", "tood", "--quiet"]) == 0
+    assert Path("repo/tood/1/model.plan").read_bytes() == b"a plan"
+    assert main(["plan.engine", "--to", "triton", "--output", "repo", "--nms", "loop", "--backend", "tensorrt"]) == 2
+    assert "--nms needs a checkpoint or an .onnx; an engine is served as it is" in capsys.readouterr().err
+    assert main(["plan.engine", "--to", "onnx"]) == 2
+    assert "plan.engine is an engine, which can be served and not exported; give --to triton" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -64,6 +97,11 @@ def test_an_engine_says_how_to_run_it(source: Path, capsys: pytest.CaptureFixtur
         (["--precision", "int8"], "--precision int8 needs --calib-data"),
         (["--precision", "int8", "--calib-data", ".", "--rest", "fp16"], "--rest needs --to openvino or engine"),
         (["--precision", "fp16", "--batch", "2"], "--batch needs --to engine or --to triton"),
+        (["--precision", "fp16", "--nms", "loop"], "--nms needs --to engine, or --to triton with --backend tensorrt"),
+        (["--to", "triton", "--nms-rounds", "20"], "--nms-rounds needs --to engine, or --to triton with --backend tensorrt"),
+        (["--to", "triton", "--workspace", "64"], "--workspace needs --to engine, or --to triton with --backend tensorrt"),
+        (["--to", "triton", "--flavour", "tensorrt"], "--flavour needs --to engine"),
+        (["--to", "engine", "--nms", "loop", "--nms-rounds", "20"], "leave --nms-rounds out"),
         (["--precision", "fp16", "--max-det", "5"], "--max-det needs a checkpoint"),
         (["--to", "triton", "--gpus", "one"], "--gpus is 'one'; expected whole numbers"),
         (["--to", "engine", "--shapes", "64"], "expected HxW"),

@@ -4,29 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from model.crowds import chain, crowd
 
 from tood_deploy.model.nms import nms
 from tood_deploy.model.nms_unrolled import nms_unrolled, suppress_unrolled
 from tood_deploy.model.postprocess import Candidates, suppress
-
-Boxes = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-
-
-def crowd(seed: int, batch: int, count: int, classes: int, spread: float, side: float = 60.0, empty: float = 0.0) -> Boxes:
-    """Random boxes in a square of `spread` pixels, sorted; a share `empty` of the rows holds none."""
-    random = torch.Generator().manual_seed(seed)
-    corner = torch.rand(batch, count, 2, generator=random) * spread
-    boxes = torch.cat((corner, corner + 5 + torch.rand(batch, count, 2, generator=random) * side), 2)
-    scores = torch.rand(batch, count, generator=random).sort(1, descending=True).values
-    scores[:, int(count * (1 - empty)) :] = 0
-    return boxes, scores, torch.randint(classes, (batch, count), generator=random)
-
-
-def chain(length: int) -> Boxes:
-    """Each box covers the next by a third: every second stays, and as many rounds are needed as there are boxes."""
-    left = torch.arange(length, dtype=torch.float32)
-    boxes = torch.stack((left, torch.zeros_like(left), left + 2, torch.ones_like(left)), 1)[None]
-    return boxes, torch.linspace(1, 0.1, length)[None], torch.zeros(1, length, dtype=torch.int64)
 
 
 def agrees(found: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> torch.Tensor:
@@ -44,12 +26,13 @@ def agrees(found: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) 
     max_det=st.sampled_from([1, 5, 100]),
     empty=st.sampled_from([0.0, 0.5, 1.0]),
     rounds=st.integers(1, 12),
+    block=st.sampled_from([1, 20, 64]),
 )
 def test_is_never_wrong_where_it_says_exact(
-    seed: int, count: int, classes: int, spread: float, threshold: float, max_det: int, empty: float, rounds: int
+    seed: int, count: int, classes: int, spread: float, threshold: float, max_det: int, empty: float, rounds: int, block: int
 ) -> None:
     boxes = crowd(seed, 2, count, classes, spread, empty=empty)
-    found = nms_unrolled(*boxes, threshold, max_det, most=64, rounds=rounds)
+    found = nms_unrolled(*boxes, threshold, max_det, most=64, block=block, rounds=rounds)
     assert (agrees(found, nms(*boxes, threshold, max_det)) | ~found.exact).all()
 
 
@@ -65,9 +48,20 @@ def test_crowds_settle_within_the_rounds(spread: float, classes: int) -> None:
 
 def test_all_that_was_looked_at_is_enough_where_it_fills_the_places() -> None:
     boxes = crowd(1, 2, 3840, 80, 800.0)
-    found = nms_unrolled(*boxes, 0.6, 100)
+    found = nms_unrolled(*boxes, 0.6, 100, most=1024)
     assert found.exact.all()
     assert agrees(found, nms(*boxes, 0.6, 100)).all()
+
+
+def test_every_block_is_looked_at() -> None:
+    """A crowd on one spot in front, so that what is kept beside it lies in the last block."""
+    (boxes, scores, labels), (spread, _, _) = crowd(6, 2, 1000, 1, 0.0, side=0.0), crowd(6, 2, 40, 1, 3000.0)
+    boxes = torch.cat((boxes, spread + 100), 1)
+    scores, labels = torch.linspace(1, 0.1, 1040).expand(2, -1), torch.zeros(2, 1040, dtype=torch.int64)
+    found = nms_unrolled(boxes, scores, labels, 0.6, 30, block=300)
+    assert found.exact.all()
+    assert (found.kept[:, 1:] >= 1000).all()
+    assert agrees(found, nms(boxes, scores, labels, 0.6, 30)).all()
 
 
 def test_boxes_beyond_those_looked_at_are_told() -> None:

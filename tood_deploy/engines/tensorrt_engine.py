@@ -58,6 +58,7 @@ class TensorRTEngine(Engine):
         if cuda_graph not in ("auto", True, False):
             raise ToodError(f"cuda_graph is {cuda_graph!r}; expected auto, True or False")
         self.manifest, target = read_plan_manifest(path)
+        self._path = path
         flavour = _flavour_for(path, target, self.manifest)
         self._remarks: list[str] = []
         self.notes = self._remarks
@@ -138,6 +139,11 @@ class TensorRTEngine(Engine):
         with self._slots.resume(ticket) as slot, self._gpu.current():
             return slot.detections(ticket.batch)
 
+    def _checked(self, found: BatchDetections) -> BatchDetections:
+        if (found.num_dets < 0).any():
+            raise ArtefactError(f"{self._path}: {_unsettled(found.num_dets.tolist(), self.manifest)}")
+        return super()._checked(found)
+
     def _start(self, slot: Slot, images: Any, valid_hw: Any, score_threshold: float, iou_threshold: float) -> int:
         """Puts a batch into a slot, and the GPU to work on it; how many pictures it holds."""
         views: tuple[Any, Any] = (
@@ -172,6 +178,16 @@ def choose_profile(profiles: Sequence[Profile], shape: tuple[int, ...]) -> int:
         size = f"{size_hw[0]} x {size_hw[1]}"
         raise InputError(f"a batch of {batch} at {size}, this engine takes {takes}; choose such a --batch, or build it for others")
     return min(fitting)[1]
+
+
+def _unsettled(num_dets: Sequence[int], manifest: Manifest) -> str:
+    """What to say where suppression in a fixed number of rounds did not come to its end, for which a count is negative."""
+    rounds = manifest.options.get("nms_rounds", "a fixed number of")
+    pictures = ", ".join(str(number) for number, count in enumerate(num_dets, 1) if count < 0)
+    return (
+        f"{rounds} rounds of suppression were too few for picture {pictures} of a batch of {len(num_dets)} (num_dets is {min(num_dets)}); "
+        "build the engine with more --nms-rounds, or with --nms loop, which takes as many as it needs"
+    )
 
 
 def _flavour_for(path: Path, target: Target, manifest: Manifest) -> Flavour:

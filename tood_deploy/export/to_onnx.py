@@ -42,7 +42,7 @@ def onnx_from_model(model: Tood, *, deform: DeformForm = "op", max_det: int = MA
     )
     batch, rows, columns = (torch.export.Dim(name, min=1) for name in ("batch", "rows", "columns"))
     dynamic = ({0: batch, 1: SIZE_DIVISOR * rows, 2: SIZE_DIVISOR * columns}, {0: batch}, None, None)
-    with _quiet_exporter(), torch.no_grad():
+    with quiet_exporter(), torch.no_grad():
         program = torch.onnx.export(
             graph,
             example,
@@ -102,7 +102,7 @@ def _tidy(exported: onnx.ModelProto) -> onnx.ModelProto:
 
 
 @contextmanager
-def _quiet_exporter() -> Iterator[None]:
+def quiet_exporter() -> Iterator[None]:
     """Silences what the exporter says of itself and of packages it could have used."""
     logger = logging.getLogger("torch.onnx._internal.exporter")
     level = logger.level

@@ -1,6 +1,6 @@
 """`nms` with a fixed number of rounds and no loop: for CUDA graphs and compilers, where nothing may depend on the data.
 
-It looks at the best `MOST` boxes only, all at once, and repeats `ROUNDS` times what `nms` repeats until nothing changes. Whether that was
+Blocks of the best boxes come one after the other, and each repeats so many times what `nms` repeats until nothing changes. Whether that was
 enough is an output of its own, for every picture: where it says so the result is that of `nms`, else it must be thrown away.
 """
 
@@ -8,13 +8,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from tood_deploy.model.nms import overlapping
-from tood_deploy.model.postprocess import MAX_DET, BatchResult, Candidates, take_kept
+from tood_deploy.model.postprocess import MAX_CANDIDATES, MAX_DET, BatchResult, Candidates, take_kept
 
-MOST = 1024
-ROUNDS = 16  # crowded pictures settle within 6 to 10
+BLOCK = 1280  # three of them hold all candidates
+ROUNDS = 16  # pictures were seen to need 12 at most (docs/tensorrt.md)
 
 
 class UnrolledKept(NamedTuple):
@@ -32,7 +31,15 @@ class UnrolledKept(NamedTuple):
 
 
 def nms_unrolled(
-    boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: Tensor | float, max_det: int, *, most: int = MOST, rounds: int = ROUNDS
+    boxes: Tensor,
+    scores: Tensor,
+    labels: Tensor,
+    iou_threshold: Tensor | float,
+    max_det: int,
+    *,
+    most: int = MAX_CANDIDATES,
+    block: int = BLOCK,
+    rounds: int = ROUNDS,
 ) -> UnrolledKept:
     """Class-wise greedy suppression of the best boxes, in so many rounds.
 
@@ -43,30 +50,47 @@ def nms_unrolled(
         iou_threshold: of two boxes of a class that overlap by more, the later goes.
         max_det: at most this many are kept.
         most: rows that are looked at.
-        rounds: how often; each settles at least one more box, in practice a large part of those that are left.
+        block: rows that are looked at together.
+        rounds: how often; each settles at least one more box of a block, in practice a large part of those that are left.
     """
-    count, looked_at = scores.shape[1], min(most, scores.shape[1])
-    keep, changed = _rounds(boxes[:, :looked_at], scores[:, :looked_at], labels[:, :looked_at], iou_threshold, rounds)
-    place = keep.long().cumsum(1)
-    wanted = place - keep.long() < max_det  # up to the last box that is wanted: what is behind it need not have settled
-    exact = ~(changed & wanted).any(1)
+    batch, count = scores.shape
+    looked_at = min(most, count)
+    # Positions counted from the end, 0 for none, so that the largest come first. Floats hold them exactly, and TopK takes these everywhere.
+    from_end = torch.zeros(batch, max_det, device=scores.device)
+    exact = torch.ones(batch, dtype=torch.bool, device=scores.device)
+    for start in range(0, looked_at, block):
+        end = min(start + block, looked_at)
+        part, part_labels, valid = boxes[:, start:end], labels[:, start:end], scores[:, start:end] > 0
+        if start:
+            valid = valid & ~_covered(boxes, labels, count - from_end.long(), part, part_labels, iou_threshold)
+        keep, changed = _rounds(part, part_labels, valid, iou_threshold, rounds)
+        place = (from_end > 0).sum(1, keepdim=True) + keep.long().cumsum(1)
+        wanted = place - keep.long() < max_det  # up to the last box that is wanted: what is behind it need not have settled
+        exact = exact & ~(changed & wanted).any(1)
+        own = torch.where(keep, count - torch.arange(start, end, device=keep.device), 0).float()
+        from_end = torch.cat((from_end, own), 1).topk(max_det, dim=1).values
+    num_dets = (from_end > 0).sum(1)
     if looked_at < count:
-        exact = exact & ((place[:, -1] >= max_det) | (scores[:, looked_at] <= 0))
-    # Positions counted from the end, so that the largest come first. Floats hold them exactly, and TopK takes these everywhere.
-    from_end = torch.where(keep, looked_at - torch.arange(looked_at, device=keep.device), 0).float()
-    from_end = F.pad(from_end, (0, max(0, max_det - looked_at))).topk(max_det, dim=1).values.long()
-    return UnrolledKept(torch.where(from_end > 0, looked_at - from_end, count), place[:, -1].clamp(max=max_det), exact)
+        exact = exact & ((num_dets >= max_det) | (scores[:, looked_at] <= 0))
+    return UnrolledKept(count - from_end.long(), num_dets, exact)
 
 
-def _rounds(boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: Tensor | float, rounds: int) -> tuple[Tensor, Tensor]:
-    """What is kept after so many rounds, and what the last one changed: two (B, N) bool."""
-    position = torch.arange(scores.shape[1], device=scores.device)
-    suppresses = overlapping(boxes, labels, boxes, labels, iou_threshold) & (position[:, None] < position)
-    matrix, valid = suppresses.float(), scores > 0
-    before = keep = valid
+def _covered(boxes: Tensor, labels: Tensor, kept: Tensor, part: Tensor, part_labels: Tensor, iou_threshold: Tensor | float) -> Tensor:
+    """Which boxes of a block overlap a kept one of an earlier block, (B, block) bool; `kept` holds positions, N for none."""
+    rows = kept.clamp(max=labels.shape[1] - 1)
+    kept_labels = torch.where(kept < labels.shape[1], labels.gather(1, rows), -1)
+    return overlapping(boxes.gather(1, rows.unsqueeze(2).expand(-1, -1, 4)), kept_labels, part, part_labels, iou_threshold).any(1)
+
+
+def _rounds(boxes: Tensor, labels: Tensor, valid: Tensor, iou_threshold: Tensor | float, rounds: int) -> tuple[Tensor, Tensor]:
+    """What of a block is kept after so many rounds, and what the last one changed: two (B, block) bool."""
+    position = torch.arange(labels.shape[1], device=labels.device)
+    matrix = (overlapping(boxes, labels, boxes, labels, iou_threshold) & (position[:, None] < position)).float()
+    free = valid.float().unsqueeze(1)
+    before = keep = free
     for _ in range(rounds):
-        before, keep = keep, valid & (torch.bmm(keep.float().unsqueeze(1), matrix).squeeze(1) == 0)
-    return keep, before != keep
+        before, keep = keep, (free - torch.bmm(keep, matrix)).relu()  # less the number of kept boxes that overlap it: 1 or nothing
+    return keep.squeeze(1) > 0, (before != keep).squeeze(1)
 
 
 def suppress_unrolled(candidates: Candidates, iou_threshold: Tensor | float, max_det: int = MAX_DET) -> tuple[BatchResult, Tensor]:

@@ -46,6 +46,9 @@ def test_what_both_have_passes() -> None:
         ({"optimisation_level": 6}, "optimisation level is 6; expected 0 to 5"),
         ({"optimisation_level": -1}, "expected 0 to 5"),
         ({"compute_capabilities": ("8.9", "8.9")}, "one stands there twice"),
+        ({"nms": "plugin"}, "nms is 'plugin'; expected unrolled or loop"),
+        ({"nms": "loop", "nms_rounds": 16}, "nms is loop, which ends by itself, and 16 rounds are given; leave --nms-rounds out"),
+        ({"nms_rounds": 0}, "nms rounds are 0; expected 1 to 256"),
     ],
 )
 def test_values_out_of_range_are_refused(values: dict[str, Any], message: str) -> None:
@@ -54,5 +57,6 @@ def test_values_out_of_range_are_refused(values: dict[str, Any], message: str) -
 
 
 def test_manifest_holds_what_was_set() -> None:
-    assert EngineOptions().to_dict() == {}
-    assert EngineOptions(workspace_mib=64, optimisation_level=0).to_dict() == {"workspace_mib": 64, "optimisation_level": 0}
+    assert EngineOptions().to_dict() == {"nms": "unrolled"}
+    options = EngineOptions(workspace_mib=64, optimisation_level=0, nms="loop")
+    assert options.to_dict() == {"workspace_mib": 64, "optimisation_level": 0, "nms": "loop"}

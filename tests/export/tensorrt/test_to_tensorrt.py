@@ -21,7 +21,7 @@ from tood_deploy.export.onnx_artefact import read_onnx
 from tood_deploy.export.precision.mixed_precision import lower_precision
 from tood_deploy.export.precision.quantize import calibrated_values, quantize
 from tood_deploy.export.precision.to_half_precision import low_precision_onnx
-from tood_deploy.export.tensorrt.engine_options import EngineOptions
+from tood_deploy.export.tensorrt.engine_options import EngineOptions, Nms
 from tood_deploy.export.tensorrt.layers import shares
 from tood_deploy.export.tensorrt.profiles import Profiles
 from tood_deploy.export.tensorrt.to_tensorrt import BuiltEngine, engine_from_onnx
@@ -31,11 +31,14 @@ from tood_deploy.manifest import Manifest, file_sha256, manifest_path, read_mani
 
 pytest.importorskip("tensorrt_rtx")
 PROFILES = Profiles(((64, 96),), (1, 1, 2))
+LOOP = {"TRIP_LIMIT", "RECURRENCE", "ITERATOR", "LOOP_OUTPUT"}  # what the library makes of one
 PLAN_START = b"vtrt"  # of every plan of TensorRT-RTX
 
 
 def build(onnx_path: Path, output: Path, **options: Any) -> BuiltEngine:
-    return engine_from_onnx(onnx_path, output, **{"profiles": PROFILES, "flavour": "tensorrt_rtx", "quiet": True, **options})
+    """Of a graph that has no suppression, where `options` say nothing else."""
+    defaults = {"profiles": PROFILES, "flavour": "tensorrt_rtx", "quiet": True, "options": EngineOptions(nms="loop")}
+    return engine_from_onnx(onnx_path, output, **defaults | options)
 
 
 class TestArtefact:
@@ -73,13 +76,13 @@ class TestArtefact:
         assert parity == {"pictures": 12, "compared": "the ONNX artefact that this engine was built from"}
 
     def test_options_are_remembered(self, tmp_path: Path) -> None:
-        options = EngineOptions(workspace_mib=64, compute_capabilities=("8.9",))
+        options = EngineOptions(workspace_mib=64, compute_capabilities=("8.9",), nms="loop")
         manifest = build(save_small(tmp_path / "a.onnx"), tmp_path / "b.plan", options=options).manifest
-        assert manifest.options["workspace_mib"] == 64
+        assert (manifest.options["workspace_mib"], manifest.options["nms"]) == (64, "loop")
         assert manifest.target["compute_capabilities"] == ["8.9"]
 
 
-def test_building_needs_no_torch() -> None:
+def test_torch_is_loaded_for_suppression_without_a_loop_alone() -> None:
     code = "import sys, tood_deploy.export.tensorrt.to_tensorrt, tood_deploy.export.tensorrt.shape_report; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
@@ -119,7 +122,8 @@ class TestRefusals:
             ("a.engine", {}, r"its manifest a\.json would replace that of a\.onnx; give another --output, such as .*a-trt\.engine"),
             ("b.engine", {"flavour": "trt"}, "TensorRT flavour is 'trt'"),
             ("b.engine", {"options": EngineOptions(timing_cache=Path("cache"))}, "--timing-cache means nothing to TensorRT-RTX"),
-            ("b.engine", {"options": EngineOptions(compute_capabilities=("1.0",))}, r"compute capability 1\.0"),
+            ("b.engine", {"options": EngineOptions(compute_capabilities=("1.0",), nms="loop")}, r"compute capability 1\.0"),
+            ("b.engine", {"options": EngineOptions()}, "holds suppression .* 0 times, expected once; .*--nms loop"),
         ],
     )
     def test_wrong_use(self, name: str, options: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -148,14 +152,22 @@ class TestRefusals:
 class TestTiny:
     """The real graph, at a small size."""
 
-    def check(self, source: Path, precision: str, tmp_path: Path) -> None:
-        built = build(source, tmp_path / "model.engine")
+    def check(self, source: Path, precision: str, tmp_path: Path, nms: Nms = "unrolled") -> None:
+        built = build(source, tmp_path / "model.engine", options=EngineOptions(nms=nms))
         assert built.manifest.precision == precision
-        assert shares(built.layers.network)[precision].mac_share > 0.85
+        layers = [layer for layer in built.layers.network if layer.kind == "CONVOLUTION"]
+        assert shares(layers)[precision].mac_share > 0.85
         assert built.size_bytes > 1_000_000
+        assert built.manifest.options["nms"] == nms
+        assert ("nms_rounds" in built.manifest.options) == (nms == "unrolled")
+        assert bool(LOOP & {layer.kind for layer in built.layers.network}) == (nms == "loop")
 
     def test_fp32(self, tiny_artefact: Path, tmp_path: Path) -> None:
         self.check(tiny_artefact, "fp32", tmp_path)
+
+    @pytest.mark.slow
+    def test_with_the_loop_of_the_onnx(self, tiny_artefact: Path, tmp_path: Path) -> None:
+        self.check(tiny_artefact, "fp32", tmp_path, nms="loop")
 
     @pytest.mark.parametrize("precision", ["fp16", pytest.param("bf16", marks=pytest.mark.slow)])
     def test_half_precision(self, precision: Literal["fp16", "bf16"], tiny_artefact: Path, tmp_path: Path) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tood_deploy.errors import ToodError
 from tood_deploy.tensorrt_flavour import TITLES, Flavour
 
-HIGHEST_LEVEL = 5
+Nms = Literal["unrolled", "loop"]
+
+HIGHEST_LEVEL, MOST_ROUNDS = 5, 256
 
 # Found with TensorRT-RTX 1.7.1 and TensorRT's documents: options that one of the two has and the other has not, and what to do instead.
 LACKING = {
@@ -41,6 +43,9 @@ class EngineOptions:
         version_compatible: the engine also runs in later versions of the library. TensorRT only.
         hardware_compatible: the engine also runs on other GPUs, Ampere and newer. TensorRT only.
         compute_capabilities: such as "8.9": the GPUs to build for. TensorRT-RTX only.
+        nms: how the engine holds suppression: "unrolled" in a fixed number of rounds, which CUDA graphs can hold; or as the "loop" of the
+            .onnx, which ends by the data.
+        nms_rounds: of the unrolled form; `nms_unrolled`'s own number where not given.
     """
 
     workspace_mib: int | None = None
@@ -49,6 +54,8 @@ class EngineOptions:
     version_compatible: bool = False
     hardware_compatible: bool = False
     compute_capabilities: tuple[str, ...] = ()
+    nms: Nms = "unrolled"
+    nms_rounds: int | None = None
 
     def __post_init__(self) -> None:
         if self.workspace_mib is not None and self.workspace_mib < 1:
@@ -57,6 +64,12 @@ class EngineOptions:
             raise ToodError(f"optimisation level is {self.optimisation_level}; expected 0 to {HIGHEST_LEVEL}")
         if len(set(self.compute_capabilities)) < len(self.compute_capabilities):
             raise ToodError(f"compute capabilities {', '.join(self.compute_capabilities)}: one stands there twice; give each once")
+        if self.nms not in ("unrolled", "loop"):
+            raise ToodError(f"nms is {self.nms!r}; expected unrolled or loop")
+        if self.nms_rounds is not None and self.nms == "loop":
+            raise ToodError(f"nms is loop, which ends by itself, and {self.nms_rounds} rounds are given; leave --nms-rounds out")
+        if self.nms_rounds is not None and not 1 <= self.nms_rounds <= MOST_ROUNDS:
+            raise ToodError(f"nms rounds are {self.nms_rounds}; expected 1 to {MOST_ROUNDS}")
 
     def check(self, flavour: Flavour) -> None:
         """Raises ToodError if an option is set that this flavour does not have."""
@@ -66,6 +79,6 @@ class EngineOptions:
                 raise ToodError(f"{FLAGS[name]} means nothing to {TITLES[flavour.name]}: {reason}; leave {FLAGS[name]} out")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for the manifest: those that were set."""
-        values = {"workspace_mib": self.workspace_mib, "optimisation_level": self.optimisation_level}
+        """Plain values for the manifest: those that were set, and the form of suppression."""
+        values = {"workspace_mib": self.workspace_mib, "optimisation_level": self.optimisation_level, "nms": self.nms}
         return {name: value for name, value in values.items() if value is not None}

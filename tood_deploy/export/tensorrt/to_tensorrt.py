@@ -18,6 +18,7 @@ from tood_deploy.export.tensorrt.engine_target import engine_target
 from tood_deploy.export.tensorrt.layers import LayerReport, inspect_plan, network_layers
 from tood_deploy.export.tensorrt.network import parse_network
 from tood_deploy.export.tensorrt.profiles import Profiles, default_shapes
+from tood_deploy.export.tensorrt.unrolled_nms import unroll_nms
 from tood_deploy.manifest import Manifest, atomic_paths, manifest_path, neighbour
 from tood_deploy.tensorrt_flavour import Flavour, load_flavour
 
@@ -66,14 +67,15 @@ def engine_from_onnx(
 
     Raises:
         DeviceError: no TensorRT, no GPU where it needs one, or out of memory.
-        ArtefactError: not an ONNX of ours, an operator that TensorRT lacks, or a precision that the network does not have.
+        ArtefactError: not an ONNX of ours, an operator that TensorRT lacks, a precision that the network does not have, or suppression
+            that cannot be unrolled.
         ToodError: an argument out of range, or a place that cannot be written.
     """
     options = options or EngineOptions()
     _check_output(output)
     library = load_flavour(flavour)
     options.check(library)
-    artefact = read_onnx(onnx_path)
+    artefact = _in_engine_form(read_onnx(onnx_path), options)
     profiles = profiles or Profiles(default_shapes(artefact.manifest.preset.imgsz))
     target = engine_target(library, profiles, options)
     started = time.perf_counter()
@@ -86,6 +88,11 @@ def engine_from_onnx(
         manifest = manifest.with_artefact(plan_file)
         manifest_file.write_text(manifest.to_json(), encoding="utf-8")
     return BuiltEngine(manifest, layers, seconds, output.stat().st_size)
+
+
+def _in_engine_form(artefact: OnnxArtefact, options: EngineOptions) -> OnnxArtefact:
+    """The artefact with suppression in the form that was asked for."""
+    return unroll_nms(artefact, options.nms_rounds) if options.nms == "unrolled" else artefact
 
 
 def _check_output(output: Path) -> None:

@@ -1,0 +1,102 @@
+"""The last step of an export: from a graph in its final precision to the target that was asked for."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tood_deploy.export.made import Made
+from tood_deploy.export.onnx_artefact import read_onnx
+from tood_deploy.export.order import Order
+from tood_deploy.export.runners import Reference
+from tood_deploy.export.self_test import self_test_from
+from tood_deploy.export.tensorrt.profiles import Profiles, default_shapes
+from tood_deploy.export.tensorrt.to_tensorrt import engine_from_onnx
+from tood_deploy.export.to_openvino import openvino_from_onnx
+from tood_deploy.export.triton.to_triton import triton_repository
+from tood_deploy.manifest import atomic_paths, manifest_path, read_manifest
+
+
+@dataclass(frozen=True, eq=False)
+class Ready:
+    """What every target is made from.
+
+    Attributes:
+        path: the .onnx artefact in its final precision.
+        reference: what an artefact is compared with.
+        profiles: sizes and batches; None where none were asked for.
+        pictures: (H, W, 3) uint8 BGR, to verify on in addition to the built-in ones.
+    """
+
+    path: Path
+    reference: Reference
+    profiles: Profiles | None
+    pictures: Sequence[NDArray[np.uint8]]
+
+
+def deliver(order: Order, ready: Ready) -> Made:
+    """Makes the order's target.
+
+    Raises:
+        ToodError: something of the order cannot be.
+        CheckFailed: the artefact deviates from its reference; nothing is left behind.
+    """
+    return _DELIVER[order.to](order, ready)
+
+
+def _deliver_onnx(order: Order, ready: Ready) -> Made:
+    with atomic_paths(order.output, manifest_path(order.output)) as temporary:
+        for source, target in zip((ready.path, manifest_path(ready.path)), temporary, strict=True):
+            shutil.move(source, target)
+    manifest = read_manifest(order.output)
+    assert manifest is not None
+    return Made(order.output, manifest)
+
+
+def _deliver_openvino(order: Order, ready: Ready) -> Made:
+    wanted = order.precision
+    rest: Any = {"bf16": "bf16", "int8": wanted.rest}.get(wanted.precision)  # else what the .onnx says
+    manifest = openvino_from_onnx(ready.path, order.output, reference=ready.reference, rest=rest, pictures=ready.pictures)
+    return Made(order.output, manifest)
+
+
+def _deliver_engine(order: Order, ready: Ready) -> Made:
+    profiles = ready.profiles or Profiles(default_shapes(ready.reference.imgsz))
+    built = engine_from_onnx(
+        ready.path,
+        order.output,
+        profiles=profiles,
+        options=order.engine,
+        flavour=order.flavour,
+        self_test=_self_test(ready, profiles),
+        rebuild=order.command,
+        quiet=order.quiet,
+    )
+    return Made(order.output, built.manifest, built.layers)
+
+
+def _self_test(ready: Ready, profiles: Profiles) -> dict[str, Any]:
+    """None for the form that servers batch: it has thresholds for every picture, which no engine of ours is given."""
+    if "serving" in read_onnx(ready.path).manifest.options:
+        return {}
+    return self_test_from(ready.reference.run, profiles.shapes_hw)
+
+
+def _deliver_triton(order: Order, ready: Ready) -> Made:
+    return serve(order, ready.path, ready.profiles)
+
+
+def serve(order: Order, model: Path, profiles: Profiles | None = None) -> Made:
+    """Adds an .onnx artefact or an engine to the order's Triton repository."""
+    options = replace(order.triton, name=order.triton.name or Path(order.source).stem)
+    served = triton_repository(model, order.output, options, profiles=profiles, engine_options=order.engine, quiet=order.quiet)
+    return Made(served.path, served.manifest)
+
+
+_DELIVER = {"onnx": _deliver_onnx, "openvino": _deliver_openvino, "engine": _deliver_engine, "triton": _deliver_triton}
