@@ -12,13 +12,16 @@ from inference.fakes import RedEngine, red_picture, write_picture
 from tood_deploy.benchmark.engine_call import Laps, _torch_call, timed_call
 from tood_deploy.benchmark.latency import Measurement, Plan, Worker, describe
 from tood_deploy.benchmark.latency_report import tables, write_latency_reports
+from tood_deploy.benchmark.latency_run import recorded_ap
 from tood_deploy.benchmark.latency_tables import fps, speedups
 from tood_deploy.benchmark.latency_worker import END_TO_END, ENGINE, Bench, Case, Opened, Turn
 from tood_deploy.benchmark.warmup import WarmUp
 from tood_deploy.engines.torch_engine import TorchEngine
 from tood_deploy.errors import ToodError
 from tood_deploy.inference.detector import Detector
+from tood_deploy.manifest import Manifest, file_sha256, manifest_path
 from tood_deploy.model.tood import build_model
+from tood_deploy.presets import PRESETS
 
 WARM = WarmUp(10, 1.0, True, (1.0,) * 10)
 
@@ -126,6 +129,14 @@ class TestReports:
         assert row["h2d"] is row["d2h"] is None
         assert str(row["pre"]).endswith("(10.0%)")
 
+    def test_parts_of_an_engine_call_where_there_are_transfers(self) -> None:
+        assert "Parts of an engine call" not in tables([self.FIRST])
+        on_gpu = measurement("gpu", [[4.0]])
+        on_gpu.rounds[0].calls[ENGINE][0] |= {"h2d": 0.25, "infer": 0.5, "d2h": 0.25}
+        table = tables([on_gpu])["Parts of an engine call"]
+        assert table.headers[-3:] == ("h2d", "infer", "d2h")
+        assert table.rows[0][-3:] == ["0.25 (25.0%)", "0.50 (50.0%)", "0.25 (25.0%)"]
+
     def test_files(self, tmp_path: Path) -> None:
         both = [self.FIRST, self.SECOND, measurement("second", [[8.0]], batch=2)]
         paths = write_latency_reports(tmp_path, both, {"command": "tood-bench latency"}, {"cpu": "a"}, {"second": 40.0}, ["busy"])
@@ -147,6 +158,16 @@ class TestReports:
         assert found["artefact_mib"] is None
         assert found["peak_host_mib"] == 101
         assert found["warm_up"][ENGINE]["calls"] == 10
+
+
+def test_ap_comes_from_the_verdicts_in_the_manifests(tmp_path: Path) -> None:
+    checkpoint, artefact = tmp_path / "m.safetensors", tmp_path / "m.onnx"
+    for path in (checkpoint, artefact, tmp_path / "other.pth", tmp_path / "bare.onnx"):
+        path.write_text(path.name)
+    verdict = {"ap": {"artefact": 41.0, "reference": 42.0}, "reference": {"sha256": file_sha256(checkpoint)}}
+    manifest_path(artefact).write_text(Manifest(PRESETS["tiny"], parity={"benchmark": verdict}).to_json())
+    cases = [Case(str(tmp_path / name), name) for name in ("m.safetensors", "m.onnx", "other.pth", "bare.onnx")]
+    assert recorded_ap([*cases, Case("r50-1x", "r50-1x")]) == {"m.onnx": 41.0, "m.safetensors": 42.0}
 
 
 def test_a_worker_that_cannot_open_its_model_says_why(tmp_path: Path) -> None:

@@ -11,18 +11,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
-from tood_deploy.benchmark.canvas import Canvas
 from tood_deploy.benchmark.gates import PRECISION_GATES, Gates
 from tood_deploy.benchmark.parity import Result, Settings, check_subjects, compare
 from tood_deploy.benchmark.parity_report import verdict_line, write_reports
+from tood_deploy.benchmark.parity_tables import ap_table
 from tood_deploy.benchmark.picture_set import open_pictures
-from tood_deploy.benchmark.scoring import Scoring
+from tood_deploy.benchmark.scoring import Scoring, average_precision
 from tood_deploy.benchmark.stages import STAGES
-from tood_deploy.benchmark.subject import Subject, open_subject
+from tood_deploy.benchmark.subject import DetectionsOnly, Subject, network_inputs, open_subject
 from tood_deploy.benchmark.torch_stages import TorchStages
 from tood_deploy.benchmark.truth import read_truth
 from tood_deploy.benchmark.verdict import describe, write_verdict
+from tood_deploy.engines import BatchDetections
 from tood_deploy.engines.torch_engine import TorchEngine
 from tood_deploy.errors import ToodError
 from tood_deploy.inference.detector import Detector
@@ -45,6 +47,22 @@ def model(seeded_fill: Callable) -> Tood:
         for layer in (made.bbox_head.tood_cls, made.bbox_head.cls_prob_module[2]):
             layer.get_parameter("bias").add_(2)  # so that scores go beyond the threshold
     return made
+
+
+class FixedEngine(TorchEngine):
+    """Takes two or three pictures of 128 x 128."""
+
+    canvases_hw = ((128, 128),)
+    most_batch = 3
+
+    def batches_at(self, net_hw: tuple[int, int]) -> tuple[int, int | None]:
+        return 2, 3
+
+    def infer(
+        self, images: NDArray[np.uint8], valid_hw: NDArray[np.int32], score_threshold: float, iou_threshold: float
+    ) -> BatchDetections:
+        assert len(images) in (2, 3)
+        return super().infer(images, valid_hw, score_threshold, iou_threshold)
 
 
 def subject_of(model: Tood, name: str = "model.pth", path: Path | None = None) -> Subject:
@@ -94,6 +112,17 @@ def test_the_stages_one_after_another_are_the_whole(model: Tood) -> None:
         np.testing.assert_array_equal(whole[name], chained[name], err_msg=name)
 
 
+def test_the_reference_rounds_nothing_to_tf32(model: Tood) -> None:
+    assert torch.backends.cudnn.allow_tf32
+    subject, seen = subject_of(model), []
+    hook = model.backbone.register_forward_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
+    picture = open_pictures(None, None, IMGSZ, 1).pictures[0].read()
+    values = subject.runner.run_all(network_inputs(*subject.prepare(picture, IMGSZ), 0.05, 0.6))
+    subject.runner.run(STAGES[1], values)
+    hook.remove()
+    assert seen == [False, False]
+
+
 def test_a_network_equals_itself(model: Tood, scoring: Scoring) -> None:
     result = run(model, subject_of(model), scoring, settings=Settings(IMGSZ, sizes_hw=((64, 64), (96, 32))))
     assert result.passed
@@ -134,18 +163,24 @@ def test_an_ap_drop_alone_fails(model: Tood, scoring: Scoring) -> None:
     assert result.guilty == "AP"
     assert result.ap_drop > 0.1
     assert result.costliest == "network"
+    assert "FAILED at the stage AP; in AP, its network costs most" in verdict_line(result)
+    passed = run(model, subject, scoring, replace(wide, max_ap_drop=100))
+    assert verdict_line(passed) == "equal to the PyTorch reference within its limits; in AP, its network costs most"
 
 
-def test_not_a_number_is_reported_not_dropped(model: Tood, scoring: Scoring) -> None:
-    result = run(model, broken(model, lambda copy: copy.bbox_head.tood_cls.get_parameter("bias").fill_(float("nan"))), scoring)
+@pytest.mark.parametrize("branch", ["tood_cls", "tood_reg"])
+def test_not_a_number_is_reported_not_dropped(model: Tood, scoring: Scoring, branch: str, tmp_path: Path) -> None:
+    subject = broken(model, lambda copy: getattr(copy.bbox_head, branch).get_parameter("bias").fill_(float("nan")))
+    result = run(model, subject, scoring)
     assert result.guilty == "head"
     assert "NaN" in str(result.failures[0])
-    assert result.comparison.carried.to_dict()["head_scores_p3"]["not_numbers"] > 0
+    description = describe(result, subject_of(model), open_pictures(None, None, IMGSZ, 2), Settings(IMGSZ))
+    write_reports(tmp_path, [result], [description], {"command": "c"})
+    assert "NaN" in (tmp_path / "parity.html").read_text()
+    assert result.comparison.carried.to_dict()[f"head_{'scores' if branch == 'tood_cls' else 'boxes'}_p3"]["not_numbers"] > 0
 
 
 def test_detections_alone(model: Tood, tmp_path: Path) -> None:
-    from tood_deploy.benchmark.subject import DetectionsOnly
-
     subject = replace(subject_of(model), runner=DetectionsOnly(TorchEngine(model)))
     result = run(model, subject)
     assert result.passed
@@ -174,15 +209,79 @@ class TestCanvas:
         assert result.comparison.canvas.change.matched_share == 1
         assert result.comparison.canvas.change.score.worst == 0
 
-    def test_not_a_multiple_of_32(self, model: Tood) -> None:
+    def test_what_it_costs_in_ap_is_against_the_same_detector(self, model: Tood, scoring: Scoring) -> None:
+        found = run(model, subject_of(model), scoring, settings=Settings(IMGSZ, net_hw=(128, 128))).canvas_ap
+        assert found is not None
+        assert found[0] == 100  # the truth is what it finds with the least padding
+        assert found[1] < 100
+
+    def test_not_a_multiple_of_32(self) -> None:
         with pytest.raises(ToodError, match=r"--net-size is 100 160.*multiples of 32"):
-            Canvas(subject_of(model).runner, (100, 160), IMGSZ, 0.05, 0.6, None)
+            Settings(IMGSZ, net_hw=(100, 160))
 
     @pytest.mark.parametrize("image_hw", [(480, 640), (640, 480), (100, 1000), (33, 47)])
     def test_every_picture_fits(self, image_hw: tuple[int, int]) -> None:
         height, width = fit_size(image_hw, fit_imgsz(image_hw, (240, 320), (256, 320)))
         assert height <= 256
         assert width <= 320
+
+
+class TestFixedShapes:
+    """Artefacts that take pictures of some padded sizes alone, as TensorRT engines do."""
+
+    @pytest.fixture
+    def fixed(self, model: Tood) -> Subject:
+        engine = FixedEngine(model)
+        return Subject("fixed.engine", None, engine, DetectionsOnly(engine), "abc")
+
+    def test_both_run_on_its_canvas_and_what_that_costs_is_told(self, model: Tood, scoring: Scoring, fixed: Subject) -> None:
+        result = run(model, fixed, scoring, settings=Settings(IMGSZ, sizes_hw=((64, 64),)))
+        assert result.passed
+        assert result.ap_drop == 0
+        assert list(result.comparison.sizes) == [(128, 128)]
+        assert result.comparison.slots.matched_share == 1
+        assert result.comparison.canvas is not None
+        assert result.comparison.canvas.change.score.worst > 1e-6
+        least, padded = result.canvas_ap or (0, 0)
+        assert least == 100  # the truth is what the reference finds with the least padding
+        assert padded < 100
+        assert "PyTorch, padded to 128x128" in ap_table(result).markdown()
+
+    def test_beside_one_that_takes_every_size(self, model: Tood, scoring: Scoring, fixed: Subject) -> None:
+        pictures = open_pictures(None, None, IMGSZ, 2)
+        subjects = [(fixed, Gates()), (subject_of(model), Gates())]
+        first, second = compare(subject_of(model), subjects, pictures, Settings(IMGSZ, sizes_hw=((64, 64),)), scoring)
+        assert first.passed
+        assert second.passed
+        assert average_precision(first.reference_metrics) < average_precision(second.reference_metrics)
+        assert list(second.comparison.sizes) == [(64, 64)]
+        assert second.canvas_ap is None
+
+    def test_another_canvas_cannot_be_tried(self, model: Tood, fixed: Subject) -> None:
+        with pytest.raises(ToodError, match=r"fixed.engine: takes pictures of 1 fixed sizes alone; leave --net-size out"):
+            run(model, fixed, settings=Settings(IMGSZ, net_hw=(96, 96)))
+
+
+def test_precision_alone_is_known_without_stages(model: Tood, scoring: Scoring) -> None:
+    engine = TorchEngine(model)
+    engine.manifest = replace(engine.manifest, precision="bf16")
+    result = run(model, Subject("m.xml", None, engine, DetectionsOnly(engine), "abc"), scoring, PRECISION_GATES["bf16"])
+    assert set(result.swap_costs) == {"precision"}
+    assert "run by PyTorch in bf16" in ap_table(result).note
+    assert "Swapped" in ap_table(result).note
+
+
+@pytest.mark.parametrize(
+    ("precision", "words"), [("fp32", "Precision costs nothing"), ("int8, bf16", "cannot run the network in int8, bf16")]
+)
+def test_what_is_said_of_precision_is_of_the_arithmetic_as_it_runs(
+    model: Tood, scoring: Scoring, precision: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TorchEngine, "precision", precision)
+    engine = TorchEngine(model)
+    note = ap_table(run(model, Subject("m.xml", None, engine, DetectionsOnly(engine), "abc"), scoring)).note
+    assert words in note
+    assert "Swapped" not in note
 
 
 class TestVerdict:

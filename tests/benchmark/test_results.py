@@ -34,7 +34,9 @@ def test_a_file_is_read_as_it_was_written(tmp_path: Path, truth: Truth) -> None:
 
 def test_no_results_at_all(tmp_path: Path, truth: Truth) -> None:
     write_results(tmp_path / "results.json", empty_results())
-    assert len(read_results(tmp_path / "results.json", truth)) == 0
+    with pytest.raises(InputError, match=r"results\.json: the list is empty.*expected COCO results"):
+        read_results(tmp_path / "results.json", truth)
+    assert len(results_from_rows([], truth)) == 0
 
 
 @pytest.mark.parametrize(

@@ -84,9 +84,10 @@ def test_quiet(run: Run) -> None:
     assert run("--images", "pictures", "--imgsz", "48", "64", "--quiet") == (0, "", "")
 
 
-def test_empty_results_are_zero_and_said(run: Run) -> None:
-    write_json(Path("none.json"), [])
-    code, out, err = run(model="none.json")
+def test_a_model_that_finds_nothing_is_zero_and_said(run: Run) -> None:
+    for i in range(1, 4):
+        write_picture(Path("pictures") / f"{i}.png", red_picture(side=0))
+    code, out, err = run("--images", "pictures", "--imgsz", "48", "64")
     assert code == 0
     assert "AP   0.00" in out
     assert "no detections at all" in err
@@ -120,6 +121,12 @@ def test_options_without_effect_are_refused(run: Run) -> None:
     assert_one_line(run(), "--images is missing")
 
 
+def test_pictures_without_annotations_are_one_line(run: Run, capfd: pytest.CaptureFixture[str]) -> None:
+    code = main(["model.pth", "--images", "pictures"])
+    out, err = capfd.readouterr()
+    assert_one_line((code, out, err), "--annotations is missing")
+
+
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
@@ -139,6 +146,8 @@ def test_files_that_are_not_coco(run: Run) -> None:
     write_json(Path("manifest.json"), {"format": 1, "preset": {}})
     assert_one_line(run(model="manifest.json"), "not COCO results: found an object with format, preset")
     assert_one_line(run(model="absent.json"), "absent.json: cannot be read")
+    write_json(Path("none.json"), [])
+    assert_one_line(run(model="none.json"), "none.json: the list is empty")
     assert_one_line(run("--output", "truth.json", model="absent.json"), "truth.json: cannot be written")
     Path("truth.json").write_text("{}")
     assert_one_line(run("--images", "pictures"), "not COCO annotations")

@@ -1,6 +1,8 @@
-"""What padding every picture to one canvas changes, as an engine of fixed shape does: the head pools over the whole padded input."""
+"""What padding every picture to a canvas changes, as an engine of fixed shape does: the head pools over the whole padded input."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from tood_deploy.benchmark.matching import RowDeviation
 from tood_deploy.benchmark.picture_set import Picture
@@ -9,41 +11,52 @@ from tood_deploy.benchmark.stage_deviations import rows_of
 from tood_deploy.benchmark.stages import STAGES, StageRunner
 from tood_deploy.benchmark.subject import network_inputs
 from tood_deploy.detections import Detections
-from tood_deploy.errors import ToodError
-from tood_deploy.preprocess import fit_imgsz, resize_and_pad
-from tood_deploy.presets import SIZE_DIVISOR
+from tood_deploy.preprocess import choose_canvas, fit_imgsz, resize_and_pad
 from tood_deploy.rows import Rows
 
 
 class Canvas:
-    """Runs a detector on pictures that are padded to one canvas.
+    """Runs a detector once more, with the other padding than it is compared with: canvases, or as little as needed.
 
     Attributes:
-        net_hw: rows and columns of the canvas.
-        rows: COCO rows.
-        change: against the same detector with each picture padded no further than needed, in the picture's pixels.
-        shrunk: pictures that were too tall or too wide for the canvas and were scaled down further to fit.
+        canvases_hw: rows and columns of every canvas; a picture goes to the one that shrinks it least.
+        fixed: whether it is compared on the canvases, since an artefact takes nothing else. Then the detector here is the reference.
+        rows: COCO rows with the other padding.
+        change: from as little padding as needed to the canvases, in the picture's pixels.
+        shrunk: pictures that were too tall or too wide for every canvas and were scaled down further to fit.
     """
 
     def __init__(
-        self, runner: StageRunner, net_hw: tuple[int, int], imgsz: tuple[int, int], conf: float, iou: float, scoring: Scoring | None
+        self,
+        runner: StageRunner,
+        canvases_hw: Sequence[tuple[int, int]],
+        fixed: bool,
+        imgsz: tuple[int, int],
+        conf: float,
+        iou: float,
+        scoring: Scoring | None,
     ) -> None:
-        if min(net_hw) < SIZE_DIVISOR or net_hw[0] % SIZE_DIVISOR or net_hw[1] % SIZE_DIVISOR:
-            raise ToodError(f"--net-size is {net_hw[0]} {net_hw[1]}; expected two multiples of {SIZE_DIVISOR}")
-        self.runner, self.net_hw, self.imgsz, self.scoring = runner, net_hw, imgsz, scoring
-        self.conf, self.iou = conf, iou
+        self.runner, self.canvases_hw, self.fixed = runner, tuple(canvases_hw), fixed
+        self.imgsz, self.conf, self.iou, self.scoring = imgsz, conf, iou, scoring
         self.rows: CocoRows = []
         self.change = RowDeviation()
         self.shrunk = 0
 
-    def add(self, picture: Picture, dynamic: Detections) -> None:
-        """Adds one picture; `dynamic` is what the detector finds in it when it is padded no further than needed."""
+    @property
+    def title(self) -> str:
+        """The canvases as text, such as "800x1344, 1344x800"."""
+        return ", ".join(f"{height}x{width}" for height, width in self.canvases_hw)
+
+    def add(self, picture: Picture, usual: Detections) -> None:
+        """Adds one picture; `usual` is what the detector finds in it with the padding that it is compared with."""
         image_bgr = picture.read()
-        fitting = fit_imgsz(image_bgr.shape[:2], self.imgsz, self.net_hw)
+        net_hw = choose_canvas(image_bgr.shape, self.imgsz, self.canvases_hw)
+        fitting = fit_imgsz(image_bgr.shape, self.imgsz, net_hw)
         self.shrunk += fitting != self.imgsz
-        image, transform = resize_and_pad(image_bgr, fitting, self.net_hw)
+        image, transform = resize_and_pad(image_bgr, self.imgsz) if self.fixed else resize_and_pad(image_bgr, fitting, net_hw)
         rows = rows_of(STAGES[-1], self.runner.run_all(network_inputs(image, transform, self.conf, self.iou)))
-        found = Detections(transform.boxes_to_image(rows.boxes), rows.scores, rows.labels, dynamic.class_names)
-        self.change.add(Rows(dynamic.boxes, dynamic.scores, dynamic.class_ids), Rows(found.boxes, found.scores, found.class_ids))
+        other = Detections(transform.boxes_to_image(rows.boxes), rows.scores, rows.labels, usual.class_names)
+        least, padded = (other, usual) if self.fixed else (usual, other)
+        self.change.add(Rows(least.boxes, least.scores, least.class_ids), Rows(padded.boxes, padded.scores, padded.class_ids))
         if self.scoring is not None:
-            self.rows += self.scoring.rows(found, picture.image_id)
+            self.rows += self.scoring.rows(other, picture.image_id)

@@ -19,7 +19,7 @@ from tood_deploy.benchmark.picture_set import Picture
 from tood_deploy.benchmark.scoring import CocoRows, Scoring
 from tood_deploy.benchmark.stage_deviations import StageDeviations, rows_of
 from tood_deploy.benchmark.stages import STAGES, StageRunner, Values, graph_inputs
-from tood_deploy.benchmark.subject import Subject
+from tood_deploy.benchmark.subject import Subject, repeat_pictures
 from tood_deploy.benchmark.swaps import Swaps
 from tood_deploy.benchmark.torch_stages import TorchStages
 from tood_deploy.detections import Detections
@@ -38,12 +38,13 @@ class Comparison:
         scoring: against annotations, where there are any.
         carried: deviations as deployed.
         alone: deviations of each stage by itself; None where the runtime does not give stages.
-        swaps: runs with one part exchanged; None without annotations or stages.
+        swaps: runs with one part exchanged; None without annotations.
         rows: COCO rows of the artefact.
         differences: the most different pictures.
         slots: the first picture in every slot of a batch, against itself alone.
         sizes: by rows and columns of the input, deviations as deployed on a synthetic picture.
-        canvas: what padding to a fixed canvas changes; None where it was not asked for.
+        canvas: what padding to a fixed canvas changes; None where it was not asked for and the artefact takes every size.
+        reference_rows: COCO rows of the reference on the same inputs, no more than the artefact gives.
     """
 
     def __init__(self, reference: TorchStages, subject: Subject, gates: Gates, scoring: Scoring | None, canvas: Canvas | None) -> None:
@@ -51,10 +52,11 @@ class Comparison:
         inside = subject.runner.has_stages
         self.carried = StageDeviations(gates, carried=True)
         self.alone = StageDeviations(gates, carried=False) if inside else None
-        self.swaps = Swaps(reference, subject.runner, subject.manifest.precision) if inside and scoring else None
+        self.swaps = Swaps(reference, subject.runner, subject.engine.precision) if scoring else None
         self.differences, self.slots = Differences(), RowDeviation()
         self.sizes: dict[tuple[int, int], StageDeviations] = {}
         self.rows: CocoRows = []
+        self.reference_rows: CocoRows = []
 
     def add(self, picture: Picture, transform: ImageTransform, reference: Values) -> None:
         """Adds one picture; `reference` holds the network's inputs and everything the reference made of them."""
@@ -64,26 +66,27 @@ class Comparison:
         first, second = (self._detections(values, transform) for values in (reference, found))
         self.differences.add(picture, first, second, pairs)
         self.rows += self._coco_rows(second, picture)
-        if self.alone is not None:
-            self._add_alone(picture, transform, reference)
+        self.reference_rows += self._coco_rows(first, picture)
+        self._add_alone(picture, transform, reference)
         if self.canvas is not None:
-            self.canvas.add(picture, second)
+            self.canvas.add(picture, first if self.canvas.fixed else second)
 
     def _add_alone(self, picture: Picture, transform: ImageTransform, reference: Values) -> None:
-        assert self.alone is not None
-        alone = {stage.name: self.subject.runner.run(stage, reference) for stage in STAGES}
-        for stage in STAGES:
-            self.alone.add(stage, reference, alone[stage.name])
+        alone: dict[str, Values] = {}
+        if self.alone is not None:
+            for stage in STAGES:
+                alone[stage.name] = self.subject.runner.run(stage, reference)
+                self.alone.add(stage, reference, alone[stage.name])
         if self.swaps is not None:
             self.swaps.add(reference, alone, lambda values: self._coco_rows(self._detections(self._cut(values), transform), picture))
 
     def add_slots(self, reference: Values) -> None:
-        """Runs one picture alone and in every slot of a batch: its rows must be the same."""
-        batch = graph_inputs(reference)
-        batch |= {name: batch[name].repeat(SLOTS, axis=0) for name in ("images", "valid_hw")}
+        """Runs one picture alone and in every slot of a batch, as large as the artefact takes: its rows must be the same."""
+        slots = min(SLOTS, self.subject.most_batch(reference) or SLOTS)
+        batch = repeat_pictures(graph_inputs(reference), slots)
         alone = rows_of(DETECTIONS, self.subject.runner.run_all(graph_inputs(reference)))
         found = self.subject.runner.run_all(batch)
-        for slot in range(SLOTS):
+        for slot in range(slots):
             self.slots.add(alone, rows_of(DETECTIONS, {name: found[name][slot : slot + 1] for name in DETECTIONS.gives}))
 
     def add_size(self, net_hw: tuple[int, int], reference: Values) -> None:
@@ -107,10 +110,6 @@ class Comparison:
                 yield Failure("batch slots", what, found, allowed)
         for (height, width), deviations in self.sizes.items():
             yield from (Failure(f"{each.stage} at {height}x{width}", each.what, each.found, each.allowed) for each in deviations.failures())
-
-    def reference_rows(self, reference: Values, transform: ImageTransform, picture: Picture) -> CocoRows:
-        """COCO rows of the reference's detections, no more than the artefact gives."""
-        return self._coco_rows(self._detections(self._cut(reference), transform), picture)
 
     def _cut(self, values: Values) -> Values:
         """The same with no more detections than the artefact gives."""

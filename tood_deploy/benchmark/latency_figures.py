@@ -22,7 +22,7 @@ def distribution_figure(measurements: Sequence[Measurement]) -> Figure:
         axes.step(times, np.arange(1, len(times) + 1) / len(times) * 100, where="post", label=label, color=SERIES[i % len(SERIES)])
     axes.set(xlabel="milliseconds a call, end to end", ylabel="% of calls at most", ylim=(0, 101))
     axes.set_xlim(left=0)
-    axes.legend(loc="lower right")
+    _legend(figure)
     return figure
 
 
@@ -35,7 +35,7 @@ def throughput_figure(measurements: Sequence[Measurement]) -> Figure:
         axes.plot(*zip(*points, strict=True), marker="o", label=name, color=SERIES[i % len(SERIES)])
     axes.set(xlabel="batch", ylabel="frames a second, end to end", xticks=sorted({each.case.batch for each in measurements}))
     axes.set_ylim(bottom=0)
-    axes.legend()
+    _legend(figure)
     return figure
 
 
@@ -49,5 +49,10 @@ def accuracy_figure(measurements: Sequence[Measurement], ap: Mapping[str, float]
         axes.scatter(found.median, ap[each.case.name], color=SERIES[i % len(SERIES)], label=each.case.name)
     axes.set(xlabel=f"median milliseconds a call, end to end, batch {smallest}", ylabel="AP")
     axes.set_xlim(left=0)
-    axes.legend()
+    _legend(figure)
     return figure
+
+
+def _legend(figure: Figure) -> None:
+    """Below the axes, where it hides no line."""
+    figure.legend(fontsize=8.5, loc="outside lower center", ncols=2)

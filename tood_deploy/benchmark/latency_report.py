@@ -13,6 +13,7 @@ from tood_deploy.benchmark.latency_figures import accuracy_figure, distribution_
 from tood_deploy.benchmark.latency_tables import (
     STAGES,
     fps,
+    has_transfers,
     latency_table,
     resource_table,
     speedups,
@@ -28,13 +29,11 @@ KINDS = (END_TO_END, ENGINE)
 
 def tables(measurements: Sequence[Measurement]) -> dict[str, Table]:
     """All tables by their titles."""
-    return {
-        "End to end": latency_table(measurements, END_TO_END),
-        "Engine only": latency_table(measurements, ENGINE),
-        "Parts of an end-to-end call": stage_table(measurements),
-        "Throughput": throughput_table(measurements),
-        "Memory and start-up": resource_table(measurements),
-    }
+    found = {"End to end": latency_table(measurements, END_TO_END), "Engine only": latency_table(measurements, ENGINE)}
+    found["Parts of an end-to-end call"] = stage_table(measurements, END_TO_END)
+    if has_transfers(measurements):
+        found["Parts of an engine call"] = stage_table(measurements, ENGINE)
+    return found | {"Throughput": throughput_table(measurements), "Memory and start-up": resource_table(measurements)}
 
 
 def write_latency_reports(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table as RichTable
@@ -17,10 +18,10 @@ from tood_deploy.benchmark.gpu import GpuMeter
 from tood_deploy.benchmark.latency import Measurement, Plan, measure
 from tood_deploy.benchmark.latency_report import write_latency_reports
 from tood_deploy.benchmark.latency_tables import overview_table
-from tood_deploy.benchmark.latency_worker import END_TO_END
+from tood_deploy.benchmark.latency_worker import END_TO_END, Case
 from tood_deploy.benchmark.machine import Load, LoadWatch, Machine, describe_machine
 from tood_deploy.benchmark.report import Table, show
-from tood_deploy.manifest import read_manifest
+from tood_deploy.manifest import ARTEFACT_SUFFIXES, file_sha256, read_manifest
 
 WIDE = 160
 FEWEST_ROUNDS = 6
@@ -45,7 +46,7 @@ def run_latency(plan: Plan, output: Path, ap: Mapping[str, float], command: str,
         measurements = measure(plan, meter, lambda text: None if quiet else print(text, file=sys.stderr))
         account = {"gpu": meter.account.to_dict()} if meter else {}
     load = watch.stop()
-    found = _recorded_ap(measurements) | dict(ap)
+    found = recorded_ap(each.case for each in measurements) | dict(ap)
     values = machine.to_dict() | account | {"load": vars(load)}
     write_latency_reports(
         output, measurements, _facts(plan, machine, load, account, measurements, command), values, found, _warnings(measurements, load)
@@ -55,15 +56,27 @@ def run_latency(plan: Plan, output: Path, ap: Mapping[str, float], command: str,
     return measurements
 
 
-def _recorded_ap(measurements: Sequence[Measurement]) -> dict[str, float]:
-    """AP that a parity run left in the manifests."""
-    found = {}
-    for each in measurements:
-        manifest = read_manifest(Path(each.case.model))
-        ap = ((manifest.parity.get("benchmark") or {}).get("ap") or {}).get("artefact") if manifest else None
-        if isinstance(ap, float) and math.isfinite(ap):
-            found[each.case.name] = ap
-    return found
+def recorded_ap(cases: Iterable[Case]) -> dict[str, float]:
+    """AP by name that parity runs left in the manifests: of artefacts, and of the checkpoints that these were compared with."""
+    models = {case.name: Path(case.model) for case in cases}
+    verdicts = {name: _verdict(path) for name, path in models.items()}
+    references = {verdict["reference"]["sha256"]: _ap(verdict, "reference") for verdict in verdicts.values() if verdict}
+    found = {name: _ap(verdict, "artefact") for name, verdict in verdicts.items() if verdict}
+    for name, path in models.items():
+        if not verdicts[name] and path.is_file():
+            found[name] = references.get(file_sha256(path))
+    return {name: ap for name, ap in found.items() if ap is not None}
+
+
+def _verdict(path: Path) -> dict[str, Any]:
+    """What a parity run left in the manifest of an artefact; empty for checkpoints, also beside an artefact of the same name."""
+    manifest = read_manifest(path) if path.suffix.lower() in ARTEFACT_SUFFIXES else None
+    return manifest.parity.get("benchmark", {}) if manifest else {}
+
+
+def _ap(verdict: dict[str, Any], whose: str) -> float | None:
+    ap = (verdict.get("ap") or {}).get(whose)
+    return ap if isinstance(ap, float) and math.isfinite(ap) else None
 
 
 def _facts(
@@ -74,6 +87,7 @@ def _facts(
         "command": command,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "CPU": f"{machine.cpu}, {machine.cores} logical cores, {machine.usable_cores} usable, governor {machine.governor}",
+        "device": ", ".join(dict.fromkeys(case.device for case in plan.cases)),
         "threads": f"{threads} of each inference" if threads else "as many as the runtime chooses",
         "load": f"average {load.before} before, {load.after} after; others kept {load.others:.2f} cores busy",
         "memory": f"{machine.memory_gib} GiB",

@@ -90,12 +90,18 @@ def latency_table(measurements: Sequence[Measurement], kind: str) -> Table:
     return Table(headers, rows, note)
 
 
-def stage_table(measurements: Sequence[Measurement]) -> Table:
-    """Where an end-to-end call spends its time: medians."""
+def has_transfers(measurements: Sequence[Measurement]) -> bool:
+    """Whether an engine call has more than one part in any of them: none has on a CPU."""
+    return any(summary_of(each, ENGINE, "h2d") for each in measurements)
+
+
+def stage_table(measurements: Sequence[Measurement], kind: str) -> Table:
+    """Where a call of one kind spends its time: medians."""
     rows = []
+    stages = STAGES if kind == END_TO_END else PARTS
     for each in measurements:
-        medians = [found.median if (found := summary_of(each, END_TO_END, stage)) else None for stage in STAGES]
-        total = summary_of(each, END_TO_END)
+        medians = [found.median if (found := summary_of(each, kind, stage)) else None for stage in stages]
+        total = summary_of(each, kind)
         assert total is not None
         shown = [None if ms is None else f"{ms:.2f} ({100 * ms / total.median:.1f}%)" for ms in medians]
         rows.append([*_case(each), *shown])
@@ -103,7 +109,7 @@ def stage_table(measurements: Sequence[Measurement]) -> Table:
         "Median milliseconds a call and share of the whole. A dash: on a CPU nothing is transferred; "
         "on a GPU this runtime transfers inside its own call, so that infer holds it."
     )
-    return Table((*CASE, *STAGES), rows, note)
+    return Table((*CASE, *stages), rows, note)
 
 
 def resource_table(measurements: Sequence[Measurement]) -> Table:

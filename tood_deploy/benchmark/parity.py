@@ -12,7 +12,8 @@ from tood_deploy.benchmark.coco_ap import CocoMetrics
 from tood_deploy.benchmark.comparison import Comparison
 from tood_deploy.benchmark.gates import Failure, Gates
 from tood_deploy.benchmark.picture_set import Picture, PictureSet
-from tood_deploy.benchmark.scoring import CocoRows, Scoring, average_precision
+from tood_deploy.benchmark.scoring import Scoring, average_precision
+from tood_deploy.benchmark.stages import Values
 from tood_deploy.benchmark.subject import Subject, network_inputs
 from tood_deploy.benchmark.torch_stages import TorchStages
 from tood_deploy.errors import ToodError
@@ -20,6 +21,7 @@ from tood_deploy.export.pictures import synthetic_picture
 from tood_deploy.preprocess import resize_and_pad
 from tood_deploy.presets import SIZE_DIVISOR
 
+SHOWN_AP = 0.0005  # points; less is the rounding of a score between two others, and shown as 0.000
 Track = Callable[[Iterable[Picture]], Iterable[Picture]]
 
 
@@ -45,8 +47,14 @@ class Settings:
             if not 0 <= value <= 1:
                 raise ToodError(f"{name} is {value}; expected a number from 0 to 1")
         for height, width in self.sizes_hw:
-            if min(height, width) < SIZE_DIVISOR or height % SIZE_DIVISOR or width % SIZE_DIVISOR:
+            if not _is_padded(height, width):
                 raise ToodError(f"--sizes has {height}x{width}; expected multiples of {SIZE_DIVISOR}, such as 320x320")
+        if self.net_hw is not None and not _is_padded(*self.net_hw):
+            raise ToodError(f"--net-size is {self.net_hw[0]} {self.net_hw[1]}; expected two multiples of {SIZE_DIVISOR}")
+
+
+def _is_padded(height: int, width: int) -> bool:
+    return min(height, width) >= SIZE_DIVISOR and not (height % SIZE_DIVISOR or width % SIZE_DIVISOR)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,8 +66,8 @@ class Result:
         failures: every limit it passed; of those the first names the guilty stage.
         reference_metrics, metrics: COCO metrics of both; None without annotations, or where numbers were not numbers.
         swap_costs: points of AP that each part costs when it alone is swapped into the reference.
-        canvas_metrics: COCO metrics on the fixed canvas.
-        pictures_sha256: of all network inputs.
+        canvas_ap: points of AP of one detector padded as little as needed, and on the canvas; None without annotations or canvas.
+        pictures_sha256: of all pictures as they are scaled and padded no further than needed.
     """
 
     comparison: Comparison
@@ -67,7 +75,7 @@ class Result:
     reference_metrics: CocoMetrics | None
     metrics: CocoMetrics | None
     swap_costs: dict[str, float]
-    canvas_metrics: CocoMetrics | None
+    canvas_ap: tuple[float, float] | None
     pictures_sha256: str
 
     @property
@@ -87,8 +95,8 @@ class Result:
 
     @property
     def costliest(self) -> str:
-        """The part that costs most AP when it alone is swapped in; "" where no part costs any, or AP is not known."""
-        costs = {part: cost for part, cost in self.swap_costs.items() if cost > 0}
+        """The part that costs most AP when it alone is swapped in; "" where none costs any that is shown, or AP is not known."""
+        costs = {part: cost for part, cost in self.swap_costs.items() if cost >= SHOWN_AP}
         return max(costs, key=lambda part: costs[part]) if costs else ""
 
 
@@ -133,43 +141,63 @@ def compare(
     runner = reference.runner
     assert isinstance(runner, TorchStages)
     runner.detector.max_det = max(subject.manifest.max_det for subject, _ in subjects)
-    comparisons = [Comparison(runner, subject, gates, scoring, _canvas(subject, settings, scoring)) for subject, gates in subjects]
-    rows, digest = _run_pictures(runner, comparisons, pictures, settings, track)
+    comparisons = [Comparison(runner, subject, gates, scoring, _canvas(runner, subject, settings, scoring)) for subject, gates in subjects]
+    digest = _run_pictures(runner, comparisons, pictures, settings, track)
     _run_sizes(runner, comparisons, settings)
-    metrics = scoring.metrics(rows) if scoring else None
-    return [_judge(comparison, metrics, digest) for comparison in comparisons]
+    return [_judge(comparison, metrics, digest) for comparison, metrics in zip(comparisons, _reference_metrics(comparisons), strict=True)]
 
 
-def _canvas(subject: Subject, settings: Settings, scoring: Scoring | None) -> Canvas | None:
-    if settings.net_hw is None:
-        return None
-    return Canvas(subject.runner, settings.net_hw, settings.imgsz, settings.conf, settings.iou, scoring)
+def _canvas(runner: TorchStages, subject: Subject, settings: Settings, scoring: Scoring | None) -> Canvas | None:
+    canvases, common = subject.engine.canvases_hw, (settings.imgsz, settings.conf, settings.iou, scoring)
+    if canvases:
+        if settings.net_hw is not None:
+            raise ToodError(
+                f"{subject.name}: takes pictures of {len(canvases)} fixed sizes alone; leave --net-size out: what its padding costs is told"
+            )
+        return Canvas(runner, canvases, True, *common)
+    return Canvas(subject.runner, [settings.net_hw], False, *common) if settings.net_hw else None
 
 
-def _run_pictures(
-    runner: TorchStages, comparisons: Sequence[Comparison], pictures: PictureSet, settings: Settings, track: Track
-) -> tuple[CocoRows, str]:
-    """COCO rows of the reference (cut to the first artefact's most detections), and the hash of all network inputs."""
-    rows: CocoRows = []
+def _reference_metrics(comparisons: Sequence[Comparison]) -> list[CocoMetrics | None]:
+    """Of the reference on each artefact's inputs; computed once for artefacts that take the same and give as many detections."""
+    known: dict[Any, CocoMetrics | None] = {}
+    for comparison in comparisons:
+        key = _reference_key(comparison.subject)
+        if key not in known:
+            known[key] = comparison.scoring.metrics(comparison.reference_rows) if comparison.scoring else None
+    return [known[_reference_key(comparison.subject)] for comparison in comparisons]
+
+
+def _reference_key(subject: Subject) -> Any:
+    return subject.engine.canvases_hw, subject.manifest.max_det
+
+
+def _run_pictures(runner: TorchStages, comparisons: Sequence[Comparison], pictures: PictureSet, settings: Settings, track: Track) -> str:
+    """The hash of all pictures as they are scaled and padded no further than needed."""
     pixels = hashlib.sha256()
     for number, picture in enumerate(track(pictures)):
-        image, transform = resize_and_pad(picture.read(), settings.imgsz)
-        pixels.update(image.tobytes())
-        values = runner.run_all(network_inputs(image, transform, settings.conf, settings.iou))
-        rows += comparisons[0].reference_rows(values, transform, picture)
+        image_bgr = picture.read()
+        pixels.update(resize_and_pad(image_bgr, settings.imgsz)[0].tobytes())
+        made: dict[tuple[int, int], Values] = {}  # by padded size: artefacts of the same need the reference once
         for comparison in comparisons:
-            comparison.add(picture, transform, values)
+            image, transform = comparison.subject.prepare(image_bgr, settings.imgsz)
+            if transform.net_hw not in made:
+                made[transform.net_hw] = runner.run_all(network_inputs(image, transform, settings.conf, settings.iou))
+            comparison.add(picture, transform, made[transform.net_hw])
             if number == 0:
-                comparison.add_slots(values)
-    return rows, pixels.hexdigest()
+                comparison.add_slots(made[transform.net_hw])
+    return pixels.hexdigest()
 
 
 def _run_sizes(runner: TorchStages, comparisons: Sequence[Comparison], settings: Settings) -> None:
-    for seed, net_hw in enumerate(settings.sizes_hw):
+    """One synthetic picture of every size that was asked for; of its own sizes where an artefact takes no others."""
+    wanted = [comparison.subject.engine.canvases_hw or settings.sizes_hw for comparison in comparisons]
+    for seed, net_hw in enumerate(dict.fromkeys(size for sizes in wanted for size in sizes)):
         image, transform = resize_and_pad(synthetic_picture(*net_hw, seed), (min(net_hw), max(net_hw)))
         values = runner.run_all(network_inputs(image, transform, settings.conf, settings.iou))
-        for comparison in comparisons:
-            comparison.add_size(net_hw, values)
+        for comparison, sizes in zip(comparisons, wanted, strict=True):
+            if net_hw in sizes:
+                comparison.add_size(net_hw, values)
 
 
 def _judge(comparison: Comparison, reference_metrics: CocoMetrics | None, digest: str) -> Result:
@@ -183,5 +211,8 @@ def _judge(comparison: Comparison, reference_metrics: CocoMetrics | None, digest
     drop = reference_ap - average_precision(metrics)
     if scoring and not drop <= comparison.gates.max_ap_drop:
         failures.append(Failure("AP", "drop in points", drop, comparison.gates.max_ap_drop, carried=True))
-    canvas_metrics = scoring.metrics(canvas.rows) if scoring and canvas else None
-    return Result(comparison, tuple(failures), reference_metrics, metrics, costs, canvas_metrics, digest)
+    canvas_ap = None
+    if scoring and canvas:
+        other = average_precision(scoring.metrics(canvas.rows))
+        canvas_ap = (other, reference_ap) if canvas.fixed else (average_precision(metrics), other)
+    return Result(comparison, tuple(failures), reference_metrics, metrics, costs, canvas_ap, digest)

@@ -15,11 +15,11 @@ SMALLEST_SHOWN, LARGEST_SHOWN = 1e-9, 1e3
 def waterfall_figure(carried: StageDeviations, alone: StageDeviations | None) -> Figure:
     """Largest relative deviation of every stage, as deployed and alone, on a logarithmic axis; first stage on top."""
     figure, axes = new_figure(6.4, 4.2)
-    settings = {"as deployed": carried} | ({} if alone is None else {"alone": alone})
-    names = list(carried.waterfall())
+    settings = {"as deployed": carried.waterfall()} | ({} if alone is None else {"alone": alone.waterfall()})
+    names = list(dict.fromkeys(name for found in reversed(settings.values()) for name in found))  # boxes that are NaN have no pairs
     height = 0.8 / len(settings)
-    for i, (label, deviations) in enumerate(settings.items()):
-        values = [min(found.relative_l2, LARGEST_SHOWN) for found in deviations.waterfall().values()]
+    for i, (label, waterfall) in enumerate(settings.items()):
+        values = [min(waterfall[name].relative_l2, LARGEST_SHOWN) if name in waterfall else 0.0 for name in names]
         axes.barh(
             np.arange(len(names)) + (i - (len(settings) - 1) / 2) * height,
             values,
@@ -32,7 +32,7 @@ def waterfall_figure(carried: StageDeviations, alone: StageDeviations | None) ->
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.set_xlabel("L2 norm of the difference, relative to the reference")
-    axes.legend(loc="lower right")
+    figure.legend(loc="outside lower center", ncols=2)
     return figure
 
 

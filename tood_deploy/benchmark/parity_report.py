@@ -13,7 +13,19 @@ from tood_deploy.benchmark.parity import Result
 from tood_deploy.benchmark.parity_figures import scores_figure, waterfall_figure
 from tood_deploy.benchmark.parity_pictures import SHOWN_ABOVE, draw_difference
 from tood_deploy.benchmark.parity_tables import ap_table, class_table, matching_table, sizes_table, waterfall_table
-from tood_deploy.benchmark.report import Card, Section, Table, Tile, gallery, paragraph, picture, render_page, write_json, write_markdown
+from tood_deploy.benchmark.report import (
+    Card,
+    Section,
+    Table,
+    Tile,
+    gallery,
+    pair,
+    paragraph,
+    picture,
+    render_page,
+    write_json,
+    write_markdown,
+)
 from tood_deploy.benchmark.scoring import average_precision
 
 SHOWN_FAILURES = 3
@@ -61,11 +73,9 @@ def headline(results: Sequence[Result]) -> str:
 
 
 def verdict_line(result: Result) -> str:
-    """The verdict in a few words."""
-    if result.passed:
-        return "equal to the PyTorch reference within its limits"
-    cost = f"; in AP, its {result.costliest} costs most" if result.costliest else ""
-    return f"FAILED at the stage {result.guilty}{cost}"
+    """The verdict in a few words, and what costs most AP where anything does."""
+    verdict = "equal to the PyTorch reference within its limits" if result.passed else f"FAILED at the stage {result.guilty}"
+    return verdict + (f"; in AP, its {result.costliest} costs most" if result.costliest else "")
 
 
 def tables(result: Result) -> dict[str, Table]:
@@ -136,6 +146,8 @@ def _picture_section(result: Result, prefix: str) -> Section:
     cards = []
     for each in result.comparison.differences.pictures:
         caption = f"{each.picture.name}: {each.exchanged} boxes found by one alone, scores differ by {each.shift:.1e} at most"
-        cards.append(Card(caption, picture(draw_difference(each), f"{each.picture.name}, PyTorch left, artefact right")))
-    lead = f"PyTorch left, artefact right. Thin: both found it (score above {SHOWN_ABOVE}). Thick and named: found by this one alone."
-    return Section(f"{prefix}Most different pictures", gallery(cards), lead)
+        left, right = draw_difference(each)
+        sides = pair(picture(left, f"{each.picture.name}: PyTorch"), picture(right, f"{each.picture.name}: the artefact"))
+        cards.append(Card(caption, sides))
+    lead = f"First PyTorch, then the artefact. Blue: both found it (score above {SHOWN_ABOVE}). With its name: found by this one alone."
+    return Section(f"{prefix}Most different pictures", gallery(cards, "one"), lead)

@@ -36,12 +36,14 @@ def read_results(path: Path, truth: Truth) -> Results:
     """Reads a COCO results file.
 
     Raises:
-        InputError: not such a file, a value that is not a number, or an image or category that the truth does not have.
+        InputError: not such a file, nothing in it, a value that is not a number, or an image or category that the truth does not have.
     """
     rows = load_json(path, EXPECTED)
     if not isinstance(rows, list):
         found = f"an object with {', '.join(list(rows)[:6])}" if isinstance(rows, dict) else f"a {type(rows).__name__}"
         raise InputError(f"{path}: not COCO results: found {found}; expected a list of objects with {EXPECTED_ROW}")
+    if not rows:
+        raise InputError(f"{path}: the list is empty, there is nothing to score; expected {EXPECTED}")
     return results_from_rows(rows, truth, str(path))
 
 

@@ -14,6 +14,7 @@ from tood_deploy.engines import Engine, open_engine
 from tood_deploy.engines.opening import CHECKPOINT_SUFFIXES
 from tood_deploy.errors import ToodError
 from tood_deploy.export.graph import INPUTS, OUTPUTS
+from tood_deploy.inference.detector import Detector
 from tood_deploy.manifest import Manifest, artefact_sha256
 from tood_deploy.preprocess import ImageTransform
 from tood_deploy.presets import PRESETS
@@ -42,6 +43,15 @@ class Subject:
         """What the model says of itself."""
         return self.engine.manifest
 
+    def prepare(self, image_bgr: NDArray[np.uint8], imgsz: tuple[int, int]) -> tuple[NDArray[np.uint8], ImageTransform]:
+        """The network's input for a picture, padded as this model takes it, and the transform that leads back."""
+        prepared = Detector(self.engine, imgsz=imgsz).prepare(image_bgr)
+        return prepared.image, prepared.transform
+
+    def most_batch(self, inputs: Values) -> int | None:
+        """The largest batch that it takes of pictures of this size; None where there is no bound."""
+        return self.engine.batches_at(net_size(inputs))[1]
+
 
 class DetectionsOnly(StageRunner):
     """A runtime that lets nobody look inside."""
@@ -52,10 +62,13 @@ class DetectionsOnly(StageRunner):
         self.engine, self.name = engine, engine.name
 
     def run_all(self, inputs: Values) -> Values:
-        """The detections."""
+        """The detections; where the engine takes no batch as small, of the first pictures of one that holds them several times."""
+        count, least = len(inputs["images"]), self.engine.batches_at(net_size(inputs))[0]
+        filled = repeat_pictures(inputs, -(-least // count)) if count < least else inputs
         thresholds = float(inputs["score_threshold"]), float(inputs["iou_threshold"])
-        found = self.engine.infer(inputs["images"], inputs["valid_hw"], *thresholds)
-        return inputs | dict(zip(OUTPUTS, (found.num_dets, found.boxes_net, found.scores, found.labels), strict=True))
+        found = self.engine.infer(filled["images"], filled["valid_hw"], *thresholds)
+        outputs = (found.num_dets, found.boxes_net, found.scores, found.labels)
+        return inputs | {name: values[:count] for name, values in zip(OUTPUTS, outputs, strict=True)}
 
     def run(self, stage: Stage, values: Values) -> Values:
         """Raises ToodError, always."""
@@ -106,6 +119,16 @@ def _open_stages(engine: Engine, path: Path | None) -> StageRunner:
         if isinstance(engine, OnnxEngine):
             return OnnxStages(engine, path)
     return DetectionsOnly(engine)
+
+
+def net_size(inputs: Values) -> tuple[int, int]:
+    """Rows and columns of the pictures in the graph's inputs."""
+    return inputs["images"].shape[1], inputs["images"].shape[2]
+
+
+def repeat_pictures(inputs: Values, times: int) -> Values:
+    """The graph's inputs with every picture of the batch so many times, in turn."""
+    return inputs | {name: np.concatenate([inputs[name]] * times) for name in ("images", "valid_hw")}
 
 
 def network_inputs(image: NDArray[np.uint8], transform: ImageTransform, conf: float, iou: float) -> Values:

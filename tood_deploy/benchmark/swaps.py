@@ -15,22 +15,21 @@ class Swaps:
     """Runs the reference with one part exchanged, and keeps the COCO rows of each such run."""
 
     def __init__(self, reference: TorchStages, artefact: StageRunner, precision: str) -> None:
-        """Takes the two, and the precision of the artefact's arithmetic."""
+        """Takes the two, and the precision of the artefact's arithmetic, which alone is exchanged where the artefact has no stages."""
         self.reference, self.artefact = reference, artefact
         self.reduced = TorchStages(reference.detector, REDUCED[precision]) if precision in REDUCED else None
-        self.rows: dict[str, list[dict[str, Any]]] = {part: [] for part in GROUPS}
-        if self.reduced:
-            self.rows["precision"] = []
+        self.parts = GROUPS if artefact.has_stages else {}
+        self.rows: dict[str, list[dict[str, Any]]] = {part: [] for part in (*self.parts, *(["precision"] if self.reduced else []))}
 
     def add(self, values: Values, alone: Mapping[str, Values], to_rows: Callable[[Values], list[dict[str, Any]]]) -> None:
         """Adds one picture.
 
         Args:
             values: the reference's, of all stages.
-            alone: what each stage of the artefact made of these.
+            alone: what each stage of the artefact made of these; empty where it has no stages.
             to_rows: COCO rows of detections.
         """
-        for part, stages in GROUPS.items():
+        for part, stages in self.parts.items():
             swapped = self.artefact.run_chain(stages[1:], values | alone[stages[0].name])
             same = all(np.array_equal(swapped[name], values[name]) for name in stages[-1].gives)
             self.rows[part] += to_rows(values if same else self._finish(swapped, stages[-1].name))

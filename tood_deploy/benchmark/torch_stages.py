@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -67,7 +66,9 @@ class TorchStages(StageRunner):
         return [torch.from_numpy(values[name]).to(self.device) for name in names]
 
     def _arithmetic(self) -> Any:
-        return nullcontext() if self.autocast is None else torch.autocast(self.device.type, self.autocast)
+        if self.autocast is not None:
+            return torch.autocast(self.device.type, self.autocast)
+        return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # PyTorch rounds float32 to 10 bits on a GPU unless told not to
 
 
 def _thresholds(values: Values) -> tuple[float, float]:

@@ -61,13 +61,14 @@ def _describe_canvas(result: Result) -> dict[str, Any] | None:
     canvas = result.comparison.canvas
     if canvas is None:
         return None
-    ap = average_precision(result.canvas_metrics)
+    least, padded = result.canvas_ap or (float("nan"), float("nan"))
     return {
-        "net_hw": canvas.net_hw,
+        "canvases_hw": canvas.canvases_hw,
+        "fixed": canvas.fixed,
         "shrunk": canvas.shrunk,
         "change": canvas.change.to_dict(),
-        "ap": ap,
-        "ap_drop": average_precision(result.metrics) - ap,
+        "ap": padded,
+        "ap_drop": least - padded,
     }
 
 

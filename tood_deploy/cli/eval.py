@@ -36,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "model", metavar="MODEL", help="an exported artefact, a checkpoint, a preset's name, or a COCO results file (.json)"
     )
-    parser.add_argument("--annotations", type=Path, required=True, metavar="FILE", help="the truth, COCO JSON")
+    parser.add_argument("--annotations", type=Path, metavar="FILE", help="the truth, COCO JSON (needed)")
     parser.add_argument("--images", type=Path, metavar="DIR", help="folder of the pictures; for a results file only to draw the worst")
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder for the report (default: the model's name and -eval, here)")
     parser.add_argument("--min-ap", type=float, metavar="P", help="exit with code 1 if AP, in percent, is lower")
@@ -96,8 +96,10 @@ def check_options(args: argparse.Namespace) -> None:
     """Refuses what would be without effect.
 
     Raises:
-        ToodError: options of detection beside a results file, or a model without pictures.
+        ToodError: no annotations, options of detection beside a results file, or a model without pictures.
     """
+    if args.annotations is None:
+        raise ToodError("--annotations is missing: AP needs the truth; expected a COCO JSON of the pictures")
     given = [f"--{name.replace('_', '-')}" for name in OF_MODELS if getattr(args, name) is not None]
     if of_results(args) and given:
         raise ToodError(f"{args.model}: a results file is scored as it is; leave {', '.join(given)} out, or give the model")
