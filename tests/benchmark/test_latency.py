@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -81,6 +82,19 @@ class TestBench:
         assert [bench._batch() for _ in range(3)] == [[0, 1], [2, 0], [1, 2]]
 
 
+class SelfTimedEngine(RedEngine):
+    """Stands for a TensorRT engine: runs on a GPU, and knows the parts of its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.device = "cuda"
+        self.calls: list[tuple[float, float]] = []
+
+    def infer_in_parts(self, images: Any, valid_hw: Any, score_threshold: float, iou_threshold: float) -> tuple[Any, Any]:
+        self.calls.append((score_threshold, iou_threshold))
+        return self.infer(images, valid_hw, score_threshold, iou_threshold), (2.0, 8.0, 1.0)
+
+
 class TestCallsInSteps:
     """The steps that a GPU needs, run on the CPU: the same numbers as the engine's own call."""
 
@@ -99,6 +113,17 @@ class TestCallsInSteps:
         laps = Laps()
         timed_call(RedEngine())(self.IMAGES, self.VALID_HW, 0.3, 0.6, laps)
         assert list(laps.seconds) == ["infer"]
+
+    def test_an_engine_that_times_itself_fills_the_parts(self) -> None:
+        laps, engine = Laps(), SelfTimedEngine()
+        laps.lap("pre")
+        found = [timed_call(engine)(self.IMAGES, self.VALID_HW, 0.3, 0.6, laps) for _ in range(2)]
+        assert engine.calls == [(0.3, 0.6)] * 2
+        assert [each.num_dets.shape for each in found] == [(1,), (1,)]
+        assert list(laps.seconds) == ["pre", "h2d", "infer", "d2h"]
+        assert [laps.seconds[part] for part in ("h2d", "infer", "d2h")] == [4.0, 16.0, 2.0]
+        laps.lap("post")
+        assert laps.seconds["post"] < 1, "what the engine measured counts once"
 
     def test_laps_count_from_the_last_one(self) -> None:
         laps = Laps()

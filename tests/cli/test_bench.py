@@ -123,7 +123,7 @@ class TestLatency:
         assert second["peak_host_mib"] > 100
         assert second["load_s"] > 0
         assert values["ap"] == {"off.safetensors": 40}
-        assert "synthetic" in second["pictures"]
+        assert second["pictures"].startswith("8 crops, 341x512, of a photograph")
 
     def test_bad_input(self, run: Callable, checkpoints: tuple[Path, Path]) -> None:
         sound = checkpoints[0]

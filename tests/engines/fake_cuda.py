@@ -1,7 +1,8 @@
 """A CUDA driver made of Python, for tests of what no machine without a GPU can run: memory, streams, events and graphs.
 
 It is as lazy as a GPU may be: work given to a stream is done when somebody waits for it, and not before. So code that reads results too
-early, or overwrites buffers that are still to be copied, finds wrong bytes here. What is not given back is counted.
+early, or overwrites buffers that are still to be copied, finds wrong bytes here. What is not given back is counted. Its clock stands still
+but for what work is said to take.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ real: Any = importlib.import_module("cuda.bindings.driver")
 Status = real.CUresult
 OK = Status.CUDA_SUCCESS
 Work = Callable[[], None]
+TAKES_S = {"in": 0.002, "run": 0.008, "out": 0.001}  # by kind of work; what else there is takes no time
 
 
 @dataclass
@@ -38,6 +40,7 @@ class Mark:
 
     stream: Stream
     passed: bool = False
+    at_s: float = 0.0
 
 
 def in_context(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -70,6 +73,7 @@ class FakeDriver:
         calls: how often each function was called.
         history: what the GPU did, in order.
         before_free: asked about every address that is freed.
+        clock_s: the time of the GPU.
     """
 
     def __init__(self, capability: tuple[int, int] = (8, 9), version: int = 13050, count: int = 1) -> None:
@@ -81,6 +85,8 @@ class FakeDriver:
         self.free_memory: list[NDArray[np.uint8]] = []
         self.streams: dict[int, Stream] = {}
         self.events: dict[int, Mark | None] = {}
+        self.timed: set[int] = set()
+        self.clock_s = 0.0
         self.graphs: dict[int, list[tuple[str, Work]]] = {}
         self.retained = 0
         self.failures: dict[str, dict[int, Any]] = {}
@@ -152,6 +158,7 @@ class FakeDriver:
             work()
             if label:
                 self.history.append(label)
+                self.clock_s += TAKES_S.get(label.split()[-2], 0.0)
 
     # Devices and contexts
 
@@ -268,9 +275,11 @@ class FakeDriver:
         return (OK,)
 
     @in_context
-    def cuEventCreate(self, _flags: Any) -> Any:
+    def cuEventCreate(self, flags: Any) -> Any:
         handle = next(self._handles)
         self.events[handle] = None
+        if not flags & real.CUevent_flags.CU_EVENT_DISABLE_TIMING:
+            self.timed.add(handle)
         return OK, real.CUevent(handle)
 
     @in_context
@@ -282,8 +291,21 @@ class FakeDriver:
     def cuEventRecord(self, event: Any, stream: int) -> Any:
         mark = Mark(self.streams[stream])
         self.events[int(event)] = mark
-        self.give(stream, "", lambda: setattr(mark, "passed", True))
+
+        def pass_by() -> None:
+            mark.passed, mark.at_s = True, self.clock_s
+
+        self.give(stream, "", pass_by)
         return (OK,)
+
+    @in_context
+    def cuEventElapsedTime(self, start: Any, end: Any) -> Any:
+        first, last = self.events[int(start)], self.events[int(end)]
+        if first is None or last is None or not {int(start), int(end)} <= self.timed:
+            return Status.CUDA_ERROR_INVALID_HANDLE, None
+        if not (first.passed and last.passed):
+            return Status.CUDA_ERROR_NOT_READY, None
+        return OK, 1000 * (last.at_s - first.at_s)
 
     @in_context
     def cuEventSynchronize(self, event: Any) -> Any:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import gc
 import threading
+from collections.abc import Callable
+from contextlib import ExitStack, closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cv2
@@ -18,6 +21,10 @@ real_driver = pytest.importorskip("cuda.bindings.driver")
 # ruff: noqa: E402 - what follows imports the two
 from engines.tensorrt_bench import PROFILES, Bench, assert_answers, pictures
 
+from tood_deploy.benchmark.engine_call import TimesItself
+from tood_deploy.cuda_device import CudaError, Gpu
+from tood_deploy.engines import tensorrt_engine, tensorrt_slot
+from tood_deploy.engines.cuda_memory import Event, Stream
 from tood_deploy.engines.plan_check import Profile
 from tood_deploy.engines.tensorrt_engine import choose_profile
 from tood_deploy.errors import ArtefactError, DeviceError, InputError, ToodError
@@ -232,6 +239,80 @@ class TestTwoInFlight:
             found = engine.infer(*first, 0.25, 0.5)
             engine.infer(*second, 0.25, 0.5)
         assert_answers(found, *first)
+
+
+class TestPartsOfACall:
+    """The fake GPU's clock is the only one, so that every second is known; 2 ms go in, 8 ms are computed, 1 ms goes back."""
+
+    @pytest.fixture
+    def bench(self, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Bench:
+        clock = SimpleNamespace(perf_counter=lambda: bench.driver.clock_s)
+        for module in (tensorrt_engine, tensorrt_slot):
+            monkeypatch.setattr(module, "time", clock)
+        return bench
+
+    @pytest.mark.parametrize("cuda_graph", ["auto", False])
+    def test_are_told_apart_with_a_fake_gpu(self, bench: Bench, cuda_graph: Any) -> None:
+        with bench.open(cuda_graph=cuda_graph) as engine:
+            for seed in range(3):  # runs and records, then replays, where it may
+                images, valid_hw = pictures(2, seed)
+                found, seconds = engine.infer_in_parts(images, valid_hw, 0.25, 0.5)
+                assert_answers(found, images, valid_hw)
+                assert seconds == pytest.approx((0.002, 0.008, 0.001))
+            assert isinstance(engine, TimesItself)
+
+    def test_what_the_cpu_does_first_counts_to_the_device_with_a_fake_gpu(self, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+        fill = tensorrt_slot.Slot.fill
+
+        def slow_fill(*arguments: Any) -> None:
+            bench.driver.clock_s += 0.5
+            fill(*arguments)
+
+        monkeypatch.setattr(tensorrt_slot.Slot, "fill", slow_fill)
+        with bench.open() as engine:
+            assert engine.infer_in_parts(*pictures(1), 0.25, 0.5)[1] == pytest.approx((0.502, 0.008, 0.001))
+
+    def test_waiting_for_a_batch_in_flight_counts_to_inference_with_a_fake_gpu(self, bench: Bench) -> None:
+        with bench.open(cuda_graph=False) as engine:
+            for ticket in [engine.submit(*pictures(1), 0.25, 0.5) for _ in range(2)]:
+                engine.collect(ticket)
+            ticket = engine.submit(*pictures(1), 0.25, 0.5)
+            _, seconds = engine.infer_in_parts(*pictures(1), 0.25, 0.5)
+            assert seconds == pytest.approx((0.002, 0.002 + 0.008 + 0.008, 0.001))
+            engine.collect(ticket)
+
+    def test_other_calls_put_no_marks_for_them_with_a_fake_gpu(self, bench: Bench) -> None:
+        def marks(call: Callable[..., Any]) -> int:
+            before = bench.driver.calls["cuEventRecord"]
+            call(*pictures(1), 0.25, 0.5)
+            return bench.driver.calls["cuEventRecord"] - before
+
+        with bench.open() as engine:
+            assert (marks(engine.infer), marks(engine.infer_in_parts), marks(engine.infer)) == (2, 5, 2)
+
+    def test_errors_are_those_of_infer_with_a_fake_gpu(self, bench: Bench) -> None:
+        with bench.open() as engine:
+            with pytest.raises(InputError, match="a batch of 5, this model takes at most 4"):
+                engine.infer_in_parts(*pictures(5), 0.25, 0.5)
+            bench.plan.failures["execute"] = "enqueueV3: something odd"
+            with pytest.raises(DeviceError, match=r"running failed \(enqueueV3: something odd\)"):
+                engine.infer_in_parts(*pictures(1), 0.25, 0.5)
+            assert engine.infer_in_parts(*pictures(1), 0.25, 0.5)[1].inference == pytest.approx(0.008)
+        with pytest.raises(ToodError, match="was closed"):
+            engine.infer_in_parts(*pictures(1), 0.25, 0.5)
+
+    def test_only_timed_marks_that_were_passed_have_a_time_with_a_fake_gpu(self, bench: Bench) -> None:
+        with closing(Gpu()) as gpu, gpu.current(), ExitStack() as stack:
+            stream, untimed = stack.enter_context(closing(Stream())), stack.enter_context(closing(Event()))
+            first, second = (stack.enter_context(closing(Event(timed=True))) for _ in range(2))
+            for event in (untimed, first, second):
+                event.record(stream)
+            with pytest.raises(CudaError, match="cuEventElapsedTime failed with CUDA_ERROR_NOT_READY"):
+                second.seconds_since(first)
+            stream.synchronise()
+            assert second.seconds_since(first) == 0
+            with pytest.raises(CudaError, match="CUDA_ERROR_INVALID_HANDLE"):
+                second.seconds_since(untimed)
 
 
 class TestThreads:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,21 @@ def test_two_in_flight_give_what_one_at_a_time_gives(plan: Path) -> None:
             if number < len(batches):
                 tickets.append(engine.submit(*batches[number], CONF, IOU))
             assert_same(expected[number - 1], engine.collect(tickets[number - 1]))
+
+
+@pytest.mark.parametrize("cuda_graph", ["auto", False])
+def test_parts_of_a_call_fill_it(plan: Path, cuda_graph: Any) -> None:
+    inputs = pictures(MOST)
+    with open_on_gpu(plan, cuda_graph=cuda_graph) as engine:
+        expected = engine.infer(*inputs, CONF, IOU)
+        for _ in range(5):
+            begun = time.perf_counter()
+            found, seconds = engine.infer_in_parts(*inputs, CONF, IOU)
+            whole = time.perf_counter() - begun
+            assert_same(expected, found)
+            assert min(seconds) > 0
+            assert sum(seconds) == pytest.approx(whole, rel=0.05, abs=2e-4)
+            assert seconds.inference > 1e-4
 
 
 def test_engines_and_threads_of_one_process(plan: Path) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +32,23 @@ class Laps:
         self.seconds[part] = self.seconds.get(part, 0.0) + now - self._last
         self._last = now
 
+    def add(self, seconds: Mapping[str, float]) -> None:
+        """The time since the last lap went into these parts, which somebody else measured."""
+        for part, spent in seconds.items():
+            self.seconds[part] = self.seconds.get(part, 0.0) + spent
+        self.restart()
+
+
+@runtime_checkable
+class TimesItself(Protocol):
+    """An engine that knows how many seconds of a call went to the device, into inference, and back."""
+
+    def infer_in_parts(
+        self, images: Any, valid_hw: Any, score_threshold: float, iou_threshold: float
+    ) -> tuple[BatchDetections, tuple[float, float, float]]:
+        """As `infer`, and those three."""
+        ...
+
 
 Call = Callable[[NDArray[np.uint8], NDArray[np.int32], float, float, Laps], BatchDetections]
 
@@ -38,20 +56,29 @@ Call = Callable[[NDArray[np.uint8], NDArray[np.int32], float, float, Laps], Batc
 def timed_call(engine: Engine) -> Call:
     """A function that runs the engine and notes its parts.
 
-    On the CPU there are no transfers, only "infer". On a GPU ONNX Runtime and PyTorch are called in steps; what other runtimes do
-    inside one call counts as "infer".
+    On the CPU there are no transfers, only "infer". On a GPU ONNX Runtime and PyTorch are called in steps; TensorRT times itself, by the
+    GPU's clock, so that nothing waits between the steps.
     """
     if engine.device == "cpu":
         return _whole_call(engine)
-    if hasattr(engine, "session"):
-        return _bound_call(engine)
-    return _torch_call(engine) if hasattr(engine, "detector") else _whole_call(engine)
+    if isinstance(engine, TimesItself):
+        return _self_timed_call(engine)
+    return _bound_call(engine) if hasattr(engine, "session") else _torch_call(engine)
 
 
 def _whole_call(engine: Engine) -> Call:
     def call(images: NDArray[np.uint8], valid_hw: NDArray[np.int32], conf: float, iou: float, laps: Laps) -> BatchDetections:
         found = engine.infer(images, valid_hw, conf, iou)
         laps.lap("infer")
+        return found
+
+    return call
+
+
+def _self_timed_call(engine: TimesItself) -> Call:
+    def call(images: NDArray[np.uint8], valid_hw: NDArray[np.int32], conf: float, iou: float, laps: Laps) -> BatchDetections:
+        found, seconds = engine.infer_in_parts(images, valid_hw, conf, iou)
+        laps.add(dict(zip(PARTS, seconds, strict=True)))
         return found
 
     return call

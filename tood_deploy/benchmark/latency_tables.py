@@ -106,8 +106,8 @@ def stage_table(measurements: Sequence[Measurement], kind: str) -> Table:
         shown = [None if ms is None else f"{ms:.2f} ({100 * ms / total.median:.1f}%)" for ms in medians]
         rows.append([*_case(each), *shown])
     note = (
-        "Median milliseconds a call and share of the whole. A dash: on a CPU nothing is transferred; "
-        "on a GPU this runtime transfers inside its own call, so that infer holds it."
+        "Median milliseconds a call and share of the whole. h2d and d2h: to the GPU and back, with what the CPU does for that. "
+        "A dash: on a CPU nothing is transferred."
     )
     return Table((*CASE, *stages), rows, note)
 

@@ -31,7 +31,7 @@ class Case:
         name: for reports.
         batch: pictures of one call.
         imgsz: (short side, long side); the model's own where None.
-        images: folder of pictures; synthetic ones where None.
+        images: folder of pictures; crops of a photograph where None.
         device, threads: to run on.
         conf, iou: thresholds.
         warmup_s: the longest warm-up of each kind of call.
@@ -202,13 +202,20 @@ class Bench:
 
 
 def read_frames(detector: Detector, case: Case) -> tuple[list[Any], str]:
-    """Decoded pictures (H, W, 3) uint8 BGR of one padded size, the commonest of the folder, and what they are."""
+    """Decoded pictures (H, W, 3) uint8 BGR of one padded size, the commonest of the folder, and what they are.
+
+    Without a folder, parts of a photograph: of zeros and other plain pictures the times would come out too good.
+    """
     from collections import Counter
 
+    from tood_deploy.benchmark.photograph import photograph_crops
     from tood_deploy.benchmark.picture_set import open_pictures
     from tood_deploy.preprocess import fit_size, pad_size
 
-    pictures = open_pictures(case.images, None, detector.imgsz, MOST_PICTURES)
+    if case.images is None:
+        pictures = photograph_crops(detector.imgsz, MOST_PICTURES)
+    else:
+        pictures = open_pictures(case.images, None, detector.imgsz, MOST_PICTURES)
     frames = [picture.read() for picture in pictures]
     sizes = [pad_size(fit_size((frame.shape[0], frame.shape[1]), detector.imgsz)) for frame in frames]
     commonest = Counter(sizes).most_common(1)[0][0]

@@ -30,8 +30,8 @@ go with the artefact's precision. A limit that is passed makes the exit code 1. 
 
 LATENCY_EPILOG = """\
 Each model runs in a process of its own; rounds are interleaved, so that drift hits all alike. Ratios are against the baseline, or
-against the first model. Pictures are real where --images is given; built-in synthetic ones otherwise. Times of a busy machine mean little:
-what other processes took is measured and said.
+against the first model. Pictures are real, also without --images. Times of a busy machine mean little: what other processes took is
+measured and said.
 """
 
 
@@ -49,7 +49,7 @@ def _add_latency(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=latency_command)
     parser.add_argument("models", metavar="MODEL", nargs="+", help="exported artefacts, checkpoints or presets")
     parser.add_argument("--baseline", metavar="CHECKPOINT", help="compare with this checkpoint in eager PyTorch, in the same run")
-    parser.add_argument("--images", type=Path, metavar="DIR", help="pictures to run on, the first 8 (default: built-in synthetic ones)")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="pictures to run on, the first 8 (default: 8 crops of a photograph)")
     parser.add_argument(
         "--batch", type=int, nargs="+", default=[1], metavar="N", help="pictures of one call, one or several numbers (default: 1)"
     )

@@ -68,10 +68,12 @@ def _allocate(function: Callable[..., tuple[Any, ...]], size: int, *arguments: A
 
 
 class Event:
-    """A mark in a stream that others wait for."""
+    """A mark in a stream that others wait for, or whose time is asked for."""
 
-    def __init__(self) -> None:
-        self._event = call(driver.cuEventCreate, driver.CUevent_flags.CU_EVENT_DISABLE_TIMING)
+    def __init__(self, *, timed: bool = False) -> None:
+        """Makes an event; one that is timed takes the GPU a little longer."""
+        flags = driver.CUevent_flags
+        self._event = call(driver.cuEventCreate, flags.CU_EVENT_DEFAULT if timed else flags.CU_EVENT_DISABLE_TIMING)
 
     def record(self, stream: Stream) -> None:
         """Puts the mark after all work that the stream has been given so far."""
@@ -84,6 +86,14 @@ class Event:
             CudaError: work before the mark failed.
         """
         call(driver.cuEventSynchronize, self._event)
+
+    def seconds_since(self, earlier: Event) -> float:
+        """How long the GPU took from another mark to this one; both are timed, and the GPU has come past both.
+
+        Raises:
+            CudaError: it has not, or one of them is not timed.
+        """
+        return call(driver.cuEventElapsedTime, earlier._event, self._event) / 1000
 
     def hold_back(self, stream: Stream) -> None:
         """Lets later work of a stream begin only once the GPU has come past the mark, if it was ever put."""

@@ -9,11 +9,12 @@ import hashlib
 import platform
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tood_deploy.cuda_device import Gpu
 from tood_deploy.engines.base import BatchDetections, Engine
@@ -28,6 +29,20 @@ from tood_deploy.errors import ArtefactError, DeviceError, InputError, ToodError
 from tood_deploy.home import home_folder
 from tood_deploy.manifest import Manifest
 from tood_deploy.tensorrt_flavour import TITLES, Flavour, load_flavour
+
+
+class CallSeconds(NamedTuple):
+    """Where the time of one call went; together, the whole of it.
+
+    Attributes:
+        to_device: until the batch is on the GPU.
+        inference: computing there, by the GPU's clock.
+        back: until the detections are in the caller's memory.
+    """
+
+    to_device: float
+    inference: float
+    back: float
 
 
 class TensorRTEngine(Engine):
@@ -115,6 +130,17 @@ class TensorRTEngine(Engine):
         """
         return super().infer(images, valid_hw, score_threshold, iou_threshold)
 
+    def infer_in_parts(
+        self, images: Any, valid_hw: Any, score_threshold: float, iou_threshold: float
+    ) -> tuple[BatchDetections, CallSeconds]:
+        """As `infer`, and how long each part took; waiting for a batch that is in flight counts to the inference."""
+        begun = time.perf_counter()
+        with self._slots.take() as (slot, _), self._gpu.current():
+            batch = self._start(slot, images, valid_hw, score_threshold, iou_threshold, timed=True)
+            found = self._checked(slot.detections(batch))
+            to_device, inference = slot.seconds(begun)
+        return found, CallSeconds(to_device, inference, time.perf_counter() - begun - to_device - inference)
+
     def submit(self, images: Any, valid_hw: Any, score_threshold: float, iou_threshold: float) -> Ticket:
         """As `infer`, without waiting. NumPy arrays may change afterwards; arrays on the GPU must stay as they are until `collect`."""
         return super().submit(images, valid_hw, score_threshold, iou_threshold)
@@ -144,7 +170,7 @@ class TensorRTEngine(Engine):
             raise ArtefactError(f"{self._path}: {_unsettled(found.num_dets.tolist(), self.manifest)}")
         return super()._checked(found)
 
-    def _start(self, slot: Slot, images: Any, valid_hw: Any, score_threshold: float, iou_threshold: float) -> int:
+    def _start(self, slot: Slot, images: Any, valid_hw: Any, score_threshold: float, iou_threshold: float, *, timed: bool = False) -> int:
         """Puts a batch into a slot, and the GPU to work on it; how many pictures it holds."""
         views: tuple[Any, Any] = (
             view_array(images, "images", gpu=self._gpu.ordinal, stream=slot.stream.handle),
@@ -155,7 +181,7 @@ class TensorRTEngine(Engine):
         profile = choose_profile(self._profiles, shape)
         slot.fill(*views, score_threshold, iou_threshold)
         with self._launching:
-            slot.start(profile, shape, [other.computed for other in self._buffers if other is not slot])
+            slot.start(profile, shape, [other.computed for other in self._buffers if other is not slot], timed=timed)
         return shape[0]
 
     def close(self) -> None:

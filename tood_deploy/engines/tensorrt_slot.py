@@ -5,6 +5,7 @@ Two of them let the copies of one batch overlap with the computing of another. I
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from math import prod
@@ -92,6 +93,7 @@ class Slot:
         self.stream: Stream = own(Stream())
         self.computed: Event = own(Event())
         self.done: Event = own(Event())
+        self._marks: list[Event] = [own(Event(timed=True)) for _ in range(3)]  # begun, inputs on the GPU, computed
         self._host_in: PinnedBuffer = own(PinnedBuffer(self._inputs.size, "pictures"))
         self._host_out: PinnedBuffer = own(PinnedBuffer(self._outputs.size, "detections"))
         self._device_in: DeviceBuffer = own(DeviceBuffer(self._inputs.size, "pictures"))
@@ -115,22 +117,27 @@ class Slot:
             else:
                 self._inputs.view(self._host_in, name, np.shape(value))[...] = value
 
-    def start(self, profile: int, shape: tuple[int, ...], others: list[Event]) -> None:
+    def start(self, profile: int, shape: tuple[int, ...], others: list[Event], *, timed: bool = False) -> None:
         """Gives the GPU the copies and the computing of the batch, and does not wait for them.
 
         Args:
             profile: the number of the optimisation profile.
             shape: of the pictures, (B, H, W, 3).
             others: marks of other slots; computing begins after them, since all use the same scratch memory.
+            timed: whether `seconds` will be asked for.
 
         Raises:
             DeviceError: CUDA or TensorRT refuses.
         """
         try:
             execution = self._executions.get((profile, shape[0])) or self._new_execution(profile, shape, others)
+            self._begun = time.perf_counter()
+            self._mark(0, timed)
             images = self._copy_in(execution, prod(shape))
+            self._mark(1, timed)
             self._take_turn(others)
             execution.run(images)
+            self._mark(2, timed)
             self.computed.record(self.stream)
             self.stream.to_host(self._host_out.address, self._device_out.address, self._outputs.size)
             self.done.record(self.stream)
@@ -138,6 +145,19 @@ class Slot:
             self.stream.drain()  # the buffers are the next batch's
             self._on_device.clear()
             raise
+
+    def _mark(self, number: int, timed: bool) -> None:
+        if timed:
+            self._marks[number].record(self.stream)
+
+    def seconds(self, since: float) -> tuple[float, float]:
+        """Of a batch that was timed, and whose detections are there: how long to bring it to the GPU, and to compute.
+
+        Args:
+            since: the moment of `time.perf_counter` from which on bringing it counts: what the CPU did before the GPU began.
+        """
+        begun, brought, computed = self._marks
+        return self._begun - since + brought.seconds_since(begun), computed.seconds_since(brought)
 
     def _take_turn(self, others: list[Event]) -> None:
         for event in others:
