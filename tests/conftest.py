@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import benchmark  # noqa: F401  before onnxruntime.quantization brings a folder with another benchmark.py onto the path
 import numpy as np
 import pytest
 from numpy.typing import NDArray

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -34,6 +35,19 @@ def load_openvino() -> ModuleType:
         if muted:
             del sys.modules[TELEMETRY]
     return openvino
+
+
+@cache
+def shared_core() -> Any:
+    """The one Core of this process.
+
+    With a Core OpenVINO's CPU plugin gives its thread another stack for signals, and takes it back in the end. Of several Cores that end in
+    another order than they began, one leaves a stack behind that is freed, and the next Ctrl-C ends the process (2026.4).
+
+    Raises:
+        DeviceError: OpenVINO is not installed.
+    """
+    return load_openvino().Core()
 
 
 def check_precision(core: Any, precision: str) -> None:

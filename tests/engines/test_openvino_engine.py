@@ -1,6 +1,7 @@
 """OpenVINO: the same answers as every engine, precision that is pinned, results that stay valid, clear refusals."""
 
 import shutil
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -22,9 +23,10 @@ from tood_deploy.errors import ArtefactError, DeviceError, InputError, OutputErr
 from tood_deploy.export.compare import match_detections
 from tood_deploy.export.pictures import synthetic_picture
 from tood_deploy.manifest import Manifest, manifest_path, read_manifest
+from tood_deploy.openvino_model import shared_core
 from tood_deploy.rows import Rows, batch_rows, pair_rows
 
-HAS_BF16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+HAS_BF16 = "BF16" in shared_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 needs_bf16 = pytest.mark.skipif(not HAS_BF16, reason="this CPU has no bf16 instructions")
 SIZES_HW = [(64, 64), (64, 320), (256, 96)]
 Inputs = tuple[NDArray[np.uint8], NDArray[np.int32]]
@@ -43,7 +45,7 @@ def rows(found: BatchDetections, picture: int = 0) -> Rows:
 def ir(tiny_artefact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The artefact as OpenVINO's own format."""
     path = tmp_path_factory.mktemp("ir") / "tiny.xml"
-    openvino.save_model(openvino.Core().read_model(tiny_artefact), path, compress_to_fp16=False)
+    openvino.save_model(shared_core().read_model(tiny_artefact), path, compress_to_fp16=False)
     shutil.copy(manifest_path(tiny_artefact), manifest_path(path))
     return path
 
@@ -258,6 +260,27 @@ class TestFormsOfTheirOwn:
         with OpenVinoEngine(ir, threads=1) as own:
             own.infer(*inputs(size_hw=(32, 32)), 0.05, 0.6)
         assert not compiled
+
+
+SIGNALLED = """
+import gc, signal, sys
+from pathlib import Path
+from tood_deploy.engines.openvino_engine import OpenVinoEngine
+
+first, second = (OpenVinoEngine(Path(sys.argv[1]), threads=1, cache=False) for _ in range(2))
+for name in ("first", "second"):
+    globals().pop(name).close()
+    gc.collect()
+try:
+    signal.raise_signal(signal.SIGINT)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_ctrl_c_after_engines_that_ended_in_the_order_they_began(ir: Path) -> None:
+    run = subprocess.run([sys.executable, "-c", SIGNALLED, str(ir)], capture_output=True, text=True, timeout=120, check=False)
+    assert (run.returncode, run.stdout) == (0, "interrupted\n"), run.stderr
 
 
 class TestCache:

@@ -21,9 +21,9 @@ from tood_deploy.export.to_openvino import openvino_from_onnx
 from tood_deploy.export.verify import TOLERANCES
 from tood_deploy.manifest import Manifest, artefact_sha256, doubts, manifest_path, read_manifest
 from tood_deploy.model import load_checkpoint
-from tood_deploy.openvino_model import manifest_inside
+from tood_deploy.openvino_model import manifest_inside, shared_core
 
-HAS_BF16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+HAS_BF16 = "BF16" in shared_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ class TestMade:
         assert doubts(path, manifest) == ""
 
     def test_the_file_tells_itself(self, made: tuple[Path, Manifest]) -> None:
-        inside = manifest_inside(openvino.Core().read_model(made[0]), made[0])
+        inside = manifest_inside(shared_core().read_model(made[0]), made[0])
         assert (inside.preset, inside.options["format"]) == (made[1].preset, "openvino")
 
     def test_verdict_is_openvinos_own_and_as_tight_as_for_onnx(self, made: tuple[Path, Manifest]) -> None:

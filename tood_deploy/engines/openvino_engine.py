@@ -15,7 +15,15 @@ from tood_deploy.engines.self_test import tolerance_of
 from tood_deploy.errors import DeviceError, ToodError
 from tood_deploy.home import home_folder
 from tood_deploy.manifest import Manifest, artefact_files, read_manifest
-from tood_deploy.openvino_model import TYPES, check_precision, load_openvino, make_cache_folder, manifest_inside, read_model
+from tood_deploy.openvino_model import (
+    TYPES,
+    check_precision,
+    load_openvino,
+    make_cache_folder,
+    manifest_inside,
+    read_model,
+    shared_core,
+)
 
 Precision = Literal["fp32", "bf16"]
 
@@ -61,7 +69,7 @@ class OpenVinoEngine(Engine):
         if device != "cpu":
             raise DeviceError(f"device is {device}, OpenVINO runs on the CPU here; use --device cpu, or --runtime onnxruntime")
         _check_options(threads, precision, hint)
-        core = ov.Core()
+        core = shared_core()
         manifest = read_manifest(path)
         model = read_model(core, path) if manifest is None else None
         self.manifest = manifest or manifest_inside(model, path)

@@ -16,7 +16,7 @@ from tood_deploy.export.onnx_artefact import read_onnx
 from tood_deploy.export.runners import Maps, Reference, graph_inputs, onnx_reference
 from tood_deploy.export.verify import TOLERANCES, Tolerances, verify
 from tood_deploy.manifest import Manifest, atomic_paths, manifest_path, read_manifest
-from tood_deploy.openvino_model import CPU, PLACE, TYPES, check_precision, load_openvino, read_model
+from tood_deploy.openvino_model import CPU, PLACE, TYPES, check_precision, load_openvino, read_model, shared_core
 
 Rest = Literal["fp32", "bf16"]
 
@@ -32,7 +32,7 @@ class OpenVinoRunner:
             ArtefactError: OpenVINO cannot read it.
         """
         ov = load_openvino()
-        core = ov.Core()
+        core = shared_core()
         check_precision(core, rest)
         model = read_model(core, artefact)
         model.add_outputs(list(HEAD_OUTPUTS))
@@ -80,7 +80,7 @@ def openvino_from_onnx(
     if source is None:
         raise ArtefactError(f"{onnx_path}: has no manifest beside it ({manifest_path(onnx_path).name}); export the checkpoint again")
     manifest = _manifest(source, rest, ov, options or {})
-    graph = read_model(ov.Core(), onnx_path)
+    graph = read_model(shared_core(), onnx_path)
     graph.set_rt_info(manifest.to_json(), PLACE)
     # The .bin becomes itself first, and the manifest, which tells whether all three belong together, last.
     with atomic_paths(output.with_suffix(".bin"), output, manifest_path(output)) as (_, xml, described):

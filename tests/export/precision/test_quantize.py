@@ -30,6 +30,7 @@ from tood_deploy.export.precision.quantize import (
 )
 from tood_deploy.export.runners import graph_inputs
 from tood_deploy.export.to_onnx import with_outputs
+from tood_deploy.openvino_model import shared_core
 
 IMGSZ = (96, 128)
 BLOCK = "backbone.layer1.1"
@@ -253,9 +254,9 @@ class TestRuntimes:
         assert kinds["QLinearAdd"] == 8  # residuals
 
     def test_openvino_computes_all_of_them_in_8_bits(self, quantized: dict[str, onnx.ModelProto], tmp_path: Path) -> None:
-        openvino = pytest.importorskip("openvino")
+        pytest.importorskip("openvino")
         onnx.save(quantized["u8s8"], tmp_path / "model.onnx")
-        core = openvino.Core()
+        core = shared_core()
         graph = core.read_model(tmp_path / "model.onnx")
         graph.reshape({"images": [1, *IMGSZ, 3], "valid_hw": [1, 2]})
         compiled = core.compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
