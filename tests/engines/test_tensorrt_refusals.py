@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 
@@ -24,6 +26,7 @@ from engines.fake_tensorrt import (
 )
 from engines.tensorrt_bench import PROFILES, Bench, assert_answers, pictures
 
+from tood_deploy.cli.infer import main
 from tood_deploy.engines import tensorrt_engine
 from tood_deploy.errors import ArtefactError, DeviceError, InputError
 from tood_deploy.manifest import manifest_path
@@ -163,6 +166,65 @@ class TestRefusals:
         assert bench.plan.host_code == [False, True]
 
 
+def no_gpu(bench: Bench) -> None:
+    bench.driver.count = 0
+
+
+def old_driver(bench: Bench) -> None:
+    bench.driver.version = 11080
+
+
+def cut_plan(bench: Bench) -> None:
+    bench.path.write_bytes(b"pla")
+
+
+def cut_manifest(bench: Bench) -> None:
+    manifest_path(bench.path).write_text("{")
+
+
+def other_version(bench: Bench) -> None:
+    bench.write(target=bench.manifest.target | {"version": "10.14.1.2"})
+
+
+def other_flavour(bench: Bench) -> None:
+    (other,) = {"tensorrt", "tensorrt_rtx"} - {bench.manifest.target["flavour"]}
+    bench.write(target=bench.manifest.target | {"flavour": other})
+
+
+def other_gpu(bench: Bench) -> None:
+    bench.driver.capability = (9, 0)
+
+
+def full_gpu(bench: Bench) -> None:
+    bench.driver.fail("cuMemAlloc", Status.CUDA_ERROR_OUT_OF_MEMORY)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (no_gpu, "no NVIDIA GPU that CUDA can use"),
+        (old_driver, "the NVIDIA driver runs CUDA up to 11.8"),
+        (cut_plan, "it was cut, changed or exchanged"),
+        (cut_manifest, "not a manifest of tood_deploy"),
+        (other_version, "10.14.1.2, installed is 10.13.3.9"),
+        (other_flavour, "installed is TensorRT"),
+        (other_gpu, "Fake GPU has 9.0"),
+        (full_gpu, "no room on the GPU for"),
+    ],
+)
+def test_by_the_command_one_line_and_nothing_written_with_a_fake_gpu(
+    spoil: Callable[[Bench], None], message: str, bench: Bench, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    picture = tmp_path / "a.png"
+    cv2.imwrite(str(picture), pictures(1)[0][0])
+    spoil(bench)
+    assert main([str(bench.path), str(picture), "--device", "cuda", "--output", str(tmp_path / "found")]) == 2
+    out, error = capfd.readouterr()
+    assert (out, error.count("\n"), error.startswith("error: ")) == ("", 1, True)
+    assert message in error
+    assert not (tmp_path / "found").exists()
+
+
 class TestTensorRTRtx:
     @pytest.fixture(autouse=True)
     def only_rtx(self, bench: Bench) -> None:
@@ -172,7 +234,12 @@ class TestTensorRTRtx:
     def test_its_judgement_ends_up_in_the_error_with_a_fake_gpu(self, bench: Bench) -> None:
         flags = trt.EngineInvalidityDiagnostics
         bench.plan.validity = trt.EngineValidity.INVALID, int(flags.UNSUPPORTED_CC) | int(flags.OLD_CUDA_DRIVER)
-        with pytest.raises(ArtefactError, match="cannot be opened: UNSUPPORTED_CC, OLD_CUDA_DRIVER"):
+        with pytest.raises(
+            ArtefactError, match=r"cannot be opened: UNSUPPORTED_CC, OLD_CUDA_DRIVER .*; .*--compute-capability, or by TensorRT$"
+        ):
+            bench.open()
+        bench.plan.validity = trt.EngineValidity.INVALID, int(flags.OLD_CUDA_DRIVER)
+        with pytest.raises(ArtefactError, match=r"cannot be opened: OLD_CUDA_DRIVER .*; build it again, for this machine"):
             bench.open()
 
     def test_a_plan_that_may_be_slow_is_noted_with_a_fake_gpu(self, bench: Bench) -> None:

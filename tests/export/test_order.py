@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from tood_deploy import tensorrt_flavour
 from tood_deploy.cli.export import main
 from tood_deploy.engines import open_engine
+from tood_deploy.export import carry_out
 from tood_deploy.manifest import manifest_path, neighbour, read_manifest
 
 
@@ -50,9 +52,11 @@ def test_triton(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_an_engine_says_how_to_run_it(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(source), "--to", "engine", "--shapes", "64x96", "--batch", "1"]) == 0
+    assert main([str(source), "--to", "engine", "--shapes", "64x96", "--batch", "1", "--list-layers"]) == 0
     assert made_beside(source) == {"tiny-engine.engine", "tiny-engine.json"}
-    assert "PICTURES --output DIR --device cuda\n" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "PICTURES --output DIR --device cuda\n" in said
+    assert said.count("CONVOLUTION") > 50, "--list-layers lists them"
     manifest = read_manifest(Path("tiny-engine.engine"))
     assert manifest is not None
     assert (manifest.options["nms"], manifest.options["nms_rounds"]) == ("unrolled", 16)
@@ -95,6 +99,8 @@ def test_an_engine_is_served_as_it_is(source: Path, capsys: pytest.CaptureFixtur
         (["--to", "openvino", "--output", "tiny.ir"], "expected a name ending in .xml"),
         (["--to", "openvino", "--precision", "fp16"], "OpenVINO on CPUs computes in fp32, bf16 and int8"),
         (["--precision", "int8"], "--precision int8 needs --calib-data"),
+        (["--precision", "int8", "--calib-data", "."], ".: no pictures in it"),
+        (["--precision", "int8", "--calib-data", ".", "--calib-pictures", "1"], ".: no pictures in it"),
         (["--precision", "int8", "--calib-data", ".", "--rest", "fp16"], "--rest needs --to openvino or engine"),
         (["--precision", "fp16", "--batch", "2"], "--batch needs --to engine or --to triton"),
         (["--precision", "fp16", "--nms", "loop"], "--nms needs --to engine, or --to triton with --backend tensorrt"),
@@ -111,6 +117,38 @@ def test_wrong_use_is_one_line_and_leaves_nothing(
     arguments: list[str], message: str, source: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([str(source), *arguments, "--quiet"]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not made_beside(source)
+
+
+@pytest.mark.parametrize(
+    ("installed", "arguments", "message"),
+    [
+        ((), ["engine"], "neither TensorRT nor TensorRT-RTX is installed; install"),
+        (
+            ("tensorrt", "tensorrt_rtx"),
+            ["engine"],
+            "both tensorrt and tensorrt_rtx are installed; say which of the two to use with --flavour",
+        ),
+        (("tensorrt_rtx",), ["engine", "--flavour", "tensorrt"], "TensorRT is not installed, TensorRT-RTX is; install"),
+        (("tensorrt_rtx",), ["triton", "--backend", "tensorrt"], "TensorRT is not installed, TensorRT-RTX is; install"),
+        (("tensorrt_rtx",), ["engine", "--timing-cache", "kept"], "--timing-cache means nothing to TensorRT-RTX"),
+    ],
+)
+def test_what_builds_is_looked_for_before_the_long_work(
+    installed: tuple[str, ...],
+    arguments: list[str],
+    message: str,
+    source: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    monkeypatch.setattr(tensorrt_flavour, "_is_installed", installed.__contains__)
+    monkeypatch.setattr(carry_out, "_float_onnx", None)
+    assert main([str(source), "--to", *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1

@@ -16,6 +16,7 @@ from tood_deploy.errors import ArtefactError, DeviceError, ToodError
 from tood_deploy.tensorrt_flavour import Flavour, Messages
 
 Note = Callable[[str], None]
+OTHER_GPU = "TensorRT-RTX has no kernels in it for this GPU: build it with this GPU's --compute-capability, or by TensorRT"
 INPUTS = {"images": "UINT8", "valid_hw": "INT32", "score_threshold": "FLOAT", "iou_threshold": "FLOAT"}
 OUTPUTS = {"num_dets": "INT32", "boxes": "FLOAT", "scores": "FLOAT", "labels": "INT32"}
 
@@ -81,7 +82,8 @@ class Plan:
             self._note(f"{self.path.name}: runs on this GPU, but was not built for it and may be slower than it could be")
         if validity == self._trt.EngineValidity.INVALID:
             reasons = [reason.name for reason in self._trt.EngineInvalidityDiagnostics.__members__.values() if int(reason) & flags]
-            raise refusal(f"{self.path}: cannot be opened: {', '.join(reasons) or 'not valid here'}", messages, self._remedy, ArtefactError)
+            remedy = OTHER_GPU if "UNSUPPORTED_CC" in reasons else self._remedy
+            raise refusal(f"{self.path}: cannot be opened: {', '.join(reasons) or 'not valid here'}", messages, remedy, ArtefactError)
 
     def _check_tensors(self) -> None:
         names = list(map(self._engine.get_tensor_name, range(self._engine.num_io_tensors)))

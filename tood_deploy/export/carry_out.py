@@ -23,8 +23,10 @@ from tood_deploy.export.made import Made, describe
 from tood_deploy.export.onnx_artefact import read_onnx
 from tood_deploy.export.order import SUFFIXES, Order
 from tood_deploy.export.pictures import read_pictures
+from tood_deploy.export.precision.calibration import choose_pictures
 from tood_deploy.export.precision.lowering import PrecisionOptions, lower_onnx
 from tood_deploy.export.runners import Reference, onnx_reference, torch_reference
+from tood_deploy.export.triton.to_triton import SERVED_FLAVOUR
 from tood_deploy.manifest import manifest_path, neighbour
 from tood_deploy.model.checkpoint import load_checkpoint
 from tood_deploy.preprocess import check_imgsz
@@ -50,6 +52,7 @@ def carry_out(order: Order, say: Say, tell: Callable[[Any], None]) -> Made:
     if Path(order.source).suffix.lower() in SUFFIXES["engine"]:
         return _serve_engine(order)
     _check_output(order)
+    _check_means(order)
     pictures = read_pictures(order.verify_images, MOST_VERIFY_PICTURES) if order.verify_images else []
     with _working_folder(order.output) as folder:
         float_onnx, reference = _float_onnx(order, folder, pictures, say)
@@ -81,6 +84,19 @@ def _check_output(order: Order) -> None:
             f"{order.output}: its manifest {manifest_path(order.output).name} would replace that of {other.name}; "
             f"give another --output, such as {order.output.with_stem(f'{order.output.stem}-{order.to}')}"
         )
+
+
+def _check_means(order: Order) -> None:
+    """Looks, before the long work, for what only its end needs: the library that builds, its GPU, and pictures to calibrate on."""
+    if order.to == "engine" or order.triton.backend == "tensorrt":
+        library = load_flavour(order.flavour if order.to == "engine" else SERVED_FLAVOUR)
+        order.engine.check(library)
+        if library.name == "tensorrt":  # builds on the GPU that it builds for
+            from tood_deploy.cuda_device import check_driver
+
+            check_driver()
+    if order.precision.calib_data is not None:
+        choose_pictures(order.precision.calib_data, order.precision.int8.most_pictures)
 
 
 @contextmanager

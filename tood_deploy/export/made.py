@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
 from tood_deploy.export.tensorrt.layers import Layer, LayerReport, shares_table
 from tood_deploy.manifest import ARTEFACT_SUFFIXES, Manifest, artefact_files, manifest_path
@@ -80,7 +81,8 @@ def describe_parity(parity: dict[str, Any]) -> Iterator[str]:
 
 def layers_table(layers: Sequence[Layer]) -> Table:
     """Every layer with its precision and arithmetic."""
-    table = Table("layer", "kind", "precision", "GMAC a picture", title="layers")
+    name = Column("layer", overflow="fold")  # whole, in a file of 80 columns too
+    table = Table(name, "kind", "precision", "GMAC a picture", title="layers")
     for layer in layers:
-        table.add_row(layer.name, layer.kind, layer.precision, f"{layer.macs / 1e9:.3g}" if layer.macs else "")
+        table.add_row(Text(layer.name), layer.kind, layer.precision, f"{layer.macs / 1e9:.3g}" if layer.macs else "")
     return table

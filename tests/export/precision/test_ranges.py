@@ -121,7 +121,11 @@ class TestHalfPrecisionArtefact:
         low_precision_onnx(wild, tmp_path / "blind.onnx", "fp16")
         with open_engine(rounded(tmp_path / "blind.onnx")) as engine, pytest.raises(ArtefactError, match="NaN"):
             engine.infer(image, valid_hw, 0.05, 0.6)
-        options = low_precision_onnx(wild, tmp_path / "careful.onnx", "fp16", calib_data=pictures)
+        said: list[str] = []
+        options = low_precision_onnx(wild, tmp_path / "careful.onnx", "fp16", calib_data=pictures, say=said.append)
+        assert "3 pictures to calibrate on; with fewer than 64" in said[0]
+        assert "fp16 cannot hold" in said[1]
+        assert any("stays float32: " in line and "reaches" in line for line in said[2:])
         report = options["half_precision"]
         assert [name for name, reason in report["kept"].items() if "reaches" in reason] == ["bbox_head.inter_convs.0.conv"]
         assert any("reaches" in found["risk"] for found in report["ranges"].values())

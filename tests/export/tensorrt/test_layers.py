@@ -11,6 +11,7 @@ from onnx import helper
 from rich.console import Console
 
 from tood_deploy.errors import ArtefactError
+from tood_deploy.export.made import layers_table
 from tood_deploy.export.onnx_artefact import read_onnx
 from tood_deploy.export.tensorrt.layers import Layer, LayerReport, engine_layers, inspect_plan, network_layers, shares, shares_table
 from tood_deploy.export.tensorrt.network import parse_network
@@ -91,6 +92,15 @@ class TestReport:
 
 def inspected(kind: str, inputs: list[dict[str, str]], outputs: list[dict[str, str]]) -> dict[str, Any]:
     return {"Name": "a layer", "LayerType": kind, "Inputs": inputs, "Outputs": outputs}
+
+
+def test_a_list_of_layers_has_their_whole_names() -> None:
+    names = ["node_conv2d " + "backbone.layer3.22." * 6 + "conv2", "a:fire:b[red]"]
+    console = Console(width=80, file=io.StringIO(), soft_wrap=True, markup=False)  # as tood-export's, into a file
+    console.print(layers_table([Layer(name, "CONVOLUTION", "fp16", 10**9) for name in names]))
+    said = "".join(line.split("│")[1].strip() for line in console.file.getvalue().splitlines() if "│" in line)  # type: ignore[attr-defined]
+    assert said == "".join(names).replace(" ", "")
+    assert "fp16" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 class TestInspector:

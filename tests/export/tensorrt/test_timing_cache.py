@@ -62,6 +62,12 @@ def test_a_failed_build_leaves_the_file_as_it_was_faked(flavour: Flavour, tmp_pa
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_folder_is_refused_before_the_build_faked(flavour: Flavour, tmp_path: Path) -> None:
+    message = r"cannot be read as a file \(Is a directory\); give another --timing-cache"
+    with pytest.raises(ArtefactError, match=message), kept_timings(flavour, FakeConfig(), tmp_path):
+        raise AssertionError("builds")
+
+
 @pytest.mark.parametrize(
     ("content", "here", "message"),
     [

@@ -76,8 +76,7 @@ def calibrate(
         ArtefactError: the graph gives values that are not numbers.
     """
     paths = choose_pictures(pictures, most)
-    if len(paths) < FEWEST_PICTURES:
-        say(f"warning: {pictures}: {len(paths)} pictures to calibrate on; with fewer than {FEWEST_PICTURES} ranges may be too narrow")
+    warn_of_few(pictures, len(paths), say)
     names = sorted(values)
     key = _key(model, names, paths, imgsz)
     state = (home_folder("calibration") if cache is None else cache) / f"{key[:32]}.npz"
@@ -106,6 +105,12 @@ def choose_pictures(folder: Path, most: int) -> list[Path]:
             f"{folder}: {min(len(paths), most)} picture to calibrate on; expected {FEWEST_PICTURES} or more, like those to come"
         )
     return [paths[i] for i in np.linspace(0, len(paths) - 1, min(most, len(paths))).round().astype(int)]
+
+
+def warn_of_few(folder: Path, pictures: int, say: Callable[[str], None]) -> None:
+    """Says so where what is seen on so many pictures may not be all that there is."""
+    if pictures < FEWEST_PICTURES:
+        say(f"warning: {folder}: {pictures} pictures to calibrate on; with fewer than {FEWEST_PICTURES} ranges may be too narrow")
 
 
 def _add_picture(histograms: Mapping[str, Histogram], reader: ActivationReader, path: Path, imgsz: tuple[int, int]) -> None:

@@ -152,6 +152,7 @@ def _to_precision(float_onnx: Path, folder: Path, options: PrecisionOptions, say
                 calib_data=options.calib_data,
                 most_pictures=options.int8.most_pictures,
                 progress=progress,
+                say=say,
             )
         path = output
     return path

@@ -22,14 +22,14 @@ def kept_timings(flavour: Flavour, config: Any, path: Path | None) -> Iterator[N
         path: the file; need not be there yet. None: nothing is kept.
 
     Raises:
-        ArtefactError: the file holds no timings, or those of another GPU or version.
+        ArtefactError: it is no file, or holds no timings, or those of another GPU or version.
         OutputError: it cannot be written.
     """
     if path is None:
         yield
         return
     with flavour.logger.collecting() as messages:
-        cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
+        cache = config.create_timing_cache(_content(path))
         if cache is None or messages.errors:
             raise ArtefactError(f"{path}: not a timing cache ({messages.reason()}); delete it, or give another --timing-cache")
         if not config.set_timing_cache(cache, ignore_mismatch=False):
@@ -40,3 +40,13 @@ def kept_timings(flavour: Flavour, config: Any, path: Path | None) -> Iterator[N
     yield
     with atomic_path(path) as temporary:
         temporary.write_bytes(cache.serialize())
+
+
+def _content(path: Path) -> bytes:
+    """What was kept before; nothing where there is no file yet."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return b""
+    except OSError as error:
+        raise ArtefactError(f"{path}: cannot be read as a file ({error.strerror}); give another --timing-cache") from error
