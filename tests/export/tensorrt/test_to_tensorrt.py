@@ -169,7 +169,8 @@ class TestTiny:
     def test_with_the_loop_of_the_onnx(self, tiny_artefact: Path, tmp_path: Path) -> None:
         self.check(tiny_artefact, "fp32", tmp_path, nms="loop")
 
-    @pytest.mark.parametrize("precision", ["fp16", pytest.param("bf16", marks=pytest.mark.slow)])
+    @pytest.mark.slow
+    @pytest.mark.parametrize("precision", ["fp16", "bf16"])
     def test_half_precision(self, precision: Literal["fp16", "bf16"], tiny_artefact: Path, tmp_path: Path) -> None:
         low_precision_onnx(tiny_artefact, tmp_path / "low.onnx", precision)
         self.check(tmp_path / "low.onnx", precision, tmp_path)
