@@ -6,27 +6,12 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from test_layering import LAYERS
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
 HEAVY = {"numpy", "cv2", "onnxruntime", "torch", "av", "rich"}
-RUNTIME = (
-    "errors",
-    "presets",
-    "detections",
-    "draw",
-    "manifest",
-    "rows",
-    "golden",
-    "home",
-    "onnx_session",
-    "openvino_model",
-    "tensorrt_flavour",
-    "cuda_device",
-    "preprocess",
-    "engines",
-    "inference",
-)
+RUNTIME = (*sorted(LAYERS[0]), "preprocess", "engines", "inference")
 NEED_TORCH = {"tood_deploy.engines.torch_engine"}
 
 RUN_HELP = """
