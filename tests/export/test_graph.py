@@ -8,7 +8,7 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from tood_deploy.export.graph import DeformConvOp
+from tood_deploy.export.graph import Bias, DeformConvOp, ExportedGraph
 from tood_deploy.export.static_head import use_static_kernels
 from tood_deploy.model.deform import DeformConv2d
 
@@ -45,3 +45,14 @@ def test_the_head_with_static_kernels_equals_the_head(seeded_model: Callable[...
         found = model.bbox_head(levels)
     for one, other in zip(expected, found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_batch_norms_behind_deformable_convolutions_are_folded_and_the_network_is_left_alone(seeded_model: Callable[..., Any]) -> None:
+    model = seeded_model("r101-dcn-2x").eval().requires_grad_(False)
+    x = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    expected = model.backbone(x)
+    exported = ExportedGraph(model, "gather", 100).detector.model.backbone
+    assert isinstance(exported.get_submodule("layer3.0.bn2"), Bias)
+    for found, wanted in zip(exported(x), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
+    assert all(torch.equal(found, wanted) for found, wanted in zip(model.backbone(x), expected, strict=True))

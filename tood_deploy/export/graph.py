@@ -8,10 +8,12 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from tood_deploy.export.static_head import use_static_kernels
 from tood_deploy.model.deform import DeformConv2d
 from tood_deploy.model.fused import FusedDetector, Stages
+from tood_deploy.model.resnet import Bottleneck
 from tood_deploy.model.tood import Tood
 from tood_deploy.presets import STRIDES
 
@@ -41,6 +43,7 @@ class ExportedGraph(nn.Module):
         super().__init__()
         model = _copy_sharing_weights(model)
         use_static_kernels(model.bbox_head)
+        _fold_batch_norms(model)
         if deform == "op":
             _use_deform_op(model)
         self.detector = FusedDetector(model, max_det).eval()
@@ -82,8 +85,33 @@ class DeformConvOp(nn.Module):
         return torch.onnx.ops.symbolic("DeformConv", inputs, attributes, dtype=x.dtype, shape=shape, version=DEFORM_OPSET)
 
 
+class Bias(nn.Module):
+    """What is left of a batch norm whose scale went into the convolution before it."""
+
+    def __init__(self, bias: Tensor) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) in and out."""
+        return x + self.bias[:, None, None]
+
+
 def _copy_sharing_weights(model: Tood) -> Tood:
     return copy.deepcopy(model, memo={id(parameter): parameter for parameter in model.parameters()})
+
+
+def _fold_batch_norms(model: Tood) -> None:
+    """Takes the batch norms behind deformable convolutions into their weights, in place; the exporter does so behind ordinary ones."""
+    for block in model.modules():
+        if isinstance(block, Bottleneck) and isinstance(block.conv2, DeformConv2d):
+            norm = block.bn2
+            assert norm.running_mean is not None
+            assert norm.running_var is not None
+            block.conv2.weight, bias = fuse_conv_bn_weights(
+                block.conv2.weight, None, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+            )
+            block.add_module("bn2", Bias(bias))
 
 
 def _use_deform_op(model: Tood) -> None:

@@ -14,7 +14,7 @@ import onnx_ir as ir
 LAYERS = frozenset({"Conv", "MatMul", "Gemm"})
 # Their outputs are values of their inputs, unchanged but for zeros.
 MOVING = frozenset("Concat Expand Flatten Gather Identity MaxPool Pad Relu Reshape Resize Slice Split Squeeze Transpose Unsqueeze".split())
-POINTWISE = frozenset({"Add", "BatchNormalization"})
+POINTWISE = frozenset({"Add"})
 PRODUCTS = frozenset({"Mul"})  # one operand of low precision is enough: the other is a factor
 FLEXIBLE = MOVING | POINTWISE | PRODUCTS
 ANY_TYPE = frozenset({"Shape", "Size"})  # read no numbers

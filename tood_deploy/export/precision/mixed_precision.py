@@ -18,7 +18,6 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from tood_deploy.errors import ToodError
-from tood_deploy.export.precision.batch_norm import split_batch_norm
 from tood_deploy.export.precision.casts import NUMPY_TYPES, lower_nodes
 from tood_deploy.export.precision.low_region import LAYERS, is_constant, is_layer, is_vector_layer, layer_name, low_region, typed_inputs
 
@@ -73,7 +72,6 @@ def lower_precision(
     _complete_types(lowered.graph)
     kept = _kept_nodes(lowered.graph, wishes, data_type)
     low = low_region(lowered.graph, kept)
-    low = {part for node in list(lowered.graph) if node in low for part in split_batch_norm(lowered.graph, node)}
     layers = dict.fromkeys(layer_name(node) for node in lowered.graph if node in low and is_layer(node))
     reasons = {layer_name(node): reason for node, reason in kept.items() if node.op_type in LAYERS | {"DeformConv"}}
     casts = lower_nodes(lowered.graph, low, data_type)
