@@ -26,8 +26,8 @@ def open_session(
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.enable_cpu_mem_arena = keeps_memory
-    # To plan which values share memory takes half a second, three quarters of the time to open a ResNet-50 and most of it for `tiny`. On
-    # the CPU that gains nothing: calls are as fast without, and the peak is 2% higher (docs/performance.md).
+    # To plan which values share memory takes half a second, seven tenths of the time to open a ResNet-50. On the CPU that gains little:
+    # calls are as fast without, and the peak is 2% higher (docs/performance.md).
     options.enable_mem_reuse = provider != CPU
     if threads is not None:
         options.intra_op_num_threads = threads

@@ -9,6 +9,7 @@ import pytest
 from tood_deploy import tensorrt_flavour
 from tood_deploy.cli.export import main
 from tood_deploy.engines import open_engine
+from tood_deploy.errors import ToodError
 from tood_deploy.export import carry_out
 from tood_deploy.manifest import manifest_path, neighbour, read_manifest
 
@@ -153,6 +154,15 @@ def test_what_builds_is_looked_for_before_the_long_work(
     assert message in error
     assert error.count("\n") == 1
     assert not made_beside(source)
+
+
+def test_a_folder_that_was_made_for_nothing_is_gone(tmp_path: Path) -> None:
+    with pytest.raises(ToodError), carry_out._working_folder(tmp_path / "new" / "a.onnx"):
+        raise ToodError("no")
+    assert not list(tmp_path.iterdir())
+    with carry_out._working_folder(tmp_path / "new" / "a.onnx"):
+        (tmp_path / "new" / "a.onnx").touch()
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.onnx"]
 
 
 def test_neighbours(tmp_path: Path) -> None:

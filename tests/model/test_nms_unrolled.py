@@ -32,7 +32,7 @@ def test_is_never_wrong_where_it_says_exact(
     seed: int, count: int, classes: int, spread: float, threshold: float, max_det: int, empty: float, rounds: int, block: int
 ) -> None:
     boxes = crowd(seed, 2, count, classes, spread, empty=empty)
-    found = nms_unrolled(*boxes, threshold, max_det, most=64, block=block, rounds=rounds)
+    found = nms_unrolled(*boxes, threshold, max_det, block=block, rounds=rounds)
     assert (agrees(found, nms(*boxes, threshold, max_det)) | ~found.exact).all()
 
 
@@ -46,13 +46,6 @@ def test_crowds_settle_within_the_rounds(spread: float, classes: int) -> None:
     assert agrees(found, nms(*boxes, 0.6, 100)).all()
 
 
-def test_all_that_was_looked_at_is_enough_where_it_fills_the_places() -> None:
-    boxes = crowd(1, 2, 3840, 80, 800.0)
-    found = nms_unrolled(*boxes, 0.6, 100, most=1024)
-    assert found.exact.all()
-    assert agrees(found, nms(*boxes, 0.6, 100)).all()
-
-
 def test_every_block_is_looked_at() -> None:
     """A crowd on one spot in front, so that what is kept beside it lies in the last block."""
     (boxes, scores, labels), (spread, _, _) = crowd(6, 2, 1000, 1, 0.0, side=0.0), crowd(6, 2, 40, 1, 3000.0)
@@ -62,12 +55,6 @@ def test_every_block_is_looked_at() -> None:
     assert found.exact.all()
     assert (found.kept[:, 1:] >= 1000).all()
     assert agrees(found, nms(boxes, scores, labels, 0.6, 30)).all()
-
-
-def test_boxes_beyond_those_looked_at_are_told() -> None:
-    boxes, scores, labels = crowd(2, 2, 100, 1, 0.0, side=0.0)  # all the same: one stays, so places are free
-    scores[1, 64:] = 0
-    assert nms_unrolled(boxes, scores, labels, 0.6, 10, most=64).exact.tolist() == [False, True]
 
 
 def test_chain_that_needs_more_rounds_is_told() -> None:

@@ -124,6 +124,7 @@ def resource_table(measurements: Sequence[Measurement]) -> Table:
     headers = (*CASE, "peak host MiB", "peak device MiB", "start-up s", "warm-up", "file MiB", "J an image")
     note = (
         "Each model in a process of its own. Start-up: loading the runtime and the model, and the first result. "
+        "What a runtime compiles for a shape after many calls is compiled before the warm-up. "
         f"Warm-up of the {END_TO_END} calls, after that of the {ENGINE} ones."
     )
     return Table(headers, rows, note)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -101,11 +101,12 @@ def _check_means(order: Order) -> None:
 
 @contextmanager
 def _working_folder(output: Path) -> Iterator[Path]:
-    """A folder beside the output that is gone afterwards.
+    """A folder beside the output that is gone afterwards, and so is the one that the output should have come into if nothing did.
 
     Raises:
         OutputError: it cannot be made.
     """
+    new = not output.parent.exists()
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{output.stem}-", dir=output.parent))
@@ -115,6 +116,9 @@ def _working_folder(output: Path) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        if new:
+            with suppress(OSError):  # there is something in it
+                output.parent.rmdir()
 
 
 def _float_onnx(order: Order, folder: Path, pictures: Sequence[NDArray[np.uint8]], say: Say) -> tuple[Path, Reference]:

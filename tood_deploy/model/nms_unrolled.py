@@ -1,6 +1,6 @@
 """`nms` with a fixed number of rounds and no loop: for CUDA graphs and compilers, where nothing may depend on the data.
 
-Blocks of the best boxes come one after the other, and each repeats so many times what `nms` repeats until nothing changes. Whether that was
+Blocks of boxes come one after the other, and each repeats so many times what `nms` repeats until nothing changes. Whether that was
 enough is an output of its own, for every picture: where it says so the result is that of `nms`, else it must be thrown away.
 """
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tood_deploy.model.nms import overlapping
-from tood_deploy.model.postprocess import MAX_CANDIDATES, MAX_DET, BatchResult, Candidates, take_kept
+from tood_deploy.model.postprocess import MAX_DET, BatchResult, Candidates, take_kept
 
 BLOCK = 1280  # three of them hold all candidates
 ROUNDS = 16  # pictures were seen to need 12 at most (docs/tensorrt.md)
@@ -37,11 +37,10 @@ def nms_unrolled(
     iou_threshold: Tensor | float,
     max_det: int,
     *,
-    most: int = MAX_CANDIDATES,
     block: int = BLOCK,
     rounds: int = ROUNDS,
 ) -> UnrolledKept:
-    """Class-wise greedy suppression of the best boxes, in so many rounds.
+    """Class-wise greedy suppression, in so many rounds.
 
     Args:
         boxes: (B, N, 4) xyxy, in any one frame, in order of falling score.
@@ -49,17 +48,15 @@ def nms_unrolled(
         labels: (B, N) int64, >= 0.
         iou_threshold: of two boxes of a class that overlap by more, the later goes.
         max_det: at most this many are kept.
-        most: rows that are looked at.
         block: rows that are looked at together.
         rounds: how often; each settles at least one more box of a block, in practice a large part of those that are left.
     """
     batch, count = scores.shape
-    looked_at = min(most, count)
     # Positions counted from the end, 0 for none, so that the largest come first. Floats hold them exactly, and TopK takes these everywhere.
     from_end = torch.zeros(batch, max_det, device=scores.device)
     exact = torch.ones(batch, dtype=torch.bool, device=scores.device)
-    for start in range(0, looked_at, block):
-        end = min(start + block, looked_at)
+    for start in range(0, count, block):
+        end = min(start + block, count)
         part, part_labels, valid = boxes[:, start:end], labels[:, start:end], scores[:, start:end] > 0
         if start:
             valid = valid & ~_covered(boxes, labels, count - from_end.long(), part, part_labels, iou_threshold)
@@ -69,10 +66,7 @@ def nms_unrolled(
         exact = exact & ~(changed & wanted).any(1)
         own = torch.where(keep, count - torch.arange(start, end, device=keep.device), 0).float()
         from_end = torch.cat((from_end, own), 1).topk(max_det, dim=1).values
-    num_dets = (from_end > 0).sum(1)
-    if looked_at < count:
-        exact = exact & ((num_dets >= max_det) | (scores[:, looked_at] <= 0))
-    return UnrolledKept(count - from_end.long(), num_dets, exact)
+    return UnrolledKept(count - from_end.long(), (from_end > 0).sum(1), exact)
 
 
 def _covered(boxes: Tensor, labels: Tensor, kept: Tensor, part: Tensor, part_labels: Tensor, iou_threshold: Tensor | float) -> Tensor:
