@@ -82,6 +82,12 @@ class Manifest:
         return replace(self, artefact_sha256=artefact_sha256(artefact))
 
 
+def saturating_weights(manifest: Manifest) -> bool:
+    """Whether an artefact's 8-bit weights give wrong sums on CPUs without VNNI instructions (`export.precision.quantize`)."""
+    described = (manifest.options.get(key, {}) for key in ("int8", "autotune"))
+    return manifest.precision == "int8" and any(each.get("scheme") in ("u8s8", "s8s8") for each in described)
+
+
 def manifest_path(artefact: Path) -> Path:
     """Where the manifest of an artefact lies: model.onnx -> model.json."""
     return artefact.with_suffix(".json")

@@ -25,10 +25,11 @@ from tood_deploy.export.order import SUFFIXES, Order
 from tood_deploy.export.pictures import read_pictures
 from tood_deploy.export.precision.calibration import choose_pictures
 from tood_deploy.export.precision.lowering import PrecisionOptions, lower_onnx
-from tood_deploy.export.runners import Reference, onnx_reference, torch_reference
+from tood_deploy.export.runners import onnx_reference
 from tood_deploy.export.triton.to_triton import SERVED_FLAVOUR
 from tood_deploy.manifest import manifest_path, neighbour
 from tood_deploy.model.checkpoint import load_checkpoint
+from tood_deploy.parity.reference import Reference, torch_reference
 from tood_deploy.preprocess import check_imgsz
 from tood_deploy.tensorrt_flavour import load_flavour
 
