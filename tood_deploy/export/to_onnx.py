@@ -25,13 +25,16 @@ OPSET = 21  # the first with GroupNormalization as one node
 EXAMPLE_BATCH, EXAMPLE_H, EXAMPLE_W = 2, 8, 10  # sizes in units of SIZE_DIVISOR; no two alike, none of them one
 
 
-def onnx_from_model(model: Tood, *, deform: DeformForm = "op", max_det: int = MAX_DET) -> onnx.ModelProto:
+def onnx_from_model(
+    model: Tood, *, deform: DeformForm = "op", max_det: int = MAX_DET, optimise: bool = True
+) -> onnx.ModelProto:
     """The exported graph of DESIGN section 4, with the values of all stages (`INNER_VALUES`) as additional outputs.
 
     Args:
         model: the network, in eval mode.
         deform: deformable convolutions as ONNX's operator ("op") or as gathers ("gather"), for runtimes that lack it.
         max_det: rows D of the outputs.
+        optimise: whether constants and batch norms are folded; without, every weight keeps its name and its numbers.
     """
     torch.compiler.reset()  # the loops go through the compiler: nothing that earlier exports left there takes part
     graph = ExportedGraph(model, deform, max_det).eval()
@@ -53,6 +56,7 @@ def onnx_from_model(model: Tood, *, deform: DeformForm = "op", max_det: int = MA
             output_names=(*OUTPUTS, *INNER_VALUES),
             dynamic_shapes=dynamic,
             verbose=False,
+            optimize=optimise,
         )
     assert program is not None
     return _tidy(program.model_proto)
