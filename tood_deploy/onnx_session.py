@@ -6,6 +6,12 @@ from pathlib import Path
 
 import onnxruntime as ort
 
+from tood_deploy.errors import DeviceError
+from tood_deploy.extras import not_installed
+
+if not hasattr(ort, "InferenceSession"):  # of onnxruntime and onnxruntime-gpu one was removed: what the other has left is an empty folder
+    raise DeviceError(not_installed("onnxruntime"))
+
 CPU = "CPUExecutionProvider"
 
 
