@@ -12,9 +12,7 @@ from tood_deploy.extras import naming_extras
 DONE, FAILED_CHECK, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
 
 
-def run_command(
-    command: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None, *, extras: Sequence[str] = ()
-) -> int:
+def run_command(command: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None, *, extras: Sequence[str] = ()) -> int:
     """Runs a command: its errors become one line on stderr and an exit code.
 
     Args:

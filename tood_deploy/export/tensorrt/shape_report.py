@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from tood_deploy.errors import ToodError
-from tood_deploy.extras import naming_extras
 from tood_deploy.export.tensorrt.shape_plan import ShapeProposal
+from tood_deploy.extras import naming_extras
 from tood_deploy.manifest import atomic_path
 
 if TYPE_CHECKING:
