@@ -5,6 +5,7 @@ The project is on no package index, so the sentence gives the two forms that ins
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -97,9 +98,12 @@ def naming_extras(*extras: str) -> Iterator[None]:
 def _missing_module(name: str) -> str | None:
     """Return the key of `PACKAGES` that is not installed, if that is why the module `name` was not found.
 
-    A part of an installed package (`torch.something`) is no key: another version is there, not none. A name space that several
+    A part of a package that is installed (`torch.something`) is none: another version is there, not nothing. A name space that several
     packages share (`cuda`, `google`) is not found where none of them is installed, and stands for the first.
     """
-    if name in PACKAGES:
-        return name
-    return next((module for module in PACKAGES if module.startswith(f"{name}.")), None)
+    for module in PACKAGES:
+        if name == module or module.startswith(f"{name}."):
+            return module
+        if name.startswith(f"{module}.") and importlib.util.find_spec(module) is None:
+            return module
+    return None
