@@ -1,6 +1,6 @@
-"""Which of our extras brings an optional package, and the one sentence for a package that is missing. Imports none of them.
+"""Which extra brings an optional package, and the one sentence for a package that is missing. Imports none of them.
 
-The project is on no package index, so the sentence gives the two forms that install an extra: from a checkout and from a wheel.
+The project is on no package index: the sentence gives the two forms that install an extra, from a checkout and from a wheel.
 """
 
 from __future__ import annotations
@@ -16,7 +16,12 @@ from tood_deploy.errors import DeviceError
 
 @dataclass(frozen=True)
 class Package:
-    """A distribution as pip names it, and the extras that bring it, the usual one first; none where it belongs to every installation."""
+    """A package that this one imports.
+
+    Attributes:
+        distribution: its name for pip.
+        extras: those that bring it, the usual one first; none where it belongs to every installation.
+    """
 
     distribution: str
     extras: tuple[str, ...] = ()
@@ -58,7 +63,8 @@ def not_installed(module: str, *extras: str) -> str:
 
     Args:
         module: the imported name, a key of `PACKAGES`.
-        extras: all that the command at hand needs; named together if one of them brings the package, else the package's usual extra.
+        extras: all that the command at hand needs; named together if one of them brings the package, else the package's
+            usual extra is named.
     """
     package = PACKAGES[module]
     if module == "onnxruntime":
@@ -66,7 +72,8 @@ def not_installed(module: str, *extras: str) -> str:
     named = extras if set(extras) & set(package.extras) else package.extras[:1]
     brackets = f"[{','.join(named)}]" if named else ""
     plural = "s" if len(named) > 1 else ""
-    brought_by = f"it comes with the extra{plural} {' and '.join(named)}" if named else "every installation of tood_deploy has it"
+    extra = f"it comes with the extra{plural} {' and '.join(named)}"
+    brought_by = extra if named else "every installation of tood_deploy has it"
     wheel = f"tood_deploy-{__version__}-py3-none-any.whl{brackets}"
     return (
         f"the package {package.distribution} is not installed; {brought_by}: "
@@ -98,8 +105,8 @@ def naming_extras(*extras: str) -> Iterator[None]:
 def _missing_module(name: str) -> str | None:
     """Return the key of `PACKAGES` that is not installed, if that is why the module `name` was not found.
 
-    A part of a package that is installed (`torch.something`) is none: another version is there, not nothing. A name space that several
-    packages share (`cuda`, `google`) is not found where none of them is installed, and stands for the first.
+    A part of a package that is installed (`torch.something`) is none: another version is there, not nothing. A name space
+    that several packages share (`cuda`, `google`) is not found where none of them is installed, and stands for the first.
     """
     for module in PACKAGES:
         if name == module or module.startswith(f"{name}."):

@@ -9,7 +9,8 @@ import onnxruntime as ort
 from tood_deploy.errors import DeviceError
 from tood_deploy.extras import not_installed
 
-if not hasattr(ort, "InferenceSession"):  # of onnxruntime and onnxruntime-gpu one was removed: what the other has left is an empty folder
+# Of onnxruntime and onnxruntime-gpu, which write one folder, one was removed: what is left is a folder without the module.
+if not hasattr(ort, "InferenceSession"):
     raise DeviceError(not_installed("onnxruntime"))
 
 CPU = "CPUExecutionProvider"

@@ -59,7 +59,7 @@ def test_max_det_keeps_the_best() -> None:
 
 
 def test_a_missing_model_is_named() -> None:
-    for model, kind in ((None, "None"), (7, "a int"), ([], "a list")):
+    for model, kind in ((None, "None"), (7, "of type int"), ([], "of type list")):
         with pytest.raises(InputError, match=f"the model is {kind}; expected the path of an exported artefact"):
             Detector(model)  # pyright: ignore[reportArgumentType]
 

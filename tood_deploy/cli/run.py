@@ -18,7 +18,7 @@ def run_command(command: Callable[[Sequence[str] | None], int], argv: Sequence[s
     Args:
         command: takes the arguments, and returns the exit code.
         argv: the arguments; those of the process where not given.
-        extras: all of the package's extras that the command always needs, to be named where one of their packages is missing.
+        extras: all extras that the command always needs, to be named where one of their packages is missing.
 
     Returns:
         What the command returns; 1 for a failed check, 2 for wrong use or bad input, 130 for Ctrl-C.

@@ -53,10 +53,8 @@ def open_engine(
     if device not in ("cpu", "cuda"):
         raise ToodError(f"device is {device!r}; expected cpu or cuda")
     if not isinstance(model, str | PathLike):
-        raise InputError(
-            f"the model is {'None' if model is None else f'a {type(model).__name__}'}; expected the path of an exported artefact or a "
-            "checkpoint, or the name of a preset"
-        )
+        given = "None" if model is None else f"of type {type(model).__name__}"
+        raise InputError(f"the model is {given}; expected the path of an exported artefact or checkpoint, or a preset's name")
     path = Path(model)
     named = str(model) in PRESETS and not path.exists()
     if not named and not path.is_file():

@@ -55,8 +55,8 @@ class Detector:
             max_det: the most detections a picture; as many as the model gives (100) where not said.
             imgsz: (short side, long side) in pixels that pictures are scaled to fit; the model's own where not given.
             device: "cpu" or "cuda".
-            color: order of the channels of the arrays that are given to the detector, "bgr" or "rgb"; a call may say otherwise. Frames of
-                `stream` are BGR whatever it is.
+            color: order of the channels of the arrays that are given to the detector, "bgr" or "rgb"; a call may say
+                otherwise. Frames of `stream` are BGR whatever it is.
             fast_decode: whether `stream` may decode JPEG pictures at 1/2, 1/4 or 1/8 of their size where `imgsz` needs no more. Results
                 then differ a little; `Frame.image_bgr` is smaller, boxes stay in pixels of the whole picture (`Frame.size_hw`).
             **engine_options: passed on to `open_engine`.
@@ -82,14 +82,15 @@ class Detector:
         return self.engine.manifest.preset.class_names
 
     def __call__(self, image: ImageInput, *, color: Color | None = None) -> Detections:
-        """The objects in one image, with boxes in its own pixels.
+        """Find the objects in one image, with boxes in its own pixels.
 
         Args:
-            image: (H, W, 3) uint8, as OpenCV reads it; or (H, W, 4) with alpha, which is left out; or grey, (H, W) or (H, W, 1); or an
-                image of Pillow, in modes 1, L, LA, P, PA, RGB, RGBA, CMYK and YCbCr. Pillow does not turn an image by the orientation
-                in its EXIF data, and nor does this: `PIL.ImageOps.exif_transpose` does. `cv2.imread` has turned it already.
-            color: order of an array's channels, "bgr" or "rgb"; what the detector was made with where not given. Of no effect on Pillow's
-                images and on grey ones.
+            image: (H, W, 3) uint8, as OpenCV reads it; or (H, W, 4) with alpha, which is left out; or grey, (H, W) or
+                (H, W, 1); or an image of Pillow, in modes 1, L, LA, P, PA, RGB, RGBA, CMYK and YCbCr. Pillow does not turn
+                an image by the orientation in its EXIF data, and nor does this: `PIL.ImageOps.exif_transpose` does.
+                `cv2.imread` has turned it already.
+            color: order of an array's channels, "bgr" or "rgb"; what the detector was made with where not given. Of no
+                effect on Pillow's images and on grey ones.
 
         Raises:
             InputError: not such an image.
@@ -97,7 +98,7 @@ class Detector:
         return self.infer([self.prepare(image, color=color)])[0]
 
     def prepare(self, image: ImageInput, image_hw: tuple[int, int] | None = None, *, color: Color | None = None) -> Prepared:
-        """The first half of a call: scaling and padding; may run in another thread than `infer`.
+        """Scale and pad an image, the first half of a call; may run in another thread than `infer`.
 
         Args:
             image: as a call takes it.

@@ -1,4 +1,4 @@
-"""Images as users hold them in memory: arrays in BGR or RGB, grey or with alpha, and Pillow's images, made (H, W, 3) uint8 BGR.
+"""Images as users hold them in memory (BGR, RGB, grey, with alpha, Pillow's), made (H, W, 3) uint8 BGR.
 
 Knows no files. Pillow is recognised where the user has imported it, and is not needed.
 """
@@ -19,7 +19,8 @@ Color = Literal["bgr", "rgb"]
 COLORS = ("bgr", "rgb")
 PILLOW_MODES = {  # what each of Pillow's modes is converted to: grey, or red, green and blue
     **{"1": "L", "L": "L", "LA": "L", "RGB": "RGB", "RGBA": "RGBA"},
-    **{"P": "RGBA", "PA": "RGBA", "CMYK": "RGB", "YCbCr": "RGB"},  # a palette may hold alpha, which RGBA takes without a warning
+    **{"CMYK": "RGB", "YCbCr": "RGB"},
+    **{"P": "RGBA", "PA": "RGBA"},  # a palette may hold alpha, which RGBA takes without a warning
 }
 TO_BGR = {
     "bgr": {1: cv2.COLOR_GRAY2BGR, 4: cv2.COLOR_BGRA2BGR},
@@ -62,8 +63,8 @@ def bgr_from(image: ImageInput, color: str) -> NDArray[np.uint8]:
         color: order of the channels of an array, "bgr" or "rgb". Pillow's images say themselves what their channels are.
 
     Returns:
-        (H, W, 3) uint8 BGR; grey in all three, alpha left out. The array itself where it is that already. A Pillow image is taken
-        as it is, not turned by the orientation in its EXIF data: boxes are in its own pixels.
+        (H, W, 3) uint8 BGR; grey in all three, alpha left out. The array itself where it is that already. A Pillow image is
+        taken as it is, not turned by the orientation in its EXIF data: boxes are in its own pixels.
 
     Raises:
         InputError: no image, or of a kind that is not taken.
@@ -81,7 +82,7 @@ def bgr_from(image: ImageInput, color: str) -> NDArray[np.uint8]:
 
 
 def _is_pillow(image: object) -> bool:
-    """Whether this is one of Pillow's images: there is none unless the module was imported."""
+    """Tell whether this is one of Pillow's images: there is none unless the module was imported."""
     module = sys.modules.get("PIL.Image")
     return module is not None and isinstance(image, module.Image)
 
@@ -104,14 +105,17 @@ def _what_else(image: object) -> str:
     if image is None:
         return "an image is due, None was given; cv2.imread gives None where it cannot read a file: look at its path"
     if isinstance(image, str | PathLike):
-        return f"an image is due, the path {image} was given; read it with cv2.imread, or use detector.stream({str(image)!r})"
+        cure = f"read it with cv2.imread, or use detector.stream({str(image)!r})"
+        return f"an image is due, the path {image} was given; {cure}"
     if isinstance(image, bytes | bytearray | memoryview):
         decode = "cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)"
         return f"an image is due, {len(image)} bytes were given; decode them with {decode}"
     if isinstance(image, list | tuple):
-        return f"an image is due, a {type(image).__name__} of {len(image)} was given; call the detector once for each image"
+        kind = f"{type(image).__name__} of {len(image)}"
+        return f"an image is due, a {kind} was given; call the detector once for each image"
     kind = f"{type(image).__module__}.{type(image).__qualname__}".removeprefix("builtins.")
-    return f"an image is due, a value of type {kind} was given; expected a NumPy array (H, W, 3) of uint8, or an image of Pillow"
+    expected = "a NumPy array (H, W, 3) of uint8, or an image of Pillow"
+    return f"an image is due, a value of type {kind} was given; expected {expected}"
 
 
 def _check_array(image: NDArray[Any]) -> None:
@@ -124,7 +128,8 @@ def _check_array(image: NDArray[Any]) -> None:
     if image.ndim == 4:
         raise InputError(f"{problem}, a batch; expected one image: call the detector once for each")
     if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (1, 3, 4)) or not image.size:
-        raise InputError(f"{problem}; expected uint8 (H, W, 3), or grey (H, W), or (H, W, 4) with alpha, with at least one pixel")
+        expected = "uint8 (H, W, 3), or grey (H, W), or (H, W, 4) with alpha, with at least one pixel"
+        raise InputError(f"{problem}; expected {expected}")
 
 
 def _uint8_cure(image: NDArray[Any]) -> str:
@@ -133,5 +138,5 @@ def _uint8_cure(image: NDArray[Any]) -> str:
     if image.dtype == np.uint16:
         return "(image // 257).astype(np.uint8) where its values go up to 65535; a camera of 12 bits needs image // 16"
     if np.issubdtype(image.dtype, np.floating):
-        return "(image * 255).round().astype(np.uint8) where its values go from 0 to 1; give values before any normalising"
+        return "(image * 255).round().astype(np.uint8) where its values go from 0 to 1, and not normalised"
     return "image.astype(np.uint8) where its values go from 0 to 255"
