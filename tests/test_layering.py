@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "tood_deploy"
 LAYERS = (
     {
         "errors",
+        "extras",
         "presets",
         "detections",
         "draw",

@@ -11,12 +11,14 @@ from contextlib import contextmanager
 from typing import Any
 
 from tood_deploy.errors import DeviceError
+from tood_deploy.extras import naming_extras
 
 try:
-    bindings_version: str = importlib.import_module("cuda.bindings").__version__
-    driver: Any = importlib.import_module("cuda.bindings.driver")
+    with naming_extras():
+        bindings_version: str = importlib.import_module("cuda.bindings").__version__
+        driver: Any = importlib.import_module("cuda.bindings.driver")
 except ImportError as error:
-    raise DeviceError(f"TensorRT engines need the package cuda-bindings ({error}); pip install cuda-bindings cuda-core") from error
+    raise DeviceError(f"cuda-bindings is installed but does not load ({error}); reinstall the package cuda-bindings") from error
 
 
 class CudaError(DeviceError):

@@ -91,7 +91,7 @@ class Detections:
             xyxy=self.boxes, confidence=self.scores, class_id=self.class_ids.astype(int), data={"class_name": np.array(self.names())}
         )
 
-    def plot(self, image_bgr: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    def plot(self, image_bgr: NDArray[Any]) -> NDArray[np.uint8]:
         """A copy of the image, (H, W, 3) uint8 BGR, with boxes, class names and scores drawn on it."""
         labels = [f"{name} {score:.2f}" for name, score in zip(self.names(), self.scores.tolist(), strict=True)]
         return draw_boxes(image_bgr, self.boxes, self.class_ids, labels)

@@ -6,6 +6,13 @@ from pathlib import Path
 
 import onnxruntime as ort
 
+from tood_deploy.errors import DeviceError
+from tood_deploy.extras import not_installed
+
+# Of onnxruntime and onnxruntime-gpu, which write one folder, one was removed: what is left is a folder without the module.
+if not hasattr(ort, "InferenceSession"):
+    raise DeviceError(not_installed("onnxruntime"))
+
 CPU = "CPUExecutionProvider"
 
 

@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from tood_deploy.errors import ArtefactError, DeviceError, OutputError
+from tood_deploy.extras import naming_extras
 from tood_deploy.manifest import INPUTS, METADATA_KEY, OUTPUTS, Manifest, artefact_files
 
 CPU = "CPU"
@@ -22,15 +23,16 @@ def load_openvino() -> ModuleType:
     """The package, without the telemetry that importing it would send to a statistics service unless the machine's user had opted out.
 
     Raises:
-        DeviceError: it is not installed.
+        DeviceError: it is not installed, or does not load.
     """
     muted = TELEMETRY not in sys.modules
     if muted:
         sys.modules[TELEMETRY] = None  # pyright: ignore[reportArgumentType] - as if not installed: OpenVINO has a stub for that
     try:
-        import openvino
+        with naming_extras():
+            import openvino
     except ImportError as error:
-        raise DeviceError('OpenVINO is not installed; install it with: pip install "tood-deploy[openvino]"') from error
+        raise DeviceError(f"OpenVINO is installed but does not load ({error}); reinstall the package openvino") from error
     finally:
         if muted:
             del sys.modules[TELEMETRY]

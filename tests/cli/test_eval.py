@@ -158,7 +158,7 @@ def test_a_missing_package_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "pycocotools", None)
     monkeypatch.setitem(sys.modules, "pycocotools.coco", None)
-    assert_one_line(run("--images", "pictures"), "pycocotools", "tood_deploy[eval]")
+    assert_one_line(run("--images", "pictures"), "the package pycocotools is not installed", ".[eval]")
 
 
 @pytest.mark.shared

@@ -165,6 +165,6 @@ class TestRefusals:
 
     def test_without_openvino(self, tiny_artefact: Path, reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "openvino", None)
-        with pytest.raises(DeviceError, match="OpenVINO is not installed"):
+        with pytest.raises(DeviceError, match="the package openvino is not installed"):
             openvino_from_onnx(tiny_artefact, tmp_path / "a.xml", reference=reference)
         assert not list(tmp_path.iterdir())

@@ -1,11 +1,13 @@
 """The detector: from a picture to detections in its own pixels."""
 
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import pytest
 from inference.fakes import RedEngine, red_picture
+from PIL import Image
 
 from tood_deploy import Detections, Detector
 from tood_deploy.errors import InputError, ToodError
@@ -56,12 +58,59 @@ def test_max_det_keeps_the_best() -> None:
     assert Detector(RedEngine()).max_det == 4
 
 
-@pytest.mark.parametrize(
-    ("shape", "kind"), [((50, 50), np.uint8), ((50, 50, 4), np.uint8), ((50, 50, 3), np.float32), ((0, 50, 3), np.uint8)]
-)
-def test_what_is_no_picture_is_named(shape: tuple[int, ...], kind: type) -> None:
-    with pytest.raises(InputError, match=r"expected uint8 \(H, W, 3\)"):
-        Detector(RedEngine())(np.zeros(shape, kind))
+def test_a_missing_model_is_named() -> None:
+    for model, kind in ((None, "None"), (7, "of type int"), ([], "of type list")):
+        with pytest.raises(InputError, match=f"the model is {kind}; expected the path of an exported artefact"):
+            Detector(model)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("image", [None, "a.jpg", np.zeros((50, 50, 3), np.float32), np.zeros((0, 50, 3), np.uint8)])
+def test_what_is_no_image_is_an_input_error(image: Any) -> None:
+    with pytest.raises(InputError, match=r"an image is due|expected uint8"):
+        Detector(RedEngine())(image)
+
+
+@pytest.mark.parametrize("shape", [(48, 64), (48, 64, 1), (48, 64, 4)])
+def test_every_kind_of_array_is_prepared_as_its_bgr_form(shape: tuple[int, ...]) -> None:
+    detector, image = Detector(RedEngine(), imgsz=(96, 128)), np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    bgr = np.ascontiguousarray(image[..., :3] if shape[2:] == (4,) else np.broadcast_to(image.reshape(48, 64, 1), (48, 64, 3)))
+    np.testing.assert_array_equal(detector.prepare(image).image, detector.prepare(bgr).image)
+
+
+def test_rgb_by_the_detector_or_by_the_call() -> None:
+    image_bgr = red_picture()
+    image_rgb = image_bgr[..., ::-1]
+    expected = Detector(RedEngine(), imgsz=(96, 128))(image_bgr)
+    of_detector = Detector(RedEngine(), imgsz=(96, 128), color="rgb")
+    assert len(expected) == 1
+    assert len(of_detector(image_bgr)) == 0  # the square is blue to it
+    for found in (
+        of_detector(image_rgb),
+        Detector(RedEngine(), imgsz=(96, 128))(image_rgb, color="rgb"),
+        of_detector(image_bgr, color="bgr"),
+    ):
+        np.testing.assert_array_equal(found.boxes, expected.boxes)
+        np.testing.assert_array_equal(found.scores, expected.scores)
+
+
+def test_pillow_images_are_rgb_whatever_the_colour_of_arrays() -> None:
+    image = Image.fromarray(np.ascontiguousarray(red_picture()[..., ::-1]))
+    expected = Detector(RedEngine(), imgsz=(96, 128))(red_picture())
+    for color in ("bgr", "rgb"):
+        np.testing.assert_array_equal(Detector(RedEngine(), imgsz=(96, 128), color=color)(image).boxes, expected.boxes)
+
+
+def test_an_unknown_order_of_channels_is_named() -> None:
+    for make in (lambda color: Detector(RedEngine(), color=color), lambda color: Detector(RedEngine())(red_picture(), color=color)):
+        for color in ("gbr", ""):
+            with pytest.raises(ToodError, match=f"color is '{color}'; expected bgr"):
+                make(color)
+
+
+def test_frames_of_a_stream_are_bgr_also_for_a_detector_of_rgb(tmp_path: Path) -> None:
+    cv2.imwrite(str(tmp_path / "a.png"), red_picture())
+    with Detector(RedEngine(), imgsz=(48, 64), color="rgb") as detector:
+        assert [len(found) for _, found in detector.stream(tmp_path)] == [1]
 
 
 def test_batches_hold_one_padded_size() -> None:
@@ -98,3 +147,22 @@ def test_real_artefact_finds_the_same_in_a_batch_and_alone(tiny_artefact: Path) 
         for found in detector.infer([detector.prepare(picture)] * 3):
             np.testing.assert_allclose(found.boxes, alone.boxes, atol=1e-3)
             np.testing.assert_array_equal(found.class_ids, alone.class_ids)
+
+
+def test_real_artefact_finds_the_same_in_every_form_of_an_image(tiny_artefact: Path) -> None:
+    grey = cv2.cvtColor(red_picture(120, 160, side=60), cv2.COLOR_BGR2GRAY)
+    bgr = red_picture(120, 160, side=60)
+    rgb = np.ascontiguousarray(bgr[..., ::-1])
+    with Detector(tiny_artefact, conf=0.1, imgsz=(96, 128)) as detector:
+        of_colour, of_grey = detector(bgr), detector(cv2.merge([grey] * 3))
+        assert len(of_colour) > 0 < len(of_grey)
+        for found in (detector(rgb, color="rgb"), detector(Image.fromarray(rgb)), detector(np.dstack([bgr, grey]))):
+            assert_same(found, of_colour)
+        for found in (detector(grey), detector(grey[..., None]), detector(Image.fromarray(grey))):
+            assert_same(found, of_grey)
+
+
+def assert_same(found: Detections, expected: Detections) -> None:
+    np.testing.assert_array_equal(found.boxes, expected.boxes)
+    np.testing.assert_array_equal(found.scores, expected.scores)
+    np.testing.assert_array_equal(found.class_ids, expected.class_ids)

@@ -165,7 +165,7 @@ def test_an_engine_that_fails_is_told() -> None:
 
 
 def test_a_picture_that_cannot_be_scaled_is_told() -> None:
-    images = [*moving_pictures(2), np.zeros((4, 4), np.uint8)]
+    images = [*moving_pictures(2), np.zeros((5, 5, 2), np.uint8)]
     with pytest.raises(InputError, match=r"expected uint8 \(H, W, 3\)"):
         list(detect_frames(detector(), Pictures(images)))
     assert no_threads_left()

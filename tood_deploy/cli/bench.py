@@ -18,9 +18,11 @@ from tood_deploy.cli.run import (
     takes_hint,
 )
 from tood_deploy.errors import CheckFailed, ToodError
+from tood_deploy.extras import naming_extras
 
 PARITY_SIZES = ("64x64", "320x320", "640x384", "384x640", "1344x1344")
 BASELINE = "eager PyTorch"
+EXTRAS = {"latency": ("eval",), "video": ("eval",), "parity": ("eval", "export")}  # that each command always needs
 GATES = ("max_pixel", "max_map", "max_score", "max_box_strides", "max_box_px", "min_matched", "max_ap_drop")
 
 PARITY_EPILOG = """\
@@ -244,10 +246,8 @@ def load_options(args: argparse.Namespace) -> dict[str, Any]:
 def bench_command(argv: Sequence[str] | None = None) -> int:
     """Runs tood-bench; errors pass through."""
     args = build_parser().parse_args(argv)
-    try:
+    with naming_extras(*EXTRAS[args.command]):
         return args.run(args, shlex.join(["tood-bench", *(sys.argv[1:] if argv is None else argv)]))
-    except ModuleNotFoundError as error:
-        raise ToodError(f"tood-bench needs the package {error.name}; install it with: pip install 'tood_deploy[eval,export]'") from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -64,12 +64,10 @@ def eval_command(argv: Sequence[str] | None = None) -> int:
     check_options(args)
     folder = args.output or Path(f"{Path(args.model).stem}-eval")
     command = shlex.join(["tood-eval", *(sys.argv[1:] if argv is None else argv)])
-    try:
-        from tood_deploy.benchmark.evaluation_report import HTML, write_evaluation
-        from tood_deploy.benchmark.evaluation_run import evaluate_file, open_data_set
-        from tood_deploy.inference.destinations import check_writable
-    except ModuleNotFoundError as error:
-        raise ToodError(f"tood-eval needs the package {error.name}; install it with: pip install 'tood_deploy[eval]'") from error
+
+    from tood_deploy.benchmark.evaluation_report import HTML, write_evaluation
+    from tood_deploy.benchmark.evaluation_run import evaluate_file, open_data_set
+    from tood_deploy.inference.destinations import check_writable
 
     data = open_data_set(args.annotations, args.images)
     check_writable(folder)
@@ -137,4 +135,4 @@ def summary(result: "Evaluation") -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The entry point of tood-eval; see `run_command` for the exit codes."""
-    return run_command(eval_command, argv)
+    return run_command(eval_command, argv, extras=("eval",))

@@ -7,18 +7,25 @@ from pathlib import Path
 from typing import Any
 
 from tood_deploy.errors import CheckFailed, ToodError
+from tood_deploy.extras import naming_extras
 
 DONE, FAILED_CHECK, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
 
 
-def run_command(command: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
+def run_command(command: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None, *, extras: Sequence[str] = ()) -> int:
     """Runs a command: its errors become one line on stderr and an exit code.
+
+    Args:
+        command: takes the arguments, and returns the exit code.
+        argv: the arguments; those of the process where not given.
+        extras: all extras that the command always needs, to be named where one of their packages is missing.
 
     Returns:
         What the command returns; 1 for a failed check, 2 for wrong use or bad input, 130 for Ctrl-C.
     """
     try:
-        return command(argv)
+        with naming_extras(*extras):
+            return command(argv)
     except ToodError as error:
         print(f"error: {_one_line(error)}", file=sys.stderr)
         return WRONG_USE

@@ -208,7 +208,7 @@ def _check_data(paths: "DataPaths", class_names: list[str] | None) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The console script."""
-    return run_command(train_command, argv)
+    return run_command(train_command, argv, extras=("train",))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tood_deploy.errors import DeviceError, InputError
+from tood_deploy.extras import naming_extras
 
 _DLPACK_CPU = 1  # kDLCPU of DLPack's device types
 _UNREADABLE = (BufferError, NotImplementedError, RuntimeError, TypeError, ValueError)  # what exporters raise when they refuse
@@ -87,9 +88,10 @@ def view_array(value: Any, name: str, *, gpu: int, stream: int) -> NDArray[Any] 
 def _memory_view() -> Any:
     """The class of cuda-core that reads both protocols; most users give NumPy arrays and need not have it."""
     try:
-        from cuda.core.utils import StridedMemoryView  # pyright: ignore[reportMissingImports]
+        with naming_extras():
+            from cuda.core.utils import StridedMemoryView  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise DeviceError(f"arrays on a GPU need the package cuda-core ({error}); pip install cuda-core") from error
+        raise DeviceError(f"cuda-core is installed but does not load ({error}); reinstall the package cuda-core") from error
     return StridedMemoryView
 
 

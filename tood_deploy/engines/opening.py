@@ -9,7 +9,8 @@ from typing import Any
 
 from tood_deploy.engines.base import Engine
 from tood_deploy.engines.self_test import check_self_test
-from tood_deploy.errors import ArtefactError, ToodError
+from tood_deploy.errors import ArtefactError, InputError, ToodError
+from tood_deploy.extras import naming_extras
 from tood_deploy.presets import PRESETS
 
 CHECKPOINT_SUFFIXES = (".pth", ".pt", ".safetensors")
@@ -51,6 +52,9 @@ def open_engine(
     """
     if device not in ("cpu", "cuda"):
         raise ToodError(f"device is {device!r}; expected cpu or cuda")
+    if not isinstance(model, str | PathLike):
+        given = "None" if model is None else f"of type {type(model).__name__}"
+        raise InputError(f"the model is {given}; expected the path of an exported artefact or checkpoint, or a preset's name")
     path = Path(model)
     named = str(model) in PRESETS and not path.exists()
     if not named and not path.is_file():
@@ -73,7 +77,8 @@ def _open_checkpoint(model: str | PathLike[str], device: str, runtime: str | Non
     if runtime is not None:
         raise ToodError(f"{model}: a checkpoint is run by PyTorch, not by {runtime}; export it first with tood-export")
     _check_options(f"{model}: PyTorch", options, CHECKPOINT_OPTIONS)
-    from tood_deploy.engines.torch_engine import TorchEngine
+    with naming_extras():
+        from tood_deploy.engines.torch_engine import TorchEngine
 
     return TorchEngine(model, device=device, **options)
 
@@ -87,7 +92,8 @@ def _open_artefact(path: Path, device: str, runtime: str | None, options: dict[s
     if runtime is not None and runtime not in fitting:
         raise ToodError(f"{path}: {runtime} does not open a file ending in {suffix}; expected the runtime {' or '.join(fitting)}")
     chosen = RUNTIMES[runtime or fitting[0]]
-    engine = getattr(import_module(f"tood_deploy.engines.{chosen.module}"), chosen.engine)
+    with naming_extras():
+        engine = getattr(import_module(f"tood_deploy.engines.{chosen.module}"), chosen.engine)
     _check_options(f"{path}: {runtime or fitting[0]}", options, [*inspect.signature(engine).parameters][1:])
     return engine(path, device=device, **options)
 

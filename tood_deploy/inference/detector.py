@@ -1,4 +1,4 @@
-"""The detector: a picture as OpenCV reads it in, `Detections` out. Knows no files but the model's."""
+"""The detector: an image in memory in, `Detections` out. Knows no files but the model's."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from tood_deploy.detections import Detections
 from tood_deploy.engines import BatchDetections, Engine, open_engine
 from tood_deploy.errors import ToodError
+from tood_deploy.inference.image_input import Color, ImageInput, bgr_from, check_color
 from tood_deploy.preprocess import ImageTransform, check_imgsz, choose_canvas, fit_imgsz, resize_and_pad
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class Detector:
         max_det: int | None = None,
         imgsz: Sequence[int] | None = None,
         device: str = "cpu",
+        color: Color = "bgr",
         fast_decode: bool = False,
         **engine_options: Any,
     ) -> None:
@@ -53,6 +55,8 @@ class Detector:
             max_det: the most detections a picture; as many as the model gives (100) where not said.
             imgsz: (short side, long side) in pixels that pictures are scaled to fit; the model's own where not given.
             device: "cpu" or "cuda".
+            color: order of the channels of the arrays that are given to the detector, "bgr" or "rgb"; a call may say
+                otherwise. Frames of `stream` are BGR whatever it is.
             fast_decode: whether `stream` may decode JPEG pictures at 1/2, 1/4 or 1/8 of their size where `imgsz` needs no more. Results
                 then differ a little; `Frame.image_bgr` is smaller, boxes stay in pixels of the whole picture (`Frame.size_hw`).
             **engine_options: passed on to `open_engine`.
@@ -63,11 +67,12 @@ class Detector:
         for name, value in (("conf", conf), ("iou", iou)):
             if not 0 <= value <= 1:
                 raise ToodError(f"{name} is {value}; expected a number from 0 to 1")
+        check_color(color)
         self.engine = model if isinstance(model, Engine) else open_engine(model, device=device, **engine_options)
         most = self.engine.manifest.max_det
         if max_det is not None and not 1 <= max_det <= most:
             raise ToodError(f"max_det is {max_det}; expected 1 to {most}, what this model gives")
-        self.fast_decode = fast_decode
+        self.color, self.fast_decode = color, fast_decode
         self.conf, self.iou, self.max_det = conf, iou, max_det or most
         self.imgsz = check_imgsz(imgsz) if imgsz is not None else self.engine.manifest.preset.imgsz
 
@@ -76,21 +81,34 @@ class Detector:
         """The name of every class, in the order of the class numbers."""
         return self.engine.manifest.preset.class_names
 
-    def __call__(self, image_bgr: NDArray[np.uint8]) -> Detections:
-        """The objects in one picture, (H, W, 3) uint8 BGR, with boxes in its own pixels.
-
-        Raises:
-            InputError: not such a picture.
-        """
-        return self.infer([self.prepare(image_bgr)])[0]
-
-    def prepare(self, image_bgr: NDArray[np.uint8], image_hw: tuple[int, int] | None = None) -> Prepared:
-        """The first half of a call: scaling and padding; may run in another thread than `infer`.
+    def __call__(self, image: ImageInput, *, color: Color | None = None) -> Detections:
+        """Find the objects in one image, with boxes in its own pixels.
 
         Args:
-            image_bgr: (H, W, 3) uint8, as OpenCV reads it.
-            image_hw: rows and columns of the original, where `image_bgr` was decoded smaller; boxes will be in its pixels.
+            image: (H, W, 3) uint8, as OpenCV reads it; or (H, W, 4) with alpha, which is left out; or grey, (H, W) or
+                (H, W, 1); or an image of Pillow, in modes 1, L, LA, P, PA, RGB, RGBA, CMYK and YCbCr. Pillow does not turn
+                an image by the orientation in its EXIF data, and nor does this: `PIL.ImageOps.exif_transpose` does.
+                `cv2.imread` has turned it already.
+            color: order of an array's channels, "bgr" or "rgb"; what the detector was made with where not given. Of no
+                effect on Pillow's images and on grey ones.
+
+        Raises:
+            InputError: not such an image.
         """
+        return self.infer([self.prepare(image, color=color)])[0]
+
+    def prepare(self, image: ImageInput, image_hw: tuple[int, int] | None = None, *, color: Color | None = None) -> Prepared:
+        """Scale and pad an image, the first half of a call; may run in another thread than `infer`.
+
+        Args:
+            image: as a call takes it.
+            image_hw: rows and columns of the original, where `image` was decoded smaller; boxes will be in its pixels.
+            color: as a call takes it.
+
+        Raises:
+            InputError: not such an image.
+        """
+        image_bgr = bgr_from(image, self.color if color is None else color)
         canvases, size_hw = self.engine.canvases_hw, image_hw or image_bgr.shape
         if not canvases:
             return Prepared(*resize_and_pad(image_bgr, self.imgsz, image_hw=image_hw))

@@ -146,7 +146,7 @@ class _Pipeline:
             if self.in_flight.stopped:
                 continue
             started = time.perf_counter()
-            prepared = self.detector.prepare(frame.image_bgr, frame.original_hw)
+            prepared = self.detector.prepare(frame.image_bgr, frame.original_hw, color="bgr")
             self.timings.add("pre", time.perf_counter() - started)
             self.prepared.put((frame, prepared))
 

@@ -1,5 +1,7 @@
 """The whole network: backbone, pyramid, head. Normalised images in, `HeadOutput` out."""
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor, nn
 
 from tood_deploy.model.fpn import FPN
@@ -32,6 +34,12 @@ class Tood(nn.Module):
             images: (B, 3, H, W) float32 RGB, normalised; H and W multiples of 32, zeros where padded.
         """
         return self.bbox_head(self.neck(self.backbone(images)))
+
+    if TYPE_CHECKING:
+
+        def __call__(self, images: Tensor) -> HeadOutput:
+            """`forward`, for type checkers: they would otherwise take what `nn.Module` gives for anything."""
+            ...
 
 
 def build_model(preset: str | Preset) -> Tood:

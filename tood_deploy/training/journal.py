@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tood_deploy.errors import OutputError
+from tood_deploy.extras import not_installed
 from tood_deploy.training.checkpoints import make_run_folder
 
 LOG = "log.jsonl"
@@ -135,6 +136,6 @@ def _open_board(output: Path, quiet: bool) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         if not quiet:
-            print("TensorBoard is not installed, its files are not written; pip install tensorboard", file=sys.stderr)
+            print(f"no files for TensorBoard are written: {not_installed('tensorboard', 'train')}", file=sys.stderr)
         return None
     return SummaryWriter(output / "tensorboard")

@@ -13,6 +13,7 @@ import cv2
 import torch
 
 from tood_deploy.errors import ToodError
+from tood_deploy.extras import not_installed
 from tood_deploy.model.tood import Tood
 from tood_deploy.presets import Preset, get_preset
 from tood_deploy.training.annotations import Annotations, read_annotations
@@ -207,7 +208,7 @@ def _ap(row: Mapping[str, float]) -> str:
 
 def _plot(output: Path, progress: Progress, latest: Evaluation | None) -> list[str]:
     if importlib.util.find_spec("matplotlib") is None:
-        print("matplotlib is not installed, no curves are drawn; pip install matplotlib", file=sys.stderr)
+        print(f"no curves are drawn: {not_installed('matplotlib', 'train')}", file=sys.stderr)
         return []
     plot_learning(progress.history, output / LEARNING_CURVE)
     if latest is None or latest.precision is None:

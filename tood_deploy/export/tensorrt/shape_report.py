@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from tood_deploy.errors import DeviceError, ToodError
+from tood_deploy.errors import ToodError
 from tood_deploy.export.tensorrt.shape_plan import ShapeProposal
+from tood_deploy.extras import naming_extras
 from tood_deploy.manifest import atomic_path
 
 if TYPE_CHECKING:
@@ -47,11 +48,9 @@ def plot_proposal(proposal: ShapeProposal, path: Path) -> None:
     """
     if path.suffix.lower() not in PLOT_SUFFIXES:
         raise ToodError(f"plot is {path}; expected a name ending in {', '.join(PLOT_SUFFIXES)}")
-    try:
+    with naming_extras():
         import matplotlib as mpl
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise DeviceError("a plot needs matplotlib; pip install matplotlib") from error
     figure = Figure((10, 4.4), layout="constrained")
     pictures, padding = figure.subplots(1, 2)
     _plot_pictures(pictures, proposal)

@@ -1,0 +1,78 @@
+"""The public face as a strict type checker sees it in a user's program: README's examples, and more."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+PROGRAM = """
+from pathlib import Path
+from typing import assert_type
+
+import numpy as np
+import torch
+from PIL import Image
+
+from tood_deploy import PRESETS, Detections, Detector, Preset, ToodError, open_engine
+from tood_deploy.engines import BatchDetections, Engine
+from tood_deploy.model import HeadOutput, Tood, build_model, load_checkpoint, save_checkpoint
+
+detector = Detector(Path("r50.onnx"), imgsz=(800, 1333), color="rgb")
+found = detector(Image.open("a.png"))
+found = detector(np.zeros((4, 4), np.uint8), color="bgr")
+best = assert_type(found.filter(0.5)[found.scores > 0.6], Detections)
+for x1, y1, x2, y2 in best.boxes.tolist():
+    print(x1 + y1, x2 + y2)
+print(found.to_coco(1)[0]["bbox"], found.class_ids[0] + 1, found.scores.max(), found.names()[0].upper(), len(found))
+print(found.plot(np.zeros((4, 4, 3), np.uint8)).shape)
+for frame, found in detector.stream(["a.mp4", Path("b.mp4")], batch=2):
+    print(frame.timestamp_s, frame.image_bgr.shape, assert_type(found, Detections).names())
+prepared = detector.prepare(np.zeros((4, 4, 3), np.uint8))
+print(detector.infer([prepared])[0].boxes, prepared.transform.net_hw, prepared.image.shape)
+print(detector.collect(detector.submit([prepared])).scores.shape)
+
+engine = assert_type(open_engine("a.onnx", device="cpu", threads=2), Engine)
+batch = engine.infer(np.zeros((1, 32, 32, 3), np.uint8), np.array([[32, 32]], np.int32), 0.3, 0.6)
+print(assert_type(batch, BatchDetections).num_dets[0], engine.manifest.preset.class_names, engine.precision)
+with Detector(engine) as again:
+    print(again.class_names, again.engine.name)
+
+preset = assert_type(PRESETS["tiny"], Preset)
+model = assert_type(build_model(preset), Tood)
+try:
+    model = load_checkpoint("a.pth", preset="tiny", class_names=["a"])
+except ToodError as error:
+    print(str(error))
+out = assert_type(model(torch.zeros(1, 3, 64, 64)), HeadOutput)
+print([scores.shape for scores in out.scores], [boxes.shape for boxes in out.boxes_strides])
+save_checkpoint(model, Path("a.safetensors"))
+"""
+
+
+def strict_errors(folder: Path, *programs: str) -> list[str]:
+    """What pyright in strict mode says of these programs, a line each."""
+    for number, program in enumerate(programs):
+        (folder / f"program{number}.py").write_text(program, encoding="utf-8")
+    settings = {"typeCheckingMode": "strict", "extraPaths": [str(ROOT)], "include": ["."], "pythonVersion": "3.11"}
+    (folder / "pyrightconfig.json").write_text(json.dumps(settings), encoding="utf-8")
+    command = [sys.executable, "-m", "pyright", "--outputjson", "--pythonpath", sys.executable, "--project", str(folder)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    answer = json.loads(result.stdout)
+    assert answer["summary"]["filesAnalyzed"] == len(programs)
+    lines = [(each["file"], each["range"]["start"]["line"] + 1, each["message"]) for each in answer["generalDiagnostics"]]
+    return [f"{Path(file).name}:{line}: {message}" for file, line, message in lines]
+
+
+def test_examples_and_programs_of_users_have_no_errors(tmp_path: Path) -> None:
+    assert len(EXAMPLES) >= 2
+    assert strict_errors(tmp_path, PROGRAM, *EXAMPLES) == []
+
+
+def test_wrong_programs_have_errors(tmp_path: Path) -> None:
+    start = "from tood_deploy import Detector\ndetector = Detector('a.onnx')\n"
+    wrong = ("detector(None)", "detector('a.png')", "detector.stream(None)", "Detector(None)", "Detector('a.onnx', color='gbr')")
+    errors = strict_errors(tmp_path, *(start + line for line in wrong))
+    assert {error.split(":")[0] for error in errors} == {f"program{number}.py" for number in range(len(wrong))}
