@@ -43,8 +43,40 @@ def describe(preset: Preset) -> str:
     names = ", ".join(preset.class_names[:3]) + (", ..." if preset.num_classes > 3 else "")
     return (
         f"{preset.name}, anchor-{preset.anchor}, {preset.num_classes} classes ({names}), {preset.convention} convention, "
-        f"pictures fit {preset.imgsz[0]} x {preset.imgsz[1]}"
+        f"images {preset.sizing}{_differences(preset)}"
     )
+
+
+def _differences(preset: Preset) -> str:
+    """Say which settings are not those of the published configurations; "" where all are."""
+    shown = {
+        "norm_groups": "group norms of {} groups",
+        "norm_eps": "group norm epsilon {:g}",
+        "batch_norm_eps": "batch norm epsilon {:g}",
+        "anchor_side": "anchors of {:g} strides",
+        "anchor_offset": "anchors moved by {:g} strides",
+        "delta_means": "box delta means {}",
+        "delta_stds": "box delta deviations {}",
+        "mean": "mean {}",
+        "std": "std {}",
+        "channel_order": "a network of {} channel order",
+        "pad_value": "padding of {} after normalising",
+        "score_threshold": "evaluation at scores above {:g}",
+        "iou_threshold": "suppression at {:g}",
+        "max_det": "at most {} detections",
+        "candidates_per_level": "{} candidates a level",
+    }
+    published = Preset("published", preset.depth)
+    other = [
+        text.format(_text(getattr(preset, name))) if "{}" in text else text.format(getattr(preset, name))
+        for name, text in shown.items()
+        if getattr(preset, name) != getattr(published, name)
+    ]
+    return f"; other than published: {', '.join(other)}" if other else ""
+
+
+def _text(value: object) -> str:
+    return " ".join(f"{number:g}" for number in value) if isinstance(value, tuple) else str(value)
 
 
 def describe_precision(manifest: Manifest) -> str:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tood_deploy.model.boxes import ANCHOR_SIDE, box_iou_floored
+from tood_deploy.model.boxes import box_iou_floored
 from tood_deploy.presets import STRIDES
 from tood_deploy.training.targets import AnchorGrid
 
@@ -87,7 +87,7 @@ def assign_atss(grid: AnchorGrid, valid_hw: tuple[int, int], gt_boxes: Tensor, t
         return _nothing(gt_boxes)
     candidates = _nearest_anchors(grid, grid.valid_sizes(valid_hw), gt_boxes, topk)  # (G, N)
     points = grid.points[candidates]
-    half = grid.strides[candidates].unsqueeze(2) * (ANCHOR_SIDE / 2)
+    half = grid.strides[candidates].unsqueeze(2) * (grid.anchor_side / 2)
     ious = box_iou_floored(torch.cat((points - half, points + half), dim=2), gt_boxes.unsqueeze(1)).squeeze(2)
     threshold = ious.mean(1, keepdim=True) + ious.std(1, keepdim=True)
     positive = (ious >= threshold) & _inside(points, gt_boxes.unsqueeze(1))
