@@ -88,7 +88,8 @@ def _candidates(key: str, tensors: dict[str, Tensor]) -> list[Candidate]:
 
 
 def _named(candidates: list[Candidate], path: Path, weights_key: str) -> Candidate:
-    exact = [candidate for candidate in candidates if weights_key.rstrip(".") in candidate.names]
+    wanted = weights_key.rstrip(".")
+    exact = [each for each in candidates if wanted in each.names[:1]] or [each for each in candidates if wanted in each.names]
     matching = exact or [candidate for candidate in candidates if weights_key in candidate.words]
     if len(matching) == 1:
         return matching[0]
