@@ -4,6 +4,7 @@ A file becomes its tensors under MMDetection 3.x names, and the metadata that ca
 """
 
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,7 +122,8 @@ def load_content(path: Path) -> Any:
     """
     allowed: list[Any] = [(Skipped, name) for name in METADATA_CLASSES]
     try:
-        with torch.serialization.safe_globals(allowed):
+        with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)  # said below where it fails
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can raise nearly anything
         raise CheckpointError(f"{path}: {_reason(str(error), path)}") from error

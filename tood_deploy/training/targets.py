@@ -46,12 +46,14 @@ class AnchorGrid:
         points: (A, 2) x, y in pixels of the network input.
         strides: (A,) float32.
         anchor_side: of the square anchors, in strides.
+        anchor_offset: of the points from their cells' upper left corners, in strides.
     """
 
     sizes_hw: tuple[tuple[int, int], ...]
     points: Tensor
     strides: Tensor
     anchor_side: float = 8.0
+    anchor_offset: float = 0.0
 
     @classmethod
     def of_maps(cls, maps: Sequence[Tensor], anchor_side: float = 8.0, anchor_offset: float = 0.0) -> AnchorGrid:
@@ -64,7 +66,7 @@ class AnchorGrid:
             )
             points.append(torch.stack((x.expand(height, width), y[:, None].expand(height, width)), dim=2).reshape(-1, 2))
             strides.append(x.new_full((height * width,), float(stride)))
-        return cls(sizes, torch.cat(points), torch.cat(strides), anchor_side)
+        return cls(sizes, torch.cat(points), torch.cat(strides), anchor_side, anchor_offset)
 
     @property
     def level_lengths(self) -> list[int]:
