@@ -78,8 +78,8 @@ def test_the_head_uses_offset_and_coder(anchor: str, seeded_model: Build) -> Non
     boxes = []
     for fields in ({}, moved):
         head = seeded_model("tiny", anchor=anchor, **fields).bbox_head
-        nn.init.zeros_(head.reg_offset_module[2].weight)
-        nn.init.zeros_(head.reg_offset_module[2].bias)
+        for name in ("weight", "bias"):
+            nn.init.zeros_(head.reg_offset_module[2].get_parameter(name))
         maps = [torch.randn(1, 64, 4, 4, generator=torch.Generator().manual_seed(i)) for i in range(len(STRIDES))]
         boxes.append(head.eval()(maps).boxes_strides)
     for before, after in zip(*boxes, strict=True):

@@ -47,36 +47,35 @@ def describe(preset: Preset) -> str:
     )
 
 
+SETTINGS = {
+    "norm_groups": "group norms of {} groups",
+    "norm_eps": "group norm epsilon {}",
+    "batch_norm_eps": "batch norm epsilon {}",
+    "anchor_side": "anchors of {} strides",
+    "anchor_offset": "anchors moved by {} strides",
+    "delta_means": "box delta means {}",
+    "delta_stds": "box delta deviations {}",
+    "mean": "mean {}",
+    "std": "std {}",
+    "channel_order": "a network of {} channel order",
+    "pad_value": "padding of {} after normalising",
+    "score_threshold": "evaluation at scores above {}",
+    "iou_threshold": "suppression at {}",
+    "max_det": "at most {} detections",
+    "candidates_per_level": "{} candidates a level",
+}
+
+
 def _differences(preset: Preset) -> str:
     """Say which settings are not those of the published configurations; "" where all are."""
-    shown = {
-        "norm_groups": "group norms of {} groups",
-        "norm_eps": "group norm epsilon {:g}",
-        "batch_norm_eps": "batch norm epsilon {:g}",
-        "anchor_side": "anchors of {:g} strides",
-        "anchor_offset": "anchors moved by {:g} strides",
-        "delta_means": "box delta means {}",
-        "delta_stds": "box delta deviations {}",
-        "mean": "mean {}",
-        "std": "std {}",
-        "channel_order": "a network of {} channel order",
-        "pad_value": "padding of {} after normalising",
-        "score_threshold": "evaluation at scores above {:g}",
-        "iou_threshold": "suppression at {:g}",
-        "max_det": "at most {} detections",
-        "candidates_per_level": "{} candidates a level",
-    }
     published = Preset("published", preset.depth)
-    other = [
-        text.format(_text(getattr(preset, name))) if "{}" in text else text.format(getattr(preset, name))
-        for name, text in shown.items()
-        if getattr(preset, name) != getattr(published, name)
-    ]
-    return f"; other than published: {', '.join(other)}" if other else ""
+    values = {name: getattr(preset, name) for name in SETTINGS if getattr(preset, name) != getattr(published, name)}
+    other = ", ".join(SETTINGS[name].format(_text(value)) for name, value in values.items())
+    return f"; other than published: {other}" if other else ""
 
 
 def _text(value: object) -> str:
-    return " ".join(f"{number:g}" for number in value) if isinstance(value, tuple) else str(value)
+    return " ".join(map(_text, value)) if isinstance(value, tuple) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def describe_precision(manifest: Manifest) -> str:

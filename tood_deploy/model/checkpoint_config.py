@@ -1,7 +1,8 @@
-"""What a checkpoint's metadata says of the model: class names, schedule, and every setting that leaves no trace in the weights.
+"""What a checkpoint's metadata says of the model: names, schedule, and the settings that leave no trace in the weights.
 
-Every key of the configuration's model, preprocessing, test pipeline and test settings is held against the tables of `config_rules` and
-`config_pipeline`: harmless, computed as it says, or refused by its dotted name. Layouts: reference/SPEC.md section 5.
+Every key of the configuration's model, preprocessing, test pipeline and test settings is held against the tables of
+`config_rules` and `config_pipeline`: harmless, computed as it says, or refused by its dotted name.
+Layouts: reference/SPEC.md section 5.
 """
 
 from collections.abc import Iterator, Mapping
@@ -94,7 +95,7 @@ def _read_model(model: Any, weights: Preset) -> dict[str, Any]:
 
 
 def _read_test(config: Mapping[str, Any], weights: Preset) -> dict[str, Any]:
-    """Read the test settings, the first of those of the detector, of the whole (2.x; 3.x has its loop there) and of the head."""
+    """Read the test settings: the detector's, else the whole's (2.x; 3.x has its loop there), else the head's."""
     for path in ("model.test_cfg", "test_cfg", "model.bbox_head.test_cfg"):
         found = _lookup(config, path)
         if found is None or str(_mapping(found).get("type", "")).endswith("Loop"):
@@ -152,7 +153,7 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 
 def _lookup(tree: Any, dotted: str) -> Any:
-    """Return what stands at a dotted path, None where nothing does; what cannot be read on the way stands for all below it."""
+    """Return what stands at a dotted path, None where nothing does; what cannot be read stands for all below it."""
     for part in dotted.split("."):
         if isinstance(tree, Unreadable):
             return tree

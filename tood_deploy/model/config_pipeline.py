@@ -1,6 +1,7 @@
 """The test pipeline of a configuration: which size, colours, statistics and padding the network was tested with.
 
-Both layouts: MMDetection 3.x, whose `data_preprocessor` normalises and pads after the pipeline, and 2.x, whose pipeline does all of it.
+Both layouts: MMDetection 3.x, whose `data_preprocessor` normalises and pads after the pipeline, and 2.x, whose pipeline
+does all of it.
 """
 
 from collections.abc import Iterator, Mapping

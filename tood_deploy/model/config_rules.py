@@ -1,7 +1,8 @@
-"""What every key of a checkpoint's configuration means to this network: harmless, told by the weights, computed, of one value, or refused.
+"""What every key of a checkpoint's configuration means to this network, as tables.
 
-The tables are the whole knowledge: a key that none of them names is refused by its name. Sources: reference/SPEC.md sections 1, 2 and 4,
-and the arguments of MMDetection 2.x and 3.x, whose defaults hold where a key is missing.
+A key is harmless, told by the weights too, computed, or of one value; one that no table names is refused by its name.
+Sources: reference/SPEC.md sections 1, 2 and 4, and the arguments of MMDetection 2.x and 3.x, whose defaults hold where
+a key is missing.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,6 +1,6 @@
 """Python configuration text into plain values: parsed, never executed. Knows no key's meaning.
 
-A value that is not a literal becomes an `Unreadable`, which whoever needs the value refuses; nobody guesses what it would have been.
+A value that is not a literal becomes an `Unreadable`, which whoever needs the value refuses; nobody guesses it.
 """
 
 import ast

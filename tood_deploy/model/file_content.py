@@ -1,4 +1,4 @@
-"""What a file is that was given as a checkpoint, told by its content: the sentence for everything that is none. Opens no weights."""
+"""What a file that was given as a checkpoint is by its content, and the sentence for what is none. Opens no weights."""
 
 import re
 import struct

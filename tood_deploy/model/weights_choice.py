@@ -1,4 +1,4 @@
-"""Which of the networks in a checkpoint file is meant: by its key or prefix where one was given, else the only one there is."""
+"""Which of the networks in a checkpoint file is meant: the one asked for, else the only one there is."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -46,8 +46,8 @@ def choose_weights(content: Mapping[Any, Any], path: Path, weights_key: str | No
     Args:
         content: what the file holds.
         path: the file, for errors.
-        weights_key: a dictionary's key, a prefix, both as "key:prefix", or one word of them; None takes the only network, or that under
-            "state_dict".
+        weights_key: a dictionary's key, a prefix, both as "key:prefix", or one word of them; None takes the only network,
+            or that under "state_dict".
 
     Raises:
         CheckpointError: several networks and no key, a key that names none of them or several, or no weights at all.
