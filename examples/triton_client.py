@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from tood_deploy.detections import Detections
 from tood_deploy.errors import ToodError
 from tood_deploy.preprocess import ImageTransform, resize_and_pad
+from tood_deploy.presets import Sizing
 
 OUTPUTS = ("num_dets", "boxes", "scores", "labels")
 TYPES = {"uint8": "UINT8", "int32": "INT32", "float32": "FP32"}  # as the protocol calls them
@@ -37,12 +38,12 @@ class ServedModel:
 
     Attributes:
         name: of the model.
-        imgsz: (short side, long side) in pixels that pictures are scaled to fit.
+        sizing: how images are brought to the size of the model's input.
         class_names: one a class.
     """
 
     name: str
-    imgsz: tuple[int, int]
+    sizing: Sizing
     class_names: tuple[str, ...]
 
 
@@ -50,15 +51,13 @@ def read_model(client: Any, name: str) -> ServedModel:
     """Asks the server for the model's configuration."""
     config = client.get_model_config(name).config
     parameters = {key: value.string_value for key, value in config.parameters.items()}
-    short, long = (int(side) for side in parameters["imgsz"].split())
-    return ServedModel(name, (short, long), tuple(json.loads(parameters["class_names"])))
+    sizing = {key: tuple(value) if isinstance(value, list) else value for key, value in json.loads(parameters["sizing"]).items()}
+    return ServedModel(name, Sizing(**sizing), tuple(json.loads(parameters["class_names"])))
 
 
-def request_arrays(
-    image_bgr: NDArray[np.uint8], imgsz: tuple[int, int], conf: float, iou: float
-) -> tuple[dict[str, NDArray[Any]], ImageTransform]:
+def request_arrays(image_bgr: NDArray[np.uint8], sizing: Sizing, conf: float, iou: float) -> tuple[dict[str, NDArray[Any]], ImageTransform]:
     """The request for one picture, (H, W, 3) uint8 BGR: arrays with a batch axis by the inputs' names; and the way back."""
-    image, transform = resize_and_pad(image_bgr, imgsz)
+    image, transform = resize_and_pad(image_bgr, sizing)
     arrays: dict[str, NDArray[Any]] = {
         "images": image[None],
         "valid_hw": np.array([transform.resized_hw], np.int32),
@@ -99,7 +98,7 @@ def detect(
     """
 
     def ask(image_bgr: NDArray[np.uint8]) -> Detections:
-        arrays, transform = request_arrays(image_bgr, model.imgsz, conf, iou)
+        arrays, transform = request_arrays(image_bgr, model.sizing, conf, iou)
         inputs = [triton.InferInput(name, list(array.shape), TYPES[array.dtype.name]) for name, array in arrays.items()]
         for given, array in zip(inputs, arrays.values(), strict=True):
             given.set_data_from_numpy(array)

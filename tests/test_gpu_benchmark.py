@@ -28,9 +28,9 @@ from benchmarks.gpu.settings import PRECISIONS, Cell, Settings, cells  # noqa: E
 from benchmarks.gpu.static_detector import EagerDetector, StaticDetector, lower_network, unpack  # noqa: E402
 from benchmarks.gpu.torch_ways import Recorded, TorchWay  # noqa: E402
 from tood_deploy.errors import ArtefactError, DeviceError, ToodError  # noqa: E402
-from tood_deploy.export.pictures import synthetic_picture  # noqa: E402
 from tood_deploy.model import build_model, load_checkpoint  # noqa: E402
 from tood_deploy.model.tood import Tood  # noqa: E402
+from tood_deploy.parity.sample_images import synthetic_picture  # noqa: E402
 from tood_deploy.presets import PRESETS  # noqa: E402
 
 SIZE_HW = (64, 96)

@@ -1,5 +1,6 @@
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,19 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from tood_deploy.errors import InputError, ToodError
-from tood_deploy.preprocess import ImageTransform, check_imgsz, choose_canvas, fit_imgsz, fit_size, pad_size, resize, resize_and_pad
+from tood_deploy.preprocess import (
+    ImageTransform,
+    check_imgsz,
+    choose_canvas,
+    fit_imgsz,
+    fit_size,
+    pad_size,
+    padded_size,
+    resize,
+    resize_and_pad,
+    with_imgsz,
+)
+from tood_deploy.presets import PRESETS, Sizing
 
 Goldens = Callable[[str], dict[str, NDArray[Any]]]
 
@@ -175,3 +188,54 @@ def test_a_picture_always_fits_its_canvas(height: int, width: int, imgsz: tuple[
     resized_hw = fit_size((height, width), fit_imgsz((height, width), imgsz, net_hw))
     assert resized_hw[0] <= max(net_hw[0], 1)
     assert resized_hw[1] <= max(net_hw[1], 1)
+
+
+class TestSizing:
+    """What a preset says beyond a size to fit."""
+
+    @pytest.mark.parametrize(
+        ("sizing", "image_hw", "resized_hw", "net_hw"),
+        [
+            (Sizing((320, 320), "stretch"), (480, 640), (320, 320), (320, 320)),
+            (Sizing((100, 300), "stretch"), (480, 640), (100, 300), (128, 320)),
+            (Sizing((100, 300), "stretch"), (1, 1), (100, 300), (128, 320)),
+            (Sizing((1, 1), "stretch", (1.0, 1.0)), (45, 33), (45, 33), (64, 64)),
+            (Sizing((1, 1), "stretch", (0.5, 0.25)), (45, 34), (23, 9), (32, 32)),
+            (Sizing((1, 1), "stretch", (0.1, 0.1)), (1, 1), (1, 1), (32, 32)),
+            (Sizing((1, 1), "fit", (0.5, 0.5)), (45, 31), (23, 16), (32, 32)),  # 22.5 and 15.5 become 23 and 16, which both fit
+            (Sizing((240, 320), divisor=128), (480, 640), (240, 320), (256, 384)),
+            (Sizing((320, 320), canvas_hw=(320, 320)), (480, 640), (240, 320), (320, 320)),
+            (Sizing((320, 320), canvas_hw=(320, 320)), (640, 480), (320, 240), (320, 320)),
+            (Sizing((240, 320), canvas_hw=(256, 320)), (640, 480), (256, 192), (256, 320)),  # upright: shrunk, as it has no room
+            (Sizing((320, 320), "stretch", canvas_hw=(320, 384)), (10, 10), (320, 320), (320, 384)),
+        ],
+    )
+    def test_sizes(self, sizing: Sizing, image_hw: tuple[int, int], resized_hw: tuple[int, int], net_hw: tuple[int, int]) -> None:
+        image, transform = resize_and_pad(np.full((*image_hw, 3), 200, np.uint8), sizing)
+        assert transform == ImageTransform(image_hw, resized_hw, net_hw)
+        assert image.shape == (*net_hw, 3)
+        assert padded_size(image_hw, sizing) == net_hw
+        corners = np.array([[0, 0, resized_hw[1], resized_hw[0]]], np.float32)
+        np.testing.assert_allclose(transform.boxes_to_image(corners), [[0, 0, image_hw[1], image_hw[0]]], rtol=1e-6)
+
+    @given(st.integers(1, 2000), st.integers(1, 2000), st.integers(32, 800), st.integers(32, 800))
+    def test_a_plain_size_is_a_sizing_that_fits(self, height: int, width: int, first: int, second: int) -> None:
+        imgsz = (min(first, second), max(first, second))
+        assert fit_size((height, width), imgsz) == fit_size((height, width), Sizing(imgsz))
+        assert fit_imgsz((height, width), Sizing(imgsz), (4000, 4000)) == Sizing(imgsz)
+
+    def test_stretching_gives_way_to_a_canvas_side_by_side(self) -> None:
+        assert fit_size((480, 640), fit_imgsz((480, 640), Sizing((320, 320), "stretch"), (256, 640))) == (256, 320)
+
+    def test_another_size(self) -> None:
+        tiny = PRESETS["tiny"]
+        assert with_imgsz(tiny, None) is tiny
+        assert with_imgsz(tiny, (96, 64)).imgsz == (64, 96)
+        stretched = replace(tiny, resize="stretch", imgsz=(96, 64))
+        assert with_imgsz(stretched, (96, 64)) is stretched
+        assert with_imgsz(stretched, (128, 64)).imgsz == (128, 64)  # rows first: not put in order
+        boxed = replace(tiny, imgsz=(320, 320), canvas_hw=(320, 352))
+        assert with_imgsz(boxed, (320, 320)).canvas_hw == (320, 352)
+        assert with_imgsz(boxed, (160, 160)).canvas_hw == (160, 192)
+        scaled = replace(tiny, scale_factor=(0.5, 0.5))
+        assert with_imgsz(scaled, (240, 320)).scale_factor is None

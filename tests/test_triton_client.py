@@ -99,7 +99,7 @@ def test_detections_are_those_of_the_detector(example: ModuleType, server: Serve
 
 def test_model_is_read_from_the_server(example: ModuleType, server: Server) -> None:
     model = example.read_model(server, "tood")
-    assert (model.name, model.imgsz, len(model.class_names)) == ("tood", (240, 320), 80)
+    assert (model.name, model.sizing.imgsz, len(model.class_names)) == ("tood", (240, 320), 80)
 
 
 def test_pictures_of_one_padded_size_can_share_a_batch(example: ModuleType, server: Server) -> None:

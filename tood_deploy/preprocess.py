@@ -1,18 +1,23 @@
 """From a picture as OpenCV reads it to what the network takes, and boxes back again. NumPy and OpenCV alone.
 
-Equal to the test pipeline of both public implementations (reference/SPEC.md section 4): resize with the aspect kept,
-bilinear, then pad at the right and bottom. Normalising is part of the network's graph.
+Equal to the test pipeline of both public implementations (reference/SPEC.md section 4): resize bilinearly, with the aspect kept
+unless the `Sizing` says otherwise, then pad at the right and bottom. Normalising is part of the network's graph.
+
+Wherever a size to fit is asked for, plain (short side, long side) stands for `Sizing((short side, long side))`.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from tood_deploy.errors import InputError, ToodError
-from tood_deploy.presets import SIZE_DIVISOR
+from tood_deploy.presets import SIZE_DIVISOR, Preset, Sizing
+
+ImageSize = Sizing | tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -50,11 +55,56 @@ def check_imgsz(imgsz: Sequence[int]) -> tuple[int, int]:
     return min(values), max(values)
 
 
-def fit_size(image_hw: tuple[int, int], imgsz: tuple[int, int]) -> tuple[int, int]:
-    """Rows and columns after scaling to fit `imgsz`, (short side, long side), with the aspect kept; at least one pixel."""
-    scale = min(imgsz[0] / min(image_hw), imgsz[1] / max(image_hw))
+def with_imgsz(preset: Preset, imgsz: Sequence[int] | None) -> Preset:
+    """Return the preset with another image size, which a fixed canvas follows; the preset itself where None is given.
+
+    Args:
+        preset: says what a size means.
+        imgsz: (short side, long side) to fit, in any order; (rows, columns) where the preset stretches images.
+
+    Raises:
+        ToodError: not two positive whole numbers.
+    """
+    if imgsz is None:
+        return preset
+    ordered = check_imgsz(imgsz)
+    if preset.resize == "stretch":
+        ordered = int(imgsz[0]), int(imgsz[1])
+    if ordered == preset.imgsz and preset.scale_factor is None:
+        return preset
+    return replace(preset, imgsz=ordered, scale_factor=None, canvas_hw=_scaled_canvas(preset, ordered))
+
+
+def _scaled_canvas(preset: Preset, imgsz: tuple[int, int]) -> tuple[int, int] | None:
+    if preset.canvas_hw is None or preset.scale_factor is not None:
+        return None
+    factor = max(new / old for new, old in zip(imgsz, preset.imgsz, strict=True))
+    rows, columns = (math.ceil(round(side * factor, 6) / preset.pad_divisor) * preset.pad_divisor for side in preset.canvas_hw)
+    return rows, columns
+
+
+def fit_size(image_hw: tuple[int, int], imgsz: ImageSize) -> tuple[int, int]:
+    """Return the rows and columns that an image is resized to, at least one pixel each."""
+    sizing = _sizing(imgsz)
+    target = sizing.imgsz
+    if sizing.scale_factor is not None:
+        rows, columns = (int(side * factor + 0.5) for side, factor in zip(image_hw, sizing.scale_factor, strict=True))
+        target = (rows, columns) if sizing.resize == "stretch" else (min(rows, columns), max(rows, columns))
+    if sizing.resize == "stretch":
+        return max(1, target[0]), max(1, target[1])
+    scale = min(target[0] / min(image_hw), target[1] / max(image_hw))
     height, width = (max(1, int(side * scale + 0.5)) for side in image_hw)
     return height, width
+
+
+def padded_size(image_hw: tuple[int, int], imgsz: ImageSize) -> tuple[int, int]:
+    """Return the rows and columns of the network's input for an image: the fixed canvas, or the next multiples of the divisor."""
+    sizing = _sizing(imgsz)
+    return sizing.canvas_hw or pad_size(fit_size(image_hw, sizing), sizing.divisor)
+
+
+def _sizing(imgsz: ImageSize) -> Sizing:
+    return imgsz if isinstance(imgsz, Sizing) else Sizing(imgsz)
 
 
 def pad_size(resized_hw: tuple[int, int], divisor: int = SIZE_DIVISOR) -> tuple[int, int]:
@@ -63,23 +113,25 @@ def pad_size(resized_hw: tuple[int, int], divisor: int = SIZE_DIVISOR) -> tuple[
     return height, width
 
 
-def fit_imgsz(image_hw: tuple[int, ...], imgsz: tuple[int, int], net_hw: tuple[int, int]) -> tuple[int, int]:
-    """(short side, long side) that a picture is scaled to fit: `imgsz`, or less where the canvas `net_hw` has no room for that."""
+def fit_imgsz(image_hw: tuple[int, ...], imgsz: ImageSize, net_hw: tuple[int, int]) -> ImageSize:
+    """Return the size to fit: `imgsz`, or less where the canvas `net_hw` has no room for that."""
     height, width = image_hw[:2]
     resized = fit_size((height, width), imgsz)
     if resized[0] <= net_hw[0] and resized[1] <= net_hw[1]:
         return imgsz
+    if _sizing(imgsz).resize == "stretch":
+        return Sizing((min(resized[0], net_hw[0]), min(resized[1], net_hw[1])), "stretch")
     room = min(net_hw[0] / height, net_hw[1] / width)
     sides = (int(height * room), int(width * room))
     return max(1, min(sides)), max(1, max(sides))
 
 
-def choose_canvas(image_hw: tuple[int, ...], imgsz: tuple[int, int], canvases_hw: Sequence[tuple[int, int]]) -> tuple[int, int]:
+def choose_canvas(image_hw: tuple[int, ...], imgsz: ImageSize, canvases_hw: Sequence[tuple[int, int]]) -> tuple[int, int]:
     """Of the padded sizes that an engine takes, the one that shrinks a picture least, then the one with the fewest pixels.
 
     Args:
         image_hw: rows and columns of the picture.
-        imgsz: (short side, long side) in pixels that it is scaled to fit where there is room.
+        imgsz: the size to fit where there is room.
         canvases_hw: rows and columns of every padded size, at least one.
     """
 
@@ -90,15 +142,15 @@ def choose_canvas(image_hw: tuple[int, ...], imgsz: tuple[int, int], canvases_hw
     return min(canvases_hw, key=shrinkage_and_area)
 
 
-def resize(image_bgr: NDArray[np.uint8], imgsz: tuple[int, int], image_hw: tuple[int, int] | None = None) -> NDArray[np.uint8]:
-    """The picture (H, W, 3) uint8 scaled to fit `imgsz`, (short side, long side): OpenCV's bilinear; `image_hw`: see `resize_and_pad`."""
+def resize(image_bgr: NDArray[np.uint8], imgsz: ImageSize, image_hw: tuple[int, int] | None = None) -> NDArray[np.uint8]:
+    """Resize an image (H, W, 3) uint8 as `imgsz` says: OpenCV's bilinear; `image_hw`: see `resize_and_pad`."""
     height, width = fit_size(image_hw or (image_bgr.shape[0], image_bgr.shape[1]), imgsz)
     return np.asarray(cv2.resize(image_bgr, (width, height), interpolation=cv2.INTER_LINEAR), np.uint8)
 
 
 def resize_and_pad(
     image_bgr: NDArray[np.uint8],
-    imgsz: tuple[int, int],
+    imgsz: ImageSize,
     net_hw: tuple[int, int] | None = None,
     image_hw: tuple[int, int] | None = None,
 ) -> tuple[NDArray[np.uint8], ImageTransform]:
@@ -106,8 +158,9 @@ def resize_and_pad(
 
     Args:
         image_bgr: (H, W, 3) uint8, as OpenCV reads it.
-        imgsz: (short side, long side) in pixels to fit.
-        net_hw: rows and columns to pad to; the next multiples of 32 where not given.
+        imgsz: the size to fit, with (short side, long side) in pixels, or a preset's `sizing`.
+        net_hw: rows and columns to pad to; where not given those of `padded_size`. An image that a preset's fixed canvas has no room
+            for is shrunk to fit; the training code stops there.
         image_hw: rows and columns of the original picture, where `image_bgr` is all of it but smaller; boxes go back to the original.
 
     Returns:
@@ -119,9 +172,11 @@ def resize_and_pad(
     if image_bgr.ndim != 3 or image_bgr.shape[2] != 3 or image_bgr.dtype != np.uint8 or not image_bgr.size:
         raise InputError(f"image is {image_bgr.dtype} {image_bgr.shape}; expected uint8 (H, W, 3) in BGR order, as cv2.imread gives it")
     image_hw = image_hw or (image_bgr.shape[0], image_bgr.shape[1])
+    if net_hw is None:
+        net_hw = padded_size(image_hw, imgsz)
+        imgsz = fit_imgsz(image_hw, imgsz, net_hw)
     resized = resize(image_bgr, imgsz, image_hw)
     resized_hw = resized.shape[0], resized.shape[1]
-    net_hw = pad_size(resized_hw) if net_hw is None else net_hw
     if net_hw[0] < resized_hw[0] or net_hw[1] < resized_hw[1]:
         raise InputError(f"image is {resized_hw} after resizing, the network takes {net_hw}; give a smaller imgsz")
     padded = np.zeros((*net_hw, 3), np.uint8)

@@ -6,15 +6,27 @@ Sources: reference/SPEC.md sections 1, 2, 4 and 6; the MMDetection 3.3.0 model i
 """
 
 from dataclasses import asdict, dataclass, fields
+from math import isfinite
 from typing import Any, Literal
 
 from tood_deploy.errors import ToodError
 
 Anchor = Literal["free", "based"]
 Convention = Literal["mmdet", "authors"]
+ChannelOrder = Literal["rgb", "bgr"]
+Resize = Literal["fit", "stretch"]
 
 STRIDES = (8, 16, 32, 64, 128)
 SIZE_DIVISOR = 32
+MAX_CANDIDATES = 3840  # of all levels together: the most that TensorRT's TopK takes
+
+ALLOWED = {
+    "depth": (18, 34, 50, 101, 152),
+    "anchor": ("free", "based"),
+    "convention": ("mmdet", "authors"),
+    "channel_order": ("rgb", "bgr"),
+    "resize": ("fit", "stretch"),
+}
 
 COCO_CLASSES = tuple(
     "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,bench,"
@@ -35,6 +47,32 @@ class PublishedWeights:
 
 
 @dataclass(frozen=True)
+class Sizing:
+    """How an image is brought to the size of the network's input; `preprocess` carries it out.
+
+    Attributes:
+        imgsz: where images fit, (short side, long side) in pixels; where they are stretched, (rows, columns).
+        resize: "fit" keeps the aspect, "stretch" does not.
+        scale_factor: of rows and columns; in place of `imgsz`, every image is resized to its own size times this.
+        divisor: rows and columns are padded to a multiple of it.
+        canvas_hw: rows and columns that every image is padded to; None for the next multiples of `divisor`.
+    """
+
+    imgsz: tuple[int, int]
+    resize: Resize = "fit"
+    scale_factor: tuple[float, float] | None = None
+    divisor: int = SIZE_DIVISOR
+    canvas_hw: tuple[int, int] | None = None
+
+    def __str__(self) -> str:
+        first, second = self.imgsz
+        to = f"by factors of {self.scale_factor[0]:g} and {self.scale_factor[1]:g}" if self.scale_factor else f"{first} x {second}"
+        verb = {"fit": "scaled" if self.scale_factor else "scaled to fit", "stretch": "stretched" if self.scale_factor else "stretched to"}
+        padded = f", padded to {self.canvas_hw[0]} x {self.canvas_hw[1]}" if self.canvas_hw else ""
+        return f"{verb[self.resize]} {to}{padded}" + (f", sides multiples of {self.divisor}" if self.divisor != SIZE_DIVISOR else "")
+
+
+@dataclass(frozen=True)
 class Preset:
     """One TOOD detector.
 
@@ -50,8 +88,18 @@ class Preset:
         anchor: "free" decodes distances, "based" decodes deltas against one square anchor of 8 strides.
         class_names: one name per class, in the order of the scores.
         convention: whose test-time behaviour to follow, MMDetection's or the authors' (reference/SPEC.md section 4).
-        imgsz: (short side, long side) in pixels that a picture is scaled to fit.
+        imgsz: (short side, long side) in pixels that an image is scaled to fit; (rows, columns) where it is stretched.
         mean, std: RGB, in pixel values of 0 to 255.
+        norm_groups, norm_eps: of the head's group norms.
+        batch_norm_eps: of the backbone's batch norms.
+        anchor_side: of the square anchor, in strides.
+        anchor_offset: of the anchor points from the cells' upper left corners, in strides.
+        delta_means, delta_stds: of the deltas dx, dy, dw, dh that anchor-based heads give.
+        channel_order: that the network takes. Artefacts take RGB in any case, and reorder it.
+        pad_value: what padding holds after normalising, in the order RGB.
+        resize, scale_factor, pad_divisor, canvas_hw: see `Sizing`.
+        score_threshold, iou_threshold, max_det: what evaluation uses where it is not told otherwise.
+        candidates_per_level: (anchor, class) pairs of every level that go into suppression.
         weights: the published checkpoint, None where none can be downloaded.
         published_ap: COCO AP (0 to 100) its publisher states, on val2017.
     """
@@ -71,18 +119,53 @@ class Preset:
     imgsz: tuple[int, int] = (800, 1333)
     mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
     std: tuple[float, float, float] = (58.395, 57.12, 57.375)
+    norm_groups: int = 32
+    norm_eps: float = 1e-5
+    batch_norm_eps: float = 1e-5
+    anchor_side: float = 8.0
+    anchor_offset: float = 0.0
+    delta_means: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    delta_stds: tuple[float, float, float, float] = (0.1, 0.1, 0.2, 0.2)
+    channel_order: ChannelOrder = "rgb"
+    pad_value: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    resize: Resize = "fit"
+    scale_factor: tuple[float, float] | None = None
+    pad_divisor: int = SIZE_DIVISOR
+    canvas_hw: tuple[int, int] | None = None
+    score_threshold: float = 0.05
+    iou_threshold: float = 0.6
+    max_det: int = 100
+    candidates_per_level: int = 1000
     weights: PublishedWeights | None = None
     published_ap: float | None = None
 
     def __post_init__(self) -> None:
-        allowed = {"depth": (18, 34, 50, 101, 152), "anchor": ("free", "based"), "convention": ("mmdet", "authors")}
-        for field, values in allowed.items():
-            if getattr(self, field) not in values:
-                raise ToodError(f"preset {self.name}: {field} is {getattr(self, field)!r}; expected one of {values}")
-        if not self.class_names:
-            raise ToodError(f"preset {self.name}: no class names; a detector needs at least one class")
-        if len(self.imgsz) != 2 or min(self.imgsz) < 1:
-            raise ToodError(f"preset {self.name}: imgsz is {self.imgsz}; expected two positive numbers, short and long side")
+        for field, values in ALLOWED.items():
+            self._check(field, getattr(self, field) in values, f"one of {values}")
+        self._check("class_names", bool(self.class_names), "at least one")
+        self._check("imgsz", len(self.imgsz) == 2 and min(self.imgsz) >= 1, "two positive numbers, short and long side")
+        groups_fit = self.norm_groups >= 1 and self.channels % self.norm_groups == 0
+        self._check("norm_groups", groups_fit, f"a number that divides the {self.channels} channels of the head")
+        for field in ("norm_eps", "batch_norm_eps", "anchor_side", "std", "delta_stds", "scale_factor"):
+            self._check(field, all(0 < value < float("inf") for value in _numbers(getattr(self, field))), "positive numbers")
+        for field in ("mean", "pad_value", "anchor_offset", "delta_means"):
+            self._check(field, all(isfinite(value) for value in _numbers(getattr(self, field))), "finite numbers")
+        for field in ("pad_divisor", "canvas_hw"):
+            multiples = all(value > 0 and value % SIZE_DIVISOR == 0 for value in _numbers(getattr(self, field)))
+            self._check(field, multiples, f"multiples of {SIZE_DIVISOR}")
+        for field in ("score_threshold", "iou_threshold"):
+            self._check(field, 0 <= getattr(self, field) <= 1, "a number from 0 to 1")
+        for field in ("max_det", "candidates_per_level"):
+            self._check(field, 1 <= getattr(self, field) <= MAX_CANDIDATES, f"1 to {MAX_CANDIDATES}")
+
+    def _check(self, field: str, right: bool, expected: str) -> None:
+        if not right:
+            raise ToodError(f"preset {self.name}: {field} is {getattr(self, field)!r}; expected {expected}")
+
+    @property
+    def sizing(self) -> Sizing:
+        """How images are brought to the size of the network's input."""
+        return Sizing(self.imgsz, self.resize, self.scale_factor, self.pad_divisor, self.canvas_hw)
 
     @property
     def num_classes(self) -> int:
@@ -110,6 +193,10 @@ class Preset:
             return cls(**arguments)
         except TypeError as error:
             raise ToodError(f"preset cannot be read ({error}); expected the fields {sorted(known)}") from error
+
+
+def _numbers(value: float | tuple[float, ...] | None) -> tuple[float, ...]:
+    return () if value is None else value if isinstance(value, tuple) else (value,)
 
 
 def _openmmlab(name: str, suffix: str) -> PublishedWeights:

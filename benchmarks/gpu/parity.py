@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -15,12 +15,51 @@ from tood_deploy.engines.base import BatchDetections, Engine
 from tood_deploy.inference.detector import Detector, Prepared
 from tood_deploy.model.fused import FusedDetector
 from tood_deploy.model.tood import Tood
-from tood_deploy.parity.compare import Match
-from tood_deploy.parity.verify import TOLERANCES, Tolerances
+from tood_deploy.parity.compare import Match, match_detections, match_overlapping
+from tood_deploy.parity.tolerances import DETECTION_LIMITS
 from tood_deploy.rows import Rows, batch_rows
 
-# On a GPU float32 is summed up in other orders, by other algorithms of convolution, than on the CPU that the published tolerances are for.
-GPU_FP32 = replace(TOLERANCES["fp32"], scores=1e-3, boxes_px=0.5, exchanged_share=0.02)
+EXCHANGES = 2  # detections of a picture that a decision on the very edge of a threshold may exchange
+
+
+@dataclass(frozen=True)
+class Tolerances:
+    """How far the detections of one picture may be apart.
+
+    Attributes:
+        scores: of a pair.
+        boxes_px: of a pair's coordinates; None where boxes match that overlap by `iou`.
+        iou: see there.
+        exchanged_share: share of a picture's detections that may be exchanged, if that is more than `EXCHANGES`.
+    """
+
+    scores: float
+    boxes_px: float | None
+    iou: float
+    exchanged_share: float
+
+    def match(self, reference: Rows, found: Rows) -> Match:
+        """The detections of both that agree."""
+        if self.boxes_px is not None:
+            return match_detections(reference, found, self.scores, self.boxes_px)
+        pairs, _ = match_overlapping(reference, found, self.scores, self.iou)
+        return Match(len(reference), len(pairs), len(found) - len(pairs))
+
+    def allowed_exchanges(self, match: Match) -> float:
+        """How many detections of a picture may be exchanged."""
+        return max(EXCHANGES, self.exchanged_share * match.reference)
+
+
+# On a GPU float32 is summed up in other orders, by other algorithms of convolution, than on the CPU.
+GPU_FP32 = Tolerances(1e-3, 0.5, 0.0, 0.02)
+
+
+def tolerances_of(precision: str) -> Tolerances:
+    """Return the tolerances of a precision."""
+    if precision == "fp32":
+        return GPU_FP32
+    limits = DETECTION_LIMITS[precision]
+    return Tolerances(limits.score, None, limits.iou, limits.lost)
 
 
 class Reference:
@@ -40,7 +79,7 @@ class Reference:
         prepared = self._prepare(engine)
         if self._expected is None:
             self._expected = [self._run(each) for each in prepared]
-        tolerances = GPU_FP32 if precision == "fp32" else TOLERANCES[precision]
+        tolerances = tolerances_of(precision)
         total, worst, outside, slots = Match(), 0, 0, 0
         for each, expected in zip(prepared, self._expected, strict=True):
             first, last = _ends(_infer(engine, each, batch))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tood_deploy.errors import ToodError
 from tood_deploy.model.fused import FusedDetector
 from tood_deploy.model.nms_unrolled import suppress_unrolled
-from tood_deploy.model.postprocess import MAX_DET, BatchResult, Candidates, select_candidates, suppress
+from tood_deploy.model.postprocess import MAX_DET, BatchResult, Candidates, suppress
 from tood_deploy.model.tood import Tood
 
 BOX = 4
@@ -47,7 +47,7 @@ class StaticDetector(nn.Module):
         """As `FusedDetector.forward`, packed."""
         pixels = self.fused.normalise(images, valid_hw).to(self.dtype, memory_format=torch.channels_last)
         network = self.fused.model
-        candidates = select_candidates(network(pixels), valid_hw, score_threshold, convention=network.preset.convention)
+        candidates = self.fused.select_candidates(network(pixels), valid_hw, score_threshold)
         return Found(pack(*suppress_unrolled(candidates, iou_threshold, self.fused.max_det)), candidates)
 
 

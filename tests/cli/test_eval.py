@@ -1,6 +1,7 @@
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,20 @@ def test_a_model(run: Run) -> None:
     values = report("model-eval")
     assert values["facts"]["detection"].startswith("conf 0.05, iou 0.6, at most 4 a picture, 1000 candidates")
     assert values["facts"]["command"].startswith("tood-eval model.pth --annotations truth.json")
+
+
+def test_the_models_own_thresholds_are_the_default(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def open_engine(model: str, **options: Any) -> RedEngine:
+        engine = RedEngine()
+        own = replace(engine.manifest.preset, score_threshold=0.2, iou_threshold=0.3, candidates_per_level=500)
+        engine.manifest = replace(engine.manifest, preset=own)
+        return engine
+
+    monkeypatch.setattr(detector_module, "open_engine", open_engine)
+    run("--images", "pictures")
+    assert report("model-eval")["facts"]["detection"] == "conf 0.2, iou 0.3, at most 4 a picture, 500 candidates a level"
+    run("--images", "pictures", "--conf", "0.1", "--iou", "0.5", "--output", "told")
+    assert report("told")["facts"]["detection"].startswith("conf 0.1, iou 0.5")
 
 
 def test_its_results_file_scores_the_same(run: Run) -> None:

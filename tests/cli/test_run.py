@@ -46,6 +46,13 @@ def test_are_left_out_where_not_given(run: Run, asked: list[dict[str, Any]], tmp
     assert asked == [{"device": "cpu"}]
 
 
+def test_which_weights_reach_the_checkpoint(run: Run, asked: list[dict[str, Any]], tmp_path: Path) -> None:
+    code, _ = run(infer, "m.pth", write_picture(tmp_path / "a.png"), "--weights-key", "ema", "--quiet")
+    assert (code, asked) == (0, [{"device": "cpu", "weights_key": "ema"}])
+    code, said = run(infer, "m.onnx", write_picture(tmp_path / "a.png"), "--weights-key", "ema", "--quiet")
+    assert (code, "--weights-key" in said) == (2, True)
+
+
 @pytest.mark.parametrize(
     ("arguments", "hint"),
     [

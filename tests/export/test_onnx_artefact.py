@@ -7,13 +7,8 @@ import pytest
 from export.small_graph import save_small, small_graph
 
 from tood_deploy.errors import ArtefactError, ToodError
-from tood_deploy.export import graph, onnx_artefact
 from tood_deploy.export.onnx_artefact import read_onnx
 from tood_deploy.manifest import file_sha256, manifest_path, read_manifest
-
-
-def test_names_are_the_graph_s() -> None:
-    assert (tuple(onnx_artefact.INPUTS), tuple(onnx_artefact.OUTPUTS)) == (graph.INPUTS, graph.OUTPUTS)
 
 
 def test_the_manifest_inside_is_read(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The detector: from a picture to detections in its own pixels."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -166,3 +167,37 @@ def assert_same(found: Detections, expected: Detections) -> None:
     np.testing.assert_array_equal(found.boxes, expected.boxes)
     np.testing.assert_array_equal(found.scores, expected.scores)
     np.testing.assert_array_equal(found.class_ids, expected.class_ids)
+
+
+class TestOfItsManifest:
+    def engine(self, **fields: Any) -> RedEngine:
+        engine = RedEngine()
+        engine.manifest = replace(engine.manifest, preset=replace(engine.manifest.preset, **fields))
+        return engine
+
+    def test_iou_is_the_models_unless_given(self) -> None:
+        assert Detector(RedEngine()).iou == 0.6
+        assert Detector(self.engine(iou_threshold=0.3)).iou == 0.3
+        assert Detector(self.engine(iou_threshold=0.3), iou=0.0).iou == 0.0
+
+    @pytest.mark.parametrize("size_hw", [(48, 64), (200, 100), (96, 33)])
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {"resize": "stretch", "imgsz": (128, 128)},
+            {"resize": "stretch", "imgsz": (100, 200)},
+            {"resize": "stretch", "scale_factor": (2.0, 1.0)},
+            {"imgsz": (128, 128), "canvas_hw": (128, 160)},
+            {"imgsz": (96, 128), "pad_divisor": 64},
+        ],
+    )
+    def test_boxes_come_back_whatever_the_resizing(self, fields: dict[str, Any], size_hw: tuple[int, int]) -> None:
+        height, width = size_hw
+        side = min(height, width) // 2
+        detector = Detector(self.engine(**fields))
+        image = red_picture(height, width, left=4, top=8, side=side)
+        transform = detector.prepare(image).transform
+        if fields.get("canvas_hw"):
+            assert transform.net_hw == fields["canvas_hw"]
+        pixel = max(original / resized for original, resized in zip(size_hw, transform.resized_hw, strict=True))
+        np.testing.assert_allclose(detector(image).boxes[0], [4, 8, 4 + side, 8 + side], atol=1.5 * max(pixel, 1))

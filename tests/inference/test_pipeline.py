@@ -249,9 +249,9 @@ def test_reading_inference_and_drawing_overlap() -> None:
                     yield frame
 
     class SlowEngine(RedEngine):
-        def _run(self, *inputs: Any) -> BatchDetections:
+        def infer(self, *inputs: Any, **named: Any) -> BatchDetections:
             with at_work("inference"):
-                return super()._run(*inputs)
+                return super().infer(*inputs, **named)
 
     for _ in detect_frames(detector(SlowEngine()), SlowPictures(moving_pictures(40))):
         with at_work("drawing"):

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,9 +10,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from tood_deploy.model.boxes import anchor_boxes, anchor_points, box_iou, decode_deltas, decode_distances
+from tood_deploy.model.boxes import anchor_points, box_iou, decode_deltas, decode_distances
 from tood_deploy.model.head import TaskDecomposition, TowerMaps, geometric_mean_probability
-from tood_deploy.presets import STRIDES
+from tood_deploy.presets import PRESETS, STRIDES
 
 Goldens = Callable[[str], dict[str, NDArray[Any]]]
 
@@ -49,8 +50,14 @@ def test_distances_go_to_the_four_sides() -> None:
     assert decode_distances(distances, torch.tensor([10.0, 20.0]).reshape(2, 1, 1)).flatten().tolist() == [9, 18, 13, 24]
 
 
+def published_anchors(size_hw: tuple[int, int]) -> torch.Tensor:
+    """(H*W, 4) xyxy in strides, row by row."""
+    points, half = anchor_points(size_hw, torch.zeros(1)).flatten(1).T, PRESETS["r50-anchor-1x"].anchor_side / 2
+    return torch.cat((points - half, points + half), dim=1)
+
+
 def test_first_anchor_of_p3_is_the_published_one() -> None:
-    assert (anchor_boxes((1, 1), torch.zeros(1)) * 8).tolist() == [[-32, -32, 32, 32]]
+    assert (published_anchors((1, 1)) * 8).tolist() == [[-32, -32, 32, 32]]
 
 
 @pytest.mark.shared
@@ -58,18 +65,19 @@ def test_anchors_equal_the_reference(goldens: Goldens) -> None:
     units = goldens("units")
     grids = {0: (3, 4), 1: (2, 2), 2: (1, 2), 3: (1, 1), 4: (1, 1)}
     for level, size_hw in grids.items():
-        found = anchor_boxes(size_hw, torch.zeros(1)) * STRIDES[level]
+        found = published_anchors(size_hw) * STRIDES[level]
         np.testing.assert_array_equal(found, units[f"anchors_{level}"])
 
 
 @pytest.mark.shared
 def test_delta_coding_equals_the_reference(goldens: Goldens) -> None:
-    units = goldens("units")
+    units, published = goldens("units"), PRESETS["r50-anchor-1x"]
+    coding = published.anchor_side, published.delta_means, published.delta_stds
     anchors, deltas = torch.tensor(units["coder_anchor"]), torch.tensor(units["coder_delta"])
     scale = (anchors[:, 2] - anchors[:, 0]) / 8  # pixels a stride
     centre = (anchors[:, :2] + anchors[:, 2:]) / 2 / scale[:, None]
     decoded = [
-        decode_deltas(delta.reshape(1, 4, 1, 1), point.reshape(2, 1, 1)).flatten() * s
+        decode_deltas(delta.reshape(1, 4, 1, 1), point.reshape(2, 1, 1), *coding).flatten() * s
         for delta, point, s in zip(deltas, centre, scale, strict=True)
     ]
     np.testing.assert_allclose(torch.stack(decoded), units["coder_out"], rtol=1e-5, atol=1e-3)
@@ -78,7 +86,7 @@ def test_delta_coding_equals_the_reference(goldens: Goldens) -> None:
 def test_decomposition_weighs_stages() -> None:
     """Scaling the kernel by stage is scaling the features by stage."""
     torch.manual_seed(0)
-    layer = TaskDecomposition(32, 3)
+    layer = TaskDecomposition(replace(PRESETS["tiny"], channels=32, tower_stages=3))
     torch.nn.init.normal_(layer.layer_attention[2].get_parameter("bias"))
     features = torch.randn(2, 96, 5, 4)
     tower = TowerMaps(list(features.chunk(3, dim=1)), features, features.mean((2, 3), keepdim=True))

@@ -22,6 +22,7 @@ from tood_deploy.parity.reference import Outputs, Reference, torch_reference
 from tood_deploy.parity.sample_images import synthetic_picture
 from tood_deploy.parity.tolerances import DetectionLimits
 from tood_deploy.parity.verify import verify_detections, verify_float32
+from tood_deploy.presets import Sizing
 
 HEAD, PYRAMID, BACKBONE = "detector.model.bbox_head", "detector.model.neck", "detector.model.backbone"
 SIZES_HW = {"landscape": (128, 192), "portrait": (192, 128)}
@@ -67,8 +68,8 @@ class Changed:
     def __init__(self, run: Any, change: Callable[[Outputs], Any]) -> None:
         self.run, self.change = run, change
 
-    def __call__(self, *inputs: Any) -> Outputs:
-        outputs = [np.array(each) for each in self.run(*inputs)]
+    def __call__(self, images: Any, valid_hw: Any, score_threshold: float, iou_threshold: float) -> Outputs:
+        outputs = [np.array(each) for each in self.run(images, valid_hw, score_threshold, iou_threshold)]
         self.change(outputs)
         return outputs
 
@@ -235,7 +236,7 @@ class TestFloat32:
 
     def test_own_images_take_part(self, reference: Reference, run: OnnxRunner) -> None:
         pictures = [synthetic_picture(50, 90, 1), synthetic_picture(200, 40, 2)]
-        assert verify_float32(replace(reference, imgsz=(96, 128)), run, pictures=pictures)["pictures"] == 2 * len(SIZES_HW) + 2
+        assert verify_float32(replace(reference, sizing=Sizing((96, 128))), run, pictures=pictures)["pictures"] == 2 * len(SIZES_HW) + 2
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +246,7 @@ def pictures() -> list[np.ndarray]:
 
 @pytest.fixture(scope="module")
 def small(reference: Reference) -> Reference:
-    return replace(reference, imgsz=(96, 128))
+    return replace(reference, sizing=Sizing((96, 128)))
 
 
 class TestDetections:

@@ -21,9 +21,9 @@ from tood_deploy.training.targets import AnchorGrid
 STRIDES = (8, 16, 32, 64, 128)
 
 
-def grid_of(height: int, width: int) -> AnchorGrid:
+def grid_of(height: int, width: int, **anchors: float) -> AnchorGrid:
     sizes = [(math.ceil(height / stride), math.ceil(width / stride)) for stride in STRIDES]
-    return AnchorGrid.of_maps([torch.zeros(1, 1, *size) for size in sizes])
+    return AnchorGrid.of_maps([torch.zeros(1, 1, *size) for size in sizes], **anchors)
 
 
 def iou(a: list[float], b: list[float]) -> float:
@@ -54,7 +54,7 @@ def task_aligned_by_loops(scores: Tensor, boxes: Tensor, points: Tensor, gt: Ten
     return resolve(claims)
 
 
-def atss_by_loops(grid: AnchorGrid, gt: Tensor, topk: int) -> dict[int, int]:
+def atss_by_loops(grid: AnchorGrid, gt: Tensor, topk: int, side: float = 8) -> dict[int, int]:
     claims: dict[int, list[tuple[float, int]]] = {}
     for g, box in enumerate(gt.tolist()):
         centre, candidates, start = [(box[0] + box[2]) / 2, (box[1] + box[3]) / 2], [], 0
@@ -64,7 +64,7 @@ def atss_by_loops(grid: AnchorGrid, gt: Tensor, topk: int) -> dict[int, int]:
             start += length
         overlaps = {}
         for a in candidates:
-            (x, y), half = grid.points[a].tolist(), 4 * grid.strides[a].item()
+            (x, y), half = grid.points[a].tolist(), side / 2 * grid.strides[a].item()
             overlaps[a] = iou([x - half, y - half, x + half, y + half], box)
         threshold = statistics.mean(overlaps.values()) + statistics.stdev(overlaps.values())
         for a in candidates:
@@ -91,6 +91,16 @@ def test_atss_equals_loops(seed: int, count: int, height: int, width: int) -> No
     grid = grid_of(height, width)
     gt = random_boxes(np.random.default_rng(seed), count, height, width)
     assert as_dict(assign_atss(grid, (height, width), gt)) == atss_by_loops(grid, gt, 9)
+
+
+@pytest.mark.parametrize("anchors", [{"anchor_side": 4.0}, {"anchor_offset": 0.5}, {"anchor_side": 6.0, "anchor_offset": 0.25}])
+def test_atss_of_other_anchors(anchors: dict[str, float]) -> None:
+    grid = grid_of(160, 192, **anchors)
+    first = anchors.get("anchor_offset", 0.0) * 8
+    assert grid.points[:2].tolist() == [[first, first], [first + 8, first]]
+    for seed in range(5):
+        gt = random_boxes(np.random.default_rng(seed), 12, 160, 192)
+        assert as_dict(assign_atss(grid, (160, 192), gt)) == atss_by_loops(grid, gt, 9, anchors.get("anchor_side", 8.0))
 
 
 @settings(max_examples=20, deadline=None)

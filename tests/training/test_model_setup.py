@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -88,6 +89,23 @@ def test_fine_tuning_from_another_network_is_refused(small_preset: Preset, tmp_p
         load_pretrained(build_model("tiny"), str(tmp_path / "source.safetensors"))
     with pytest.raises(CheckpointError, match="anchor-free, the preset tiny is anchor-based"):
         load_pretrained(new_model(replace(small_preset, anchor="based"), 0), str(tmp_path / "source.safetensors"))
+
+
+@pytest.mark.parametrize("fields", [{"norm_groups": 16}, {"channel_order": "bgr"}, {"anchor_offset": 0.5}, {"std": (1.0, 1.0, 1.0)}])
+def test_fine_tuning_from_other_settings_is_refused_by_name(fields: dict[str, Any], small_preset: Preset, tmp_path: Path) -> None:
+    save_checkpoint(new_model(replace(small_preset, **fields), 1), tmp_path / "source.safetensors")
+    with pytest.raises(CheckpointError, match=f"trained with {next(iter(fields))} = "):
+        load_pretrained(new_model(small_preset, 0), str(tmp_path / "source.safetensors"))
+
+
+def test_fine_tuning_from_one_of_several_networks(small_preset: Preset, tmp_path: Path) -> None:
+    first, second = new_model(small_preset, 1).state_dict(), new_model(small_preset, 2).state_dict()
+    torch.save({"model": first, "model_ema": second}, tmp_path / "source.pth")
+    model = new_model(small_preset, 0)
+    load_pretrained(model, str(tmp_path / "source.pth"), "ema")
+    assert torch.equal(model.backbone.conv1.weight, second["backbone.conv1.weight"])
+    with pytest.raises(CheckpointError, match="--weights-key"):
+        load_pretrained(model, str(tmp_path / "source.pth"))
 
 
 def test_frozen_stages_as_published() -> None:

@@ -121,8 +121,9 @@ def _model_facts(model: str, detector: Detector) -> dict[str, str]:
         "model": f"{model}, SHA-256 {artefact_sha256(path)}" if path.is_file() else model,
         "network": f"{network}, {detector.engine.precision}",
         "runtime": f"{detector.engine.name}, {detector.engine.device}",
-        "detection": f"conf {detector.conf:g}, iou {detector.iou:g}, at most {detector.max_det} a picture, 1000 candidates a level",
-        "imgsz": " ".join(map(str, detector.imgsz)),
+        "detection": f"conf {detector.conf:g}, iou {detector.iou:g}, at most {detector.max_det} a picture, "
+        f"{preset.candidates_per_level} candidates a level",
+        "imgsz": str(detector.sizing),
         "decoding": "JPEG pictures only as large as needed (--fast-decode)" if detector.fast_decode else "all pixels",
     }
 

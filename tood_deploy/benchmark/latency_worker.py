@@ -209,14 +209,14 @@ def read_frames(detector: Detector, case: Case) -> tuple[list[Any], str]:
 
     from tood_deploy.benchmark.photograph import photograph_crops
     from tood_deploy.benchmark.picture_set import open_pictures
-    from tood_deploy.preprocess import fit_size, pad_size
+    from tood_deploy.preprocess import padded_size
 
     if case.images is None:
         pictures = photograph_crops(detector.imgsz, MOST_PICTURES)
     else:
         pictures = open_pictures(case.images, None, detector.imgsz, MOST_PICTURES)
     frames = [picture.read() for picture in pictures]
-    sizes = [pad_size(fit_size((frame.shape[0], frame.shape[1]), detector.imgsz)) for frame in frames]
+    sizes = [padded_size((frame.shape[0], frame.shape[1]), detector.sizing) for frame in frames]
     commonest = Counter(sizes).most_common(1)[0][0]
     chosen = [frame for frame, size in zip(frames, sizes, strict=True) if size == commonest]
     left_out = len(frames) - len(chosen)

@@ -71,7 +71,7 @@ class PrecisionSearch:
         Raises:
             ToodError: pictures cannot be read, classes and categories differ, or a graph cannot be built or run.
         """
-        pictures = prepare_pictures(self.calib_data, artefact.manifest.preset.imgsz)
+        pictures = prepare_pictures(self.calib_data, artefact.manifest.preset.sizing)
         evaluate, unit = self._quality(artefact, pictures)
         calibration = self._calibrate(artefact, tell)
         mixer = Mixer(artefact, calibration, self.int8, self.half)
@@ -92,10 +92,10 @@ class PrecisionSearch:
         return lambda model: mismatch(emulate_low_precision(model)), "per cent of detections"
 
     def _calibrate(self, artefact: OnnxArtefact, tell: Tell) -> Calibration:
-        model, imgsz = artefact.model, artefact.manifest.preset.imgsz
+        model, sizing = artefact.model, artefact.manifest.preset.sizing
         with progress_bar("calibrating", self.quiet) as progress:
             most = self.int8.most_pictures
-            return calibrate(model, calibrated_values(model), self.calib_data, imgsz, most=most, progress=progress, say=tell)
+            return calibrate(model, calibrated_values(model), self.calib_data, sizing, most=most, progress=progress, say=tell)
 
     def _describe(self, tuned: Tuned, calibration: Calibration) -> dict[str, Any]:
         """What the manifest says of a search beside its target."""

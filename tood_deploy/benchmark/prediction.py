@@ -19,7 +19,7 @@ from tood_deploy.inference.source import open_source
 from tood_deploy.inference.talk import Talk
 from tood_deploy.inference.timings import Timings
 from tood_deploy.manifest import artefact_sha256, file_sha256
-from tood_deploy.preprocess import fit_size, pad_size
+from tood_deploy.preprocess import padded_size
 
 
 def picture_files(truth: Truth, folder: Path) -> dict[int, Path]:
@@ -54,7 +54,7 @@ def prediction_key(detector: Detector, model: str, truth: Truth, files: Mapping[
             "conf": detector.conf,
             "iou": detector.iou,
             "max_det": detector.max_det,
-            "imgsz": list(detector.imgsz),
+            "imgsz": str(detector.sizing),
             "fast_decode": detector.fast_decode,
             "annotations": file_sha256(truth.path),
             "pictures": pictures.hexdigest(),
@@ -104,4 +104,4 @@ def predict(detector: Detector, truth: Truth, files: Mapping[int, Path], kept: P
 
 def _net_hw(truth: Truth, key: int, detector: Detector) -> tuple[int, int]:
     size_hw = truth.images[key].size_hw
-    return (0, 0) if size_hw is None or min(size_hw) < 1 else pad_size(fit_size(size_hw, detector.imgsz))
+    return (0, 0) if size_hw is None or min(size_hw) < 1 else padded_size(size_hw, detector.sizing)

@@ -12,7 +12,7 @@ from tood_deploy.export.graph import inner_values
 from tood_deploy.graph_io import OUTPUTS
 from tood_deploy.model.fused import FusedDetector
 from tood_deploy.model.head import HeadOutput
-from tood_deploy.model.postprocess import Candidates, select_candidates, suppress
+from tood_deploy.model.postprocess import Candidates, suppress
 from tood_deploy.presets import STRIDES
 
 REDUCED = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -60,7 +60,7 @@ class TorchStages(StageRunner):
                 return [*head.scores, *head.boxes_strides]
             case "candidates":
                 head = HeadOutput(given[: len(STRIDES)], given[len(STRIDES) :])
-                return select_candidates(head, valid_hw, score_threshold, convention=model.preset.convention)
+                return self.detector.select_candidates(head, valid_hw, score_threshold)
         return suppress(Candidates(*given), iou_threshold, self.detector.max_det)
 
     def _tensors(self, values: Values, *names: str) -> list[Tensor]:

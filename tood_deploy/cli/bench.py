@@ -11,8 +11,8 @@ from tood_deploy.cli.run import (
     DONE,
     add_model_options,
     add_runtime_options,
-    class_names_from,
     is_artefact,
+    load_options,
     run_command,
     runtime_options,
     takes_hint,
@@ -235,12 +235,6 @@ def size_from(text: str) -> tuple[int, int]:
     if len(parts) != 2 or not all(part.isdecimal() for part in parts):
         raise ToodError(f"--sizes has {text!r}; expected rows and columns such as 320x640")
     return int(parts[0]), int(parts[1])
-
-
-def load_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What checkpoints are loaded with, as far as given."""
-    described = {"preset": args.preset, "class_names": class_names_from(args.classes), "convention": args.convention}
-    return {name: value for name, value in described.items() if value is not None}
 
 
 def bench_command(argv: Sequence[str] | None = None) -> int:

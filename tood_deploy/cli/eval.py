@@ -15,15 +15,15 @@ if TYPE_CHECKING:
     from tood_deploy.benchmark.evaluation import Evaluation
 
 RESULTS_SUFFIX = ".json"
-CONF, IOU = 0.05, 0.6
 MOST_CLASSES = 10  # named on stdout; the report has all
 OF_MODELS = (
     *("conf", "iou", "max_det", "imgsz", "batch", "device", "threads", "runtime", "precision", "no_self_test", "fast_decode"),
-    *("mapping", "preset", "classes", "convention"),
+    *("mapping", "preset", "classes", "convention", "weights_key"),
 )
 
 EPILOG = """\
-The published evaluation is the default: score above 0.05, suppression at 0.6, 100 detections a picture, 1000 candidates a level.
+The model's own evaluation is the default, as its training configuration has it; the published one is a score above 0.05, suppression
+at 0.6, 100 detections an image, 1000 candidates a level.
 Detections are kept in the output folder as they come: run the same command again after an interruption, and it goes on from there.
 """
 
@@ -42,8 +42,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--min-ap", type=float, metavar="P", help="exit with code 1 if AP, in percent, is lower")
     parser.add_argument("--quiet", action="store_true", help="no progress, no notes, no result on stdout: the files alone")
     group = parser.add_argument_group("detection (not for results files)")
-    group.add_argument("--conf", type=float, help=f"keep detections above this score, 0 to 1 (default: {CONF})")
-    group.add_argument("--iou", type=float, help=f"overlap above which the weaker of two boxes goes, 0 to 1 (default: {IOU})")
+    group.add_argument("--conf", type=float, help="keep detections above this score, 0 to 1 (default: the model's, 0.05 as published)")
+    group.add_argument(
+        "--iou", type=float, help="overlap above which the weaker of two boxes goes, 0 to 1 (default: the model's, 0.6 as published)"
+    )
     group.add_argument("--max-det", type=int, metavar="N", help="the most detections a picture (default: what the model gives, 100)")
     group.add_argument(
         "--imgsz", nargs=2, type=int, metavar=("H", "W"), help="short and long side to fit pictures to (default: the model's)"
@@ -111,13 +113,14 @@ def evaluate_detector(args: argparse.Namespace, data: Any, folder: Path, command
     from tood_deploy.inference.detector import Detector
     from tood_deploy.manifest import doubts
 
-    conf, iou = CONF if args.conf is None else args.conf, IOU if args.iou is None else args.iou
-    options = {"conf": conf, "iou": iou, "max_det": args.max_det, "imgsz": args.imgsz, "device": args.device or "cpu"}
-    options["fast_decode"] = bool(args.fast_decode)
+    options = {"iou": args.iou, "max_det": args.max_det, "imgsz": args.imgsz, "device": args.device or "cpu"}
+    options |= {"fast_decode": bool(args.fast_decode)} | ({} if args.conf is None else {"conf": args.conf})
     batch = 1 if args.batch is None else args.batch
     if takes_hint(args.model, args):
         options["hint"] = "throughput"
     with Detector(args.model, **options, **engine_options(args)) as detector:
+        if args.conf is None:
+            detector.conf = detector.engine.manifest.preset.score_threshold
         if is_artefact(args.model) and (doubt := doubts(Path(args.model), detector.engine.manifest)):
             print(f"warning: {doubt}", file=sys.stderr)
         return evaluate_model(args.model, detector, data, folder, command, mapping=args.mapping, batch=batch, quiet=args.quiet)

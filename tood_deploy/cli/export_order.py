@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tood_deploy.cli.run import class_names_from
+from tood_deploy.cli.run import load_options
 from tood_deploy.errors import ToodError
 from tood_deploy.export.order import CheckpointOptions, Order, SizeOptions, default_output
 from tood_deploy.export.precision.int8 import Int8Options
@@ -20,7 +20,6 @@ def order_from(arguments: argparse.Namespace, command: str) -> Order:
     Raises:
         ToodError: a value that cannot be.
     """
-    load = {"preset": arguments.preset, "class_names": class_names_from(arguments.classes), "convention": arguments.convention}
     made = {"imgsz": arguments.imgsz, "max_det": arguments.max_det, "deform": arguments.deform}
     engine = _engine_from(arguments)
     return Order(
@@ -28,7 +27,7 @@ def order_from(arguments: argparse.Namespace, command: str) -> Order:
         output=arguments.output or _default_output(arguments),
         to=arguments.to,
         precision=_precision_from(arguments, engine),
-        checkpoint=CheckpointOptions(load=_given(load), **_given(made)),
+        checkpoint=CheckpointOptions(load=load_options(arguments), **_given(made)),
         sizes=SizeOptions(arguments.shapes, arguments.batch, arguments.images, arguments.shapes_plot),
         engine=engine,
         flavour=arguments.flavour,

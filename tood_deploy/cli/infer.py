@@ -13,8 +13,8 @@ from tood_deploy.cli.run import (
     add_fast_decode,
     add_model_options,
     add_runtime_options,
-    class_names_from,
     is_artefact,
+    load_options,
     run_command,
     runtime_options,
     takes_hint,
@@ -46,7 +46,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--imgsz", nargs=2, type=int, metavar=("H", "W"), help="short and long side to fit pictures to (default: the model's)"
     )
     parser.add_argument("--conf", type=float, default=0.3, help="keep detections above this score, 0 to 1 (default: 0.3)")
-    parser.add_argument("--iou", type=float, default=0.6, help="overlap above which the weaker of two boxes goes, 0 to 1 (default: 0.6)")
+    parser.add_argument(
+        "--iou", type=float, help="overlap above which the weaker of two boxes goes, 0 to 1 (default: the model's, 0.6 as published)"
+    )
     parser.add_argument("--max-det", type=int, metavar="N", help="the most detections a picture (default: what the model gives, 100)")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="frames of one engine call (default: 1)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of one inference (default: all cores)")
@@ -111,11 +113,11 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ToodError: options of checkpoints beside an artefact, which has all of that inside; or the other way round.
     """
-    described = {"preset": args.preset, "class_names": class_names_from(args.classes), "convention": args.convention}
-    options = {name: value for name, value in described.items() if value is not None}
+    options = load_options(args)
     if options and is_artefact(args.model):
         raise ToodError(
-            f"{args.model}: an exported artefact knows its preset, classes and convention; leave --preset, --classes, --convention out"
+            f"{args.model}: an exported artefact knows its preset, classes and convention; "
+            "leave --preset, --classes, --convention, --weights-key out"
         )
     chosen = runtime_options(args)
     if chosen and not is_artefact(args.model):

@@ -49,6 +49,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--convention", choices=("mmdet", "authors"), help="whose test-time behaviour to follow (default: by the checkpoint's origin)"
     )
+    group.add_argument("--weights-key", metavar="NAME", help="which weights, where the file holds several: ema, model, teacher, ...")
 
 
 def add_runtime_options(parser: argparse._ActionsContainer) -> None:
@@ -93,6 +94,13 @@ def takes_hint(model: str, args: argparse.Namespace) -> bool:
     """Whether what runs a model can work on several batches at a time: OpenVINO, and ONNX Runtime on the CPU."""
     runtime = args.runtime or {".xml": "openvino", ".onnx": "onnxruntime"}.get(Path(model).suffix.lower())
     return runtime == "openvino" or (runtime == "onnxruntime" and args.device in (None, "cpu"))
+
+
+def load_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What `load_checkpoint` takes beside the file, as far as given; see `add_model_options`."""
+    described = {"preset": args.preset, "class_names": class_names_from(args.classes), "convention": args.convention}
+    described["weights_key"] = args.weights_key
+    return {name: value for name, value in described.items() if value is not None}
 
 
 def class_names_from(text: str | None) -> list[str] | None:

@@ -82,6 +82,7 @@ def _add_weight_options(group: Any) -> None:
     group.add_argument(
         "--checkpoint", metavar="FILE", help="fine-tune from any TOOD checkpoint, or a preset's name for its published weights"
     )
+    group.add_argument("--weights-key", metavar="NAME", help="which weights, where the checkpoint holds several: ema, model, teacher, ...")
     group.add_argument("--backbone-weights", metavar="FILE|URL", help="ImageNet weights of the backbone, in torchvision's key names")
     group.add_argument("--from-scratch", action="store_true", help="all random; with --frozen-stages -1 --no-freeze-norm")
 
@@ -147,7 +148,7 @@ def train_command(argv: Sequence[str] | None) -> int:
         paths,
         recipe,
         options,
-        FirstWeights(arguments.checkpoint, arguments.backbone_weights, arguments.from_scratch),
+        FirstWeights(arguments.checkpoint, arguments.backbone_weights, arguments.from_scratch, arguments.weights_key),
         notes=notes,
         imgsz=check_imgsz(arguments.imgsz) if arguments.imgsz else None,
         class_names=class_names,

@@ -19,10 +19,10 @@ from tood_deploy.export.runners import OnnxRunner
 from tood_deploy.export.self_test import self_test_from
 from tood_deploy.export.to_onnx import OPSET, onnx_from_model, save_onnx
 from tood_deploy.manifest import Manifest, atomic_path, manifest_path, write_text
-from tood_deploy.model.postprocess import MAX_CANDIDATES, MAX_DET
 from tood_deploy.model.tood import Tood
 from tood_deploy.parity.reference import torch_reference
 from tood_deploy.parity.verify import verify_float32
+from tood_deploy.presets import MAX_CANDIDATES
 
 
 def export_onnx(
@@ -30,7 +30,7 @@ def export_onnx(
     output: Path,
     *,
     deform: DeformForm = "op",
-    max_det: int = MAX_DET,
+    max_det: int | None = None,
     verify_pictures: Sequence[NDArray[np.uint8]] = (),
 ) -> Manifest:
     """Writes `output` (.onnx) and the manifest beside it, after proving the former equal to the network.
@@ -39,7 +39,7 @@ def export_onnx(
         model: the network, as `load_checkpoint` gives it.
         output: where to; an artefact that is there already is replaced in one step.
         deform: the form of deformable convolutions: ONNX's operator, or gathers for runtimes that lack it.
-        max_det: rows D of the outputs.
+        max_det: rows D of the outputs; the preset's where not given.
         verify_pictures: (H, W, 3) uint8 BGR, to verify on in addition to the built-in ones.
 
     Raises:
@@ -48,6 +48,7 @@ def export_onnx(
     """
     if output.suffix.lower() != ".onnx":
         raise ToodError(f"output is {output}; expected a name ending in .onnx")
+    max_det = model.preset.max_det if max_det is None else max_det
     if not 1 <= max_det <= MAX_CANDIDATES:
         raise ToodError(f"max_det is {max_det}; expected 1 to {MAX_CANDIDATES}")
     manifest = Manifest(

@@ -30,7 +30,7 @@ from tood_deploy.export.triton.to_triton import SERVED_FLAVOUR
 from tood_deploy.manifest import manifest_path, neighbour
 from tood_deploy.model.checkpoint import load_checkpoint
 from tood_deploy.parity.reference import Reference, torch_reference
-from tood_deploy.preprocess import check_imgsz
+from tood_deploy.preprocess import with_imgsz
 from tood_deploy.tensorrt_flavour import load_flavour
 
 Say = Callable[[str], None]
@@ -57,7 +57,7 @@ def carry_out(order: Order, say: Say, tell: Callable[[Any], None]) -> Made:
     pictures = read_pictures(order.verify_images, MOST_VERIFY_PICTURES) if order.verify_images else []
     with _working_folder(order.output) as folder:
         float_onnx, reference = _float_onnx(order, folder, pictures, say)
-        profiles = order.sizes.profiles(reference.imgsz, tell)  # before the long work, as it may be wrong
+        profiles = order.sizes.profiles(reference.sizing.imgsz, tell)  # before the long work, as it may be wrong
         path = float_onnx
         options = _in_the_graph(order)
         if options.wanted:
@@ -127,13 +127,13 @@ def _float_onnx(order: Order, folder: Path, pictures: Sequence[NDArray[np.uint8]
     if Path(order.source).suffix.lower() == ".onnx":
         return _given_onnx(Path(order.source), order)
     options = order.checkpoint
-    imgsz = check_imgsz(options.imgsz) if options.imgsz else None
     model = load_checkpoint(order.source, **options.load)
-    model.preset = replace(model.preset, imgsz=imgsz or model.preset.imgsz)
+    model.preset = with_imgsz(model.preset, options.imgsz)
     say(f"{order.source}: {describe(model.preset)}; exporting and verifying, which takes a minute or so")
     path = folder / "float32.onnx"
-    export_onnx(model, path, deform=options.deform or _deform_form(order), max_det=options.max_det, verify_pictures=pictures)
-    return path, torch_reference(model, options.max_det)
+    max_det = model.preset.max_det if options.max_det is None else options.max_det
+    export_onnx(model, path, deform=options.deform or _deform_form(order), max_det=max_det, verify_pictures=pictures)
+    return path, torch_reference(model, max_det)
 
 
 def _given_onnx(path: Path, order: Order) -> tuple[Path, Reference]:

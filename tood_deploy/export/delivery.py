@@ -65,13 +65,13 @@ def _deliver_openvino(order: Order, ready: Ready) -> Made:
     rest: Any = {"bf16": "bf16", "int8": wanted.rest}.get(wanted.precision)  # else what the .onnx says
     pictures = ready.pictures
     if wanted.precision != "fp32" or read_onnx(ready.path).manifest.precision != "fp32":
-        pictures = images_to_verify(wanted.calib_data, ready.reference.imgsz, pictures)
+        pictures = images_to_verify(wanted.calib_data, ready.reference.sizing.imgsz, pictures)
     manifest = openvino_from_onnx(ready.path, order.output, reference=ready.reference, rest=rest, pictures=pictures)
     return Made(order.output, manifest)
 
 
 def _deliver_engine(order: Order, ready: Ready) -> Made:
-    profiles = ready.profiles or Profiles(default_shapes(ready.reference.imgsz))
+    profiles = ready.profiles or Profiles(default_shapes(ready.reference.sizing.imgsz))
     built = engine_from_onnx(
         ready.path,
         order.output,

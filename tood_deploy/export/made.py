@@ -43,8 +43,39 @@ def describe(preset: Preset) -> str:
     names = ", ".join(preset.class_names[:3]) + (", ..." if preset.num_classes > 3 else "")
     return (
         f"{preset.name}, anchor-{preset.anchor}, {preset.num_classes} classes ({names}), {preset.convention} convention, "
-        f"pictures fit {preset.imgsz[0]} x {preset.imgsz[1]}"
+        f"images {preset.sizing}{_differences(preset)}"
     )
+
+
+SETTINGS = {
+    "norm_groups": "group norms of {} groups",
+    "norm_eps": "group norm epsilon {}",
+    "batch_norm_eps": "batch norm epsilon {}",
+    "anchor_side": "anchors of {} strides",
+    "anchor_offset": "anchors moved by {} strides",
+    "delta_means": "box delta means {}",
+    "delta_stds": "box delta deviations {}",
+    "mean": "mean {}",
+    "std": "std {}",
+    "channel_order": "a network of {} channel order",
+    "pad_value": "padding of {} after normalising",
+    "score_threshold": "evaluation at scores above {}",
+    "iou_threshold": "suppression at {}",
+    "max_det": "at most {} detections",
+    "candidates_per_level": "{} candidates a level",
+}
+
+
+def _differences(preset: Preset) -> str:
+    """Say which settings are not those of the published configurations; "" where all are."""
+    published = Preset("published", preset.depth)
+    values = {name: getattr(preset, name) for name in SETTINGS if getattr(preset, name) != getattr(published, name)}
+    other = ", ".join(SETTINGS[name].format(_text(value)) for name, value in values.items())
+    return f"; other than published: {other}" if other else ""
+
+
+def _text(value: object) -> str:
+    return " ".join(map(_text, value)) if isinstance(value, tuple) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def describe_precision(manifest: Manifest) -> str:

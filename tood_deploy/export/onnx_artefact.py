@@ -9,10 +9,8 @@ import onnx
 from google.protobuf.message import DecodeError
 
 from tood_deploy.errors import ArtefactError, ToodError
+from tood_deploy.graph_io import INPUTS, OUTPUTS
 from tood_deploy.manifest import METADATA_KEY, Manifest, file_sha256, read_manifest
-
-INPUTS = ["images", "valid_hw", "score_threshold", "iou_threshold"]
-OUTPUTS = ["num_dets", "boxes", "scores", "labels"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +38,7 @@ def read_onnx(path: Path) -> OnnxArtefact:
         raise ArtefactError(f"{path}: cannot be read as ONNX, cut or another kind of file; export it again with tood-export") from error
     inside = {prop.key: prop.value for prop in model.metadata_props}.get(METADATA_KEY)
     names = [value.name for value in model.graph.input], [value.name for value in model.graph.output]
-    if inside is None or names != (INPUTS, OUTPUTS):
+    if inside is None or names != ([*INPUTS], [*OUTPUTS]):
         raise ArtefactError(
             f"{path}: an ONNX file, but not one of tood_deploy (inputs {names[0]}, outputs {names[1]}, expected {INPUTS} and {OUTPUTS}); "
             "make it from the checkpoint with tood-export"

@@ -21,7 +21,7 @@ OF_BUILDS = (
 )
 OF_INT8 = ("rest", "calib_method", "calib_pictures", "max_drop", "max_ap_drop")
 OF_TRITON = ("name", "backend", "queue_delay", "device", "gpus", "instances", "warm_up")
-OF_CHECKPOINTS = ("imgsz", "max_det", "deform", "preset", "classes", "convention")
+OF_CHECKPOINTS = ("imgsz", "max_det", "deform", "preset", "classes", "convention", "weights_key")
 
 OF_GRAPHS = ("precision", "autotune_precision", "keep", "calib_data", "verify_images")
 ENGINES = (".engine", ".plan")

@@ -27,13 +27,13 @@ class CheckpointOptions:
     Attributes:
         load: what `load_checkpoint` takes beside the file.
         imgsz: (short side, long side) that the artefact's pictures are scaled to fit; the preset's own where not given.
-        max_det: the most detections a picture.
+        max_det: the most detections a picture; the preset's own where not given.
         deform: deformable convolutions as ONNX's operator or as gathers; what the target has where not given.
     """
 
     load: Mapping[str, Any] = field(default_factory=dict)
     imgsz: Sequence[int] | None = None
-    max_det: int = 100
+    max_det: int | None = None
     deform: Literal["op", "gather"] | None = None
 
 

@@ -45,7 +45,7 @@ def onnx_reference(artefact: OnnxArtefact) -> Reference:
     """An .onnx artefact that was proven equal to its network when it was made."""
     run = OnnxRunner(artefact.model)
     run.name = f"{artefact.path.name} in {run.name}"
-    return Reference(run, artefact.manifest.preset.imgsz, OnnxConditioning(artefact.model))
+    return Reference(run, artefact.manifest.preset.sizing, OnnxConditioning(artefact.model))
 
 
 class OnnxConditioning:

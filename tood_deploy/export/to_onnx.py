@@ -25,9 +25,7 @@ OPSET = 21  # the first with GroupNormalization as one node
 EXAMPLE_BATCH, EXAMPLE_H, EXAMPLE_W = 2, 8, 10  # sizes in units of SIZE_DIVISOR; no two alike, none of them one
 
 
-def onnx_from_model(
-    model: Tood, *, deform: DeformForm = "op", max_det: int = MAX_DET, optimise: bool = True
-) -> onnx.ModelProto:
+def onnx_from_model(model: Tood, *, deform: DeformForm = "op", max_det: int = MAX_DET, optimise: bool = True) -> onnx.ModelProto:
     """The exported graph of DESIGN section 4, with the values of all stages (`INNER_VALUES`) as additional outputs.
 
     Args:

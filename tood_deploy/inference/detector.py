@@ -15,7 +15,7 @@ from tood_deploy.detections import Detections
 from tood_deploy.engines import BatchDetections, Engine, open_engine
 from tood_deploy.errors import ToodError
 from tood_deploy.inference.image_input import Color, ImageInput, bgr_from, check_color
-from tood_deploy.preprocess import ImageTransform, check_imgsz, choose_canvas, fit_imgsz, resize_and_pad
+from tood_deploy.preprocess import ImageTransform, choose_canvas, fit_imgsz, resize_and_pad, with_imgsz
 
 if TYPE_CHECKING:
     from tood_deploy.inference.frame import Frame
@@ -38,7 +38,7 @@ class Detector:
         model: str | PathLike[str] | Engine,
         *,
         conf: float = 0.3,
-        iou: float = 0.6,
+        iou: float | None = None,
         max_det: int | None = None,
         imgsz: Sequence[int] | None = None,
         device: str = "cpu",
@@ -51,9 +51,11 @@ class Detector:
         Args:
             model: an artefact, a checkpoint, a preset's name, or an engine that is open already.
             conf: score that a detection must exceed, 0 to 1.
-            iou: overlap above which the lower-scored of two boxes of one class goes, 0 to 1.
+            iou: overlap above which the lower-scored of two boxes of one class goes, 0 to 1; the model's own (0.6 in the published
+                configurations) where not given.
             max_det: the most detections a picture; as many as the model gives (100) where not said.
-            imgsz: (short side, long side) in pixels that pictures are scaled to fit; the model's own where not given.
+            imgsz: (short side, long side) in pixels that pictures are scaled to fit, (rows, columns) for a model that stretches them;
+                the model's own where not given.
             device: "cpu" or "cuda".
             color: order of the channels of the arrays that are given to the detector, "bgr" or "rgb"; a call may say
                 otherwise. Frames of `stream` are BGR whatever it is.
@@ -65,7 +67,7 @@ class Detector:
             ToodError: a value out of range, or a model that cannot be opened.
         """
         for name, value in (("conf", conf), ("iou", iou)):
-            if not 0 <= value <= 1:
+            if value is not None and not 0 <= value <= 1:
                 raise ToodError(f"{name} is {value}; expected a number from 0 to 1")
         check_color(color)
         self.engine = model if isinstance(model, Engine) else open_engine(model, device=device, **engine_options)
@@ -73,8 +75,9 @@ class Detector:
         if max_det is not None and not 1 <= max_det <= most:
             raise ToodError(f"max_det is {max_det}; expected 1 to {most}, what this model gives")
         self.color, self.fast_decode = color, fast_decode
-        self.conf, self.iou, self.max_det = conf, iou, max_det or most
-        self.imgsz = check_imgsz(imgsz) if imgsz is not None else self.engine.manifest.preset.imgsz
+        preset = with_imgsz(self.engine.manifest.preset, imgsz)
+        self.conf, self.iou, self.max_det = conf, preset.iou_threshold if iou is None else iou, max_det or most
+        self.sizing, self.imgsz = preset.sizing, preset.imgsz
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -111,9 +114,9 @@ class Detector:
         image_bgr = bgr_from(image, self.color if color is None else color)
         canvases, size_hw = self.engine.canvases_hw, image_hw or image_bgr.shape
         if not canvases:
-            return Prepared(*resize_and_pad(image_bgr, self.imgsz, image_hw=image_hw))
-        net_hw = choose_canvas(size_hw, self.imgsz, canvases)
-        return Prepared(*resize_and_pad(image_bgr, fit_imgsz(size_hw, self.imgsz, net_hw), net_hw, image_hw))
+            return Prepared(*resize_and_pad(image_bgr, self.sizing, image_hw=image_hw))
+        net_hw = choose_canvas(size_hw, self.sizing, canvases)
+        return Prepared(*resize_and_pad(image_bgr, fit_imgsz(size_hw, self.sizing, net_hw), net_hw, image_hw))
 
     def infer(self, batch: Sequence[Prepared]) -> list[Detections]:
         """The second half: the network and the way back, for pictures of one padded size.

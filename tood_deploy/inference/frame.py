@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tood_deploy.errors import InputError
+from tood_deploy.preprocess import ImageSize
 
 Kind = Literal["images", "video", "live"]
 
@@ -63,12 +64,12 @@ class Source(ABC):
         skipped: pictures and frames that could not be read.
         dropped: frames of a live source that nobody had time for.
         problems: what was lost, one line each, in the order it happened.
-        fit: (short side, long side) that pictures will be scaled to fit: JPEG pictures may then be decoded at 1/2, 1/4 or 1/8 of
+        fit: the size that pictures will be scaled to fit: JPEG pictures may then be decoded at 1/2, 1/4 or 1/8 of
             their size where that is enough; None, as at first: all of their pixels.
     """
 
     kind: Kind
-    fit: tuple[int, int] | None = None
+    fit: ImageSize | None = None
 
     def __init__(self, names: tuple[str, ...], length: int | None) -> None:
         self.names, self.length = names, length
@@ -79,7 +80,7 @@ class Source(ABC):
     @abstractmethod
     def __iter__(self) -> Iterator[Frame]: ...
 
-    def decode_to_fit(self, imgsz: tuple[int, int]) -> None:
+    def decode_to_fit(self, imgsz: ImageSize) -> None:
         """Lets JPEG pictures be decoded smaller, as `fit` says.
 
         Raises:

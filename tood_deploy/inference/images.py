@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from tood_deploy.errors import InputError
 from tood_deploy.inference.frame import Frame, Source
-from tood_deploy.preprocess import fit_size
+from tood_deploy.preprocess import ImageSize, fit_size
 
 PICTURE_SUFFIXES = frozenset(".avif .bmp .dib .gif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tif .tiff .webp".split())
 MAX_PIXELS = 200_000_000
@@ -37,7 +37,7 @@ def decode_image(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> NDArra
 
 
 def decode_to_fit(
-    data: bytes, name: str, fit: tuple[int, int] | None, max_pixels: int = MAX_PIXELS
+    data: bytes, name: str, fit: ImageSize | None, max_pixels: int = MAX_PIXELS
 ) -> tuple[NDArray[np.uint8], tuple[int, int] | None]:
     """The picture as `decode_image` gives it; of a JPEG file smaller, where that is enough: libjpeg-turbo leaves out what is not needed.
 
@@ -71,7 +71,7 @@ def decode_to_fit(
     return np.asarray(image, np.uint8), None if factor == 1 else upright_hw
 
 
-def reduction(image_hw: tuple[int, int], fit: tuple[int, int]) -> int:
+def reduction(image_hw: tuple[int, int], fit: ImageSize) -> int:
     """By how much a picture of these rows and columns may be decoded smaller and not be smaller than scaled to `fit`: 1, 2, 4 or 8.
 
     Less where rows and columns would become equal that are not: nothing would tell then whether decoding has turned the picture.

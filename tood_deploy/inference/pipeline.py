@@ -46,7 +46,7 @@ def detect_frames(
     if batch < 1:
         raise ToodError(f"batch is {batch}; expected a positive number")
     if detector.fast_decode:
-        source.decode_to_fit(detector.imgsz)
+        source.decode_to_fit(detector.sizing)
     return _Pipeline(detector, source, batch, timings or Timings()).run()
 
 

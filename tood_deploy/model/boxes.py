@@ -1,27 +1,27 @@
 """Boxes: anchor points, decoding, overlap. Functions on tensors; the frame is in every docstring."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-ANCHOR_SIDE = 8.0  # of the square anchor, in strides
-DELTA_SCALES = (0.1, 0.2)  # of the centre and of the size (the coder's target stds)
 MAX_LOG_RATIO = abs(math.log(16 / 1000))
 
 
-def anchor_points(size_hw: tuple[int, int], like: Tensor) -> Tensor:
-    """x, y of the anchor points of one level, (2, H, W), in strides: the cell's column and row, no half-cell shift."""
+def anchor_points(size_hw: tuple[int, int], like: Tensor, offset: float = 0.0) -> Tensor:
+    """Return x, y of the anchor points of one level, (2, H, W), in strides.
+
+    Args:
+        size_hw: rows and columns of the level.
+        like: a tensor on the device to use.
+        offset: from the cell's column and row; the published models have none, no half-cell shift either.
+    """
     height, width = size_hw
     x = torch.arange(width, device=like.device, dtype=torch.float32).expand(height, width)
     y = torch.arange(height, device=like.device, dtype=torch.float32)[:, None].expand(height, width)
-    return torch.stack((x, y))
-
-
-def anchor_boxes(size_hw: tuple[int, int], like: Tensor) -> Tensor:
-    """The square anchors of one level, (H*W, 4) xyxy in strides, row by row."""
-    points = anchor_points(size_hw, like).flatten(1).T
-    return torch.cat((points - ANCHOR_SIDE / 2, points + ANCHOR_SIDE / 2), dim=1)
+    points = torch.stack((x, y))
+    return points + offset if offset else points
 
 
 def decode_distances(distances: Tensor, points: Tensor) -> Tensor:
@@ -37,20 +37,29 @@ def decode_distances(distances: Tensor, points: Tensor) -> Tensor:
     return torch.cat((points - distances[:, :2], points + distances[:, 2:]), dim=1)
 
 
-def decode_deltas(deltas: Tensor, points: Tensor) -> Tensor:
-    """Boxes of anchor-based heads: shifts and log-ratios against the square anchors (reference/SPEC.md section 2).
+def decode_deltas(deltas: Tensor, points: Tensor, side: float, means: Sequence[float], stds: Sequence[float]) -> Tensor:
+    """Return the boxes of anchor-based heads: shifts and log-ratios against square anchors (reference/SPEC.md section 2).
 
     Args:
-        deltas: (B, 4, H, W) dx, dy, dw, dh, scaled as the coder's standard deviations say.
+        deltas: (B, 4, H, W) dx, dy, dw, dh, as the head gives them.
         points: (2, H, W) x, y of the anchors' centres, in strides.
+        side: of the anchors, in strides.
+        means, stds: of the four deltas: what the head gives, times the deviation, plus the mean.
 
     Returns:
         (B, 4, H, W) xyxy in strides, not clipped.
     """
-    centre = points + deltas[:, :2] * DELTA_SCALES[0] * ANCHOR_SIDE
-    log_ratio = (deltas[:, 2:] * DELTA_SCALES[1]).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    half = log_ratio.exp() * ANCHOR_SIDE * 0.5
+    centre = points + _denormalise(deltas[:, :2], means[:2], stds[:2]) * side
+    log_ratio = _denormalise(deltas[:, 2:], means[2:], stds[2:]).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    half = log_ratio.exp() * side * 0.5
     return torch.cat((centre - half, centre + half), dim=1)
+
+
+def _denormalise(values: Tensor, means: Sequence[float], stds: Sequence[float]) -> Tensor:
+    """Return (B, C, H, W) times the deviation plus the mean of each of the C channels; one product where all are alike."""
+    if len(set(stds)) == 1 and not any(means):
+        return values * stds[0]
+    return torch.cat([values[:, i : i + 1] * std + mean for i, (mean, std) in enumerate(zip(means, stds, strict=True))], dim=1)
 
 
 def box_area(boxes: Tensor) -> Tensor:

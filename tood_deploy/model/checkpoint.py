@@ -11,13 +11,14 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from tood_deploy.errors import CheckpointError
+from tood_deploy.errors import CheckpointError, ToodError
 from tood_deploy.manifest import atomic_path, file_sha256
 from tood_deploy.model.architecture import Shapes, numbered_classes, preset_from_shapes, same_structure
 from tood_deploy.model.checkpoint_config import ConfigFacts, read_config
 from tood_deploy.model.checkpoint_file import OWN_KEY, CheckpointFile, read_checkpoint
 from tood_deploy.model.download import fetch_weights
 from tood_deploy.model.tood import Tood
+from tood_deploy.model.weights_choice import few
 from tood_deploy.presets import PRESETS, Convention, Preset, get_preset
 
 
@@ -27,6 +28,7 @@ def load_checkpoint(
     preset: str | Preset | None = None,
     class_names: Sequence[str] | None = None,
     convention: Convention | None = None,
+    weights_key: str | None = None,
 ) -> Tood:
     """The network of a checkpoint, in eval mode, float32, on the CPU. Never runs code from the file.
 
@@ -36,17 +38,19 @@ def load_checkpoint(
         preset: the configuration, where the file does not tell it; must not contradict the file.
         class_names: in place of the file's.
         convention: whose test-time behaviour to follow, in place of the one of the checkpoint's origin.
+        weights_key: which weights to take where the file holds several, such as "ema", "model" or "teacher".
 
     Raises:
-        CheckpointError: cannot be read, is refused, is not a TOOD detector, does not fit, or does not tell its anchor kind.
+        CheckpointError: cannot be read, is refused, is not a TOOD detector, does not fit, does not tell its anchor kind, was trained with
+            a setting that cannot be computed, or holds several networks.
         DownloadError: the published weights cannot be had.
     """
     if isinstance(preset, str):
         preset = get_preset(preset)
     if preset is None and is_preset_name(checkpoint):
         preset = PRESETS[str(checkpoint)]
-    file = read_checkpoint(locate_checkpoint(checkpoint))
-    found = _describe(file, preset)
+    file = read_checkpoint(locate_checkpoint(checkpoint), weights_key)
+    found = _describe(file, preset, named=class_names is not None)
     found = replace(found, class_names=_check_class_names(class_names, found, file.path), convention=convention or found.convention)
     model = _fill(found, file)
     model.checkpoint_sha256 = file_sha256(file.path)
@@ -85,8 +89,11 @@ def own_metadata(preset: Preset) -> str:
     return json.dumps(preset.to_dict())
 
 
-def _describe(file: CheckpointFile, given: Preset | None) -> Preset:
-    """The preset of a file: from our own metadata, else from what shapes, the framework's metadata and the user say together."""
+def _describe(file: CheckpointFile, given: Preset | None, named: bool) -> Preset:
+    """Return the preset of a file: from our own metadata, else from what shapes, the framework's metadata and the user say together.
+
+    `named`: the user gives the class names, so those of the file do not count.
+    """
     shapes = _shapes(file.state_dict)
     found = preset_from_shapes(shapes, str(file.path))
     if given is not None and not same_structure(given, found):
@@ -94,16 +101,14 @@ def _describe(file: CheckpointFile, given: Preset | None) -> Preset:
         raise CheckpointError(f"{file.path}: does not fit the preset {given.name}: {problems}; it fits {_alike(found)}")
     if file.own_preset is not None:
         return _own_preset(file)
-    facts = read_config(file.meta, str(file.path))
+    facts = read_config(file.meta, str(file.path), found)
+    count = found.num_classes
+    names = numbered_classes(count) if named else _class_names(facts, given or found, count, file.path)
     found = _choose_preset(found, facts, given, file.path)
-    return replace(
-        found,
-        class_names=_class_names(facts, found, shapes["bbox_head.tood_cls.weight"][0]),
-        convention=file.origin,
-        imgsz=facts.imgsz or found.imgsz,
-        mean=facts.mean or found.mean,
-        std=facts.std or found.std,
-    )
+    try:
+        return replace(found, class_names=names, convention=file.origin, **facts.settings)
+    except ToodError as error:
+        raise CheckpointError(f"{file.path}: its configuration cannot be computed: {error}") from error
 
 
 def _choose_preset(found: Preset, facts: ConfigFacts, given: Preset | None, path: Path) -> Preset:
@@ -115,6 +120,11 @@ def _choose_preset(found: Preset, facts: ConfigFacts, given: Preset | None, path
                 "leave the preset out"
             )
         return given
+    if facts.problem:
+        raise CheckpointError(
+            f"{path}: its configuration cannot be parsed ({facts.problem}), so that nothing tells how its weights are to be used; "
+            f"say what it was trained as with --preset (in Python, preset=): {_alike(found)}"
+        )
     if facts.anchor is None:
         raise CheckpointError(
             f"{path}: does not tell whether its head is anchor-free or anchor-based, as both have the same weights; "
@@ -128,12 +138,17 @@ def _alike(found: Preset) -> str:
     return " or ".join(name for name, preset in PRESETS.items() if same_structure(preset, found)) or "a Preset made for it in Python"
 
 
-def _class_names(facts: ConfigFacts, found: Preset, count: int) -> tuple[str, ...]:
-    """The file's names, else the preset's, if there are as many as the weights have classes; else numbered ones."""
-    for names in (facts.class_names, found.class_names):
-        if names is not None and len(names) == count:
-            return names
-    return numbered_classes(count)
+def _class_names(facts: ConfigFacts, preset: Preset, count: int, path: Path) -> tuple[str, ...]:
+    """Return the file's names; where it has none the preset's, if there are as many as the weights have classes, else numbered ones."""
+    names = facts.class_names
+    if names is None:
+        return preset.class_names if preset.num_classes == count else numbered_classes(count)
+    if len(names) != count:
+        raise CheckpointError(
+            f"{path}: its weights have {count} classes, its metadata names {len(names)} ({few(names)}); "
+            f"give the {count} names with --classes (in Python, class_names=)"
+        )
+    return names
 
 
 def _preset_of_schedule(found: Preset, epochs: int | None) -> Preset:

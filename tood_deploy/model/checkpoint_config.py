@@ -1,150 +1,173 @@
-"""What a checkpoint's metadata says of the model: class names, anchor kind, picture size, schedule.
+"""What a checkpoint's metadata says of the model: names, schedule, and the settings that leave no trace in the weights.
 
-The configuration is Python text. It is parsed, never executed. Layouts: reference/SPEC.md section 5.
+Every key of the configuration's model, preprocessing, test pipeline and test settings is held against the tables of
+`config_rules` and `config_pipeline`: harmless, computed as it says, or refused by its dotted name.
+Layouts: reference/SPEC.md section 5.
 """
 
-import ast
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from tood_deploy.errors import CheckpointError
-from tood_deploy.presets import STRIDES, Anchor
+from tood_deploy.model.config_pipeline import Layout, Step, layout_of, read_input, read_steps
+from tood_deploy.model.config_rules import BOX_CODER, DETECTOR, TEST, apply_rules, refuse, without_scope
+from tood_deploy.model.config_text import TextError, Unreadable, parse_config, plain
+from tood_deploy.presets import Anchor, Preset
 
-# What this network takes for granted; a file that says otherwise describes another one.
-EXPECTED = {
-    "backbone.style": ("pytorch",),
-    "neck.type": ("FPN",),
-    "neck.start_level": (1,),
-    "neck.add_extra_convs": ("on_output",),
-    "bbox_head.type": ("TOODHead",),
-    "bbox_head.anchor_generator.octave_base_scale": (8,),
-    "bbox_head.anchor_generator.strides": (STRIDES,),
-    "bbox_head.bbox_coder.target_stds": ((0.1, 0.1, 0.2, 0.2),),
-    "data_preprocessor.bgr_to_rgb": (True,),
-    "data_preprocessor.pad_size_divisor": (32,),
-}
+WRAPPERS = ("RepeatDataset", "ConcatDataset", "ClassBalancedDataset")
+DATA_SETS = ("test_dataloader.dataset", "data.test", "val_dataloader.dataset", "data.val")
+LEVELS_OF_NECK = {((0, 1, 2, 3), 1), ((1, 2, 3), 0)}  # out_indices of the backbone, start_level: C3 to C5
+DEFAULT_STDS = (1.0, 1.0, 1.0, 1.0)  # of MMDetection's coder, where the configuration gives none
 
 
 @dataclass(frozen=True)
 class ConfigFacts:
-    """What the metadata tells, None where it does not."""
+    """What the metadata tells.
+
+    Attributes:
+        class_names: None where there are none.
+        anchor: kind of the head; None where it does not tell.
+        epochs: of the training; None where it does not tell.
+        settings: fields of the preset that it sets, the anchor kind left out.
+        problem: why the configuration could not be parsed; "" where it could, or there is none.
+    """
 
     class_names: tuple[str, ...] | None = None
     anchor: Anchor | None = None
-    imgsz: tuple[int, int] | None = None
-    mean: tuple[float, float, float] | None = None
-    std: tuple[float, float, float] | None = None
     epochs: int | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    problem: str = ""
 
 
-def read_config(meta: Mapping[str, Any], origin: str) -> ConfigFacts:
-    """The facts in a checkpoint's `meta`; `origin` names the file in errors.
+def read_config(meta: Mapping[str, Any], origin: str, weights: Preset) -> ConfigFacts:
+    """Read the facts in a checkpoint's metadata.
+
+    Args:
+        meta: the framework's metadata.
+        origin: names the file in errors.
+        weights: the preset that the shapes of the weights tell.
 
     Raises:
-        CheckpointError: the configuration is of a network that differs from TOOD's published ones.
+        CheckpointError: a setting that this network cannot compute as it says, that is unknown, or that contradicts the weights.
     """
-    text = meta.get("cfg", meta.get("config"))
-    config = _parse(text) if isinstance(text, str) else {}
-    model = config.get("model")
-    model = model if isinstance(model, Mapping) else {}
-    _check(model, origin)
-    mean, std = _statistics(config, origin)
-    return ConfigFacts(_class_names(meta), _anchor(model), _image_size(config), mean, std, _epochs(config))
-
-
-def _parse(text: str) -> dict[str, Any]:
-    """The top-level assignments of a configuration; what is not a literal becomes None."""
+    names, stored = _class_names(meta), meta.get("cfg", meta.get("config"))
     try:
-        tree = ast.parse(text)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        config = parse_config(stored) if isinstance(stored, str) else plain(stored)
+    except TextError as error:
+        return ConfigFacts(names, problem=str(error))
+    if not isinstance(config, Mapping):
+        return ConfigFacts(names)
+    try:
+        settings = _read_settings(config, weights)
+    except CheckpointError as error:
+        raise CheckpointError(f"{origin}: {error}") from error
+    return ConfigFacts(names, settings.pop("anchor", None), _epochs(config), settings)
+
+
+def _read_settings(config: Mapping[str, Any], weights: Preset) -> dict[str, Any]:
+    if "_base_" in config:
+        refuse("_base_", config["_base_"], "files that are not here may say anything", "store the checkpoint with the merged configuration")
+    settings: dict[str, Any] = {}
+    model = config.get("model")
+    if "model" in config:
+        settings |= _read_model(model, weights)
+    return settings | _read_test(config, weights) | _read_input(config, weights)
+
+
+def _read_model(model: Any, weights: Preset) -> dict[str, Any]:
+    settings = apply_rules(DETECTOR, model, "model", weights)
+    backbone, neck, head = (_mapping(model.get(part)) for part in ("backbone", "neck", "bbox_head"))
+    if (stages := settings.pop("_deform_stages", weights.deform_stages)) != weights.deform_stages and backbone.get("dcn"):
+        refuse(
+            "model.backbone.stage_with_dcn", backbone["stage_with_dcn"], f"the weights tell stages {weights.deform_stages}, not {stages}"
+        )
+    levels = backbone.get("out_indices", (0, 1, 2, 3)), neck.get("start_level", 0)
+    if neck and levels not in LEVELS_OF_NECK:
+        refuse("model.neck.start_level", levels[1], f"with out_indices {levels[0]} of the backbone only C3 to C5 are supported")
+    side = [settings.pop(name, None) for name in ("_scale", "_octave_scale")]
+    if chosen := [scale for scale in side if scale is not None]:
+        settings["anchor_side"] = chosen[0]
+    if head and settings.setdefault("anchor", "free") == "based":
+        coder = head.get("bbox_coder", {})
+        settings |= {"delta_stds": DEFAULT_STDS} | apply_rules(BOX_CODER, coder, "model.bbox_head.bbox_coder", weights)
+    return settings
+
+
+def _read_test(config: Mapping[str, Any], weights: Preset) -> dict[str, Any]:
+    """Read the test settings: the detector's, else the whole's (2.x; 3.x has its loop there), else the head's."""
+    for path in ("model.test_cfg", "test_cfg", "model.bbox_head.test_cfg"):
+        found = _lookup(config, path)
+        if found is None or str(_mapping(found).get("type", "")).endswith("Loop"):
+            continue
+        settings = apply_rules(TEST, found, path, weights)
+        if "candidates_per_level" not in settings:
+            refuse(f"{path}.nms_pre", None, "without it all candidates would be kept; a whole number is supported")
+        return settings
+    return {}
+
+
+def _read_input(config: Mapping[str, Any], weights: Preset) -> dict[str, Any]:
+    path = "data_preprocessor" if _lookup(config, "model.data_preprocessor") is None else "model.data_preprocessor"
+    preprocessor = _lookup(config, path)
+    steps, layout = _test_steps(config, weights)
+    if steps is None and preprocessor is None:
         return {}
-    assigned = (node for node in tree.body if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name))
-    return {node.targets[0].id: _value(node.value) for node in assigned if isinstance(node.targets[0], ast.Name)}
+    return read_input(steps, layout, preprocessor, path, weights)
 
 
-def _value(node: ast.expr) -> Any:
-    match node:
-        case ast.Call(func=ast.Name(id="dict"), keywords=keywords):
-            return {keyword.arg: _value(keyword.value) for keyword in keywords if keyword.arg}
-        case ast.Dict(keys=keys, values=values):
-            return {_value(k): _value(v) for k, v in zip(keys, values, strict=True) if isinstance(k, ast.Constant)}
-        case ast.List(elts=items) | ast.Tuple(elts=items):
-            return tuple(_value(item) for item in items)
-        case ast.Constant(value=value):
-            return value
-        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as number)):
-            return -number
-    return None
+def _test_steps(config: Mapping[str, Any], weights: Preset) -> tuple[list[Step] | None, Layout]:
+    """Read the steps of the test pipeline, of whichever version's layout; None where there is none."""
+    for path in DATA_SETS:
+        pipelines = list(_pipelines(_lookup(config, path), path))
+        if pipelines:
+            (place, pipeline), *others = pipelines
+            if any(other != pipeline for _, other in others):
+                refuse(path, tuple(place for place, _ in pipelines), "data sets of one pipeline are supported")
+            return read_steps(pipeline, place, weights), layout_of(path, pipeline)
+    pipeline = config.get("test_pipeline")
+    if pipeline is None:
+        return None, "3.x"
+    return read_steps(pipeline, "test_pipeline", weights), layout_of("test_pipeline", pipeline)
+
+
+def _pipelines(dataset: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Go through the pipelines of a data set, looking through what wraps it; its place and the pipeline each."""
+    if isinstance(dataset, Unreadable):
+        refuse(path, dataset, "only literal values can be read", "store the checkpoint with the configuration's final text")
+    if isinstance(dataset, tuple):
+        for i, part in enumerate(dataset):
+            yield from _pipelines(part, f"{path}[{i}]")
+    elif isinstance(dataset, Mapping):
+        inner = {key: dataset[key] for key in ("dataset", "datasets") if dataset.get(key) is not None}
+        if inner and without_scope(dataset.get("type")) not in WRAPPERS:
+            refuse(f"{path}.type", dataset.get("type"), f"of data sets around others only {', '.join(WRAPPERS)} are supported")
+        if dataset.get("pipeline") is not None:
+            yield f"{path}.pipeline", dataset["pipeline"]
+        for key, part in inner.items():
+            yield from _pipelines(part, f"{path}.{key}")
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
 
 
 def _lookup(tree: Any, dotted: str) -> Any:
+    """Return what stands at a dotted path, None where nothing does; what cannot be read stands for all below it."""
     for part in dotted.split("."):
+        if isinstance(tree, Unreadable):
+            return tree
         tree = tree.get(part) if isinstance(tree, Mapping) else None
     return tree
 
 
-def _check(model: Mapping[str, Any], origin: str) -> None:
-    for dotted, allowed in EXPECTED.items():
-        found = _lookup(model, dotted)
-        if found is not None and found not in allowed:
-            raise CheckpointError(
-                f"{origin}: the configuration says {dotted} = {found!r}; only {allowed[0]!r} is supported, as in TOOD's published models"
-            )
-
-
 def _class_names(meta: Mapping[str, Any]) -> tuple[str, ...] | None:
-    dataset = meta.get("dataset_meta")
-    dataset = dataset if isinstance(dataset, Mapping) else {}
+    dataset = _mapping(meta.get("dataset_meta"))
     names = dataset.get("classes", dataset.get("CLASSES", meta.get("CLASSES")))
     if isinstance(names, str):
         return (names,)
     if isinstance(names, (list, tuple)) and names and all(isinstance(name, str) for name in names):
         return tuple(names)
-    return None
-
-
-def _anchor(model: Mapping[str, Any]) -> Anchor | None:
-    head = model.get("bbox_head")
-    if not isinstance(head, Mapping):
-        return None
-    return "based" if head.get("anchor_type", "anchor_free") == "anchor_based" else "free"
-
-
-def _test_steps(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The steps of the test pipeline, nested ones included, of whichever version's layout."""
-    for dotted in ("test_dataloader.dataset.pipeline", "data.test.pipeline", "test_pipeline"):
-        steps = _lookup(config, dotted)
-        if isinstance(steps, tuple):
-            steps = [step for step in steps if isinstance(step, Mapping)]
-            return steps + [inner for step in steps for inner in step.get("transforms") or () if isinstance(inner, Mapping)]
-    return []
-
-
-def _image_size(config: Mapping[str, Any]) -> tuple[int, int] | None:
-    for step in _test_steps(config):
-        scale = step.get("scale", step.get("img_scale"))
-        if isinstance(scale, tuple) and len(scale) == 2 and all(isinstance(side, int) for side in scale):
-            return min(scale), max(scale)
-    return None
-
-
-def _statistics(config: Mapping[str, Any], origin: str) -> tuple[Any, Any]:
-    source = _lookup(config, "model.data_preprocessor")
-    source = source if isinstance(source, Mapping) else {}
-    for step in _test_steps(config):
-        if step.get("type") == "Normalize":
-            source = step
-            if step.get("to_rgb") is False:
-                raise CheckpointError(
-                    f"{origin}: the configuration feeds BGR pictures; only RGB is supported, as in TOOD's published models"
-                )
-    return _three_numbers(source.get("mean")), _three_numbers(source.get("std"))
-
-
-def _three_numbers(values: Any) -> tuple[float, float, float] | None:
-    if isinstance(values, tuple) and len(values) == 3 and all(isinstance(value, (int, float)) for value in values):
-        return float(values[0]), float(values[1]), float(values[2])
     return None
 
 

@@ -4,6 +4,7 @@ A file becomes its tensors under MMDetection 3.x names, and the metadata that ca
 """
 
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tood_deploy.errors import CheckpointError
+from tood_deploy.model.file_content import COPY_AGAIN, check_content
+from tood_deploy.model.weights_choice import choose_weights
 from tood_deploy.presets import Convention
 
 OWN_KEY = "tood_deploy"  # under which our own files hold the preset, as JSON
@@ -75,23 +78,22 @@ class CheckpointFile:
     origin: Convention = "mmdet"
 
 
-def read_checkpoint(path: Path) -> CheckpointFile:
-    """Reads a checkpoint of MMDetection, of the authors, or of our own.
+def read_checkpoint(path: Path, weights_key: str | None = None) -> CheckpointFile:
+    """Read a checkpoint of MMDetection, of the authors, or of our own.
+
+    Args:
+        path: the file.
+        weights_key: which weights to take where it holds several; see `choose_weights`.
 
     Raises:
-        CheckpointError: no such file, damaged, asks to run code, or holds no weights.
+        CheckpointError: no such file, no checkpoint, damaged, asks to run code, holds no weights, or those of several networks.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; expected a checkpoint (.pth, .pt or .safetensors)")
-    if path.suffix.lower() == ".safetensors":
-        return _read_safetensors(path)
-    content = _load_weights_only(path)
+    if check_content(path) == "safetensors":
+        return _read_safetensors(path, weights_key)
+    content = load_content(path)
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}; expected a dictionary of weights")
-    weights = content.get("state_dict", content)
-    tensors = {str(k): v for k, v in weights.items() if isinstance(v, Tensor)} if isinstance(weights, Mapping) else {}
-    if not tensors:
-        raise CheckpointError(f"{path}: holds no weights, only {_few(map(str, content))}; expected a state_dict")
+    tensors = choose_weights(content, path, weights_key)
     meta, own_preset = content.get("meta"), content.get(OWN_KEY)
     return CheckpointFile(
         path,
@@ -102,33 +104,45 @@ def read_checkpoint(path: Path) -> CheckpointFile:
     )
 
 
-def _read_safetensors(path: Path) -> CheckpointFile:
+def _read_safetensors(path: Path, weights_key: str | None) -> CheckpointFile:
     try:
         with safe_open(path, framework="pt") as file:
             own_preset = (file.metadata() or {}).get(OWN_KEY)
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dictionary
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: cannot be read as safetensors, cut or not such a file ({error})") from error
-    return CheckpointFile(path, dict(_canonical(tensors)), own_preset=own_preset)
+        raise CheckpointError(f"{path}: cannot be read as safetensors, cut or not such a file ({error}); {COPY_AGAIN}") from error
+    return CheckpointFile(path, dict(_canonical(choose_weights(tensors, path, weights_key))), own_preset=own_preset)
 
 
-def _load_weights_only(path: Path) -> Any:
+def load_content(path: Path) -> Any:
+    """Return what PyTorch stored in a file that `check_content` takes for its own, without ever running code from it.
+
+    Raises:
+        CheckpointError: damaged, or asks to run code.
+    """
     allowed: list[Any] = [(Skipped, name) for name in METADATA_CLASSES]
     try:
-        with torch.serialization.safe_globals(allowed):
+        with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)  # said below where it fails
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can raise nearly anything
-        if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            raise CheckpointError(
-                f"{path}: refused, because loading it would run code of its own ({refused[1]}); "
-                "expected weights and plain metadata only: save the state_dict alone in the environment that it comes from"
-            ) from error
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{path}: cannot be read, cut or not a checkpoint ({reason})") from error
+        raise CheckpointError(f"{path}: {_reason(str(error), path)}") from error
+
+
+def _reason(message: str, path: Path) -> str:
+    """Say why PyTorch could not load a file; its own words advise to run whatever the file holds."""
+    if refused := re.search(r"GLOBAL ([\w.]+)", message):
+        return (
+            f"refused, because loading it would run code of its own ({refused[1]}); "
+            "expected weights and plain metadata only: save the state_dict alone in the environment that it comes from"
+        )
+    if "magic number" in message or "Unsupported operand" in message or "persistent" in message:
+        return "is no file that torch.save wrote, or a damaged one; save the state_dict with torch.save, or copy or download it again"
+    return f"cannot be read, cut or not a checkpoint ({path.stat().st_size:,} bytes); {COPY_AGAIN}"
 
 
 def _canonical(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors under MMDetection 3.x names, without wrappers' prefixes and mmcv's averaged copies."""
+    """Go through the tensors under MMDetection 3.x names, without wrappers' prefixes and mmcv's averaged copies."""
     for key, tensor in tensors.items():
         key = key.removeprefix("module.")
         if key.startswith("ema_"):
@@ -136,8 +150,3 @@ def _canonical(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         for old, new in AUTHORS_NAMES:
             key = key.replace(old, new)
         yield key.replace("conv2_offset.", "conv2.conv_offset."), tensor
-
-
-def _few(names: Iterator[str] | list[str], most: int = 4) -> str:
-    listed = list(names)
-    return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tood_deploy.model.head import HeadOutput
-from tood_deploy.model.postprocess import MAX_DET, BatchResult, Candidates, select_candidates, suppress
+from tood_deploy.model.postprocess import BatchResult, Candidates, select_candidates, suppress
 from tood_deploy.model.tood import Tood
 
 
@@ -38,21 +38,35 @@ class FusedDetector(nn.Module):
 
     mean: Tensor
     std: Tensor
+    pad_value: Tensor
 
-    def __init__(self, model: Tood, max_det: int = MAX_DET) -> None:
+    def __init__(self, model: Tood, max_det: int | None = None) -> None:
+        """Takes the network, and the most detections of an image; the preset's where not given."""
         super().__init__()
+        preset = model.preset
         self.model = model
-        self.max_det = max_det
-        self.register_buffer("mean", torch.tensor(model.preset.mean), persistent=False)
-        self.register_buffer("std", torch.tensor(model.preset.std), persistent=False)
+        self.max_det = preset.max_det if max_det is None else max_det
+        self.pads_with_zeros, self.takes_bgr = not any(preset.pad_value), preset.channel_order == "bgr"
+        self.register_buffer("mean", torch.tensor(preset.mean), persistent=False)
+        self.register_buffer("std", torch.tensor(preset.std), persistent=False)
+        self.register_buffer("pad_value", torch.tensor(preset.pad_value)[:, None, None], persistent=False)
 
     def normalise(self, images: Tensor, valid_hw: Tensor) -> Tensor:
-        """(B, 3, H, W) float32, exactly zero outside `valid_hw`, from (B, H, W, 3) uint8 RGB."""
+        """Normalise, pad and put the channels in the network's order.
+
+        Args:
+            images: (B, H, W, 3) uint8 RGB.
+            valid_hw: (B, 2) rows and columns that hold real pixels.
+
+        Returns:
+            (B, 3, H, W) float32; outside `valid_hw` exactly the preset's pad value, zero in the published models.
+        """
         # Cast before the transposition: TensorRT's parser refuses a uint8 Transpose.
         x = ((images.float() - self.mean) / self.std).permute(0, 3, 1, 2)
         rows = torch.arange(x.shape[2], device=x.device) < valid_hw[:, :1]
         columns = torch.arange(x.shape[3], device=x.device) < valid_hw[:, 1:]
-        return torch.where((rows[:, :, None] & columns[:, None, :]).unsqueeze(1), x, 0.0).contiguous()
+        x = torch.where((rows[:, :, None] & columns[:, None, :]).unsqueeze(1), x, 0.0 if self.pads_with_zeros else self.pad_value)
+        return (x[:, [2, 1, 0]] if self.takes_bgr else x).contiguous()
 
     def forward(self, images: Tensor, valid_hw: Tensor, score_threshold: Tensor | float, iou_threshold: Tensor | float) -> Stages:
         """Detections, and all stages on the way to them.
@@ -67,5 +81,10 @@ class FusedDetector(nn.Module):
         backbone = self.model.backbone(pixels)
         pyramid = self.model.neck(backbone)
         head = self.model.bbox_head(pyramid)
-        candidates = select_candidates(head, valid_hw, score_threshold, convention=self.model.preset.convention)
+        candidates = self.select_candidates(head, valid_hw, score_threshold)
         return Stages(pixels, backbone, pyramid, head, candidates, suppress(candidates, iou_threshold, self.max_det))
+
+    def select_candidates(self, head: HeadOutput, valid_hw: Tensor, score_threshold: Tensor | float) -> Candidates:
+        """Select what goes into suppression, as the preset says."""
+        preset = self.model.preset
+        return select_candidates(head, valid_hw, score_threshold, convention=preset.convention, per_level=preset.candidates_per_level)

@@ -15,7 +15,6 @@ from tood_deploy.model.boxes import anchor_points, decode_deltas, decode_distanc
 from tood_deploy.model.deform import DeformConv2d, align_boxes
 from tood_deploy.presets import STRIDES, Preset
 
-NORM_GROUPS = 32
 DOWN_RATE = 8  # of the decomposition's attention, per tower stage
 TOWER_OFFSET_GROUPS = 4
 PRIOR_BIAS = -math.log(99)  # every class starts at a probability of 0.01
@@ -50,14 +49,14 @@ class TowerMaps(NamedTuple):
 class ConvNorm(nn.Module):
     """Convolution without bias, GroupNorm, ReLU."""
 
-    def __init__(self, in_channels: int, channels: int, kernel_size: int, deform: bool = False) -> None:
+    def __init__(self, preset: Preset, in_channels: int, kernel_size: int, deform: bool = False) -> None:
         super().__init__()
-        padding = kernel_size // 2
+        channels, padding = preset.channels, kernel_size // 2
         if deform:
             self.conv = DeformConv2d(in_channels, channels, kernel_size, padding=padding, offset_groups=TOWER_OFFSET_GROUPS)
         else:
             self.conv = nn.Conv2d(in_channels, channels, kernel_size, padding=padding, bias=False)
-        self.gn = nn.GroupNorm(NORM_GROUPS, channels)
+        self.gn = nn.GroupNorm(preset.norm_groups, channels, eps=preset.norm_eps)
         nn.init.normal_(self.conv.weight, std=0.01)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -68,12 +67,13 @@ class ConvNorm(nn.Module):
 class TaskDecomposition(nn.Module):
     """Weighs the tower's stages for one task, per image, and reduces them to one map."""
 
-    def __init__(self, channels: int, stages: int) -> None:
+    def __init__(self, preset: Preset) -> None:
         super().__init__()
+        channels, stages = preset.channels, preset.tower_stages
         hidden = channels // DOWN_RATE
         self.stages = stages
         self.layer_attention = nn.Sequential(nn.Conv2d(channels * stages, hidden, 1), nn.ReLU(), nn.Conv2d(hidden, stages, 1), nn.Sigmoid())
-        self.reduction_conv = ConvNorm(channels * stages, channels, 1)
+        self.reduction_conv = ConvNorm(preset, channels * stages, 1)
         _init_convs(self.layer_attention, std=0.001)
 
     def forward(self, tower: TowerMaps) -> Tensor:
@@ -133,10 +133,12 @@ class TaskAlignedHead(nn.Module):
         super().__init__()
         channels, stages = preset.channels, preset.tower_stages
         self.anchor_free = preset.anchor == "free"
+        self.anchor_side, self.anchor_offset = preset.anchor_side, preset.anchor_offset
+        self.delta_means, self.delta_stds = preset.delta_means, preset.delta_stds
         self.keep_inverted = preset.convention == "authors"
-        self.inter_convs = nn.ModuleList(ConvNorm(channels, channels, 3, deform=i < preset.deform_tower) for i in range(stages))
-        self.cls_decomp = TaskDecomposition(channels, stages)
-        self.reg_decomp = TaskDecomposition(channels, stages)
+        self.inter_convs = nn.ModuleList(ConvNorm(preset, channels, 3, deform=i < preset.deform_tower) for i in range(stages))
+        self.cls_decomp = TaskDecomposition(preset)
+        self.reg_decomp = TaskDecomposition(preset)
         self.tood_cls = nn.Conv2d(channels, preset.num_classes, 3, padding=1)
         self.tood_reg = nn.Conv2d(channels, 4, 3, padding=1)
         self.cls_prob_module = Alignment(channels * stages, channels // 4, 1)
@@ -175,10 +177,10 @@ class TaskAlignedHead(nn.Module):
 
     def _decode(self, regression: Tensor, scale: nn.Module) -> Tensor:
         """Boxes (B, 4, h, w) xyxy in strides; the scale multiplies after the exponential."""
-        points = anchor_points((regression.shape[2], regression.shape[3]), regression)
+        points = anchor_points((regression.shape[2], regression.shape[3]), regression, self.anchor_offset)
         if self.anchor_free:
             return decode_distances(scale(regression.exp()), points)
-        return decode_deltas(scale(regression), points)
+        return decode_deltas(scale(regression), points, self.anchor_side, self.delta_means, self.delta_stds)
 
 
 def _init_convs(module: nn.Module, std: float, bias: float = 0.0) -> None:

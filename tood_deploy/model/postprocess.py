@@ -11,11 +11,10 @@ from torch.nn import functional as F
 
 from tood_deploy.model.head import HeadOutput
 from tood_deploy.model.nms import nms
-from tood_deploy.presets import STRIDES, Convention
+from tood_deploy.presets import MAX_CANDIDATES, STRIDES, Convention
 
 CANDIDATES_PER_LEVEL = 1000
 MAX_DET = 100
-MAX_CANDIDATES = 3840  # of all levels together: the most that TensorRT's TopK takes
 
 
 class Candidates(NamedTuple):

@@ -25,10 +25,10 @@ class BasicBlock(nn.Module):
                 f"preset {preset.name}: depth {preset.depth} has basic blocks, which take neither groups nor deformable convolutions"
             )
         self.conv1 = nn.Conv2d(in_channels, planes, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(planes)
+        self.bn1 = nn.BatchNorm2d(planes, eps=preset.batch_norm_eps)
         self.conv2 = nn.Conv2d(planes, planes, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(planes)
-        self.downsample = _downsample(in_channels, planes, stride)
+        self.bn2 = nn.BatchNorm2d(planes, eps=preset.batch_norm_eps)
+        self.downsample = _downsample(in_channels, planes, stride, preset)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) in, (B, C', H / stride, W / stride) out."""
@@ -47,12 +47,12 @@ class Bottleneck(nn.Module):
         width = planes if preset.groups == 1 else planes * preset.base_width // preset.base_channels * preset.groups
         conv3x3 = DeformConv2d if deform else nn.Conv2d
         self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
+        self.bn1 = nn.BatchNorm2d(width, eps=preset.batch_norm_eps)
         self.conv2 = conv3x3(width, width, 3, stride=stride, padding=1, groups=preset.groups, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
+        self.bn2 = nn.BatchNorm2d(width, eps=preset.batch_norm_eps)
         self.conv3 = nn.Conv2d(width, planes * 4, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(planes * 4)
-        self.downsample = _downsample(in_channels, planes * 4, stride)
+        self.bn3 = nn.BatchNorm2d(planes * 4, eps=preset.batch_norm_eps)
+        self.downsample = _downsample(in_channels, planes * 4, stride, preset)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) in, (B, C', H / stride, W / stride) out."""
@@ -62,10 +62,11 @@ class Bottleneck(nn.Module):
         return F.relu(y + (x if self.downsample is None else self.downsample(x)))
 
 
-def _downsample(in_channels: int, out_channels: int, stride: int) -> nn.Sequential | None:
+def _downsample(in_channels: int, out_channels: int, stride: int, preset: Preset) -> nn.Sequential | None:
     if stride == 1 and in_channels == out_channels:
         return None
-    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels))
+    norm = nn.BatchNorm2d(out_channels, eps=preset.batch_norm_eps)
+    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), norm)
 
 
 class ResNet(nn.Module):
@@ -80,7 +81,7 @@ class ResNet(nn.Module):
         block = BasicBlock if preset.depth < 50 else Bottleneck
         stem = preset.base_channels
         self.conv1 = nn.Conv2d(3, stem, 7, 2, 3, bias=False)
-        self.bn1 = nn.BatchNorm2d(stem)
+        self.bn1 = nn.BatchNorm2d(stem, eps=preset.batch_norm_eps)
         channels, outputs = stem, []
         for number, count in enumerate(STAGE_BLOCKS[preset.depth], start=1):
             planes = stem * 2 ** (number - 1)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from tood_deploy.model.fused import FusedDetector
 from tood_deploy.model.tood import Tood
 from tood_deploy.parity.conditioning import Conditioning, measure_conditioning, stage_maps
+from tood_deploy.presets import Sizing
 
 Outputs = list[NDArray[Any]]
 Measure = Callable[[NDArray[np.uint8], NDArray[np.int32], float, float], Conditioning]
@@ -38,12 +39,12 @@ class Reference:
 
     Attributes:
         run: runs it.
-        imgsz: (short side, long side) in pixels that users' images are scaled to fit.
+        sizing: how users' images are brought to the size of the network's input.
         measure: measures the float32 noise of its maps on a batch.
     """
 
     run: Runner
-    imgsz: tuple[int, int]
+    sizing: Sizing
     measure: Measure
 
 
@@ -64,4 +65,4 @@ class TorchRunner:
 def torch_reference(model: Tood, max_det: int) -> Reference:
     """The network itself."""
     detector = FusedDetector(model, max_det).eval()
-    return Reference(TorchRunner(detector), model.preset.imgsz, lambda *inputs: measure_conditioning(detector, *inputs))
+    return Reference(TorchRunner(detector), model.preset.sizing, lambda *inputs: measure_conditioning(detector, *inputs))

@@ -21,7 +21,7 @@ from tood_deploy.parity.conditioning import Conditioning, MapNoise, deviation_of
 from tood_deploy.parity.reference import Outputs, Reference, Runner
 from tood_deploy.parity.sample_images import synthetic_picture
 from tood_deploy.parity.tolerances import DEPLOYMENT_SCORE, FLOAT32_LIMITS, DetectionLimits, Float32Limits
-from tood_deploy.preprocess import resize_and_pad
+from tood_deploy.preprocess import ImageSize, resize_and_pad
 from tood_deploy.presets import STRIDES
 from tood_deploy.rows import Rows, batch_rows
 
@@ -95,7 +95,7 @@ class Float32Verifier:
         self.verdict = Float32Verdict()
         self._pixels = hashlib.sha256()
 
-    def compare(self, images: Sequence[NDArray[np.uint8]], imgsz: tuple[int, int]) -> Allowance:
+    def compare(self, images: Sequence[NDArray[np.uint8]], imgsz: ImageSize) -> Allowance:
         """Compares maps and detections of a batch of images, (H, W, 3) uint8 BGR of one size; returns what their float32 explains."""
         batch = prepare(images, imgsz)
         noise = self.reference.measure(*batch, SCORE_THRESHOLD, IOU_THRESHOLD)
@@ -105,13 +105,13 @@ class Float32Verifier:
         self._compare_detections(noise.detections[0], found, allowance)
         return allowance
 
-    def compare_detections(self, image: NDArray[np.uint8], imgsz: tuple[int, int], allowance: Allowance) -> None:
+    def compare_detections(self, image: NDArray[np.uint8], imgsz: ImageSize, allowance: Allowance) -> None:
         """Compares the detections of one image, with what was explained of another one."""
         batch = prepare([image], imgsz)
         expected = self.reference.run(*batch, SCORE_THRESHOLD, IOU_THRESHOLD)
         self._compare_detections(expected, self._run(batch), allowance)
 
-    def compare_slots(self, image: NDArray[np.uint8], imgsz: tuple[int, int], allowance: Allowance) -> None:
+    def compare_slots(self, image: NDArray[np.uint8], imgsz: ImageSize, allowance: Allowance) -> None:
         """Compares an image alone with the same in every slot of a batch."""
         images, valid_hw = prepare([image] * BATCH, imgsz)
         (alone,) = batch_rows(self._run((images[:1], valid_hw[:1])))
@@ -180,7 +180,7 @@ class Float32Verifier:
         return names | {"limits": asdict(self.limits)} | asdict(self.verdict)
 
 
-def prepare(images: Sequence[NDArray[np.uint8]], imgsz: tuple[int, int]) -> Batch:
+def prepare(images: Sequence[NDArray[np.uint8]], imgsz: ImageSize) -> Batch:
     """The graph's `images` and `valid_hw` for images (H, W, 3) uint8 BGR of one size."""
     prepared = [resize_and_pad(image, imgsz) for image in images]
     return np.stack([image for image, _ in prepared]), np.array([transform.resized_hw for _, transform in prepared], np.int32)
@@ -214,9 +214,9 @@ def verify_float32(
         verifier.compare_slots(batch[0], imgsz, allowance)
     if len(pictures):
         say(f"comparing with {reference.run.name} on {len(pictures)} images of your own")
-        allowance = verifier.compare(pictures[:1], reference.imgsz)
+        allowance = verifier.compare(pictures[:1], reference.sizing)
         for picture in pictures[1:]:
-            verifier.compare_detections(picture, reference.imgsz, allowance)
+            verifier.compare_detections(picture, reference.sizing, allowance)
     if failures := verifier.verdict.failed:
         raise CheckFailed(f"the artefact is not equal to its reference, {reference.run.name}: {'; '.join(failures[:3])}{_more(failures)}")
     return verifier.to_dict()
@@ -335,7 +335,7 @@ def verify_detections(
     if not len(pictures):
         raise ToodError("no images to verify on; give --verify-images a folder of images like those to come")
     say(f"comparing detections with {reference.run.name} on {len(pictures)} images")
-    batches = [prepare([picture], reference.imgsz) for picture in pictures]
+    batches = [prepare([picture], reference.sizing) for picture in pictures]
     expected = [_rows(reference.run, batch, 0.0) for batch in batches]
     verdict = DetectionVerdict(_score_threshold(expected))
     lowest = max(0.0, verdict.score_threshold - limits.score)

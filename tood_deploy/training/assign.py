@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tood_deploy.model.boxes import ANCHOR_SIDE, box_iou_floored
+from tood_deploy.model.boxes import box_iou_floored
 from tood_deploy.presets import STRIDES
 from tood_deploy.training.targets import AnchorGrid
 
@@ -87,7 +87,7 @@ def assign_atss(grid: AnchorGrid, valid_hw: tuple[int, int], gt_boxes: Tensor, t
         return _nothing(gt_boxes)
     candidates = _nearest_anchors(grid, grid.valid_sizes(valid_hw), gt_boxes, topk)  # (G, N)
     points = grid.points[candidates]
-    half = grid.strides[candidates].unsqueeze(2) * (ANCHOR_SIDE / 2)
+    half = grid.strides[candidates].unsqueeze(2) * (grid.anchor_side / 2)
     ious = box_iou_floored(torch.cat((points - half, points + half), dim=2), gt_boxes.unsqueeze(1)).squeeze(2)
     threshold = ious.mean(1, keepdim=True) + ious.std(1, keepdim=True)
     positive = (ious >= threshold) & _inside(points, gt_boxes.unsqueeze(1))
@@ -141,9 +141,10 @@ def _nearest_anchors(grid: AnchorGrid, valid_sizes: Sequence[tuple[int, int]], g
     centres = (gt_boxes[:, :2] + gt_boxes[:, 2:]) / 2
     chosen, offset = [], 0
     for (height, width), (rows, columns), stride in zip(grid.sizes_hw, valid_sizes, STRIDES, strict=True):
-        x = _window(centres[:, 0] / stride, columns, topk)
-        y = _window(centres[:, 1] / stride, rows, topk)
-        dx, dy = x * stride - centres[:, :1], y * stride - centres[:, 1:]
+        from_first = centres - grid.anchor_offset * stride  # from the level's first anchor point
+        x = _window(from_first[:, 0] / stride, columns, topk)
+        y = _window(from_first[:, 1] / stride, rows, topk)
+        dx, dy = x * stride - from_first[:, :1], y * stride - from_first[:, 1:]
         distances = (dx.unsqueeze(1).square() + dy.unsqueeze(2).square()).sqrt().flatten(1)
         cells = (y.unsqueeze(2) * width + x.unsqueeze(1)).flatten(1) + offset
         chosen.append(cells.gather(1, distances.topk(min(topk, distances.shape[1]), dim=1, largest=False).indices))

@@ -16,7 +16,8 @@ from torch import Tensor
 from tood_deploy.errors import CheckpointError, OutputError
 from tood_deploy.manifest import atomic_path
 from tood_deploy.model.checkpoint import own_metadata
-from tood_deploy.model.checkpoint_file import OWN_KEY
+from tood_deploy.model.checkpoint_file import OWN_KEY, load_content
+from tood_deploy.model.file_content import check_content
 from tood_deploy.presets import Preset
 
 LAST, BEST, FINAL = "last.pth", "best.pth", "model.safetensors"
@@ -53,10 +54,8 @@ def read_training_state(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: damaged, or not a training checkpoint of ours.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle can raise nearly anything
-        raise CheckpointError(f"{path}: cannot be read ({_reason(error)}); expected a checkpoint of tood-train") from error
+    check_content(path)
+    content = load_content(path)
     if not isinstance(content, dict) or OWN_KEY not in content or not isinstance(content.get("training"), dict):
         raise CheckpointError(f"{path}: holds no state of a training; expected a checkpoint of tood-train")
     return content

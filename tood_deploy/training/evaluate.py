@@ -18,6 +18,7 @@ from tood_deploy.detections import Detections
 from tood_deploy.model.fused import FusedDetector
 from tood_deploy.model.tood import Tood
 from tood_deploy.preprocess import ImageTransform, resize_and_pad
+from tood_deploy.presets import Sizing
 from tood_deploy.training.annotations import Annotations, Record
 from tood_deploy.training.data import read_picture
 from tood_deploy.training.distributed import gather_objects, is_main, rank, world_size
@@ -84,14 +85,14 @@ class CocoEvaluator:
         results: list[dict[str, Any]] = []
         drawn: list[NDArray[np.uint8]] = []
         share, unreadable = self.annotations.records[rank() :: world_size()], []
-        for group in self._batches(share, detector.model.preset.imgsz, unreadable):
+        for group in self._batches(share, detector.model.preset.sizing, unreadable):
             for (record, image, _, _), found in zip(group, self._detect(detector, group), strict=True):
                 results += found.to_coco(record.image_id, self.annotations.category_ids)
                 if len(drawn) < PICTURES:
                     drawn.append(np.asarray(cv2.cvtColor(found.filter(SHOWN_ABOVE).plot(image), cv2.COLOR_BGR2RGB), np.uint8))
         return results, drawn, unreadable
 
-    def _batches(self, records: Sequence[Record], imgsz: tuple[int, int], unreadable: list[str]) -> Iterator[list[Any]]:
+    def _batches(self, records: Sequence[Record], sizing: Sizing, unreadable: list[str]) -> Iterator[list[Any]]:
         """Neighbouring pictures of one padded size: (record, picture, network input, transform) each."""
         group: list[Any] = []
         for record in records:
@@ -99,7 +100,7 @@ class CocoEvaluator:
             if image is None:
                 unreadable.append(record.path.name)
                 continue
-            padded, transform = resize_and_pad(image, imgsz)
+            padded, transform = resize_and_pad(image, sizing)
             if group and (len(group) == self.batch or group[0][3].net_hw != transform.net_hw):
                 yield group
                 group = []

@@ -86,7 +86,7 @@ class ToodLoss:
             ToodError: the number of targets, or a label, does not fit the maps.
         """
         _check_targets(out, targets)
-        grid = AnchorGrid.of_maps(out.scores)
+        grid = AnchorGrid.of_maps(out.scores, self.preset.anchor_side, self.preset.anchor_offset)
         scores = torch.cat([level.flatten(2) for level in out.scores], dim=2)  # (B, K, A)
         boxes = torch.cat([level.flatten(2) for level in out.boxes_strides], dim=2).transpose(1, 2)  # (B, A, 4)
         targets = [target.to(scores.device) for target in targets]

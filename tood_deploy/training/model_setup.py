@@ -20,6 +20,9 @@ from tood_deploy.presets import Preset, PublishedWeights
 from tood_deploy.training.recipe import BACKBONES
 
 CLASS_LAYER = ("bbox_head.tood_cls.weight", "bbox_head.tood_cls.bias")
+# What changes the meaning of weights and leaves no trace in them: training keeps the preset's.
+SETTINGS = ("norm_groups", "norm_eps", "batch_norm_eps", "anchor_side", "anchor_offset", "delta_means", "delta_stds")
+SETTINGS += ("channel_order", "pad_value", "mean", "std")
 NOT_IN_BACKBONES = ("conv_offset.", "num_batches_tracked")
 
 
@@ -65,25 +68,27 @@ def load_backbone(model: Tood, source: str | None) -> str:
     return f"backbone: {len(wanted)} tensors of {path}"
 
 
-def load_pretrained(model: Tood, checkpoint: str) -> str:
+def load_pretrained(model: Tood, checkpoint: str, weights_key: str | None = None) -> str:
     """Fills the network from a TOOD checkpoint; the class layer stays random where the classes differ.
 
     Args:
         model: it is changed.
         checkpoint: a file of any known kind, or a preset's name.
+        weights_key: which weights, where the file holds several.
 
     Returns:
         One line: what was loaded, and whether the class layer was.
 
     Raises:
-        CheckpointError: another structure or kind of anchors.
+        CheckpointError: another structure, kind of anchors or setting of the network.
     """
-    source = load_checkpoint(checkpoint, preset=model.preset)
+    source = load_checkpoint(checkpoint, preset=model.preset, weights_key=weights_key)
     if source.preset.anchor != model.preset.anchor:
         raise CheckpointError(
             f"{checkpoint}: anchor-{source.preset.anchor}, the preset {model.preset.name} is anchor-{model.preset.anchor}; "
             "choose another preset"
         )
+    _check_settings(source.preset, model.preset, checkpoint)
     state = source.state_dict()
     if source.preset.class_names == model.preset.class_names:
         model.load_state_dict(state)
@@ -93,6 +98,17 @@ def load_pretrained(model: Tood, checkpoint: str) -> str:
         f"weights from {checkpoint}, but for the class layer, which starts anew: "
         f"{source.preset.num_classes} classes there, {model.preset.num_classes} here"
     )
+
+
+def _check_settings(source: Preset, preset: Preset, checkpoint: str) -> None:
+    """Raise CheckpointError where the checkpoint's network computes something else of the same weights than the one to be trained."""
+    for name in SETTINGS:
+        found, expected = getattr(source, name), getattr(preset, name)
+        if found != expected:
+            raise CheckpointError(
+                f"{checkpoint}: was trained with {name} = {found}, the preset {preset.name} has {expected}, with which its weights compute "
+                "something else; fine-tune a checkpoint of the preset's own settings"
+            )
 
 
 def freeze(model: Tood, stages: int, norm: bool) -> None:

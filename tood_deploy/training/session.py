@@ -52,13 +52,19 @@ class DataPaths:
 
 @dataclass(frozen=True)
 class FirstWeights:
-    """Where the first weights come from; at most one is given, none of them takes the published recipe's."""
+    """Where the first weights come from; at most one is given, none of them takes the published recipe's.
+
+    `weights_key` says which weights of the checkpoint, where that holds several.
+    """
 
     checkpoint: str | None = None
     backbone: str | None = None
     from_scratch: bool = False
+    weights_key: str | None = None
 
     def __post_init__(self) -> None:
+        if self.weights_key is not None and self.checkpoint is None:
+            raise ToodError("--weights-key says which weights of a checkpoint are meant; give --checkpoint too, or leave it out")
         if sum((self.checkpoint is not None, self.backbone is not None, self.from_scratch)) > 1:
             raise ToodError("--checkpoint, --backbone-weights and --from-scratch exclude one another; give one of them")
 
@@ -171,7 +177,7 @@ def _describe(preset: Preset, recipe: Recipe, annotations: Annotations, usable: 
 
 def _fill(model: Tood, first: FirstWeights, recipe: Recipe) -> str:
     if first.checkpoint is not None:
-        return load_pretrained(model, first.checkpoint)
+        return load_pretrained(model, first.checkpoint, first.weights_key)
     if first.from_scratch or (first.backbone is None and recipe.frozen_stages < 0):
         if recipe.frozen_stages >= 0 or recipe.freeze_norm:
             raise ToodError(

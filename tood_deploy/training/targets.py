@@ -45,22 +45,28 @@ class AnchorGrid:
         sizes_hw: rows and columns of every level.
         points: (A, 2) x, y in pixels of the network input.
         strides: (A,) float32.
+        anchor_side: of the square anchors, in strides.
+        anchor_offset: of the points from their cells' upper left corners, in strides.
     """
 
     sizes_hw: tuple[tuple[int, int], ...]
     points: Tensor
     strides: Tensor
+    anchor_side: float = 8.0
+    anchor_offset: float = 0.0
 
     @classmethod
-    def of_maps(cls, maps: Sequence[Tensor]) -> AnchorGrid:
-        """The grid behind maps (..., h, w) of stride 8 to 128."""
+    def of_maps(cls, maps: Sequence[Tensor], anchor_side: float = 8.0, anchor_offset: float = 0.0) -> AnchorGrid:
+        """Return the grid behind maps (..., h, w) of stride 8 to 128; side and offset of the anchors in strides."""
         sizes = tuple((int(x.shape[-2]), int(x.shape[-1])) for x in maps)
         points, strides = [], []
         for (height, width), stride in zip(sizes, STRIDES, strict=True):
-            y, x = (torch.arange(side, device=maps[0].device, dtype=torch.float32) * stride for side in (height, width))
+            y, x = (
+                torch.arange(side, device=maps[0].device, dtype=torch.float32) * stride + anchor_offset * stride for side in (height, width)
+            )
             points.append(torch.stack((x.expand(height, width), y[:, None].expand(height, width)), dim=2).reshape(-1, 2))
             strides.append(x.new_full((height * width,), float(stride)))
-        return cls(sizes, torch.cat(points), torch.cat(strides))
+        return cls(sizes, torch.cat(points), torch.cat(strides), anchor_side, anchor_offset)
 
     @property
     def level_lengths(self) -> list[int]:

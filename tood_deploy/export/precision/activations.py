@@ -22,7 +22,7 @@ from tood_deploy.errors import ArtefactError
 from tood_deploy.export.pictures import picture_paths, read_picture
 from tood_deploy.graph_io import INPUTS
 from tood_deploy.onnx_session import open_session
-from tood_deploy.preprocess import resize_and_pad
+from tood_deploy.preprocess import ImageSize, resize_and_pad
 
 TOGETHER = 4  # wanted values of one segment: below 0.3 GB for the largest networks at 800 x 1344
 SCORE_THRESHOLD, IOU_THRESHOLD = 0.05, 0.6
@@ -92,14 +92,14 @@ class ActivationReader:
 
 
 def iterate_activations(
-    model: Path | onnx.ModelProto, pictures: Path, imgsz: tuple[int, int], names: Sequence[str], *, most: int | None = None
+    model: Path | onnx.ModelProto, pictures: Path, sizing: ImageSize, names: Sequence[str], *, most: int | None = None
 ) -> Iterator[Values]:
     """Inner values over the pictures of a folder, in order of their file names, some at a time and in flat memory.
 
     Args:
         model: an exported graph, or its file.
         pictures: the folder.
-        imgsz: (short side, long side) in pixels that pictures are scaled to fit.
+        sizing: how pictures are brought to the size of the network's input.
         names: the wanted values. Each is given once a picture.
         most: at most so many pictures; all where not given.
 
@@ -109,7 +109,7 @@ def iterate_activations(
     """
     reader = ActivationReader(model, names)
     for path in picture_paths(pictures, most):
-        image, transform = resize_and_pad(read_picture(path), imgsz)
+        image, transform = resize_and_pad(read_picture(path), sizing)
         yield from reader.read(image, transform.resized_hw)
 
 

@@ -21,7 +21,8 @@ from tood_deploy.export.precision.activations import ActivationReader
 from tood_deploy.export.precision.histogram import BINS, SAMPLES, Histogram, Method
 from tood_deploy.home import home_folder
 from tood_deploy.manifest import atomic_path, file_sha256
-from tood_deploy.preprocess import resize_and_pad
+from tood_deploy.preprocess import ImageSize, resize_and_pad
+from tood_deploy.presets import Sizing
 
 FEWEST_PICTURES = 64
 MOST_PICTURES = 128
@@ -52,7 +53,7 @@ def calibrate(
     model: onnx.ModelProto,
     values: Collection[str],
     pictures: Path,
-    imgsz: tuple[int, int],
+    sizing: ImageSize,
     *,
     most: int = MOST_PICTURES,
     cache: Path | None = None,
@@ -65,7 +66,7 @@ def calibrate(
         model: an exported float32 graph.
         values: names of the inner values.
         pictures: a folder.
-        imgsz: (short side, long side) in pixels that pictures are scaled to fit.
+        sizing: how pictures are brought to the size of the network's input.
         most: at most so many pictures, evenly spread over the folder in order of its names.
         cache: the folder that keeps what was gathered; the package's own where not given.
         progress: called with how many pictures are done and how many there are.
@@ -78,19 +79,24 @@ def calibrate(
     paths = choose_pictures(pictures, most)
     warn_of_few(pictures, len(paths), say)
     names = sorted(values)
-    key = _key(model, names, paths, imgsz)
+    key = _key(model, names, paths, sizing)
     state = (home_folder("calibration") if cache is None else cache) / f"{key[:32]}.npz"
     histograms, done = _load(state, names, say)
     progress(done, len(paths))
-    together = max(1, HELD_BYTES // (BYTES_A_PIXEL * imgsz[0] * imgsz[1]))
+    together = max(1, HELD_BYTES // (BYTES_A_PIXEL * _pixels(sizing)))
     reader = ActivationReader(model, names, together=together) if done < len(paths) else None
     for number, path in enumerate(paths[done:], start=done + 1):
         assert reader is not None
-        _add_picture(histograms, reader, path, imgsz)
+        _add_picture(histograms, reader, path, sizing)
         if number % SAVE_EVERY == 0 or number == len(paths):
             _save(state, histograms, number)
         progress(number, len(paths))
     return Calibration(histograms, len(paths), key)
+
+
+def _pixels(sizing: ImageSize) -> int:
+    height, width = sizing.imgsz if isinstance(sizing, Sizing) else sizing
+    return height * width
 
 
 def choose_pictures(folder: Path, most: int) -> list[Path]:
@@ -113,8 +119,8 @@ def warn_of_few(folder: Path, pictures: int, say: Callable[[str], None]) -> None
         say(f"warning: {folder}: {pictures} pictures to calibrate on; with fewer than {FEWEST_PICTURES} ranges may be too narrow")
 
 
-def _add_picture(histograms: Mapping[str, Histogram], reader: ActivationReader, path: Path, imgsz: tuple[int, int]) -> None:
-    image, transform = resize_and_pad(read_picture(path), imgsz)
+def _add_picture(histograms: Mapping[str, Histogram], reader: ActivationReader, path: Path, sizing: ImageSize) -> None:
+    image, transform = resize_and_pad(read_picture(path), sizing)
     for some in reader.read(image, transform.resized_hw):
         for name, array in some.items():
             if not np.isfinite(array).all():
@@ -122,10 +128,10 @@ def _add_picture(histograms: Mapping[str, Histogram], reader: ActivationReader, 
             histograms[name].add(array)
 
 
-def _key(model: onnx.ModelProto, names: Sequence[str], paths: Sequence[Path], imgsz: tuple[int, int]) -> str:
+def _key(model: onnx.ModelProto, names: Sequence[str], paths: Sequence[Path], sizing: ImageSize) -> str:
     """Not the method: histograms serve all."""
     key = hashlib.sha256(model.graph.SerializeToString(deterministic=True))
-    key.update(repr((names, imgsz, BINS, SAMPLES, [file_sha256(path) for path in paths])).encode())
+    key.update(repr((names, sizing, BINS, SAMPLES, [file_sha256(path) for path in paths])).encode())
     return key.hexdigest()
 
 

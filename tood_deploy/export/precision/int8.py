@@ -23,7 +23,7 @@ from tood_deploy.export.precision.quantize import SCHEMES, Ranges, Scheme, calib
 from tood_deploy.export.precision.sensitivity import KeptLayers, Prepared, choose_kept, measure_sensitivity
 from tood_deploy.export.to_onnx import save_onnx
 from tood_deploy.manifest import atomic_path
-from tood_deploy.preprocess import resize_and_pad
+from tood_deploy.preprocess import ImageSize, resize_and_pad
 
 RANKING_PICTURES = 3
 QUALITY_PICTURES = 16
@@ -92,14 +92,14 @@ def int8_from_onnx(
     artefact = read_onnx(onnx_path)
     if artefact.manifest.precision != "fp32":
         raise ToodError(f"{onnx_path} is in {artefact.manifest.precision} already; start from the float32 artefact")
-    model, imgsz = artefact.model, artefact.manifest.preset.imgsz
+    model, sizing = artefact.model, artefact.manifest.preset.sizing
     choose_layers(ir.from_proto(model).graph, options.keep)  # a wrong pattern is told before the pictures are run
     names, most = calibrated_values(model), options.most_pictures
-    calibration = calibrate(model, names, calib_data, imgsz, most=most, cache=cache, progress=progress, say=say)
+    calibration = calibrate(model, names, calib_data, sizing, most=most, cache=cache, progress=progress, say=say)
     told = asdict(options) | {"pictures": calibration.pictures, "calibration": calibration.key}
     ranges = calibration.ranges(options.method)
     if options.max_drop is not None:
-        pictures = prepare_pictures(calib_data, imgsz)
+        pictures = prepare_pictures(calib_data, sizing)
         found = _find_kept(model, ranges, pictures, options, quality or DetectionMismatch(model, pictures), progress, say)
         told |= found.to_dict() | {"keep": (*options.keep, *found.keep)}
     manifest = replace(
@@ -116,13 +116,13 @@ def int8_from_onnx(
     return manifest.options
 
 
-def prepare_pictures(folder: Path, imgsz: tuple[int, int]) -> list[Prepared]:
+def prepare_pictures(folder: Path, sizing: ImageSize) -> list[Prepared]:
     """Some pictures of a folder to measure quality on, scaled and padded as for the network.
 
     Raises:
         InputError: fewer than two pictures, or one that cannot be read.
     """
-    prepared = (resize_and_pad(read_picture(path), imgsz) for path in choose_pictures(folder, QUALITY_PICTURES))
+    prepared = (resize_and_pad(read_picture(path), sizing) for path in choose_pictures(folder, QUALITY_PICTURES))
     return [(image, transform.resized_hw) for image, transform in prepared]
 
 

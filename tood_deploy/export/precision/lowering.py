@@ -183,7 +183,7 @@ def _describe(path: Path, float_onnx: Path, reference: Reference, pictures: Sequ
     run = OnnxRunner(emulate_low_precision(lowered.model), maps=False)
     if half := half_precision_of(lowered.manifest):
         run.name += f", {half} emulated"
-    images = [*images_to_verify(calib_data, reference.imgsz, pictures)]
+    images = [*images_to_verify(calib_data, reference.sizing.imgsz, pictures)]
     parity = verify_detections(reference, run, images, DETECTION_LIMITS[precision])
     self_test = self_test_from(run) if precision == "int8" else source.self_test
     manifest = replace(lowered.manifest, parity=parity, self_test=self_test).with_artefact(path)

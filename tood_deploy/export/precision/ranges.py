@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from tood_deploy.export.pictures import read_picture
 from tood_deploy.export.precision.activations import ActivationReader
 from tood_deploy.export.precision.calibration import choose_pictures
-from tood_deploy.preprocess import resize_and_pad
+from tood_deploy.preprocess import ImageSize, resize_and_pad
 
 FP16_MOST = float(np.finfo(np.float16).max)
 FP16_LEAST_NORMAL = float(np.finfo(np.float16).smallest_normal)
@@ -72,7 +72,7 @@ def measure_ranges(
     model: Path | onnx.ModelProto,
     names: Sequence[str],
     pictures: Path,
-    imgsz: tuple[int, int],
+    sizing: ImageSize,
     *,
     most: int = MOST_PICTURES,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -83,7 +83,7 @@ def measure_ranges(
         model: an exported float32 graph, or its file.
         names: of the values.
         pictures: the folder.
-        imgsz: (short side, long side) in pixels that pictures are scaled to fit.
+        sizing: how pictures are brought to the size of the network's input.
         most: at most so many pictures, evenly spread over the folder in order of its names.
         progress: called after every picture with how many are done and how many there are.
 
@@ -95,7 +95,7 @@ def measure_ranges(
     reader = ActivationReader(model, names)
     ranges = dict.fromkeys(names, ValueRange())
     for done, path in enumerate(paths, start=1):
-        image, transform = resize_and_pad(read_picture(path), imgsz)
+        image, transform = resize_and_pad(read_picture(path), sizing)
         for values in reader.read(image, transform.resized_hw):
             for name, array in values.items():
                 ranges[name] |= array_range(array)

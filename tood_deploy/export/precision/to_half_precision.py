@@ -78,7 +78,7 @@ def _find_risks(
 ) -> tuple[dict[str, str], dict[str, Any]]:
     """Patterns of the values that fp16 cannot hold, with the reasons; and what the manifest says of the ranges."""
     names = half_values(artefact.model, keep=keep)
-    ranges = measure_ranges(artefact.model, names, pictures, artefact.manifest.preset.imgsz, most=most, progress=progress)
+    ranges = measure_ranges(artefact.model, names, pictures, artefact.manifest.preset.sizing, most=most, progress=progress)
     risks = values_at_risk(ranges)
     largest = sorted(ranges, key=lambda name: -ranges[name].largest)[:LARGEST_REPORTED]
     told = {name: asdict(ranges[name]) | {"risk": risks.get(name, "")} for name in (*largest, *risks)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,7 @@ def _parameters(manifest: Manifest) -> dict[str, str]:
         "precision": manifest.precision,
         "class_names": json.dumps(preset.class_names, ensure_ascii=False),
         "imgsz": f"{preset.imgsz[0]} {preset.imgsz[1]}",
+        "sizing": json.dumps(asdict(preset.sizing)),
         "size_divisor": str(SIZE_DIVISOR),
         "model_sha256": manifest.artefact_sha256,
         "checkpoint_sha256": manifest.checkpoint_sha256,
