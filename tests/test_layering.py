@@ -18,6 +18,7 @@ LAYERS = (
         "manifest",
         "rows",
         "golden",
+        "half_precision",
         "home",
         "openvino_model",
         "onnx_session",

@@ -22,6 +22,7 @@ METADATA_KEY = "tood_deploy"
 ARTEFACT_SUFFIXES = (".onnx", ".xml", ".engine", ".plan")
 INPUTS = ("images", "valid_hw", "score_threshold", "iou_threshold")  # of every artefact (DESIGN section 4)
 OUTPUTS = ("num_dets", "boxes", "scores", "labels")
+MAX_CANDIDATES = 3840  # of all levels together, and so detections at most: what TensorRT's TopK takes
 
 
 @dataclass(frozen=True)

@@ -148,7 +148,7 @@ def test_what_builds_is_looked_for_before_the_long_work(
 ) -> None:
     pytest.importorskip("tensorrt_rtx")
     monkeypatch.setattr(tensorrt_flavour, "_is_installed", installed.__contains__)
-    monkeypatch.setattr(carry_out, "_float_onnx", None)
+    monkeypatch.setattr(carry_out, "carry_out", None)
     assert main([str(source), "--to", *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error

@@ -16,32 +16,34 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from tood_deploy.errors import OutputError, ToodError
+from tood_deploy.errors import OutputError
 from tood_deploy.export.artefact import export_onnx
 from tood_deploy.export.delivery import Ready, deliver, serve
 from tood_deploy.export.made import Made, describe
 from tood_deploy.export.onnx_artefact import read_onnx
-from tood_deploy.export.order import SUFFIXES, Order
+from tood_deploy.export.order import Order
 from tood_deploy.export.pictures import read_pictures
-from tood_deploy.export.precision.calibration import choose_pictures
+from tood_deploy.export.precision.emulation import emulate_low_precision
 from tood_deploy.export.precision.lowering import PrecisionOptions, lower_onnx
+from tood_deploy.export.preflight import MOST_VERIFY_PICTURES, check_deform
 from tood_deploy.export.runners import Reference, onnx_reference, torch_reference
-from tood_deploy.export.triton.to_triton import SERVED_FLAVOUR
-from tood_deploy.manifest import manifest_path, neighbour
+from tood_deploy.export.triton.fit import plan_serving
+from tood_deploy.half_precision import half_precision_of
+from tood_deploy.manifest import Manifest
 from tood_deploy.model.checkpoint import load_checkpoint
 from tood_deploy.preprocess import check_imgsz
+from tood_deploy.presets import Preset
 from tood_deploy.tensorrt_flavour import load_flavour
 
 Say = Callable[[str], None]
 
-MOST_VERIFY_PICTURES = 16
 
-
-def carry_out(order: Order, say: Say, tell: Callable[[Any], None]) -> Made:
+def carry_out(order: Order, lowering: PrecisionOptions, say: Say, tell: Callable[[Any], None]) -> Made:
     """Makes what is asked for, and proves it.
 
     Args:
-        order: what.
+        order: what; `check_order` has passed it.
+        lowering: how the order's precision is made.
         say: told what goes on, a line each.
         tell: given tables to print.
 
@@ -49,54 +51,19 @@ def carry_out(order: Order, say: Say, tell: Callable[[Any], None]) -> Made:
         ToodError: something of the order cannot be.
         CheckFailed: the artefact deviates from its reference; nothing is left behind.
     """
-    if Path(order.source).suffix.lower() in SUFFIXES["engine"]:
-        return _serve_engine(order)
-    _check_output(order)
-    _check_means(order)
+    if order.from_engine:
+        say(f"{order.source}: copying the engine into {order.output}")
+        return serve(order, Path(order.source))
     pictures = read_pictures(order.verify_images, MOST_VERIFY_PICTURES) if order.verify_images else []
     with _working_folder(order.output) as folder:
         float_onnx, reference = _float_onnx(order, folder, pictures, say)
         profiles = order.sizes.profiles(reference.imgsz, tell)  # before the long work, as it may be wrong
         path = float_onnx
-        options = _in_the_graph(order)
+        options = _in_the_graph(order, lowering)
         if options.wanted:
             say(f"{order.source}: writing {options.wanted} into the graph, and comparing it with {reference.run.name}")
             path = lower_onnx(float_onnx, folder, options, reference, pictures=pictures, tell=tell, quiet=order.quiet)
-        return deliver(order, Ready(path, reference, profiles, pictures))
-
-
-def _serve_engine(order: Order) -> Made:
-    if order.to != "triton":
-        raise ToodError(
-            f"{order.source} is an engine, which can be served and not exported; give --to triton, or the .onnx it was built from"
-        )
-    return serve(order, Path(order.source))
-
-
-def _check_output(order: Order) -> None:
-    if order.to == "triton":
-        return  # a folder, which may hold more
-    suffixes = SUFFIXES[order.to]
-    if order.output.suffix.lower() not in suffixes:
-        raise ToodError(f"output is {order.output}; expected a name ending in {' or '.join(suffixes)}")
-    if other := neighbour(order.output):
-        raise ToodError(
-            f"{order.output}: its manifest {manifest_path(order.output).name} would replace that of {other.name}; "
-            f"give another --output, such as {order.output.with_stem(f'{order.output.stem}-{order.to}')}"
-        )
-
-
-def _check_means(order: Order) -> None:
-    """Looks, before the long work, for what only its end needs: the library that builds, its GPU, and pictures to calibrate on."""
-    if order.to == "engine" or order.triton.backend == "tensorrt":
-        library = load_flavour(order.flavour if order.to == "engine" else SERVED_FLAVOUR)
-        order.engine.check(library)
-        if library.name == "tensorrt":  # builds on the GPU that it builds for
-            from tood_deploy.cuda_device import check_driver
-
-            check_driver()
-    if order.precision.calib_data is not None:
-        choose_pictures(order.precision.calib_data, order.precision.int8.most_pictures)
+        return deliver(order, Ready(path, reference, profiles, pictures), say)
 
 
 @contextmanager
@@ -123,26 +90,38 @@ def _working_folder(output: Path) -> Iterator[Path]:
 
 def _float_onnx(order: Order, folder: Path, pictures: Sequence[NDArray[np.uint8]], say: Say) -> tuple[Path, Reference]:
     """The float32 .onnx with its manifest, and what everything made from it is compared with."""
-    if Path(order.source).suffix.lower() == ".onnx":
-        return _given_onnx(Path(order.source), order)
+    if order.from_onnx:
+        return Path(order.source), _given_reference(Path(order.source))
     options = order.checkpoint
     imgsz = check_imgsz(options.imgsz) if options.imgsz else None
+    say(f"{order.source}: loading the checkpoint")
     model = load_checkpoint(order.source, **options.load)
     model.preset = replace(model.preset, imgsz=imgsz or model.preset.imgsz)
-    say(f"{order.source}: {describe(model.preset)}; exporting and verifying, which takes a minute or so")
+    say(f"{order.source}: {describe(model.preset)}")
+    _check_loaded(order, model.preset)
     path = folder / "float32.onnx"
-    export_onnx(model, path, deform=options.deform or _deform_form(order), max_det=options.max_det, verify_pictures=pictures)
+    deform = options.deform or _deform_form(order)
+    export_onnx(model, path, deform=deform, max_det=options.max_det, verify_pictures=pictures, say=say)
     return path, torch_reference(model, options.max_det)
 
 
-def _given_onnx(path: Path, order: Order) -> tuple[Path, Reference]:
+def _check_loaded(order: Order, preset: Preset) -> None:
+    """Refuses, before the long work, what only the checkpoint could tell that it cannot be."""
+    is_deformable = bool(preset.deform_stages or preset.deform_tower)
+    check_deform(order.source, order.checkpoint.deform or "none" if is_deformable else "none", order)
+    if order.check_classes is not None:
+        order.check_classes(preset.class_names)
+    if order.to == "triton":
+        manifest = Manifest(preset, max_det=order.checkpoint.max_det)
+        plan_serving(Path(order.source), manifest, order.output, order.served_as, order.sizes.without_proposal(preset.imgsz))
+
+
+def _given_reference(path: Path) -> Reference:
+    """The given .onnx as what its further forms are compared with; bf16 is emulated, as ONNX Runtime has none on CPUs."""
     artefact = read_onnx(path)
-    precision = artefact.manifest.precision
-    if precision != "fp32" and order.precision.wanted:
-        raise ToodError(f"{path} is in {precision} already; leave --precision out, or start from the float32 .onnx")
-    if order.to == "onnx" and not order.precision.wanted:
-        raise ToodError(f"{path} is an .onnx already; give --precision or --to openvino, engine or triton")
-    return path, onnx_reference(artefact)
+    if half_precision_of(artefact.manifest) == "bf16":
+        artefact = replace(artefact, model=emulate_low_precision(artefact.model))
+    return onnx_reference(artefact)
 
 
 def _deform_form(order: Order) -> Literal["op", "gather"]:
@@ -152,10 +131,8 @@ def _deform_form(order: Order) -> Literal["op", "gather"]:
     return "gather" if order.to == "engine" and load_flavour(order.flavour).name == "tensorrt_rtx" else "op"
 
 
-def _in_the_graph(order: Order) -> PrecisionOptions:
+def _in_the_graph(order: Order, lowering: PrecisionOptions) -> PrecisionOptions:
     """The precision that is written into the graph; bf16 in OpenVINO is a property of the run."""
     if order.to != "openvino":
-        return order.precision
-    if "fp16" in (order.precision.precision, order.precision.rest):
-        raise ToodError("OpenVINO on CPUs computes in fp32, bf16 and int8; give --precision bf16, or another --to")
-    return PrecisionOptions() if order.precision.precision == "bf16" else replace(order.precision, rest="fp32")
+        return lowering
+    return PrecisionOptions() if lowering.precision == "bf16" else replace(lowering, rest="fp32")

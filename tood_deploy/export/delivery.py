@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from tood_deploy.export.tensorrt.profiles import Profiles, default_shapes
 from tood_deploy.export.tensorrt.to_tensorrt import engine_from_onnx
 from tood_deploy.export.to_openvino import openvino_from_onnx
 from tood_deploy.export.triton.to_triton import triton_repository
+from tood_deploy.half_precision import RUNTIMES, half_precision_of
 from tood_deploy.manifest import atomic_paths, manifest_path, read_manifest
 
 
@@ -40,22 +41,30 @@ class Ready:
     pictures: Sequence[NDArray[np.uint8]]
 
 
-def deliver(order: Order, ready: Ready) -> Made:
+def deliver(order: Order, ready: Ready, say: Callable[[str], None]) -> Made:
     """Makes the order's target.
+
+    Args:
+        order: whose.
+        ready: what it is made from.
+        say: told what goes on, a line each.
 
     Raises:
         ToodError: something of the order cannot be.
         CheckFailed: the artefact deviates from its reference; nothing is left behind.
     """
+    say(f"{order.output}: {_STEPS[order.to]}")
     return _DELIVER[order.to](order, ready)
 
 
 def _deliver_onnx(order: Order, ready: Ready) -> Made:
-    with atomic_paths(order.output, manifest_path(order.output)) as temporary:
-        for source, target in zip((ready.path, manifest_path(ready.path)), temporary, strict=True):
-            shutil.move(source, target)
-    manifest = read_manifest(order.output)
+    manifest = read_manifest(ready.path)
     assert manifest is not None
+    if half := half_precision_of(manifest):
+        manifest = replace(manifest, options=manifest.options | {"runtimes": list(RUNTIMES[half])})
+    with atomic_paths(order.output, manifest_path(order.output)) as (onnx_file, manifest_file):
+        shutil.move(ready.path, onnx_file)
+        manifest_file.write_text(manifest.to_json(), encoding="utf-8")
     return Made(order.output, manifest)
 
 
@@ -94,9 +103,14 @@ def _deliver_triton(order: Order, ready: Ready) -> Made:
 
 def serve(order: Order, model: Path, profiles: Profiles | None = None) -> Made:
     """Adds an .onnx artefact or an engine to the order's Triton repository."""
-    options = replace(order.triton, name=order.triton.name or Path(order.source).stem)
-    served = triton_repository(model, order.output, options, profiles=profiles, engine_options=order.engine, quiet=order.quiet)
+    served = triton_repository(model, order.output, order.served_as, profiles=profiles, engine_options=order.engine, quiet=order.quiet)
     return Made(served.path, served.manifest)
 
 
+_STEPS = {
+    "onnx": "writing it",
+    "openvino": "converting to OpenVINO, and comparing what it computes",
+    "engine": "building the engine, which can take minutes",
+    "triton": "adding the model to the repository, and comparing the form that is served",
+}
 _DELIVER = {"onnx": _deliver_onnx, "openvino": _deliver_openvino, "engine": _deliver_engine, "triton": _deliver_triton}

@@ -1,4 +1,4 @@
-"""Pictures to verify an export on: built-in synthetic ones, and the user's own. NumPy and OpenCV alone."""
+"""Pictures to verify an export on and to calibrate on: built-in synthetic ones, and the user's own. NumPy and OpenCV alone."""
 
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from tood_deploy.errors import InputError
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 BLOCK = 16
 RECTANGLES = 12
+FEWEST_PICTURES, MOST_PICTURES = 64, 128  # to calibrate on; of fewer a warning is given, of more some are taken
 
 
 def synthetic_picture(height: int, width: int, seed: int) -> NDArray[np.uint8]:
@@ -37,6 +38,20 @@ def picture_paths(folder: Path, most: int | None = None) -> list[Path]:
     if not paths:
         raise InputError(f"{folder}: no pictures in it; expected files ending in {', '.join(SUFFIXES)}")
     return paths
+
+
+def choose_pictures(folder: Path, most: int) -> list[Path]:
+    """At most so many pictures of a folder, evenly spread over it.
+
+    Raises:
+        InputError: fewer than two.
+    """
+    paths = picture_paths(folder)
+    if min(len(paths), most) < 2:
+        raise InputError(
+            f"{folder}: {min(len(paths), most)} picture to calibrate on; expected {FEWEST_PICTURES} or more, like those to come"
+        )
+    return [paths[i] for i in np.linspace(0, len(paths) - 1, min(most, len(paths))).round().astype(int)]
 
 
 def read_pictures(folder: Path, most: int) -> list[NDArray[np.uint8]]:

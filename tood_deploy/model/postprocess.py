@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tood_deploy.manifest import MAX_CANDIDATES
 from tood_deploy.model.head import HeadOutput
 from tood_deploy.model.nms import nms
 from tood_deploy.presets import STRIDES, Convention
 
 CANDIDATES_PER_LEVEL = 1000
 MAX_DET = 100
-MAX_CANDIDATES = 3840  # of all levels together: the most that TensorRT's TopK takes
 
 
 class Candidates(NamedTuple):
