@@ -53,8 +53,8 @@ def why_not_on_cpus(name: str, manifest: Manifest) -> str:
         manifest: of the file.
     """
     half = half_precision_of(manifest)
-    if half == "bf16":
-        return f"{name}: is in bf16; {ON_CPUS[half]}: run it {', or '.join(COMMANDS[runtime].format(name) for runtime in RUNTIMES[half])}"
     if mixes_int8_and_half(manifest):
         return f"{name}: is in int8 beside {half}, which ONNX Runtime computes wrongly: run it {COMMANDS['tensorrt'].format(name)}"
+    if half == "bf16":
+        return f"{name}: is in bf16; {ON_CPUS[half]}: run it {', or '.join(COMMANDS[runtime].format(name) for runtime in RUNTIMES[half])}"
     return ""

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tood_deploy.errors import OutputError
+from tood_deploy.errors import OutputError, ToodError
 from tood_deploy.export.artefact import export_onnx
 from tood_deploy.export.delivery import Ready, deliver, serve
 from tood_deploy.export.made import Made, describe
@@ -56,7 +57,7 @@ def carry_out(order: Order, lowering: PrecisionOptions, say: Say, tell: Callable
         return serve(order, Path(order.source))
     pictures = read_pictures(order.verify_images, MOST_VERIFY_PICTURES) if order.verify_images else []
     with _working_folder(order.output) as folder:
-        float_onnx, reference = _float_onnx(order, folder, pictures, say)
+        float_onnx, reference = _float_onnx(order, lowering, folder, pictures, say)
         profiles = order.sizes.profiles(reference.imgsz, tell)  # before the long work, as it may be wrong
         path = float_onnx
         options = _in_the_graph(order, lowering)
@@ -88,7 +89,9 @@ def _working_folder(output: Path) -> Iterator[Path]:
                 output.parent.rmdir()
 
 
-def _float_onnx(order: Order, folder: Path, pictures: Sequence[NDArray[np.uint8]], say: Say) -> tuple[Path, Reference]:
+def _float_onnx(
+    order: Order, lowering: PrecisionOptions, folder: Path, pictures: Sequence[NDArray[np.uint8]], say: Say
+) -> tuple[Path, Reference]:
     """The float32 .onnx with its manifest, and what everything made from it is compared with."""
     if order.from_onnx:
         return Path(order.source), _given_reference(Path(order.source))
@@ -99,6 +102,8 @@ def _float_onnx(order: Order, folder: Path, pictures: Sequence[NDArray[np.uint8]
     model.preset = replace(model.preset, imgsz=imgsz or model.preset.imgsz)
     say(f"{order.source}: {describe(model.preset)}")
     _check_loaded(order, model.preset)
+    if lowering.precision == "int8":
+        _check_layers(lowering.keep, [key.removesuffix(".weight") for key in model.state_dict() if key.endswith(".weight")])
     path = folder / "float32.onnx"
     deform = options.deform or _deform_form(order)
     export_onnx(model, path, deform=deform, max_det=options.max_det, verify_pictures=pictures, say=say)
@@ -114,6 +119,12 @@ def _check_loaded(order: Order, preset: Preset) -> None:
     if order.to == "triton":
         manifest = Manifest(preset, max_det=order.checkpoint.max_det)
         plan_serving(Path(order.source), manifest, order.output, order.served_as, order.sizes.without_proposal(preset.imgsz))
+
+
+def _check_layers(patterns: Collection[str], names: Collection[str]) -> None:
+    """Refuses patterns that fit no layer at all; those that fit none of the 8-bit ones only the graph can tell."""
+    if strangers := [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)]:
+        raise ToodError(f"--keep {','.join(strangers)} fits no layer; expected patterns of names such as {', '.join(list(names)[:3])}")
 
 
 def _given_reference(path: Path) -> Reference:
