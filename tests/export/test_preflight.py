@@ -260,6 +260,7 @@ class TestPlace:
         [("plot.txt", "expected a name ending in .png"), ("images", "expected a name ending"), ("tood.pth/a.svg", "is a file")],
     )
     def test_a_plot(self, plot: str, message: str, refused: Callable[..., str]) -> None:
+        pytest.importorskip("matplotlib")
         auto = ("--to", "engine", "--shapes", "auto", "--images", "images")
         assert message in refused("tood.pth", *auto, "--shapes-plot", plot)
 
@@ -278,6 +279,7 @@ class TestImages:
         assert "nowhere: no such folder" in refused("tood.pth", "--verify-images", "nowhere")
 
     def test_sizes_for_auto(self, refused: Callable[..., str]) -> None:
+        pytest.importorskip("tensorrt_rtx")
         Path("images/bad.jpg").write_bytes(b"\xff\xd8\xff")
         assert "--images: 1 of 4 images cannot be read" in refused("tood.pth", "--to", "engine", "--shapes", "auto", "--images", "images")
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tood_deploy.export.progress import ProgressLines, progress_bar
+from tood_deploy.export.progress import Heartbeat, ProgressLines, progress_bar
 
 
 class Terminal(io.StringIO):
@@ -63,3 +63,13 @@ def test_several_steps_under_one_description() -> None:
 
 def test_nothing_to_do() -> None:
     assert lines_of([(0, 0, 0)]) == ["0 of 0"]
+
+
+def test_a_heartbeat_every_half_a_minute() -> None:
+    said: list[str] = []
+    now = [100.0]
+    beat = Heartbeat(said.append, lambda: now[0])
+    for step in range(8):
+        now[0] = 100 + 10 * step
+        beat(f"step {step}")
+    assert said == ["step 3, for 30 s", "step 6, for 60 s"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +16,7 @@ from tood_deploy.benchmark.prediction_file import Key, PredictionFile
 from tood_deploy.errors import ArtefactError, InputError
 from tood_deploy.export.onnx_artefact import OnnxArtefact
 from tood_deploy.export.precision.emulation import emulate_low_precision
+from tood_deploy.export.progress import progress_bar
 from tood_deploy.inference.detector import Detector
 
 SCORE_THRESHOLD, IOU_THRESHOLD = 0.05, 0.6
@@ -31,14 +31,13 @@ class ApDrop:
         Args:
             data: annotations with their pictures.
             reference: the float32 artefact.
-            quiet: no progress bar.
+            quiet: say nothing of how far a measurement is.
 
         Raises:
             ToodError: the classes are not the categories of the annotations.
         """
         self.category_ids = map_categories(reference.manifest.preset.class_names, data.truth)
-        self.data, self.reference = data, reference
-        self.quiet = quiet or not sys.stderr.isatty()  # a log has no bars, and lines of the search alone
+        self.data, self.reference, self.quiet = data, reference, quiet
 
     @cached_property
     def reference_ap(self) -> float:
@@ -73,7 +72,8 @@ class ApDrop:
 
     def _predict(self, detector: Detector, kept: PredictionFile) -> None:
         try:
-            predict(detector, self.data.truth, self.data.files, kept, 1, self.quiet)
+            with progress_bar("measuring AP", self.quiet) as progress:
+                predict(detector, self.data.truth, self.data.files, kept, 1, quiet=True, progress=progress)
         except ArtefactError as error:  # which this raises for nothing else
             raise _NotNumbersError(str(error)) from error
 

@@ -24,12 +24,37 @@ def progress_bar(description: str, quiet: bool = False) -> Iterator[Callable[[in
     if quiet:
         yield lambda done, total: None
     elif not sys.stderr.isatty():
-        yield ProgressLines(description, lambda line: print(line, file=sys.stderr, flush=True))
+        yield ProgressLines(description, print_line)
     else:
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task(description, total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+class Heartbeat:
+    """A line now and then from work that cannot tell how much of it there is."""
+
+    def __init__(self, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
+        """Begin to count the time.
+
+        Args:
+            say: given a line.
+            clock: in seconds.
+        """
+        self._say, self._clock = say, clock
+        self._started = self._said_at = clock()
+
+    def __call__(self, line: str) -> None:
+        """Say the line, with the time since the start, if half a minute has passed since the last one."""
+        if (now := self._clock()) - self._said_at >= PAUSE_S:
+            self._say(f"{line}, for {now - self._started:.0f} s")
+            self._said_at = now
+
+
+def print_line(line: str) -> None:
+    """Print a line on stderr, to be seen at once in a pipe too."""
+    print(line, file=sys.stderr, flush=True)
 
 
 class ProgressLines:
