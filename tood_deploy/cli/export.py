@@ -22,7 +22,8 @@ what comes out:
   --to triton              a model in a repository of NVIDIA Triton Inference Server (docs/serving.md)
 
 precision:
-  bf16 and fp16 keep normalisation, decoding, scores and suppression in float32. In OpenVINO bf16 is a property of the run. int8 needs
+  bf16 and fp16 keep normalisation, decoding, scores and suppression in float32. In OpenVINO bf16 is a property of the run. ONNX Runtime
+  on CPUs does not open an .onnx in bf16 and only emulates fp16: they are for engines, OpenVINO (bf16) and GPUs (fp16). int8 needs
   pictures like those to come (--calib-data); --max-ap-drop with --annotations and --images, or --max-drop without annotations, keeps
   layers that cost too much in float32. --autotune-precision measures instead which mixture of precisions is fastest within that.
 
