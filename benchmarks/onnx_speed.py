@@ -24,9 +24,9 @@ from rich.table import Table
 from tood_deploy import Detector, __version__
 from tood_deploy.benchmark.graph_parts import cut_graph
 from tood_deploy.benchmark.machine import describe_machine
-from tood_deploy.export.graph import HEAD_OUTPUTS, INPUTS, OUTPUTS
-from tood_deploy.export.pictures import synthetic_picture
 from tood_deploy.export.to_onnx import with_outputs
+from tood_deploy.graph_io import HEAD_OUTPUTS, INPUTS, OUTPUTS
+from tood_deploy.parity.sample_images import synthetic_picture
 
 FULL_HD = (1080, 1920)
 

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 
 from tood_deploy import Detector
 from tood_deploy.errors import ToodError
-from tood_deploy.export.pictures import synthetic_picture
 from tood_deploy.export.tensorrt.profiles import Profiles
 from tood_deploy.export.triton.options import TritonOptions
 from tood_deploy.export.triton.schema import read_config
 from tood_deploy.export.triton.to_triton import triton_repository
+from tood_deploy.parity.sample_images import synthetic_picture
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 KINDS = {"UINT8": np.uint8, "INT32": np.int32, "FP32": np.float32}

@@ -22,7 +22,6 @@ METADATA_KEY = "tood_deploy"
 ARTEFACT_SUFFIXES = (".onnx", ".xml", ".engine", ".plan")
 INPUTS = ("images", "valid_hw", "score_threshold", "iou_threshold")  # of every artefact (DESIGN section 4)
 OUTPUTS = ("num_dets", "boxes", "scores", "labels")
-MAX_CANDIDATES = 3840  # of all levels together, and so detections at most: what TensorRT's TopK takes
 
 
 @dataclass(frozen=True)
@@ -81,6 +80,12 @@ class Manifest:
     def with_artefact(self, artefact: Path) -> Manifest:
         """The same, with the SHA-256 of this artefact."""
         return replace(self, artefact_sha256=artefact_sha256(artefact))
+
+
+def saturating_weights(manifest: Manifest) -> bool:
+    """Whether an artefact's 8-bit weights give wrong sums on CPUs without VNNI instructions (`export.precision.quantize`)."""
+    described = (manifest.options.get(key, {}) for key in ("int8", "autotune"))
+    return manifest.precision == "int8" and any(each.get("scheme") in ("u8s8", "s8s8") for each in described)
 
 
 def manifest_path(artefact: Path) -> Path:

@@ -15,6 +15,7 @@ Convention = Literal["mmdet", "authors"]
 
 STRIDES = (8, 16, 32, 64, 128)
 SIZE_DIVISOR = 32
+MAX_CANDIDATES = 3840  # of all levels together: the most that TensorRT's TopK takes
 
 COCO_CLASSES = tuple(
     "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,bench,"

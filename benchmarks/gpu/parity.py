@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 from benchmarks.gpu.settings import CONF, IOU
 from tood_deploy.engines.base import BatchDetections, Engine
-from tood_deploy.export.compare import Match
-from tood_deploy.export.verify import TOLERANCES, Tolerances
 from tood_deploy.inference.detector import Detector, Prepared
 from tood_deploy.model.fused import FusedDetector
 from tood_deploy.model.tood import Tood
+from tood_deploy.parity.compare import Match
+from tood_deploy.parity.verify import TOLERANCES, Tolerances
 from tood_deploy.rows import Rows, batch_rows
 
 # On a GPU float32 is summed up in other orders, by other algorithms of convolution, than on the CPU that the published tolerances are for.

@@ -23,9 +23,10 @@ from benchmarks.gpu.report import failures_of, write_report
 from benchmarks.gpu.settings import CONF, IOU, Row, Settings, cells
 from benchmarks.gpu.ways import ways
 from tood_deploy.errors import DeviceError
-from tood_deploy.export.pictures import read_pictures, synthetic_picture
+from tood_deploy.export.pictures import read_pictures
 from tood_deploy.model import build_model, load_checkpoint
 from tood_deploy.model.tood import Tood
+from tood_deploy.parity.sample_images import synthetic_picture
 from tood_deploy.preprocess import resize_and_pad
 from tood_deploy.presets import get_preset
 

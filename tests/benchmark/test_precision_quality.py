@@ -15,9 +15,9 @@ from tood_deploy.benchmark.evaluation_run import DataSet, open_data_set
 from tood_deploy.benchmark.precision_quality import ApDrop
 from tood_deploy.errors import InputError, ToodError
 from tood_deploy.export.onnx_artefact import OnnxArtefact, read_onnx
-from tood_deploy.export.pictures import synthetic_picture
 from tood_deploy.export.precision.mixed_precision import lower_precision
 from tood_deploy.inference.detector import Detector
+from tood_deploy.parity.sample_images import synthetic_picture
 
 
 @pytest.fixture(scope="module")

@@ -17,13 +17,13 @@ from tood_deploy.benchmark.precision_search import PrecisionSearch, graph_precis
 from tood_deploy.engines import Engine, open_engine
 from tood_deploy.errors import DeviceError, ToodError
 from tood_deploy.export.onnx_artefact import OnnxArtefact, read_onnx
-from tood_deploy.export.pictures import synthetic_picture
 from tood_deploy.export.precision.autotune import Tuned
 from tood_deploy.export.precision.int8 import Int8Options
 from tood_deploy.export.precision.lowering import Lowered, PrecisionOptions, lower_onnx
 from tood_deploy.export.precision.mixture import network_parts
 from tood_deploy.export.runners import onnx_reference
 from tood_deploy.manifest import read_manifest
+from tood_deploy.parity.sample_images import synthetic_picture
 
 INT8 = Int8Options(method="minmax", max_drop=1.0)
 

@@ -4,7 +4,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -374,10 +373,8 @@ def test_a_reader_that_goes_away_ends_the_run(tmp_path: Path) -> None:
     process.stdout.readline()
     process.stdout.close()
     assert process.stderr is not None
-    started = time.perf_counter()
     err = process.stderr.read()
     process.stderr.close()
     assert process.wait(timeout=30) == 2
-    assert time.perf_counter() - started < 15
     assert "stdout" in err
     assert "Traceback" not in err

@@ -13,9 +13,9 @@ from onnx import TensorProto, helper
 from tood_deploy.engines import BatchDetections, Engine, open_engine
 from tood_deploy.engines.onnx_engine import PROVIDERS
 from tood_deploy.errors import ArtefactError, DeviceError, InputError, ToodError
-from tood_deploy.export.compare import match_detections
-from tood_deploy.export.pictures import synthetic_picture
 from tood_deploy.manifest import manifest_path
+from tood_deploy.parity.compare import match_detections
+from tood_deploy.parity.sample_images import synthetic_picture
 from tood_deploy.rows import Rows
 
 SIZES_HW = [(64, 64), (64, 320), (256, 96)]

@@ -10,9 +10,9 @@ from tood_deploy import Detector
 from tood_deploy.engines import BatchDetections, open_engine
 from tood_deploy.engines.onnx_engine import OnnxEngine
 from tood_deploy.errors import ToodError
-from tood_deploy.export.pictures import synthetic_picture
 from tood_deploy.inference.pipeline import detect_frames
 from tood_deploy.inference.source import open_source
+from tood_deploy.parity.sample_images import synthetic_picture
 
 CALL = (np.array([[64, 96]], np.int32), 0.05, 0.6)
 

@@ -20,10 +20,10 @@ from tood_deploy.engines import BatchDetections, open_engine
 from tood_deploy.engines.openvino_engine import OpenVinoEngine
 from tood_deploy.engines.openvino_forms import Form, Forms
 from tood_deploy.errors import ArtefactError, DeviceError, InputError, OutputError, ToodError
-from tood_deploy.export.compare import match_detections
-from tood_deploy.export.pictures import synthetic_picture
 from tood_deploy.manifest import Manifest, manifest_path, read_manifest
 from tood_deploy.openvino_model import shared_core
+from tood_deploy.parity.compare import match_detections
+from tood_deploy.parity.sample_images import synthetic_picture
 from tood_deploy.rows import Rows, batch_rows, pair_rows
 
 HAS_BF16 = "BF16" in shared_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")

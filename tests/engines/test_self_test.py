@@ -11,13 +11,14 @@ import pytest
 
 from tood_deploy.engines import BatchDetections, Engine, open_engine
 from tood_deploy.engines import self_test as module
-from tood_deploy.engines.self_test import LOOSE, TF32, TIGHT, check_self_test, tolerance_of
+from tood_deploy.engines.self_test import check_self_test, tolerance_of
 from tood_deploy.errors import ArtefactError
-from tood_deploy.export.runners import TorchRunner
 from tood_deploy.export.self_test import FEWEST, MOST, self_test_from
 from tood_deploy.golden import Golden
 from tood_deploy.manifest import Manifest, manifest_path, read_manifest
 from tood_deploy.model import FusedDetector, load_checkpoint
+from tood_deploy.parity.reference import TorchRunner
+from tood_deploy.parity.tolerances import LOW_PRECISION, SAME_FLOAT32, SAME_INT8, SAME_TF32
 from tood_deploy.presets import PRESETS
 
 Change = Callable[[BatchDetections], object]
@@ -144,11 +145,27 @@ class TestOutcome:
 
     def test_tolerances_by_precision_and_device(self, artefact: Path) -> None:
         engine = Recited(artefact)
-        assert tolerance_of(engine) == TIGHT
+        assert tolerance_of(engine) == SAME_FLOAT32
         engine.device = "cuda"
-        assert tolerance_of(engine) == TF32
+        assert tolerance_of(engine) == SAME_TF32
         engine.manifest = replace(engine.manifest, precision="int8")
-        assert tolerance_of(engine) == LOOSE
+        assert tolerance_of(engine) == LOW_PRECISION
+        engine.device = "cpu"
+        assert tolerance_of(engine, "another runtime 1.0, CPU") == LOW_PRECISION
+        assert tolerance_of(engine, f"{engine.name}, CPU") == SAME_INT8
+
+    @pytest.mark.parametrize(("scheme", "refused"), [("u8s8", True), ("s8s8", True), ("u8s7", False)])
+    def test_8_bit_weights_are_refused_where_sums_saturate(self, scheme: str, refused: bool, artefact: Path) -> None:
+        engine = Recited(artefact, precision="int8")
+        engine.manifest = replace(engine.manifest, options={"int8": {"scheme": scheme}})
+        check_self_test(engine, artefact)
+        engine.saturates = lambda: True
+        engine.name = "saturating"
+        if not refused:
+            check_self_test(engine, artefact)
+            return
+        with pytest.raises(ArtefactError, match="--target-cpu portable"):
+            check_self_test(engine, artefact)
 
     def test_no_answer_for_the_engines_sizes(self, artefact: Path) -> None:
         engine = Recited(artefact)

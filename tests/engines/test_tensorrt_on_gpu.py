@@ -14,7 +14,7 @@ import pytest
 
 from tood_deploy.engines import BatchDetections, open_engine
 from tood_deploy.errors import InputError, ToodError
-from tood_deploy.export.pictures import synthetic_picture
+from tood_deploy.parity.sample_images import synthetic_picture
 from tood_deploy.rows import Rows, batch_rows, pair_rows
 
 pytestmark = pytest.mark.gpu

@@ -3,7 +3,7 @@
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,17 @@ import pytest
 
 from tood_deploy.engines import open_engine
 from tood_deploy.errors import ArtefactError, CheckFailed, DeviceError, OutputError, ToodError
-from tood_deploy.export import to_openvino, verify
-from tood_deploy.export.pictures import synthetic_picture
-from tood_deploy.export.runners import Reference, torch_reference
+from tood_deploy.export import to_openvino
 from tood_deploy.export.to_openvino import openvino_from_onnx
-from tood_deploy.export.verify import TOLERANCES
 from tood_deploy.manifest import Manifest, artefact_sha256, doubts, manifest_path, read_manifest
 from tood_deploy.model import load_checkpoint
 from tood_deploy.openvino_model import manifest_inside, shared_core
+from tood_deploy.parity import verify
+from tood_deploy.parity.reference import Reference, torch_reference
+from tood_deploy.parity.sample_images import synthetic_picture
+from tood_deploy.parity.tolerances import DETECTION_LIMITS
 
+PICTURES = [synthetic_picture(230, 310, seed) for seed in range(3)]
 HAS_BF16 = "BF16" in shared_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
@@ -85,7 +87,7 @@ class TestMade:
     def test_verdict_is_openvinos_own_and_as_tight_as_for_onnx(self, made: tuple[Path, Manifest]) -> None:
         parity = made[1].parity
         assert parity["runtime"].startswith(f"OpenVINO {openvino.__version__.split('-')[0]}, fp32")
-        assert 0 < parity["head_scores"] <= parity["tolerances"]["head_scores"] == 1e-5
+        assert 0 < max(each["rms_ratio"] for each in parity["maps"].values()) <= parity["limits"]["rms"]
         assert parity["detections"]["reference"] > 300
         assert parity["batch_slots"]["matched"] == parity["batch_slots"]["reference"]
 
@@ -100,9 +102,9 @@ class TestMade:
     @pytest.mark.skipif(not HAS_BF16, reason="this CPU has no bf16 instructions")
     @pytest.mark.usefixtures("one_size")
     def test_bf16_is_said_and_pinned(self, tiny_artefact: Path, reference: Reference, tmp_path: Path) -> None:
-        manifest = openvino_from_onnx(tiny_artefact, tmp_path / "a.xml", reference=reference, rest="bf16")
+        manifest = openvino_from_onnx(tiny_artefact, tmp_path / "a.xml", reference=reference, rest="bf16", pictures=PICTURES)
         assert (manifest.precision, manifest.options["rest"]) == ("bf16", "bf16")
-        assert 1e-4 < manifest.parity["head_scores"] <= TOLERANCES["bf16"].head_scores
+        assert 1e-5 < manifest.parity["score_deviation"] <= DETECTION_LIMITS["bf16"].score
         assert "bf16" in manifest.parity["runtime"]
         with open_engine(tmp_path / "a.xml", threads=1) as engine:
             assert engine.precision == "bf16"
@@ -111,10 +113,10 @@ class TestMade:
     def test_quantised_weights_stay_so_beside_float32(self, tiny_artefact: Path, reference: Reference, tmp_path: Path) -> None:
         """A float32 graph that says it is int8: only what is said of it is looked at."""
         source = copy(tiny_artefact, tmp_path, precision="int8", options={"rest": "fp32"})
-        manifest = openvino_from_onnx(source, tmp_path / "a.xml", reference=reference)
+        manifest = openvino_from_onnx(source, tmp_path / "a.xml", reference=reference, pictures=PICTURES)
         assert (manifest.precision, manifest.options["rest"]) == ("int8", "fp32")
-        assert manifest.parity["tolerances"]["scores"] == TOLERANCES["int8"].scores
-        assert manifest.parity["reference"].startswith("source.onnx in ONNX Runtime")
+        assert manifest.parity["limits"] == asdict(DETECTION_LIMITS["int8"])
+        assert manifest.self_test["reference"].startswith("OpenVINO")
         assert manifest.parity["onnx"] == read_manifest(source).parity  # pyright: ignore[reportOptionalMemberAccess]
 
 
@@ -125,7 +127,7 @@ class TestNothingIsLeft:
         output = tmp_path / "out" / "a.xml"
         output.parent.mkdir()
         output.write_bytes(b"old")
-        with pytest.raises(CheckFailed, match=r"head scores .* deviate"):
+        with pytest.raises(CheckFailed, match="head: head_scores_p3"):
             openvino_from_onnx(source, output, reference=reference)
         assert [(path.name, path.read_bytes()) for path in output.parent.iterdir()] == [("a.xml", b"old")]
 
@@ -135,7 +137,7 @@ class TestNothingIsLeft:
         def interrupt(*_: object, **__: object) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(to_openvino, "verify", interrupt)
+        monkeypatch.setattr(to_openvino, "verify_float32", interrupt)
         with pytest.raises(KeyboardInterrupt):
             openvino_from_onnx(tiny_artefact, tmp_path / "a.xml", reference=reference)
         assert not list(tmp_path.iterdir())

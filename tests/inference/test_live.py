@@ -17,7 +17,6 @@ from tood_deploy.errors import InputError
 from tood_deploy.inference.live import LiveSource
 from tood_deploy.inference.pipeline import detect_frames
 from tood_deploy.inference.source import open_source
-from tood_deploy.inference.timings import Timings
 from tood_deploy.inference.video import VideoSource
 
 Answer = Callable[[BinaryIO], object]
@@ -50,8 +49,8 @@ def serve(content_type: str, answer: Answer) -> Iterator[str]:
         thread.join()
 
 
-def camera(frames: int, seconds_apart: float) -> Answer:
-    """What a network camera sends: JPEG after JPEG."""
+def camera(frames: int, seconds_apart: float, sent: list[int] | None = None) -> Answer:
+    """What a network camera sends: JPEG after JPEG; their numbers go into `sent`."""
     jpegs = [cv2.imencode(".jpg", image)[1].tobytes() for image in moving_pictures(24)]
 
     def answer(client: BinaryIO) -> None:
@@ -59,6 +58,8 @@ def camera(frames: int, seconds_apart: float) -> Answer:
             jpeg = jpegs[i % len(jpegs)]
             client.write(b"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n" % len(jpeg) + jpeg + b"\r\n")
             client.flush()
+            if sent is not None:
+                sent.append(i)
             time.sleep(seconds_apart)
 
     return answer
@@ -66,15 +67,13 @@ def camera(frames: int, seconds_apart: float) -> Answer:
 
 def test_the_latest_frame_wins_and_the_others_are_counted() -> None:
     with serve(MULTIPART, camera(60, 0.01)) as address:
-        source, engine, timings = open_source(address), RedEngine(0.05), Timings()
+        source, engine = open_source(address), RedEngine(0.05)
         assert isinstance(source, LiveSource)
-        frames = [frame for frame, _ in detect_frames(Detector(engine, imgsz=(48, 64)), source, timings=timings)]
+        frames = [frame for frame, _ in detect_frames(Detector(engine, imgsz=(48, 64)), source)]
     indices = [frame.index for frame in frames]
     assert indices == sorted(set(indices))
     assert 4 < len(frames) < 30
     assert source.dropped == indices[-1] + 1 - len(frames) > 20
-    # Results are at most the frame waiting and the one in the engine old, whatever came meanwhile.
-    assert timings.percentile_ms("end_to_end", 50) < 3 * 50
 
 
 def test_frames_are_timed_by_their_arrival() -> None:
@@ -95,14 +94,14 @@ def test_a_lost_connection_is_told() -> None:
 
 
 def test_closing_ends_a_stream_that_does_not() -> None:
-    with serve(MULTIPART, camera(2000, 0.005)) as address:
+    sent: list[int] = []
+    with serve(MULTIPART, camera(2000, 0.005, sent)) as address:
         source = open_source(address)
         stream = detect_frames(Detector(RedEngine(), imgsz=(48, 64)), source)
         for _ in range(3):
             next(stream)
-        started = time.perf_counter()
         stream.close()
-        assert time.perf_counter() - started < 2
+    assert len(sent) < 2000
     assert source.problems == []
 
 

@@ -1,6 +1,7 @@
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from tood_deploy.engines import BatchDetections
 from tood_deploy.errors import InputError
 from tood_deploy.inference.frame import Frame, Source
 from tood_deploy.inference.pipeline import InFlight, detect_frames
-from tood_deploy.inference.source import open_source
 from tood_deploy.inference.timings import Timings
 
 
@@ -222,34 +222,50 @@ def test_batch_must_be_positive() -> None:
         detect_frames(detector(), Pictures([]), 0)
 
 
-def test_reading_and_inference_overlap() -> None:
+class AtWork:
+    """Counts who is at work at the same time."""
+
+    def __init__(self) -> None:
+        self.lock, self.now, self.together = threading.Lock(), set[str](), set[frozenset[str]]()
+
+    @contextmanager
+    def __call__(self, who: str) -> Iterator[None]:
+        with self.lock:
+            self.now.add(who)
+            self.together.add(frozenset(self.now))
+        time.sleep(0.01)
+        with self.lock:
+            self.now.remove(who)
+        yield
+
+
+def test_reading_inference_and_drawing_overlap() -> None:
+    at_work = AtWork()
+
     class SlowPictures(Pictures):
         def __iter__(self) -> Iterator[Frame]:
             for frame in super().__iter__():
-                time.sleep(0.015)  # decoding
-                yield frame
+                with at_work("reading"):
+                    yield frame
 
-    timings = Timings()
-    for _ in detect_frames(detector(RedEngine(0.02)), SlowPictures(moving_pictures(20)), timings=timings):
-        time.sleep(0.015)  # drawing
-    one_after_another = 20 * (0.015 + 0.02 + 0.015)
-    assert timings.ended_s - timings.started_s < 0.7 * one_after_another
+    class SlowEngine(RedEngine):
+        def _run(self, *inputs: Any) -> BatchDetections:
+            with at_work("inference"):
+                return super()._run(*inputs)
 
-
-def test_a_clip_runs_at_the_rate_of_the_engine(tmp_path: Path) -> None:
-    path = write_video(tmp_path / "a.mp4", moving_pictures(40, 240, 320))
-    timings = Timings()
-    for _ in detect_frames(detector(RedEngine(0.02)), open_source(path), timings=timings):
-        pass
-    engine_only_fps = 1000 / timings.percentile_ms("infer", 50)
-    assert timings.fps > 0.85 * engine_only_fps  # 0.97 on an idle machine; this one may be busy
+    for _ in detect_frames(detector(SlowEngine()), SlowPictures(moving_pictures(40))):
+        with at_work("drawing"):
+            pass
+    assert any({"reading", "inference"} <= each for each in at_work.together)
+    assert any({"inference", "drawing"} <= each for each in at_work.together)
 
 
 def test_timings_of_every_frame() -> None:
     timings = Timings()
     list(detect_frames(detector(RedEngine(0.01)), Pictures(moving_pictures(8)), 4, timings))
     assert timings.frames == 8
-    assert 10 <= timings.percentile_ms("infer", 50) < 30  # per frame, not per batch of 4
+    assert timings.percentile_ms("infer", 50) >= 10
+    assert 8 * timings.mean_ms("infer") / 1000 <= timings.ended_s - timings.started_s  # per frame, not per batch of 4
     assert timings.percentile_ms("end_to_end", 95) >= timings.percentile_ms("infer", 50)
     line = timings.summary()
     for word in ("8 frames", "fps", "pre ", "infer ", "post ", "end-to-end ", "p95"):

@@ -10,9 +10,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from tood_deploy.export.compare import match_detections
 from tood_deploy.model import FusedDetector, HeadOutput
 from tood_deploy.model.postprocess import MAX_CANDIDATES, BatchResult, detect, select_candidates
+from tood_deploy.parity.compare import match_detections
 from tood_deploy.preprocess import resize_and_pad
 from tood_deploy.presets import STRIDES
 from tood_deploy.rows import Rows

@@ -16,8 +16,8 @@ import onnxruntime as ort
 from tood_deploy.benchmark.graph_parts import cut_graph
 from tood_deploy.benchmark.stages import STAGES, Stage, StageRunner, Values, graph_inputs
 from tood_deploy.engines.onnx_engine import OnnxEngine
-from tood_deploy.export.graph import INNER_VALUES, OUTPUTS
 from tood_deploy.export.to_onnx import with_outputs
+from tood_deploy.graph_io import INNER_VALUES, OUTPUTS
 from tood_deploy.onnx_session import open_session
 
 TYPES = {

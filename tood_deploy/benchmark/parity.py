@@ -17,7 +17,7 @@ from tood_deploy.benchmark.stages import Values
 from tood_deploy.benchmark.subject import Subject, network_inputs
 from tood_deploy.benchmark.torch_stages import TorchStages
 from tood_deploy.errors import ToodError
-from tood_deploy.export.pictures import synthetic_picture
+from tood_deploy.parity.sample_images import synthetic_picture
 from tood_deploy.preprocess import resize_and_pad
 from tood_deploy.presets import SIZE_DIVISOR
 

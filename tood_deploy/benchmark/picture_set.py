@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from tood_deploy.benchmark.prediction import picture_files
 from tood_deploy.benchmark.truth import Truth
 from tood_deploy.errors import InputError, ToodError
-from tood_deploy.export.pictures import synthetic_picture
 from tood_deploy.inference.images import PICTURE_SUFFIXES, decode_image
+from tood_deploy.parity.sample_images import synthetic_picture
 
 SYNTHETIC, SYNTHETIC_COUNT = "built-in synthetic pictures", 8
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from tood_deploy.export.graph import INPUTS, OUTPUTS, STAGE_VALUES
+from tood_deploy.graph_io import INPUTS, OUTPUTS, STAGE_VALUES
 
 Values = dict[str, NDArray[Any]]
 

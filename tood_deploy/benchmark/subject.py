@@ -13,7 +13,7 @@ from tood_deploy.benchmark.stages import Stage, StageRunner, Values
 from tood_deploy.engines import Engine, open_engine
 from tood_deploy.engines.opening import CHECKPOINT_SUFFIXES
 from tood_deploy.errors import ToodError
-from tood_deploy.export.graph import INPUTS, OUTPUTS
+from tood_deploy.graph_io import INPUTS, OUTPUTS
 from tood_deploy.inference.detector import Detector
 from tood_deploy.manifest import Manifest, artefact_sha256
 from tood_deploy.preprocess import ImageTransform

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from tood_deploy.benchmark.stages import STAGES, Stage, StageRunner, Values
-from tood_deploy.export.graph import OUTPUTS, inner_values
+from tood_deploy.export.graph import inner_values
+from tood_deploy.graph_io import OUTPUTS
 from tood_deploy.model.fused import FusedDetector
 from tood_deploy.model.head import HeadOutput
 from tood_deploy.model.postprocess import Candidates, select_candidates, suppress

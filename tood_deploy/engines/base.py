@@ -65,6 +65,10 @@ class Engine(ABC):
         """Of the arithmetic as it runs here, such as "fp32", or "int8, bf16" where int8 stands beside another."""
         return self.manifest.precision
 
+    def saturates(self) -> bool:
+        """Tell whether this runtime, on this machine, adds products of 8-bit numbers in fewer bits than they need."""
+        return False
+
     def infer(
         self, images: NDArray[np.uint8], valid_hw: NDArray[np.int32], score_threshold: float, iou_threshold: float
     ) -> BatchDetections:

@@ -12,6 +12,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from tood_deploy.engines.base import BatchDetections, Engine, Hint, check_hint
+from tood_deploy.engines.int8_probe import INPUT, OUTPUT, PROBE, is_saturated, probe_input
 from tood_deploy.errors import ArtefactError, DeviceError, ToodError
 from tood_deploy.half_precision import why_not_on_cpus
 from tood_deploy.manifest import INPUTS, METADATA_KEY, OUTPUTS, Manifest, read_manifest
@@ -60,6 +61,12 @@ class OnnxEngine(Engine):
         self.name = f"ONNX Runtime {ort.__version__}"
         self._callers = ThreadPoolExecutor(STREAMS, "onnxruntime") if side_by_side else None
         self.in_flight = STREAMS if side_by_side else 1
+
+    def saturates(self) -> bool:
+        """See `Engine.saturates`; asked of the CPU alone."""
+        if self.device != "cpu":
+            return False
+        return is_saturated(open_session(PROBE, threads=1).run([OUTPUT], {INPUT: probe_input()})[0])
 
     def _run(self, images: NDArray[np.uint8], valid_hw: NDArray[np.int32], score_threshold: float, iou_threshold: float) -> BatchDetections:
         thresholds = np.float32(score_threshold), np.float32(iou_threshold)

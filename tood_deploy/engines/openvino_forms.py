@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tood_deploy.engines.self_test import Tolerance, deviation
+from tood_deploy.engines.self_test import deviation
 from tood_deploy.errors import ArtefactError, DeviceError
 from tood_deploy.manifest import INPUTS, OUTPUTS
 from tood_deploy.openvino_model import CPU, check_files, foreign, is_ours, read_model, reason_of, refusal
+from tood_deploy.parity.tolerances import AnswerTolerance
 from tood_deploy.rows import batch_rows
 
 MOST_STATIC = 4  # shapes with a form of their own at a time
@@ -73,7 +74,7 @@ class Forms:
         model: Any,
         cache: str | None,
         static_after: int | None,
-        tolerance: Tolerance,
+        tolerance: AnswerTolerance,
     ) -> None:
         """Compiles the form for every shape.
 

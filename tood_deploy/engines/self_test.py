@@ -9,7 +9,6 @@ import hashlib
 import json
 import platform
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,31 +19,12 @@ from tood_deploy.engines.base import BatchDetections, Engine
 from tood_deploy.errors import ArtefactError, OutputError
 from tood_deploy.golden import Golden, GoldenCase
 from tood_deploy.home import home_folder
-from tood_deploy.manifest import artefact_sha256, write_text
+from tood_deploy.manifest import artefact_sha256, saturating_weights, write_text
+from tood_deploy.parity.tolerances import AnswerTolerance, answer_tolerance
 from tood_deploy.rows import Rows, batch_rows, pair_rows, row_iou
 
 SLOTS = 3  # of the batch, where an engine has no largest one
 CPU_INFO = Path("/proc/cpuinfo")
-
-
-@dataclass(frozen=True)
-class Tolerance:
-    """How far an answer may be from the stored one.
-
-    Attributes:
-        score: of a detection, as a share of the best stored score.
-        iou: overlap that a detection must have with the stored one.
-        matched: share of the detections of either that must be in both.
-    """
-
-    score: float
-    iou: float
-    matched: float
-
-
-# Seen: float32 of two runtimes within 1e-4; bf16 within 0.04, with an overlap of 0.94 and one detection of nine exchanged. What a
-# runtime gets wrong is off by far more. GPUs compute float32 convolutions with 10 bits of mantissa (TF32) unless told otherwise.
-TIGHT, TF32, LOOSE = Tolerance(2e-3, 0.98, 0.9), Tolerance(0.02, 0.95, 0.8), Tolerance(0.25, 0.75, 0.6)
 
 
 def check_self_test(engine: Engine, artefact: Path) -> None:
@@ -59,6 +39,7 @@ def check_self_test(engine: Engine, artefact: Path) -> None:
     record = home_folder("self_tests") / f"{hashlib.sha256(json.dumps(circumstances, sort_keys=True).encode()).hexdigest()[:32]}.json"
     if record.is_file():
         return
+    _check_products(engine, artefact)
     golden = Golden.from_dict(engine.manifest.self_test, str(artefact))
     cases = [case for case in golden.cases if not engine.canvases_hw or case.net_hw in engine.canvases_hw]
     if not cases:
@@ -70,15 +51,21 @@ def check_self_test(engine: Engine, artefact: Path) -> None:
         write_text(record, json.dumps(passed, indent=2))
 
 
-def tolerance_of(engine: Engine) -> Tolerance:
-    """By the precision that the engine runs in, and where."""
-    if engine.precision != "fp32":
-        return LOOSE
-    return TIGHT if engine.device == "cpu" else TF32
+def tolerance_of(engine: Engine, golden_reference: str = "") -> AnswerTolerance:
+    """By the precision that the engine runs in, where, and whether its own runtime gave the stored answer."""
+    return answer_tolerance(engine.precision, engine.device, same_runtime=golden_reference.startswith(f"{engine.name},"))
+
+
+def _check_products(engine: Engine, artefact: Path) -> None:
+    if saturating_weights(engine.manifest) and engine.saturates():
+        raise ArtefactError(
+            f"{artefact}: its 8-bit weights need a CPU with VNNI instructions, and on this one ({processor()}) sums of products saturate "
+            f"in {engine.name}: results would be wrong; export it again with --target-cpu portable, or run the float32 artefact"
+        )
 
 
 def _check_case(engine: Engine, artefact: Path, golden: Golden, case: GoldenCase) -> None:
-    tolerance = tolerance_of(engine)
+    tolerance = tolerance_of(engine, golden.reference)
     least, most = engine.batches_at(case.net_hw)
     for batch in sorted({least, most or SLOTS}):
         found = engine.infer(*golden.inputs(case.net_hw, batch), case.score_threshold, golden.iou_threshold)
@@ -95,7 +82,7 @@ def _rows(found: BatchDetections) -> list[Rows]:
     return batch_rows((found.num_dets, found.boxes_net, found.scores, found.labels))
 
 
-def deviation(expected: Rows, found: Rows, tolerance: Tolerance) -> str:
+def deviation(expected: Rows, found: Rows, tolerance: AnswerTolerance) -> str:
     """What is wrong, as a clause; "" where the answer is within the tolerance."""
     pairs = pair_rows(expected, found)
     score_off = np.abs(expected.scores[pairs[:, 0]] - found.scores[pairs[:, 1]]) / expected.scores.max(initial=1e-9)
@@ -115,7 +102,7 @@ def _circumstances(engine: Engine, artefact: Path) -> dict[str, Any]:
     """All that the outcome depends on."""
     return {
         "machine": platform.node(),
-        "processor": _processor(),
+        "processor": processor(),
         "runtime": engine.name,
         "precision": engine.precision,
         "device": engine.device,
@@ -125,8 +112,8 @@ def _circumstances(engine: Engine, artefact: Path) -> dict[str, Any]:
     }
 
 
-def _processor() -> str:
-    """The CPU's model, as far as the system tells."""
+def processor() -> str:
+    """Return the CPU's model, as far as the system tells."""
     with suppress(OSError):
         for line in CPU_INFO.read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):

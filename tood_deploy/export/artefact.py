@@ -15,13 +15,15 @@ from numpy.typing import NDArray
 from tood_deploy import __version__
 from tood_deploy.errors import ToodError
 from tood_deploy.export.graph import DeformForm
-from tood_deploy.export.runners import OnnxRunner, torch_reference
+from tood_deploy.export.runners import OnnxRunner
 from tood_deploy.export.self_test import self_test_from
 from tood_deploy.export.to_onnx import OPSET, onnx_from_model, save_onnx
-from tood_deploy.export.verify import verify
 from tood_deploy.manifest import Manifest, atomic_path, manifest_path, write_text
-from tood_deploy.model.postprocess import MAX_CANDIDATES, MAX_DET
+from tood_deploy.model.postprocess import MAX_DET
 from tood_deploy.model.tood import Tood
+from tood_deploy.parity.reference import torch_reference
+from tood_deploy.parity.verify import verify_float32
+from tood_deploy.presets import MAX_CANDIDATES
 
 
 def export_onnx(
@@ -64,7 +66,7 @@ def export_onnx(
         save_onnx(onnx_from_model(model, deform=deform, max_det=max_det), manifest, temporary)
         say(f"comparing it with PyTorch on built-in images{_and_given(len(verify_pictures))}")
         reference = torch_reference(model, max_det)
-        parity = verify(reference, OnnxRunner(temporary), pictures=verify_pictures)
+        parity = verify_float32(reference, OnnxRunner(temporary), pictures=verify_pictures)
         say("making its self-test")
         manifest = replace(manifest, parity=parity, self_test=self_test_from(reference.run)).with_artefact(temporary)
         write_text(manifest_path(output), manifest.to_json())

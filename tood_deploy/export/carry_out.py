@@ -27,11 +27,12 @@ from tood_deploy.export.pictures import read_pictures
 from tood_deploy.export.precision.emulation import emulate_low_precision
 from tood_deploy.export.precision.lowering import PrecisionOptions, lower_onnx
 from tood_deploy.export.preflight import MOST_VERIFY_PICTURES, check_deform
-from tood_deploy.export.runners import Reference, onnx_reference, torch_reference
+from tood_deploy.export.runners import onnx_reference
 from tood_deploy.export.triton.fit import plan_serving
 from tood_deploy.half_precision import half_precision_of
 from tood_deploy.manifest import Manifest
 from tood_deploy.model.checkpoint import load_checkpoint
+from tood_deploy.parity.reference import Reference, torch_reference
 from tood_deploy.preprocess import check_imgsz
 from tood_deploy.presets import Preset
 from tood_deploy.tensorrt_flavour import load_flavour

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from tood_deploy.export.made import Made
 from tood_deploy.export.onnx_artefact import read_onnx
 from tood_deploy.export.order import Order
-from tood_deploy.export.runners import Reference
+from tood_deploy.export.precision.lowering import images_to_verify
 from tood_deploy.export.self_test import self_test_from
 from tood_deploy.export.tensorrt.profiles import Profiles, default_shapes
 from tood_deploy.export.tensorrt.to_tensorrt import engine_from_onnx
@@ -22,6 +22,7 @@ from tood_deploy.export.to_openvino import openvino_from_onnx
 from tood_deploy.export.triton.to_triton import triton_repository
 from tood_deploy.half_precision import RUNTIMES, half_precision_of
 from tood_deploy.manifest import atomic_paths, manifest_path, read_manifest
+from tood_deploy.parity.reference import Reference
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +72,10 @@ def _deliver_onnx(order: Order, ready: Ready) -> Made:
 def _deliver_openvino(order: Order, ready: Ready) -> Made:
     wanted = order.precision
     rest: Any = {"bf16": "bf16", "int8": wanted.rest}.get(wanted.precision)  # else what the .onnx says
-    manifest = openvino_from_onnx(ready.path, order.output, reference=ready.reference, rest=rest, pictures=ready.pictures)
+    pictures = ready.pictures
+    if wanted.precision != "fp32" or read_onnx(ready.path).manifest.precision != "fp32":
+        pictures = images_to_verify(wanted.calib_data, ready.reference.imgsz, pictures)
+    manifest = openvino_from_onnx(ready.path, order.output, reference=ready.reference, rest=rest, pictures=pictures)
     return Made(order.output, manifest)
 
 

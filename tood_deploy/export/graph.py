@@ -15,25 +15,9 @@ from tood_deploy.model.deform import DeformConv2d
 from tood_deploy.model.fused import FusedDetector, Stages
 from tood_deploy.model.resnet import Bottleneck
 from tood_deploy.model.tood import Tood
-from tood_deploy.presets import STRIDES
 
 DeformForm = Literal["op", "gather"]
 DEFORM_OPSET = 19  # that brought DeformConv
-
-INPUTS = ("images", "valid_hw", "score_threshold", "iou_threshold")
-OUTPUTS = ("num_dets", "boxes", "scores", "labels")
-LEVELS = tuple(f"p{i}" for i in range(3, 3 + len(STRIDES)))
-HEAD_OUTPUTS = tuple(f"head_{kind}_{level}" for kind in ("scores", "boxes") for level in LEVELS)
-
-# Values on the way to `OUTPUTS` that keep these names in every exported graph, stage by stage; none of them is an output of it.
-STAGE_VALUES = {
-    "pixels": ("pixels",),
-    "backbone": ("c3", "c4", "c5"),
-    "pyramid": LEVELS,
-    "head": HEAD_OUTPUTS,
-    "candidates": ("candidate_boxes", "candidate_scores", "candidate_labels"),
-}
-INNER_VALUES = tuple(name for names in STAGE_VALUES.values() for name in names)
 
 
 class ExportedGraph(nn.Module):

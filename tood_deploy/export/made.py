@@ -71,20 +71,47 @@ def describe_sizes(manifest: Manifest) -> str:
 
 
 def describe_parity(parity: dict[str, Any]) -> Iterator[str]:
-    """How equal to its reference it is."""
+    """How equal to its reference it is: every value beside its limit."""
     if not parity:
         return
-    found = parity["detections"]
-    of = f" (of {parity['compared']})" if "compared" in parity else ""
-    yield (
-        f"parity with {parity['reference']} on {parity['pictures']} pictures{of}: "
-        f"{found['matched']} of {found['reference']} detections matched, "
-        f"scores within {found['score_deviation']:.1e}, boxes within {found['box_deviation_px']:.1e} px; "
-        f"head maps within {parity['head_scores']:.1e} (scores) and {parity['head_boxes']:.1e} strides (boxes)"
-    )
+    if parity.get("judged_by") == "detections":
+        yield _describe_detections(parity)
+    elif "limits" in parity:
+        yield from _describe_float32(parity)
     yield from describe_parity(parity.get("onnx", {}))
+
+
+def _compared(parity: dict[str, Any]) -> str:
+    of = f" (of {parity['compared']})" if "compared" in parity else ""
+    return f"parity with {parity['reference']} on {parity['pictures']} images{of}: "
+
+
+def _describe_float32(parity: dict[str, Any]) -> Iterator[str]:
+    found, limits = parity["detections"], parity["limits"]
+    worst = {key: max(each[key] for each in parity["maps"].values()) for key in ("rms_ratio", "largest_ratio")}
+    yield (
+        f"{_compared(parity)}every map is within {worst['rms_ratio']:.2g} times what float32 itself explains (limit {limits['rms']:g}), "
+        f"every value within {worst['largest_ratio']:.2g} times (limit {limits['largest']:g}); {found['matched']} of {found['reference']} "
+        f"detections matched, scores within {found['score_deviation']:.1e}, boxes within {found['box_deviation_px']:.1e} px"
+    )
+    if named := parity["ill_conditioned"]:
+        yield f"too ill-conditioned in float32 to be judged by their values, and judged by detections: {', '.join(named)}"
     if not found["reference"]:
-        yield "no detection on these pictures: only the head's maps were compared; give --verify-images a folder of real pictures"
+        yield "no detection on these images: only the maps were compared; give --verify-images a folder of real images"
+
+
+def _describe_detections(parity: dict[str, Any]) -> str:
+    limits, ap = parity["limits"], parity["ap"]
+    text = (
+        f"{_compared(parity)}of {parity['reference_detections']} detections with a score above {parity['score_threshold']:.2g} "
+        f"{parity['lost']} lost ({parity['lost_share']:.1%}, limit {limits['lost']:.0%}), of {parity['artefact_detections']} "
+        f"{parity['added']} added ({parity['added_share']:.1%}, limit {limits['added']:.0%}); "
+        f"scores within {parity['score_deviation']:.2g} (limit {limits['score']:g}), "
+        f"overlap at least {parity['least_iou']:.2f} (limit {limits['iou']:g}), boxes within {parity['box_deviation_px']:.1f} px"
+    )
+    if ap is not None:
+        text += f"; AP {ap['reference']:.2f} -> {ap['artefact']:.2f}, drop {ap['drop']:.2f} (limit {limits['ap_drop']:g})"
+    return text
 
 
 def layers_table(layers: Sequence[Layer]) -> Table:

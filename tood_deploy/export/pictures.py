@@ -1,4 +1,4 @@
-"""Pictures to verify an export on and to calibrate on: built-in synthetic ones, and the user's own. NumPy and OpenCV alone."""
+"""Folders of a user's images, to verify and to calibrate on. NumPy and OpenCV alone."""
 
 from pathlib import Path
 
@@ -9,21 +9,7 @@ from numpy.typing import NDArray
 from tood_deploy.errors import InputError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
-BLOCK = 16
-RECTANGLES = 12
 FEWEST_PICTURES, MOST_PICTURES = 64, 128  # to calibrate on; of fewer a warning is given, of more some are taken
-
-
-def synthetic_picture(height: int, width: int, seed: int) -> NDArray[np.uint8]:
-    """Coloured blocks, rectangles and grain, (height, width, 3) uint8 BGR; the same for the same seed."""
-    rng = np.random.default_rng(seed)
-    blocks = rng.integers(64, 192, (-(-height // BLOCK), -(-width // BLOCK), 3))
-    picture = blocks.repeat(BLOCK, 0).repeat(BLOCK, 1)[:height, :width]
-    for _ in range(RECTANGLES):
-        top, left = rng.integers(0, height), rng.integers(0, width)
-        rows, columns = 8 + rng.integers(0, max(1, height // 2)), 8 + rng.integers(0, max(1, width // 2))
-        picture[top : top + rows, left : left + columns] = rng.integers(0, 256, 3)
-    return (picture + rng.integers(0, 8, picture.shape)).clip(0, 255).astype(np.uint8)
 
 
 def picture_paths(folder: Path, most: int | None = None) -> list[Path]:

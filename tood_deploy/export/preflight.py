@@ -31,9 +31,9 @@ from tood_deploy.export.triton.fit import (
 from tood_deploy.export.triton.folder import read_present
 from tood_deploy.half_precision import half_precision_of
 from tood_deploy.home import home_folder
-from tood_deploy.manifest import ARTEFACT_SUFFIXES, MAX_CANDIDATES, Manifest, manifest_path
+from tood_deploy.manifest import ARTEFACT_SUFFIXES, Manifest, manifest_path
 from tood_deploy.preprocess import check_imgsz
-from tood_deploy.presets import PRESETS, SIZE_DIVISOR, get_preset
+from tood_deploy.presets import MAX_CANDIDATES, PRESETS, SIZE_DIVISOR, get_preset
 from tood_deploy.tensorrt_flavour import load_flavour
 
 MOST_VERIFY_PICTURES = 16
@@ -136,7 +136,7 @@ def _check_given_onnx(order: Order, manifest: Manifest) -> None:
         raise ToodError(f"{path} is an .onnx already; give --precision or --to openvino, engine or triton")
     if "serving" in manifest.options and (changes or order.to == "openvino"):
         raise ArtefactError(f"{path}: has the form that Triton serves, with thresholds for every image; start from what it was made from")
-    if order.builds_engine and manifest.precision == "int8" and int8_scheme(manifest) == "u8s8":
+    if order.builds_engine and manifest.precision == "int8" and int8_scheme(manifest).startswith("u8"):
         raise ToodError(
             f"{path}: its 8-bit numbers have zero points, as CPUs want them and TensorRT does not; "
             "quantise the float32 .onnx with --to engine"
@@ -200,7 +200,7 @@ def _as_ordered(order: Order, source: Manifest) -> Manifest:
     wanted = order.precision
     if not wanted.changes_graph:
         return source
-    scheme = {"int8": {"scheme": "s8s8" if order.builds_engine else "u8s8"}}
+    scheme = {"int8": {"scheme": "s8s8" if order.builds_engine else "u8s7"}}
     half = {"half_precision": {"precision": wanted.rest}} if wanted.rest != "fp32" else {}
     return replace(source, precision=wanted.precision, options=source.options | scheme | half)
 

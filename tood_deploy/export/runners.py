@@ -1,108 +1,97 @@
-"""What runs the exported graph, so that two of them can be compared: the network in PyTorch, an .onnx artefact in ONNX Runtime."""
+"""An .onnx artefact in ONNX Runtime as a `Runner`, and as the reference of what is made from it."""
 
-import copy
-from collections.abc import Callable
-from dataclasses import dataclass
+from __future__ import annotations
+
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime as ort
-import torch
 from numpy.typing import NDArray
+from onnx import numpy_helper
 
-from tood_deploy.export.graph import HEAD_OUTPUTS, INPUTS, OUTPUTS
 from tood_deploy.export.onnx_artefact import OnnxArtefact
 from tood_deploy.export.to_onnx import with_outputs
-from tood_deploy.model.fused import FusedDetector
-from tood_deploy.model.tood import Tood
+from tood_deploy.graph_io import INPUTS, MAP_NAMES, OUTPUTS
 from tood_deploy.onnx_session import open_session
+from tood_deploy.parity.conditioning import INVERSION_EDGE, ROUNDING, SAMPLES, Conditioning, collect_noise
+from tood_deploy.parity.reference import Outputs, Reference
 
-Maps = list[NDArray[Any]]
-
-
-class Runner(Protocol):
-    """Runs the graph of DESIGN section 4 with the head's maps as further outputs.
-
-    Attributes:
-        name: runtime, version, precision and device, for the verdict.
-    """
-
-    name: str
-
-    def __call__(self, images: NDArray[np.uint8], valid_hw: NDArray[np.int32], score_threshold: float, iou_threshold: float) -> Maps:
-        """What `OUTPUTS` and `HEAD_OUTPUTS` name, in this order; the arrays are the caller's."""
-        ...
-
-
-class TorchRunner:
-    """The network in PyTorch: the reference."""
-
-    def __init__(self, detector: FusedDetector) -> None:
-        self.detector = detector.eval()
-        self.name = f"PyTorch {torch.__version__}, float32"
-
-    @torch.inference_mode()
-    def __call__(self, images: NDArray[np.uint8], valid_hw: NDArray[np.int32], score_threshold: float, iou_threshold: float) -> Maps:
-        """See `Runner`."""
-        stages = self.detector(torch.from_numpy(images), torch.from_numpy(valid_hw), score_threshold, iou_threshold)
-        return [tensor.numpy() for tensor in (*stages.detections, *stages.head.scores, *stages.head.boxes_strides)]
-
-    @torch.inference_mode()
-    def in_float64(self, images: NDArray[np.uint8], valid_hw: NDArray[np.int32]) -> Maps:
-        """What `HEAD_OUTPUTS` names, computed in float64."""
-        pixels = self.detector.normalise(torch.from_numpy(images), torch.from_numpy(valid_hw))
-        head = copy.deepcopy(self.detector.model).double()(pixels.double())
-        return [tensor.float().numpy() for tensor in (*head.scores, *head.boxes_strides)]
+NAME = f"ONNX Runtime {ort.__version__}, CPU"
 
 
 class OnnxRunner:
-    """An .onnx artefact, with the head's maps added as outputs in memory."""
+    """An .onnx artefact, with the maps of all stages added as outputs in memory unless they are not wanted."""
 
-    def __init__(self, artefact: Path | onnx.ModelProto) -> None:
-        """Opens the artefact, a file or a graph in memory.
+    def __init__(self, artefact: Path | onnx.ModelProto, *, maps: bool = True, further: tuple[str, ...] = ()) -> None:
+        """Opens the artefact, a file or a graph in memory; `further` values come after the maps.
 
         Raises:
-            ArtefactError: the graph does not hold the head's maps.
+            ArtefactError: the graph does not hold the maps.
         """
         model = artefact if isinstance(artefact, onnx.ModelProto) else onnx.load(artefact)
-        extended = with_outputs(model, HEAD_OUTPUTS).SerializeToString()
-        self.session = open_session(extended)
-        self.name = f"ONNX Runtime {ort.__version__}, CPU"
+        self.outputs = (*OUTPUTS, *(MAP_NAMES if maps else ()), *further)
+        self.session = open_session(with_outputs(model, self.outputs[len(OUTPUTS) :]).SerializeToString())
+        self.name = NAME
 
-    def __call__(self, images: NDArray[np.uint8], valid_hw: NDArray[np.int32], score_threshold: float, iou_threshold: float) -> Maps:
+    def __call__(self, images: NDArray[np.uint8], valid_hw: NDArray[np.int32], score_threshold: float, iou_threshold: float) -> Outputs:
         """See `Runner`."""
-        found: Any = self.session.run([*OUTPUTS, *HEAD_OUTPUTS], graph_inputs(images, valid_hw, score_threshold, iou_threshold))
+        found: Any = self.session.run(list(self.outputs), graph_inputs(images, valid_hw, score_threshold, iou_threshold))
         return found
-
-
-@dataclass(frozen=True)
-class Reference:
-    """What an artefact is compared with.
-
-    Attributes:
-        run: runs it.
-        imgsz: (short side, long side) in pixels that users' pictures are scaled to fit.
-        in_float64: the head's maps in float64, to tell the noise of float32; None where nothing computes them.
-    """
-
-    run: Runner
-    imgsz: tuple[int, int]
-    in_float64: Callable[[NDArray[np.uint8], NDArray[np.int32]], Maps] | None = None
-
-
-def torch_reference(model: Tood, max_det: int) -> Reference:
-    """The network itself."""
-    run = TorchRunner(FusedDetector(model, max_det))
-    return Reference(run, model.preset.imgsz, run.in_float64)
 
 
 def onnx_reference(artefact: OnnxArtefact) -> Reference:
     """An .onnx artefact that was proven equal to its network when it was made."""
     run = OnnxRunner(artefact.model)
     run.name = f"{artefact.path.name} in {run.name}"
-    return Reference(run, artefact.manifest.preset.imgsz)
+    return Reference(run, artefact.manifest.preset.imgsz, OnnxConditioning(artefact.model))
+
+
+class OnnxConditioning:
+    """Measures the float32 noise of a graph without its network: by copies whose weights are a rounding off, in ONNX Runtime.
+
+    ONNX Runtime has no float64 convolution, so the graph itself stands for the exact numbers; its own noise is part of what is measured.
+    """
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.aligned = _values_before_restoring(model)
+        self.model = model
+
+    def __call__(
+        self, images: NDArray[np.uint8], valid_hw: NDArray[np.int32], score_threshold: float, iou_threshold: float
+    ) -> Conditioning:
+        """Measure it on a batch; as `measure_conditioning`."""
+        inputs = images, valid_hw, score_threshold, iou_threshold
+        count = len(OUTPUTS) + len(MAP_NAMES)
+        plain = OnnxRunner(self.model, further=self.aligned)(*inputs)
+        excluded: list[NDArray[np.bool_] | None] = [None] * len(MAP_NAMES)
+        for number, aligned in enumerate(plain[count:], len(MAP_NAMES) - len(self.aligned)):
+            sides = (aligned[:, 2:] - aligned[:, :2]).min(axis=1, keepdims=True)
+            excluded[number] = np.broadcast_to(np.abs(sides) < INVERSION_EDGE, aligned.shape)
+        exact = [values.astype(np.float64) for values in plain[len(OUTPUTS) : count]]
+        runs = (OnnxRunner(_rounded_weights(self.model, seed))(*inputs) for seed in range(SAMPLES))
+        return collect_noise(exact, excluded, ((run[: len(OUTPUTS)], run[len(OUTPUTS) :]) for run in runs))
+
+
+def _values_before_restoring(model: onnx.ModelProto) -> tuple[str, ...]:
+    """The aligned boxes of every level before inverted ones are given back as they were; empty where the graph keeps them inverted."""
+    makers = {name: node for node in model.graph.node for name in node.output}
+    last = [makers[name] for name in MAP_NAMES if name.startswith("head_boxes")]
+    return tuple(node.input[2] for node in last) if all(node.op_type == "Where" for node in last) else ()
+
+
+def _rounded_weights(model: onnx.ModelProto, seed: int) -> onnx.ModelProto:
+    """A copy whose float32 weights are each up to one rounding off."""
+    generator = np.random.default_rng(seed)
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    for tensor in copy.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) > 1:
+            values = numpy_helper.to_array(tensor)
+            noise = generator.uniform(-ROUNDING, ROUNDING, values.shape)
+            tensor.CopyFrom(numpy_helper.from_array((values * (1 + noise)).astype(np.float32), tensor.name))
+    return copy
 
 
 def graph_inputs(

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from tood_deploy.export.pictures import synthetic_picture
-from tood_deploy.export.runners import Runner
 from tood_deploy.golden import Golden, GoldenCase
+from tood_deploy.parity.reference import Runner
+from tood_deploy.parity.sample_images import synthetic_picture
 from tood_deploy.rows import Rows, batch_rows
 
 ANY_SIZE = ((160, 224),)  # in place of the canvases of an artefact that takes every size: not square, three levels with several cells

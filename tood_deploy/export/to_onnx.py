@@ -14,7 +14,8 @@ import onnx
 import torch
 
 from tood_deploy.errors import ArtefactError
-from tood_deploy.export.graph import INNER_VALUES, INPUTS, OUTPUTS, DeformForm, ExportedGraph
+from tood_deploy.export.graph import DeformForm, ExportedGraph
+from tood_deploy.graph_io import INNER_VALUES, INPUTS, OUTPUTS
 from tood_deploy.manifest import METADATA_KEY, Manifest
 from tood_deploy.model.postprocess import MAX_DET
 from tood_deploy.model.tood import Tood

@@ -11,20 +11,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tood_deploy.errors import ArtefactError, ToodError
-from tood_deploy.export.graph import HEAD_OUTPUTS, OUTPUTS
-from tood_deploy.export.onnx_artefact import read_onnx
-from tood_deploy.export.runners import Maps, Reference, graph_inputs, onnx_reference
-from tood_deploy.export.verify import TOLERANCES, Tolerances, verify
+from tood_deploy.export.runners import graph_inputs
+from tood_deploy.export.self_test import self_test_from
+from tood_deploy.graph_io import MAP_NAMES, OUTPUTS
 from tood_deploy.manifest import Manifest, atomic_paths, manifest_path, read_manifest
 from tood_deploy.openvino_model import CPU, PLACE, TYPES, check_precision, load_openvino, read_model, shared_core
+from tood_deploy.parity.reference import Outputs, Reference
+from tood_deploy.parity.tolerances import DETECTION_LIMITS
+from tood_deploy.parity.verify import verify_detections, verify_float32
 
 Rest = Literal["fp32", "bf16"]
 
 
 class OpenVinoRunner:
-    """An .xml or .onnx file in OpenVINO on the CPU, with the head's maps added as outputs in memory; a `Runner`."""
+    """An .xml or .onnx file in OpenVINO on the CPU, with the maps of all stages added as outputs in memory if wanted; a `Runner`."""
 
-    def __init__(self, artefact: Path, rest: Rest = "fp32") -> None:
+    def __init__(self, artefact: Path, rest: Rest = "fp32", *, maps: bool = True) -> None:
         """Opens the artefact; `rest` is the precision of what is not quantised.
 
         Raises:
@@ -35,14 +37,15 @@ class OpenVinoRunner:
         core = shared_core()
         check_precision(core, rest)
         model = read_model(core, artefact)
-        model.add_outputs(list(HEAD_OUTPUTS))
+        self.outputs = (*OUTPUTS, *(MAP_NAMES if maps else ()))
+        model.add_outputs(list(self.outputs[len(OUTPUTS) :]))
         self._request = core.compile_model(model, CPU, {"INFERENCE_PRECISION_HINT": TYPES[rest]}).create_infer_request()
         self.name = f"OpenVINO {ov.__version__.split('-')[0]}, {rest}, CPU"
 
-    def __call__(self, images: NDArray[np.uint8], valid_hw: NDArray[np.int32], score_threshold: float, iou_threshold: float) -> Maps:
+    def __call__(self, images: NDArray[np.uint8], valid_hw: NDArray[np.int32], score_threshold: float, iou_threshold: float) -> Outputs:
         """See `Runner`."""
         self._request.infer(graph_inputs(images, valid_hw, score_threshold, iou_threshold))
-        return [np.array(self._request.get_tensor(name).data) for name in (*OUTPUTS, *HEAD_OUTPUTS)]
+        return [np.array(self._request.get_tensor(name).data) for name in self.outputs]
 
 
 def openvino_from_onnx(
@@ -52,21 +55,18 @@ def openvino_from_onnx(
     reference: Reference,
     rest: Rest | None = None,
     pictures: Sequence[NDArray[np.uint8]] = (),
-    tolerances: Tolerances | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Manifest:
     """Writes `output` (.xml), its .bin and the manifest beside them, after proving them equal to the network.
 
-    Weights are stored as they are in the .onnx, in float32 or int8; bf16 is a property of the run, pinned by the manifest. What is
-    quantised was compared with the network when it was made (`parity` of the .onnx): here it is compared with the .onnx in ONNX Runtime.
+    Weights are stored as they are in the .onnx, in float32 or int8; bf16 is a property of the run, pinned by the manifest.
 
     Args:
         onnx_path: an artefact of tood-export, in float32 or quantised, with deformable convolutions as gathers.
         output: where to; what is there already is replaced.
-        reference: the network that the .onnx was made from, or the float32 .onnx; not asked where the .onnx is quantised.
+        reference: the network that the .onnx was made from, or an .onnx that was proven equal to it.
         rest: precision of all that is not quantised; as the .onnx file's manifest says where not given.
-        pictures: (H, W, 3) uint8 BGR, to verify on in addition to the built-in ones.
-        tolerances: of the verification; those of the precision where not given.
+        pictures: (H, W, 3) uint8 BGR, to verify on: in float32 in addition to the built-in ones, in lower precision alone.
         options: more to note in the manifest.
 
     Raises:
@@ -85,9 +85,14 @@ def openvino_from_onnx(
     # The .bin becomes itself first, and the manifest, which tells whether all three belong together, last.
     with atomic_paths(output.with_suffix(".bin"), output, manifest_path(output)) as (_, xml, described):
         ov.save_model(graph, xml, compress_to_fp16=False)
-        run = OpenVinoRunner(xml, manifest.options["rest"])
-        compared = onnx_reference(read_onnx(onnx_path)) if manifest.precision == "int8" else reference
-        parity = verify(compared, run, pictures=pictures, tolerances=tolerances or TOLERANCES[manifest.precision])
+        in_float32 = manifest.precision == "fp32"
+        run = OpenVinoRunner(xml, manifest.options["rest"], maps=in_float32)
+        if in_float32:
+            parity = verify_float32(reference, run, pictures=pictures)
+        else:
+            parity = verify_detections(reference, run, pictures, DETECTION_LIMITS[manifest.precision])
+        if manifest.precision == "int8":  # whose right answer is what OpenVINO's own rounding gives
+            manifest = replace(manifest, self_test=self_test_from(run))
         manifest = replace(manifest, parity=parity | {"onnx": source.parity}).with_artefact(xml)
         described.write_text(manifest.to_json(), encoding="utf-8")
     return manifest

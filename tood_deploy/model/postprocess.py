@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tood_deploy.manifest import MAX_CANDIDATES
 from tood_deploy.model.head import HeadOutput
 from tood_deploy.model.nms import nms
-from tood_deploy.presets import STRIDES, Convention
+from tood_deploy.presets import MAX_CANDIDATES, STRIDES, Convention
 
 CANDIDATES_PER_LEVEL = 1000
 MAX_DET = 100

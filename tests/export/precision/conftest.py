@@ -6,9 +6,9 @@ import cv2
 import onnx
 import pytest
 
-from tood_deploy.export.pictures import synthetic_picture
 from tood_deploy.export.precision.calibration import calibrate
 from tood_deploy.export.precision.quantize import Ranges, calibrated_values
+from tood_deploy.parity.sample_images import synthetic_picture
 
 CALIBRATED_HW = (96, 128)
 

@@ -10,9 +10,9 @@ import onnxruntime as ort
 import pytest
 
 from tood_deploy.errors import ArtefactError, InputError
-from tood_deploy.export.graph import HEAD_OUTPUTS
 from tood_deploy.export.precision.activations import IOU_THRESHOLD, SCORE_THRESHOLD, ActivationReader, iterate_activations
 from tood_deploy.export.to_onnx import with_outputs
+from tood_deploy.graph_io import HEAD_OUTPUTS
 
 SIZE_HW = (64, 96)
 

@@ -10,10 +10,10 @@ import onnx
 import pytest
 
 from tood_deploy.errors import ArtefactError, InputError
-from tood_deploy.export.pictures import synthetic_picture
 from tood_deploy.export.precision import calibration as calibration_module
 from tood_deploy.export.precision.activations import iterate_activations
 from tood_deploy.export.precision.calibration import Calibration, calibrate, choose_pictures
+from tood_deploy.parity.sample_images import synthetic_picture
 
 IMGSZ = (64, 96)
 VALUES = ("pixels", "c3", "p5")

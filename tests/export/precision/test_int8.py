@@ -10,12 +10,12 @@ import onnx
 import pytest
 
 from tood_deploy.errors import InputError, ToodError
-from tood_deploy.export.pictures import synthetic_picture
 from tood_deploy.export.precision import int8 as int8_module
 from tood_deploy.export.precision.int8 import Int8Options, int8_from_onnx
 from tood_deploy.export.precision.mismatch import DetectionMismatch
 from tood_deploy.export.precision.sensitivity import Sensitivity
 from tood_deploy.manifest import METADATA_KEY, Manifest, read_manifest
+from tood_deploy.parity.sample_images import synthetic_picture
 
 OPTIONS = Int8Options(method="minmax")
 

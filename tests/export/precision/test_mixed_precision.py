@@ -14,10 +14,10 @@ from onnx import TensorProto, numpy_helper
 from torch import nn
 
 from tood_deploy.errors import ToodError
-from tood_deploy.export.graph import HEAD_OUTPUTS, INNER_VALUES
 from tood_deploy.export.precision.emulation import emulate_low_precision
 from tood_deploy.export.precision.mixed_precision import LowPrecision, half_values, lower_precision
 from tood_deploy.export.to_onnx import with_outputs
+from tood_deploy.graph_io import HEAD_OUTPUTS, INNER_VALUES
 from tood_deploy.model.deform import DeformConv2d
 
 HALF_TYPES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}

@@ -16,8 +16,6 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from tood_deploy.errors import ToodError
-from tood_deploy.export.graph import HEAD_OUTPUTS, INNER_VALUES
-from tood_deploy.export.pictures import synthetic_picture
 from tood_deploy.export.precision.quantizable import ALWAYS_FLOAT, choose_layers, place_pairs
 from tood_deploy.export.precision.quantize import (
     SCHEMES,
@@ -30,7 +28,9 @@ from tood_deploy.export.precision.quantize import (
 )
 from tood_deploy.export.runners import graph_inputs
 from tood_deploy.export.to_onnx import with_outputs
+from tood_deploy.graph_io import HEAD_OUTPUTS, INNER_VALUES
 from tood_deploy.openvino_model import shared_core
+from tood_deploy.parity.sample_images import synthetic_picture
 
 IMGSZ = (96, 128)
 BLOCK = "backbone.layer1.1"

@@ -8,11 +8,11 @@ import pytest
 from numpy.typing import NDArray
 
 from tood_deploy.errors import InputError
-from tood_deploy.export.pictures import synthetic_picture
 from tood_deploy.export.precision import sensitivity as sensitivity_module
 from tood_deploy.export.precision.mismatch import DetectionMismatch
 from tood_deploy.export.precision.quantize import Ranges, quantize
 from tood_deploy.export.precision.sensitivity import Prepared, Sensitivity, choose_kept, layer_groups, map_damage, measure_sensitivity
+from tood_deploy.parity.sample_images import synthetic_picture
 
 IMGSZ = (96, 128)
 LEVELS_HW = ((4, 6), (2, 3), (1, 2), (1, 1), (1, 1))

@@ -14,16 +14,16 @@ from model.crowds import Boxes, chain, crowd
 from numpy.typing import NDArray
 
 from tood_deploy.errors import ArtefactError
-from tood_deploy.export.graph import STAGE_VALUES
 from tood_deploy.export.onnx_artefact import OnnxArtefact, read_onnx
-from tood_deploy.export.pictures import synthetic_picture
 from tood_deploy.export.precision.emulation import emulate_low_precision
 from tood_deploy.export.precision.mixed_precision import lower_precision
 from tood_deploy.export.precision.quantize import calibrated_values, quantize
 from tood_deploy.export.tensorrt.unrolled_nms import unroll_nms
 from tood_deploy.export.triton.serving_form import serving_form
+from tood_deploy.graph_io import STAGE_VALUES
 from tood_deploy.manifest import OUTPUTS
 from tood_deploy.model.nms_unrolled import ROUNDS
+from tood_deploy.parity.sample_images import synthetic_picture
 
 NET_HW = (96, 128)
 Found = list[NDArray[Any]]

@@ -9,9 +9,9 @@ import pytest
 from numpy.typing import NDArray
 
 from tood_deploy.errors import CheckFailed
-from tood_deploy.export.pictures import synthetic_picture
 from tood_deploy.export.triton.serving_form import check_serving_form, serving_form
 from tood_deploy.manifest import INPUTS, OUTPUTS
+from tood_deploy.parity.sample_images import synthetic_picture
 
 
 @pytest.fixture(scope="module")

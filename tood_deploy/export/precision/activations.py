@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from onnx_ir.analysis import analyze_implicit_usage
 
 from tood_deploy.errors import ArtefactError
-from tood_deploy.export.graph import INPUTS
 from tood_deploy.export.pictures import picture_paths, read_picture
+from tood_deploy.graph_io import INPUTS
 from tood_deploy.onnx_session import open_session
 from tood_deploy.preprocess import resize_and_pad
 

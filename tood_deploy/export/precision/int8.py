@@ -37,7 +37,7 @@ class Int8Options:
     """What an int8 artefact shall be.
 
     Attributes:
-        scheme: "u8s8" for ONNX Runtime and OpenVINO on the CPU, "s8s8" for TensorRT.
+        scheme: "u8s7" for ONNX Runtime and OpenVINO on any CPU, "u8s8" on CPUs with VNNI instructions, "s8s8" for TensorRT.
         method: how ranges come from what was measured: "percentile", "entropy" or "minmax".
         keep: patterns (as of file names) of layers that stay float32.
         max_drop: the most that quality may drop: the most sensitive layers then stay float32, as many as it takes. None: all that can
@@ -45,7 +45,7 @@ class Int8Options:
         most_pictures: to calibrate on, evenly spread over the folder.
     """
 
-    scheme: Scheme = "u8s8"
+    scheme: Scheme = "u8s7"
     method: Method = "percentile"
     keep: tuple[str, ...] = ()
     max_drop: float | None = None

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from tood_deploy.errors import ToodError
 from tood_deploy.export.onnx_artefact import OnnxArtefact, read_onnx
-from tood_deploy.export.pictures import read_pictures
+from tood_deploy.export.pictures import read_picture
+from tood_deploy.export.precision.calibration import choose_pictures
 from tood_deploy.export.precision.emulation import emulate_low_precision
 from tood_deploy.export.precision.int8 import QUALITY_PICTURES, Int8Options, Quality, int8_from_onnx
 from tood_deploy.export.precision.to_half_precision import low_precision_onnx
@@ -22,8 +23,11 @@ from tood_deploy.export.progress import progress_bar
 from tood_deploy.export.runners import OnnxRunner
 from tood_deploy.export.self_test import self_test_from
 from tood_deploy.export.to_onnx import save_onnx
-from tood_deploy.export.verify import TOLERANCES, Reference, verify
-from tood_deploy.manifest import atomic_path, manifest_path, write_text
+from tood_deploy.manifest import Manifest, atomic_path, manifest_path, write_text
+from tood_deploy.parity.reference import Reference
+from tood_deploy.parity.sample_images import photograph_crops
+from tood_deploy.parity.tolerances import DETECTION_LIMITS
+from tood_deploy.parity.verify import verify_detections
 
 Precision = Literal["fp32", "bf16", "fp16", "int8"]
 Rest = Literal["fp32", "bf16", "fp16"]
@@ -171,15 +175,29 @@ def _describe(path: Path, float_onnx: Path, reference: Reference, pictures: Sequ
     """Compares a lowered artefact with the reference, and writes its manifest. The float32 answer to the self-test stays the right one.
 
     Half precision is emulated: ONNX Runtime has no bf16 on CPUs, and leaves out casts to fp16, which would hide what overflows. 8 bits
-    are compared on calibration pictures: the synthetic ones are outside of the ranges that these have, and so is the self-test's, whose
-    right answer is then what the 8 bits themselves give here.
+    run as they will, on calibration images: the self-test's image lies outside the ranges that these have, so its right answer is then
+    what the 8 bits themselves give here.
     """
     lowered, source = read_onnx(path), read_onnx(float_onnx).manifest
-    run = OnnxRunner(emulate_low_precision(lowered.model))
     precision = lowered.manifest.precision
-    calibrated = read_pictures(calib_data, QUALITY_PICTURES) if precision == "int8" and calib_data is not None else []
-    tolerances = TOLERANCES[precision]
-    parity = verify(reference, run, pictures=[*calibrated, *pictures], tolerances=tolerances, synthetic=not calibrated)
-    self_test = self_test_from(run) if calibrated else source.self_test
+    run = OnnxRunner(emulate_low_precision(lowered.model), maps=False)
+    if half := half_precision_of(lowered.manifest):
+        run.name += f", {half} emulated"
+    images = [*images_to_verify(calib_data, reference.imgsz, pictures)]
+    parity = verify_detections(reference, run, images, DETECTION_LIMITS[precision])
+    self_test = self_test_from(run) if precision == "int8" else source.self_test
     manifest = replace(lowered.manifest, parity=parity, self_test=self_test).with_artefact(path)
     write_text(manifest_path(path), manifest.to_json())
+
+
+def half_precision_of(manifest: Manifest) -> str:
+    """The half precision that a graph holds, beside 8 bits or alone; "" where there is none."""
+    return str(manifest.options.get("half_precision", {}).get("precision", ""))
+
+
+def images_to_verify(
+    calib_data: Path | None, imgsz: tuple[int, int], pictures: Sequence[NDArray[np.uint8]] = ()
+) -> Sequence[NDArray[np.uint8]]:
+    """Images of the user's kind, (H, W, 3) uint8 BGR: of calibration, and those given to verify on; crops of a photograph without any."""
+    calibrated = [read_picture(path) for path in choose_pictures(calib_data, QUALITY_PICTURES)] if calib_data is not None else []
+    return [*calibrated, *pictures] or photograph_crops(imgsz, QUALITY_PICTURES)

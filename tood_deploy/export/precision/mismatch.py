@@ -9,11 +9,11 @@ import numpy as np
 import onnx
 
 from tood_deploy.errors import InputError
-from tood_deploy.export.compare import Match, match_overlapping
-from tood_deploy.export.graph import OUTPUTS
 from tood_deploy.export.precision.sensitivity import Prepared
 from tood_deploy.export.runners import graph_inputs
+from tood_deploy.graph_io import OUTPUTS
 from tood_deploy.onnx_session import open_session
+from tood_deploy.parity.compare import match_overlapping
 from tood_deploy.rows import Rows, batch_rows
 
 SCORE_THRESHOLD, IOU_THRESHOLD = 0.3, 0.6
@@ -41,8 +41,8 @@ class DetectionMismatch:
         """Per cent of the detections of both that only one of the two has; a pair overlaps and differs little in score."""
         found = self._detect(model)
         total = sum(map(len, self.expected)) + sum(map(len, found))
-        match = sum((match_overlapping(*rows, SCORE_TOLERANCE) for rows in zip(self.expected, found, strict=True)), Match())
-        return 100 * (1 - 2 * match.matched / total)
+        matched = sum(len(match_overlapping(*rows, SCORE_TOLERANCE)[0]) for rows in zip(self.expected, found, strict=True))
+        return 100 * (1 - 2 * matched / total)
 
     def _detect(self, model: onnx.ModelProto) -> list[Rows]:
         session = open_session(model.SerializeToString())

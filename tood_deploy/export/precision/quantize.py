@@ -1,7 +1,10 @@
 """INT8 by explicit Q/DQ pairs: a float32 graph and the ranges of its values in, the same graph with 8-bit convolutions out.
 
 Weights are symmetric int8 a channel and stored as such, activations 8-bit a tensor, biases stay float32. What is quantised and where the
-pairs go is `quantizable`'s to say. Knows no runtime: TensorRT takes scheme "s8s8", the CPU's runtimes "u8s8".
+pairs go is `quantizable`'s to say. Knows no runtime: TensorRT takes scheme "s8s8", the CPU's runtimes "u8s7" or "u8s8".
+
+CPUs without VNNI instructions add two products of uint8 and int8 in 16 bits, which saturate at 32767: with "u8s8" they give wrong sums.
+"u8s7" spends the weights' levels so that the two largest of a channel add up to no more than 128: 255 * 128 fits, whichever two meet.
 """
 
 from __future__ import annotations
@@ -18,11 +21,12 @@ from numpy.typing import NDArray
 from tood_deploy.errors import ToodError
 from tood_deploy.export.precision.quantizable import Layer, Reader, all_layers, choose_layers, place_pairs
 
-Scheme = Literal["s8s8", "u8s8"]
+Scheme = Literal["s8s8", "u8s8", "u8s7"]
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
 Ranges = Mapping[str, tuple[float, float]]
 
 WEIGHT_LEVELS = 127  # -128 stays unused, so that the range is symmetric
+PAIR_LEVELS = 127  # of the two largest weights of a channel together; rounding adds at most one
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,8 @@ def quantize(model: onnx.ModelProto, ranges: Ranges, *, scheme: Scheme, keep: Co
     Args:
         model: an exported float32 graph.
         ranges: lowest and highest value of every activation that `calibrated_values` names, by name.
-        scheme: "s8s8" has symmetric int8 activations (zero point 0), "u8s8" uint8 ones: zero point 0 where no value is negative.
+        scheme: "s8s8" has symmetric int8 activations (zero point 0), "u8s8" uint8 ones: zero point 0 where no value is negative;
+            "u8s7" is "u8s8" with weights that no CPU saturates on.
         keep: patterns (as of file names) of layers that stay float32, besides those that always do.
 
     Raises:
@@ -48,13 +53,13 @@ def quantize(model: onnx.ModelProto, ranges: Ranges, *, scheme: Scheme, keep: Co
     quantized = ir.from_proto(model)
     graph = quantized.graph
     layers = choose_layers(graph, keep)
-    pairs = place_pairs(layers, everywhere=scheme == "u8s8")
+    pairs = place_pairs(layers, everywhere=scheme != "s8s8")
     if missing := [value.name for value in pairs if value.name not in ranges]:
         raise ToodError(f"no range is known of {', '.join(map(str, missing[:3]))}; calibrate this very graph")
     for value, readers in pairs.items():
         assert value.name is not None
         _insert_pair(graph, value, readers, activation_parameters(*ranges[value.name], scheme))
-    _quantize_weights(graph, layers)
+    _quantize_weights(graph, layers, scheme)
     return ir.to_proto(quantized)
 
 
@@ -72,10 +77,13 @@ def activation_parameters(low: float, high: float, scheme: Scheme) -> Parameters
     return Parameters(scale, np.array(round(-low / float(scale)), np.uint8))
 
 
-def weight_parameters(weight: NDArray[np.float32], axis: int) -> Parameters:
+def weight_parameters(weight: NDArray[np.float32], axis: int, scheme: Scheme) -> Parameters:
     """Symmetric scales of a weight, one for each of its output channels, which lie along `axis`."""
-    others = tuple(i for i in range(weight.ndim) if i != axis)
-    scale = _scale(np.abs(weight).max(axis=others) / WEIGHT_LEVELS)
+    sizes = np.sort(np.abs(np.moveaxis(weight, axis, 0).reshape(weight.shape[axis], -1)), axis=1)
+    scale = sizes[:, -1] / WEIGHT_LEVELS
+    if scheme == "u8s7":
+        scale = np.maximum(scale, sizes[:, -2:].sum(axis=1) / PAIR_LEVELS)
+    scale = _scale(scale)
     return Parameters(scale, np.zeros(len(scale), np.int8))
 
 
@@ -100,24 +108,24 @@ def _insert_pair(graph: ir.Graph, value: ir.Value, readers: Collection[Reader], 
         node.replace_input_with(i, restored.outputs[0])
 
 
-def _quantize_weights(graph: ir.Graph, layers: Collection[Layer]) -> None:
+def _quantize_weights(graph: ir.Graph, layers: Collection[Layer], scheme: Scheme) -> None:
     """Every weight as int8 and its way back; layers of several levels share them."""
     restored: dict[str, ir.Value] = {}
     for layer in layers:
         name = layer.weight.name
         assert name is not None
         if name not in restored:
-            restored[name] = _restored_weight(graph, layer)
+            restored[name] = _restored_weight(graph, layer, scheme)
         layer.node.replace_input_with(1, restored[name])
     for name in restored:
         if not graph.initializers[name].uses():
             del graph.initializers[name]
 
 
-def _restored_weight(graph: ir.Graph, layer: Layer) -> ir.Value:
+def _restored_weight(graph: ir.Graph, layer: Layer, scheme: Scheme) -> ir.Value:
     assert layer.weight.const_value is not None
     weight = layer.weight.const_value.numpy()
-    parameters = weight_parameters(weight, layer.channel_axis)
+    parameters = weight_parameters(weight, layer.channel_axis, scheme)
     shape = [-1 if i == layer.channel_axis else 1 for i in range(weight.ndim)]
     rounded = np.round(weight / parameters.scale.reshape(shape)).clip(-WEIGHT_LEVELS, WEIGHT_LEVELS).astype(np.int8)
     constants = _constants(graph, f"{layer.weight.name}_", parameters)

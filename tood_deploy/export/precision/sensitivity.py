@@ -12,9 +12,9 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from tood_deploy.export.graph import HEAD_OUTPUTS, INPUTS
 from tood_deploy.export.precision.quantizable import all_layers
 from tood_deploy.export.precision.quantize import Ranges, Scheme, quantize
+from tood_deploy.graph_io import HEAD_OUTPUTS, INPUTS
 from tood_deploy.onnx_session import open_session
 from tood_deploy.rows import row_iou
 

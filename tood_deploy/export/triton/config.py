@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tood_deploy import __version__
-from tood_deploy.export.pictures import synthetic_picture
 from tood_deploy.export.tensorrt.profiles import Profiles, Shape
 from tood_deploy.export.triton.options import Backend, TritonOptions
 from tood_deploy.export.triton.schema import new_config
 from tood_deploy.manifest import INPUTS, OUTPUTS, Manifest
+from tood_deploy.parity.sample_images import synthetic_picture
 from tood_deploy.preprocess import resize_and_pad
 from tood_deploy.presets import SIZE_DIVISOR
 

@@ -80,7 +80,7 @@ def check_precision(name: str, source: Manifest, backend: Backend, options: Trit
     """
     half = half_precision_of(source)
     if backend == "tensorrt":
-        if source.precision == "int8" and int8_scheme(source) == "u8s8":
+        if source.precision == "int8" and int8_scheme(source).startswith("u8"):
             raise ToodError(
                 f"{name}: its 8-bit numbers have zero points, which TensorRT lacks; quantise the float32 .onnx with --backend tensorrt"
             )
@@ -100,7 +100,7 @@ def check_precision(name: str, source: Manifest, backend: Backend, options: Trit
 
 
 def int8_scheme(source: Manifest) -> str:
-    """Return how an int8 graph holds activations, "u8s8" or "s8s8"; "" where its manifest does not tell."""
+    """Return how an int8 graph holds activations and weights, such as "u8s7" or "s8s8"; "" where its manifest does not tell."""
     made = source.options.get("int8") or source.options.get("autotune") or {}
     return str(made.get("scheme", ""))
 

@@ -14,10 +14,10 @@ import onnx
 from numpy.typing import NDArray
 
 from tood_deploy.errors import CheckFailed
-from tood_deploy.export.pictures import synthetic_picture
 from tood_deploy.export.precision.emulation import emulate_low_precision
 from tood_deploy.manifest import INPUTS, OUTPUTS
 from tood_deploy.onnx_session import open_session
+from tood_deploy.parity.sample_images import synthetic_picture
 
 SCORE, IOU = INPUTS[2:]
 PAIRS = f"{IOU}_of_pairs"  # (B, 1, 1), to be compared with the overlap of each two boxes of a picture

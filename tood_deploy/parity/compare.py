@@ -1,11 +1,13 @@
-"""How far two runs of a detector are apart: maps by their largest difference, detections by matching. NumPy alone."""
+"""Which detections of two runs are the same. NumPy alone."""
+
+from __future__ import annotations
 
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tood_deploy.rows import Rows, pair_rows
+from tood_deploy.rows import Rows, pair_rows, row_iou
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Match:
     score_deviation: float = 0.0
     box_deviation_px: float = 0.0
 
-    def __add__(self, other: "Match") -> "Match":
+    def __add__(self, other: Match) -> Match:
         """Both together."""
         return Match(
             self.reference + other.reference,
@@ -43,7 +45,7 @@ class Match:
 
 
 def match_detections(reference: Rows, found: Rows, score_tolerance: float, box_tolerance_px: float) -> Match:
-    """Pairs detections of one class whose scores and coordinates agree within the tolerances; each is used once, best first."""
+    """Pair detections of one class whose scores and coordinates agree within the tolerances; each is used once, best first."""
     free = np.ones(len(found), bool)
     pairs: list[tuple[float, float]] = []
     for box, score, label in zip(reference.boxes, reference.scores, reference.labels, strict=True):
@@ -58,19 +60,21 @@ def match_detections(reference: Rows, found: Rows, score_tolerance: float, box_t
     return Match(len(reference), len(pairs), int(free.sum()), score_deviation, box_deviation)
 
 
-def match_overlapping(reference: Rows, found: Rows, score_tolerance: float) -> Match:
-    """Pairs detections of one class that overlap by more than `PAIR_IOU` and whose scores agree within the tolerance."""
+def match_overlapping(
+    reference: Rows, found: Rows, score_tolerance: float, least_iou: float = 0.0
+) -> tuple[NDArray[np.intp], NDArray[np.floating]]:
+    """Pair detections of one class that overlap, and whose scores agree.
+
+    Args:
+        reference, found: detections of one image, in one frame.
+        score_tolerance: by how much the scores of a pair may differ.
+        least_iou: overlap that a pair must have; never below `PAIR_IOU`.
+
+    Returns:
+        Positions (P, 2) in both lists, each used once, and the overlaps (P,).
+    """
     pairs = pair_rows(reference, found)
+    overlaps = row_iou(reference.boxes[pairs[:, 0]], found.boxes[pairs[:, 1]])
     score_off = np.abs(reference.scores[pairs[:, 0]] - found.scores[pairs[:, 1]])
-    box_off = np.abs(reference.boxes[pairs[:, 0]] - found.boxes[pairs[:, 1]]).max(axis=1, initial=0)
-    near = score_off <= score_tolerance
-    matched = int(near.sum())
-    deviations = (float(values[near].max(initial=0)) for values in (score_off, box_off))
-    return Match(len(reference), matched, len(found) - matched, *deviations)
-
-
-def map_deviation(reference: NDArray[np.float32], found: NDArray[np.float32]) -> float:
-    """The largest absolute difference; infinite where shapes differ or a value is not a number."""
-    if reference.shape != found.shape or not np.isfinite(found).all():
-        return float("inf")
-    return float(np.abs(reference - found).max(initial=0))
+    agree = (score_off <= score_tolerance) & (overlaps >= least_iou)
+    return pairs[agree], overlaps[agree]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tood_deploy.export.compare import Match, map_deviation, match_detections, match_overlapping
+from tood_deploy.parity.compare import Match, match_detections, match_overlapping
 from tood_deploy.rows import Rows
 
 
@@ -41,26 +41,18 @@ def test_nothing_matches_nothing() -> None:
     assert match_detections(rows((0, 0.5, 0)), rows(), 1e-5, 0.05).exchanged == 1
 
 
-def test_maps_of_other_shape_or_with_nan_are_infinitely_far() -> None:
-    zeros = np.zeros((2, 2), np.float32)
-    assert map_deviation(zeros, zeros + 1) == 1
-    assert map_deviation(zeros, np.zeros((1, 4), np.float32)) == float("inf")
-    assert map_deviation(zeros, zeros * np.nan) == float("inf")
-
-
 class TestOverlapping:
-    def test_a_shift_within_the_overlap_matches_and_is_measured(self) -> None:
-        match = match_overlapping(rows((0, 0.9, 1), (50, 0.8, 1)), rows((0.5, 0.85, 1), (50, 0.8, 1)), 0.1)
-        assert (match.reference, match.matched, match.added) == (2, 2, 0)
-        assert match.box_deviation_px == 0.5
-        assert abs(match.score_deviation - 0.05) < 1e-6
+    def test_a_shift_within_the_overlap_matches(self) -> None:
+        pairs, overlaps = match_overlapping(rows((0, 0.9, 1), (50, 0.8, 1)), rows((0.5, 0.85, 1), (50, 0.8, 1)), 0.1)
+        assert pairs.tolist() == [[1, 1], [0, 0]] or pairs.tolist() == [[0, 0], [1, 1]]
+        assert sorted(overlaps.tolist()) == pytest.approx([9.5 / 10.5, 1])
 
-    def test_a_score_too_far_off_is_an_exchange(self) -> None:
-        assert match_overlapping(rows((0, 0.9, 1)), rows((0, 0.7, 1)), 0.1) == Match(1, 0, 1, 0.0, 0.0)
+    def test_less_overlap_than_is_asked_for_is_no_pair(self) -> None:
+        assert len(match_overlapping(rows((0, 0.9, 1)), rows((0.5, 0.9, 1)), 0.1, 0.95)[0]) == 0
 
-    def test_another_class_or_place_is_an_exchange(self) -> None:
-        assert match_overlapping(rows((0, 0.9, 1)), rows((0, 0.9, 2)), 0.1).matched == 0
-        assert match_overlapping(rows((0, 0.9, 1)), rows((5, 0.9, 1)), 0.1).matched == 0
+    @pytest.mark.parametrize("other", [(0, 0.7, 1), (0, 0.9, 2), (5, 0.9, 1)], ids=["score", "class", "place"])
+    def test_another_score_class_or_place_is_no_pair(self, other: tuple[float, float, int]) -> None:
+        assert len(match_overlapping(rows((0, 0.9, 1)), rows(other), 0.1)[0]) == 0
 
     def test_nothing(self) -> None:
-        assert match_overlapping(rows(), rows(), 0.1) == Match()
+        assert match_overlapping(rows(), rows(), 0.1)[0].shape == (0, 2)

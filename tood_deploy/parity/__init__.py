@@ -1,0 +1,1 @@
+"""What "equal" means, measured and judged: used by export, tood-bench and the self-test."""
