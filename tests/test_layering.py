@@ -20,6 +20,8 @@ LAYERS = (
         "rows",
         "golden",
         "graph_io",
+        "int8_probe",
+        "half_precision",
         "home",
         "openvino_model",
         "onnx_session",

@@ -8,8 +8,9 @@ from inference.fakes import CLASSES, red_picture, write_picture
 
 from tood_deploy.benchmark.precision_search import PrecisionSearch
 from tood_deploy.cli.export import main, parser
-from tood_deploy.cli.export_order import order_from
+from tood_deploy.cli.export_order import open_annotated, order_from, precision_from
 from tood_deploy.export.option_rules import check_options
+from tood_deploy.export.precision.lowering import PrecisionOptions
 
 INT8 = ("--precision", "int8", "--calib-data", "pictures")
 TUNED = ("--autotune-precision", "--calib-data", "pictures")
@@ -52,19 +53,22 @@ def test_wrong_together(arguments: tuple[str, ...], message: str, capsys: pytest
     assert message in err
 
 
+def precision_options(*arguments: str) -> PrecisionOptions:
+    parsed = parser().parse_args(["model.onnx", *arguments])
+    check_options(vars(parsed))
+    data = open_annotated(parsed)
+    return precision_from(parsed, order_from(parsed, "", data), data)
+
+
 def test_quality_in_ap() -> None:
-    arguments = parser().parse_args(["model.onnx", *INT8, "--max-ap-drop", "0", *ANNOTATED])
-    check_options(vars(arguments))
-    options = order_from(arguments, "").precision
+    options = precision_options(*INT8, "--max-ap-drop", "0", *ANNOTATED)
     assert (options.precision, options.int8.max_drop, options.wanted) == ("int8", 0.0, "int8")
     assert options.quality is not None
 
 
 @pytest.mark.parametrize("how", [("--max-ap-drop", "0.2", *ANNOTATED), ("--max-drop", "0.2")])
 def test_a_search(how: tuple[str, ...]) -> None:
-    arguments = parser().parse_args(["model.onnx", *TUNED, *how, "--quiet"])
-    check_options(vars(arguments))
-    options = order_from(arguments, "").precision
+    options = precision_options(*TUNED, *how, "--quiet")
     assert options.wanted == "the best mixture of precisions"
     assert isinstance(options.lower, PrecisionSearch)
     assert (options.lower.int8.max_drop, options.lower.int8.scheme, options.lower.half) == (0.2, "u8s8", None)

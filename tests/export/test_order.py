@@ -4,12 +4,13 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tood_deploy import tensorrt_flavour
 from tood_deploy.cli.export import main
 from tood_deploy.engines import open_engine
-from tood_deploy.errors import ToodError
+from tood_deploy.errors import DeviceError, ToodError
 from tood_deploy.export import carry_out
 from tood_deploy.manifest import manifest_path, neighbour, read_manifest
 
@@ -35,14 +36,46 @@ def test_openvino(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert engine.precision == "fp32"
 
 
-def test_fp16(source: Path) -> None:
-    assert main([str(source), "--precision", "fp16", "--quiet"]) == 0
+def test_fp16(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(source), "--precision", "fp16"]) == 0
     assert made_beside(source) == {"tiny-fp16.onnx", "tiny-fp16.json"}
+    said = capsys.readouterr().out
+    assert "emulates fp16 by casts to float32" in said
+    assert "tood-infer tiny-fp16.onnx IMAGES --output DIR --device cuda\n" in said
+    assert "next: tood-infer" not in said
     manifest = read_manifest(Path("tiny-fp16.onnx"))
     assert manifest is not None
     assert manifest.precision == "fp16"
+    assert manifest.options["runtimes"] == ["onnxruntime-cuda", "tensorrt"]
     assert manifest.parity["reference"].startswith("tiny.onnx")
     assert manifest.self_test
+
+
+def test_bf16(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It says what it is for, is refused by name where it does not run, and can be taken further: its reference is emulated."""
+    assert main([str(source), "--precision", "bf16"]) == 0
+    said = capsys.readouterr().out
+    assert "ONNX Runtime has no bf16 convolutions on CPUs" in said
+    assert "tood-infer tiny-bf16.onnx IMAGES --output DIR --runtime openvino\n" in said
+    assert "next: tood-infer" not in said
+    manifest = read_manifest(Path("tiny-bf16.onnx"))
+    assert manifest is not None
+    assert (manifest.options["runtimes"], manifest.options["opset"]) == (["openvino", "tensorrt"], 22)
+    with pytest.raises(DeviceError, match=r"tiny-bf16\.onnx: is in bf16"):
+        open_engine("tiny-bf16.onnx")
+    run = carry_out._given_reference(Path("tiny-bf16.onnx")).run
+    num_dets = run(np.full((1, 64, 64, 3), 90, np.uint8), np.array([[64, 64]], np.int32), 0.0, 0.6)[0]
+    assert num_dets[0] > 0
+
+
+def test_every_step_is_said(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In a pipe, as here; with --quiet nothing."""
+    assert main([str(source), "--to", "triton", "--output", "repo", "--name", "tood"]) == 0
+    said = capsys.readouterr().err
+    assert "tiny.onnx: checked all that its export needs" in said
+    assert "repo: adding the model to the repository" in said
+    assert main([str(source), "--to", "triton", "--output", "repo", "--name", "tood", "--quiet"]) == 0
+    assert capsys.readouterr() == ("", "")
 
 
 def test_triton(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -148,7 +181,7 @@ def test_what_builds_is_looked_for_before_the_long_work(
 ) -> None:
     pytest.importorskip("tensorrt_rtx")
     monkeypatch.setattr(tensorrt_flavour, "_is_installed", installed.__contains__)
-    monkeypatch.setattr(carry_out, "_float_onnx", None)
+    monkeypatch.setattr(carry_out, "carry_out", None)
     assert main([str(source), "--to", *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error

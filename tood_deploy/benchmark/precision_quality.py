@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import onnx
 
@@ -17,6 +17,7 @@ from tood_deploy.benchmark.prediction_file import Key, PredictionFile
 from tood_deploy.errors import ArtefactError, InputError
 from tood_deploy.export.onnx_artefact import OnnxArtefact
 from tood_deploy.export.precision.emulation import emulate_low_precision
+from tood_deploy.export.progress import progress_bar
 from tood_deploy.inference.detector import Detector
 
 SCORE_THRESHOLD, IOU_THRESHOLD = 0.05, 0.6
@@ -31,28 +32,31 @@ class ApDrop:
         Args:
             data: annotations with their pictures.
             reference: the float32 artefact.
-            quiet: no progress bar.
+            quiet: say nothing of how far a measurement is.
 
         Raises:
             ToodError: the classes are not the categories of the annotations.
         """
         self.category_ids = map_categories(reference.manifest.preset.class_names, data.truth)
-        self.data, self.reference = data, reference
-        self.quiet = quiet or not sys.stderr.isatty()  # a log has no bars, and lines of the search alone
+        self.data, self.reference, self.quiet = data, reference, quiet
 
-    @cached_property
+    @property
     def reference_ap(self) -> float:
-        """AP of the float32 graph in points, 0 to 100; computed once.
+        """AP of the float32 graph in points, 0 to 100; measured once.
 
         Raises:
             InputError: it is 0, so that nothing could be lost; or pictures cannot be read.
         """
-        if (ap := self._ap(self.reference.model)) <= 0:
+        if (ap := self._measured_ap) <= 0:
             raise InputError(
                 f"{self.data.truth.path}: the float32 network has no AP on its {len(self.data.files)} pictures, so none can be lost; "
                 "give annotated pictures of what is to be found"
             )
         return ap
+
+    @cached_property
+    def _measured_ap(self) -> float:
+        return self._ap(self.reference.model)
 
     def __call__(self, model: onnx.ModelProto) -> float:
         """Points of AP, 0 to 100, that a graph made from the reference loses; below 0 where it gains. NaN among its outputs loses all."""
@@ -62,18 +66,24 @@ class ApDrop:
         except _NotNumbersError:
             return expected
 
+    def file_ap(self, path: Path, **engine_options: Any) -> float:
+        """Measure the AP of an artefact in points, 0 to 100, in the runtime that its file belongs to."""
+        with tempfile.TemporaryDirectory(prefix="tood-") as folder:
+            kept = PredictionFile(Path(folder) / "predictions.jsonl", Key({}))
+            with Detector(path, conf=SCORE_THRESHOLD, iou=IOU_THRESHOLD, self_test=False, **engine_options) as detector:
+                self._predict(detector, kept)
+            return 100 * evaluate(self.data.truth, kept.results(self.category_ids)).numbers["AP"]
+
     def _ap(self, model: onnx.ModelProto) -> float:
         with tempfile.TemporaryDirectory(prefix="tood-") as folder:
             path = Path(folder) / "graph.onnx"
             onnx.save(emulate_low_precision(model), path)
-            kept = PredictionFile(path.with_suffix(".jsonl"), Key({}))
-            with Detector(path, conf=SCORE_THRESHOLD, iou=IOU_THRESHOLD, self_test=False) as detector:
-                self._predict(detector, kept)
-        return 100 * evaluate(self.data.truth, kept.results(self.category_ids)).numbers["AP"]
+            return self.file_ap(path)
 
     def _predict(self, detector: Detector, kept: PredictionFile) -> None:
         try:
-            predict(detector, self.data.truth, self.data.files, kept, 1, self.quiet)
+            with progress_bar("measuring AP", self.quiet) as progress:
+                predict(detector, self.data.truth, self.data.files, kept, 1, quiet=True, progress=progress)
         except ArtefactError as error:  # which this raises for nothing else
             raise _NotNumbersError(str(error)) from error
 

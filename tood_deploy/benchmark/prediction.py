@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
 
@@ -62,7 +62,15 @@ def prediction_key(detector: Detector, model: str, truth: Truth, files: Mapping[
     )
 
 
-def predict(detector: Detector, truth: Truth, files: Mapping[int, Path], kept: PredictionFile, batch: int, quiet: bool) -> Timings:
+def predict(
+    detector: Detector,
+    truth: Truth,
+    files: Mapping[int, Path],
+    kept: PredictionFile,
+    batch: int,
+    quiet: bool,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Timings:
     """Detects in every picture that has no line yet. Interrupted, it loses at most the pictures in work.
 
     Args:
@@ -72,6 +80,7 @@ def predict(detector: Detector, truth: Truth, files: Mapping[int, Path], kept: P
         kept: where detections go.
         batch: the most pictures of one engine call.
         quiet: no progress bar.
+        progress: called after every picture with how many are done and how many there are.
 
     Raises:
         InputError: pictures cannot be read; the others are done.
@@ -91,6 +100,7 @@ def predict(detector: Detector, truth: Truth, files: Mapping[int, Path], kept: P
                 kept.add(ids[frame.name], frame.size_hw, found)
                 talk.advance()
                 done += 1
+                progress(done, len(todo))
     except ArtefactError as error:
         others = f" or one of the {batch - 1} after it" if batch > 1 else ""
         raise ArtefactError(f"{error} (picture {files[todo[min(done, len(todo) - 1)]]}{others})") from error

@@ -1,15 +1,18 @@
 """`tood-export`: parses arguments, nothing else."""
 
 import argparse
+import importlib.util
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from tood_deploy.cli.run import DONE, add_model_options, run_command
+from tood_deploy.errors import DeviceError, ToodError
 
 TARGETS = ("onnx", "openvino", "engine", "triton")
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")
+PACKAGES = ("torch", "onnx", "onnx_ir", "onnxscript", "ml_dtypes", "safetensors", "filelock")  # of every export
 
 EPILOG = """\
 what comes out:
@@ -19,7 +22,8 @@ what comes out:
   --to triton              a model in a repository of NVIDIA Triton Inference Server (docs/serving.md)
 
 precision:
-  bf16 and fp16 keep normalisation, decoding, scores and suppression in float32. In OpenVINO bf16 is a property of the run. int8 needs
+  bf16 and fp16 keep normalisation, decoding, scores and suppression in float32. In OpenVINO bf16 is a property of the run. ONNX Runtime
+  on CPUs does not open an .onnx in bf16 and only emulates fp16: they are for engines, OpenVINO (bf16) and GPUs (fp16). int8 needs
   pictures like those to come (--calib-data); --max-ap-drop with --annotations and --images, or --max-drop without annotations, keeps
   layers that cost too much in float32. --autotune-precision measures instead which mixture of precisions is fastest within that.
 
@@ -84,6 +88,11 @@ def _add_int8_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--calib-data", type=Path, metavar="DIR", help="pictures to calibrate on, 64 or more; for fp16: to find what it cannot hold"
     )
+    group.add_argument(
+        "--target-cpu",
+        choices=("portable", "native"),
+        help="int8 for CPUs: weights that every CPU adds up exactly, or all 8 bits, which need VNNI instructions (default: portable)",
+    )
     group.add_argument("--calib-method", choices=("entropy", "percentile", "minmax"), help="how ranges are chosen (default: percentile)")
     group.add_argument(
         "--max-drop",
@@ -139,24 +148,53 @@ def _add_triton_options(group: argparse._ArgumentGroup) -> None:
 
 
 def export_command(argv: Sequence[str] | None) -> int:
-    """Loads, exports, verifies, and says what was made."""
+    """Asks for all that is needed first, then loads, exports and verifies, and says what was made."""
     arguments = parser().parse_args(argv)
     from tood_deploy.export.option_rules import check_options
 
     check_options(vars(arguments))
+    _check_packages(arguments)
     from rich.console import Console
 
-    from tood_deploy.cli.export_order import order_from
-    from tood_deploy.export.carry_out import carry_out
+    from tood_deploy.cli.export_order import open_annotated, order_from, precision_from
+    from tood_deploy.export.preflight import check_order
 
     console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, quiet=arguments.quiet)
-    made = carry_out(
-        order_from(arguments, shlex.join(["tood-export", *(sys.argv[1:] if argv is None else argv)])), console.print, console.print
-    )
+    data = open_annotated(arguments)
+    order = order_from(arguments, shlex.join(["tood-export", *(sys.argv[1:] if argv is None else argv)]), data)
+    check_order(order)
+    console.print(f"{order.source}: checked all that its export needs; starting PyTorch")
+    from tood_deploy.export.carry_out import carry_out
+
+    made = carry_out(order, precision_from(arguments, order, data), console.print, console.print)
     out = Console(soft_wrap=True, highlight=False, markup=False, quiet=arguments.quiet)
     for part in made.report(list_layers=arguments.list_layers):
         out.print(part)
     return DONE
+
+
+def _check_packages(arguments: argparse.Namespace) -> None:
+    """Refuses to begin where a package is missing that is needed later, before anything imports one."""
+    needed = [*PACKAGES, *(["openvino"] if arguments.to == "openvino" else [])]
+    needed += ["pycocotools"] if arguments.annotations else []
+    for name in needed:
+        if not is_installed(name):
+            raise missing_package(name)
+
+
+def is_installed(name: str) -> bool:
+    """Tell whether a package can be imported, without importing it."""
+    if name in sys.modules:
+        return sys.modules[name] is not None
+    return importlib.util.find_spec(name) is not None
+
+
+def missing_package(name: str) -> ToodError:
+    """Return the error that says which package is missing and which extra brings it."""
+    if name == "openvino":
+        return DeviceError('OpenVINO is not installed; install it with: pip install "tood-deploy[openvino]"')
+    extra = "eval" if name == "pycocotools" else "export"
+    return ToodError(f'tood-export needs the package {name}; install it with: pip install "tood-deploy[{extra}]"')
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,41 +1,102 @@
-"""From the arguments of `tood-export` to the order that `carry_out` takes; here, as the search for precisions lies above `export`."""
+"""From the arguments of `tood-export` to what `check_order` and `carry_out` take.
+
+It lies here, as annotations and the search for precisions lie above `export`.
+"""
+
+from __future__ import annotations
 
 import argparse
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tood_deploy.cli.run import load_options
-from tood_deploy.errors import ToodError
-from tood_deploy.export.order import CheckpointOptions, Order, SizeOptions, default_output
-from tood_deploy.export.precision.int8 import Int8Options
-from tood_deploy.export.precision.lowering import PrecisionOptions, QualityOf
+from tood_deploy.errors import InputError, ToodError
+from tood_deploy.export.image_check import ImageSet
+from tood_deploy.export.order import CheckpointOptions, Order, PrecisionOrder, SizeOptions, default_output
 from tood_deploy.export.tensorrt.engine_options import EngineOptions
 from tood_deploy.export.triton.options import TritonOptions
 
+if TYPE_CHECKING:
+    from tood_deploy.benchmark.evaluation_run import DataSet
+    from tood_deploy.export.precision.int8 import Int8Options
+    from tood_deploy.export.precision.lowering import AnnotatedApOf, PrecisionOptions, QualityOf
 
-def order_from(arguments: argparse.Namespace, command: str) -> Order:
-    """The arguments, which `check_options` has passed, as an order; `command` makes the same again.
+
+def open_annotated(arguments: argparse.Namespace) -> DataSet | None:
+    """Reads the annotations that AP is measured by, and finds their images; None where none are given.
+
+    Raises:
+        InputError: the annotations cannot be read, or an image is missing.
+    """
+    if arguments.annotations is None:
+        return None
+    from tood_deploy.benchmark.evaluation_run import open_data_set
+
+    return open_data_set(arguments.annotations, arguments.images)
+
+
+def order_from(arguments: argparse.Namespace, command: str, data: DataSet | None = None) -> Order:
+    """The arguments, which `check_options` has passed, as an order. Imports nothing heavy.
+
+    Args:
+        arguments: of the command.
+        command: makes the same again.
+        data: what `open_annotated` gives.
 
     Raises:
         ToodError: a value that cannot be.
     """
     made = {"imgsz": arguments.imgsz, "max_det": arguments.max_det, "deform": arguments.deform}
-    engine = _engine_from(arguments)
     return Order(
         source=arguments.checkpoint,
         output=arguments.output or _default_output(arguments),
         to=arguments.to,
-        precision=_precision_from(arguments, engine),
+        precision=_precision_order(arguments, data),
         checkpoint=CheckpointOptions(load=load_options(arguments), **_given(made)),
         sizes=SizeOptions(arguments.shapes, arguments.batch, arguments.images, arguments.shapes_plot),
-        engine=engine,
+        engine=_engine_from(arguments),
         flavour=arguments.flavour,
         triton=_triton_from(arguments),
         verify_images=arguments.verify_images,
+        check_classes=_class_check(data),
         command=command,
         quiet=arguments.quiet,
     )
+
+
+def _precision_order(arguments: argparse.Namespace, data: DataSet | None) -> PrecisionOrder:
+    values = {name: getattr(arguments, name) for name in ("precision", "rest", "target_cpu", "calib_data", "annotations")}
+    values |= {"max_drop": _max_drop(arguments), "most_images": arguments.calib_pictures}
+    annotated = None if data is None else ImageSet("--images", tuple(data.files.values()), _decode_annotated)
+    return PrecisionOrder(tuned=arguments.autotune_precision, annotated=annotated, **_given(values))
+
+
+def _decode_annotated(path: Path) -> object:
+    """Decodes an image as an evaluation does.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    from tood_deploy.inference.images import decode_image
+
+    try:
+        return decode_image(path.read_bytes(), str(path))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); expected an image") from error
+
+
+def _class_check(data: DataSet | None) -> Any:
+    """A function of class names that raises ToodError where they are not the categories of the annotations."""
+    if data is None:
+        return None
+    from tood_deploy.benchmark.categories import map_categories
+
+    return partial(map_categories, truth=data.truth)
+
+
+def _max_drop(arguments: argparse.Namespace) -> float | None:
+    return arguments.max_drop if arguments.max_ap_drop is None else arguments.max_ap_drop
 
 
 def _default_output(arguments: argparse.Namespace) -> Path:
@@ -63,31 +124,39 @@ def _triton_from(arguments: argparse.Namespace) -> TritonOptions:
     return TritonOptions(**_given(served))
 
 
-def _precision_from(arguments: argparse.Namespace, engine: EngineOptions) -> PrecisionOptions:
-    max_drop = arguments.max_drop if arguments.max_ap_drop is None else arguments.max_ap_drop
-    values = {"method": arguments.calib_method, "max_drop": max_drop, "most_pictures": arguments.calib_pictures}
-    scheme = "s8s8" if arguments.to == "engine" or arguments.backend == "tensorrt" else "u8s8"
+def precision_from(arguments: argparse.Namespace, order: Order, data: DataSet | None) -> PrecisionOptions:
+    """How the precision of an order is made. Imports PyTorch.
+
+    Raises:
+        ToodError: a value that cannot be.
+    """
+    from tood_deploy.export.precision.int8 import Int8Options
+    from tood_deploy.export.precision.lowering import PrecisionOptions
+
+    values = {"method": arguments.calib_method, "max_drop": _max_drop(arguments), "most_pictures": arguments.calib_pictures}
+    scheme = "s8s8" if order.builds_engine else "u8s8" if arguments.target_cpu == "native" else "u8s7"
     int8 = Int8Options(scheme=scheme, **_given(values))
-    quality = _quality_from(arguments)
+    measure_ap = _ap_from(data, arguments.quiet)
+    quality = None if arguments.max_ap_drop is None else measure_ap
     if arguments.autotune_precision:
-        return _search_from(arguments, engine, int8, quality)
+        return _search_from(arguments, order.engine, int8, quality)
     lowered = {name: getattr(arguments, name) for name in ("precision", "rest", "calib_data")}
-    return PrecisionOptions(keep=_parts(arguments.keep), int8=int8, quality=quality, **_given(lowered))
+    return PrecisionOptions(keep=_parts(arguments.keep), int8=int8, quality=quality, measure_ap=measure_ap, **_given(lowered))
 
 
-def _quality_from(arguments: argparse.Namespace) -> QualityOf | None:
-    """Quality in AP where there are annotations."""
-    if arguments.annotations is None:
+def _ap_from(data: DataSet | None, quiet: bool) -> AnnotatedApOf | None:
+    """What measures AP, where there are annotations."""
+    if data is None:
         return None
-    from tood_deploy.benchmark.evaluation_run import open_data_set
     from tood_deploy.benchmark.precision_quality import ApDrop
 
-    return partial(ApDrop, open_data_set(arguments.annotations, arguments.images), quiet=arguments.quiet)
+    return partial(ApDrop, data, quiet=quiet)
 
 
 def _search_from(arguments: argparse.Namespace, engine: EngineOptions, int8: Int8Options, quality: QualityOf | None) -> PrecisionOptions:
     from tood_deploy.benchmark.precision_latency import Opener
     from tood_deploy.benchmark.precision_search import PrecisionSearch
+    from tood_deploy.export.precision.lowering import PrecisionOptions
 
     half: Any = {"fp32": None, None: "fp16"}.get(arguments.rest, arguments.rest) if arguments.to == "engine" else None
     opener = Opener(arguments.to, engine, arguments.flavour)

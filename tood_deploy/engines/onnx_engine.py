@@ -12,8 +12,9 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from tood_deploy.engines.base import BatchDetections, Engine, Hint, check_hint
-from tood_deploy.engines.int8_probe import INPUT, OUTPUT, PROBE, is_saturated, probe_input
 from tood_deploy.errors import ArtefactError, DeviceError, ToodError
+from tood_deploy.half_precision import why_not_on_cpus
+from tood_deploy.int8_probe import saturates_in_onnxruntime
 from tood_deploy.manifest import INPUTS, METADATA_KEY, OUTPUTS, Manifest, read_manifest
 from tood_deploy.onnx_session import CPU, open_session
 
@@ -36,7 +37,7 @@ class OnnxEngine(Engine):
 
         Raises:
             ArtefactError: not a file of tood-export, cut, or of another version.
-            DeviceError: the device is not there.
+            DeviceError: the device is not there, or does not compute the artefact's precision.
             ToodError: a value out of range.
         """
         check_hint(hint)
@@ -47,6 +48,8 @@ class OnnxEngine(Engine):
         provider = PROVIDERS[device]
         if provider not in ort.get_available_providers():
             raise DeviceError(f"device {device} needs {provider}, this onnxruntime has {ort.get_available_providers()}: {_remedy(device)}")
+        if device == "cpu":
+            _check_precision(path)
         cores = _cores() if threads is None else threads
         side_by_side = hint == "throughput" and cores >= STREAMS
         # Who calls a session works for it; its own threads are one less than its number of threads.
@@ -61,9 +64,7 @@ class OnnxEngine(Engine):
 
     def saturates(self) -> bool:
         """See `Engine.saturates`; asked of the CPU alone."""
-        if self.device != "cpu":
-            return False
-        return is_saturated(open_session(PROBE, threads=1).run([OUTPUT], {INPUT: probe_input()})[0])
+        return self.device == "cpu" and saturates_in_onnxruntime()
 
     def _run(self, images: NDArray[np.uint8], valid_hw: NDArray[np.int32], score_threshold: float, iou_threshold: float) -> BatchDetections:
         thresholds = np.float32(score_threshold), np.float32(iou_threshold)
@@ -99,6 +100,17 @@ def _remedy(device: str) -> str:
     )
 
 
+def _check_precision(path: Path) -> None:
+    """Refuse by its manifest what ONNX Runtime does not compute on CPUs, before it fails with a reason of its own.
+
+    Raises:
+        DeviceError: the artefact is in bf16, or in int8 beside half precision.
+    """
+    manifest = read_manifest(path)
+    if manifest is not None and (reason := why_not_on_cpus(str(path), manifest)):
+        raise DeviceError(reason)
+
+
 def _open_session(path: Path, provider: str, threads: int | None) -> ort.InferenceSession:
     if threads is not None and threads < 1:
         raise ToodError(f"threads is {threads}; expected a positive number")
@@ -106,6 +118,11 @@ def _open_session(path: Path, provider: str, threads: int | None) -> ort.Inferen
         return open_session(path, provider=provider, threads=threads)
     except Exception as error:  # onnxruntime raises types of its own that share no public base
         reason = str(error).strip().splitlines()[0]
+        if "NOT_IMPLEMENTED" in reason:  # by its text: the type has no public name
+            raise ArtefactError(
+                f"{path}: ONNX Runtime {ort.__version__} lacks an operator of it in its precision ({reason}); bf16 needs OpenVINO "
+                "(--runtime openvino) or an engine (tood-export --to engine), all else a newer onnxruntime"
+            ) from error
         raise ArtefactError(f"{path}: ONNX Runtime cannot open it, cut or not an ONNX file ({reason}); export it again") from error
 
 

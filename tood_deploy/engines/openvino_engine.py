@@ -10,14 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tood_deploy.engines.base import BatchDetections, Engine, Hint, check_hint
-from tood_deploy.engines.int8_probe import INPUT, PROBE, is_saturated, probe_input
 from tood_deploy.engines.openvino_forms import Form, Forms
 from tood_deploy.engines.self_test import tolerance_of
 from tood_deploy.errors import DeviceError, ToodError
 from tood_deploy.home import home_folder
+from tood_deploy.int8_probe import saturates_in_openvino
 from tood_deploy.manifest import Manifest, artefact_files, read_manifest
 from tood_deploy.openvino_model import (
-    CPU,
     TYPES,
     check_precision,
     load_openvino,
@@ -102,8 +101,7 @@ class OpenVinoEngine(Engine):
 
     def saturates(self) -> bool:
         """See `Engine.saturates`."""
-        probe = shared_core().compile_model(PROBE, CPU, {"INFERENCE_PRECISION_HINT": TYPES["fp32"]})
-        return is_saturated(probe({INPUT: probe_input()})[0])
+        return saturates_in_openvino()
 
     def _run(self, images: NDArray[np.uint8], valid_hw: NDArray[np.int32], score_threshold: float, iou_threshold: float) -> BatchDetections:
         return self._collect(self._submit(images, valid_hw, score_threshold, iou_threshold))

@@ -1,7 +1,7 @@
 """The whole export: checkpoint in, verified artefact and its manifest out, or nothing at all."""
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,6 +32,7 @@ def export_onnx(
     deform: DeformForm = "op",
     max_det: int | None = None,
     verify_pictures: Sequence[NDArray[np.uint8]] = (),
+    say: Callable[[str], None] = lambda line: None,
 ) -> Manifest:
     """Writes `output` (.onnx) and the manifest beside it, after proving the former equal to the network.
 
@@ -41,6 +42,7 @@ def export_onnx(
         deform: the form of deformable convolutions: ONNX's operator, or gathers for runtimes that lack it.
         max_det: rows D of the outputs; the preset's where not given.
         verify_pictures: (H, W, 3) uint8 BGR, to verify on in addition to the built-in ones.
+        say: told what goes on, a line each.
 
     Raises:
         ToodError: an argument out of range, or a place that cannot be written.
@@ -60,12 +62,19 @@ def export_onnx(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
     with atomic_path(output) as temporary:
+        say("making the graph, which takes a minute or so")
         save_onnx(onnx_from_model(model, deform=deform, max_det=max_det), manifest, temporary)
+        say(f"comparing it with PyTorch on built-in images{_and_given(len(verify_pictures))}")
         reference = torch_reference(model, max_det)
         parity = verify_float32(reference, OnnxRunner(temporary), pictures=verify_pictures)
+        say("making its self-test")
         manifest = replace(manifest, parity=parity, self_test=self_test_from(reference.run)).with_artefact(temporary)
         write_text(manifest_path(output), manifest.to_json())
     return manifest
+
+
+def _and_given(count: int) -> str:
+    return f" and {count} given ones" if count else ""
 
 
 def _is_deformable(model: Tood) -> bool:

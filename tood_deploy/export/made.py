@@ -11,6 +11,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from tood_deploy.export.tensorrt.layers import Layer, LayerReport, shares_table
+from tood_deploy.half_precision import advise_on
 from tood_deploy.manifest import ARTEFACT_SUFFIXES, Manifest, artefact_files, manifest_path
 from tood_deploy.presets import Preset
 
@@ -34,8 +35,15 @@ class Made:
             if list_layers:
                 yield layers_table(self.layers.engine or self.layers.network)
         if self.path.suffix.lower() in ARTEFACT_SUFFIXES and "serving" not in self.manifest.options:
-            device = " --device cuda" if self.layers is not None else ""
-            yield f"next: tood-infer {self.path} PICTURES --output DIR{device}"
+            yield from self._next_steps()
+
+    def _next_steps(self) -> Iterator[str]:
+        """What to do with the artefact; nothing that it would refuse."""
+        if self.path.suffix.lower() == ".onnx" and (lines := advise_on(str(self.path), self.manifest)):
+            yield from lines
+            return
+        device = " --device cuda" if self.layers is not None else ""
+        yield f"next: tood-infer {self.path} PICTURES --output DIR{device}"
 
 
 def describe(preset: Preset) -> str:

@@ -19,7 +19,7 @@ OF_BUILDS = (
     "nms",
     "nms_rounds",
 )
-OF_INT8 = ("rest", "calib_method", "calib_pictures", "max_drop", "max_ap_drop")
+OF_INT8 = ("rest", "calib_method", "calib_pictures", "max_drop", "max_ap_drop", "target_cpu")
 OF_TRITON = ("name", "backend", "queue_delay", "device", "gpus", "instances", "warm_up")
 OF_CHECKPOINTS = ("imgsz", "max_det", "deform", "preset", "classes", "convention", "weights_key")
 
@@ -88,6 +88,7 @@ def as_flag(name: str) -> str:
 def _conditions(options: Mapping[str, Any], given: set[str]) -> Iterator[Condition]:
     to, precision, tuned = options["to"], options["precision"], options["autotune_precision"]
     builds = to == "engine" or options["backend"] == "tensorrt"
+    yield Condition(not builds, ("target_cpu",), "--to onnx, openvino, or triton with --backend onnxruntime")
     yield Condition(to in ("engine", "triton"), OF_PROFILES, "--to engine or --to triton")
     yield Condition(to == "engine", ("flavour", "list_layers"), "--to engine")
     yield Condition(to == "triton", OF_TRITON, "--to triton")
@@ -98,7 +99,8 @@ def _conditions(options: Mapping[str, Any], given: set[str]) -> Iterator[Conditi
     yield Condition(in_float, ("rest",), "--to openvino or engine: ONNX Runtime gets it wrong")
     calibrated = tuned or precision in ("int8", "fp16")
     yield Condition(calibrated, ("calib_data",), "--precision int8 or fp16, or --autotune-precision")
-    yield Condition("max_ap_drop" in given, ("annotations",), "--max-ap-drop")
+    lowered = precision in ("bf16", "fp16", "int8") and not tuned
+    yield Condition(lowered or "max_ap_drop" in given, ("annotations",), "--precision bf16, fp16 or int8, or --max-ap-drop")
     yield Condition(options["shapes"] == "auto" or "annotations" in given, ("images",), "--shapes auto or --annotations")
     yield Condition(options["shapes"] == "auto", ("shapes_plot",), "--shapes auto")
     source = options["checkpoint"].lower()

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from tood_deploy.errors import InputError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+FEWEST_PICTURES, MOST_PICTURES = 64, 128  # to calibrate on; of fewer a warning is given, of more some are taken
 
 
 def picture_paths(folder: Path, most: int | None = None) -> list[Path]:
@@ -23,6 +24,20 @@ def picture_paths(folder: Path, most: int | None = None) -> list[Path]:
     if not paths:
         raise InputError(f"{folder}: no pictures in it; expected files ending in {', '.join(SUFFIXES)}")
     return paths
+
+
+def choose_pictures(folder: Path, most: int) -> list[Path]:
+    """At most so many pictures of a folder, evenly spread over it.
+
+    Raises:
+        InputError: fewer than two.
+    """
+    paths = picture_paths(folder)
+    if min(len(paths), most) < 2:
+        raise InputError(
+            f"{folder}: {min(len(paths), most)} picture to calibrate on; expected {FEWEST_PICTURES} or more, like those to come"
+        )
+    return [paths[i] for i in np.linspace(0, len(paths) - 1, min(most, len(paths))).round().astype(int)]
 
 
 def read_pictures(folder: Path, most: int) -> list[NDArray[np.uint8]]:

@@ -1,6 +1,6 @@
 """An exported .onnx file in, OpenVINO's IR out: .xml, .bin and manifest, verified, all three or none."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tood_deploy.errors import ArtefactError, ToodError
+from tood_deploy.export.precision.lowering import AnnotatedAp
 from tood_deploy.export.runners import graph_inputs
 from tood_deploy.export.self_test import self_test_from
 from tood_deploy.graph_io import MAP_NAMES, OUTPUTS
@@ -55,6 +56,8 @@ def openvino_from_onnx(
     reference: Reference,
     rest: Rest | None = None,
     pictures: Sequence[NDArray[np.uint8]] = (),
+    ap: AnnotatedAp | None = None,
+    say: Callable[[str], None] = lambda line: None,
     options: Mapping[str, Any] | None = None,
 ) -> Manifest:
     """Writes `output` (.xml), its .bin and the manifest beside them, after proving them equal to the network.
@@ -67,6 +70,8 @@ def openvino_from_onnx(
         reference: the network that the .onnx was made from, or an .onnx that was proven equal to it.
         rest: precision of all that is not quantised; as the .onnx file's manifest says where not given.
         pictures: (H, W, 3) uint8 BGR, to verify on: in float32 in addition to the built-in ones, in lower precision alone.
+        ap: measures AP for the verdict; None without annotations.
+        say: told what goes on, a line each.
         options: more to note in the manifest.
 
     Raises:
@@ -88,9 +93,11 @@ def openvino_from_onnx(
         in_float32 = manifest.precision == "fp32"
         run = OpenVinoRunner(xml, manifest.options["rest"], maps=in_float32)
         if in_float32:
-            parity = verify_float32(reference, run, pictures=pictures)
+            parity = verify_float32(reference, run, pictures=pictures, say=say)
         else:
-            parity = verify_detections(reference, run, pictures, DETECTION_LIMITS[manifest.precision])
+            described.write_text(manifest.to_json(), encoding="utf-8")  # as the engine that AP is measured with reads it
+            measure_ap = None if ap is None else lambda: (ap.reference_ap, ap.file_ap(xml))
+            parity = verify_detections(reference, run, pictures, DETECTION_LIMITS[manifest.precision], measure_ap=measure_ap, say=say)
         if manifest.precision == "int8":  # whose right answer is what OpenVINO's own rounding gives
             manifest = replace(manifest, self_test=self_test_from(run))
         manifest = replace(manifest, parity=parity | {"onnx": source.parity}).with_artefact(xml)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tood_deploy.export import progress
 from tood_deploy.export.tensorrt.build_progress import build_progress, run_cancellable
 from tood_deploy.tensorrt_flavour import load_flavour
 
@@ -34,6 +35,13 @@ def run_phases(quiet: bool = False) -> list[bool]:
 def test_cancelling_answers_no(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_phases() == [True, True, False]
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_lines_elsewhere_unless_quiet(quiet: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(progress, "PAUSE_S", 0.0)
+    run_phases(quiet)
+    assert ("building the engine: Timing tactics, step 1" in capsys.readouterr().err) is not quiet
 
 
 @pytest.mark.parametrize("quiet", [False, True])

@@ -15,8 +15,8 @@ from zipfile import BadZipFile
 import numpy as np
 import onnx
 
-from tood_deploy.errors import ArtefactError, InputError
-from tood_deploy.export.pictures import picture_paths, read_picture
+from tood_deploy.errors import ArtefactError
+from tood_deploy.export.pictures import FEWEST_PICTURES, MOST_PICTURES, choose_pictures, read_picture
 from tood_deploy.export.precision.activations import ActivationReader
 from tood_deploy.export.precision.histogram import BINS, SAMPLES, Histogram, Method
 from tood_deploy.home import home_folder
@@ -24,8 +24,6 @@ from tood_deploy.manifest import atomic_path, file_sha256
 from tood_deploy.preprocess import ImageSize, resize_and_pad
 from tood_deploy.presets import Sizing
 
-FEWEST_PICTURES = 64
-MOST_PICTURES = 128
 SAVE_EVERY = 8  # pictures; more are never lost
 HELD_BYTES, BYTES_A_PIXEL = 2**28, 64  # activations in memory at a time; the largest of one activation, for each pixel of the picture
 
@@ -97,20 +95,6 @@ def calibrate(
 def _pixels(sizing: ImageSize) -> int:
     height, width = sizing.imgsz if isinstance(sizing, Sizing) else sizing
     return height * width
-
-
-def choose_pictures(folder: Path, most: int) -> list[Path]:
-    """At most so many pictures of a folder, evenly spread over it.
-
-    Raises:
-        InputError: fewer than two.
-    """
-    paths = picture_paths(folder)
-    if min(len(paths), most) < 2:
-        raise InputError(
-            f"{folder}: {min(len(paths), most)} picture to calibrate on; expected {FEWEST_PICTURES} or more, like those to come"
-        )
-    return [paths[i] for i in np.linspace(0, len(paths) - 1, min(most, len(paths))).round().astype(int)]
 
 
 def warn_of_few(folder: Path, pictures: int, say: Callable[[str], None]) -> None:

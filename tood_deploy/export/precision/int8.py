@@ -25,6 +25,7 @@ from tood_deploy.export.to_onnx import save_onnx
 from tood_deploy.manifest import atomic_path
 from tood_deploy.preprocess import ImageSize, resize_and_pad
 
+NEEDS: dict[Scheme, str] = {"u8s7": "any CPU", "u8s8": "a CPU with VNNI instructions", "s8s8": "TensorRT"}
 RANKING_PICTURES = 3
 QUALITY_PICTURES = 16
 
@@ -96,7 +97,7 @@ def int8_from_onnx(
     choose_layers(ir.from_proto(model).graph, options.keep)  # a wrong pattern is told before the pictures are run
     names, most = calibrated_values(model), options.most_pictures
     calibration = calibrate(model, names, calib_data, sizing, most=most, cache=cache, progress=progress, say=say)
-    told = asdict(options) | {"pictures": calibration.pictures, "calibration": calibration.key}
+    told = asdict(options) | {"needs": NEEDS[options.scheme], "pictures": calibration.pictures, "calibration": calibration.key}
     ranges = calibration.ranges(options.method)
     if options.max_drop is not None:
         pictures = prepare_pictures(calib_data, sizing)

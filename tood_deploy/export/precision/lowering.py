@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import onnx
@@ -23,7 +23,8 @@ from tood_deploy.export.progress import progress_bar
 from tood_deploy.export.runners import OnnxRunner
 from tood_deploy.export.self_test import self_test_from
 from tood_deploy.export.to_onnx import save_onnx
-from tood_deploy.manifest import Manifest, atomic_path, manifest_path, write_text
+from tood_deploy.half_precision import half_precision_of
+from tood_deploy.manifest import atomic_path, manifest_path, write_text
 from tood_deploy.parity.reference import Reference
 from tood_deploy.parity.sample_images import photograph_crops
 from tood_deploy.parity.tolerances import DETECTION_LIMITS
@@ -34,6 +35,26 @@ Rest = Literal["fp32", "bf16", "fp16"]
 Say = Callable[[str], None]
 Tell = Callable[[Any], None]
 QualityOf = Callable[[OnnxArtefact], Quality]
+
+
+class AnnotatedAp(Protocol):
+    """AP on annotated images, in points, 0 to 100."""
+
+    @property
+    def reference_ap(self) -> float:
+        """Of the float32 artefact."""
+        ...
+
+    def __call__(self, model: onnx.ModelProto) -> float:
+        """Return by how much a graph that was made from the float32 one is worse."""
+        ...
+
+    def file_ap(self, path: Path, **engine_options: Any) -> float:
+        """Return the AP of an artefact in its own runtime."""
+        ...
+
+
+AnnotatedApOf = Callable[[OnnxArtefact], AnnotatedAp]
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +87,7 @@ class PrecisionOptions:
         int8: how 8-bit layers are made; what stays float32 is in `keep`.
         quality: int8 alone: makes from the float32 artefact what tells how much worse another graph is; per cent of mismatched
             detections where not given.
+        measure_ap: makes from the float32 artefact what measures AP for the verdict; None without annotations.
         lower: chooses precisions itself, in place of all of the above but the pictures; gives lines and tables to its second argument.
     """
 
@@ -75,6 +97,7 @@ class PrecisionOptions:
     calib_data: Path | None = None
     int8: Int8Options = field(default_factory=Int8Options)
     quality: QualityOf | None = None
+    measure_ap: AnnotatedApOf | None = None
     lower: Lower | None = None
 
     def __post_init__(self) -> None:
@@ -96,6 +119,7 @@ def lower_onnx(
     reference: Reference,
     *,
     pictures: Sequence[NDArray[np.uint8]] = (),
+    ap: AnnotatedAp | None = None,
     tell: Tell = lambda part: None,
     quiet: bool = False,
 ) -> Path:
@@ -107,6 +131,7 @@ def lower_onnx(
         options: what to make.
         reference: what the result is compared with.
         pictures: (H, W, 3) uint8 BGR, to verify on in addition to the built-in ones.
+        ap: measures AP for the verdict; None without annotations.
         tell: given warnings and what was tried, a line each, and tables to print.
         quiet: no progress bars.
 
@@ -118,7 +143,7 @@ def lower_onnx(
         path = _write(options.lower(read_onnx(float_onnx), tell), float_onnx, folder / "mixed.onnx")
     else:
         path = _to_precision(float_onnx, folder, options, tell, quiet)
-    _describe(path, float_onnx, reference, pictures, options.calib_data)
+    _describe(path, float_onnx, reference, images_to_verify(options.calib_data, reference.sizing.imgsz, pictures), ap, tell)
     return path
 
 
@@ -171,7 +196,9 @@ def _to_int8(float_onnx: Path, output: Path, options: PrecisionOptions, say: Say
     return output
 
 
-def _describe(path: Path, float_onnx: Path, reference: Reference, pictures: Sequence[NDArray[np.uint8]], calib_data: Path | None) -> None:
+def _describe(
+    path: Path, float_onnx: Path, reference: Reference, images: Sequence[NDArray[np.uint8]], ap: AnnotatedAp | None, say: Say
+) -> None:
     """Compares a lowered artefact with the reference, and writes its manifest. The float32 answer to the self-test stays the right one.
 
     Half precision is emulated: ONNX Runtime has no bf16 on CPUs, and leaves out casts to fp16, which would hide what overflows. 8 bits
@@ -183,16 +210,11 @@ def _describe(path: Path, float_onnx: Path, reference: Reference, pictures: Sequ
     run = OnnxRunner(emulate_low_precision(lowered.model), maps=False)
     if half := half_precision_of(lowered.manifest):
         run.name += f", {half} emulated"
-    images = [*images_to_verify(calib_data, reference.sizing.imgsz, pictures)]
-    parity = verify_detections(reference, run, images, DETECTION_LIMITS[precision])
+    measure_ap = None if ap is None else lambda: (ap.reference_ap, ap.reference_ap - ap(lowered.model))
+    parity = verify_detections(reference, run, images, DETECTION_LIMITS[precision], measure_ap=measure_ap, say=say)
     self_test = self_test_from(run) if precision == "int8" else source.self_test
     manifest = replace(lowered.manifest, parity=parity, self_test=self_test).with_artefact(path)
     write_text(manifest_path(path), manifest.to_json())
-
-
-def half_precision_of(manifest: Manifest) -> str:
-    """The half precision that a graph holds, beside 8 bits or alone; "" where there is none."""
-    return str(manifest.options.get("half_precision", {}).get("precision", ""))
 
 
 def images_to_verify(

@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
+from tood_deploy.export.progress import Heartbeat, print_line
 from tood_deploy.tensorrt_flavour import Flavour
 
 Result = TypeVar("Result")
@@ -27,11 +28,11 @@ class Monitor(Protocol):
 
 @contextmanager
 def build_progress(flavour: Flavour, quiet: bool = False) -> Iterator[Monitor]:
-    """Shows, while the block runs and stderr is a terminal, how far a build is that is given the monitor."""
+    """Shows, while the block runs, how far a build is that is given the monitor: bars on a terminal, elsewhere a line now and then."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, disable=quiet or not sys.stderr.isatty(), transient=True) as bar:
-        yield _new_monitor(flavour.module, bar)
+        yield _new_monitor(flavour.module, bar, Heartbeat(print_line) if not quiet and not sys.stderr.isatty() else lambda line: None)
 
 
 def run_cancellable(build: Callable[[], Result], monitor: Monitor) -> Result:
@@ -48,7 +49,7 @@ def run_cancellable(build: Callable[[], Result], monitor: Monitor) -> Result:
             raise  # on leaving the block, once the builder has stopped
 
 
-def _new_monitor(module: Any, bar: Progress) -> Monitor:
+def _new_monitor(module: Any, bar: Progress, say: Callable[[str], None]) -> Monitor:
     """A subclass of that library's own IProgressMonitor. The library calls it from threads of its own."""
 
     class BuildMonitor(module.IProgressMonitor):
@@ -67,6 +68,7 @@ def _new_monitor(module: Any, bar: Progress) -> Monitor:
         def step_complete(self, phase_name: str, step: int) -> bool:
             if phase_name in self._tasks:
                 bar.update(self._tasks[phase_name], completed=step + 1)
+                say(f"building the engine: {phase_name}, step {step + 1}")
             return not self._cancelled.is_set()
 
         def phase_finish(self, phase_name: str) -> None:

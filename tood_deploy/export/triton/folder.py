@@ -28,14 +28,9 @@ def next_version(repository: Path, config: Any) -> int:
     Raises:
         OutputError: the folder holds something else than a model repository, the model is not of tood-export, or its clients would break.
     """
-    if repository.exists() and not repository.is_dir():
-        raise OutputError(f"{repository}: is a file; expected a folder, the model repository")
-    if repository.is_dir() and any(repository.iterdir()) and not any(repository.glob(f"*/{CONFIG_FILE}")):
-        raise OutputError(f"{repository}: holds files, but no model with a {CONFIG_FILE}; give a new folder or a Triton model repository")
-    folder = repository / config.name
-    if not folder.exists():
+    folder, present = repository / config.name, read_present(repository, config.name)
+    if present is None:
         return int(FIRST_VERSION)
-    present = _read_ours(folder)
     if differing := [part for part in ("backend", "input", "output") if getattr(present, part) != getattr(config, part)]:
         raise OutputError(f"{folder}: the model there has another {differing[0]}; give another --name, or delete the folder")
     if present.parameters["class_names"] != config.parameters["class_names"]:
@@ -43,6 +38,20 @@ def next_version(repository: Path, config: Any) -> int:
             f"{folder}: the model there has other classes, which its clients count on; give another --name, or delete the folder"
         )
     return 1 + max((int(path.name) for path in folder.iterdir() if path.name.isdecimal()), default=0)
+
+
+def read_present(repository: Path, name: str) -> Any:
+    """Return the configuration of the model of that name in a repository; None where there is none yet.
+
+    Raises:
+        OutputError: the folder holds something else than a model repository, or the model is not of tood-export.
+    """
+    if repository.exists() and not repository.is_dir():
+        raise OutputError(f"{repository}: is a file; expected a folder, the model repository")
+    if repository.is_dir() and any(repository.iterdir()) and not any(repository.glob(f"*/{CONFIG_FILE}")):
+        raise OutputError(f"{repository}: holds files, but no model with a {CONFIG_FILE}; give a new folder or a Triton model repository")
+    folder = repository / name
+    return _read_ours(folder) if folder.exists() else None
 
 
 def _read_ours(folder: Path) -> Any:

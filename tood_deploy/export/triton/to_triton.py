@@ -6,22 +6,19 @@ import shutil
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
-from tood_deploy.errors import ArtefactError, ToodError
 from tood_deploy.export.onnx_artefact import read_onnx
 from tood_deploy.export.tensorrt.engine_options import EngineOptions
-from tood_deploy.export.tensorrt.profiles import Profiles, default_shapes
-from tood_deploy.export.tensorrt.to_tensorrt import SUFFIXES, engine_from_onnx
+from tood_deploy.export.tensorrt.profiles import Profiles
+from tood_deploy.export.tensorrt.to_tensorrt import engine_from_onnx
 from tood_deploy.export.to_onnx import save_onnx
 from tood_deploy.export.triton.config import LABELS_FILE, MODEL_FILES, WARM_UP_FOLDER, triton_config, write_warm_up
-from tood_deploy.export.triton.folder import CONFIG_FILE, FIRST_VERSION, new_model_folder, next_version
+from tood_deploy.export.triton.fit import SERVED_FLAVOUR, choose_backend, is_engine, plan_serving, read_engine_manifest
+from tood_deploy.export.triton.folder import CONFIG_FILE, FIRST_VERSION, new_model_folder
 from tood_deploy.export.triton.options import Backend, TritonOptions
 from tood_deploy.export.triton.schema import config_text
 from tood_deploy.export.triton.serving_form import check_serving_form, serving_form
-from tood_deploy.manifest import Manifest, artefact_sha256, manifest_path, read_manifest, write_text
-
-SERVED_FLAVOUR = "tensorrt"  # Triton has no backend for plans of TensorRT-RTX
+from tood_deploy.manifest import Manifest, manifest_path, write_text
 
 
 @dataclass(frozen=True)
@@ -74,76 +71,25 @@ def triton_repository(
     """
     options = options or TritonOptions()
     options = replace(options, name=options.name or model.stem)
-    backend = _choose_backend(model, options)
-    source = _read_engine_manifest(model) if _is_engine(model) else read_onnx(model).manifest
-    profiles = _choose_profiles(model, source, profiles, options)
-    version = next_version(repository, triton_config(source, backend, options, profiles))
+    choose_backend(model, options)  # first, as only a file that it runs can be read
+    source = read_engine_manifest(model) if is_engine(model) else read_onnx(model).manifest
+    plan = plan_serving(model, source, repository, options, profiles)
+    backend, profiles = plan.backend, plan.profiles
     folder = repository / options.name
-    with new_model_folder(folder, version) as made:
+    with new_model_folder(folder, plan.version) as made:
         manifest = _write_model(model, made / FIRST_VERSION / MODEL_FILES[backend], profiles, engine_options, quiet)
         (made / LABELS_FILE).write_text("\n".join([*manifest.preset.class_names, ""]), encoding="utf-8")
         if options.warm_up_batches:
             write_warm_up(made / WARM_UP_FOLDER, profiles.shapes_hw)
         (made / CONFIG_FILE).write_text(config_text(triton_config(manifest, backend, options, profiles)), encoding="utf-8")
-    return ServedModel(folder, version, backend, manifest, profiles)
-
-
-def _is_engine(model: Path) -> bool:
-    return model.suffix.lower() in SUFFIXES
-
-
-def _choose_backend(model: Path, options: TritonOptions) -> Backend:
-    backend: Backend = options.backend or ("tensorrt" if _is_engine(model) else "onnxruntime")
-    if _is_engine(model) and backend != "tensorrt":
-        raise ToodError(f"{model}: {backend} does not run an engine; give the .onnx artefact, or leave the backend out")
-    if backend == "tensorrt" and options.device == "cpu":
-        raise ToodError(f"{model}: device is cpu, and TensorRT runs on GPUs; give device gpu, or an .onnx artefact and backend onnxruntime")
-    return backend
-
-
-def _choose_profiles(model: Path, source: Manifest, profiles: Profiles | None, options: TritonOptions) -> Profiles:
-    """The ones asked for, the engine's own, or the model's own sizes; checked against the options."""
-    if _is_engine(model):
-        if profiles is not None:
-            raise ToodError(f"{model}: an engine has its own sizes and batches; leave --shapes and --batch out")
-        profiles = _engine_profiles(source)
-    profiles = profiles or Profiles(default_shapes(source.preset.imgsz))
-    smallest, _, largest = profiles.batch
-    if smallest > 1:
-        raise ToodError(f"batch is at least {smallest}; a server also gets pictures one by one: give a --batch from 1")
-    if options.warm_up_batches and max(options.warm_up_batches) > largest:
-        raise ToodError(f"warm-up batch is {max(options.warm_up_batches)}; expected at most {largest}, the largest batch")
-    return profiles
-
-
-def _engine_profiles(manifest: Manifest) -> Profiles:
-    each: list[dict[str, Any]] = manifest.target["profiles"]
-    smallest, best, largest = each[0]["batch"]
-    return Profiles(tuple((profile["size_hw"][0], profile["size_hw"][1]) for profile in each), (smallest, best, largest))
-
-
-def _read_engine_manifest(engine: Path) -> Manifest:
-    if not engine.is_file():
-        raise ToodError(f"{engine}: no such file; expected an .onnx artefact or an engine of tood-export")
-    manifest = read_manifest(engine)
-    if manifest is None or manifest.artefact_sha256 != artefact_sha256(engine):
-        raise ArtefactError(f"{engine}: its manifest {manifest_path(engine).name} is missing or describes another file; export it again")
-    if "serving" not in manifest.options:
-        raise ArtefactError(
-            f"{engine}: has one threshold for all pictures, and Triton batches only what has one for each; give the .onnx artefact"
-        )
-    if manifest.target.get("flavour") != SERVED_FLAVOUR:
-        raise ArtefactError(
-            f"{engine}: is a plan of {manifest.target.get('flavour')}, Triton runs those of {SERVED_FLAVOUR}; build it with that"
-        )
-    return manifest
+    return ServedModel(folder, plan.version, backend, manifest, profiles)
 
 
 def _write_model(model: Path, output: Path, profiles: Profiles, engine_options: EngineOptions | None, quiet: bool) -> Manifest:
     """Writes the model's file and its manifest; an .onnx artefact for TensorRT is built."""
-    if _is_engine(model):
+    if is_engine(model):
         shutil.copyfile(model, output)
-        manifest = _read_engine_manifest(model)
+        manifest = read_engine_manifest(model)
     elif output.suffix == ".onnx":
         manifest = _write_serving_onnx(model, output)
     else:

@@ -14,7 +14,7 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from tood_deploy.engines.int8_probe import CHANNELS, EXACT, INPUT, OUTPUT, PROBE, SIDE, is_saturated, probe_input
+from tood_deploy.int8_probe import CHANNELS, EXACT, INPUT, OUTPUT, PROBE, SIDE, is_saturated, probe_input
 
 OUT_CHANNELS = 8
 
@@ -62,7 +62,7 @@ def test_exact_and_saturated_sums_are_told_apart() -> None:
 PROBES = """
 import json
 import onnxruntime, openvino
-from tood_deploy.engines.int8_probe import INPUT, PROBE, is_saturated, probe_input
+from tood_deploy.int8_probe import INPUT, PROBE, is_saturated, probe_input
 session = onnxruntime.InferenceSession(PROBE, providers=["CPUExecutionProvider"])
 compiled = openvino.Core().compile_model(PROBE, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
 feeds = {INPUT: probe_input()}

@@ -1,0 +1,267 @@
+"""Asks for everything that the end of an export needs before its beginning: within two seconds, without PyTorch, writing nothing.
+
+What a checkpoint alone can tell is not known here yet; `carry_out` asks for that once it is loaded.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from tood_deploy import openvino_model
+from tood_deploy.errors import ArtefactError, CheckpointError, DeviceError, ToodError
+from tood_deploy.export.image_check import ImageSet, check_images
+from tood_deploy.export.onnx_artefact import read_onnx
+from tood_deploy.export.order import SUFFIXES, Order
+from tood_deploy.export.output_place import MIB, check_artefact, check_inputs_stay, check_space, check_writable
+from tood_deploy.export.pictures import choose_pictures, picture_paths
+from tood_deploy.export.tensorrt.build import known_capabilities
+from tood_deploy.export.tensorrt.shape_report import PLOT_SUFFIXES
+from tood_deploy.export.triton.fit import (
+    SERVED_FLAVOUR,
+    check_batches,
+    check_precision,
+    choose_backend,
+    int8_scheme,
+    plan_serving,
+    read_engine_manifest,
+)
+from tood_deploy.export.triton.folder import read_present
+from tood_deploy.half_precision import half_precision_of
+from tood_deploy.home import home_folder
+from tood_deploy.int8_probe import saturates_in_onnxruntime, saturates_in_openvino
+from tood_deploy.manifest import ARTEFACT_SUFFIXES, Manifest, manifest_path
+from tood_deploy.preprocess import check_imgsz
+from tood_deploy.presets import MAX_CANDIDATES, PRESETS, SIZE_DIVISOR, get_preset
+from tood_deploy.tensorrt_flavour import load_flavour
+
+MOST_VERIFY_PICTURES = 16
+ELSEWHERE = "choose another --output"
+# How often the float32 weights lie in the output's folder at a time: the float32 .onnx first, then what is made from it.
+COPIES = {"onnx": 1, "openvino": 2, "engine": 3, "triton": 2}
+ANY_IMGSZ = (SIZE_DIVISOR, SIZE_DIVISOR)  # in place of a checkpoint's own
+PUBLISHED_BYTES = 256 * MIB  # of the largest weights that a preset's name stands for
+
+
+def check_order(order: Order) -> None:
+    """Refuse an order that would fail later.
+
+    Args:
+        order: whose options go together, as `check_options` tells.
+
+    Raises:
+        ToodError: what is missing or wrong, in one line.
+    """
+    _check_numbers(order)
+    source = _check_source(order)
+    _check_precision(order, source)
+    _check_output(order, source)
+    _check_device(order, source)
+    _check_folders(order)
+    check_images(list(_image_sets(order)))
+
+
+def check_deform(name: str, deform: str, order: Order) -> None:
+    """Refuse deformable convolutions in a form that the target lacks.
+
+    Args:
+        name: of the source.
+        deform: "op", "gather", or "none" for a network without any.
+        order: with the target.
+
+    Raises:
+        ToodError: the target has no such operator.
+    """
+    if deform != "op":
+        return
+    lacking = "OpenVINO" if order.to == "openvino" else None
+    if order.to == "engine" and load_flavour(order.flavour).name == "tensorrt_rtx":
+        lacking = "TensorRT-RTX"
+    if lacking:
+        cure = "export the checkpoint again with --deform gather" if order.from_onnx else "leave --deform out"
+        raise ToodError(f"{name}: holds deformable convolutions as an operator, which {lacking} lacks; {cure}")
+
+
+def _check_numbers(order: Order) -> None:
+    """Refuse values that no export can have."""
+    order.sizes.without_proposal(ANY_IMGSZ)
+    options, precision = order.checkpoint, order.precision
+    if options.imgsz is not None:
+        check_imgsz(options.imgsz)
+    if options.max_det is not None and not 1 <= options.max_det <= MAX_CANDIDATES:
+        raise ToodError(f"max_det is {options.max_det}; expected 1 to {MAX_CANDIDATES}")
+    if isinstance(preset := options.load.get("preset"), str):
+        get_preset(preset)
+    if order.check_classes is not None and (names := options.load.get("class_names")):
+        order.check_classes(names)
+    if precision.max_drop is not None and not precision.max_drop >= 0:
+        raise ToodError(f"the largest drop is {precision.max_drop}; expected 0 or more")
+
+
+def _check_source(order: Order) -> Manifest | None:
+    """Look at the source; return what it says of itself, None where it is a checkpoint."""
+    path = Path(order.source)
+    if order.from_engine:
+        if order.to != "triton":
+            raise ToodError(f"{path} is an engine, which can be served and not exported; give --to triton, or the .onnx it was built from")
+        choose_backend(path, order.triton)
+        return read_engine_manifest(path)
+    if order.from_onnx:
+        manifest = read_onnx(path).manifest
+        _check_given_onnx(order, manifest)
+        return manifest
+    if not path.exists() and order.source in PRESETS:
+        return None
+    if path.suffix.lower() in ARTEFACT_SUFFIXES:
+        raise ToodError(f"{path}: an artefact for OpenVINO cannot be exported further; give the .onnx or the checkpoint it was made from")
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; expected a checkpoint (.pth, .pt or .safetensors), an .onnx, or a preset's name")
+    try:
+        with path.open("rb") as file:
+            empty = not file.read(1)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); expected a checkpoint that you may read") from error
+    if empty:
+        raise CheckpointError(f"{path}: is an empty file; expected a checkpoint: copy or download it again")
+    return None
+
+
+def _check_given_onnx(order: Order, manifest: Manifest) -> None:
+    """Refuse an .onnx from which the order does not lead on."""
+    path, changes = Path(order.source), order.precision.changes_graph
+    if manifest.precision != "fp32" and changes:
+        raise ToodError(f"{path} is in {manifest.precision} already; leave --precision out, or start from the float32 .onnx")
+    if order.to == "onnx" and not changes:
+        raise ToodError(f"{path} is an .onnx already; give --precision or --to openvino, engine or triton")
+    if "serving" in manifest.options and (changes or order.to == "openvino"):
+        raise ArtefactError(f"{path}: has the form that Triton serves, with thresholds for every image; start from what it was made from")
+    if order.builds_engine and manifest.precision == "int8" and int8_scheme(manifest).startswith("u8"):
+        raise ToodError(
+            f"{path}: its 8-bit numbers have zero points, as CPUs want them and TensorRT does not; "
+            "quantise the float32 .onnx with --to engine"
+        )
+    if order.check_classes is not None:
+        order.check_classes(manifest.preset.class_names)
+    check_deform(str(path), str(manifest.options.get("deform", "none")), order)
+
+
+def _check_precision(order: Order, source: Manifest | None) -> None:
+    """Refuse a precision that the target does not compute in."""
+    wanted = order.precision
+    halves = {wanted.precision, wanted.rest, half_precision_of(source) if source and order.from_onnx else ""}
+    if order.to == "openvino" and "fp16" in halves:
+        raise ToodError("OpenVINO on CPUs computes in fp32, bf16 and int8; give --precision bf16, or another --to")
+    if order.to == "openvino" and "bf16" in halves:
+        openvino_model.check_precision(openvino_model.shared_core(), "bf16")
+    if wanted.target_cpu == "native" and (saturates_in_openvino() if order.to == "openvino" else saturates_in_onnxruntime()):
+        raise DeviceError(
+            "--target-cpu native: this CPU has no VNNI instructions, and sums of 8-bit products saturate on it, so the artefact could "
+            "not be verified here; leave --target-cpu out, or export on a CPU like the one that it is for"
+        )
+
+
+def _check_output(order: Order, source: Manifest | None) -> None:
+    """Refuse a place that cannot be written, is too small, or is taken."""
+    if order.to == "triton":
+        _check_repository(order, source)
+        folder, written = order.output, []
+    else:
+        check_artefact(order.output, SUFFIXES[order.to], order.to)
+        folder, written = order.output.parent, [order.output, manifest_path(order.output)]
+    plot, cache = order.sizes.plot, order.engine.timing_cache
+    if plot is not None:
+        _check_plot(plot)
+        written.append(plot)
+    read = (Path(order.source), order.precision.annotations)
+    check_inputs_stay([*written, *([cache] if cache else [])], [path for path in read if path is not None])
+    present = check_writable(folder, ELSEWHERE)
+    check_space(present, (COPIES[order.to] + order.precision.changes_graph) * _weights_bytes(order))
+
+
+def _weights_bytes(order: Order) -> int:
+    """Return the size of the source, which holds the weights in float32 or more beside them."""
+    path = Path(order.source)
+    return path.stat().st_size if path.is_file() else PUBLISHED_BYTES
+
+
+def _check_repository(order: Order, source: Manifest | None) -> None:
+    """Refuse a model that cannot be served as asked, and a repository or a name that is something else's."""
+    path, options = Path(order.source), order.served_as
+    backend = choose_backend(path, options)
+    if source is not None:
+        lowered = _as_ordered(order, source)
+        profiles = None if order.from_engine else order.sizes.without_proposal(source.preset.imgsz)
+        plan_serving(path, lowered, order.output, options, profiles)
+        return
+    yet_to_come = Manifest(PRESETS["tiny"])  # which network it is does not count: what is served is in the precision asked for
+    check_precision(path.name, _as_ordered(order, yet_to_come), backend, options)
+    check_batches(order.sizes.batches, options)
+    read_present(order.output, options.name)
+
+
+def _as_ordered(order: Order, source: Manifest) -> Manifest:
+    """Return a manifest that says of the precision what the finished artefact will say."""
+    wanted = order.precision
+    if not wanted.changes_graph:
+        return source
+    scheme = {"int8": {"scheme": "s8s8" if order.builds_engine else "u8s7"}}
+    half = {"half_precision": {"precision": wanted.rest}} if wanted.rest != "fp32" else {}
+    return replace(source, precision=wanted.precision, options=source.options | scheme | half)
+
+
+def _check_plot(path: Path) -> None:
+    if path.suffix.lower() not in PLOT_SUFFIXES:
+        raise ToodError(f"plot is {path}; expected a name ending in {', '.join(PLOT_SUFFIXES)}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise DeviceError("a plot needs matplotlib; pip install matplotlib")
+    if path.is_dir():
+        raise ToodError(f"plot is {path}, a folder; expected the name of a file")
+    check_writable(path.parent, "give another --shapes-plot")
+
+
+def _check_device(order: Order, source: Manifest | None) -> None:
+    """Refuse what this machine cannot build: no library, no GPU, no such option."""
+    if order.to == "openvino":
+        openvino_model.load_openvino()
+    if not order.builds_engine:
+        return
+    library = load_flavour(order.flavour if order.to == "engine" else SERVED_FLAVOUR)
+    order.engine.check(library)
+    capabilities = order.engine.compute_capabilities
+    if capabilities and (unknown := [name for name in capabilities if name not in known_capabilities(library)]):
+        known = ", ".join(known_capabilities(library))
+        raise ToodError(f"compute capability {', '.join(unknown)}: {library.title} builds for {known}")
+    if library.name == "tensorrt" or order.precision.tuned:  # it builds on the GPU that it builds for; a search measures there
+        from tood_deploy.cuda_device import check_driver
+
+        check_driver()
+    if (cache := order.engine.timing_cache) is not None:
+        if cache.exists() and not cache.is_file():
+            raise ToodError(f"{cache}: is no file; give another --timing-cache")
+        check_writable(cache.parent, "give another --timing-cache")
+
+
+def _check_folders(order: Order) -> None:
+    """Refuse a cache that cannot be written where a calibration will want to keep what it has measured."""
+    if order.precision.tuned or order.precision.precision == "int8":
+        check_writable(home_folder("calibration"), "name another folder in TOOD_HOME")
+
+
+def _image_sets(order: Order) -> Iterator[ImageSet]:
+    """Yield the images that the export will read, by the option that names them.
+
+    Raises:
+        InputError: a folder does not exist or holds none.
+    """
+    wanted = order.precision
+    if wanted.calib_data is not None:
+        yield ImageSet("--calib-data", choose_pictures(wanted.calib_data, wanted.most_images))
+    if order.verify_images is not None:
+        yield ImageSet("--verify-images", picture_paths(order.verify_images, MOST_VERIFY_PICTURES))
+    if wanted.annotated is not None:
+        yield wanted.annotated
+    if order.sizes.shapes == "auto":
+        assert order.sizes.images is not None
+        yield ImageSet("--images", picture_paths(order.sizes.images), decode=None)
