@@ -13,7 +13,7 @@ from tood_deploy.errors import ArtefactError, ToodError
 from tood_deploy.presets import PRESETS
 
 CHECKPOINT_SUFFIXES = (".pth", ".pt", ".safetensors")
-CHECKPOINT_OPTIONS = ("threads", "preset", "class_names", "convention")
+CHECKPOINT_OPTIONS = ("threads", "preset", "class_names", "convention", "weights_key")
 
 
 @dataclass(frozen=True)
