@@ -172,3 +172,12 @@ class TestForeignFiles:
     def test_without_manifest_the_file_tells_itself(self, tiny_artefact: Path, tmp_path: Path) -> None:
         copy = shutil.copy(tiny_artefact, tmp_path / "model.onnx")
         assert open_engine(copy).manifest.preset == open_engine(tiny_artefact).manifest.preset
+
+
+def test_one_of_several_networks_in_a_checkpoint_opens(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    from tood_deploy.model import load_checkpoint
+
+    state = load_checkpoint(tiny_checkpoint).state_dict()
+    torch.save({"model": state, "model_ema": state}, tmp_path / "a.pth")
+    with open_engine(tmp_path / "a.pth", preset="tiny", weights_key="ema") as engine:
+        assert engine.manifest.preset.num_classes == 80

@@ -14,7 +14,7 @@ from tood_deploy.extras import naming_extras
 from tood_deploy.presets import PRESETS
 
 CHECKPOINT_SUFFIXES = (".pth", ".pt", ".safetensors")
-CHECKPOINT_OPTIONS = ("threads", "preset", "class_names", "convention")
+CHECKPOINT_OPTIONS = ("threads", "preset", "class_names", "convention", "weights_key")
 
 
 @dataclass(frozen=True)
