@@ -13,7 +13,6 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from tood_deploy.benchmark.gates import PRECISION_GATES, Gates
 from tood_deploy.benchmark.parity import Result, Settings, check_subjects, compare
 from tood_deploy.benchmark.parity_report import verdict_line, write_reports
 from tood_deploy.benchmark.parity_tables import ap_table
@@ -30,6 +29,7 @@ from tood_deploy.errors import ToodError
 from tood_deploy.inference.detector import Detector
 from tood_deploy.manifest import Manifest, doubts, manifest_path, read_manifest
 from tood_deploy.model.tood import Tood, build_model
+from tood_deploy.parity.tolerances import PRECISION_GATES, Gates
 from tood_deploy.preprocess import fit_imgsz, fit_size
 from tood_deploy.presets import PRESETS
 

@@ -13,7 +13,6 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from tood_deploy.benchmark.gates import Gates
 from tood_deploy.benchmark.parity import Result, Settings, compare
 from tood_deploy.benchmark.picture_set import PictureSet, open_pictures
 from tood_deploy.benchmark.scoring import Scoring
@@ -24,6 +23,7 @@ from tood_deploy.inference.detector import Detector
 from tood_deploy.manifest import Manifest
 from tood_deploy.model.checkpoint import load_checkpoint, save_checkpoint
 from tood_deploy.model.tood import build_model
+from tood_deploy.parity.tolerances import Gates
 
 pytestmark = pytest.mark.slow
 

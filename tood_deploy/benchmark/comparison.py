@@ -13,16 +13,17 @@ from numpy.typing import NDArray
 
 from tood_deploy.benchmark.canvas import Canvas
 from tood_deploy.benchmark.differences import Differences
-from tood_deploy.benchmark.gates import Failure, Gates
 from tood_deploy.benchmark.matching import RowDeviation
 from tood_deploy.benchmark.picture_set import Picture
 from tood_deploy.benchmark.scoring import CocoRows, Scoring
-from tood_deploy.benchmark.stage_deviations import StageDeviations, rows_of
+from tood_deploy.benchmark.stage_deviations import Failure, StageDeviations, rows_of
 from tood_deploy.benchmark.stages import STAGES, StageRunner, Values, graph_inputs
 from tood_deploy.benchmark.subject import Subject, repeat_pictures
 from tood_deploy.benchmark.swaps import Swaps
 from tood_deploy.benchmark.torch_stages import TorchStages
 from tood_deploy.detections import Detections
+from tood_deploy.parity.conditioning import Conditioning
+from tood_deploy.parity.tolerances import Gates
 from tood_deploy.preprocess import ImageTransform
 
 SLOTS = 3
@@ -89,9 +90,10 @@ class Comparison:
         for slot in range(slots):
             self.slots.add(alone, rows_of(DETECTIONS, {name: found[name][slot : slot + 1] for name in DETECTIONS.gives}))
 
-    def add_size(self, net_hw: tuple[int, int], reference: Values) -> None:
-        """Adds a synthetic picture of one input size."""
+    def add_size(self, net_hw: tuple[int, int], reference: Values, noise: Conditioning) -> None:
+        """Adds a synthetic picture of one input size, where float32 may be noisier than on pictures of the usual size."""
         self.sizes[net_hw] = StageDeviations(self.gates, carried=True)
+        self.sizes[net_hw].allow_noise(noise)
         reference = self._cut(reference)
         add_stages(self.sizes[net_hw], self.subject.runner, reference, self.subject.runner.run_all(graph_inputs(reference)))
 

@@ -10,14 +10,15 @@ from typing import Any
 from tood_deploy.benchmark.canvas import Canvas
 from tood_deploy.benchmark.coco_ap import CocoMetrics
 from tood_deploy.benchmark.comparison import Comparison
-from tood_deploy.benchmark.gates import Failure, Gates
 from tood_deploy.benchmark.picture_set import Picture, PictureSet
 from tood_deploy.benchmark.scoring import Scoring, average_precision
+from tood_deploy.benchmark.stage_deviations import Failure
 from tood_deploy.benchmark.stages import Values
 from tood_deploy.benchmark.subject import Subject, network_inputs
 from tood_deploy.benchmark.torch_stages import TorchStages
 from tood_deploy.errors import ToodError
 from tood_deploy.parity.sample_images import synthetic_picture
+from tood_deploy.parity.tolerances import Gates
 from tood_deploy.preprocess import resize_and_pad
 from tood_deploy.presets import SIZE_DIVISOR
 
@@ -194,10 +195,11 @@ def _run_sizes(runner: TorchStages, comparisons: Sequence[Comparison], settings:
     wanted = [comparison.subject.engine.canvases_hw or settings.sizes_hw for comparison in comparisons]
     for seed, net_hw in enumerate(dict.fromkeys(size for sizes in wanted for size in sizes)):
         image, transform = resize_and_pad(synthetic_picture(*net_hw, seed), (min(net_hw), max(net_hw)))
-        values = runner.run_all(network_inputs(image, transform, settings.conf, settings.iou))
+        inputs = network_inputs(image, transform, settings.conf, settings.iou)
+        values, noise = runner.run_all(inputs), runner.measure_noise(inputs)
         for comparison, sizes in zip(comparisons, wanted, strict=True):
             if net_hw in sizes:
-                comparison.add_size(net_hw, values)
+                comparison.add_size(net_hw, values, noise)
 
 
 def _judge(comparison: Comparison, reference_metrics: CocoMetrics | None, digest: str) -> Result:

@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.progress import track
 
 from tood_deploy import __version__
-from tood_deploy.benchmark.gates import PRECISION_GATES, Gates
 from tood_deploy.benchmark.parity import Result, Settings, check_subjects, compare
 from tood_deploy.benchmark.parity_report import write_reports
 from tood_deploy.benchmark.picture_set import Picture, PictureSet, open_pictures
@@ -22,6 +21,7 @@ from tood_deploy.benchmark.subject import Subject, is_checkpoint, open_subject
 from tood_deploy.benchmark.truth import read_truth
 from tood_deploy.benchmark.verdict import describe, write_verdict
 from tood_deploy.errors import ToodError
+from tood_deploy.parity.tolerances import PRECISION_GATES, Gates
 from tood_deploy.preprocess import check_imgsz
 
 

@@ -3,19 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tood_deploy.benchmark.deviation import Deviation
-from tood_deploy.benchmark.gates import Failure, Gates
 from tood_deploy.benchmark.matching import RowDeviation
 from tood_deploy.benchmark.stages import STAGES, Stage, Values
+from tood_deploy.graph_io import MAP_NAMES
+from tood_deploy.parity.conditioning import Conditioning
+from tood_deploy.parity.tolerances import FLOAT32_LIMITS, Gates
+from tood_deploy.presets import STRIDES
 from tood_deploy.rows import Rows
 
 ROW_STAGES = ("candidates", "detections")
 CARRIED_SLACK = 5  # of maps as deployed: the rounding of all stages before adds up
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One limit that was passed.
+
+    Attributes:
+        stage: "pixels" to "detections", "AP", "batch slots" or "sizes".
+        what: the value and measure.
+        found, allowed: numbers of that measure.
+        carried: whether it was found with what the stages before handed on, not with the reference's values.
+    """
+
+    stage: str
+    what: str
+    found: float
+    allowed: float
+    carried: bool = False
+
+    def __str__(self) -> str:
+        how = " (with what the stages before it handed on)" if self.carried else ""
+        return f"{self.stage}: {self.what} {self.found:.3g}, allowed {self.allowed:.3g}{how}"
+
+    @property
+    def ratio(self) -> float:
+        """How far beyond the limit; above 1."""
+        return self.found / self.allowed if self.allowed else float("inf")
 
 
 class StageDeviations:
@@ -38,6 +69,20 @@ class StageDeviations:
         if stage.name == "head":
             return Deviation(slack * (self.gates.max_box_strides if "boxes" in name else self.gates.max_score))
         return Deviation(slack * self.gates.max_map, relative=True)
+
+    def allow_noise(self, noise: Conditioning) -> None:
+        """Raises the limits to what float32 itself explains on the input that is compared, where that is more."""
+        strides = dict(zip(MAP_NAMES[-len(STRIDES) :], STRIDES, strict=True))
+        for name, own in zip(MAP_NAMES, noise.maps, strict=True):
+            deviation, largest = self.maps[name], FLOAT32_LIMITS.largest * own.largest
+            unit = float(np.sqrt(np.square(own.exact).mean()))
+            allowed = FLOAT32_LIMITS.rms * own.rms / unit if deviation.relative and unit else largest
+            deviation.tolerance = max(deviation.tolerance, allowed)
+            for rows in self.rows.values():
+                if name.startswith("head_scores"):
+                    rows.score.tolerance = max(rows.score.tolerance, largest)
+                elif name in strides:
+                    rows.box_px.tolerance = max(rows.box_px.tolerance, largest * strides[name])
 
     def add(self, stage: Stage, reference: Values, found: Values) -> NDArray[np.intp] | None:
         """Adds what a stage gave for one picture; for candidates and detections, gives the pairs of rows."""

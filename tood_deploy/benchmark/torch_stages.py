@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from tood_deploy.graph_io import OUTPUTS
 from tood_deploy.model.fused import FusedDetector
 from tood_deploy.model.head import HeadOutput
 from tood_deploy.model.postprocess import Candidates, suppress
+from tood_deploy.parity.conditioning import Conditioning, measure_conditioning
 from tood_deploy.presets import STRIDES
 
 REDUCED = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -36,6 +38,11 @@ class TorchStages(StageRunner):
             stages = self.detector(*self._tensors(inputs, "images", "valid_hw"), *_thresholds(inputs))
         names = [name for stage in STAGES[:-1] for name in stage.gives]
         return inputs | _arrays(names, inner_values(stages)) | _arrays(OUTPUTS, stages.detections)
+
+    def measure_noise(self, inputs: Values) -> Conditioning:
+        """Measures how far float32 itself is off on these inputs; on the CPU, wherever the network is."""
+        detector = self.detector if self.device.type == "cpu" else copy.deepcopy(self.detector).cpu()
+        return measure_conditioning(detector, inputs["images"], inputs["valid_hw"], *_thresholds(inputs))
 
     @torch.inference_mode()
     def run(self, stage: Stage, values: Values) -> Values:

@@ -64,17 +64,12 @@ def export_onnx(
     with atomic_path(output) as temporary:
         say("making the graph, which takes a minute or so")
         save_onnx(onnx_from_model(model, deform=deform, max_det=max_det), manifest, temporary)
-        say(f"comparing it with PyTorch on built-in images{_and_given(len(verify_pictures))}")
         reference = torch_reference(model, max_det)
-        parity = verify_float32(reference, OnnxRunner(temporary), pictures=verify_pictures)
+        parity = verify_float32(reference, OnnxRunner(temporary), pictures=verify_pictures, say=say)
         say("making its self-test")
         manifest = replace(manifest, parity=parity, self_test=self_test_from(reference.run)).with_artefact(temporary)
         write_text(manifest_path(output), manifest.to_json())
     return manifest
-
-
-def _and_given(count: int) -> str:
-    return f" and {count} given ones" if count else ""
 
 
 def _is_deformable(model: Tood) -> bool:

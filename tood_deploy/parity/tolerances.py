@@ -70,6 +70,37 @@ class AnswerTolerance:
     matched: float
 
 
+@dataclass(frozen=True)
+class Gates:
+    """How far the stages of tood-bench parity may be off; of maps for a stage alone, as deployed 5 times as much is allowed.
+
+    Attributes:
+        max_pixel: of the network's input, in its normalised units (a grey level is about 0.017).
+        max_map: of a map of backbone or pyramid, L2 norm of the difference over that of the reference.
+        max_score: of the head's probabilities, and of a candidate's or detection's score.
+        max_box_strides: of the head's boxes, in strides of their level.
+        max_box_px: of a candidate's or detection's coordinates, in pixels of the network input.
+        min_matched: share of the boxes of either run that both must have.
+        max_ap_drop: points of AP (0 to 100).
+        outliers: whether every single number counts; otherwise 99 of 100 must stay within.
+    """
+
+    max_pixel: float = 1e-4
+    max_map: float = 1e-4
+    max_score: float = 1e-4
+    max_box_strides: float = 5e-3
+    max_box_px: float = 0.1
+    min_matched: float = 0.995
+    max_ap_drop: float = 0.1
+    outliers: bool = True
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if not value >= 0 or (name == "min_matched" and value > 1):
+                expected = "0 to 1" if name == "min_matched" else "0 or more"
+                raise ToodError(f"--{name.replace('_', '-')} is {value}; expected a number, {expected}")
+
+
 FLOAT32_LIMITS = Float32Limits()
 
 # Each limit is a few times what a sound artefact of a trained network shows (docs/verification.md).
@@ -77,6 +108,14 @@ DETECTION_LIMITS = {
     "fp16": DetectionLimits(lost=0.01, added=0.01, score=0.02, iou=0.9, ap_drop=0.1),
     "bf16": DetectionLimits(lost=0.03, added=0.03, score=0.1, iou=0.75, ap_drop=0.3),
     "int8": DetectionLimits(lost=0.05, added=0.05, score=0.1, iou=0.75, ap_drop=0.5),
+}
+
+# For reduced precision the rounding of a 10-bit, 7-bit or 8-bit mantissa, passed through a network's depth.
+PRECISION_GATES = {
+    "fp32": Gates(),
+    "fp16": Gates(1e-3, 1e-2, 1e-2, 0.05, 0.5, 0.97, 0.1, outliers=False),
+    "bf16": Gates(1e-2, 5e-2, 3e-2, 0.3, 2.0, 0.9, 0.3, outliers=False),
+    "int8": Gates(2e-2, 0.3, 0.1, 1.0, 5.0, 0.7, 1.0, outliers=False),
 }
 
 # Self-tests. Seen: float32 of two runtimes within 1e-4; bf16 within 0.04, with an overlap of 0.94 and one detection of nine exchanged.
