@@ -1,0 +1,159 @@
+"""Exports of this machine, run as on a CPU with AVX2 and no more: the same results, and 8-bit weights that would be wrong are refused.
+
+Slow, as emulation is. Needs QEMU's user mode (Debian's qemu-user) and the shared folder's script that calls it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+
+from tood_deploy.cli.export import main as export_main
+from tood_deploy.demo.scenes import write_scenes
+from tood_deploy.engines import open_engine
+from tood_deploy.int8_probe import saturates_in_onnxruntime
+from tood_deploy.preprocess import resize_and_pad
+
+pytestmark = [pytest.mark.slow, pytest.mark.shared]
+WEIGHTS = Path(__file__).resolve().parents[1] / "tood_deploy" / "weights" / "tiny-demo.safetensors"
+CALIBRATED = 64
+IMGSZ = (120, 160)
+CONF, IOU = 0.3, 0.6
+
+OPEN_ALL = """
+import json, sys
+import numpy as np
+from pathlib import Path
+from tood_deploy.engines import open_engine
+from tood_deploy.errors import ArtefactError
+
+folder, *names = sys.argv[1:]
+inputs = np.load(Path(folder) / "inputs.npz")
+for name in names:
+    try:
+        with open_engine(Path(folder) / name, threads=1) as engine:
+            found = engine.infer(inputs["images"], inputs["valid_hw"], 0.3, 0.6)
+        np.savez(Path(folder) / f"{name}.npz", *(found.num_dets, found.boxes_net, found.scores, found.labels))
+        print(json.dumps([name, ""]))
+    except ArtefactError as error:
+        print(json.dumps([name, str(error)]))
+"""
+
+VERIFY = """
+import sys
+from pathlib import Path
+import tood_deploy.parity.verify as module
+from tood_deploy.export.runners import OnnxRunner
+from tood_deploy.model import load_checkpoint
+from tood_deploy.parity.reference import torch_reference
+
+module.SIZES_HW = {"landscape": (64, 96), "smallest": (64, 64)}
+parity = module.verify_float32(torch_reference(load_checkpoint(sys.argv[1]), 100), OnnxRunner(Path(sys.argv[2])))
+print(max(each["rms_ratio"] for each in parity["maps"].values()), parity["detections"]["reference"])
+"""
+
+
+@pytest.fixture(scope="module")
+def on_avx2(shared: Path) -> Callable[..., str]:
+    """A function: runs Python code with arguments as on a CPU with AVX2, and gives what it prints."""
+    if shutil.which("qemu-x86_64") is None:
+        pytest.skip("qemu-x86_64 is not installed: apt-get install qemu-user")
+
+    def run(code: str, *arguments: object) -> str:
+        command = [shared / "tools" / "old_cpu.sh", "avx2", sys.executable, "-W", "ignore", "-c", code, *arguments]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The trained demo network in every form for CPUs, and the network's inputs for two generated scenes."""
+    place = tmp_path_factory.mktemp("forms")
+    write_scenes(place / "scenes", CALIBRATED, seed=3)
+    images = sorted((place / "scenes" / "pictures").iterdir())
+    export(WEIGHTS, "--imgsz", *IMGSZ, "--output", place / "fp32.onnx")
+    export(place / "fp32.onnx", "--to", "openvino", "--output", place / "fp32-ov.xml")
+    calibrated = ["--precision", "int8", "--calib-data", images[0].parent]
+    export(place / "fp32.onnx", *calibrated, "--output", place / "int8.onnx")
+    export(place / "fp32.onnx", "--to", "openvino", *calibrated, "--output", place / "int8-ov.xml")
+    if not saturates_in_onnxruntime():
+        export(place / "fp32.onnx", *calibrated, "--target-cpu", "native", "--output", place / "native.onnx")
+    prepared = [resize_and_pad(np.asarray(cv2.imread(str(path)), np.uint8), IMGSZ) for path in images[:2]]
+    np.savez(
+        place / "inputs.npz",
+        images=np.stack([image for image, _ in prepared]),
+        valid_hw=np.array([transform.resized_hw for _, transform in prepared], np.int32),
+    )
+    return place
+
+
+def export(*arguments: Any) -> None:
+    assert export_main([*map(str, arguments), "--quiet"]) == 0
+
+
+FORMS = ["fp32.onnx", "fp32-ov.xml", "int8.onnx", "int8-ov.xml"]
+
+
+@pytest.fixture(scope="module")
+def emulated(on_avx2: Callable[..., str], folder: Path) -> dict[str, str]:
+    """What became of every form: "" or why it was refused; what they found lies beside them."""
+    return dict(json.loads(line) for line in on_avx2(OPEN_ALL, folder, *FORMS, *native_form(folder)).splitlines())
+
+
+def native_form(folder: Path) -> list[str]:
+    """The form with all 8 bits, where this CPU could make it."""
+    return ["native.onnx"] if (folder / "native.onnx").is_file() else []
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_opens_and_finds_the_same(form: str, emulated: dict[str, str], folder: Path) -> None:
+    assert emulated[form] == ""
+    inputs = np.load(folder / "inputs.npz")
+    with open_engine(folder / form, threads=1) as engine:
+        expected = engine.infer(inputs["images"], inputs["valid_hw"], CONF, IOU)
+    with np.load(folder / f"{form}.npz") as arrays:
+        num_dets, boxes, scores, labels = (arrays[name] for name in arrays.files)
+    assert num_dets.tolist() == expected.num_dets.tolist()
+    assert num_dets.min() > 0
+    np.testing.assert_array_equal(labels, expected.labels)
+    # 8-bit sums are exact; what is left is float32's rounding, which may now and then turn a rounding to 8 bits.
+    np.testing.assert_allclose(scores, expected.scores, atol=1e-5 if form.startswith("fp32") else 0.02)
+    np.testing.assert_allclose(boxes, expected.boxes_net, atol=0.01 if form.startswith("fp32") else 1.0)
+
+
+def test_8_bit_weights_are_refused_where_sums_saturate(emulated: dict[str, str], folder: Path) -> None:
+    if not native_form(folder):
+        pytest.skip("this CPU saturates itself: nothing of that kind can be made here")
+    assert "--target-cpu portable" in emulated["native.onnx"]
+
+
+def test_the_stored_answer_alone_notices_saturation(on_avx2: Callable[..., str], folder: Path) -> None:
+    """The manifest is made to say that the weights are portable, so that nothing but the answer tells."""
+    if not native_form(folder):
+        pytest.skip("this CPU saturates itself: nothing of that kind can be made here")
+    shutil.copy(folder / "native.onnx", folder / "lying.onnx")
+    manifest = json.loads((folder / "native.json").read_text())
+    manifest["options"]["int8"]["scheme"] = "u8s7"
+    (folder / "lying.json").write_text(json.dumps(manifest))
+    (answer,) = on_avx2(OPEN_ALL, folder, "lying.onnx").splitlines()
+    assert "fails its self-test" in json.loads(answer)[1]
+
+
+def test_float32_is_verified_there(on_avx2: Callable[..., str], folder: Path) -> None:
+    ratio, detections = on_avx2(VERIFY, WEIGHTS, folder / "fp32.onnx").split()[-2:]
+    assert 0 < float(ratio) < 12
+    assert int(detections) > 10
