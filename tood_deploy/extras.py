@@ -47,7 +47,7 @@ PACKAGES = {  # by the name that is imported
     "cuda.core": Package("cuda-core", ("tensorrt",)),
     "jinja2": Package("jinja2", ("eval",)),
     "markupsafe": Package("markupsafe", ("eval",)),
-    "matplotlib": Package("matplotlib", ("eval", "train")),
+    "matplotlib": Package("matplotlib", ("eval", "export", "train")),
     "psutil": Package("psutil", ("eval",)),
     "pycocotools": Package("pycocotools", ("eval", "train")),
     "tensorboard": Package("tensorboard", ("train",)),

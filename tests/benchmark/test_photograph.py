@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from inference.fakes import RedEngine
 
-from tood_deploy.benchmark import photograph as module
 from tood_deploy.benchmark.latency_worker import Case, read_frames
-from tood_deploy.benchmark.photograph import crop_size, photograph_crops
+from tood_deploy.benchmark.photograph import photograph_crops
 from tood_deploy.errors import InputError
 from tood_deploy.inference.detector import Detector
+from tood_deploy.parity import sample_images as module
+from tood_deploy.parity.sample_images import crop_size
 from tood_deploy.preprocess import fit_size, pad_size, resize_and_pad
 
 IMGSZ = [(800, 1333), (640, 640), (480, 640), (1344, 1344), (1024, 1535), (64, 96), (33, 1344)]
@@ -71,7 +72,7 @@ def test_matplotlib_is_not_imported_for_them() -> None:
 
 def test_a_photograph_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PHOTOGRAPH", Path("matplotlib/none.jpg"))
-    with pytest.raises(InputError, match=r"^none\.jpg: .* cannot be read .*No such file.*; give pictures of your own with --images DIR$"):
+    with pytest.raises(InputError, match=r"^none\.jpg: .* cannot be read .*No such file.*; give images of your own$"):
         photograph_crops((64, 96), 8)
 
 
@@ -80,10 +81,10 @@ def test_without_matplotlib_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(module, "distribution", missing)
-    with pytest.raises(InputError, match=r"matplotlib, .* cannot be read \(No package metadata.*; give pictures of your own"):
+    with pytest.raises(InputError, match=r"matplotlib, .* cannot be read \(No package metadata.*; give images of your own"):
         photograph_crops((64, 96), 8)
 
 
 def test_a_shape_that_no_part_has_is_an_error() -> None:
-    with pytest.raises(InputError, match=r"imgsz is 1 2300: no part of grace_hopper\.jpg has that shape; give .* --images DIR"):
+    with pytest.raises(InputError, match=r"imgsz is 1 2300: no part of grace_hopper\.jpg has that shape; give images of your own"):
         photograph_crops((1, 2300), 8)

@@ -249,9 +249,9 @@ def test_reading_inference_and_drawing_overlap() -> None:
                     yield frame
 
     class SlowEngine(RedEngine):
-        def infer(self, *inputs: Any, **named: Any) -> BatchDetections:
+        def submit(self, *inputs: Any, **named: Any) -> Any:
             with at_work("inference"):
-                return super().infer(*inputs, **named)
+                return super().submit(*inputs, **named)
 
     for _ in detect_frames(detector(SlowEngine()), SlowPictures(moving_pictures(40))):
         with at_work("drawing"):

@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tood_deploy.cli.run import DONE, add_model_options, run_command
-from tood_deploy.errors import DeviceError, ToodError
+from tood_deploy.errors import DeviceError
+from tood_deploy.extras import not_installed
 
 TARGETS = ("onnx", "openvino", "engine", "triton")
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")
+EXTRAS = {"openvino": ("export", "openvino"), "pycocotools": ("export", "eval")}  # that bring what is missing; else "export"
 PACKAGES = ("torch", "onnx", "onnx_ir", "onnxscript", "ml_dtypes", "safetensors", "filelock")  # of every export
 
 EPILOG = """\
@@ -177,9 +179,11 @@ def _check_packages(arguments: argparse.Namespace) -> None:
     """Refuses to begin where a package is missing that is needed later, before anything imports one."""
     needed = [*PACKAGES, *(["openvino"] if arguments.to == "openvino" else [])]
     needed += ["pycocotools"] if arguments.annotations else []
+    lowered = arguments.precision in ("bf16", "fp16")
+    needed += ["matplotlib"] if lowered and not (arguments.calib_data or arguments.verify_images) else []  # whose photograph is run
     for name in needed:
         if not is_installed(name):
-            raise missing_package(name)
+            raise DeviceError(not_installed(name, *EXTRAS.get(name, ("export",))))
 
 
 def is_installed(name: str) -> bool:
@@ -187,14 +191,6 @@ def is_installed(name: str) -> bool:
     if name in sys.modules:
         return sys.modules[name] is not None
     return importlib.util.find_spec(name) is not None
-
-
-def missing_package(name: str) -> ToodError:
-    """Return the error that says which package is missing and which extra brings it."""
-    if name == "openvino":
-        return DeviceError('OpenVINO is not installed; install it with: pip install "tood-deploy[openvino]"')
-    extra = "eval" if name == "pycocotools" else "export"
-    return ToodError(f'tood-export needs the package {name}; install it with: pip install "tood-deploy[{extra}]"')
 
 
 def main(argv: Sequence[str] | None = None) -> int:

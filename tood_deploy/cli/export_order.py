@@ -6,6 +6,7 @@ It lies here, as annotations and the search for precisions lie above `export`.
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -139,7 +140,7 @@ def precision_from(arguments: argparse.Namespace, order: Order, data: DataSet | 
     measure_ap = _ap_from(data, arguments.quiet)
     quality = None if arguments.max_ap_drop is None else measure_ap
     if arguments.autotune_precision:
-        return _search_from(arguments, order.engine, int8, quality)
+        return replace(_search_from(arguments, order.engine, int8, quality), measure_ap=measure_ap)
     lowered = {name: getattr(arguments, name) for name in ("precision", "rest", "calib_data")}
     return PrecisionOptions(keep=_parts(arguments.keep), int8=int8, quality=quality, measure_ap=measure_ap, **_given(lowered))
 

@@ -78,7 +78,7 @@ def _deliver_openvino(order: Order, ready: Ready, say: Say) -> Made:
     rest: Any = {"bf16": "bf16", "int8": wanted.rest}.get(wanted.precision)  # else what the .onnx says
     pictures = ready.pictures
     if wanted.precision != "fp32" or read_onnx(ready.path).manifest.precision != "fp32":
-        pictures = images_to_verify(wanted.calib_data, ready.reference.sizing.imgsz, pictures)
+        pictures = images_to_verify(wanted.calib_data, pictures)
     manifest = openvino_from_onnx(ready.path, order.output, reference=ready.reference, rest=rest, pictures=pictures, ap=ready.ap, say=say)
     return Made(order.output, manifest)
 

@@ -40,6 +40,7 @@ def test_writes_the_graph_and_tells_how(tiny_artefact: Path, pictures: Path, tmp
     told = int8_from_onnx(tiny_artefact, output, pictures, options, progress=lambda *done: seen.append(done), say=said.append)
     assert told["int8"] | {"calibration": ""} == {
         "scheme": "s8s8",
+        "needs": "TensorRT",
         "method": "minmax",
         "keep": ("backbone.conv1",),
         "max_drop": None,

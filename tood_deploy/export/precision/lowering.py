@@ -28,7 +28,7 @@ from tood_deploy.manifest import atomic_path, manifest_path, write_text
 from tood_deploy.parity.reference import Reference
 from tood_deploy.parity.sample_images import photograph_crops
 from tood_deploy.parity.tolerances import DETECTION_LIMITS
-from tood_deploy.parity.verify import verify_detections
+from tood_deploy.parity.verify import verify_detections, verify_float32
 
 Precision = Literal["fp32", "bf16", "fp16", "int8"]
 Rest = Literal["fp32", "bf16", "fp16"]
@@ -143,7 +143,7 @@ def lower_onnx(
         path = _write(options.lower(read_onnx(float_onnx), tell), float_onnx, folder / "mixed.onnx")
     else:
         path = _to_precision(float_onnx, folder, options, tell, quiet)
-    _describe(path, float_onnx, reference, images_to_verify(options.calib_data, reference.sizing.imgsz, pictures), ap, tell)
+    _describe(path, float_onnx, reference, images_to_verify(options.calib_data, pictures), ap, tell)
     return path
 
 
@@ -211,15 +211,16 @@ def _describe(
     if half := half_precision_of(lowered.manifest):
         run.name += f", {half} emulated"
     measure_ap = None if ap is None else lambda: (ap.reference_ap, ap.reference_ap - ap(lowered.model))
-    parity = verify_detections(reference, run, images, DETECTION_LIMITS[precision], measure_ap=measure_ap, say=say)
+    if precision == "fp32":  # what a search of mixtures may come to
+        parity = verify_float32(reference, OnnxRunner(lowered.model), pictures=images, say=say)
+    else:
+        parity = verify_detections(reference, run, images, DETECTION_LIMITS[precision], measure_ap=measure_ap, say=say)
     self_test = self_test_from(run) if precision == "int8" else source.self_test
     manifest = replace(lowered.manifest, parity=parity, self_test=self_test).with_artefact(path)
     write_text(manifest_path(path), manifest.to_json())
 
 
-def images_to_verify(
-    calib_data: Path | None, imgsz: tuple[int, int], pictures: Sequence[NDArray[np.uint8]] = ()
-) -> Sequence[NDArray[np.uint8]]:
+def images_to_verify(calib_data: Path | None, pictures: Sequence[NDArray[np.uint8]] = ()) -> Sequence[NDArray[np.uint8]]:
     """Images of the user's kind, (H, W, 3) uint8 BGR: of calibration, and those given to verify on; crops of a photograph without any."""
     calibrated = [read_picture(path) for path in choose_pictures(calib_data, QUALITY_PICTURES)] if calib_data is not None else []
-    return [*calibrated, *pictures] or photograph_crops(imgsz, QUALITY_PICTURES)
+    return [*calibrated, *pictures] or photograph_crops(QUALITY_PICTURES)
