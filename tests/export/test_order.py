@@ -14,6 +14,8 @@ from tood_deploy.errors import DeviceError, ToodError
 from tood_deploy.export import carry_out
 from tood_deploy.manifest import manifest_path, neighbour, read_manifest
 
+pytestmark = pytest.mark.usefixtures("stand_in_limits")
+
 
 @pytest.fixture
 def source(tiny_artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

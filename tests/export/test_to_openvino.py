@@ -24,6 +24,8 @@ from tood_deploy.parity.reference import Reference, torch_reference
 from tood_deploy.parity.sample_images import synthetic_picture
 from tood_deploy.parity.tolerances import DETECTION_LIMITS
 
+pytestmark = pytest.mark.usefixtures("stand_in_limits")
+
 PICTURES = [synthetic_picture(230, 310, seed) for seed in range(3)]
 HAS_BF16 = "BF16" in shared_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
