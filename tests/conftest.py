@@ -113,7 +113,7 @@ def tiny_artefact(tiny_checkpoint: Path) -> Path:
 
 @pytest.fixture
 def stand_in_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Limits for stand-in weights: no detection of theirs stands out, so that roundings exchange more of them than of a trained network's."""
+    """Limits for stand-in weights: no detection of theirs stands out, so that roundings exchange more of them."""
     from tood_deploy.parity.tolerances import DETECTION_LIMITS
 
     for precision, limits in list(DETECTION_LIMITS.items()):

@@ -15,6 +15,7 @@ from tood_deploy.export.onnx_artefact import read_onnx
 from tood_deploy.export.precision.calibration import calibrate
 from tood_deploy.export.precision.mixed_precision import lower_precision
 from tood_deploy.export.precision.quantize import calibrated_values, quantize
+from tood_deploy.int8_probe import saturates_in_onnxruntime
 from tood_deploy.model import load_checkpoint
 
 pytestmark = pytest.mark.slow
@@ -35,7 +36,7 @@ def drop_and_lowered(request: pytest.FixtureRequest, tmp_path_factory: pytest.Te
     export_onnx(load_checkpoint(weights), folder / "model.onnx")
     artefact = read_onnx(folder / "model.onnx")
     values, imgsz = calibrated_values(artefact.model), artefact.manifest.preset.imgsz
-    ranges = calibrate(artefact.model, values, calib, imgsz, most=PICTURES, cache=folder / "cache").ranges("entropy")
+    ranges = calibrate(artefact.model, values, calib, imgsz, most=PICTURES, cache=folder / "cache").ranges("percentile")
 
     def lowered(precision: str) -> onnx.ModelProto:
         half: dict[str, Any] = {"fp16": "fp16", "bf16": "bf16"}
@@ -58,10 +59,12 @@ def _scenes(folder: Path) -> tuple[Path, tuple[Path, Path], Path]:
     return WEIGHTS / "tiny-demo.safetensors", (annotations, annotations.parent / "pictures"), folder / "train" / "pictures"
 
 
-@pytest.mark.parametrize(("precision", "most"), [("fp16", 0.2), ("bf16", 0.2), ("int8 u8s8", 0.5), ("int8 s8s8", 0.5)])
+@pytest.mark.parametrize(("precision", "most"), [("fp16", 0.1), ("bf16", 0.2), ("int8 u8s7", 0.3), ("int8 u8s8", 0.3), ("int8 s8s8", 0.5)])
 def test_costs_no_more_than_is_promised(
     precision: str, most: float, drop_and_lowered: tuple[ApDrop, Lowered], record_property: Callable[[str, object], None]
 ) -> None:
+    if precision in ("int8 u8s8", "int8 s8s8") and saturates_in_onnxruntime():
+        pytest.skip("sums of 8-bit products saturate on this CPU, so that ONNX Runtime gives other numbers than such a graph stands for")
     drop, lowered = drop_and_lowered
     lost = drop(lowered(precision))
     record_property("ap", f"{drop.reference_ap:.2f} -> {drop.reference_ap - lost:.2f}")
