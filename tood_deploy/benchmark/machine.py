@@ -11,6 +11,15 @@ from typing import Any
 
 import psutil
 
+# What decides how fast a CPU computes, and whether it adds 8-bit products exactly; by the name that Linux has for it.
+FEATURES = {
+    "avx2": "AVX2",
+    "avx512f": "AVX-512",
+    "avx_vnni": "AVX-VNNI",
+    "avx512_vnni": "VNNI",
+    "avx512_bf16": "bf16",
+    "amx_int8": "AMX",
+}
 CPU_FOLDER = Path("/sys/devices/system/cpu")
 UNKNOWN = "not visible"
 NOTICED_SHARE = 0.05
@@ -21,7 +30,7 @@ class Machine:
     """What stays the same during a run.
 
     Attributes:
-        cpu: the model's name.
+        cpu: the model's name, and what it can do.
         cores, usable_cores: logical ones, and those this process may use.
         governor: of the CPU's frequency.
         memory_gib: of the machine.
@@ -58,8 +67,10 @@ def describe_machine() -> Machine:
 def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or UNKNOWN
+    named, flags = (next((line.partition(":")[2] for line in lines if line.startswith(key)), "") for key in ("model name", "flags"))
+    features = [feature for flag, feature in FEATURES.items() if flag in flags.split()]
+    name = named.strip() or platform.processor() or UNKNOWN
+    return f"{name} ({', '.join(features)})" if features else name
 
 
 def _governor(folder: Path = CPU_FOLDER) -> str:
