@@ -109,7 +109,7 @@ def describe_parity(parity: dict[str, Any]) -> Iterator[str]:
         yield _describe_detections(parity)
     elif "limits" in parity:
         yield from _describe_float32(parity)
-    yield from describe_parity(parity.get("onnx", {}))
+    yield from (f"the .onnx it was made from: {line}" for line in describe_parity(parity.get("onnx", {})))
 
 
 def _compared(parity: dict[str, Any]) -> str:
