@@ -155,5 +155,5 @@ def test_the_stored_answer_alone_notices_saturation(on_avx2: Callable[..., str],
 
 def test_float32_is_verified_there(on_avx2: Callable[..., str], folder: Path) -> None:
     ratio, detections = on_avx2(VERIFY, WEIGHTS, folder / "fp32.onnx").split()[-2:]
-    assert 0 < float(ratio) < 12
+    assert 0 < float(ratio) <= 12
     assert int(detections) > 10

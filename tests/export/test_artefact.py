@@ -113,7 +113,7 @@ class TestManifest:
         assert parity["detections"]["reference"] > 300  # the stand-in weights find things: the comparison is not empty
         assert parity["detections"]["matched"] >= parity["detections"]["reference"] - 2 * parity["pictures"]
         assert parity["batch_slots"]["matched"] == parity["batch_slots"]["reference"] > 100
-        assert 0 < max(each["rms_ratio"] for each in parity["maps"].values()) <= parity["limits"]["rms"]
+        assert 0 < max(each["rms_ratio"] for each in parity["maps"].values()) <= parity["limits"]["rms_of_few"]
 
 
 def edit(source: Path, target: Path, change: Callable[[onnx.ModelProto], None]) -> Path:

@@ -76,7 +76,7 @@ class StageDeviations:
         for name, own in zip(MAP_NAMES, noise.maps, strict=True):
             deviation, largest = self.maps[name], FLOAT32_LIMITS.largest * own.largest
             unit = float(np.sqrt(np.square(own.exact).mean()))
-            allowed = FLOAT32_LIMITS.rms * own.rms / unit if deviation.relative and unit else largest
+            allowed = FLOAT32_LIMITS.rms_of(own.cells) * own.rms / unit if deviation.relative and unit else largest
             deviation.tolerance = max(deviation.tolerance, allowed)
             for rows in self.rows.values():
                 if name.startswith("head_scores"):

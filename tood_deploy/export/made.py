@@ -120,8 +120,9 @@ def _compared(parity: dict[str, Any]) -> str:
 def _describe_float32(parity: dict[str, Any]) -> Iterator[str]:
     found, limits = parity["detections"], parity["limits"]
     worst = {key: max(each[key] for each in parity["maps"].values()) for key in ("rms_ratio", "largest_ratio")}
+    rms_limits = f"limit {limits['rms']:g}, of maps with few cells {limits['rms_of_few']:g}"
     yield (
-        f"{_compared(parity)}every map is within {worst['rms_ratio']:.2g} times what float32 itself explains (limit {limits['rms']:g}), "
+        f"{_compared(parity)}every map is within {worst['rms_ratio']:.2g} times what float32 itself explains ({rms_limits}), "
         f"every value within {worst['largest_ratio']:.2g} times (limit {limits['largest']:g}); {found['matched']} of {found['reference']} "
         f"detections matched, scores within {found['score_deviation']:.1e}, boxes within {found['box_deviation_px']:.1e} px"
     )

@@ -46,6 +46,11 @@ class MapNoise:
     excluded: NDArray[np.bool_] | None = None
 
     @property
+    def cells(self) -> int:
+        """Rows times columns."""
+        return self.exact.shape[-2] * self.exact.shape[-1]
+
+    @property
     def spread(self) -> float:
         """How far the map's own values lie apart: their standard deviation."""
         return float(self.exact.std())

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 
 from tood_deploy.errors import ToodError
 
+FEW_CELLS = 16
 DEPLOYMENT_SCORE = 0.3  # that a user's detections exceed; the default of `Detector`
 
 
@@ -15,6 +16,7 @@ class Float32Limits:
 
     Attributes:
         rms: of a map, times the root mean square of the float32 noise.
+        rms_of_few: the same of a map with fewer than `FEW_CELLS` cells, whose noise is measured on few numbers.
         largest: of a map, times the largest of the float32 noise.
         telling: share of a map's own spread; a map whose allowed deviation is larger says nothing and is judged by detections.
         scores, boxes_px: of a detection, where the noise of the maps does not explain more; pixels of the network input.
@@ -22,13 +24,18 @@ class Float32Limits:
         exchanged: times as many as the valid float32 computations exchange among themselves, if that is more.
     """
 
-    rms: float = 12.0
+    rms: float = 5.0
+    rms_of_few: float = 12.0
     largest: float = 12.0
     telling: float = 1e-3
     scores: float = 1e-5
     boxes_px: float = 0.05
     exchanges: int = 2
     exchanged: float = 2.0
+
+    def rms_of(self, cells: int) -> float:
+        """Return the limit for a map of so many cells, rows times columns."""
+        return self.rms if cells >= FEW_CELLS else self.rms_of_few
 
 
 @dataclass(frozen=True)

@@ -140,7 +140,8 @@ class Float32Verifier:
             worst = self.verdict.maps[name]
             worst.deviation = max(worst.deviation, largest)
             worst.rms_ratio, worst.largest_ratio = max(worst.rms_ratio, rms / own.rms), max(worst.largest_ratio, largest / own.largest)
-            for what, off, unit, limit in (("", rms, own.rms, self.limits.rms), ("a value of ", largest, own.largest, self.limits.largest)):
+            rms_limit = self.limits.rms_of(own.cells)
+            for what, off, unit, limit in (("", rms, own.rms, rms_limit), ("a value of ", largest, own.largest, self.limits.largest)):
                 if not off <= limit * unit:
                     self.verdict.failed.append(
                         f"{STAGE_OF_MAP[name]}: {what}{name} of images {size} is {off:.2g} off, {off / unit:.3g} times what float32 "
@@ -149,7 +150,7 @@ class Float32Verifier:
                     break
 
     def _says_nothing(self, noise: MapNoise) -> bool:
-        return self.limits.rms * noise.rms > self.limits.telling * noise.spread and noise.spread > 0
+        return self.limits.rms_of(noise.cells) * noise.rms > self.limits.telling * noise.spread > 0
 
     def _allowance(self, noise: Conditioning) -> Allowance:
         """Detections may be as far off as the maps that they come from, and float32 may exchange some of them."""
