@@ -12,6 +12,7 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
+from onnx_edits import edit_weight, maker
 
 from tood_deploy.benchmark.parity import Result, Settings, compare
 from tood_deploy.benchmark.picture_set import PictureSet, open_pictures
@@ -88,14 +89,6 @@ def judge(reference: Subject, exported: onnx.ModelProto, scoring: tuple[PictureS
     return run
 
 
-def edit_weight(model: onnx.ModelProto, name: str, edit: Callable[[np.ndarray], object]) -> None:
-    """Changes an initializer."""
-    tensor = next(tensor for tensor in model.graph.initializer if tensor.name == name)
-    values = numpy_helper.to_array(tensor).copy()
-    edit(values)
-    tensor.CopyFrom(numpy_helper.from_array(values, name))
-
-
 def insert_after(model: onnx.ModelProto, name: str, *operators: tuple[str, list[str], dict]) -> None:
     """Sends a value through further nodes before anyone reads it. An operator is its type, its other inputs and its attributes."""
     nodes, made, before = [], name, f"{name}_before"
@@ -110,10 +103,6 @@ def insert_after(model: onnx.ModelProto, name: str, *operators: tuple[str, list[
                 model.graph.node.insert(position + offset, added)
             return
     raise AssertionError(name)
-
-
-def maker(model: onnx.ModelProto, name: str) -> onnx.NodeProto:
-    return next(node for node in model.graph.node if name in node.output)
 
 
 def wrong_mean(model: onnx.ModelProto) -> None:

@@ -3,13 +3,14 @@
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+from onnx_edits import all_nodes
 
 from tood_deploy.cli.export import main
 from tood_deploy.errors import CheckFailed, OutputError, ToodError
@@ -31,14 +32,6 @@ STANDARD_OPERATORS = frozenset(
     "GroupNormalization Identity Less Log Loop MatMul Max MaxPool Min Mul Neg Not Or Pad Range ReduceMax ReduceMean ReduceSum Relu "
     "Reshape Resize ScatterElements Shape Sigmoid Slice Softplus Split Squeeze Sub TopK Transpose Unsqueeze Where".split()
 )
-
-
-def all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    for node in graph.node:
-        yield node
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.GRAPH:
-                yield from all_nodes(attribute.g)
 
 
 @pytest.fixture(scope="module")

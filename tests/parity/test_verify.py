@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import helper, numpy_helper
+from onnx_edits import all_nodes, edit_weight, maker
 
 from tood_deploy.errors import CheckFailed, ToodError
 from tood_deploy.export.runners import OnnxRunner
@@ -74,21 +75,6 @@ class Changed:
         return outputs
 
 
-def edit_weight(model: onnx.ModelProto, name: str, edit: Callable[[np.ndarray], object]) -> None:
-    tensor = next(tensor for tensor in model.graph.initializer if tensor.name == name)
-    values = numpy_helper.to_array(tensor).copy()
-    edit(values)
-    tensor.CopyFrom(numpy_helper.from_array(values, name))
-
-
-def all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    for node in graph.node:
-        yield node
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.GRAPH:
-                yield from all_nodes(attribute.g)
-
-
 def set_group_norms(model: onnx.ModelProto, name: str, change: Callable[[Any], Any]) -> None:
     """Changes an attribute of all group norms of the head."""
     norms = [node for node in model.graph.node if node.op_type == "GroupNormalization"]
@@ -110,10 +96,6 @@ def add_after(model: onnx.ModelProto, value: str, operator: str, constant: Any) 
             model.graph.node.insert(position + 1, helper.make_node(operator, [f"{value}_before", name], [value]))
             return
     raise AssertionError(value)
-
-
-def maker(model: onnx.ModelProto, name: str) -> onnx.NodeProto:
-    return next(node for node in model.graph.node if name in node.output)
 
 
 def tower_weight_off_by_one_per_cent(model: onnx.ModelProto) -> None:
