@@ -235,7 +235,7 @@ class TestCommand:
         captured = capsys.readouterr()
         assert "detections matched" in captured.out
         assert "80 classes (person, bicycle, car, ...)" in captured.err
-        steps = ("checked all", "loading the checkpoint", "making the graph", "comparing it with PyTorch", "self-test", "writing it")
+        steps = ("checked all", "loading the checkpoint", "making the graph", "comparing with PyTorch", "self-test", "writing it")
         places = [captured.err.find(step) for step in steps]
         assert -1 not in places
         assert places == sorted(places), "a line at each step, in their order"
