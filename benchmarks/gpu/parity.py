@@ -43,7 +43,10 @@ class Tolerances:
         if self.boxes_px is not None:
             return match_detections(reference, found, self.scores, self.boxes_px)
         pairs, _ = match_overlapping(reference, found, self.scores, self.iou)
-        return Match(len(reference), len(pairs), len(found) - len(pairs))
+        scores = np.abs(reference.scores[pairs[:, 0]] - found.scores[pairs[:, 1]])
+        boxes = np.abs(reference.boxes[pairs[:, 0]] - found.boxes[pairs[:, 1]])
+        deviations = float(scores.max(initial=0)), float(boxes.max(initial=0))
+        return Match(len(reference), len(pairs), len(found) - len(pairs), *deviations)
 
     def allowed_exchanges(self, match: Match) -> float:
         """How many detections of a picture may be exchanged."""
