@@ -22,18 +22,19 @@ from rich.console import Console
 from rich.table import Table
 
 from tood_deploy import Detector, __version__
-from tood_deploy.benchmark.graph_parts import cut_graph
-from tood_deploy.benchmark.machine import describe_machine
-from tood_deploy.export.to_onnx import with_outputs
+from tood_deploy.benchmark.latency.machine import describe_machine
+from tood_deploy.data.image_set import synthetic_picture
 from tood_deploy.graph_io import HEAD_OUTPUTS, INPUTS, OUTPUTS
-from tood_deploy.parity.sample_images import synthetic_picture
+from tood_deploy.onnx_file import cut_graph, with_outputs
 
 FULL_HD = (1080, 1920)
 
 
 def main() -> None:
     """Measures and prints."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("artefact", type=Path)
     parser.add_argument("clip", type=Path)
@@ -48,7 +49,10 @@ def main() -> None:
     picture = first_frame(arguments.clip)
     prepared = fast.prepare(picture)
     eager_s, fast_s, whole_s = take_turns(
-        arguments.rounds, lambda: eager.infer([prepared]), lambda: fast.infer([prepared]), lambda: fast(picture)
+        arguments.rounds,
+        lambda: eager.infer([prepared]),
+        lambda: fast.infer([prepared]),
+        lambda: fast(picture),
     )
     full_hd = synthetic_picture(*FULL_HD, seed=0)
     (pre_s,) = take_turns(10 * arguments.rounds, lambda: fast.prepare(full_hd))
@@ -64,11 +68,18 @@ def main() -> None:
         ("ONNX Runtime, the same", fast_s, eager_s / fast_s, "times as fast as eager"),
         ("ONNX Runtime, end to end from a decoded frame", whole_s, None, ""),
         ("post-processing: candidates and NMS", post_s, post_s / whole_s, "of end to end"),
-        (f"pre-processing of a {FULL_HD[1]}x{FULL_HD[0]} frame", pre_s, pre_s / whole_s, "of end to end"),
+        (
+            f"pre-processing of a {FULL_HD[1]}x{FULL_HD[0]} frame",
+            pre_s,
+            pre_s / whole_s,
+            "of end to end",
+        ),
         ("one frame of the clip, streamed", stream_s, fast_s / stream_s, "of the engine-only rate"),
     )
     for what, seconds, ratio, meaning in rows:
-        table.add_row(what, f"{seconds * 1e3:.1f} ms", "" if ratio is None else f"{ratio:.3f}", meaning)
+        table.add_row(
+            what, f"{seconds * 1e3:.1f} ms", "" if ratio is None else f"{ratio:.3f}", meaning
+        )
     table.add_row("peak memory of a process with the artefact", f"{memory_mib:.0f} MiB", "", "")
     Console(width=140).print(table, describe_machine(), sep="\n")
 
@@ -93,14 +104,25 @@ def first_frame(clip: Path) -> np.ndarray:
     return np.asarray(frame, np.uint8)
 
 
-def time_post_processing(arguments: argparse.Namespace, detector: Detector, image: np.ndarray, valid_hw: tuple[int, int]) -> float:
+def time_post_processing(
+    arguments: argparse.Namespace, detector: Detector, image: np.ndarray, valid_hw: tuple[int, int]
+) -> float:
     """Median seconds of the part of the artefact behind the head's maps, cut out and fed with real maps."""
     shipped = onnx.load(arguments.artefact)
     feeds = {"images": image[None], "valid_hw": np.array([valid_hw], np.int32)}
-    feeds |= {name: np.array(value, np.float32) for name, value in zip(INPUTS[2:], (detector.conf, detector.iou), strict=True)}
-    maps = ort.InferenceSession(with_outputs(shipped, HEAD_OUTPUTS).SerializeToString()).run(list(HEAD_OUTPUTS), feeds)
+    feeds |= {
+        name: np.array(value, np.float32)
+        for name, value in zip(INPUTS[2:], (detector.conf, detector.iou), strict=True)
+    }
+    maps = ort.InferenceSession(with_outputs(shipped, HEAD_OUTPUTS).SerializeToString()).run(
+        list(HEAD_OUTPUTS), feeds
+    )
     given = dict(zip(HEAD_OUTPUTS, maps, strict=True))
-    part = cut_graph(onnx.shape_inference.infer_shapes(with_outputs(shipped, HEAD_OUTPUTS)), HEAD_OUTPUTS, OUTPUTS)
+    part = cut_graph(
+        onnx.shape_inference.infer_shapes(with_outputs(shipped, HEAD_OUTPUTS)),
+        HEAD_OUTPUTS,
+        OUTPUTS,
+    )
     settings = ort.SessionOptions()
     settings.intra_op_num_threads = arguments.threads
     session = ort.InferenceSession(part.SerializeToString(), settings)
@@ -115,7 +137,9 @@ def time_stream(detector: Detector, clip: Path, frames: int) -> float:
     return (arrivals[-1] - arrivals[0]) / (len(arrivals) - 1)
 
 
-def peak_memory(artefact: Path, options: dict[str, object], result: "multiprocessing.Queue[float]") -> None:
+def peak_memory(
+    artefact: Path, options: dict[str, object], result: "multiprocessing.Queue[float]"
+) -> None:
     """Puts the highest resident size in MiB of this process, which opens the artefact and runs three pictures."""
     with Detector(artefact, **options) as detector:
         for seed in range(3):

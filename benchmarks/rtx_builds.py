@@ -24,19 +24,26 @@ from rich.console import Console
 from rich.table import Table
 
 from tood_deploy import __version__
-from tood_deploy.benchmark.machine import describe_machine
+from tood_deploy.benchmark.latency.machine import describe_machine
+from tood_deploy.engines.tensorrt.library import load_flavour
 from tood_deploy.errors import ToodError
-from tood_deploy.export.precision.mixed_precision import lower_precision
+from tood_deploy.export.config import (
+    EngineOptions,
+    Nms,
+    Profiles,
+    batch_from_text,
+    shapes_from_text,
+)
+from tood_deploy.export.precision.half import lower_precision
 from tood_deploy.export.precision.quantize import calibrated_values, quantize
-from tood_deploy.export.tensorrt.engine_options import EngineOptions, Nms
 from tood_deploy.export.tensorrt.layers import shares
-from tood_deploy.export.tensorrt.profiles import Profiles, batch_from_text, shapes_from_text
 from tood_deploy.export.tensorrt.to_tensorrt import engine_from_onnx
-from tood_deploy.export.to_onnx import onnx_from_model, save_onnx
-from tood_deploy.manifest import Manifest, write_text
+from tood_deploy.export.to_onnx import onnx_from_model
+from tood_deploy.files import write_text
+from tood_deploy.manifest import Manifest
 from tood_deploy.model import build_model
+from tood_deploy.onnx_file import save_onnx
 from tood_deploy.presets import PRESETS
-from tood_deploy.tensorrt_flavour import load_flavour
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 MADE_UP = (-4.0, 4.0)
@@ -72,25 +79,48 @@ class Row:
         """The row of the table."""
         if self.error:
             return [self.preset, self.precision, f"not built: {self.error}", *[""] * 6]
-        numbers = (f"{self.onnx_mib:.0f}", f"{self.plan_mib:.0f}", str(self.layers), f"{self.gmac:.4g}", f"{self.share:.1%}")
-        return [self.preset, self.precision, *numbers, f"{self.seconds:.0f}", f"{self.peak_gib:.1f}"]
+        numbers = (
+            f"{self.onnx_mib:.0f}",
+            f"{self.plan_mib:.0f}",
+            str(self.layers),
+            f"{self.gmac:.4g}",
+            f"{self.share:.1%}",
+        )
+        return [
+            self.preset,
+            self.precision,
+            *numbers,
+            f"{self.seconds:.0f}",
+            f"{self.peak_gib:.1f}",
+        ]
 
 
 def main() -> None:
     """Builds and prints."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--presets", nargs="+", choices=PRESETS, default=list(PRESETS))
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--shapes", default="800x1344,1344x800")
     parser.add_argument("--batch", default="1,1,8", metavar="MIN,OPT,MAX")
-    parser.add_argument("--nms", choices=("unrolled", "loop"), default="unrolled", help="as of tood-export")
-    parser.add_argument("--work", type=Path, required=True, help="folder for ONNX files and results")
+    parser.add_argument(
+        "--nms", choices=("unrolled", "loop"), default="unrolled", help="as of tood-export"
+    )
+    parser.add_argument(
+        "--work", type=Path, required=True, help="folder for ONNX files and results"
+    )
     parser.add_argument("--output", type=Path, help="the Markdown file; stdout where not given")
     arguments = parser.parse_args()
     profiles = Profiles(shapes_from_text(arguments.shapes), batch_from_text(arguments.batch))
     arguments.work.mkdir(parents=True, exist_ok=True)
-    wanted = [(preset, precision) for preset in arguments.presets for precision in arguments.precisions]
-    rows = [kept_row(arguments.work, preset, precision, profiles, arguments.nms) for preset, precision in wanted]
+    wanted = [
+        (preset, precision) for preset in arguments.presets for precision in arguments.precisions
+    ]
+    rows = [
+        kept_row(arguments.work, preset, precision, profiles, arguments.nms)
+        for preset, precision in wanted
+    ]
     text = report(rows, profiles, arguments.nms)
     if arguments.output:
         write_text(arguments.output, text)
@@ -126,7 +156,9 @@ def save_precision(work: Path, preset: str, precision: str) -> None:
         return
     exported = onnx.load(plain)
     if precision == "int8":
-        exported = quantize(exported, dict.fromkeys(calibrated_values(exported), MADE_UP), scheme="s8s8")
+        exported = quantize(
+            exported, dict.fromkeys(calibrated_values(exported), MADE_UP), scheme="s8s8"
+        )
     lowered, _ = lower_precision(exported, "bf16" if precision == "bf16" else "fp16")
     save_onnx(lowered, replace(Manifest(PRESETS[preset]), precision=precision), path)
 
@@ -140,7 +172,13 @@ def build_row(work: Path, preset: str, precision: str, profiles: Profiles, nms: 
     """Builds once; the engine itself is not kept."""
     source, output = onnx_path(work, preset, precision), work / "build.engine"
     try:
-        built = engine_from_onnx(source, output, profiles=profiles, options=EngineOptions(nms=nms), flavour="tensorrt_rtx")
+        built = engine_from_onnx(
+            source,
+            output,
+            profiles=profiles,
+            options=EngineOptions(nms=nms),
+            flavour="tensorrt_rtx",
+        )
     except ToodError as error:
         return Row(preset, precision, error=" ".join(str(error).split()))
     finally:
@@ -163,14 +201,28 @@ def build_row(work: Path, preset: str, precision: str, profiles: Profiles, nms: 
 def report(rows: Sequence[Row], profiles: Profiles, nms: Nms) -> str:
     """The table and what it was made with, as Markdown."""
     table = Table(box=MARKDOWN)
-    for column in ("preset", "precision", "ONNX MiB", "plan MiB", "layers", "GMAC", "in that precision", "seconds", "peak GiB"):
-        table.add_column(column, justify="left" if column in ("preset", "precision") else "right", no_wrap=True)
+    for column in (
+        "preset",
+        "precision",
+        "ONNX MiB",
+        "plan MiB",
+        "layers",
+        "GMAC",
+        "in that precision",
+        "seconds",
+        "peak GiB",
+    ):
+        table.add_column(
+            column, justify="left" if column in ("preset", "precision") else "right", no_wrap=True
+        )
     for row in rows:
         table.add_row(*row.cells())
     file = io.StringIO()
     Console(file=file, width=500).print(table)
     lines = [line.strip() for line in file.getvalue().splitlines() if line.strip()]
-    title = f"# Engines of every preset, built by {load_flavour('tensorrt_rtx').title} without a GPU"
+    title = (
+        f"# Engines of every preset, built by {load_flavour('tensorrt_rtx').title} without a GPU"
+    )
     smallest, best, largest = profiles.batch
     made = (
         f"tood_deploy {__version__}, {datetime.now(UTC):%Y-%m-%d}. Sizes {profiles.text()}, "

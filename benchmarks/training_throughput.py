@@ -23,16 +23,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from tood_deploy.data.coco import read_annotations
 from tood_deploy.demo.scenes import write_scenes
 from tood_deploy.model import HeadOutput
 from tood_deploy.presets import PRESETS, SIZE_DIVISOR
-from tood_deploy.training.annotations import read_annotations
-from tood_deploy.training.augment import Augment
-from tood_deploy.training.data import Batch, TrainingData, epoch_batches, load_batches
-from tood_deploy.training.model_setup import new_model
-from tood_deploy.training.recipe import RECIPES
-from tood_deploy.training.step import AUTOCAST, Learner
-from tood_deploy.training.targets import AnchorGrid, Targets
+from tood_deploy.training.assign import AnchorGrid, Targets
+from tood_deploy.training.config import RECIPES
+from tood_deploy.training.data import Augment, Batch, TrainingData, epoch_batches, load_batches
+from tood_deploy.training.init import new_model
+from tood_deploy.training.learner import AUTOCAST, Learner
 
 BOXES = 10
 PARTS = ("forward", "assignment", "loss", "backward", "update")
@@ -47,14 +46,22 @@ def make_batch(count: int, imgsz: tuple[int, int], classes: int) -> Batch:
     for _ in range(count):
         sides = np.exp(rng.uniform(np.log(16), np.log(min(imgsz) * 0.8), (BOXES, 2)))
         corners = rng.uniform(0, 1, (BOXES, 2)) * (np.array(imgsz[::-1]) - sides)
-        boxes = torch.from_numpy(np.concatenate((corners, corners + sides), axis=1).astype(np.float32))
+        boxes = torch.from_numpy(
+            np.concatenate((corners, corners + sides), axis=1).astype(np.float32)
+        )
         targets.append(Targets(boxes, torch.from_numpy(rng.integers(0, classes, BOXES)), imgsz))
-    return Batch(images, torch.tensor([imgsz] * count, dtype=torch.int32), targets, list(range(count)), [])
+    return Batch(
+        images, torch.tensor([imgsz] * count, dtype=torch.int32), targets, list(range(count)), []
+    )
 
 
 def timed(action: Callable[[], object], device: torch.device) -> float:
     """Seconds, the GPU's own work included; with one CPU thread its own time, whatever else the machine does."""
-    clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    clock = (
+        time.process_time
+        if device.type == "cpu" and torch.get_num_threads() == 1
+        else time.perf_counter
+    )
     if device.type == "cuda":
         torch.cuda.synchronize()
     start = clock()
@@ -100,7 +107,9 @@ def measure_pipeline(imgsz: tuple[int, int], batch: int) -> tuple[float, str]:
     """Pictures a second that one core reads, scales, mirrors and pads, and which pictures these are."""
     with tempfile.TemporaryDirectory() as folder:
         path = write_scenes(Path(folder), 64, size_hw=(480, 640))
-        data = TrainingData(read_annotations(path, Path(folder) / "pictures").for_training(), Augment(imgsz), seed=0)
+        data = TrainingData(
+            read_annotations(path, Path(folder) / "pictures").for_training(), Augment(imgsz), seed=0
+        )
         plan = epoch_batches(data.records, batch, seed=0, epoch=0, by_aspect=True)
         start = time.process_time()
         count = sum(len(part.image_ids) for part in load_batches(data, plan, 0, workers=0))
@@ -110,14 +119,20 @@ def measure_pipeline(imgsz: tuple[int, int], batch: int) -> tuple[float, str]:
 def parser() -> argparse.ArgumentParser:
     """The script's arguments."""
     result = argparse.ArgumentParser(description="Measures training steps.")
-    result.add_argument("--presets", nargs="+", default=["tiny"], choices=tuple(PRESETS), metavar="NAME")
-    result.add_argument("--precisions", nargs="+", default=["fp32"], choices=("fp32", "bf16", "fp16"))
+    result.add_argument(
+        "--presets", nargs="+", default=["tiny"], choices=tuple(PRESETS), metavar="NAME"
+    )
+    result.add_argument(
+        "--precisions", nargs="+", default=["fp32"], choices=("fp32", "bf16", "fp16")
+    )
     result.add_argument("--imgsz", type=int, nargs=2, default=(240, 320), metavar=("H", "W"))
     result.add_argument("--batch", type=int, default=8)
     result.add_argument("--steps", type=int, default=10, help="measured, after two that are not")
     result.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     result.add_argument("--threads", type=int, default=2)
-    result.add_argument("--pipeline", action="store_true", help="measure the input pipeline as well")
+    result.add_argument(
+        "--pipeline", action="store_true", help="measure the input pipeline as well"
+    )
     return result
 
 
@@ -130,16 +145,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     table = Table("preset", "precision", "images/s", "s a step", *(f"{part} %" for part in PARTS))
     for name in arguments.presets:
         for precision in arguments.precisions:
-            learner = Learner(new_model(PRESETS[name], 0), replace(RECIPES[name], precision=precision), device)
+            learner = Learner(
+                new_model(PRESETS[name], 0), replace(RECIPES[name], precision=precision), device
+            )
             batch = make_batch(arguments.batch, imgsz, PRESETS[name].num_classes)
-            runs = [measure_step(learner, batch, AUTOCAST[precision]) for _ in range(2 + arguments.steps)][2:]
+            runs = [
+                measure_step(learner, batch, AUTOCAST[precision])
+                for _ in range(2 + arguments.steps)
+            ][2:]
             parts = {part: statistics.median(run[part] for run in runs) for part in PARTS}
             total = sum(parts.values())
             shares = (f"{100 * seconds / total:.1f}" for seconds in parts.values())
-            table.add_row(name, precision, f"{arguments.batch / total:.2f}", f"{total:.3f}", *shares)
+            table.add_row(
+                name, precision, f"{arguments.batch / total:.2f}", f"{total:.3f}", *shares
+            )
     console = Console(width=120)
-    console.print(f"{platform.processor() or platform.machine()}, {arguments.threads} threads, {device.type}, PyTorch {torch.__version__}")
-    console.print(f"batch {arguments.batch} of {imgsz[0]} x {imgsz[1]}, {BOXES} boxes a picture, medians of {arguments.steps} steps")
+    console.print(
+        f"{platform.processor() or platform.machine()}, {arguments.threads} threads, {device.type}, PyTorch {torch.__version__}"
+    )
+    console.print(
+        f"batch {arguments.batch} of {imgsz[0]} x {imgsz[1]}, {BOXES} boxes a picture, medians of {arguments.steps} steps"
+    )
     console.print(table)
     if arguments.pipeline:
         rate, pictures = measure_pipeline(imgsz, arguments.batch)

@@ -27,24 +27,27 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
+from tood_deploy.data.image_set import synthetic_picture
 from tood_deploy.engines.self_test import processor
 from tood_deploy.errors import CheckFailed
 from tood_deploy.export.graph import ExportedGraph
-from tood_deploy.export.runners import OnnxRunner
 from tood_deploy.export.to_onnx import onnx_from_model
 from tood_deploy.graph_io import OUTPUTS
 from tood_deploy.model import build_model
 from tood_deploy.model.tood import Tood
-from tood_deploy.parity.conditioning import Conditioning
-from tood_deploy.parity.reference import Reference, torch_reference
-from tood_deploy.parity.sample_images import synthetic_picture
+from tood_deploy.parity.reference import Conditioning, Reference, torch_reference
+from tood_deploy.parity.stages import OnnxRunner
 from tood_deploy.parity.verify import Float32Verifier
 from tood_deploy.presets import PRESETS, Preset
 
 STRUCTURES: dict[str, dict[str, Any]] = {
     "tiny": {},
     "anchor-based, 96 channels": {"anchor": "based", "channels": 96},
-    "authors' convention, 4 stages of 128": {"convention": "authors", "channels": 128, "tower_stages": 4},
+    "authors' convention, 4 stages of 128": {
+        "convention": "authors",
+        "channels": 128,
+        "tower_stages": 4,
+    },
     "bottlenecks, 3 stages": {"depth": 50, "base_channels": 16, "tower_stages": 3},
 }
 SIZES_HW = ((64, 64), (224, 160), (192, 192))
@@ -72,7 +75,11 @@ def weight_off(model: onnx.ModelProto, rng: np.random.Generator) -> None:
 
 def channels_swapped(model: onnx.ModelProto, rng: np.random.Generator) -> None:
     """Two output channels of a lateral convolution."""
-    edit_weight(model, f"{NECK}.lateral_convs.{rng.integers(3)}.conv.weight", lambda weight: weight.__setitem__([3, 4], weight[[4, 3]]))
+    edit_weight(
+        model,
+        f"{NECK}.lateral_convs.{rng.integers(3)}.conv.weight",
+        lambda weight: weight.__setitem__([3, 4], weight[[4, 3]]),
+    )
 
 
 def set_group_norms(model: onnx.ModelProto, name: str, change: Callable[[Any], Any]) -> None:
@@ -103,11 +110,15 @@ def maker(model: onnx.ModelProto, name: str) -> onnx.NodeProto:
 def half_cell_shift(model: onnx.ModelProto, rng: np.random.Generator) -> None:
     """Decoded boxes half a cell further, as with anchor points in the middle of their cells, at one level."""
     shifted = _sampled_boxes(model, f"head_boxes_p{rng.integers(3, 8)}")
-    model.graph.initializer.append(numpy_helper.from_array(np.array(0.5, np.float32), "half_a_cell"))
+    model.graph.initializer.append(
+        numpy_helper.from_array(np.array(0.5, np.float32), "half_a_cell")
+    )
     position = next(i for i, node in enumerate(model.graph.node) if shifted in node.output)
     node = model.graph.node[position]
     node.output[list(node.output).index(shifted)] = f"{shifted}_before"
-    model.graph.node.insert(position + 1, helper.make_node("Add", [f"{shifted}_before", "half_a_cell"], [shifted]))
+    model.graph.node.insert(
+        position + 1, helper.make_node("Add", [f"{shifted}_before", "half_a_cell"], [shifted])
+    )
 
 
 def _sampled_boxes(model: onnx.ModelProto, aligned: str) -> str:
@@ -128,7 +139,9 @@ def _sampled_boxes(model: onnx.ModelProto, aligned: str) -> str:
 def stale_constant(model: onnx.ModelProto, rng: np.random.Generator) -> None:
     """P5 enlarged to the size that P4 has at 192 x 192, whatever the input."""
     resize = next(node for node in model.graph.node if node.op_type == "Resize")
-    model.graph.initializer.append(numpy_helper.from_array(np.array([12, 12], np.int64), "stale_hw"))
+    model.graph.initializer.append(
+        numpy_helper.from_array(np.array([12, 12], np.int64), "stale_hw")
+    )
     maker(model, resize.input[3]).input[1] = "stale_hw"
 
 
@@ -188,7 +201,9 @@ def filled(skeleton: onnx.ModelProto, model: Tood) -> onnx.ModelProto:
     copy.CopyFrom(skeleton)
     for tensor in copy.graph.initializer:
         if tensor.name in values:
-            tensor.CopyFrom(numpy_helper.from_array(values[tensor.name].detach().numpy(), tensor.name))
+            tensor.CopyFrom(
+                numpy_helper.from_array(values[tensor.name].detach().numpy(), tensor.name)
+            )
     return copy
 
 
@@ -227,11 +242,15 @@ def measured_once(reference: Reference) -> Reference:
     return replace(reference, measure=measure)
 
 
-def compare(reference: Reference, graph: onnx.ModelProto, seed: int, *, until_caught: bool) -> Float32Verifier:
+def compare(
+    reference: Reference, graph: onnx.ModelProto, seed: int, *, until_caught: bool
+) -> Float32Verifier:
     """Verify a graph at all sizes, on images of this network's own; or only until a size refuses it."""
     verifier = Float32Verifier(reference, OnnxRunner(graph))
     for number, (height, width) in enumerate(SIZES_HW):
-        images = [synthetic_picture(height - 10, width - 6, 10 * seed + 3 * number + i) for i in range(2)]
+        images = [
+            synthetic_picture(height - 10, width - 6, 10 * seed + 3 * number + i) for i in range(2)
+        ]
         imgsz = min(height - 10, width - 6), max(height - 10, width - 6)
         try:
             allowance = verifier.compare(images, imgsz)
@@ -253,7 +272,9 @@ def judge_network(tally: Tally, skeleton: onnx.ModelProto, preset: Preset, seed:
     tally.false_alarms += bool(verdict.failed)
     tally.missed += [f"false alarm, seed {seed}: {verdict.failed[0]}"] if verdict.failed else []
     tally.rms_ratio = max(tally.rms_ratio, *(each.rms_ratio for each in verdict.maps.values()))
-    tally.largest_ratio = max(tally.largest_ratio, *(each.largest_ratio for each in verdict.maps.values()))
+    tally.largest_ratio = max(
+        tally.largest_ratio, *(each.largest_ratio for each in verdict.maps.values())
+    )
     tally.ill_conditioned += len(verdict.ill_conditioned)
     tally.maps += len(verdict.maps) * len(SIZES_HW)
     rng = np.random.default_rng(seed)
@@ -279,7 +300,9 @@ def markdown(tallies: dict[str, Tally], command: str) -> str:
         f"- images: two of each of {', '.join(f'{height}x{width}' for height, width in SIZES_HW)} to a network",
         "- a ratio: deviation from float64 over that of valid float32 computations, the largest of all maps, sizes and networks",
         "",
-        "| random networks | sound: refused | rms ratio | largest ratio | maps too ill-conditioned | " + " | ".join(FAULTS) + " |",
+        "| random networks | sound: refused | rms ratio | largest ratio | maps too ill-conditioned | "
+        + " | ".join(FAULTS)
+        + " |",
         "|---|" + "---:|" * (4 + len(FAULTS)),
     ]
     for name, tally in tallies.items():
@@ -294,12 +317,27 @@ def markdown(tallies: dict[str, Tally], command: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run all structures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", type=int, default=50, metavar="N", help="random networks of each structure (default: 50)")
-    parser.add_argument(
-        "--structures", nargs="+", choices=STRUCTURES, default=list(STRUCTURES), metavar="NAME", help="which (default: all)"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output", type=Path, metavar="FILE", help="where the report goes as Markdown")
+    parser.add_argument(
+        "--networks",
+        type=int,
+        default=50,
+        metavar="N",
+        help="random networks of each structure (default: 50)",
+    )
+    parser.add_argument(
+        "--structures",
+        nargs="+",
+        choices=STRUCTURES,
+        default=list(STRUCTURES),
+        metavar="NAME",
+        help="which (default: all)",
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="where the report goes as Markdown"
+    )
     arguments = parser.parse_args(argv)
     tallies: dict[str, Tally] = {}
     report = ""
@@ -308,7 +346,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         skeleton, tallies[name] = skeleton_of(preset), Tally()
         for seed in track(range(arguments.networks), name, console=Console(stderr=True)):
             judge_network(tallies[name], skeleton, preset, seed)
-        report = markdown(tallies, f"python benchmarks/verification_power.py --networks {arguments.networks}")
+        report = markdown(
+            tallies, f"python benchmarks/verification_power.py --networks {arguments.networks}"
+        )
         if arguments.output is not None:
             arguments.output.write_text(report, encoding="utf-8")
     Console().print(report, markup=False, soft_wrap=True)

@@ -51,11 +51,16 @@ def read_model(client: Any, name: str) -> ServedModel:
     """Asks the server for the model's configuration."""
     config = client.get_model_config(name).config
     parameters = {key: value.string_value for key, value in config.parameters.items()}
-    sizing = {key: tuple(value) if isinstance(value, list) else value for key, value in json.loads(parameters["sizing"]).items()}
+    sizing = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in json.loads(parameters["sizing"]).items()
+    }
     return ServedModel(name, Sizing(**sizing), tuple(json.loads(parameters["class_names"])))
 
 
-def request_arrays(image_bgr: NDArray[np.uint8], sizing: Sizing, conf: float, iou: float) -> tuple[dict[str, NDArray[Any]], ImageTransform]:
+def request_arrays(
+    image_bgr: NDArray[np.uint8], sizing: Sizing, conf: float, iou: float
+) -> tuple[dict[str, NDArray[Any]], ImageTransform]:
     """The request for one picture, (H, W, 3) uint8 BGR: arrays with a batch axis by the inputs' names; and the way back."""
     image, transform = resize_and_pad(image_bgr, sizing)
     arrays: dict[str, NDArray[Any]] = {
@@ -67,7 +72,9 @@ def request_arrays(image_bgr: NDArray[np.uint8], sizing: Sizing, conf: float, io
     return arrays, transform
 
 
-def detections_from(answer: Mapping[str, NDArray[Any]], transform: ImageTransform, class_names: Sequence[str]) -> Detections:
+def detections_from(
+    answer: Mapping[str, NDArray[Any]], transform: ImageTransform, class_names: Sequence[str]
+) -> Detections:
     """The objects in the picture, boxes in its own pixels, from the answer's arrays by the outputs' names.
 
     Raises:
@@ -80,11 +87,18 @@ def detections_from(answer: Mapping[str, NDArray[Any]], transform: ImageTransfor
             "build the served engine with more --nms-rounds, or with --nms loop"
         )
     boxes = transform.boxes_to_image(answer["boxes"][0, :count])
-    return Detections(boxes, answer["scores"][0, :count], answer["labels"][0, :count], tuple(class_names))
+    return Detections(
+        boxes, answer["scores"][0, :count], answer["labels"][0, :count], tuple(class_names)
+    )
 
 
 def detect(
-    client: Any, triton: Any, model: ServedModel, images_bgr: Sequence[NDArray[np.uint8]], conf: float, iou: float
+    client: Any,
+    triton: Any,
+    model: ServedModel,
+    images_bgr: Sequence[NDArray[np.uint8]],
+    conf: float,
+    iou: float,
 ) -> Iterator[Detections]:
     """Sends all pictures at the same time, so that the server can batch them, and yields their detections in order.
 
@@ -99,11 +113,18 @@ def detect(
 
     def ask(image_bgr: NDArray[np.uint8]) -> Detections:
         arrays, transform = request_arrays(image_bgr, model.sizing, conf, iou)
-        inputs = [triton.InferInput(name, list(array.shape), TYPES[array.dtype.name]) for name, array in arrays.items()]
+        inputs = [
+            triton.InferInput(name, list(array.shape), TYPES[array.dtype.name])
+            for name, array in arrays.items()
+        ]
         for given, array in zip(inputs, arrays.values(), strict=True):
             given.set_data_from_numpy(array)
-        result = client.infer(model.name, inputs, outputs=[triton.InferRequestedOutput(name) for name in OUTPUTS])
-        return detections_from({name: result.as_numpy(name) for name in OUTPUTS}, transform, model.class_names)
+        result = client.infer(
+            model.name, inputs, outputs=[triton.InferRequestedOutput(name) for name in OUTPUTS]
+        )
+        return detections_from(
+            {name: result.as_numpy(name) for name in OUTPUTS}, transform, model.class_names
+        )
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
         yield from pool.map(ask, images_bgr)
@@ -111,17 +132,25 @@ def detect(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints a line an object; a picture that the engine has no answer for ends it with exit code 2."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", help="its name on the server")
     parser.add_argument("pictures", nargs="+", type=Path)
-    parser.add_argument("--url", default="localhost:8001", help="host and port of the server's gRPC service (default: %(default)s)")
+    parser.add_argument(
+        "--url",
+        default="localhost:8001",
+        help="host and port of the server's gRPC service (default: %(default)s)",
+    )
     parser.add_argument("--conf", type=float, default=0.3)
     parser.add_argument("--iou", type=float, default=0.6)
     arguments = parser.parse_args(argv)
     from tritonclient import grpc  # pyright: ignore[reportMissingImports] - ties down packages that tood_deploy needs newer
 
     images: list[Any] = [cv2.imread(str(path), cv2.IMREAD_COLOR) for path in arguments.pictures]
-    if unreadable := [str(path) for path, image in zip(arguments.pictures, images, strict=True) if image is None]:
+    if unreadable := [
+        str(path) for path, image in zip(arguments.pictures, images, strict=True) if image is None
+    ]:
         print(f"error: cannot be read as pictures: {', '.join(unreadable)}", file=sys.stderr)
         return 2
     with grpc.InferenceServerClient(arguments.url) as client:

@@ -2,7 +2,9 @@
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")  # before anything imports torch: more threads only wait for each other on small maps
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "2"
+)  # before anything imports torch: more threads only wait for each other on small maps
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -84,14 +86,19 @@ def seeded_model() -> Callable[..., Any]:
         with torch.device("meta"):
             model = build_model(replace(PRESETS[name], **fields))
         shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-        model.load_state_dict({key: torch.as_tensor(value) for key, value in seeded_weights.fill(shapes).items()}, assign=True)
+        model.load_state_dict(
+            {key: torch.as_tensor(value) for key, value in seeded_weights.fill(shapes).items()},
+            assign=True,
+        )
         return model.requires_grad_(True)
 
     return build
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(seeded_model: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_checkpoint(
+    seeded_model: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """`tiny` with stand-in weights and 80 classes, which finds a hundred things in the synthetic picture; our own format."""
     from tood_deploy.model import save_checkpoint
 
@@ -103,7 +110,7 @@ def tiny_checkpoint(seeded_model: Callable[..., Any], tmp_path_factory: pytest.T
 @pytest.fixture(scope="session")
 def tiny_artefact(tiny_checkpoint: Path) -> Path:
     """The same, exported and verified once for all tests. Copy it before changing it."""
-    from tood_deploy.export.artefact import export_onnx
+    from tood_deploy.export.export import export_onnx
     from tood_deploy.model import load_checkpoint
 
     path = tiny_checkpoint.with_suffix(".onnx")

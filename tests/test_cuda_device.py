@@ -7,11 +7,11 @@ import pytest
 
 real_driver = pytest.importorskip("cuda.bindings.driver")
 
-from engines.fake_cuda import FakeDriver  # noqa: E402 - needs the package
+from engines.fake_cuda import FakeDriver
 
-from tood_deploy import cuda_device  # noqa: E402
-from tood_deploy.cuda_device import CudaError, Gpu, OutOfDeviceMemory, call  # noqa: E402
-from tood_deploy.errors import DeviceError  # noqa: E402
+from tood_deploy.engines.tensorrt import cuda as cuda_device
+from tood_deploy.engines.tensorrt.cuda import CudaError, Gpu, OutOfDeviceMemory, call
+from tood_deploy.errors import DeviceError
 
 
 @pytest.fixture
@@ -23,7 +23,9 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
 
 @pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="there is a driver")
 def test_no_driver() -> None:
-    with pytest.raises(DeviceError, match="no NVIDIA driver found; run this on a machine with an NVIDIA GPU"):
+    with pytest.raises(
+        DeviceError, match="no NVIDIA driver found; run this on a machine with an NVIDIA GPU"
+    ):
         Gpu()
 
 
@@ -42,16 +44,20 @@ def test_what_a_gpu_is_with_a_fake_gpu(driver: FakeDriver) -> None:
 def test_no_gpu_beside_a_driver_with_a_fake_gpu(driver: FakeDriver) -> None:
     driver.count = 0
     with pytest.raises(
-        DeviceError, match=r"no NVIDIA GPU that CUDA can use \(CUDA_ERROR_NO_DEVICE\); look at nvidia-smi and CUDA_VISIBLE_DEVICES"
+        DeviceError,
+        match=r"no NVIDIA GPU that CUDA can use \(CUDA_ERROR_NO_DEVICE\); look at nvidia-smi and CUDA_VISIBLE_DEVICES",
     ):
         Gpu()
 
 
-def test_driver_too_old_with_a_fake_gpu(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_driver_too_old_with_a_fake_gpu(
+    driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(cuda_device, "bindings_version", "13.5.0")
     driver.version = 12080
     with pytest.raises(
-        DeviceError, match=r"driver runs CUDA up to 12\.8, cuda-bindings 13\.5\.0 needs one for CUDA 13\.0; update the driver"
+        DeviceError,
+        match=r"driver runs CUDA up to 12\.8, cuda-bindings 13\.5\.0 needs one for CUDA 13\.0; update the driver",
     ):
         Gpu()
     driver.version = 13000
@@ -61,14 +67,19 @@ def test_driver_too_old_with_a_fake_gpu(driver: FakeDriver, monkeypatch: pytest.
 @pytest.mark.parametrize("ordinal", [-1, 2])
 def test_a_gpu_that_is_not_there_with_a_fake_gpu(driver: FakeDriver, ordinal: int) -> None:
     driver.count = 2
-    with pytest.raises(DeviceError, match=f"gpu is {ordinal}, this machine has 2 that CUDA can see; expected 0 to 1"):
+    with pytest.raises(
+        DeviceError,
+        match=f"gpu is {ordinal}, this machine has 2 that CUDA can see; expected 0 to 1",
+    ):
         Gpu(ordinal)
 
 
 def test_a_status_becomes_an_error_with_a_fake_gpu(driver: FakeDriver) -> None:
     with closing(Gpu()) as gpu, gpu.current():
         driver.fail("cuMemGetInfo", real_driver.CUresult.CUDA_ERROR_ECC_UNCORRECTABLE)
-        with pytest.raises(CudaError, match="cuMemGetInfo failed with CUDA_ERROR_ECC_UNCORRECTABLE, text of"):
+        with pytest.raises(
+            CudaError, match="cuMemGetInfo failed with CUDA_ERROR_ECC_UNCORRECTABLE, text of"
+        ):
             call(driver.cuMemGetInfo)
         driver.fail("cuMemGetInfo", real_driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY)
         with pytest.raises(OutOfDeviceMemory, match="cuMemGetInfo failed"):

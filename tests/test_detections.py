@@ -23,8 +23,13 @@ def test_length_and_names(found: Detections) -> None:
     assert found.names() == ["dog", "cat", "2"]  # a class without a name is its number
 
 
-@pytest.mark.parametrize(("index", "scores"), [(0, [0.9]), (-1, [0.25]), (slice(1, None), [0.5, 0.25]), (slice(5, 9), [])])
-def test_slicing_gives_detections(found: Detections, index: int | slice, scores: list[float]) -> None:
+@pytest.mark.parametrize(
+    ("index", "scores"),
+    [(0, [0.9]), (-1, [0.25]), (slice(1, None), [0.5, 0.25]), (slice(5, 9), [])],
+)
+def test_slicing_gives_detections(
+    found: Detections, index: int | slice, scores: list[float]
+) -> None:
     part = found[index]
     assert part.scores.tolist() == pytest.approx(scores)
     assert part.boxes.shape == (len(scores), 4)
@@ -50,8 +55,17 @@ def test_filtering(found: Detections) -> None:
 
 def test_coco_rows(found: Detections) -> None:
     rows = found.to_coco(7)
-    assert rows[0] == {"image_id": 7, "category_id": 2, "bbox": [10.0, 20.0, 20.0, 40.0], "score": pytest.approx(0.9)}
-    assert [row["category_id"] for row in found.to_coco(7, category_ids=[18, 17, 90])] == [17, 18, 90]
+    assert rows[0] == {
+        "image_id": 7,
+        "category_id": 2,
+        "bbox": [10.0, 20.0, 20.0, 40.0],
+        "score": pytest.approx(0.9),
+    }
+    assert [row["category_id"] for row in found.to_coco(7, category_ids=[18, 17, 90])] == [
+        17,
+        18,
+        90,
+    ]
     assert all(type(value) is float for row in rows for value in row["bbox"])
 
 

@@ -10,12 +10,17 @@ import pytest
 from test_layering import PACKAGE, imported_modules, python_files
 
 from tood_deploy import Detector, __version__
-from tood_deploy.errors import DeviceError
-from tood_deploy.extras import PACKAGES, naming_extras, not_installed
+from tood_deploy.errors import PACKAGES, DeviceError, naming_extras, not_installed
 
-PROJECT: dict[str, Any] = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PROJECT: dict[str, Any] = tomllib.loads(
+    (PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8")
+)["project"]
 NO_EXTRAS_OF_USERS = {"dev"}
-WITHOUT_EXTRA = {"supervision", "tensorrt", "tensorrt_rtx"}  # a user's own; and libraries that come from NVIDIA
+WITHOUT_EXTRA = {
+    "supervision",
+    "tensorrt",
+    "tensorrt_rtx",
+}  # a user's own; and libraries that come from NVIDIA
 REPLACED = {"onnxruntime-gpu"}  # its module is onnxruntime
 
 
@@ -29,14 +34,28 @@ def test_the_table_is_that_of_pyproject() -> None:
         for name in {distribution(requirement) for requirement in requirements} - REPLACED:
             if extra not in NO_EXTRAS_OF_USERS:
                 declared.setdefault(name, set()).add(extra)
-    assert {distribution(package.distribution): set(package.extras) for package in PACKAGES.values()} == declared
+    assert {
+        distribution(package.distribution): set(package.extras) for package in PACKAGES.values()
+    } == declared
 
 
 def test_every_package_that_is_imported_is_in_the_table() -> None:
-    imported = {name for file in python_files() for name in imported_modules((PACKAGE / file).read_text(encoding="utf-8"))}
-    foreign = {name for name in imported if name.split(".")[0] not in {"tood_deploy", *sys.stdlib_module_names, *WITHOUT_EXTRA}}
+    imported = {
+        name
+        for file in python_files()
+        for name in imported_modules((PACKAGE / file).read_text(encoding="utf-8"))
+    }
+    foreign = {
+        name
+        for name in imported
+        if name.split(".")[0] not in {"tood_deploy", *sys.stdlib_module_names, *WITHOUT_EXTRA}
+    }
     assert "torch.Tensor" in foreign
-    assert [name for name in sorted(foreign) if not any(f"{name}.".startswith(f"{module}.") for module in PACKAGES)] == []
+    assert [
+        name
+        for name in sorted(foreign)
+        if not any(f"{name}.".startswith(f"{module}.") for module in PACKAGES)
+    ] == []
 
 
 @pytest.mark.parametrize(
@@ -49,7 +68,9 @@ def test_every_package_that_is_imported_is_in_the_table() -> None:
         ("rich", ("eval",), ""),
     ],
 )
-def test_the_sentence_names_a_checkout_and_a_wheel(module: str, extras: tuple[str, ...], brackets: str) -> None:
+def test_the_sentence_names_a_checkout_and_a_wheel(
+    module: str, extras: tuple[str, ...], brackets: str
+) -> None:
     sentence = not_installed(module, *extras)
     assert sentence.startswith(f"the package {module} is not installed; ")
     assert f'pip install ".{brackets}"' in sentence
@@ -58,16 +79,28 @@ def test_the_sentence_names_a_checkout_and_a_wheel(module: str, extras: tuple[st
 
 @pytest.mark.parametrize(
     ("name", "missing"),
-    [("torch", "torch"), ("onnx_ir", "onnx-ir"), ("cuda", "cuda-bindings"), ("cuda.core", "cuda-core"), ("google", "protobuf")],
+    [
+        ("torch", "torch"),
+        ("onnx_ir", "onnx-ir"),
+        ("cuda", "cuda-bindings"),
+        ("cuda.core", "cuda-core"),
+        ("google", "protobuf"),
+    ],
 )
 def test_a_missing_package_is_named(name: str, missing: str) -> None:
-    with pytest.raises(DeviceError, match=f"the package {missing} is not installed"), naming_extras():
+    with (
+        pytest.raises(DeviceError, match=f"the package {missing} is not installed"),
+        naming_extras(),
+    ):
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
 def test_a_part_of_a_missing_package_stands_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    with pytest.raises(DeviceError, match="the package safetensors is not installed"), naming_extras():
+    with (
+        pytest.raises(DeviceError, match="the package safetensors is not installed"),
+        naming_extras(),
+    ):
         import safetensors.torch  # noqa: F401
 
 
@@ -90,11 +123,18 @@ def hide(monkeypatch: pytest.MonkeyPatch, package: str, *ours: str) -> None:
         ("m.pth", "torch", "tood_deploy.engines.torch_engine", "export"),
         ("tiny", "torch", "tood_deploy.engines.torch_engine", "export"),
         ("m.xml", "openvino", "", "openvino"),
-        ("m.engine", "cuda.bindings", "tood_deploy.cuda_device tood_deploy.engines.tensorrt_engine", "tensorrt"),
+        (
+            "m.engine",
+            "cuda.bindings",
+            "tood_deploy.engines.tensorrt.cuda tood_deploy.engines.tensorrt.engine",
+            "tensorrt",
+        ),
         ("m.onnx", "onnxruntime", "tood_deploy.engines.onnx_engine", "onnxruntime-gpu"),
     ],
 )
-def test_detector_names_the_extra(model: str, package: str, ours: str, extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_detector_names_the_extra(
+    model: str, package: str, ours: str, extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hide(monkeypatch, package, *ours.split())
     monkeypatch.chdir(tmp_path)
     if "." in model:
@@ -105,9 +145,14 @@ def test_detector_names_the_extra(model: str, package: str, ours: str, extra: st
     assert extra in str(caught.value)
 
 
-def test_onnxruntime_that_another_package_has_emptied_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hide(monkeypatch, "onnxruntime", "tood_deploy.engines.onnx_engine", "tood_deploy.onnx_session")
+def test_onnxruntime_that_another_package_has_emptied_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hide(monkeypatch, "onnxruntime", "tood_deploy.engines.onnx_engine", "tood_deploy.onnx_file")
     monkeypatch.setitem(sys.modules, "onnxruntime", types.ModuleType("onnxruntime"))
     (tmp_path / "m.onnx").write_bytes(b"\x08")
-    with pytest.raises(DeviceError, match="onnxruntime is not installed, or another package has damaged it; run pip uninstall"):
+    with pytest.raises(
+        DeviceError,
+        match="onnxruntime is not installed, or another package has damaged it; run pip uninstall",
+    ):
         Detector(tmp_path / "m.onnx")

@@ -12,7 +12,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from tood_deploy import Detector
-from tood_deploy.export.artefact import export_onnx
+from tood_deploy.export.export import export_onnx
 from tood_deploy.model import load_checkpoint
 
 pytestmark = [pytest.mark.shared, pytest.mark.slow]
@@ -38,7 +38,9 @@ def truth(shared: Path) -> COCO:
 
 
 @pytest.mark.parametrize("runtime", ["torch", "onnx"])
-def test_equals_its_own_code(runtime: str, name: str, artefact: Path, truth: COCO, shared: Path) -> None:
+def test_equals_its_own_code(
+    runtime: str, name: str, artefact: Path, truth: COCO, shared: Path
+) -> None:
     model = artefact if runtime == "onnx" else shared / "reference" / "checkpoints" / f"{name}.pth"
     recorded = json.loads((shared / "reference" / "checkpoints" / f"{name}.bbox.json").read_text())
     categories, found = sorted(truth.cats), []
@@ -60,7 +62,10 @@ def share_matched(recorded: list[dict[str, Any]], found: list[dict[str, Any]]) -
     for row in recorded:
         candidates = free[row["image_id"], row["category_id"]]
         for other in candidates:
-            if abs(other["score"] - row["score"]) <= 1e-4 and overlap(other["bbox"], row["bbox"]) > 0.99:
+            if (
+                abs(other["score"] - row["score"]) <= 1e-4
+                and overlap(other["bbox"], row["bbox"]) > 0.99
+            ):
                 candidates.remove(other)
                 matched += 1
                 break
@@ -69,7 +74,10 @@ def share_matched(recorded: list[dict[str, Any]], found: list[dict[str, Any]]) -
 
 def overlap(first: list[float], second: list[float]) -> float:
     """IoU of two boxes x, y, width, height."""
-    sides = [min(first[i] + first[i + 2], second[i] + second[i + 2]) - max(first[i], second[i]) for i in (0, 1)]
+    sides = [
+        min(first[i] + first[i + 2], second[i] + second[i + 2]) - max(first[i], second[i])
+        for i in (0, 1)
+    ]
     shared_area = max(0.0, sides[0]) * max(0.0, sides[1])
     return shared_area / (first[2] * first[3] + second[2] * second[3] - shared_area)
 

@@ -5,19 +5,28 @@ import json
 import numpy as np
 import pytest
 
+from tood_deploy.engines.self_test import Golden, GoldenCase
 from tood_deploy.errors import ArtefactError
-from tood_deploy.golden import Golden, GoldenCase
-from tood_deploy.rows import Rows
+from tood_deploy.matching import Rows
 
 RNG = np.random.default_rng(7)
 
 
 @pytest.fixture
 def golden() -> Golden:
-    rows = Rows(RNG.random((3, 4), np.float32) * 100, RNG.random(3, np.float32), np.array([0, 5, 79], np.int32))
+    rows = Rows(
+        RNG.random((3, 4), np.float32) * 100,
+        RNG.random(3, np.float32),
+        np.array([0, 5, 79], np.int32),
+    )
     nothing = Rows(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int32))
     picture = RNG.integers(0, 256, (21, 33, 3)).astype(np.uint8)
-    return Golden(picture, 0.6, "PyTorch", (GoldenCase((32, 64), 0.25, rows), GoldenCase((64, 64), 0.0, nothing)))
+    return Golden(
+        picture,
+        0.6,
+        "PyTorch",
+        (GoldenCase((32, 64), 0.25, rows), GoldenCase((64, 64), 0.0, nothing)),
+    )
 
 
 def test_json_keeps_every_bit(golden: Golden) -> None:
@@ -42,8 +51,18 @@ def test_the_picture_lies_in_every_slot(golden: Golden) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", [{"picture_png": "?"}, {"picture_png": "aGFsbG8="}, {"cases": [{}]}, {"cases": 3}, {"iou_threshold": "x"}]
+    "damage",
+    [
+        {"picture_png": "?"},
+        {"picture_png": "aGFsbG8="},
+        {"cases": [{}]},
+        {"cases": 3},
+        {"iou_threshold": "x"},
+    ],
 )
 def test_damage_is_one_clear_line(damage: dict[str, object], golden: Golden) -> None:
-    with pytest.raises(ArtefactError, match=r"a\.onnx: the self-test in its manifest is damaged.*export the model again"):
+    with pytest.raises(
+        ArtefactError,
+        match=r"a\.onnx: the self-test in its manifest is damaged.*export the model again",
+    ):
         Golden.from_dict(golden.to_dict() | damage, "a.onnx")

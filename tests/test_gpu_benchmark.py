@@ -19,19 +19,19 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # the benchmarks are no part of the package
 
-from benchmarks.gpu import __main__ as command  # noqa: E402
-from benchmarks.gpu import static_detector, torch_ways, ways  # noqa: E402
-from benchmarks.gpu.facts import network_gflop  # noqa: E402
-from benchmarks.gpu.failures import note_of, status_of  # noqa: E402
-from benchmarks.gpu.parity import Reference, verdict  # noqa: E402
-from benchmarks.gpu.settings import PRECISIONS, Cell, Settings, cells  # noqa: E402
-from benchmarks.gpu.static_detector import EagerDetector, StaticDetector, lower_network, unpack  # noqa: E402
-from benchmarks.gpu.torch_ways import Recorded, TorchWay  # noqa: E402
-from tood_deploy.errors import ArtefactError, DeviceError, ToodError  # noqa: E402
-from tood_deploy.model import build_model, load_checkpoint  # noqa: E402
-from tood_deploy.model.tood import Tood  # noqa: E402
-from tood_deploy.parity.sample_images import synthetic_picture  # noqa: E402
-from tood_deploy.presets import PRESETS  # noqa: E402
+from benchmarks.gpu import __main__ as command
+from benchmarks.gpu import static_detector, torch_ways, ways
+from benchmarks.gpu.facts import network_gflop
+from benchmarks.gpu.failures import note_of, status_of
+from benchmarks.gpu.parity import Reference, verdict
+from benchmarks.gpu.settings import PRECISIONS, Cell, Settings, cells
+from benchmarks.gpu.static_detector import EagerDetector, StaticDetector, lower_network, unpack
+from benchmarks.gpu.torch_ways import Recorded, TorchWay
+from tood_deploy.data.image_set import synthetic_picture
+from tood_deploy.errors import ArtefactError, DeviceError, ToodError
+from tood_deploy.model import build_model, load_checkpoint
+from tood_deploy.model.tood import Tood
+from tood_deploy.presets import PRESETS
 
 SIZE_HW = (64, 96)
 
@@ -44,26 +44,51 @@ def model(tiny_checkpoint: Path) -> Tood:
 @pytest.fixture(scope="module")
 def run(tiny_checkpoint: Path, tiny_artefact: Path) -> Iterator[Callable[..., int]]:
     """A function that runs the benchmark, small, with further arguments; the thread and TF32 settings are put back."""
-    flags = torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    flags = (
+        torch.backends.cudnn.benchmark,
+        torch.backends.cudnn.allow_tf32,
+        torch.backends.cuda.matmul.allow_tf32,
+    )
 
     def start(stem: Path, *arguments: str) -> int:
-        given = ["--device", "cpu", "--checkpoint", str(tiny_checkpoint), "--onnx", str(tiny_artefact), "--output", str(stem)]
+        given = [
+            "--device",
+            "cpu",
+            "--checkpoint",
+            str(tiny_checkpoint),
+            "--onnx",
+            str(tiny_artefact),
+            "--output",
+            str(stem),
+        ]
         small = ["--batches", "2", "--rounds", "1", "--seconds", "0.01", "--pictures", "2"]
         return command.main([*given, *small, *arguments])
 
     yield start
-    torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = flags
+    (
+        torch.backends.cudnn.benchmark,
+        torch.backends.cudnn.allow_tf32,
+        torch.backends.cuda.matmul.allow_tf32,
+    ) = flags
 
 
 @pytest.fixture(scope="module")
 def report(run: Callable[..., int], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     stem = tmp_path_factory.mktemp("report") / "gpu"
     assert run(stem, "--precisions", "fp32", "bf16", "--batches", "2,1") == 0
-    return json.loads(stem.with_suffix(".json").read_text(encoding="utf-8")) | {"text": stem.with_suffix(".md").read_text(encoding="utf-8")}
+    return json.loads(stem.with_suffix(".json").read_text(encoding="utf-8")) | {
+        "text": stem.with_suffix(".md").read_text(encoding="utf-8")
+    }
 
 
-def row_of(report: dict[str, Any], how: str, precision: str, cell: str = "64x96, batch 2") -> dict[str, Any]:
-    (row,) = [row for row in report["rows"] if (row["how"], row["precision"], row["cell"]) == (how, precision, cell)]
+def row_of(
+    report: dict[str, Any], how: str, precision: str, cell: str = "64x96, batch 2"
+) -> dict[str, Any]:
+    (row,) = [
+        row
+        for row in report["rows"]
+        if (row["how"], row["precision"], row["cell"]) == (how, precision, cell)
+    ]
     return row
 
 
@@ -73,7 +98,12 @@ class TestFlow:
         names = [(row["how"], row["precision"], row["cell"]) for row in report["rows"]]
         hows = ("eager", "unrolled, channels last", "CPU", "engine")
         batches = ("64x96, batch 2", "64x96, batch 1")
-        assert sorted(names) == sorted((how, precision, cell) for how in hows for precision in ("fp32", "bf16") for cell in batches)
+        assert sorted(names) == sorted(
+            (how, precision, cell)
+            for how in hows
+            for precision in ("fp32", "bf16")
+            for cell in batches
+        )
 
     def test_measured_rows(self, report: dict[str, Any]) -> None:
         for how in ("eager", "unrolled, channels last", "CPU"):
@@ -82,7 +112,9 @@ class TestFlow:
             assert len(row["call_ms"]) == len(row["whole_ms"]) == 1
             assert 0 < row["summary"]["call"]["median"] <= row["summary"]["call"]["p90"]
             assert row["open_seconds"] > 0
-        assert row_of(report, "eager", "fp32")["summary"]["times_faster_than_eager_fp32"]["value"] == 1
+        assert (
+            row_of(report, "eager", "fp32")["summary"]["times_faster_than_eager_fp32"]["value"] == 1
+        )
 
     def test_what_a_runtime_refuses_is_said_and_no_fault(self, report: dict[str, Any]) -> None:
         assert row_of(report, "engine", "fp32")["status"] == "refused"
@@ -95,7 +127,11 @@ class TestFlow:
         for how in ("eager", "unrolled, channels last", "CPU"):
             parity = row_of(report, how, "fp32")["parity"]
             assert parity["matched"] == parity["reference"] > 20
-            assert (parity["pictures"], parity["pictures_outside"], parity["slots_that_differ"]) == (2, 0, 0)
+            assert (
+                parity["pictures"],
+                parity["pictures_outside"],
+                parity["slots_that_differ"],
+            ) == (2, 0, 0)
         assert row_of(report, "eager", "bf16")["parity"]["score_deviation"] > 0
         assert not row_of(report, "eager", "fp32", "64x96, batch 1")["parity"]
 
@@ -135,7 +171,11 @@ class TestFailures:
 
     @pytest.mark.slow
     def test_a_fault_is_listed_the_run_goes_on_and_fails(
-        self, run: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+        self,
+        run: Callable[..., int],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
     ) -> None:
         def fail(*_: Any) -> None:
             raise RuntimeError("broken\nin two lines")
@@ -148,18 +188,30 @@ class TestFailures:
             "RuntimeError: broken in two lines",
         )
         assert row_of(report, "eager", "fp32")["status"] == "ok"
-        assert "failed: 64x96, batch 2: ONNX Runtime, CPU, fp32: RuntimeError: broken" in capsys.readouterr().err
+        assert (
+            "failed: 64x96, batch 2: ONNX Runtime, CPU, fp32: RuntimeError: broken"
+            in capsys.readouterr().err
+        )
 
     @pytest.mark.slow
-    def test_wrong_boxes_fail_the_run(self, run: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_wrong_boxes_fail_the_run(
+        self, run: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         original = static_detector.pack
 
         def shifted(found: Any, exact: torch.Tensor) -> torch.Tensor:
             return original(found._replace(boxes_net=found.boxes_net + 8), exact)
 
         monkeypatch.setattr(static_detector, "pack", shifted)
-        assert run(tmp_path / "gpu", "--precisions", "fp32", "--backends", "torch", "--modes", "static") == 1
-        assert "parity: 2 of 2 pictures outside the tolerance" in (tmp_path / "gpu.md").read_text(encoding="utf-8")
+        assert (
+            run(
+                tmp_path / "gpu", "--precisions", "fp32", "--backends", "torch", "--modes", "static"
+            )
+            == 1
+        )
+        assert "parity: 2 of 2 pictures outside the tolerance" in (tmp_path / "gpu.md").read_text(
+            encoding="utf-8"
+        )
 
     def test_nothing_is_started_without_time(self, run: Callable[..., int], tmp_path: Path) -> None:
         assert run(tmp_path / "gpu", "--budget-seconds", "0") == 0
@@ -167,8 +219,17 @@ class TestFailures:
         assert {row["status"] for row in (*report["rows"], *report["nms"])} == {"skipped"}
         assert "0 s of the budget were left" in report["rows"][0]["note"]
 
-    @pytest.mark.parametrize("arguments", [["--batches", "1,x"], ["--batches", "0"], ["--sizes", "64by96"], ["--rounds", "0"]])
-    def test_wrong_use(self, run: Callable[..., int], tmp_path: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    @pytest.mark.parametrize(
+        "arguments",
+        [["--batches", "1,x"], ["--batches", "0"], ["--sizes", "64by96"], ["--rounds", "0"]],
+    )
+    def test_wrong_use(
+        self,
+        run: Callable[..., int],
+        tmp_path: Path,
+        arguments: list[str],
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
         assert run(tmp_path / "gpu", *arguments) == 2
         assert "expected" in capsys.readouterr().err
         assert not list(tmp_path.iterdir())
@@ -182,8 +243,15 @@ class TestFailures:
 
 class TestStaticDetector:
     def inputs(self) -> tuple[torch.Tensor, ...]:
-        images = torch.from_numpy(np.stack([synthetic_picture(*SIZE_HW, seed) for seed in range(2)]))
-        return images, torch.tensor([[60, 90], [64, 96]], dtype=torch.int32), torch.tensor(0.05), torch.tensor(0.6)
+        images = torch.from_numpy(
+            np.stack([synthetic_picture(*SIZE_HW, seed) for seed in range(2)])
+        )
+        return (
+            images,
+            torch.tensor([[60, 90], [64, 96]], dtype=torch.int32),
+            torch.tensor(0.05),
+            torch.tensor(0.6),
+        )
 
     @torch.no_grad()
     def test_equals_the_fused_detector(self, model: Tood) -> None:
@@ -195,7 +263,9 @@ class TestStaticDetector:
         torch.testing.assert_close(found.scores, expected.scores, atol=1e-5, rtol=0)
         torch.testing.assert_close(found.boxes_net, expected.boxes_net, atol=0.05, rtol=0)
 
-    def test_suppression_that_did_not_settle_is_done_again(self, model: Tood, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_suppression_that_did_not_settle_is_done_again(
+        self, model: Tood, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         images, valid_hw, conf, iou = (tensor.numpy() for tensor in self.inputs())
         way = TorchWay(model, "static", "fp32", Cell(SIZE_HW, 2), "cpu")
         expected = way.infer(images, valid_hw, float(conf), float(iou))
@@ -203,7 +273,9 @@ class TestStaticDetector:
 
         def unsettled(*arguments: Any) -> Any:
             found, exact = original(*arguments)
-            return found._replace(boxes_net=found.boxes_net * 0), exact & torch.tensor([True, False])
+            return found._replace(boxes_net=found.boxes_net * 0), exact & torch.tensor(
+                [True, False]
+            )
 
         monkeypatch.setattr(static_detector, "suppress_unrolled", unsettled)
         found = way.infer(images, valid_hw, float(conf), float(iou))
@@ -219,9 +291,11 @@ class TestStaticDetector:
         assert not any(parameter.is_meta for parameter in model.parameters())
 
     def test_half_precision_keeps_what_it_must(self, model: Tood) -> None:
-        lowered = lower_network(model, torch.bfloat16)
-        assert lowered.backbone.conv1.weight.dtype == lowered.bbox_head.inter_convs[0].gn.weight.dtype == torch.bfloat16  # pyright: ignore
-        assert lowered.backbone.bn1.running_var.dtype == lowered.bbox_head.scales[0].scale.dtype == torch.float32  # pyright: ignore
+        lowered: Any = lower_network(model, torch.bfloat16)
+        for layer in (lowered.backbone.conv1, lowered.bbox_head.inter_convs[0].gn):
+            assert layer.weight.dtype == torch.bfloat16
+        for kept in (lowered.backbone.bn1.running_var, lowered.bbox_head.scales[0].scale):
+            assert kept.dtype == torch.float32
         assert model.backbone.conv1.weight.dtype == torch.float32
 
     def test_deformable_convolutions_are_refused_in_half_precision(self) -> None:
@@ -234,7 +308,9 @@ class TestStaticDetector:
     @torch.no_grad()
     def test_is_one_graph_for_compilers(self, model: Tood) -> None:
         detector = StaticDetector(model, torch.bfloat16)
-        found = torch.compile(detector, backend="eager", fullgraph=True, dynamic=False)(*self.inputs())
+        found = torch.compile(detector, backend="eager", fullgraph=True, dynamic=False)(
+            *self.inputs()
+        )
         torch.testing.assert_close(found.packed, detector(*self.inputs()).packed)
 
 
@@ -254,7 +330,13 @@ def test_replay_with_a_stand_in_for_cuda_graphs(monkeypatch: pytest.MonkeyPatch)
 
         def wait_stream(self, _: Any) -> None: ...
 
-    for name, fake in {"Stream": Block, "stream": Block, "graph": Block, "current_stream": Block, "CUDAGraph": Graph}.items():
+    for name, fake in {
+        "Stream": Block,
+        "stream": Block,
+        "graph": Block,
+        "current_stream": Block,
+        "CUDAGraph": Graph,
+    }.items():
         monkeypatch.setattr(torch_ways.torch.cuda, name, fake)
     calls = []
 
@@ -274,7 +356,9 @@ def test_parity_tells_damage_and_slots(model: Tood) -> None:
     class Shifted(TorchWay):
         shift = np.zeros((2, 1, 1), np.float32)
 
-        def _run(self, images: Any, valid_hw: Any, score_threshold: float, iou_threshold: float) -> Any:
+        def _run(
+            self, images: Any, valid_hw: Any, score_threshold: float, iou_threshold: float
+        ) -> Any:
             found = super()._run(images, valid_hw, score_threshold, iou_threshold)
             return replace(found, boxes_net=found.boxes_net + self.shift)
 
@@ -294,7 +378,12 @@ def test_floor_counts_the_networks_arithmetic() -> None:
 
 def test_least_important_cells_come_last() -> None:
     settings = Settings("cuda", "r50-1x", ((800, 1344), (640, 640)), (1, 8), Path())
-    assert [cell.name for cell in cells(settings)] == ["800x1344, batch 1", "640x640, batch 1", "800x1344, batch 8", "640x640, batch 8"]
+    assert [cell.name for cell in cells(settings)] == [
+        "800x1344, batch 1",
+        "640x640, batch 1",
+        "800x1344, batch 8",
+        "640x640, batch 8",
+    ]
     assert [cell.first for cell in cells(settings)] == [True, False, False, False]
     assert settings.precisions == PRECISIONS
 
@@ -320,17 +409,44 @@ def test_script_unpacks_what_is_carried(tmp_path: Path) -> None:
     )  # fmt: skip
     assert found.returncode == 0, found.stderr
     assert found.stdout.startswith("usage: python -m benchmarks.gpu")
-    for line in ("tensorrt_rtx: there", "onnxscript: there", "archive: 2 parts in carried", "library: carried/libnothing.so.1.xz"):
+    for line in (
+        "tensorrt_rtx: there",
+        "onnxscript: there",
+        "archive: 2 parts in carried",
+        "library: carried/libnothing.so.1.xz",
+    ):
         assert line in found.stderr
 
 
 @pytest.mark.slow
-def test_script_runs_without_what_a_bare_machine_lacks(tiny_checkpoint: Path, tiny_artefact: Path, tmp_path: Path) -> None:
+def test_script_runs_without_what_a_bare_machine_lacks(
+    tiny_checkpoint: Path, tiny_artefact: Path, tmp_path: Path
+) -> None:
     """Neither av nor imagesize nor pycocotools is needed: each is replaced by a module that fails when it is imported."""
     for name in ("av", "imagesize", "pycocotools"):
         (tmp_path / f"{name}.py").write_text(f"raise ImportError('{name} is not to be needed')\n")
-    arguments = ["--device", "cpu", "--checkpoint", tiny_checkpoint, "--onnx", tiny_artefact, "--output", tmp_path / "out" / "gpu"]
-    small = ["--precisions", "fp32", "--batches", "1", "--rounds", "1", "--seconds", "0.01", "--pictures", "1"]
+    arguments = [
+        "--device",
+        "cpu",
+        "--checkpoint",
+        tiny_checkpoint,
+        "--onnx",
+        tiny_artefact,
+        "--output",
+        tmp_path / "out" / "gpu",
+    ]
+    small = [
+        "--precisions",
+        "fp32",
+        "--batches",
+        "1",
+        "--rounds",
+        "1",
+        "--seconds",
+        "0.01",
+        "--pictures",
+        "1",
+    ]
     found = subprocess.run(
         ["bash", ROOT / "benchmarks" / "gpu.sh", *arguments, *small],
         env=os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, timeout=300, check=False,

@@ -4,7 +4,12 @@ from typing import Any
 
 import pytest
 
-from tood_deploy.half_precision import advise_on, half_precision_of, mixes_int8_and_half, why_not_on_cpus
+from tood_deploy.engines.precision_support import (
+    advise_on,
+    half_precision_of,
+    mixes_int8_and_half,
+    why_not_on_cpus,
+)
 from tood_deploy.manifest import Manifest
 from tood_deploy.presets import PRESETS
 
@@ -34,6 +39,12 @@ def test_what_runs_on_cpus(found: Manifest, half: str, runs: bool) -> None:
 
 def test_the_commands_name_the_file() -> None:
     lines = advise_on("a.onnx", manifest("bf16"))
-    assert "next, in OpenVINO, on a CPU with bf16: tood-infer a.onnx IMAGES --output DIR --runtime openvino" in lines
-    assert any("tood-infer a.onnx IMAGES --output DIR --device cuda" in line for line in advise_on("a.onnx", manifest("fp16")))
+    assert (
+        "next, in OpenVINO, on a CPU with bf16: tood-infer a.onnx IMAGES --output DIR --runtime openvino"
+        in lines
+    )
+    assert any(
+        "tood-infer a.onnx IMAGES --output DIR --device cuda" in line
+        for line in advise_on("a.onnx", manifest("fp16"))
+    )
     assert not any("openvino" in line for line in advise_on("a.onnx", manifest("fp16")))

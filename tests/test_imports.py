@@ -9,7 +9,9 @@ import pytest
 from test_layering import LAYERS
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
+SCRIPTS: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))[
+    "project"
+]["scripts"]
 HEAVY = {"numpy", "cv2", "onnxruntime", "torch", "av", "rich"}
 RUNTIME = (*sorted(LAYERS[0]), "preprocess", "engines", "inference")
 NEED_TORCH = {"tood_deploy.engines.torch_engine"}
@@ -28,13 +30,23 @@ sys.exit(code)
 
 
 def run_python(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
 
 
 def runtime_modules() -> list[str]:
     files = [file for unit in RUNTIME for file in (ROOT / "tood_deploy").glob(f"{unit}.py")]
     files += [file for unit in RUNTIME for file in (ROOT / "tood_deploy" / unit).rglob("*.py")]
-    names = {".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for file in files}
+    names = {
+        ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for file in files
+    }
     return sorted(names - NEED_TORCH)
 
 

@@ -14,7 +14,16 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from tood_deploy.int8_probe import CHANNELS, EXACT, INPUT, OUTPUT, PROBE, SIDE, is_saturated, probe_input
+from tood_deploy.engines.precision_support import (
+    CHANNELS,
+    EXACT,
+    INPUT,
+    OUTPUT,
+    PROBE,
+    SIDE,
+    is_saturated,
+    probe_input,
+)
 
 OUT_CHANNELS = 8
 
@@ -44,7 +53,12 @@ def make_probe() -> onnx.ModelProto:
     ]
     initializers = [numpy_helper.from_array(array, name) for name, array in constants.items()]
     graph = helper.make_graph(nodes, "int8_probe", values[:1], values[1:], initializers)
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10, producer_name="tood_deploy")
+    return helper.make_model(
+        graph,
+        opset_imports=[helper.make_opsetid("", 21)],
+        ir_version=10,
+        producer_name="tood_deploy",
+    )
 
 
 def test_the_shipped_graph_is_this_one() -> None:
@@ -62,7 +76,7 @@ def test_exact_and_saturated_sums_are_told_apart() -> None:
 PROBES = """
 import json
 import onnxruntime, openvino
-from tood_deploy.int8_probe import INPUT, PROBE, is_saturated, probe_input
+from tood_deploy.engines.precision_support import INPUT, PROBE, is_saturated, probe_input
 session = onnxruntime.InferenceSession(PROBE, providers=["CPUExecutionProvider"])
 compiled = openvino.Core().compile_model(PROBE, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
 feeds = {INPUT: probe_input()}
@@ -75,6 +89,12 @@ def test_a_cpu_without_vnni_saturates_in_both_runtimes(shared: Path) -> None:
     if shutil.which("qemu-x86_64") is None:
         pytest.skip("qemu-x86_64 is not installed: apt-get install qemu-user")
     command = [str(shared / "tools" / "old_cpu.sh"), "avx2", sys.executable, "-c", PROBES]
-    output = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    output = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     assert json.loads(output.stdout.splitlines()[-1]) == [True, True]
     assert probe_input().max() == 1

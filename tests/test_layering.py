@@ -10,28 +10,12 @@ PACKAGE = Path(__file__).resolve().parents[1] / "tood_deploy"
 
 # A unit may import the units of the rows above it, and itself; units of one row never import one another, save the ground floor's.
 LAYERS = (
-    {
-        "errors",
-        "extras",
-        "presets",
-        "detections",
-        "draw",
-        "manifest",
-        "rows",
-        "golden",
-        "graph_io",
-        "int8_probe",
-        "half_precision",
-        "home",
-        "openvino_model",
-        "onnx_session",
-        "tensorrt_flavour",
-        "cuda_device",
-    },
-    {"preprocess", "model"},
+    {"errors", "presets", "detections", "draw", "files", "graph_io", "reporter"},
+    {"manifest", "matching", "preprocess"},
+    {"onnx_file", "data", "model"},
     {"parity"},
-    {"training", "export", "engines"},
-    {"inference"},
+    {"training", "engines"},
+    {"export", "inference"},
     {"benchmark"},
     {"cli"},
     {"demo"},
@@ -111,7 +95,10 @@ def test_a_wrong_import_is_found(file: str, source: str) -> None:
     [
         ("engines/torch_engine.py", "import torch\nfrom tood_deploy.model import build_model"),
         ("manifest.py", "from tood_deploy.presets import Preset"),
-        ("cli/export.py", "from tood_deploy import __version__\nfrom tood_deploy.export import graph"),
+        (
+            "cli/export.py",
+            "from tood_deploy import __version__\nfrom tood_deploy.export import graph",
+        ),
     ],
 )
 def test_a_right_import_passes(file: str, source: str) -> None:

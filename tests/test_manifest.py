@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from tood_deploy import manifest
+from tood_deploy import files
 from tood_deploy.errors import ArtefactError, OutputError
-from tood_deploy.manifest import artefact_sha256, atomic_paths, file_sha256
+from tood_deploy.files import atomic_paths, file_sha256
+from tood_deploy.manifest import artefact_sha256
 
 
 class TestHashes:
@@ -20,15 +21,19 @@ class TestHashes:
 
     def test_a_missing_half_is_named(self, tmp_path: Path) -> None:
         (tmp_path / "a.xml").write_bytes(b"graph")
-        with pytest.raises(ArtefactError, match=r"a\.bin: is missing; a\.xml consists of a\.xml and a\.bin"):
+        with pytest.raises(
+            ArtefactError, match=r"a\.bin: is missing; a\.xml consists of a\.xml and a\.bin"
+        ):
             artefact_sha256(tmp_path / "a.xml")
 
-    def test_a_file_is_read_once_until_it_changes(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_file_is_read_once_until_it_changes(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         path = tmp_path / "a.onnx"
         path.write_bytes(b"one")
         first = file_sha256(path)
         with monkeypatch.context() as patch:
-            patch.setattr(manifest.hashlib, "file_digest", lambda *_: pytest.fail("read again"))
+            patch.setattr(files.hashlib, "file_digest", lambda *_: pytest.fail("read again"))
             assert file_sha256(path) == first
         path.write_bytes(b"another")
         assert file_sha256(path) == hashlib.sha256(b"another").hexdigest() != first
@@ -44,17 +49,26 @@ class TestFilesThatBelongTogether:
 
     def test_none_after_a_failure(self, tmp_path: Path) -> None:
         (tmp_path / "a.xml").write_text("old")
-        with pytest.raises(KeyboardInterrupt), atomic_paths(tmp_path / "a.bin", tmp_path / "a.xml") as names:  # noqa: PT012
+        with (  # noqa: PT012
+            pytest.raises(KeyboardInterrupt),
+            atomic_paths(tmp_path / "a.bin", tmp_path / "a.xml") as names,
+        ):
             for name in names:
                 name.write_text("x")
             raise KeyboardInterrupt
         assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a.xml", "old")]
 
     def test_a_place_that_cannot_be_written(self) -> None:
-        with pytest.raises(OutputError, match=r"cannot be written .*choose another --output"), atomic_paths(Path("/proc/nowhere/a.xml")):
+        with (
+            pytest.raises(OutputError, match=r"cannot be written .*choose another --output"),
+            atomic_paths(Path("/proc/nowhere/a.xml")),
+        ):
             pass
 
     def test_a_full_disk(self, tmp_path: Path) -> None:
-        with pytest.raises(OutputError, match="No space left on device"), atomic_paths(tmp_path / "a.xml"):
+        with (
+            pytest.raises(OutputError, match="No space left on device"),
+            atomic_paths(tmp_path / "a.xml"),
+        ):
             raise OSError(28, "No space left on device")
         assert not list(tmp_path.iterdir())

@@ -21,7 +21,7 @@ import pytest
 from tood_deploy.cli.export import main as export_main
 from tood_deploy.demo.scenes import write_scenes
 from tood_deploy.engines import open_engine
-from tood_deploy.int8_probe import saturates_in_onnxruntime
+from tood_deploy.engines.precision_support import saturates_in_onnxruntime
 from tood_deploy.preprocess import resize_and_pad
 
 pytestmark = [pytest.mark.slow, pytest.mark.shared]
@@ -53,7 +53,7 @@ VERIFY = """
 import sys
 from pathlib import Path
 import tood_deploy.parity.verify as module
-from tood_deploy.export.runners import OnnxRunner
+from tood_deploy.parity.stages import OnnxRunner
 from tood_deploy.model import load_checkpoint
 from tood_deploy.parity.reference import torch_reference
 
@@ -70,9 +70,20 @@ def on_avx2(shared: Path) -> Callable[..., str]:
         pytest.skip("qemu-x86_64 is not installed: apt-get install qemu-user")
 
     def run(code: str, *arguments: object) -> str:
-        command = [shared / "tools" / "old_cpu.sh", "avx2", sys.executable, "-W", "ignore", "-c", code, *arguments]
+        command = [
+            shared / "tools" / "old_cpu.sh",
+            "avx2",
+            sys.executable,
+            "-W",
+            "ignore",
+            "-c",
+            code,
+            *arguments,
+        ]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, check=False)
+        done = subprocess.run(
+            list(map(str, command)), capture_output=True, text=True, env=environment, check=False
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
 
@@ -91,8 +102,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     export(place / "fp32.onnx", *calibrated, "--output", place / "int8.onnx")
     export(place / "fp32.onnx", "--to", "openvino", *calibrated, "--output", place / "int8-ov.xml")
     if not saturates_in_onnxruntime():
-        export(place / "fp32.onnx", *calibrated, "--target-cpu", "native", "--output", place / "native.onnx")
-    prepared = [resize_and_pad(np.asarray(cv2.imread(str(path)), np.uint8), IMGSZ) for path in images[:2]]
+        export(
+            place / "fp32.onnx",
+            *calibrated,
+            "--target-cpu",
+            "native",
+            "--output",
+            place / "native.onnx",
+        )
+    prepared = [
+        resize_and_pad(np.asarray(cv2.imread(str(path)), np.uint8), IMGSZ) for path in images[:2]
+    ]
     np.savez(
         place / "inputs.npz",
         images=np.stack([image for image, _ in prepared]),
@@ -111,7 +131,10 @@ FORMS = ["fp32.onnx", "fp32-ov.xml", "int8.onnx", "int8-ov.xml"]
 @pytest.fixture(scope="module")
 def emulated(on_avx2: Callable[..., str], folder: Path) -> dict[str, str]:
     """What became of every form: "" or why it was refused; what they found lies beside them."""
-    return dict(json.loads(line) for line in on_avx2(OPEN_ALL, folder, *FORMS, *native_form(folder)).splitlines())
+    return dict(
+        json.loads(line)
+        for line in on_avx2(OPEN_ALL, folder, *FORMS, *native_form(folder)).splitlines()
+    )
 
 
 def native_form(folder: Path) -> list[str]:
@@ -120,7 +143,9 @@ def native_form(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_opens_and_finds_the_same(form: str, emulated: dict[str, str], folder: Path) -> None:
+def test_every_form_opens_and_finds_the_same(
+    form: str, emulated: dict[str, str], folder: Path
+) -> None:
     assert emulated[form] == ""
     inputs = np.load(folder / "inputs.npz")
     with open_engine(folder / form, threads=1) as engine:
@@ -131,17 +156,25 @@ def test_every_form_opens_and_finds_the_same(form: str, emulated: dict[str, str]
     assert num_dets.min() > 0
     np.testing.assert_array_equal(labels, expected.labels)
     # 8-bit sums are exact; what is left is float32's rounding, which may now and then turn a rounding to 8 bits.
-    np.testing.assert_allclose(scores, expected.scores, atol=1e-5 if form.startswith("fp32") else 0.02)
-    np.testing.assert_allclose(boxes, expected.boxes_net, atol=0.01 if form.startswith("fp32") else 1.0)
+    np.testing.assert_allclose(
+        scores, expected.scores, atol=1e-5 if form.startswith("fp32") else 0.02
+    )
+    np.testing.assert_allclose(
+        boxes, expected.boxes_net, atol=0.01 if form.startswith("fp32") else 1.0
+    )
 
 
-def test_8_bit_weights_are_refused_where_sums_saturate(emulated: dict[str, str], folder: Path) -> None:
+def test_8_bit_weights_are_refused_where_sums_saturate(
+    emulated: dict[str, str], folder: Path
+) -> None:
     if not native_form(folder):
         pytest.skip("this CPU saturates itself: nothing of that kind can be made here")
     assert "--target-cpu portable" in emulated["native.onnx"]
 
 
-def test_the_stored_answer_alone_notices_saturation(on_avx2: Callable[..., str], folder: Path) -> None:
+def test_the_stored_answer_alone_notices_saturation(
+    on_avx2: Callable[..., str], folder: Path
+) -> None:
     """The manifest is made to say that the weights are portable, so that nothing but the answer tells."""
     if not native_form(folder):
         pytest.skip("this CPU saturates itself: nothing of that kind can be made here")

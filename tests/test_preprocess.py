@@ -43,7 +43,9 @@ def test_equals_the_reference_byte_for_byte(demo: NDArray[np.uint8], goldens: Go
     assert transform.resized_hw == resized_hw
     assert transform.net_hw == tuple(int(side) for side in golden["pad_shape"][:2])
     assert transform.image_hw == tuple(int(side) for side in golden["ori_shape"][:2])
-    assert (image[: resized_hw[0], : resized_hw[1], ::-1].transpose(2, 0, 1) == golden["resized_bgr_u8"]).all()
+    assert (
+        image[: resized_hw[0], : resized_hw[1], ::-1].transpose(2, 0, 1) == golden["resized_bgr_u8"]
+    ).all()
 
 
 @pytest.mark.shared
@@ -52,7 +54,10 @@ def test_equals_the_reference_normalised(demo: NDArray[np.uint8], goldens: Golde
     image, transform = resize_and_pad(demo, (320, 320))
     rows, columns = transform.resized_hw
     normalised = np.zeros(golden.shape, np.float32)
-    mean, std = np.array([123.675, 116.28, 103.53], np.float32), np.array([58.395, 57.12, 57.375], np.float32)
+    mean, std = (
+        np.array([123.675, 116.28, 103.53], np.float32),
+        np.array([58.395, 57.12, 57.375], np.float32),
+    )
     normalised[0, :, :rows, :columns] = ((image[:rows, :columns] - mean) / std).transpose(2, 0, 1)
     np.testing.assert_allclose(normalised, golden, atol=1e-6)  # float32 rounding of one division
 
@@ -72,11 +77,21 @@ def test_equals_the_reference_at_full_size(demo: NDArray[np.uint8], goldens: Gol
         ((1, 1), (800, 1333), (800, 800), (800, 800)),
         ((20000, 20), (800, 1333), (1333, 1), (1344, 32)),
         ((20, 20000), (800, 1333), (1, 1333), (32, 1344)),
-        ((1, 100000), (240, 320), (1, 320), (32, 320)),  # scaled, one side would have no pixel at all
+        (
+            (1, 100000),
+            (240, 320),
+            (1, 320),
+            (32, 320),
+        ),  # scaled, one side would have no pixel at all
         ((32, 32), (32, 32), (32, 32), (32, 32)),
     ],
 )
-def test_sizes(image_hw: tuple[int, int], imgsz: tuple[int, int], resized_hw: tuple[int, int], net_hw: tuple[int, int]) -> None:
+def test_sizes(
+    image_hw: tuple[int, int],
+    imgsz: tuple[int, int],
+    resized_hw: tuple[int, int],
+    net_hw: tuple[int, int],
+) -> None:
     image, transform = resize_and_pad(np.full((*image_hw, 3), 200, np.uint8), imgsz)
     assert transform == ImageTransform(image_hw, resized_hw, net_hw)
     assert image.shape == (*net_hw, 3)
@@ -86,20 +101,31 @@ def test_sizes(image_hw: tuple[int, int], imgsz: tuple[int, int], resized_hw: tu
 
 
 def test_a_picture_decoded_smaller_goes_back_to_its_original() -> None:
-    image, transform = resize_and_pad(np.full((120, 160, 3), 200, np.uint8), (240, 320), image_hw=(480, 639))
+    image, transform = resize_and_pad(
+        np.full((120, 160, 3), 200, np.uint8), (240, 320), image_hw=(480, 639)
+    )
     assert transform == ImageTransform((480, 639), fit_size((480, 639), (240, 320)), (256, 320))
     assert (image[:240, :320] == 200).all()
-    np.testing.assert_allclose(transform.boxes_to_image(np.array([[0, 0, 320, 240]], np.float32)), [[0, 0, 639, 480]], rtol=1e-6)
+    np.testing.assert_allclose(
+        transform.boxes_to_image(np.array([[0, 0, 320, 240]], np.float32)),
+        [[0, 0, 639, 480]],
+        rtol=1e-6,
+    )
 
 
 @given(st.integers(1, 5000), st.integers(1, 5000), st.integers(1, 1000), st.integers(0, 1000))
-def test_the_picture_fits_and_touches_one_limit(height: int, width: int, short: int, more: int) -> None:
+def test_the_picture_fits_and_touches_one_limit(
+    height: int, width: int, short: int, more: int
+) -> None:
     fitted = fit_size((height, width), (short, short + more))
     assert min(fitted) >= 1
     assert min(fitted) <= short
     assert max(fitted) <= short + more
     assert min(fitted) == short or max(fitted) == short + more
-    assert all(0 <= padded - side < 32 and padded % 32 == 0 for padded, side in zip(pad_size(fitted), fitted, strict=True))
+    assert all(
+        0 <= padded - side < 32 and padded % 32 == 0
+        for padded, side in zip(pad_size(fitted), fitted, strict=True)
+    )
 
 
 def test_colours_become_rgb() -> None:
@@ -108,7 +134,9 @@ def test_colours_become_rgb() -> None:
 
 
 def test_padding_to_a_fixed_shape() -> None:
-    image, transform = resize_and_pad(np.full((50, 100, 3), 9, np.uint8), (50, 100), net_hw=(128, 256))
+    image, transform = resize_and_pad(
+        np.full((50, 100, 3), 9, np.uint8), (50, 100), net_hw=(128, 256)
+    )
     assert image.shape == (128, 256, 3)
     assert transform.resized_hw == (50, 100)
     with pytest.raises(InputError, match="smaller imgsz"):
@@ -117,7 +145,9 @@ def test_padding_to_a_fixed_shape() -> None:
 
 def test_boxes_go_back_with_a_factor_for_each_direction() -> None:
     transform = ImageTransform((20000, 20), (1333, 1), (1344, 32))
-    boxes = transform.boxes_to_image(np.array([[0, 0, 1, 1333], [0.5, 133.3, 1, 266.6]], np.float32))
+    boxes = transform.boxes_to_image(
+        np.array([[0, 0, 1, 1333], [0.5, 133.3, 1, 266.6]], np.float32)
+    )
     np.testing.assert_allclose(boxes, [[0, 0, 20, 20000], [10, 2000, 20, 4000]], rtol=1e-6)
     assert boxes.dtype == np.float32
     assert transform.boxes_to_image(np.zeros((0, 4), np.float32)).shape == (0, 4)
@@ -177,8 +207,13 @@ def test_a_canvas_that_a_picture_fits_by_rounding_is_not_too_small() -> None:
 
 
 def test_the_smallest_canvas_that_holds_the_picture_whole() -> None:
-    assert choose_canvas((480, 640), (800, 1333), [(1344, 1344), (800, 1088), (640, 640)]) == (800, 1088)
-    assert choose_canvas((480, 640), (800, 1333), [(320, 320), (640, 640)]) == (640, 640), "none holds it: the least shrinkage"
+    assert choose_canvas((480, 640), (800, 1333), [(1344, 1344), (800, 1088), (640, 640)]) == (
+        800,
+        1088,
+    )
+    assert choose_canvas((480, 640), (800, 1333), [(320, 320), (640, 640)]) == (640, 640), (
+        "none holds it: the least shrinkage"
+    )
 
 
 @given(st.integers(1, 3000), st.integers(1, 3000), st.sampled_from([(320, 320), (800, 1333)]))
@@ -202,30 +237,52 @@ class TestSizing:
             (Sizing((1, 1), "stretch", (1.0, 1.0)), (45, 33), (45, 33), (64, 64)),
             (Sizing((1, 1), "stretch", (0.5, 0.25)), (45, 34), (23, 9), (32, 32)),
             (Sizing((1, 1), "stretch", (0.1, 0.1)), (1, 1), (1, 1), (32, 32)),
-            (Sizing((1, 1), "fit", (0.5, 0.5)), (45, 31), (23, 16), (32, 32)),  # 22.5 and 15.5 become 23 and 16, which both fit
+            (
+                Sizing((1, 1), "fit", (0.5, 0.5)),
+                (45, 31),
+                (23, 16),
+                (32, 32),
+            ),  # 22.5 and 15.5 become 23 and 16, which both fit
             (Sizing((240, 320), divisor=128), (480, 640), (240, 320), (256, 384)),
             (Sizing((320, 320), canvas_hw=(320, 320)), (480, 640), (240, 320), (320, 320)),
             (Sizing((320, 320), canvas_hw=(320, 320)), (640, 480), (320, 240), (320, 320)),
-            (Sizing((240, 320), canvas_hw=(256, 320)), (640, 480), (256, 192), (256, 320)),  # upright: shrunk, as it has no room
+            (
+                Sizing((240, 320), canvas_hw=(256, 320)),
+                (640, 480),
+                (256, 192),
+                (256, 320),
+            ),  # upright: shrunk, as it has no room
             (Sizing((320, 320), "stretch", canvas_hw=(320, 384)), (10, 10), (320, 320), (320, 384)),
         ],
     )
-    def test_sizes(self, sizing: Sizing, image_hw: tuple[int, int], resized_hw: tuple[int, int], net_hw: tuple[int, int]) -> None:
+    def test_sizes(
+        self,
+        sizing: Sizing,
+        image_hw: tuple[int, int],
+        resized_hw: tuple[int, int],
+        net_hw: tuple[int, int],
+    ) -> None:
         image, transform = resize_and_pad(np.full((*image_hw, 3), 200, np.uint8), sizing)
         assert transform == ImageTransform(image_hw, resized_hw, net_hw)
         assert image.shape == (*net_hw, 3)
         assert padded_size(image_hw, sizing) == net_hw
         corners = np.array([[0, 0, resized_hw[1], resized_hw[0]]], np.float32)
-        np.testing.assert_allclose(transform.boxes_to_image(corners), [[0, 0, image_hw[1], image_hw[0]]], rtol=1e-6)
+        np.testing.assert_allclose(
+            transform.boxes_to_image(corners), [[0, 0, image_hw[1], image_hw[0]]], rtol=1e-6
+        )
 
     @given(st.integers(1, 2000), st.integers(1, 2000), st.integers(32, 800), st.integers(32, 800))
-    def test_a_plain_size_is_a_sizing_that_fits(self, height: int, width: int, first: int, second: int) -> None:
+    def test_a_plain_size_is_a_sizing_that_fits(
+        self, height: int, width: int, first: int, second: int
+    ) -> None:
         imgsz = (min(first, second), max(first, second))
         assert fit_size((height, width), imgsz) == fit_size((height, width), Sizing(imgsz))
         assert fit_imgsz((height, width), Sizing(imgsz), (4000, 4000)) == Sizing(imgsz)
 
     def test_stretching_gives_way_to_a_canvas_side_by_side(self) -> None:
-        assert fit_size((480, 640), fit_imgsz((480, 640), Sizing((320, 320), "stretch"), (256, 640))) == (256, 320)
+        assert fit_size(
+            (480, 640), fit_imgsz((480, 640), Sizing((320, 320), "stretch"), (256, 640))
+        ) == (256, 320)
 
     def test_another_size(self) -> None:
         tiny = PRESETS["tiny"]

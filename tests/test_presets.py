@@ -11,7 +11,18 @@ from tood_deploy.manifest import Manifest
 from tood_deploy.presets import PRESETS, Preset
 
 OLD_FIELDS = (
-    *("name", "depth", "groups", "base_width", "base_channels", "deform_stages", "channels", "tower_stages", "deform_tower", "anchor"),
+    *(
+        "name",
+        "depth",
+        "groups",
+        "base_width",
+        "base_channels",
+        "deform_stages",
+        "channels",
+        "tower_stages",
+        "deform_tower",
+        "anchor",
+    ),
     *("class_names", "convention", "imgsz", "mean", "std", "published_ap"),
 )
 CHANGED: dict[str, Any] = {
@@ -35,8 +46,14 @@ def test_comes_back_from_json(fields: dict[str, Any]) -> None:
 
 
 def test_of_an_older_version_has_the_published_settings() -> None:
-    values = {name: value for name, value in PRESETS["r50-anchor-1x"].to_dict().items() if name in OLD_FIELDS}
-    assert Preset.from_dict(json.loads(json.dumps(values))) == replace(PRESETS["r50-anchor-1x"], weights=None)
+    values = {
+        name: value
+        for name, value in PRESETS["r50-anchor-1x"].to_dict().items()
+        if name in OLD_FIELDS
+    }
+    assert Preset.from_dict(json.loads(json.dumps(values))) == replace(
+        PRESETS["r50-anchor-1x"], weights=None
+    )
 
 
 @pytest.mark.parametrize(
@@ -64,7 +81,10 @@ def test_a_sizing_says_itself() -> None:
     tiny = PRESETS["tiny"]
     assert str(tiny.sizing) == "scaled to fit 240 x 320"
     assert str(replace(tiny, resize="stretch").sizing) == "stretched to 240 x 320"
-    assert str(replace(tiny, scale_factor=(0.5, 0.25), resize="stretch").sizing) == "stretched by factors of 0.5 and 0.25"
+    assert (
+        str(replace(tiny, scale_factor=(0.5, 0.25), resize="stretch").sizing)
+        == "stretched by factors of 0.5 and 0.25"
+    )
     assert (
         str(replace(tiny, canvas_hw=(320, 320), pad_divisor=64).sizing)
         == "scaled to fit 240 x 320, padded to 320 x 320, sides multiples of 64"

@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+EXAMPLES = re.findall(
+    r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL
+)
 PROGRAM = """
 from pathlib import Path
 from typing import assert_type
@@ -56,13 +58,30 @@ def strict_errors(folder: Path, *programs: str) -> list[str]:
     """What pyright in strict mode says of these programs, a line each."""
     for number, program in enumerate(programs):
         (folder / f"program{number}.py").write_text(program, encoding="utf-8")
-    settings = {"typeCheckingMode": "strict", "extraPaths": [str(ROOT)], "include": ["."], "pythonVersion": "3.11"}
+    settings = {
+        "typeCheckingMode": "strict",
+        "extraPaths": [str(ROOT)],
+        "include": ["."],
+        "pythonVersion": "3.11",
+    }
     (folder / "pyrightconfig.json").write_text(json.dumps(settings), encoding="utf-8")
-    command = [sys.executable, "-m", "pyright", "--outputjson", "--pythonpath", sys.executable, "--project", str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "pyright",
+        "--outputjson",
+        "--pythonpath",
+        sys.executable,
+        "--project",
+        str(folder),
+    ]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     answer = json.loads(result.stdout)
     assert answer["summary"]["filesAnalyzed"] == len(programs)
-    lines = [(each["file"], each["range"]["start"]["line"] + 1, each["message"]) for each in answer["generalDiagnostics"]]
+    lines = [
+        (each["file"], each["range"]["start"]["line"] + 1, each["message"])
+        for each in answer["generalDiagnostics"]
+    ]
     return [f"{Path(file).name}:{line}: {message}" for file, line, message in lines]
 
 
@@ -73,6 +92,14 @@ def test_examples_and_programs_of_users_have_no_errors(tmp_path: Path) -> None:
 
 def test_wrong_programs_have_errors(tmp_path: Path) -> None:
     start = "from tood_deploy import Detector\ndetector = Detector('a.onnx')\n"
-    wrong = ("detector(None)", "detector('a.png')", "detector.stream(None)", "Detector(None)", "Detector('a.onnx', color='gbr')")
+    wrong = (
+        "detector(None)",
+        "detector('a.png')",
+        "detector.stream(None)",
+        "Detector(None)",
+        "Detector('a.onnx', color='gbr')",
+    )
     errors = strict_errors(tmp_path, *(start + line for line in wrong))
-    assert {error.split(":")[0] for error in errors} == {f"program{number}.py" for number in range(len(wrong))}
+    assert {error.split(":")[0] for error in errors} == {
+        f"program{number}.py" for number in range(len(wrong))
+    }

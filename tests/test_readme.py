@@ -30,12 +30,18 @@ def test_tree_names_files_that_exist() -> None:
 
 
 def test_tree_names_every_module() -> None:
-    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "tood_deploy").rglob("*.py") if path.name != "__init__.py"}
+    modules = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "tood_deploy").rglob("*.py")
+        if path.name != "__init__.py"
+    }
     assert sorted(modules - tree_paths()) == []
 
 
 def test_preset_table_agrees_with_the_presets() -> None:
-    rows = re.findall(r"^\| `([\w-]+)` \|.*\| ([\d.]+|-) \| (yes|by hand|none) \|$", README, flags=re.MULTILINE)
+    rows = re.findall(
+        r"^\| `([\w-]+)` \|.*\| ([\d.]+|-) \| (yes|by hand|none) \|$", README, flags=re.MULTILINE
+    )
     assert [name for name, _, _ in rows] == list(PRESETS)
     for name, ap, download in rows:
         preset = PRESETS[name]

@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tood_deploy.rows import PAIR_IOU, Rows, batch_rows, pair_rows
+from tood_deploy.matching import PAIR_IOU, Rows, batch_rows, pair_rows
 
 
 def rows(*boxes: tuple[float, float, float, float, int], scores: list[float] | None = None) -> Rows:
@@ -51,8 +51,16 @@ def test_rows_of_a_batch_end_where_the_detections_end() -> None:
     assert len(second) == 0
 
 
-@given(st.lists(st.tuples(*[st.integers(0, 30)] * 2, *[st.integers(1, 20)] * 2, st.integers(0, 2)), max_size=12), st.randoms())
-def test_a_shuffled_list_pairs_completely(boxes: list[tuple[int, int, int, int, int]], random: object) -> None:
+@given(
+    st.lists(
+        st.tuples(*[st.integers(0, 30)] * 2, *[st.integers(1, 20)] * 2, st.integers(0, 2)),
+        max_size=12,
+    ),
+    st.randoms(),
+)
+def test_a_shuffled_list_pairs_completely(
+    boxes: list[tuple[int, int, int, int, int]], random: object
+) -> None:
     xyxy = [(x, y, x + w, y + h, label) for x, y, w, h, label in boxes]
     shuffled = list(xyxy)
     random.shuffle(shuffled)  # type: ignore[attr-defined]
@@ -60,7 +68,9 @@ def test_a_shuffled_list_pairs_completely(boxes: list[tuple[int, int, int, int, 
     pairs = pair_rows(reference, found)
     assert len(set(pairs[:, 0])) == len(set(pairs[:, 1])) == len(pairs)
     assert (reference.labels[pairs[:, 0]] == found.labels[pairs[:, 1]]).all()
-    distinct = all(iou(a, b) <= PAIR_IOU for i, a in enumerate(xyxy) for b in xyxy[:i] if a[4] == b[4])
+    distinct = all(
+        iou(a, b) <= PAIR_IOU for i, a in enumerate(xyxy) for b in xyxy[:i] if a[4] == b[4]
+    )
     if distinct:
         assert len(pairs) == len(boxes)
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from tood_deploy import tensorrt_flavour
+from tood_deploy.engines.tensorrt import library as tensorrt_flavour
+from tood_deploy.engines.tensorrt.library import Messages, load_flavour
 from tood_deploy.errors import DeviceError, ToodError
-from tood_deploy.tensorrt_flavour import Messages, load_flavour
 
 Install = Callable[..., None]
 
@@ -23,7 +23,11 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
 
     def install(**versions: str) -> None:
         def pretend(name: str, package: str | None = None) -> Any:
-            return name in versions or None if name in tensorrt_flavour.NAMES else find_spec(name, package)
+            return (
+                name in versions or None
+                if name in tensorrt_flavour.NAMES
+                else find_spec(name, package)
+            )
 
         monkeypatch.setattr(importlib.util, "find_spec", pretend)
         for name, version in versions.items():
@@ -39,7 +43,10 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
 
 
 class TestChoice:
-    @pytest.mark.parametrize(("name", "title"), [("tensorrt", "TensorRT 10.13.3.9"), ("tensorrt_rtx", "TensorRT-RTX 10.13.3.9")])
+    @pytest.mark.parametrize(
+        ("name", "title"),
+        [("tensorrt", "TensorRT 10.13.3.9"), ("tensorrt_rtx", "TensorRT-RTX 10.13.3.9")],
+    )
     def test_the_one_that_is_installed(self, name: str, title: str, installed: Install) -> None:
         installed(**{name: "10.13.3.9"})
         assert (load_flavour().name, load_flavour().title) == (name, title)
@@ -51,28 +58,68 @@ class TestChoice:
     @pytest.mark.parametrize(
         ("versions", "name", "error", "message"),
         [
-            ({}, None, DeviceError, "neither TensorRT nor TensorRT-RTX is installed; install the Python package tensorrt-rtx"),
-            ({}, "tensorrt", DeviceError, "neither .* is installed; install the Python package tensorrt$"),
-            ({"tensorrt_rtx": "1.7"}, "tensorrt", DeviceError, "TensorRT is not installed, TensorRT-RTX is; install .* package tensorrt$"),
-            ({"tensorrt": "11.4", "tensorrt_rtx": "1.7"}, None, ToodError, "both tensorrt and tensorrt_rtx are installed; say which"),
-            ({"tensorrt": "11.4"}, "trt", ToodError, "TensorRT flavour is 'trt'; expected one of tensorrt, tensorrt_rtx"),
-            ({"tensorrt": "8.6.1"}, None, DeviceError, r"TensorRT 8.6.1 is installed; expected 10.13 or newer"),
+            (
+                {},
+                None,
+                DeviceError,
+                "neither TensorRT nor TensorRT-RTX is installed; install the Python package tensorrt-rtx",
+            ),
+            (
+                {},
+                "tensorrt",
+                DeviceError,
+                "neither .* is installed; install the Python package tensorrt$",
+            ),
+            (
+                {"tensorrt_rtx": "1.7"},
+                "tensorrt",
+                DeviceError,
+                "TensorRT is not installed, TensorRT-RTX is; install .* package tensorrt$",
+            ),
+            (
+                {"tensorrt": "11.4", "tensorrt_rtx": "1.7"},
+                None,
+                ToodError,
+                "both tensorrt and tensorrt_rtx are installed; say which",
+            ),
+            (
+                {"tensorrt": "11.4"},
+                "trt",
+                ToodError,
+                "TensorRT flavour is 'trt'; expected one of tensorrt, tensorrt_rtx",
+            ),
+            (
+                {"tensorrt": "8.6.1"},
+                None,
+                DeviceError,
+                r"TensorRT 8.6.1 is installed; expected 10.13 or newer",
+            ),
         ],
     )
     def test_what_cannot_be_used_is_said(
-        self, versions: dict[str, str], name: str | None, error: type[ToodError], message: str, installed: Install
+        self,
+        versions: dict[str, str],
+        name: str | None,
+        error: type[ToodError],
+        message: str,
+        installed: Install,
     ) -> None:
         installed(**versions)
         with pytest.raises(error, match=message):
             load_flavour(name)
 
-    def test_a_package_without_its_libraries(self, installed: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_package_without_its_libraries(
+        self, installed: Install, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         def lack(name: str) -> ModuleType:
             raise ImportError("libnvinfer.so.11: cannot open shared object file")
 
         installed(tensorrt="11.4")
         monkeypatch.setattr(importlib, "import_module", lack)
-        with pytest.raises(DeviceError, match=r"does not load \(libnvinfer.so.11: cannot open .*\); reinstall tensorrt"):
+        with pytest.raises(
+            DeviceError,
+            match=r"does not load \(libnvinfer.so.11: cannot open .*\); reinstall tensorrt",
+        ):
             load_flavour()
 
 
@@ -86,7 +133,9 @@ class TestLogger:
         with flavour.logger.collecting() as outer, flavour.logger.collecting() as inner:
             logger.log(levels.INFO, "idle talk")
             logger.log(levels.WARNING, "careful")
-            other = threading.Thread(target=logger.log, args=(levels.INTERNAL_ERROR, "from\n another thread"))
+            other = threading.Thread(
+                target=logger.log, args=(levels.INTERNAL_ERROR, "from\n another thread")
+            )
             other.start()
             other.join()
         logger.log(levels.ERROR, "after")
@@ -97,8 +146,16 @@ class TestLogger:
         flavour = load_flavour("tensorrt_rtx")
         with flavour.logger.collecting() as messages:
             builder = trt.Builder(flavour.logger)
-            assert builder.build_serialized_network(builder.create_network(0), builder.create_builder_config()) is None
-        assert messages.reason() == "Error Code 4: API Usage Error (Network must have at least one output.)"
+            assert (
+                builder.build_serialized_network(
+                    builder.create_network(0), builder.create_builder_config()
+                )
+                is None
+            )
+        assert (
+            messages.reason()
+            == "Error Code 4: API Usage Error (Network must have at least one output.)"
+        )
         assert capfd.readouterr() == ("", "")
 
     def test_one_logger_for_the_process(self) -> None:

@@ -13,12 +13,11 @@ import pytest
 from numpy.typing import NDArray
 
 from tood_deploy import Detector
+from tood_deploy.data.image_set import synthetic_picture
 from tood_deploy.errors import ToodError
-from tood_deploy.export.tensorrt.profiles import Profiles
-from tood_deploy.export.triton.options import TritonOptions
-from tood_deploy.export.triton.schema import read_config
-from tood_deploy.export.triton.to_triton import triton_repository
-from tood_deploy.parity.sample_images import synthetic_picture
+from tood_deploy.export.config import Profiles, TritonOptions
+from tood_deploy.export.triton.config import read_config
+from tood_deploy.export.triton.repository import triton_repository
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 KINDS = {"UINT8": np.uint8, "INT32": np.int32, "FP32": np.float32}
@@ -49,7 +48,9 @@ class Server:
 
     def __init__(self, folder: Path) -> None:
         self.config = read_config((folder / "config.pbtxt").read_text(encoding="utf-8"))
-        self.session = ort.InferenceSession(folder / "1" / self.config.default_model_filename, providers=["CPUExecutionProvider"])
+        self.session = ort.InferenceSession(
+            folder / "1" / self.config.default_model_filename, providers=["CPUExecutionProvider"]
+        )
         self.requests: list[dict[str, Any]] = []
         self.lock = threading.Lock()
 
@@ -64,12 +65,17 @@ class Server:
             batch, *shape = feeds[stated.name].shape
             assert batch <= self.config.max_batch_size
             assert len(shape) == len(stated.dims)
-            assert all(known in (-1, found) for known, found in zip(stated.dims, shape, strict=True))
+            assert all(
+                known in (-1, found) for known, found in zip(stated.dims, shape, strict=True)
+            )
         with self.lock:
             self.requests.append(feeds)
             made: Any = self.session.run(list(outputs), feeds)
         dims = {stated.name: list(stated.dims) for stated in self.config.output}
-        answer = {key: array.reshape(len(array), *dims[key]) for key, array in zip(outputs, made, strict=True)}
+        answer = {
+            key: array.reshape(len(array), *dims[key])
+            for key, array in zip(outputs, made, strict=True)
+        }
         return SimpleNamespace(as_numpy=answer.__getitem__)
 
 
@@ -80,11 +86,20 @@ TRITON = SimpleNamespace(InferInput=Input, InferRequestedOutput=str)
 def server(tiny_artefact: Path, tmp_path_factory: pytest.TempPathFactory) -> Server:
     options = TritonOptions(name="tood", warm_up_batches=())
     repository = tmp_path_factory.mktemp("triton") / "repo"
-    return Server(triton_repository(tiny_artefact, repository, options, profiles=Profiles(((256, 320),))).folder)
+    return Server(
+        triton_repository(
+            tiny_artefact, repository, options, profiles=Profiles(((256, 320),))
+        ).folder
+    )
 
 
-def test_detections_are_those_of_the_detector(example: ModuleType, server: Server, tiny_artefact: Path) -> None:
-    pictures = [synthetic_picture(height, width, seed) for seed, (height, width) in enumerate([(120, 160), (300, 200), (97, 333)])]
+def test_detections_are_those_of_the_detector(
+    example: ModuleType, server: Server, tiny_artefact: Path
+) -> None:
+    pictures = [
+        synthetic_picture(height, width, seed)
+        for seed, (height, width) in enumerate([(120, 160), (300, 200), (97, 333)])
+    ]
     model = example.read_model(server, "tood")
     found = list(example.detect(server, TRITON, model, pictures, 0.1, 0.5))
     with Detector(tiny_artefact, conf=0.1, iou=0.5) as detector:
@@ -114,6 +129,10 @@ def test_pictures_of_one_padded_size_can_share_a_batch(example: ModuleType, serv
 
 def test_a_picture_without_an_answer_is_an_error(example: ModuleType) -> None:
     """As an engine without a loop gives it where its rounds of suppression were too few."""
-    answer = {"num_dets": np.array([[-1]], np.int32)} | {name: np.zeros((1, 100), np.float32) for name in ("boxes", "scores", "labels")}
-    with pytest.raises(ToodError, match=r"num_dets is -1: the rounds of suppression were too few .*--nms loop"):
+    answer = {"num_dets": np.array([[-1]], np.int32)} | {
+        name: np.zeros((1, 100), np.float32) for name in ("boxes", "scores", "labels")
+    }
+    with pytest.raises(
+        ToodError, match=r"num_dets is -1: the rounds of suppression were too few .*--nms loop"
+    ):
         example.detections_from(answer, None, ())

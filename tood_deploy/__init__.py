@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from tood_deploy.inference.detector import Detector
     from tood_deploy.presets import PRESETS, Preset
 
+
 __version__ = "0.1.0"
 __all__ = ["PRESETS", "Detections", "Detector", "Preset", "ToodError", "__version__", "open_engine"]
 

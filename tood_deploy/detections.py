@@ -43,7 +43,12 @@ class Detections:
     @classmethod
     def empty(cls, class_names: Sequence[str] = ()) -> Detections:
         """No objects at all."""
-        return cls(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int32), class_names)
+        return cls(
+            np.zeros((0, 4), np.float32),
+            np.zeros(0, np.float32),
+            np.zeros(0, np.int32),
+            class_names,
+        )
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -51,7 +56,9 @@ class Detections:
     def __getitem__(self, index: int | slice | NDArray[Any]) -> Detections:
         """A subset, by position, slice, mask or array of positions; always again `Detections`."""
         chosen = np.atleast_1d(np.arange(len(self))[index])
-        return Detections(self.boxes[chosen], self.scores[chosen], self.class_ids[chosen], self.class_names)
+        return Detections(
+            self.boxes[chosen], self.scores[chosen], self.class_ids[chosen], self.class_names
+        )
 
     def filter(self, min_score: float = 0.0, class_ids: Sequence[int] | None = None) -> Detections:
         """Those with a score above `min_score` and, if given, one of these classes."""
@@ -62,9 +69,14 @@ class Detections:
 
     def names(self) -> list[str]:
         """The class name of every object; the class number where no names are known."""
-        return [self.class_names[i] if i < len(self.class_names) else str(i) for i in map(int, self.class_ids)]
+        return [
+            self.class_names[i] if i < len(self.class_names) else str(i)
+            for i in map(int, self.class_ids)
+        ]
 
-    def to_coco(self, image_id: int, category_ids: Sequence[int] | None = None) -> list[dict[str, Any]]:
+    def to_coco(
+        self, image_id: int, category_ids: Sequence[int] | None = None
+    ) -> list[dict[str, Any]]:
         """COCO results: one dictionary an object, `bbox` as x, y, width, height in pixels.
 
         Args:
@@ -72,9 +84,18 @@ class Detections:
             category_ids: category id of each class; class number plus one where not given.
         """
         rows = []
-        for (x1, y1, x2, y2), score, class_id in zip(self.boxes.tolist(), self.scores.tolist(), self.class_ids.tolist(), strict=True):
+        for (x1, y1, x2, y2), score, class_id in zip(
+            self.boxes.tolist(), self.scores.tolist(), self.class_ids.tolist(), strict=True
+        ):
             category = class_id + 1 if category_ids is None else category_ids[class_id]
-            rows.append({"image_id": image_id, "category_id": category, "bbox": [x1, y1, x2 - x1, y2 - y1], "score": score})
+            rows.append(
+                {
+                    "image_id": image_id,
+                    "category_id": category,
+                    "bbox": [x1, y1, x2 - x1, y2 - y1],
+                    "score": score,
+                }
+            )
         return rows
 
     def to_supervision(self) -> supervision.Detections:
@@ -86,12 +107,20 @@ class Detections:
         try:
             import supervision  # pyright: ignore[reportMissingImports] - optional
         except ImportError as error:
-            raise ToodError("to_supervision needs the package supervision; install it with: pip install supervision") from error
+            raise ToodError(
+                "to_supervision needs the package supervision; install it with: pip install supervision"
+            ) from error
         return supervision.Detections(
-            xyxy=self.boxes, confidence=self.scores, class_id=self.class_ids.astype(int), data={"class_name": np.array(self.names())}
+            xyxy=self.boxes,
+            confidence=self.scores,
+            class_id=self.class_ids.astype(int),
+            data={"class_name": np.array(self.names())},
         )
 
     def plot(self, image_bgr: NDArray[Any]) -> NDArray[np.uint8]:
         """A copy of the image, (H, W, 3) uint8 BGR, with boxes, class names and scores drawn on it."""
-        labels = [f"{name} {score:.2f}" for name, score in zip(self.names(), self.scores.tolist(), strict=True)]
+        labels = [
+            f"{name} {score:.2f}"
+            for name, score in zip(self.names(), self.scores.tolist(), strict=True)
+        ]
         return draw_boxes(image_bgr, self.boxes, self.class_ids, labels)

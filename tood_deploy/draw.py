@@ -41,7 +41,10 @@ def text_size(image_hw: tuple[int, int]) -> int:
 
 
 def draw_boxes(
-    image_bgr: NDArray[np.uint8], boxes: NDArray[np.float32], class_ids: NDArray[np.int32], labels: Sequence[str]
+    image_bgr: NDArray[np.uint8],
+    boxes: NDArray[np.float32],
+    class_ids: NDArray[np.int32],
+    labels: Sequence[str],
 ) -> NDArray[np.uint8]:
     """A copy of the picture with a box and a filled label for every object.
 
@@ -54,13 +57,25 @@ def draw_boxes(
     drawn = image_bgr.copy()
     height, width = drawn.shape[:2]
     thickness, size = line_width((height, width)), text_size((height, width))
-    visible = [i for i, (x1, y1, x2, y2) in enumerate(boxes.tolist()) if x2 >= 0 and y2 >= 0 and x1 < width and y1 < height]
-    corners = np.clip(np.rint(boxes), 0, [width - 1, height - 1, width - 1, height - 1]).astype(int).tolist()
+    visible = [
+        i
+        for i, (x1, y1, x2, y2) in enumerate(boxes.tolist())
+        if x2 >= 0 and y2 >= 0 and x1 < width and y1 < height
+    ]
+    corners = (
+        np.clip(np.rint(boxes), 0, [width - 1, height - 1, width - 1, height - 1])
+        .astype(int)
+        .tolist()
+    )
     for i in reversed(visible):  # the best come last, on top
         x1, y1, x2, y2 = corners[i]
         cv2.rectangle(drawn, (x1, y1), (x2, y2), class_colour(int(class_ids[i])), thickness)
-    patches = {i: _label_patch(labels[i], class_colour(int(class_ids[i])), size, width) for i in visible}
-    places = _label_places([corners[i] for i in visible], [patches[i].shape[:2] for i in visible], (height, width))
+    patches = {
+        i: _label_patch(labels[i], class_colour(int(class_ids[i])), size, width) for i in visible
+    }
+    places = _label_places(
+        [corners[i] for i in visible], [patches[i].shape[:2] for i in visible], (height, width)
+    )
     for i, (left, top) in reversed(list(zip(visible, places, strict=True))):
         shown = drawn[top : top + patches[i].shape[0], left : left + patches[i].shape[1]]
         shown[:] = patches[i][: shown.shape[0], : shown.shape[1]]
@@ -68,7 +83,9 @@ def draw_boxes(
 
 
 @lru_cache(maxsize=MOST_PATCHES)
-def _label_patch(label: str, background_bgr: tuple[int, int, int], size: int, room: int) -> NDArray[np.uint8]:
+def _label_patch(
+    label: str, background_bgr: tuple[int, int, int], size: int, room: int
+) -> NDArray[np.uint8]:
     """The filled label as a small picture; the text shrinks, down to half the smallest size, to fit into `room` pixels."""
     font = cv2.FontFace(FONT)
     margin = max(2, size // 6)
@@ -76,7 +93,15 @@ def _label_patch(label: str, background_bgr: tuple[int, int, int], size: int, ro
         size -= 1
     width = max(1, _text_width(label, font, size) + 2 * margin)
     patch = np.full((size + size // 2, width, 3), background_bgr, np.uint8)
-    cv2.putText(patch, label, (margin, round(1.1 * size)), text_colour(background_bgr), font, size, FONT_WEIGHT)
+    cv2.putText(
+        patch,
+        label,
+        (margin, round(1.1 * size)),
+        text_colour(background_bgr),
+        font,
+        size,
+        FONT_WEIGHT,
+    )
     return patch
 
 
@@ -84,12 +109,23 @@ def _text_width(label: str, font: cv2.FontFace, size: int) -> int:
     return cv2.getTextSize((0, 0), label, (0, 0), font, size, FONT_WEIGHT)[2]
 
 
-def _label_places(boxes: list[list[int]], labels_hw: list[tuple[int, int]], image_hw: tuple[int, int]) -> list[tuple[int, int]]:
+def _label_places(
+    boxes: list[list[int]], labels_hw: list[tuple[int, int]], image_hw: tuple[int, int]
+) -> list[tuple[int, int]]:
     """Left and top of every label, inside the picture: the first place at its box that hides no better object's label."""
     taken = np.zeros((len(boxes), 4), np.int64)
     for i, ((x1, y1, x2, y2), (height, width)) in enumerate(zip(boxes, labels_hw, strict=True)):
-        wished = [(x1, y1 - height), (x1, y2), (x1, y1), (x2 - width, y1 - height), (x2 - width, y2), (x1, y2 - height)]
-        inside: NDArray[np.int64] = np.maximum(np.minimum(wished, (image_hw[1] - width, image_hw[0] - height)), 0)
+        wished = [
+            (x1, y1 - height),
+            (x1, y2),
+            (x1, y1),
+            (x2 - width, y1 - height),
+            (x2 - width, y2),
+            (x1, y2 - height),
+        ]
+        inside: NDArray[np.int64] = np.maximum(
+            np.minimum(wished, (image_hw[1] - width, image_hw[0] - height)), 0
+        )
         places = np.hstack([inside, np.add(inside, (width, height))])
         taken[i] = places[_overlaps(places, taken[:i]).argmin()]
     return [(left, top) for left, top, _, _ in taken.tolist()]
@@ -97,5 +133,7 @@ def _label_places(boxes: list[list[int]], labels_hw: list[tuple[int, int]], imag
 
 def _overlaps(places: NDArray[np.int64], taken: NDArray[np.int64]) -> NDArray[np.int64]:
     """Pixels (P,) that each of the places (P, 4) xyxy has in common with those (n, 4) that are taken."""
-    sides = np.minimum(places[:, None, 2:], taken[:, 2:]) - np.maximum(places[:, None, :2], taken[:, :2])
+    sides = np.minimum(places[:, None, 2:], taken[:, 2:]) - np.maximum(
+        places[:, None, :2], taken[:, :2]
+    )
     return sides.clip(0).prod(axis=2).sum(axis=1)

@@ -1,5 +1,14 @@
 """The errors a user can meet. Every message says what was found, what was expected and what to do."""
 
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from tood_deploy import __version__
+
 
 class ToodError(Exception):
     """Wrong use or bad input: the commands print it as one line and exit with code 2."""
@@ -31,3 +40,105 @@ class DownloadError(ToodError):
 
 class CheckFailed(Exception):  # noqa: N818 - the outcome of a check, not wrong use
     """A check that was run and failed (parity, AP): the commands exit with code 1."""
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package that this one imports.
+
+    Attributes:
+        distribution: its name for pip.
+        extras: those that bring it, the usual one first; none where it belongs to every installation.
+    """
+
+    distribution: str
+    extras: tuple[str, ...] = ()
+
+
+PACKAGES = {  # by the name that is imported
+    "av": Package("av"),
+    "cv2": Package("opencv-python-headless"),
+    "imagesize": Package("imagesize"),
+    "numpy": Package("numpy"),
+    "onnxruntime": Package("onnxruntime"),
+    "rich": Package("rich"),
+    "filelock": Package("filelock", ("export", "train")),
+    "google.protobuf": Package("protobuf", ("export",)),
+    "ml_dtypes": Package("ml_dtypes", ("export",)),
+    "onnx": Package("onnx", ("export",)),
+    "onnx_ir": Package("onnx-ir", ("export",)),
+    "onnxscript": Package("onnxscript", ("export",)),
+    "safetensors": Package("safetensors", ("export", "train")),
+    "torch": Package("torch", ("export", "train")),
+    "openvino": Package("openvino", ("openvino",)),
+    "cuda.bindings": Package("cuda-bindings", ("tensorrt",)),
+    "cuda.core": Package("cuda-core", ("tensorrt",)),
+    "jinja2": Package("jinja2", ("eval",)),
+    "markupsafe": Package("markupsafe", ("eval",)),
+    "matplotlib": Package("matplotlib", ("eval", "export", "train")),
+    "psutil": Package("psutil", ("eval",)),
+    "pycocotools": Package("pycocotools", ("eval", "train")),
+    "tensorboard": Package("tensorboard", ("train",)),
+    "pynvml": Package("nvidia-ml-py", ("gpu",)),
+}
+ONNXRUNTIME_CURE = "run pip uninstall --yes onnxruntime onnxruntime-gpu, then pip install --no-deps onnxruntime (onnxruntime-gpu for an NVIDIA GPU)"
+
+
+def not_installed(module: str, *extras: str) -> str:
+    """Return the sentence for a missing package: what is missing, and how to install what brings it.
+
+    Args:
+        module: the imported name, a key of `PACKAGES`.
+        extras: all that the command at hand needs; named together if one of them brings the package, else the package's
+            usual extra is named.
+    """
+    package = PACKAGES[module]
+    if module == "onnxruntime":
+        return (
+            f"onnxruntime is not installed, or another package has damaged it; {ONNXRUNTIME_CURE}"
+        )
+    named = extras if set(extras) & set(package.extras) else package.extras[:1]
+    brackets = f"[{','.join(named)}]" if named else ""
+    plural = "s" if len(named) > 1 else ""
+    extra = f"it comes with the extra{plural} {' and '.join(named)}"
+    brought_by = extra if named else "every installation of tood_deploy has it"
+    wheel = f"tood_deploy-{__version__}-py3-none-any.whl{brackets}"
+    return (
+        f"the package {package.distribution} is not installed; {brought_by}: "
+        f'run pip install ".{brackets}" in a checkout, or pip install "{wheel}" in the folder of the wheel'
+    )
+
+
+@contextmanager
+def naming_extras(*extras: str) -> Iterator[None]:
+    """Turn a missing package of ours, imported inside the block, into the sentence of `not_installed`.
+
+    Any other module that is not found passes through: that is a bug, not a matter of installing.
+
+    Args:
+        extras: all that the command at hand needs, as `not_installed` takes them.
+
+    Raises:
+        DeviceError: a package of `PACKAGES` is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        module = _missing_module(error.name or "")
+        if module is None:
+            raise
+        raise DeviceError(not_installed(module, *extras)) from error
+
+
+def _missing_module(name: str) -> str | None:
+    """Return the key of `PACKAGES` that is not installed, if that is why the module `name` was not found.
+
+    A part of a package that is installed (`torch.something`) is none: another version is there, not nothing. A name space
+    that several packages share (`cuda`, `google`) is not found where none of them is installed, and stands for the first.
+    """
+    for module in PACKAGES:
+        if name == module or module.startswith(f"{name}."):
+            return module
+        if name.startswith(f"{module}.") and importlib.util.find_spec(module) is None:
+            return module
+    return None

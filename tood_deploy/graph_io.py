@@ -18,5 +18,7 @@ STAGE_VALUES = {
 INNER_VALUES = tuple(name for names in STAGE_VALUES.values() for name in names)
 
 # The maps among them, (B, C, h, w), in order, and the stage of each.
-STAGE_OF_MAP = {name: stage for stage, names in STAGE_VALUES.items() if stage != "candidates" for name in names}
+STAGE_OF_MAP = {
+    name: stage for stage, names in STAGE_VALUES.items() if stage != "candidates" for name in names
+}
 MAP_NAMES = tuple(STAGE_OF_MAP)

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from tood_deploy.errors import ArtefactError, OutputError, ToodError
+from tood_deploy.errors import ArtefactError, ToodError
+from tood_deploy.files import file_sha256
 from tood_deploy.presets import Preset
 
 FORMAT = 1
 METADATA_KEY = "tood_deploy"
 ARTEFACT_SUFFIXES = (".onnx", ".xml", ".engine", ".plan")
-INPUTS = ("images", "valid_hw", "score_threshold", "iou_threshold")  # of every artefact (DESIGN section 4)
+INPUTS = (
+    "images",
+    "valid_hw",
+    "score_threshold",
+    "iou_threshold",
+)  # of every artefact (DESIGN section 4)
 OUTPUTS = ("num_dets", "boxes", "scores", "labels")
 
 
@@ -70,12 +69,16 @@ class Manifest:
             values = json.loads(text)
             found = values.pop("format")
             if found != FORMAT:
-                raise ArtefactError(f"{origin}: manifest of format {found}, this version reads format {FORMAT}; export the model again")
+                raise ArtefactError(
+                    f"{origin}: manifest of format {found}, this version reads format {FORMAT}; export the model again"
+                )
             return cls(**values | {"preset": Preset.from_dict(values["preset"])})
         except ArtefactError:
             raise
         except (ValueError, TypeError, KeyError, AttributeError, ToodError) as error:
-            raise ArtefactError(f"{origin}: not a manifest of tood_deploy ({error}); export the model again with tood-export") from error
+            raise ArtefactError(
+                f"{origin}: not a manifest of tood_deploy ({error}); export the model again with tood-export"
+            ) from error
 
     def with_artefact(self, artefact: Path) -> Manifest:
         """The same, with the SHA-256 of this artefact."""
@@ -85,7 +88,9 @@ class Manifest:
 def saturating_weights(manifest: Manifest) -> bool:
     """Whether an artefact's 8-bit weights give wrong sums on CPUs without VNNI instructions (`export.precision.quantize`)."""
     described = (manifest.options.get(key, {}) for key in ("int8", "autotune"))
-    return manifest.precision == "int8" and any(each.get("scheme") in ("u8s8", "s8s8") for each in described)
+    return manifest.precision == "int8" and any(
+        each.get("scheme") in ("u8s8", "s8s8") for each in described
+    )
 
 
 def manifest_path(artefact: Path) -> Path:
@@ -95,7 +100,11 @@ def manifest_path(artefact: Path) -> Path:
 
 def neighbour(artefact: Path) -> Path | None:
     """An artefact of another kind beside this one whose manifest has the same name; None where there is none."""
-    others = (artefact.with_suffix(suffix) for suffix in ARTEFACT_SUFFIXES if suffix != artefact.suffix.lower())
+    others = (
+        artefact.with_suffix(suffix)
+        for suffix in ARTEFACT_SUFFIXES
+        if suffix != artefact.suffix.lower()
+    )
     return next((other for other in others if other.is_file()), None)
 
 
@@ -113,7 +122,11 @@ def read_manifest(artefact: Path) -> Manifest | None:
 
 def artefact_files(artefact: Path) -> tuple[Path, ...]:
     """The files an artefact consists of, its manifest left out: one, but an OpenVINO .xml has its weights in a .bin beside it."""
-    return (artefact, artefact.with_suffix(".bin")) if artefact.suffix.lower() == ".xml" else (artefact,)
+    return (
+        (artefact, artefact.with_suffix(".bin"))
+        if artefact.suffix.lower() == ".xml"
+        else (artefact,)
+    )
 
 
 def artefact_sha256(artefact: Path) -> str:
@@ -131,21 +144,6 @@ def artefact_sha256(artefact: Path) -> str:
     return file_sha256(*files)
 
 
-def file_sha256(*paths: Path) -> str:
-    """SHA-256, hexadecimal, of a file's bytes, or of several files one after the other. Remembered until a file changes."""
-    status = [(path, path.stat()) for path in paths]
-    return _sha256(tuple((str(path.resolve()), state.st_ino, state.st_size, state.st_mtime_ns) for path, state in status))
-
-
-@lru_cache(maxsize=64)
-def _sha256(states: tuple[tuple[str, int, int, int], ...]) -> str:
-    digest = hashlib.sha256()
-    for name, *_ in states:
-        with Path(name).open("rb") as file:
-            hashlib.file_digest(file, lambda: digest)
-    return digest.hexdigest()
-
-
 def doubts(artefact: Path, manifest: Manifest) -> str:
     """Why an artefact's answers should not be trusted blindly, in one line; "" where nothing speaks against it."""
     if manifest.artefact_sha256 and manifest.artefact_sha256 != artefact_sha256(artefact):
@@ -155,67 +153,3 @@ def doubts(artefact: Path, manifest: Manifest) -> str:
     if failing := manifest.parity.get("benchmark", {}).get("failing_stage"):
         return f"{artefact}: failed its comparison with PyTorch at the stage {failing}; see tood-bench parity, or export it again"
     return ""
-
-
-@contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` that becomes `path` if the block succeeds and vanishes if not.
-
-    Raises:
-        OutputError: the folder cannot be written, or the disk is full.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
-        os.close(handle)
-        Path(name).chmod(0o666 & ~_umask())
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror}); choose another --output") from error
-    temporary = Path(name)
-    try:
-        yield temporary
-        temporary.replace(path)
-    except OSError as error:
-        raise OutputError(f"{path}: writing failed ({error.strerror or error}); nothing was left behind") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def atomic_paths(*paths: Path) -> Iterator[tuple[Path, ...]]:
-    """Like `atomic_path`, for files of one folder that belong together: all become themselves if the block succeeds, none if not.
-
-    The temporary ones carry the final names, in a folder of their own.
-
-    Raises:
-        OutputError: the folder cannot be written, or the disk is full.
-    """
-    try:
-        paths[0].parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{paths[0].stem}-", dir=paths[0].parent))
-    except OSError as error:
-        raise OutputError(f"{paths[0]}: cannot be written ({error.strerror}); choose another --output") from error
-    try:
-        yield tuple(folder / path.name for path in paths)
-        for path in paths:
-            (folder / path.name).replace(path)
-    except OSError as error:
-        raise OutputError(f"{paths[0]}: writing failed ({error.strerror or error}); nothing was left behind") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file whole or not at all.
-
-    Raises:
-        OutputError: the folder cannot be written, or the disk is full.
-    """
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")

@@ -39,8 +39,13 @@ class ImageTransform:
 
         The two directions have their own factor, as rounding made them.
         """
-        scale_y, scale_x = (resized / original for resized, original in zip(self.resized_hw, self.image_hw, strict=True))
-        return (boxes_net / np.array([scale_x, scale_y, scale_x, scale_y], np.float32)).astype(np.float32, copy=False)
+        scale_y, scale_x = (
+            resized / original
+            for resized, original in zip(self.resized_hw, self.image_hw, strict=True)
+        )
+        return (boxes_net / np.array([scale_x, scale_y, scale_x, scale_y], np.float32)).astype(
+            np.float32, copy=False
+        )
 
 
 def check_imgsz(imgsz: Sequence[int]) -> tuple[int, int]:
@@ -51,7 +56,9 @@ def check_imgsz(imgsz: Sequence[int]) -> tuple[int, int]:
     """
     values = tuple(int(side) for side in imgsz)
     if len(values) != 2 or min(values) < 1:
-        raise ToodError(f"imgsz is {' '.join(map(str, imgsz))}; expected two positive numbers, for example 800 1333")
+        raise ToodError(
+            f"imgsz is {' '.join(map(str, imgsz))}; expected two positive numbers, for example 800 1333"
+        )
     return min(values), max(values)
 
 
@@ -72,14 +79,19 @@ def with_imgsz(preset: Preset, imgsz: Sequence[int] | None) -> Preset:
         ordered = int(imgsz[0]), int(imgsz[1])
     if ordered == preset.imgsz and preset.scale_factor is None:
         return preset
-    return replace(preset, imgsz=ordered, scale_factor=None, canvas_hw=_scaled_canvas(preset, ordered))
+    return replace(
+        preset, imgsz=ordered, scale_factor=None, canvas_hw=_scaled_canvas(preset, ordered)
+    )
 
 
 def _scaled_canvas(preset: Preset, imgsz: tuple[int, int]) -> tuple[int, int] | None:
     if preset.canvas_hw is None or preset.scale_factor is not None:
         return None
     factor = max(new / old for new, old in zip(imgsz, preset.imgsz, strict=True))
-    rows, columns = (math.ceil(round(side * factor, 6) / preset.pad_divisor) * preset.pad_divisor for side in preset.canvas_hw)
+    rows, columns = (
+        math.ceil(round(side * factor, 6) / preset.pad_divisor) * preset.pad_divisor
+        for side in preset.canvas_hw
+    )
     return rows, columns
 
 
@@ -88,8 +100,15 @@ def fit_size(image_hw: tuple[int, int], imgsz: ImageSize) -> tuple[int, int]:
     sizing = _sizing(imgsz)
     target = sizing.imgsz
     if sizing.scale_factor is not None:
-        rows, columns = (int(side * factor + 0.5) for side, factor in zip(image_hw, sizing.scale_factor, strict=True))
-        target = (rows, columns) if sizing.resize == "stretch" else (min(rows, columns), max(rows, columns))
+        rows, columns = (
+            int(side * factor + 0.5)
+            for side, factor in zip(image_hw, sizing.scale_factor, strict=True)
+        )
+        target = (
+            (rows, columns)
+            if sizing.resize == "stretch"
+            else (min(rows, columns), max(rows, columns))
+        )
     if sizing.resize == "stretch":
         return max(1, target[0]), max(1, target[1])
     scale = min(target[0] / min(image_hw), target[1] / max(image_hw))
@@ -126,7 +145,9 @@ def fit_imgsz(image_hw: tuple[int, ...], imgsz: ImageSize, net_hw: tuple[int, in
     return max(1, min(sides)), max(1, max(sides))
 
 
-def choose_canvas(image_hw: tuple[int, ...], imgsz: ImageSize, canvases_hw: Sequence[tuple[int, int]]) -> tuple[int, int]:
+def choose_canvas(
+    image_hw: tuple[int, ...], imgsz: ImageSize, canvases_hw: Sequence[tuple[int, int]]
+) -> tuple[int, int]:
     """Of the padded sizes that an engine takes, the one that shrinks a picture least, then the one with the fewest pixels.
 
     Args:
@@ -142,10 +163,14 @@ def choose_canvas(image_hw: tuple[int, ...], imgsz: ImageSize, canvases_hw: Sequ
     return min(canvases_hw, key=shrinkage_and_area)
 
 
-def resize(image_bgr: NDArray[np.uint8], imgsz: ImageSize, image_hw: tuple[int, int] | None = None) -> NDArray[np.uint8]:
+def resize(
+    image_bgr: NDArray[np.uint8], imgsz: ImageSize, image_hw: tuple[int, int] | None = None
+) -> NDArray[np.uint8]:
     """Resize an image (H, W, 3) uint8 as `imgsz` says: OpenCV's bilinear; `image_hw`: see `resize_and_pad`."""
     height, width = fit_size(image_hw or (image_bgr.shape[0], image_bgr.shape[1]), imgsz)
-    return np.asarray(cv2.resize(image_bgr, (width, height), interpolation=cv2.INTER_LINEAR), np.uint8)
+    return np.asarray(
+        cv2.resize(image_bgr, (width, height), interpolation=cv2.INTER_LINEAR), np.uint8
+    )
 
 
 def resize_and_pad(
@@ -169,8 +194,15 @@ def resize_and_pad(
     Raises:
         InputError: not a (H, W, 3) uint8 picture, or `net_hw` is too small for it.
     """
-    if image_bgr.ndim != 3 or image_bgr.shape[2] != 3 or image_bgr.dtype != np.uint8 or not image_bgr.size:
-        raise InputError(f"image is {image_bgr.dtype} {image_bgr.shape}; expected uint8 (H, W, 3) in BGR order, as cv2.imread gives it")
+    if (
+        image_bgr.ndim != 3
+        or image_bgr.shape[2] != 3
+        or image_bgr.dtype != np.uint8
+        or not image_bgr.size
+    ):
+        raise InputError(
+            f"image is {image_bgr.dtype} {image_bgr.shape}; expected uint8 (H, W, 3) in BGR order, as cv2.imread gives it"
+        )
     image_hw = image_hw or (image_bgr.shape[0], image_bgr.shape[1])
     if net_hw is None:
         net_hw = padded_size(image_hw, imgsz)
@@ -178,7 +210,9 @@ def resize_and_pad(
     resized = resize(image_bgr, imgsz, image_hw)
     resized_hw = resized.shape[0], resized.shape[1]
     if net_hw[0] < resized_hw[0] or net_hw[1] < resized_hw[1]:
-        raise InputError(f"image is {resized_hw} after resizing, the network takes {net_hw}; give a smaller imgsz")
+        raise InputError(
+            f"image is {resized_hw} after resizing, the network takes {net_hw}; give a smaller imgsz"
+        )
     padded = np.zeros((*net_hw, 3), np.uint8)
     cv2.cvtColor(resized, cv2.COLOR_BGR2RGB, dst=padded[: resized_hw[0], : resized_hw[1]])
     return padded, ImageTransform(image_hw, resized_hw, net_hw)

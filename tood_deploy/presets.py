@@ -66,10 +66,19 @@ class Sizing:
 
     def __str__(self) -> str:
         first, second = self.imgsz
-        to = f"by factors of {self.scale_factor[0]:g} and {self.scale_factor[1]:g}" if self.scale_factor else f"{first} x {second}"
-        verb = {"fit": "scaled" if self.scale_factor else "scaled to fit", "stretch": "stretched" if self.scale_factor else "stretched to"}
+        to = (
+            f"by factors of {self.scale_factor[0]:g} and {self.scale_factor[1]:g}"
+            if self.scale_factor
+            else f"{first} x {second}"
+        )
+        verb = {
+            "fit": "scaled" if self.scale_factor else "scaled to fit",
+            "stretch": "stretched" if self.scale_factor else "stretched to",
+        }
         padded = f", padded to {self.canvas_hw[0]} x {self.canvas_hw[1]}" if self.canvas_hw else ""
-        return f"{verb[self.resize]} {to}{padded}" + (f", sides multiples of {self.divisor}" if self.divisor != SIZE_DIVISOR else "")
+        return f"{verb[self.resize]} {to}{padded}" + (
+            f", sides multiples of {self.divisor}" if self.divisor != SIZE_DIVISOR else ""
+        )
 
 
 @dataclass(frozen=True)
@@ -143,24 +152,53 @@ class Preset:
         for field, values in ALLOWED.items():
             self._check(field, getattr(self, field) in values, f"one of {values}")
         self._check("class_names", bool(self.class_names), "at least one")
-        self._check("imgsz", len(self.imgsz) == 2 and min(self.imgsz) >= 1, "two positive numbers, short and long side")
+        self._check(
+            "imgsz",
+            len(self.imgsz) == 2 and min(self.imgsz) >= 1,
+            "two positive numbers, short and long side",
+        )
         groups_fit = self.norm_groups >= 1 and self.channels % self.norm_groups == 0
-        self._check("norm_groups", groups_fit, f"a number that divides the {self.channels} channels of the head")
-        for field in ("norm_eps", "batch_norm_eps", "anchor_side", "std", "delta_stds", "scale_factor"):
-            self._check(field, all(0 < value < float("inf") for value in _numbers(getattr(self, field))), "positive numbers")
+        self._check(
+            "norm_groups",
+            groups_fit,
+            f"a number that divides the {self.channels} channels of the head",
+        )
+        for field in (
+            "norm_eps",
+            "batch_norm_eps",
+            "anchor_side",
+            "std",
+            "delta_stds",
+            "scale_factor",
+        ):
+            self._check(
+                field,
+                all(0 < value < float("inf") for value in _numbers(getattr(self, field))),
+                "positive numbers",
+            )
         for field in ("mean", "pad_value", "anchor_offset", "delta_means"):
-            self._check(field, all(isfinite(value) for value in _numbers(getattr(self, field))), "finite numbers")
+            self._check(
+                field,
+                all(isfinite(value) for value in _numbers(getattr(self, field))),
+                "finite numbers",
+            )
         for field in ("pad_divisor", "canvas_hw"):
-            multiples = all(value > 0 and value % SIZE_DIVISOR == 0 for value in _numbers(getattr(self, field)))
+            multiples = all(
+                value > 0 and value % SIZE_DIVISOR == 0 for value in _numbers(getattr(self, field))
+            )
             self._check(field, multiples, f"multiples of {SIZE_DIVISOR}")
         for field in ("score_threshold", "iou_threshold"):
             self._check(field, 0 <= getattr(self, field) <= 1, "a number from 0 to 1")
         for field in ("max_det", "candidates_per_level"):
-            self._check(field, 1 <= getattr(self, field) <= MAX_CANDIDATES, f"1 to {MAX_CANDIDATES}")
+            self._check(
+                field, 1 <= getattr(self, field) <= MAX_CANDIDATES, f"1 to {MAX_CANDIDATES}"
+            )
 
     def _check(self, field: str, right: bool, expected: str) -> None:
         if not right:
-            raise ToodError(f"preset {self.name}: {field} is {getattr(self, field)!r}; expected {expected}")
+            raise ToodError(
+                f"preset {self.name}: {field} is {getattr(self, field)!r}; expected {expected}"
+            )
 
     @property
     def sizing(self) -> Sizing:
@@ -187,12 +225,18 @@ class Preset:
         """
         known = {field.name for field in fields(cls)} - {"weights"}
         if unknown := set(values) - known:
-            raise ToodError(f"preset holds unknown fields {sorted(unknown)}; it was written by another version of tood_deploy")
-        arguments: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+            raise ToodError(
+                f"preset holds unknown fields {sorted(unknown)}; it was written by another version of tood_deploy"
+            )
+        arguments: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+        }
         try:
             return cls(**arguments)
         except TypeError as error:
-            raise ToodError(f"preset cannot be read ({error}); expected the fields {sorted(known)}") from error
+            raise ToodError(
+                f"preset cannot be read ({error}); expected the fields {sorted(known)}"
+            ) from error
 
 
 def _numbers(value: float | tuple[float, ...] | None) -> tuple[float, ...]:
@@ -207,7 +251,12 @@ def _openmmlab(name: str, suffix: str) -> PublishedWeights:
 PRESETS: dict[str, Preset] = {
     preset.name: preset
     for preset in (
-        Preset("r50-1x", 50, weights=_openmmlab("tood_r50_fpn_1x_coco", "20211210_103425-20e20746"), published_ap=42.4),
+        Preset(
+            "r50-1x",
+            50,
+            weights=_openmmlab("tood_r50_fpn_1x_coco", "20211210_103425-20e20746"),
+            published_ap=42.4,
+        ),
         Preset(
             "r50-anchor-1x",
             50,
@@ -215,8 +264,18 @@ PRESETS: dict[str, Preset] = {
             weights=_openmmlab("tood_r50_fpn_anchor_based_1x_coco", "20211214_100105-b776c134"),
             published_ap=42.4,
         ),
-        Preset("r50-2x", 50, weights=_openmmlab("tood_r50_fpn_mstrain_2x_coco", "20211210_144231-3b23174c"), published_ap=44.5),
-        Preset("r101-2x", 101, weights=_openmmlab("tood_r101_fpn_mstrain_2x_coco", "20211210_144232-a18f53c8"), published_ap=46.1),
+        Preset(
+            "r50-2x",
+            50,
+            weights=_openmmlab("tood_r50_fpn_mstrain_2x_coco", "20211210_144231-3b23174c"),
+            published_ap=44.5,
+        ),
+        Preset(
+            "r101-2x",
+            101,
+            weights=_openmmlab("tood_r101_fpn_mstrain_2x_coco", "20211210_144232-a18f53c8"),
+            published_ap=46.1,
+        ),
         Preset(
             "x101-2x",
             101,
@@ -229,11 +288,21 @@ PRESETS: dict[str, Preset] = {
             101,
             deform_stages=(2, 3, 4),
             deform_tower=2,
-            weights=_openmmlab("tood_r101_fpn_dconv_c3-c5_mstrain_2x_coco", "20211210_213728-4a824142"),
+            weights=_openmmlab(
+                "tood_r101_fpn_dconv_c3-c5_mstrain_2x_coco", "20211210_213728-4a824142"
+            ),
             published_ap=49.3,
         ),
         # Published by the authors alone, on file-sharing sites that no program can download from; 50.5 is their minival.
-        Preset("x101-dcn-2x", 101, groups=64, deform_stages=(3, 4), deform_tower=2, convention="authors", published_ap=50.5),
+        Preset(
+            "x101-dcn-2x",
+            101,
+            groups=64,
+            deform_stages=(3, 4),
+            deform_tower=2,
+            convention="authors",
+            published_ap=50.5,
+        ),
         Preset("tiny", 18, base_channels=32, channels=64, imgsz=(240, 320)),
     )
 }

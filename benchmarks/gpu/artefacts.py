@@ -20,11 +20,17 @@ class Artefacts:
         """The .onnx file in a precision; whatever its making raised is raised again."""
         if precision == "fp32" and self.settings.onnx:
             return self.settings.onnx
-        return self._once(f"{self.settings.preset}-{precision}.onnx", lambda path: self._make_onnx(path, precision))
+        return self._once(
+            f"{self.settings.preset}-{precision}.onnx",
+            lambda path: self._make_onnx(path, precision),
+        )
 
     def engine(self, precision: Precision) -> Path:
         """The TensorRT engine in a precision, for all sizes and batches of the run."""
-        return self._once(f"{self.settings.preset}-{precision}-trt.engine", lambda path: self._make_engine(path, precision))
+        return self._once(
+            f"{self.settings.preset}-{precision}-trt.engine",
+            lambda path: self._make_engine(path, precision),
+        )
 
     def _once(self, name: str, make: Callable[[Path], None]) -> Path:
         if name not in self._made:
@@ -41,18 +47,20 @@ class Artefacts:
 
     def _make_onnx(self, path: Path, precision: Precision) -> None:
         if precision == "fp32":
-            from tood_deploy.export.artefact import export_onnx
+            from tood_deploy.export.export import export_onnx
 
             export_onnx(self.model, path)
             return
-        from tood_deploy.export.precision.to_half_precision import low_precision_onnx
+        from tood_deploy.export.precision.convert import low_precision_onnx
 
         low_precision_onnx(self.onnx("fp32"), path, precision)
 
     def _make_engine(self, path: Path, precision: Precision) -> None:
-        from tood_deploy.export.tensorrt.profiles import Profiles
+        from tood_deploy.export.config import Profiles
         from tood_deploy.export.tensorrt.to_tensorrt import engine_from_onnx
 
         batches = sorted(self.settings.batches)
-        profiles = Profiles(self.settings.sizes_hw, (batches[0], batches[len(batches) // 2], batches[-1]))
+        profiles = Profiles(
+            self.settings.sizes_hw, (batches[0], batches[len(batches) // 2], batches[-1])
+        )
         engine_from_onnx(self.onnx(precision), path, profiles=profiles, quiet=True)

@@ -14,8 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.gpu.settings import Cell
 from benchmarks.gpu.torch_ways import versions as torch_versions
 from tood_deploy import __version__
-from tood_deploy.benchmark.gpu import GpuMeter
-from tood_deploy.benchmark.machine import describe_machine
+from tood_deploy.benchmark.latency.machine import GpuMeter, describe_machine
 from tood_deploy.errors import DeviceError
 from tood_deploy.model.tood import build_model
 from tood_deploy.presets import Preset
@@ -95,12 +94,18 @@ def package_versions() -> dict[str, Any]:
             found[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found | {f"module {name}": "there" if importlib.util.find_spec(name) else "absent" for name in MODULES}
+    return found | {
+        f"module {name}": "there" if importlib.util.find_spec(name) else "absent"
+        for name in MODULES
+    }
 
 
 def measure_product() -> float:
     """TFLOP/s of a large bf16 matrix product on random data: what this GPU can reach."""
-    first, second = (torch.randn(PRODUCT_SIDE, PRODUCT_SIDE, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    first, second = (
+        torch.randn(PRODUCT_SIDE, PRODUCT_SIDE, device="cuda", dtype=torch.bfloat16)
+        for _ in range(2)
+    )
     for _ in range(3):
         first @ second
     torch.cuda.synchronize()

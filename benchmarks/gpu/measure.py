@@ -18,7 +18,7 @@ from benchmarks.gpu.parity import Reference
 from benchmarks.gpu.settings import CONF, IOU, Row, Settings
 from benchmarks.gpu.torch_ways import TorchWay, forget_compiled
 from benchmarks.gpu.ways import Way
-from tood_deploy.benchmark.warmup import warm_up
+from tood_deploy.benchmark.latency.worker import warm_up
 from tood_deploy.engines.base import Engine
 from tood_deploy.inference.detector import Detector
 
@@ -84,7 +84,10 @@ class Session:
 
 
 def measure_cell(
-    session: Session, candidates: Sequence[Way], frames: Sequence[NDArray[np.uint8]], reference: Reference | None = None
+    session: Session,
+    candidates: Sequence[Way],
+    frames: Sequence[NDArray[np.uint8]],
+    reference: Reference | None = None,
 ) -> list[Row]:
     """Fills and returns the rows of a cell.
 
@@ -103,16 +106,23 @@ def measure_cell(
     return [way.row for way in candidates]
 
 
-def _open_all(session: Session, candidates: Sequence[Way], frames: Sequence[NDArray[np.uint8]]) -> list[Open]:
+def _open_all(
+    session: Session, candidates: Sequence[Way], frames: Sequence[NDArray[np.uint8]]
+) -> list[Open]:
     """Those that time allows and that open."""
     opened: list[Open] = []
     for way in candidates:
         if not session.budget.allows(way, (len(opened) + 1) * session.measuring_seconds):
-            way.row.status, way.row.note = "skipped", f"{max(0.0, session.budget.left()):.0f} s of the budget were left"
+            way.row.status, way.row.note = (
+                "skipped",
+                f"{max(0.0, session.budget.left()):.0f} s of the budget were left",
+            )
         else:
             with row_errors(way.row):
                 opened.append(_open(way, frames, session))
-        session.say(f"{way.row.cell.name}: {way.row.name}: {way.row.status} {way.row.note}".rstrip())
+        session.say(
+            f"{way.row.cell.name}: {way.row.name}: {way.row.status} {way.row.note}".rstrip()
+        )
     return opened
 
 
@@ -120,7 +130,9 @@ def _finish(each: Open, reference: Reference | None) -> None:
     """Compares it with the reference, notes what it has to say, and closes it."""
     if reference is not None and each.row.status == "ok":
         with row_errors(each.row):
-            each.row.parity = reference.compare(each.engine, each.row.cell.batch, each.row.precision)
+            each.row.parity = reference.compare(
+                each.engine, each.row.cell.batch, each.row.precision
+            )
     remarks = list(getattr(each.engine, "notes", []))
     if isinstance(each.engine, TorchWay) and each.engine.repeated:
         remarks.append(f"suppression was repeated exactly for {each.engine.repeated} batches")
@@ -160,7 +172,9 @@ def _prepare(row: Row, engine: Engine, resident: Any, frames: Sequence[NDArray[n
     images = np.stack([each.image for each in batch])
     valid_hw = np.array([each.transform.resized_hw for each in batch], np.int32)
     call = resident(images, valid_hw, CONF, IOU)
-    return Open(row, engine, call, lambda: detector.infer([detector.prepare(frame) for frame in frames]))
+    return Open(
+        row, engine, call, lambda: detector.infer([detector.prepare(frame) for frame in frames])
+    )
 
 
 def _take_turns(opened: Sequence[Open], session: Session) -> None:
@@ -174,7 +188,9 @@ def _take_turns(opened: Sequence[Open], session: Session) -> None:
             for each in opened:
                 if each.row.status == "ok":
                     with row_errors(each.row):
-                        getattr(each.row, f"{part}_ms").append(time_calls(getattr(each, part), session.settings.seconds))
+                        getattr(each.row, f"{part}_ms").append(
+                            time_calls(getattr(each, part), session.settings.seconds)
+                        )
                     session.watch.sample()
 
 

@@ -16,12 +16,10 @@ from benchmarks.gpu.failures import note_of, status_of
 from benchmarks.gpu.measure import time_calls
 from benchmarks.gpu.settings import CONF, IOU, Mode, Status
 from benchmarks.gpu.torch_ways import Recorded
-from tood_deploy.benchmark.warmup import warm_up
-from tood_deploy.model.fused import FusedDetector
-from tood_deploy.model.nms import nms
-from tood_deploy.model.nms_unrolled import nms_unrolled
+from tood_deploy.benchmark.latency.worker import warm_up
+from tood_deploy.model.nms import nms, nms_unrolled
 from tood_deploy.model.postprocess import MAX_DET, Candidates
-from tood_deploy.model.tood import Tood
+from tood_deploy.model.tood import FusedDetector, Tood
 
 Kept = tuple[Tensor, Tensor]
 
@@ -49,25 +47,43 @@ class NmsRow:
 
 
 @torch.no_grad()
-def candidates_of(model: Tood, images: NDArray[np.uint8], valid_hw: NDArray[np.int32], device: str) -> Candidates:
+def candidates_of(
+    model: Tood, images: NDArray[np.uint8], valid_hw: NDArray[np.int32], device: str
+) -> Candidates:
     """What goes into suppression for a batch of padded pictures."""
     detector = FusedDetector(copy.deepcopy(model)).to(device).eval()
     pictures, rows = (torch.from_numpy(array).to(device) for array in (images, valid_hw))
     return detector(pictures, rows, CONF, IOU).candidates
 
 
-def measure_nms(candidates: Candidates, batches: Sequence[int], modes: Sequence[Mode], rounds: int, seconds: float) -> list[NmsRow]:
+def measure_nms(
+    candidates: Candidates,
+    batches: Sequence[int],
+    modes: Sequence[Mode],
+    rounds: int,
+    seconds: float,
+) -> list[NmsRow]:
     """All ways at all batches, taking turns; pictures are repeated where a batch is larger than what is given."""
     rows: list[NmsRow] = []
     for batch in batches:
         repeats = -(-batch // len(candidates.scores))
-        part = Candidates(*(tensor.repeat(repeats, *[1] * (tensor.dim() - 1))[:batch].contiguous() for tensor in candidates))
+        part = Candidates(
+            *(
+                tensor.repeat(repeats, *[1] * (tensor.dim() - 1))[:batch].contiguous()
+                for tensor in candidates
+            )
+        )
         rows += _measure_batch(part, _ways(part, modes), rounds, seconds)
     torch.compiler.reset()
     return rows
 
 
-def _measure_batch(candidates: Candidates, ways: dict[str, Callable[[], Callable[[], Kept]]], rounds: int, seconds: float) -> list[NmsRow]:
+def _measure_batch(
+    candidates: Candidates,
+    ways: dict[str, Callable[[], Callable[[], Kept]]],
+    rounds: int,
+    seconds: float,
+) -> list[NmsRow]:
     expected = [tensor.cpu() for tensor in nms(*candidates, IOU, MAX_DET)]
     most = int((candidates.scores > 0).sum(1).max())
     rows, calls = [], []
@@ -83,11 +99,15 @@ def _measure_batch(candidates: Candidates, ways: dict[str, Callable[[], Callable
             row.status, row.note = status_of(error), note_of(error)
     for _ in range(rounds):
         for row, call in calls:
-            row.times_ms.append(time_calls(lambda call=call: [tensor.cpu() for tensor in call()], seconds))
+            row.times_ms.append(
+                time_calls(lambda call=call: [tensor.cpu() for tensor in call()], seconds)
+            )
     return rows
 
 
-def _ways(candidates: Candidates, modes: Sequence[Mode]) -> dict[str, Callable[[], Callable[[], Kept]]]:
+def _ways(
+    candidates: Candidates, modes: Sequence[Mode]
+) -> dict[str, Callable[[], Callable[[], Kept]]]:
     """How each is prepared, by its name."""
     threshold = torch.tensor(IOU, device=candidates.scores.device)
 
@@ -108,7 +128,9 @@ def _ways(candidates: Candidates, modes: Sequence[Mode]) -> dict[str, Callable[[
     if "graph" in modes:
         ways["unrolled, CUDA graph"] = recorded(unrolled)
     if "compiled" in modes:
-        ways["unrolled, compiled, CUDA graph"] = recorded(torch.compile(unrolled, dynamic=False, fullgraph=True))
+        ways["unrolled, compiled, CUDA graph"] = recorded(
+            torch.compile(unrolled, dynamic=False, fullgraph=True)
+        )
     return ways | {"torchvision, a picture at a time": lambda: _torchvision(candidates)}
 
 

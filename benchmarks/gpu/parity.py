@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 from benchmarks.gpu.settings import CONF, IOU
 from tood_deploy.engines.base import BatchDetections, Engine
 from tood_deploy.inference.detector import Detector, Prepared
-from tood_deploy.model.fused import FusedDetector
-from tood_deploy.model.tood import Tood
-from tood_deploy.parity.compare import Match, match_detections, match_overlapping
+from tood_deploy.matching import Match, Rows, batch_rows, match_detections, match_overlapping
+from tood_deploy.model.tood import FusedDetector, Tood
 from tood_deploy.parity.tolerances import DETECTION_LIMITS
-from tood_deploy.rows import Rows, batch_rows
 
-EXCHANGES = 2  # detections of a picture that a decision on the very edge of a threshold may exchange
+EXCHANGES = (
+    2  # detections of a picture that a decision on the very edge of a threshold may exchange
+)
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,9 @@ def tolerances_of(precision: str) -> Tolerances:
 class Reference:
     """The network in PyTorch, float32, on the CPU, and what it finds."""
 
-    def __init__(self, model: Tood, pictures: Sequence[NDArray[np.uint8]], size_hw: tuple[int, int]) -> None:
+    def __init__(
+        self, model: Tood, pictures: Sequence[NDArray[np.uint8]], size_hw: tuple[int, int]
+    ) -> None:
         self.detector, self.size_hw = FusedDetector(model).eval(), size_hw
         self.pictures = pictures
         self._expected: list[Rows] | None = None
@@ -90,7 +92,12 @@ class Reference:
             total, worst = total + match, max(worst, match.exchanged)
             outside += match.exchanged > tolerances.allowed_exchanges(match)
             slots += _differ(first, last, tolerances)
-        found = {"pictures": len(prepared), "pictures_outside": outside, "worst_exchanges": worst, "slots_that_differ": slots}
+        found = {
+            "pictures": len(prepared),
+            "pictures_outside": outside,
+            "worst_exchanges": worst,
+            "slots_that_differ": slots,
+        }
         return asdict(total) | found | {"tolerances": asdict(tolerances)}
 
     def _prepare(self, engine: Engine) -> list[Prepared]:
@@ -100,13 +107,17 @@ class Reference:
     @torch.no_grad()
     def _run(self, prepared: Prepared) -> Rows:
         valid_hw = torch.tensor([prepared.transform.resized_hw], dtype=torch.int32)
-        found = self.detector(torch.from_numpy(prepared.image)[None], valid_hw, CONF, IOU).detections
+        found = self.detector(
+            torch.from_numpy(prepared.image)[None], valid_hw, CONF, IOU
+        ).detections
         return batch_rows([tensor.numpy() for tensor in found])[0]
 
 
 def _infer(engine: Engine, prepared: Prepared, batch: int) -> BatchDetections:
     images = prepared.image[None].repeat(batch, 0)
-    return engine.infer(images, np.array([prepared.transform.resized_hw], np.int32).repeat(batch, 0), CONF, IOU)
+    return engine.infer(
+        images, np.array([prepared.transform.resized_hw], np.int32).repeat(batch, 0), CONF, IOU
+    )
 
 
 def _ends(found: BatchDetections) -> tuple[Rows, Rows]:

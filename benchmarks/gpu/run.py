@@ -22,11 +22,11 @@ from benchmarks.gpu.parity import Reference
 from benchmarks.gpu.report import failures_of, write_report
 from benchmarks.gpu.settings import CONF, IOU, Row, Settings, cells
 from benchmarks.gpu.ways import ways
+from tood_deploy.data.image_set import synthetic_picture
+from tood_deploy.data.images import read_pictures
 from tood_deploy.errors import DeviceError
-from tood_deploy.export.pictures import read_pictures
 from tood_deploy.model import build_model, load_checkpoint
 from tood_deploy.model.tood import Tood
-from tood_deploy.parity.sample_images import synthetic_picture
 from tood_deploy.preprocess import resize_and_pad
 from tood_deploy.presets import get_preset
 
@@ -45,27 +45,48 @@ def run_all(settings: Settings, output: Path, command: str) -> list[str]:
         ToodError: no GPU where one is asked for, a checkpoint or pictures that cannot be read, a place that cannot be written.
     """
     if settings.device == "cuda" and not torch.cuda.is_available():
-        raise DeviceError(f"device cuda is not there for PyTorch {torch.__version__}; give --device cpu to test the flow")
+        raise DeviceError(
+            f"device cuda is not there for PyTorch {torch.__version__}; give --device cpu to test the flow"
+        )
     session = Session(settings, Budget(settings.budget_seconds), GpuWatch(settings.device), _say)
     torch.backends.cudnn.benchmark = True
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # what is called fp32 is fp32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = (
+        False  # what is called fp32 is fp32
+    )
     model = make_model(settings)
-    facts = describe(settings.device) | {"date": f"{datetime.now(UTC):%Y-%m-%d}", "command": command, "run": _describe_run(settings, model)}
+    facts = describe(settings.device) | {
+        "date": f"{datetime.now(UTC):%Y-%m-%d}",
+        "command": command,
+        "run": _describe_run(settings, model),
+    }
     artefacts = Artefacts(model, settings)
     _say(f"{facts['gpu'].get('name', 'CPU')}; {facts['versions']}")
     rows: list[Row] = []
     nms_rows: list[NmsRow] = []
     for cell in cells(settings):
         frames = [synthetic_picture(*FRAME_HW[settings.device], seed) for seed in range(cell.batch)]
-        reference = Reference(model, _parity_pictures(settings), cell.size_hw) if cell.first else None
+        reference = (
+            Reference(model, _parity_pictures(settings), cell.size_hw) if cell.first else None
+        )
         rows += measure_cell(session, ways(settings, artefacts, cell), frames, reference)
         if cell.first:
             nms_rows = _measure_suppression(settings, model, session.budget)
     for row in rows:
         row.note = row.note.replace(f"{settings.folder}/", "")
-    floors = {cell.name: floor_ms(model.preset, cell, settings.peak_tflops) for cell in cells(settings) if settings.device == "cuda"}
+    floors = {
+        cell.name: floor_ms(model.preset, cell, settings.peak_tflops)
+        for cell in cells(settings)
+        if settings.device == "cuda"
+    }
     failures = failures_of(rows, nms_rows)
-    paths = write_report(output, rows, nms_rows, facts | {"GPU during the run": session.watch.to_dict()}, floors, failures)
+    paths = write_report(
+        output,
+        rows,
+        nms_rows,
+        facts | {"GPU during the run": session.watch.to_dict()},
+        floors,
+        failures,
+    )
     print(paths[1].read_text(encoding="utf-8"))
     _say(f"written: {', '.join(map(str, paths))}")
     return failures
@@ -83,7 +104,9 @@ def make_model(settings: Settings) -> Tood:
     with torch.device("meta"):
         model = build_model(replace(get_preset(settings.preset), weights=None))
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    model.load_state_dict({key: torch.as_tensor(value) for key, value in weights.fill(shapes).items()}, assign=True)
+    model.load_state_dict(
+        {key: torch.as_tensor(value) for key, value in weights.fill(shapes).items()}, assign=True
+    )
     return model.requires_grad_(False)
 
 
@@ -100,23 +123,46 @@ def _parity_pictures(settings: Settings) -> list[NDArray[np.uint8]]:
     if settings.images:
         return read_pictures(settings.images, settings.pictures)
     height, width = FRAME_HW[settings.device]
-    return [synthetic_picture(height - 10 * seed, width, 100 + seed) for seed in range(settings.pictures)]
+    return [
+        synthetic_picture(height - 10 * seed, width, 100 + seed)
+        for seed in range(settings.pictures)
+    ]
 
 
 def _measure_suppression(settings: Settings, model: Tood, budget: Budget) -> list[NmsRow]:
     if "torch" not in settings.backends or budget.left() < 0:
-        return [NmsRow(0, "all", "skipped", f"{max(0.0, budget.left()):.0f} s of the budget were left, or PyTorch was not asked for")]
+        return [
+            NmsRow(
+                0,
+                "all",
+                "skipped",
+                f"{max(0.0, budget.left()):.0f} s of the budget were left, or PyTorch was not asked for",
+            )
+        ]
     size_hw = settings.sizes_hw[0]
-    prepared = [resize_and_pad(synthetic_picture(*size_hw, seed), (min(size_hw), max(size_hw)), size_hw) for seed in range(NMS_PICTURES)]
+    prepared = [
+        resize_and_pad(synthetic_picture(*size_hw, seed), (min(size_hw), max(size_hw)), size_hw)
+        for seed in range(NMS_PICTURES)
+    ]
     images = np.stack([image for image, _ in prepared])
     valid_hw = np.array([transform.resized_hw for _, transform in prepared], np.int32)
     candidates = candidates_of(model, images, valid_hw, settings.device)
-    return measure_nms(candidates, settings.batches, settings.modes, settings.rounds, settings.seconds)
+    return measure_nms(
+        candidates, settings.batches, settings.modes, settings.rounds, settings.seconds
+    )
 
 
 def _describe_run(settings: Settings, model: Tood) -> dict[str, Any]:
-    weights = f"checkpoint {settings.checkpoint.name}" if settings.checkpoint else "seeded stand-in weights"
-    pictures = f"the first {settings.pictures} of {settings.images.name}" if settings.images else f"{settings.pictures} synthetic"
+    weights = (
+        f"checkpoint {settings.checkpoint.name}"
+        if settings.checkpoint
+        else "seeded stand-in weights"
+    )
+    pictures = (
+        f"the first {settings.pictures} of {settings.images.name}"
+        if settings.images
+        else f"{settings.pictures} synthetic"
+    )
     return {
         "network": f"{model.preset.name} with {weights}",
         "thresholds": f"score {CONF}, overlap {IOU}",

@@ -29,12 +29,14 @@ def open_onnx(path: Path, device: str) -> Engine:
 
 def open_tensorrt(path: Path) -> Engine:
     """A plan in TensorRT or TensorRT-RTX."""
-    from tood_deploy.engines.tensorrt_engine import TensorRTEngine
+    from tood_deploy.engines.tensorrt.engine import TensorRTEngine
 
     return TensorRTEngine(path)
 
 
-def resident_onnx(engine: Any, images: NDArray[np.uint8], valid_hw: NDArray[np.int32], conf: float, iou: float) -> Call:
+def resident_onnx(
+    engine: Any, images: NDArray[np.uint8], valid_hw: NDArray[np.int32], conf: float, iou: float
+) -> Call:
     """A call of ONNX Runtime on pictures that are on the device already; detections come to the host."""
     binding = engine.session.io_binding()
     on_device = [torch.from_numpy(array).to(engine.device) for array in (images, valid_hw)]
@@ -53,7 +55,9 @@ def resident_onnx(engine: Any, images: NDArray[np.uint8], valid_hw: NDArray[np.i
     return call
 
 
-def resident_tensorrt(engine: Any, images: NDArray[np.uint8], valid_hw: NDArray[np.int32], conf: float, iou: float) -> Call:
+def resident_tensorrt(
+    engine: Any, images: NDArray[np.uint8], valid_hw: NDArray[np.int32], conf: float, iou: float
+) -> Call:
     """A call of a TensorRT engine on pictures that are on the GPU already; detections come to the host."""
     pictures, rows = (torch.from_numpy(array).to("cuda") for array in (images, valid_hw))
     torch.cuda.synchronize()

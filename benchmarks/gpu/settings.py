@@ -13,8 +13,14 @@ Status = Literal["ok", "absent", "refused", "skipped", "failed"]
 
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
 BACKENDS: tuple[Backend, ...] = ("torch", "onnxruntime", "tensorrt")
-MODES: dict[str, tuple[Mode, ...]] = {"cuda": ("eager", "graph", "compiled"), "cpu": ("eager", "static")}
-CONF, IOU = 0.05, 0.6  # the thresholds that COCO results are made with: more candidates than a user's own
+MODES: dict[str, tuple[Mode, ...]] = {
+    "cuda": ("eager", "graph", "compiled"),
+    "cpu": ("eager", "static"),
+}
+CONF, IOU = (
+    0.05,
+    0.6,
+)  # the thresholds that COCO results are made with: more candidates than a user's own
 H200_TFLOPS = 790.0  # bf16 products on one H200, measured
 
 

@@ -16,7 +16,11 @@ from tood_deploy.engines.base import BatchDetections, Engine
 from tood_deploy.manifest import Manifest
 from tood_deploy.model.tood import Tood
 
-DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES: dict[Precision, torch.dtype] = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
 TITLES: dict[Mode, str] = {
     "eager": "eager",
     "static": "unrolled, channels last",
@@ -59,22 +63,38 @@ class TorchWay(Engine):
         repeated: batches whose suppression had to be done again, exactly.
     """
 
-    def __init__(self, model: Tood, mode: Mode, precision: Precision, cell: Cell, device: str, compile_mode: str = "default") -> None:
-        detector = (EagerDetector if mode == "eager" else StaticDetector)(model, DTYPES[precision]).to(device)
+    def __init__(
+        self,
+        model: Tood,
+        mode: Mode,
+        precision: Precision,
+        cell: Cell,
+        device: str,
+        compile_mode: str = "default",
+    ) -> None:
+        detector = (EagerDetector if mode == "eager" else StaticDetector)(
+            model, DTYPES[precision]
+        ).to(device)
         self.manifest = Manifest(model.preset, max_det=detector.fused.max_det)
         self.device, self.name = device, f"PyTorch {torch.__version__}"
         self.canvases_hw, self.most_batch = (cell.size_hw,), cell.batch
         self.repeated = 0
         self._function: Callable[..., Found] = detector
         if mode == "compiled":
-            self._function = torch.compile(detector, dynamic=False, fullgraph=True, mode=compile_mode)
+            self._function = torch.compile(
+                detector, dynamic=False, fullgraph=True, mode=compile_mode
+            )
         if mode in ("graph", "compiled") and device == "cuda":
             images = torch.zeros((cell.batch, *cell.size_hw, 3), dtype=torch.uint8, device=device)
             valid_hw = torch.tensor([cell.size_hw] * cell.batch, dtype=torch.int32, device=device)
             with torch.no_grad():
-                self._function = Recorded(self._function, (images, valid_hw, *self._thresholds(0.0, 0.6)))
+                self._function = Recorded(
+                    self._function, (images, valid_hw, *self._thresholds(0.0, 0.6))
+                )
 
-    def resident(self, images: NDArray[np.uint8], valid_hw: NDArray[np.int32], conf: float, iou: float) -> Callable[[], BatchDetections]:
+    def resident(
+        self, images: NDArray[np.uint8], valid_hw: NDArray[np.int32], conf: float, iou: float
+    ) -> Callable[[], BatchDetections]:
         """A call on inputs that are on the device already."""
         inputs = self._upload(images, valid_hw, conf, iou)
         if isinstance(self._function, Recorded):
@@ -82,7 +102,13 @@ class TorchWay(Engine):
             inputs = self._function.inputs
         return lambda: self._detect(inputs)
 
-    def _run(self, images: NDArray[np.uint8], valid_hw: NDArray[np.int32], score_threshold: float, iou_threshold: float) -> BatchDetections:
+    def _run(
+        self,
+        images: NDArray[np.uint8],
+        valid_hw: NDArray[np.int32],
+        score_threshold: float,
+        iou_threshold: float,
+    ) -> BatchDetections:
         return self._detect(self._upload(images, valid_hw, score_threshold, iou_threshold))
 
     @torch.no_grad()
@@ -94,7 +120,9 @@ class TorchWay(Engine):
             result, _ = unpack(repair(found, inputs[3]).packed.cpu())
         return BatchDetections(*(tensor.numpy() for tensor in result))
 
-    def _upload(self, images: NDArray[np.uint8], valid_hw: NDArray[np.int32], conf: float, iou: float) -> Inputs:
+    def _upload(
+        self, images: NDArray[np.uint8], valid_hw: NDArray[np.int32], conf: float, iou: float
+    ) -> Inputs:
         pictures, rows = (torch.from_numpy(array).to(self.device) for array in (images, valid_hw))
         return (pictures, rows, *self._thresholds(conf, iou))
 
@@ -122,4 +150,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def versions() -> dict[str, Any]:
     """Of PyTorch and what it brings along."""
-    return {"torch": torch.__version__, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+    return {
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+    }

@@ -4,16 +4,25 @@ import numpy as np
 import pytest
 from benchmark.truths import annotation, result, truth_of
 
-from tood_deploy.benchmark.calibration import BINS, calibrate
-from tood_deploy.benchmark.coco_ap import evaluate
-from tood_deploy.benchmark.results import empty_results, results_from_rows
+from tood_deploy.benchmark.evaluation.analysis import BINS, calibrate
+from tood_deploy.benchmark.evaluation.coco_metrics import evaluate
+from tood_deploy.data.results import empty_results, results_from_rows
 
 
 def test_shares_and_errors(tmp_path: Path) -> None:
     truth = truth_of(
-        tmp_path, [annotation(1, 1, (0, 0, 20, 20)), annotation(2, 1, (0, 0, 20, 20)), annotation(3, 1, (0, 0, 40, 40), iscrowd=1)]
+        tmp_path,
+        [
+            annotation(1, 1, (0, 0, 20, 20)),
+            annotation(2, 1, (0, 0, 20, 20)),
+            annotation(3, 1, (0, 0, 40, 40), iscrowd=1),
+        ],
     )
-    rows = [result(1, 1, (0, 0, 20, 12), 0.72), result(2, 1, (0, 0, 20, 20), 1.0), result(2, 1, (30, 30, 9, 9), 0.74)]
+    rows = [
+        result(1, 1, (0, 0, 20, 12), 0.72),
+        result(2, 1, (0, 0, 20, 20), 1.0),
+        result(2, 1, (30, 30, 9, 9), 0.74),
+    ]
     rows.append(result(3, 1, (0, 0, 20, 20), 0.72))  # on a crowd: counts for nothing
     results = results_from_rows(rows, truth)
     found = calibrate(results, evaluate(truth, results).matches)

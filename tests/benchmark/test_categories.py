@@ -4,8 +4,7 @@ from typing import Any
 import pytest
 from benchmark.truths import annotation, truth_of, write_json
 
-from tood_deploy.benchmark.categories import map_categories
-from tood_deploy.benchmark.truth import Truth
+from tood_deploy.data.coco import Truth, map_categories
 from tood_deploy.errors import ToodError
 
 
@@ -21,7 +20,10 @@ def test_names_decide_not_the_order(truth: Truth) -> None:
 @pytest.mark.parametrize(
     ("names", "words"),
     [
-        (["cat", "dog"], "3 categories are not the model's 2 classes: only the annotations have cow. .*--mapping"),
+        (
+            ["cat", "dog"],
+            "3 categories are not the model's 2 classes: only the annotations have cow. .*--mapping",
+        ),
         (["cat", "dog", "cow", "hen"], "only the model has hen"),
         (["0", "1", "2"], "only the model has 0, 1, 2; only the annotations have cat, dog, cow"),
         ([str(i) for i in range(80)], "0, 1, 2, 3, 4 and 75 more"),

@@ -10,16 +10,18 @@ from benchmark.truths import annotation, coco, random_rows, result, truth_of, wr
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from tood_deploy.benchmark import coco_ap
-from tood_deploy.benchmark.coco_ap import NUMBERS, evaluate, match
-from tood_deploy.benchmark.results import empty_results, read_results, results_from_rows
-from tood_deploy.benchmark.truth import read_truth
+from tood_deploy.benchmark.evaluation import coco_metrics as coco_ap
+from tood_deploy.benchmark.evaluation.coco_metrics import NUMBERS, evaluate, match
+from tood_deploy.data.coco import read_truth
+from tood_deploy.data.results import empty_results, read_results, results_from_rows
 
 
 @pytest.mark.shared
 @pytest.mark.parametrize("case", ["coco_mini_val_jitter", "cocoapi_val2014_fake100"])
 @pytest.mark.parametrize("chunk", [250, 7])
-def test_equals_the_recorded_numbers(shared: Path, case: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equals_the_recorded_numbers(
+    shared: Path, case: str, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(coco_ap, "CHUNK_PICTURES", chunk)
     folder = shared / "data" / "eval_cases" / case
     truth = read_truth(folder / "gt.json")
@@ -31,7 +33,9 @@ def test_equals_the_recorded_numbers(shared: Path, case: str, chunk: int, monkey
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("chunk", [1, 5, 100])
-def test_equals_pycocotools_used_as_its_manual_says(tmp_path: Path, seed: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equals_pycocotools_used_as_its_manual_says(
+    tmp_path: Path, seed: int, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(coco_ap, "CHUNK_PICTURES", chunk)
     annotations, rows = random_rows(seed)
     path = write_json(tmp_path / "truth.json", coco(annotations, images=12))
@@ -49,7 +53,9 @@ def test_equals_pycocotools_used_as_its_manual_says(tmp_path: Path, seed: int, c
 
 def test_perfect_detections(tmp_path: Path) -> None:
     truth = truth_of(tmp_path, [annotation(1, 1, (5, 5, 20, 20)), annotation(2, 2, (5, 5, 40, 40))])
-    metrics = evaluate(truth, [result(1, 1, (5, 5, 20, 20), 0.9), result(2, 2, (5, 5, 40, 40), 0.8)])
+    metrics = evaluate(
+        truth, [result(1, 1, (5, 5, 20, 20), 0.9), result(2, 2, (5, 5, 40, 40), 0.8)]
+    )
     expected = {name: -1 if name in ("APl", "ARl") else pytest.approx(1) for name in NUMBERS}
     assert metrics.numbers == expected
     assert metrics.class_ap == pytest.approx({"cat": 1, "dog": 1})
@@ -80,15 +86,27 @@ def test_ap_at_one_overlap_and_size(tmp_path: Path) -> None:
 
 
 def test_matches_tell_found_false_missed_and_ignored(tmp_path: Path) -> None:
-    objects = [annotation(2, 1, (0, 0, 10, 10)), annotation(2, 1, (30, 0, 10, 10)), annotation(3, 1, (0, 0, 40, 40), iscrowd=1)]
-    rows = [result(3, 1, (0, 0, 10, 10), 0.9), result(2, 1, (0, 0, 10, 6), 0.7), result(2, 1, (50, 30, 5, 5), 0.4)]
+    objects = [
+        annotation(2, 1, (0, 0, 10, 10)),
+        annotation(2, 1, (30, 0, 10, 10)),
+        annotation(3, 1, (0, 0, 40, 40), iscrowd=1),
+    ]
+    rows = [
+        result(3, 1, (0, 0, 10, 10), 0.9),
+        result(2, 1, (0, 0, 10, 6), 0.7),
+        result(2, 1, (50, 30, 5, 5), 0.4),
+    ]
     truth = truth_of(tmp_path, objects)
     results = results_from_rows(rows, truth)
     assert results.image_ids.tolist() == [2, 2, 3]
     matches = evaluate(truth, results).matches
     assert matches.rows.tolist() == [0, 1, 2]
     assert matches.found[:, 0].tolist() == [True, False, True]
-    assert matches.found[:, 3].tolist() == [False, False, True]  # overlap 0.65 is more than 0.60, what is seen of the crowd counts in full
+    assert matches.found[:, 3].tolist() == [
+        False,
+        False,
+        True,
+    ]  # overlap 0.65 is more than 0.60, what is seen of the crowd counts in full
     assert matches.ignored[:, 0].tolist() == [False, False, True]
     assert matches.truth_scores.tolist() == [0.7, -1, 0.9]
     assert matches.truth_ignored.tolist() == [False, False, True]
@@ -106,7 +124,9 @@ def test_match_is_the_first_overlap_of_evaluate(tmp_path: Path) -> None:
     assert not alone.found.all()
 
 
-def test_matches_do_not_depend_on_the_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_matches_do_not_depend_on_the_chunks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     annotations, rows = random_rows(5)
     truth = truth_of(tmp_path, annotations, images=12)
     results = results_from_rows(rows, truth)

@@ -3,10 +3,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tood_deploy.benchmark.deviation import Deviation
+from tood_deploy.parity.deviation import Deviation
 
 
-def deviation(reference: list[float], found: list[float], tolerance: float = 0.0, relative: bool = False) -> Deviation:
+def deviation(
+    reference: list[float], found: list[float], tolerance: float = 0.0, relative: bool = False
+) -> Deviation:
     result = Deviation(tolerance, relative)
     result.add(np.array(reference, np.float32), np.array(found, np.float32))
     return result
@@ -66,7 +68,10 @@ def test_the_quantile_is_within_a_bin_of_the_exact_one(differences: list[float])
 def test_parts_add_up_to_the_whole(values: list[float]) -> None:
     half = len(values) // 2
     zeros = [0.0] * len(values)
-    whole, parts = deviation(zeros, values, 1.0), deviation(zeros[:half], values[:half], 1.0) + deviation(zeros[half:], values[half:], 1.0)
+    whole, parts = (
+        deviation(zeros, values, 1.0),
+        deviation(zeros[:half], values[:half], 1.0) + deviation(zeros[half:], values[half:], 1.0),
+    )
     assert whole.worst == parts.worst
     assert whole.outside == parts.outside
     assert whole.p99 == parts.p99

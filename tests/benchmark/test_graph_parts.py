@@ -6,23 +6,36 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from tood_deploy.benchmark.graph_parts import cut_graph
 from tood_deploy.errors import ArtefactError
-from tood_deploy.export.to_onnx import with_outputs
+from tood_deploy.onnx_file import cut_graph, with_outputs
 
 
 @pytest.fixture
 def model() -> onnx.ModelProto:
     """double = 2 x; tripled = double + x; then a branch that reads `tripled` from outside: y = tripled * factor, or x."""
-    branch = helper.make_graph([helper.make_node("Mul", ["tripled", "factor"], ["inner"])], "then", [], [value("inner")])
-    other = helper.make_graph([helper.make_node("Identity", ["x"], ["inner_else"])], "else", [], [value("inner_else")])
+    branch = helper.make_graph(
+        [helper.make_node("Mul", ["tripled", "factor"], ["inner"])], "then", [], [value("inner")]
+    )
+    other = helper.make_graph(
+        [helper.make_node("Identity", ["x"], ["inner_else"])], "else", [], [value("inner_else")]
+    )
     nodes = [
         helper.make_node("Mul", ["x", "two"], ["double"]),
         helper.make_node("Add", ["double", "x"], ["tripled"]),
         helper.make_node("If", ["wanted"], ["y"], then_branch=branch, else_branch=other),
     ]
-    inputs = [value("x"), value("factor"), helper.make_tensor_value_info("wanted", TensorProto.BOOL, [])]
-    graph = helper.make_graph(nodes, "g", inputs, [value("y")], [numpy_helper.from_array(np.array([2], np.float32), "two")])
+    inputs = [
+        value("x"),
+        value("factor"),
+        helper.make_tensor_value_info("wanted", TensorProto.BOOL, []),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        inputs,
+        [value("y")],
+        [numpy_helper.from_array(np.array([2], np.float32), "two")],
+    )
     made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     return onnx.shape_inference.infer_shapes(made)
 
@@ -33,9 +46,14 @@ def value(name: str) -> onnx.ValueInfoProto:
 
 def run(model: onnx.ModelProto, output: str, **inputs: float | bool) -> float:
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    types = {each.name: np.bool_ if "bool" in each.type else np.float32 for each in session.get_inputs()}
+    types = {
+        each.name: np.bool_ if "bool" in each.type else np.float32 for each in session.get_inputs()
+    }
     assert set(types) == set(inputs)
-    feeds = {name: np.array(number if types[name] is np.bool_ else [number], types[name]) for name, number in inputs.items()}
+    feeds = {
+        name: np.array(number if types[name] is np.bool_ else [number], types[name])
+        for name, number in inputs.items()
+    }
     return float(np.asarray(session.run([output], feeds)[0])[0])
 
 

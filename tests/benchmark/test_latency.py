@@ -10,17 +10,26 @@ import numpy as np
 import pytest
 from inference.fakes import RedEngine, red_picture, write_picture
 
-from tood_deploy.benchmark.engine_call import Laps, _torch_call, timed_call
-from tood_deploy.benchmark.latency import Measurement, Plan, Worker, describe
-from tood_deploy.benchmark.latency_report import tables, write_latency_reports
-from tood_deploy.benchmark.latency_run import recorded_ap
-from tood_deploy.benchmark.latency_tables import fps, speedups
-from tood_deploy.benchmark.latency_worker import END_TO_END, ENGINE, Bench, Case, Opened, Turn
-from tood_deploy.benchmark.warmup import WarmUp
+from tood_deploy.benchmark.latency.measure import Measurement, Plan, Worker, describe
+from tood_deploy.benchmark.latency.report import fps, speedups, tables, write_latency_reports
+from tood_deploy.benchmark.latency.run import recorded_ap
+from tood_deploy.benchmark.latency.worker import (
+    END_TO_END,
+    ENGINE,
+    Bench,
+    Case,
+    Laps,
+    Opened,
+    Turn,
+    WarmUp,
+    _torch_call,
+    timed_call,
+)
 from tood_deploy.engines.torch_engine import TorchEngine
 from tood_deploy.errors import ToodError
+from tood_deploy.files import file_sha256
 from tood_deploy.inference.detector import Detector
-from tood_deploy.manifest import Manifest, file_sha256, manifest_path
+from tood_deploy.manifest import Manifest, manifest_path
 from tood_deploy.model.tood import build_model
 from tood_deploy.presets import PRESETS
 
@@ -42,11 +51,17 @@ def measurement(name: str, total_ms: list[list[float]], batch: int = 1) -> Measu
 class TestPlan:
     def test_models_of_one_size_and_batch_are_measured_together(self) -> None:
         plan = Plan((Case("a", "a"), Case("b", "b")), batches=(4, 1, 1), sizes=((64, 96),))
-        groups = [[(case.name, case.batch, case.imgsz) for case in group] for group in plan.groups()]
-        assert groups == [[("a", 1, (64, 96)), ("b", 1, (64, 96))], [("a", 4, (64, 96)), ("b", 4, (64, 96))]]
+        groups = [
+            [(case.name, case.batch, case.imgsz) for case in group] for group in plan.groups()
+        ]
+        assert groups == [
+            [("a", 1, (64, 96)), ("b", 1, (64, 96))],
+            [("a", 4, (64, 96)), ("b", 4, (64, 96))],
+        ]
 
     @pytest.mark.parametrize(
-        ("values", "option"), [({"batches": (1, 0)}, "--batch"), ({"rounds": 0}, "--rounds"), ({"turn_s": -1}, "turn")]
+        ("values", "option"),
+        [({"batches": (1, 0)}, "--batch"), ({"rounds": 0}, "--rounds"), ({"turn_s": -1}, "turn")],
     )
     def test_senseless_numbers(self, values: dict, option: str) -> None:
         with pytest.raises(ToodError, match=option):
@@ -72,7 +87,9 @@ class TestBench:
         turn = bench.turn(0.02)
         assert set(turn.calls) == {ENGINE, END_TO_END}
         assert {frozenset(call) for call in turn.calls[ENGINE]} == {frozenset({"infer", "total"})}
-        assert {frozenset(call) for call in turn.calls[END_TO_END]} == {frozenset({"pre", "infer", "post", "total"})}
+        assert {frozenset(call) for call in turn.calls[END_TO_END]} == {
+            frozenset({"pre", "infer", "post", "total"})
+        }
         for call in turn.calls[END_TO_END]:
             assert call["total"] == pytest.approx(call["pre"] + call["infer"] + call["post"])
         assert turn.peak_mib > 0
@@ -90,7 +107,9 @@ class SelfTimedEngine(RedEngine):
         self.device = "cuda"
         self.calls: list[tuple[float, float]] = []
 
-    def infer_in_parts(self, images: Any, valid_hw: Any, score_threshold: float, iou_threshold: float) -> tuple[Any, Any]:
+    def infer_in_parts(
+        self, images: Any, valid_hw: Any, score_threshold: float, iou_threshold: float
+    ) -> tuple[Any, Any]:
         self.calls.append((score_threshold, iou_threshold))
         return self.infer(images, valid_hw, score_threshold, iou_threshold), (2.0, 8.0, 1.0)
 
@@ -136,10 +155,16 @@ class TestCallsInSteps:
 
 
 class TestReports:
-    FIRST, SECOND = measurement("first", [[10, 12], [20, 24]]), measurement("second", [[5, 6], [10, 12]])
+    FIRST, SECOND = (
+        measurement("first", [[10, 12], [20, 24]]),
+        measurement("second", [[5, 6], [10, 12]]),
+    )
 
     def test_speed_up_is_against_the_first_of_the_group(self) -> None:
-        others = [measurement("first", [[8], [8]], batch=2), measurement("second", [[2], [2]], batch=2)]
+        others = [
+            measurement("first", [[8], [8]], batch=2),
+            measurement("second", [[2], [2]], batch=2),
+        ]
         found = speedups([self.FIRST, self.SECOND, *others])
         assert set(found) == {1, 3}
         assert found[1].value == pytest.approx(2)
@@ -164,7 +189,14 @@ class TestReports:
 
     def test_files(self, tmp_path: Path) -> None:
         both = [self.FIRST, self.SECOND, measurement("second", [[8.0]], batch=2)]
-        paths = write_latency_reports(tmp_path, both, {"command": "tood-bench latency"}, {"cpu": "a"}, {"second": 40.0}, ["busy"])
+        paths = write_latency_reports(
+            tmp_path,
+            both,
+            {"command": "tood-bench latency"},
+            {"cpu": "a"},
+            {"second": 40.0},
+            ["busy"],
+        )
         assert [path.name for path in paths] == ["latency.json", "latency.md", "latency.html"]
         values = json.loads(paths[0].read_text())
         second = values["measurements"][1]
@@ -189,15 +221,29 @@ def test_ap_comes_from_the_verdicts_in_the_manifests(tmp_path: Path) -> None:
     checkpoint, artefact = tmp_path / "m.safetensors", tmp_path / "m.onnx"
     for path in (checkpoint, artefact, tmp_path / "other.pth", tmp_path / "bare.onnx"):
         path.write_text(path.name)
-    verdict = {"ap": {"artefact": 41.0, "reference": 42.0}, "reference": {"sha256": file_sha256(checkpoint)}}
-    manifest_path(artefact).write_text(Manifest(PRESETS["tiny"], parity={"benchmark": verdict}).to_json())
-    cases = [Case(str(tmp_path / name), name) for name in ("m.safetensors", "m.onnx", "other.pth", "bare.onnx")]
-    assert recorded_ap([*cases, Case("r50-1x", "r50-1x")]) == {"m.onnx": 41.0, "m.safetensors": 42.0}
+    verdict = {
+        "ap": {"artefact": 41.0, "reference": 42.0},
+        "reference": {"sha256": file_sha256(checkpoint)},
+    }
+    manifest_path(artefact).write_text(
+        Manifest(PRESETS["tiny"], parity={"benchmark": verdict}).to_json()
+    )
+    cases = [
+        Case(str(tmp_path / name), name)
+        for name in ("m.safetensors", "m.onnx", "other.pth", "bare.onnx")
+    ]
+    assert recorded_ap([*cases, Case("r50-1x", "r50-1x")]) == {
+        "m.onnx": 41.0,
+        "m.safetensors": 42.0,
+    }
 
 
 def test_a_worker_that_cannot_open_its_model_says_why(tmp_path: Path) -> None:
     (tmp_path / "a.onnx").write_text("no model")
-    with Worker(Case(str(tmp_path / "a.onnx"), "a"), None) as worker, pytest.raises(ToodError, match="not an ONNX file"):
+    with (
+        Worker(Case(str(tmp_path / "a.onnx"), "a"), None) as worker,
+        pytest.raises(ToodError, match="not an ONNX file"),
+    ):
         worker.receive(Opened)
 
 

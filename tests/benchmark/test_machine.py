@@ -7,9 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from tood_deploy.benchmark import machine
-from tood_deploy.benchmark.gpu import GpuMeter
-from tood_deploy.benchmark.machine import Load, LoadWatch, describe_machine, peak_memory_mib
+from tood_deploy.benchmark.latency import machine
+from tood_deploy.benchmark.latency.machine import (
+    GpuMeter,
+    Load,
+    LoadWatch,
+    describe_machine,
+    peak_memory_mib,
+)
 from tood_deploy.errors import DeviceError
 
 
@@ -33,8 +38,14 @@ def test_the_governor_where_there_is_one(tmp_path: Path) -> None:
 def test_a_small_process_does_not_inherit_its_parents_peak() -> None:
     ballast = bytearray(300 * 2**20)
     ballast[::4096] = b"1" * len(ballast[::4096])
-    code = "from tood_deploy.benchmark.machine import peak_memory_mib; print(peak_memory_mib())"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
+    code = "from tood_deploy.benchmark.latency.machine import peak_memory_mib; print(peak_memory_mib())"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[2],
+    )
     assert float(result.stdout) < 150
     assert peak_memory_mib() > 300
 

@@ -1,7 +1,7 @@
 import numpy as np
 
-from tood_deploy.benchmark.matching import RowDeviation
-from tood_deploy.rows import Rows
+from tood_deploy.matching import Rows
+from tood_deploy.parity.deviation import RowDeviation
 
 
 def rows(*boxes: tuple[float, float, float, float, int], scores: list[float] | None = None) -> Rows:

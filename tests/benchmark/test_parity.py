@@ -13,22 +13,26 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from tood_deploy.benchmark.parity import Result, Settings, check_subjects, compare
-from tood_deploy.benchmark.parity_report import verdict_line, write_reports
-from tood_deploy.benchmark.parity_tables import ap_table
-from tood_deploy.benchmark.picture_set import open_pictures
-from tood_deploy.benchmark.scoring import Scoring, average_precision
-from tood_deploy.benchmark.stages import STAGES
-from tood_deploy.benchmark.subject import DetectionsOnly, Subject, network_inputs, open_subject
-from tood_deploy.benchmark.torch_stages import TorchStages
-from tood_deploy.benchmark.truth import read_truth
-from tood_deploy.benchmark.verdict import describe, write_verdict
+from tood_deploy.benchmark.evaluation.coco_metrics import Scoring, average_precision
+from tood_deploy.benchmark.parity.compare import Result, Settings, check_subjects, compare
+from tood_deploy.benchmark.parity.report import ap_table, verdict_line, write_reports
+from tood_deploy.benchmark.parity.run import describe, write_verdict
+from tood_deploy.benchmark.parity.stage_runners import (
+    DetectionsOnly,
+    Subject,
+    TorchStages,
+    network_inputs,
+    open_subject,
+)
+from tood_deploy.data.coco import read_truth
+from tood_deploy.data.image_set import open_pictures
 from tood_deploy.engines import BatchDetections
 from tood_deploy.engines.torch_engine import TorchEngine
 from tood_deploy.errors import ToodError
 from tood_deploy.inference.detector import Detector
 from tood_deploy.manifest import Manifest, doubts, manifest_path, read_manifest
 from tood_deploy.model.tood import Tood, build_model
+from tood_deploy.parity.stages import STAGES
 from tood_deploy.parity.tolerances import PRECISION_GATES, Gates
 from tood_deploy.preprocess import fit_imgsz, fit_size
 from tood_deploy.presets import PRESETS
@@ -42,7 +46,9 @@ def model(seeded_fill: Callable) -> Tood:
     """`tiny` with three classes and stand-in weights, which find boxes."""
     made = build_model(replace(PRESETS["tiny"], class_names=CLASSES))
     shapes = {key: tuple(value.shape) for key, value in made.state_dict().items()}
-    made.load_state_dict({key: torch.from_numpy(value) for key, value in seeded_fill(shapes).items()})
+    made.load_state_dict(
+        {key: torch.from_numpy(value) for key, value in seeded_fill(shapes).items()}
+    )
     with torch.no_grad():
         for layer in (made.bbox_head.tood_cls, made.bbox_head.cls_prob_module[2]):
             layer.get_parameter("bias").add_(2)  # so that scores go beyond the threshold
@@ -59,7 +65,11 @@ class FixedEngine(TorchEngine):
         return 2, 3
 
     def infer(
-        self, images: NDArray[np.uint8], valid_hw: NDArray[np.int32], score_threshold: float, iou_threshold: float
+        self,
+        images: NDArray[np.uint8],
+        valid_hw: NDArray[np.int32],
+        score_threshold: float,
+        iou_threshold: float,
     ) -> BatchDetections:
         assert len(images) in (2, 3)
         return super().infer(images, valid_hw, score_threshold, iou_threshold)
@@ -79,10 +89,20 @@ def broken(model: Tood, edit: Callable[[Tood], object]) -> Subject:
 
 
 def run(
-    model: Tood, subject: Subject, scoring: Scoring | None = None, gates: Gates | None = None, settings: Settings | None = None
+    model: Tood,
+    subject: Subject,
+    scoring: Scoring | None = None,
+    gates: Gates | None = None,
+    settings: Settings | None = None,
 ) -> Result:
     pictures = open_pictures(None, None, IMGSZ, 2)
-    return compare(subject_of(model), [(subject, gates or Gates())], pictures, settings or Settings(IMGSZ), scoring)[0]
+    return compare(
+        subject_of(model),
+        [(subject, gates or Gates())],
+        pictures,
+        settings or Settings(IMGSZ),
+        scoring,
+    )[0]
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +110,9 @@ def scoring(model: Tood, tmp_path_factory: pytest.TempPathFactory) -> Scoring:
     """The truth is what the model itself finds with a score above 0.08."""
     pictures = open_pictures(None, None, IMGSZ, 2)
     detector = Detector(TorchEngine(model), conf=0.08, imgsz=IMGSZ)
-    rows = [row for picture in pictures for row in detector(picture.read()).to_coco(picture.image_id)]
+    rows = [
+        row for picture in pictures for row in detector(picture.read()).to_coco(picture.image_id)
+    ]
     content = {
         "images": [{"id": picture.image_id, "file_name": picture.name} for picture in pictures],
         "categories": [{"id": number, "name": name} for number, name in enumerate(CLASSES, 1)],
@@ -105,7 +127,10 @@ def test_the_stages_one_after_another_are_the_whole(model: Tood) -> None:
     subject = subject_of(model)
     image = np.random.default_rng(0).integers(0, 256, (1, 64, 96, 3), dtype=np.uint8)
     inputs = {"images": image, "valid_hw": np.array([[60, 90]], np.int32)}
-    inputs |= {"score_threshold": np.array(0.05, np.float32), "iou_threshold": np.array(0.6, np.float32)}
+    inputs |= {
+        "score_threshold": np.array(0.05, np.float32),
+        "iou_threshold": np.array(0.6, np.float32),
+    }
     whole, chained = subject.runner.run_all(inputs), subject.runner.run_chain(STAGES, inputs)
     assert whole.keys() == chained.keys()
     for name in whole:
@@ -115,7 +140,9 @@ def test_the_stages_one_after_another_are_the_whole(model: Tood) -> None:
 def test_the_reference_rounds_nothing_to_tf32(model: Tood) -> None:
     assert torch.backends.cudnn.allow_tf32
     subject, seen = subject_of(model), []
-    hook = model.backbone.register_forward_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
+    hook = model.backbone.register_forward_hook(
+        lambda *_: seen.append(torch.backends.cudnn.allow_tf32)
+    )
     picture = open_pictures(None, None, IMGSZ, 1).pictures[0].read()
     values = subject.runner.run_all(network_inputs(*subject.prepare(picture, IMGSZ), 0.05, 0.6))
     subject.runner.run(STAGES[1], values)
@@ -124,7 +151,9 @@ def test_the_reference_rounds_nothing_to_tf32(model: Tood) -> None:
 
 
 def test_a_network_equals_itself(model: Tood, scoring: Scoring) -> None:
-    result = run(model, subject_of(model), scoring, settings=Settings(IMGSZ, sizes_hw=((64, 64), (96, 32))))
+    result = run(
+        model, subject_of(model), scoring, settings=Settings(IMGSZ, sizes_hw=((64, 64), (96, 32)))
+    )
     assert result.passed
     assert result.guilty == ""
     assert result.comparison.carried.rows["detections"].reference > 10
@@ -142,7 +171,9 @@ def test_a_network_equals_itself(model: Tood, scoring: Scoring) -> None:
         (lambda model: model.bbox_head.tood_reg.get_parameter("bias").add_(0.01), "head"),
     ],
 )
-def test_the_guilty_stage_of_a_broken_network(model: Tood, scoring: Scoring, edit: Callable, stage: str) -> None:
+def test_the_guilty_stage_of_a_broken_network(
+    model: Tood, scoring: Scoring, edit: Callable, stage: str
+) -> None:
     result = run(model, broken(model, edit), scoring)
     assert result.guilty == stage
     assert {failure.stage for failure in result.failures if not failure.carried} == {stage}
@@ -153,7 +184,9 @@ def test_the_guilty_stage_of_a_broken_network(model: Tood, scoring: Scoring, edi
 def test_looser_gates_let_it_pass(model: Tood) -> None:
     subject = broken(model, lambda copy: copy.bbox_head.tood_reg.get_parameter("bias").add_(1e-3))
     assert not run(model, subject).passed
-    assert run(model, subject, gates=Gates(max_box_strides=1, max_box_px=20, min_matched=0.5)).passed
+    assert run(
+        model, subject, gates=Gates(max_box_strides=1, max_box_px=20, min_matched=0.5)
+    ).passed
 
 
 def test_an_ap_drop_alone_fails(model: Tood, scoring: Scoring) -> None:
@@ -165,19 +198,34 @@ def test_an_ap_drop_alone_fails(model: Tood, scoring: Scoring) -> None:
     assert result.costliest == "network"
     assert "FAILED at the stage AP; in AP, its network costs most" in verdict_line(result)
     passed = run(model, subject, scoring, replace(wide, max_ap_drop=100))
-    assert verdict_line(passed) == "equal to the PyTorch reference within its limits; in AP, its network costs most"
+    assert (
+        verdict_line(passed)
+        == "equal to the PyTorch reference within its limits; in AP, its network costs most"
+    )
 
 
 @pytest.mark.parametrize("branch", ["tood_cls", "tood_reg"])
-def test_not_a_number_is_reported_not_dropped(model: Tood, scoring: Scoring, branch: str, tmp_path: Path) -> None:
-    subject = broken(model, lambda copy: getattr(copy.bbox_head, branch).get_parameter("bias").fill_(float("nan")))
+def test_not_a_number_is_reported_not_dropped(
+    model: Tood, scoring: Scoring, branch: str, tmp_path: Path
+) -> None:
+    subject = broken(
+        model,
+        lambda copy: getattr(copy.bbox_head, branch).get_parameter("bias").fill_(float("nan")),
+    )
     result = run(model, subject, scoring)
     assert result.guilty == "head"
     assert "NaN" in str(result.failures[0])
-    description = describe(result, subject_of(model), open_pictures(None, None, IMGSZ, 2), Settings(IMGSZ))
+    description = describe(
+        result, subject_of(model), open_pictures(None, None, IMGSZ, 2), Settings(IMGSZ)
+    )
     write_reports(tmp_path, [result], [description], {"command": "c"})
     assert "NaN" in (tmp_path / "parity.html").read_text()
-    assert result.comparison.carried.to_dict()[f"head_{'scores' if branch == 'tood_cls' else 'boxes'}_p3"]["not_numbers"] > 0
+    assert (
+        result.comparison.carried.to_dict()[
+            f"head_{'scores' if branch == 'tood_cls' else 'boxes'}_p3"
+        ]["not_numbers"]
+        > 0
+    )
 
 
 def test_detections_alone(model: Tood, tmp_path: Path) -> None:
@@ -209,8 +257,12 @@ class TestCanvas:
         assert result.comparison.canvas.change.matched_share == 1
         assert result.comparison.canvas.change.score.worst == 0
 
-    def test_what_it_costs_in_ap_is_against_the_same_detector(self, model: Tood, scoring: Scoring) -> None:
-        found = run(model, subject_of(model), scoring, settings=Settings(IMGSZ, net_hw=(128, 128))).canvas_ap
+    def test_what_it_costs_in_ap_is_against_the_same_detector(
+        self, model: Tood, scoring: Scoring
+    ) -> None:
+        found = run(
+            model, subject_of(model), scoring, settings=Settings(IMGSZ, net_hw=(128, 128))
+        ).canvas_ap
         assert found is not None
         assert found[0] == 100  # the truth is what it finds with the least padding
         assert found[1] < 100
@@ -234,7 +286,9 @@ class TestFixedShapes:
         engine = FixedEngine(model)
         return Subject("fixed.engine", None, engine, DetectionsOnly(engine), "abc")
 
-    def test_both_run_on_its_canvas_and_what_that_costs_is_told(self, model: Tood, scoring: Scoring, fixed: Subject) -> None:
+    def test_both_run_on_its_canvas_and_what_that_costs_is_told(
+        self, model: Tood, scoring: Scoring, fixed: Subject
+    ) -> None:
         result = run(model, fixed, scoring, settings=Settings(IMGSZ, sizes_hw=((64, 64),)))
         assert result.passed
         assert result.ap_drop == 0
@@ -247,39 +301,56 @@ class TestFixedShapes:
         assert padded < 100
         assert "PyTorch, padded to 128x128" in ap_table(result).markdown()
 
-    def test_beside_one_that_takes_every_size(self, model: Tood, scoring: Scoring, fixed: Subject) -> None:
+    def test_beside_one_that_takes_every_size(
+        self, model: Tood, scoring: Scoring, fixed: Subject
+    ) -> None:
         pictures = open_pictures(None, None, IMGSZ, 2)
         subjects = [(fixed, Gates()), (subject_of(model), Gates())]
-        first, second = compare(subject_of(model), subjects, pictures, Settings(IMGSZ, sizes_hw=((64, 64),)), scoring)
+        first, second = compare(
+            subject_of(model), subjects, pictures, Settings(IMGSZ, sizes_hw=((64, 64),)), scoring
+        )
         assert first.passed
         assert second.passed
-        assert average_precision(first.reference_metrics) < average_precision(second.reference_metrics)
+        assert average_precision(first.reference_metrics) < average_precision(
+            second.reference_metrics
+        )
         assert list(second.comparison.sizes) == [(64, 64)]
         assert second.canvas_ap is None
 
     def test_another_canvas_cannot_be_tried(self, model: Tood, fixed: Subject) -> None:
-        with pytest.raises(ToodError, match=r"fixed.engine: takes pictures of 1 fixed sizes alone; leave --net-size out"):
+        with pytest.raises(
+            ToodError,
+            match=r"fixed.engine: takes pictures of 1 fixed sizes alone; leave --net-size out",
+        ):
             run(model, fixed, settings=Settings(IMGSZ, net_hw=(96, 96)))
 
 
 def test_precision_alone_is_known_without_stages(model: Tood, scoring: Scoring) -> None:
     engine = TorchEngine(model)
     engine.manifest = replace(engine.manifest, precision="bf16")
-    result = run(model, Subject("m.xml", None, engine, DetectionsOnly(engine), "abc"), scoring, PRECISION_GATES["bf16"])
+    result = run(
+        model,
+        Subject("m.xml", None, engine, DetectionsOnly(engine), "abc"),
+        scoring,
+        PRECISION_GATES["bf16"],
+    )
     assert set(result.swap_costs) == {"precision"}
     assert "run by PyTorch in bf16" in ap_table(result).note
     assert "Swapped" in ap_table(result).note
 
 
 @pytest.mark.parametrize(
-    ("precision", "words"), [("fp32", "Precision costs nothing"), ("int8, bf16", "cannot run the network in int8, bf16")]
+    ("precision", "words"),
+    [("fp32", "Precision costs nothing"), ("int8, bf16", "cannot run the network in int8, bf16")],
 )
 def test_what_is_said_of_precision_is_of_the_arithmetic_as_it_runs(
     model: Tood, scoring: Scoring, precision: str, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(TorchEngine, "precision", precision)
     engine = TorchEngine(model)
-    note = ap_table(run(model, Subject("m.xml", None, engine, DetectionsOnly(engine), "abc"), scoring)).note
+    note = ap_table(
+        run(model, Subject("m.xml", None, engine, DetectionsOnly(engine), "abc"), scoring)
+    ).note
     assert words in note
     assert "Swapped" not in note
 
@@ -290,12 +361,18 @@ class TestVerdict:
         artefact.write_bytes(b"an artefact")
         manifest = Manifest(model.preset, parity={"exported": 1}).with_artefact(artefact)
         manifest_path(artefact).write_text(manifest.to_json())
-        subject = broken(model, lambda copy: copy.bbox_head.tood_reg.get_parameter("bias").add_(0.1))
-        subject = replace(subject, name=str(artefact), path=artefact, sha256=manifest.artefact_sha256)
+        subject = broken(
+            model, lambda copy: copy.bbox_head.tood_reg.get_parameter("bias").add_(0.1)
+        )
+        subject = replace(
+            subject, name=str(artefact), path=artefact, sha256=manifest.artefact_sha256
+        )
         subject.engine.manifest = manifest
         result = run(model, subject)
         pictures = open_pictures(None, None, IMGSZ, 2)
-        assert write_verdict(subject, describe(result, subject_of(model), pictures, Settings(IMGSZ))) == manifest_path(artefact)
+        assert write_verdict(
+            subject, describe(result, subject_of(model), pictures, Settings(IMGSZ))
+        ) == manifest_path(artefact)
         found = read_manifest(artefact)
         assert found is not None
         verdict = found.parity["benchmark"]
@@ -317,12 +394,23 @@ class TestVerdict:
 
 def test_reports(model: Tood, scoring: Scoring, tmp_path: Path) -> None:
     subject = broken(model, lambda copy: copy.bbox_head.tood_cls.get_parameter("bias").add_(1.0))
-    result = run(model, subject, scoring, settings=Settings(IMGSZ, sizes_hw=((64, 64),), net_hw=(128, 128)))
+    result = run(
+        model, subject, scoring, settings=Settings(IMGSZ, sizes_hw=((64, 64),), net_hw=(128, 128))
+    )
     settings = Settings(IMGSZ)
     description = describe(result, subject_of(model), open_pictures(None, None, IMGSZ, 2), settings)
-    write_reports(tmp_path, [result, result], [description, description], {"command": "tood-bench parity"})
+    write_reports(
+        tmp_path, [result, result], [description, description], {"command": "tood-bench parity"}
+    )
     text, page = (tmp_path / "parity.md").read_text(), (tmp_path / "parity.html").read_text()
-    for word in ("FAILED at the stage head", "| pixels |", "| head: boxes |", "padded to 128x128", "64 x 64", "| a |"):
+    for word in (
+        "FAILED at the stage head",
+        "| pixels |",
+        "| head: boxes |",
+        "padded to 128x128",
+        "64 x 64",
+        "| a |",
+    ):
         assert word in text
     assert page.count("<img ") >= 2
     assert "http://" not in page.replace("http://www.w3.org", "")
@@ -337,23 +425,31 @@ class TestBadInput:
             check_subjects(subject_of(model), [other])
 
     def test_other_names(self, model: Tood) -> None:
-        other = subject_of(build_model(replace(model.preset, class_names=("a", "x", "c"))), "x.onnx")
+        other = subject_of(
+            build_model(replace(model.preset, class_names=("a", "x", "c"))), "x.onnx"
+        )
         with pytest.raises(ToodError, match=r"'x' where the reference model.pth has 'b'"):
             check_subjects(subject_of(model), [other])
 
-    @pytest.mark.parametrize("values", [{"min_matched": 1.5}, {"max_score": -1}, {"max_ap_drop": float("nan")}])
+    @pytest.mark.parametrize(
+        "values", [{"min_matched": 1.5}, {"max_score": -1}, {"max_ap_drop": float("nan")}]
+    )
     def test_senseless_limits(self, values: dict[str, Any]) -> None:
         with pytest.raises(ToodError, match="expected a number"):
             Gates(**values)
 
     def test_every_precision_has_its_limits(self) -> None:
         assert set(PRECISION_GATES) == {"fp32", "fp16", "bf16", "int8"}
-        assert PRECISION_GATES["fp32"].max_score < PRECISION_GATES["fp16"].max_score < PRECISION_GATES["bf16"].max_score
+        assert (
+            PRECISION_GATES["fp32"].max_score
+            < PRECISION_GATES["fp16"].max_score
+            < PRECISION_GATES["bf16"].max_score
+        )
 
     def test_stages_of_a_model_that_has_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from inference.fakes import RedEngine
 
-        from tood_deploy.benchmark import subject
+        from tood_deploy.benchmark.parity import stage_runners as subject
 
         monkeypatch.setattr(subject, "open_engine", lambda *_, **__: RedEngine())
         assert not open_subject("m.plan", device="cpu", threads=None, stages=None).runner.has_stages

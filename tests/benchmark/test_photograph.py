@@ -11,46 +11,49 @@ import numpy as np
 import pytest
 from inference.fakes import RedEngine
 
-from tood_deploy.benchmark.latency_worker import Case, read_frames
-from tood_deploy.benchmark.photograph import photograph_crops
+from tood_deploy.benchmark.latency.worker import Case, read_frames
+from tood_deploy.data import image_set as module
+from tood_deploy.data.image_set import crop_size, photograph_set
 from tood_deploy.errors import InputError
 from tood_deploy.inference.detector import Detector
-from tood_deploy.parity import sample_images as module
-from tood_deploy.parity.sample_images import crop_size
 from tood_deploy.preprocess import fit_size, pad_size, resize_and_pad
 
 IMGSZ = [(800, 1333), (640, 640), (480, 640), (1344, 1344), (1024, 1535), (64, 96), (33, 1344)]
 
 
 def test_says_what_they_are() -> None:
-    assert photograph_crops((800, 1333), 8).description == (
+    assert photograph_set((800, 1333), 8).description == (
         f"8 crops, 307x512, of a photograph, grace_hopper.jpg of matplotlib {metadata.version('matplotlib')}"
     )
 
 
 @pytest.mark.parametrize("imgsz", IMGSZ)
 def test_have_the_canvas_of_a_picture_of_the_input_size(imgsz: tuple[int, int]) -> None:
-    pictures = [picture.read() for picture in photograph_crops(imgsz, 3)]
-    assert {pad_size(fit_size(picture.shape[:2], imgsz)) for picture in pictures} == {pad_size(imgsz)}
+    pictures = [picture.read() for picture in photograph_set(imgsz, 3)]
+    assert {pad_size(fit_size(picture.shape[:2], imgsz)) for picture in pictures} == {
+        pad_size(imgsz)
+    }
     assert {picture.shape for picture in pictures} == {(*crop_size((600, 512), imgsz), 3)}
     assert all(picture.flags.c_contiguous for picture in pictures)
 
 
 @pytest.mark.parametrize("imgsz", [(800, 1333), (640, 640)])
 def test_are_different_and_full_of_content(imgsz: tuple[int, int]) -> None:
-    pictures = [picture.read() for picture in photograph_crops(imgsz, 8)]
+    pictures = [picture.read() for picture in photograph_set(imgsz, 8)]
     assert len({picture.tobytes() for picture in pictures}) == 8
     for picture in pictures:
         assert picture.std() > 30
-        tiles = [tile for rows in np.array_split(picture, 4) for tile in np.array_split(rows, 4, axis=1)]
+        tiles = [
+            tile for rows in np.array_split(picture, 4) for tile in np.array_split(rows, 4, axis=1)
+        ]
         assert min(tile.std() for tile in tiles) > 2, "a part of it is plain"
 
 
 def test_every_second_is_mirrored_and_all_of_the_photograph_is_seen() -> None:
-    first, last = (photograph_crops((300, 512), 2).pictures[i].read() for i in range(2))
+    first, last = (photograph_set((300, 512), 2).pictures[i].read() for i in range(2))
     assert first.shape == (300, 512, 3)
     whole = np.concatenate([first, last[:, ::-1]])
-    assert np.array_equal(photograph_crops((512, 512), 1).pictures[0].read(), whole[:512])
+    assert np.array_equal(photograph_set((512, 512), 1).pictures[0].read(), whole[:512])
 
 
 def test_are_the_default_of_latencies() -> None:
@@ -64,16 +67,24 @@ def test_are_the_default_of_latencies() -> None:
 def test_matplotlib_is_not_imported_for_them() -> None:
     """It would take a tenth of the memory that is measured."""
     code = (
-        "import sys; from tood_deploy.benchmark.photograph import photograph_crops; photograph_crops((64, 96), 1); "
+        "import sys; from tood_deploy.data.image_set import photograph_set; photograph_set((64, 96), 1); "
         "print('matplotlib' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout
+        == "False\n"
+    )
 
 
 def test_a_photograph_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PHOTOGRAPH", Path("matplotlib/none.jpg"))
-    with pytest.raises(InputError, match=r"^none\.jpg: .* cannot be read .*No such file.*; give images of your own$"):
-        photograph_crops((64, 96), 8)
+    with pytest.raises(
+        InputError,
+        match=r"^none\.jpg: .* cannot be read .*No such file.*; give images of your own$",
+    ):
+        photograph_set((64, 96), 8)
 
 
 def test_without_matplotlib_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,10 +92,16 @@ def test_without_matplotlib_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(module, "distribution", missing)
-    with pytest.raises(InputError, match=r"matplotlib, .* cannot be read \(No package metadata.*; give images of your own"):
-        photograph_crops((64, 96), 8)
+    with pytest.raises(
+        InputError,
+        match=r"matplotlib, .* cannot be read \(No package metadata.*; give images of your own",
+    ):
+        photograph_set((64, 96), 8)
 
 
 def test_a_shape_that_no_part_has_is_an_error() -> None:
-    with pytest.raises(InputError, match=r"imgsz is 1 2300: no part of grace_hopper\.jpg has that shape; give images of your own"):
-        photograph_crops((1, 2300), 8)
+    with pytest.raises(
+        InputError,
+        match=r"imgsz is 1 2300: no part of grace_hopper\.jpg has that shape; give images of your own",
+    ):
+        photograph_set((1, 2300), 8)

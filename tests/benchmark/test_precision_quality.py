@@ -11,13 +11,13 @@ import pytest
 from benchmark.truths import annotation, coco, write_json
 from onnx import numpy_helper
 
-from tood_deploy.benchmark.evaluation_run import DataSet, open_data_set
-from tood_deploy.benchmark.precision_quality import ApDrop
+from tood_deploy.benchmark.evaluation.evaluate import DataSet, open_data_set
+from tood_deploy.benchmark.precision_search import ApDrop
+from tood_deploy.data.image_set import synthetic_picture
 from tood_deploy.errors import InputError, ToodError
-from tood_deploy.export.onnx_artefact import OnnxArtefact, read_onnx
-from tood_deploy.export.precision.mixed_precision import lower_precision
+from tood_deploy.export.precision.half import lower_precision
 from tood_deploy.inference.detector import Detector
-from tood_deploy.parity.sample_images import synthetic_picture
+from tood_deploy.onnx_file import OnnxArtefact, read_onnx
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,9 @@ def data(tiny_artefact: Path, tmp_path_factory: pytest.TempPathFactory) -> DataS
             cv2.imwrite(str(folder / f"{i}.png"), picture)
             rows = detector(picture).to_coco(i, range(1, 81))
             found += [annotation(i, row["category_id"], row["bbox"]) for row in rows]
-    return open_data_set(write_json(folder / "truth.json", coco(found, names=detector.class_names, images=2)), folder)
+    return open_data_set(
+        write_json(folder / "truth.json", coco(found, names=detector.class_names, images=2)), folder
+    )
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +49,11 @@ def changed(model: onnx.ModelProto, name: str, change: Callable[[Any], Any]) -> 
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     tensor = next(tensor for tensor in copy.graph.initializer if tensor.name.endswith(name))
-    tensor.CopyFrom(numpy_helper.from_array(change(numpy_helper.to_array(tensor)).astype(np.float32), tensor.name))
+    tensor.CopyFrom(
+        numpy_helper.from_array(
+            change(numpy_helper.to_array(tensor)).astype(np.float32), tensor.name
+        )
+    )
     return copy
 
 
@@ -57,7 +63,9 @@ def test_the_reference_loses_nothing(drop: ApDrop, reference: OnnxArtefact) -> N
 
 
 def test_half_precision_runs_and_costs_little(drop: ApDrop, reference: OnnxArtefact) -> None:
-    bf16, _ = lower_precision(reference.model, "bf16")  # ONNX Runtime has no such convolution on the CPU
+    bf16, _ = lower_precision(
+        reference.model, "bf16"
+    )  # ONNX Runtime has no such convolution on the CPU
     assert 0 < abs(drop(bf16)) < 0.5 * drop.reference_ap
 
 
@@ -67,7 +75,10 @@ def test_what_is_not_a_number_loses_all(drop: ApDrop, reference: OnnxArtefact) -
 
 
 def test_other_weights_lose_much(drop: ApDrop, reference: OnnxArtefact) -> None:
-    assert drop(changed(reference.model, "bbox_head.tood_reg.bias", lambda bias: bias + 1)) > 0.3 * drop.reference_ap
+    assert (
+        drop(changed(reference.model, "bbox_head.tood_reg.bias", lambda bias: bias + 1))
+        > 0.3 * drop.reference_ap
+    )
 
 
 class TestBadInput:
@@ -78,7 +89,10 @@ class TestBadInput:
 
     def test_nothing_to_lose(self, reference: OnnxArtefact, data: DataSet, tmp_path: Path) -> None:
         names = reference.manifest.preset.class_names
-        path = write_json(tmp_path / "truth.json", coco([annotation(1, 1, (95, 63, 0.5, 0.5))], names=names, images=2))
+        path = write_json(
+            tmp_path / "truth.json",
+            coco([annotation(1, 1, (95, 63, 0.5, 0.5))], names=names, images=2),
+        )
         drop = ApDrop(open_data_set(path, data.truth.path.parent), reference)
         with pytest.raises(InputError, match=r"no AP on its 2 pictures.*give annotated pictures"):
             drop(reference.model)

@@ -12,18 +12,22 @@ import onnx
 import pytest
 
 from tood_deploy.benchmark import precision_search as search_module
-from tood_deploy.benchmark.precision_latency import LatencyBench, Opener, Target
-from tood_deploy.benchmark.precision_search import PrecisionSearch, graph_precision
+from tood_deploy.benchmark.precision_search import (
+    LatencyBench,
+    Opener,
+    PrecisionSearch,
+    Target,
+    graph_precision,
+)
+from tood_deploy.data.image_set import synthetic_picture
 from tood_deploy.engines import Engine, open_engine
 from tood_deploy.errors import DeviceError, ToodError
-from tood_deploy.export.onnx_artefact import OnnxArtefact, read_onnx
-from tood_deploy.export.precision.autotune import Tuned
-from tood_deploy.export.precision.int8 import Int8Options
-from tood_deploy.export.precision.lowering import Lowered, PrecisionOptions, lower_onnx
-from tood_deploy.export.precision.mixture import network_parts
-from tood_deploy.export.runners import onnx_reference
+from tood_deploy.export.precision.convert import Int8Options, Lowered, PrecisionOptions, lower_onnx
+from tood_deploy.export.precision.search import Tuned
+from tood_deploy.export.precision.sensitivity import network_parts
 from tood_deploy.manifest import read_manifest
-from tood_deploy.parity.sample_images import synthetic_picture
+from tood_deploy.onnx_file import OnnxArtefact, read_onnx
+from tood_deploy.parity.stages import onnx_reference
 
 pytestmark = pytest.mark.usefixtures("stand_in_limits")
 
@@ -44,7 +48,11 @@ def artefact(tiny_artefact: Path) -> OnnxArtefact:
 
 
 def weights_in_8_bits(model: onnx.ModelProto) -> list[str]:
-    return [value.name for value in model.graph.initializer if value.data_type == onnx.TensorProto.INT8 and len(value.dims) > 1]
+    return [
+        value.name
+        for value in model.graph.initializer
+        if value.data_type == onnx.TensorProto.INT8 and len(value.dims) > 1
+    ]
 
 
 class InventedBench:
@@ -73,23 +81,43 @@ def neck_is_sensitive(artefact: OnnxArtefact) -> Any:
 def some_parts(model: onnx.ModelProto) -> dict[str, tuple[str, ...]]:
     """Enough to search among; the rest stays float32."""
     parts = network_parts(model)
-    return {name: parts[name] for name in ("backbone.conv1", "neck.fpn_convs", "bbox_head.inter_convs", "bbox_head.tood_cls")}
+    return {
+        name: parts[name]
+        for name in (
+            "backbone.conv1",
+            "neck.fpn_convs",
+            "bbox_head.inter_convs",
+            "bbox_head.tood_cls",
+        )
+    }
 
 
-def search(monkeypatch: pytest.MonkeyPatch, artefact: OnnxArtefact, pictures: Path) -> tuple[Lowered, list[Any]]:
+def search(
+    monkeypatch: pytest.MonkeyPatch, artefact: OnnxArtefact, pictures: Path
+) -> tuple[Lowered, list[Any]]:
     monkeypatch.setattr(search_module, "LatencyBench", InventedBench)
     monkeypatch.setattr(search_module, "network_parts", some_parts)
     told: list[Any] = []
-    return PrecisionSearch(Opener("onnx"), pictures, INT8, quality=neck_is_sensitive, quiet=True)(artefact, told.append), told
+    return PrecisionSearch(Opener("onnx"), pictures, INT8, quality=neck_is_sensitive, quiet=True)(
+        artefact, told.append
+    ), told
 
 
-def test_finds_what_may_be_in_8_bits(monkeypatch: pytest.MonkeyPatch, artefact: OnnxArtefact, pictures: Path) -> None:
+def test_finds_what_may_be_in_8_bits(
+    monkeypatch: pytest.MonkeyPatch, artefact: OnnxArtefact, pictures: Path
+) -> None:
     lowered, told = search(monkeypatch, artefact, pictures)
     found = lowered.options["autotune"]
-    assert found["best"]["mixture"] == {"backbone.conv1": "int8", "neck.fpn_convs": "fp32", "bbox_head.inter_convs": "int8"}
+    assert found["best"]["mixture"] == {
+        "backbone.conv1": "int8",
+        "neck.fpn_convs": "fp32",
+        "bbox_head.inter_convs": "int8",
+    }
     assert lowered.precision == graph_precision(lowered.model) == "int8"
     assert not any(".neck." in name for name in weights_in_8_bits(lowered.model))
-    assert {name: found[name] for name in ("target", "runtime", "unit", "max_drop", "precisions")} == {
+    assert {
+        name: found[name] for name in ("target", "runtime", "unit", "max_drop", "precisions")
+    } == {
         "target": "onnx",
         "runtime": "invented",
         "unit": "points of AP",
@@ -103,10 +131,14 @@ def test_finds_what_may_be_in_8_bits(monkeypatch: pytest.MonkeyPatch, artefact: 
     assert json.loads(json.dumps(found))["best"] == found["best"]
     again, _ = search(monkeypatch, artefact, pictures)
     assert again.options == lowered.options
-    assert again.model.SerializeToString(deterministic=True) == lowered.model.SerializeToString(deterministic=True)
+    assert again.model.SerializeToString(deterministic=True) == lowered.model.SerializeToString(
+        deterministic=True
+    )
 
 
-def test_half_precision_beside_8_bits(monkeypatch: pytest.MonkeyPatch, artefact: OnnxArtefact, pictures: Path) -> None:
+def test_half_precision_beside_8_bits(
+    monkeypatch: pytest.MonkeyPatch, artefact: OnnxArtefact, pictures: Path
+) -> None:
     monkeypatch.setattr(Opener, "check", lambda self: None)
     built: list[onnx.ModelProto] = []
 
@@ -119,7 +151,9 @@ def test_half_precision_beside_8_bits(monkeypatch: pytest.MonkeyPatch, artefact:
     monkeypatch.setattr(search_module, "autotune", build_all)
     monkeypatch.setattr(search_module, "network_parts", some_parts)
     monkeypatch.setattr(search_module, "LatencyBench", InventedBench)
-    lowered = PrecisionSearch(Opener("engine"), pictures, INT8, "fp16", neck_is_sensitive, True)(artefact, lambda part: None)
+    lowered = PrecisionSearch(Opener("engine"), pictures, INT8, "fp16", neck_is_sensitive, True)(
+        artefact, lambda part: None
+    )
     assert [graph_precision(model) for model in built] == ["fp32", "fp16", "int8"]
     assert onnx.TensorProto.FLOAT16 in {tensor.data_type for tensor in built[2].graph.initializer}
     assert built[0] is artefact.model
@@ -133,7 +167,13 @@ def test_a_mixture_becomes_an_artefact(artefact: OnnxArtefact, tmp_path: Path) -
         tell("looked")
         return Lowered(source.model, "fp32", {"autotune": {"trials": [1]}})
 
-    path = lower_onnx(artefact.path, tmp_path, PrecisionOptions(lower=lower), onnx_reference(artefact), tell=told.append)
+    path = lower_onnx(
+        artefact.path,
+        tmp_path,
+        PrecisionOptions(lower=lower),
+        onnx_reference(artefact),
+        tell=told.append,
+    )
     manifest = read_manifest(path)
     assert manifest is not None
     assert manifest.options["autotune"] == {"trials": [1]}
@@ -210,7 +250,9 @@ def test_runtimes_on_the_cpu(target: Target, artefact: OnnxArtefact) -> None:
     assert isinstance(engine, Engine)
     with engine:
         assert engine.device == "cpu"
-        found = engine.infer(np.zeros((1, 64, 96, 3), np.uint8), np.array([[64, 96]], np.int32), 0.05, 0.6)
+        found = engine.infer(
+            np.zeros((1, 64, 96, 3), np.uint8), np.array([[64, 96]], np.int32), 0.05, 0.6
+        )
     assert found.boxes_net.shape == (1, 100, 4)
 
 
@@ -219,7 +261,11 @@ class TestBadInput:
         def check_driver() -> None:
             raise DeviceError("no NVIDIA driver found")
 
-        monkeypatch.setitem(sys.modules, "tood_deploy.cuda_device", SimpleNamespace(check_driver=check_driver))
+        monkeypatch.setitem(
+            sys.modules,
+            "tood_deploy.engines.tensorrt.cuda",
+            SimpleNamespace(check_driver=check_driver),
+        )
         with pytest.raises(DeviceError, match="no NVIDIA driver"):
             PrecisionSearch(Opener("engine"), pictures, INT8, "fp16")
 

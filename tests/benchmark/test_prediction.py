@@ -8,9 +8,9 @@ from benchmark.truths import annotation, coco, write_json
 from inference.fakes import RedEngine, red_picture, write_picture
 from numpy.typing import NDArray
 
-from tood_deploy.benchmark.prediction import picture_files, predict, prediction_key
-from tood_deploy.benchmark.prediction_file import PredictionFile
-from tood_deploy.benchmark.truth import Truth, read_truth
+from tood_deploy.benchmark.evaluation.predict import PredictionFile, predict, prediction_key
+from tood_deploy.data.coco import Truth, read_truth
+from tood_deploy.data.image_set import picture_files
 from tood_deploy.engines import BatchDetections
 from tood_deploy.errors import ArtefactError, InputError
 from tood_deploy.inference.detector import Detector
@@ -26,7 +26,9 @@ class BrokenEngine(RedEngine):
         super().__init__()
         self.broken_call = broken_call
 
-    def _run(self, images: Pixels, valid_hw: Sizes, score_threshold: float, iou_threshold: float) -> BatchDetections:
+    def _run(
+        self, images: Pixels, valid_hw: Sizes, score_threshold: float, iou_threshold: float
+    ) -> BatchDetections:
         found = super()._run(images, valid_hw, score_threshold, iou_threshold)
         if len(self.batches) > self.broken_call:
             found.scores[0, 0] = np.nan
@@ -42,7 +44,9 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def truth(tmp_path: Path) -> Truth:
-    return read_truth(write_json(tmp_path / "truth.json", coco([annotation(1, 1, (4, 8, 16, 16))], images=6)))
+    return read_truth(
+        write_json(tmp_path / "truth.json", coco([annotation(1, 1, (4, 8, 16, 16))], images=6))
+    )
 
 
 @pytest.fixture
@@ -61,7 +65,9 @@ def detector_of(engine: RedEngine, **options: float) -> Detector:
 
 
 @pytest.mark.parametrize("batch", [1, 4])
-def test_every_picture_is_detected_in(truth: Truth, folder: Path, kept_by: Open, batch: int) -> None:
+def test_every_picture_is_detected_in(
+    truth: Truth, folder: Path, kept_by: Open, batch: int
+) -> None:
     detector = detector_of(RedEngine())
     kept = kept_by(detector)
     predict(detector, truth, picture_files(truth, folder), kept, batch, quiet=True)
@@ -119,7 +125,9 @@ def test_pictures_decoded_smaller_keep_their_size(tmp_path: Path) -> None:
     np.testing.assert_allclose(kept.results([1, 2]).boxes_xywh, [[64, 8, 96, 96]] * 2, atol=8)
 
 
-def test_values_that_are_no_numbers_name_the_picture(truth: Truth, folder: Path, kept_by: Open) -> None:
+def test_values_that_are_no_numbers_name_the_picture(
+    truth: Truth, folder: Path, kept_by: Open
+) -> None:
     detector = detector_of(BrokenEngine(2))
     kept = kept_by(detector)
     with pytest.raises(ArtefactError, match=r"NaN or infinite.*picture .*3\.png\)"):
@@ -127,7 +135,9 @@ def test_values_that_are_no_numbers_name_the_picture(truth: Truth, folder: Path,
     assert list(kept.sizes_hw) == [1, 2]
 
 
-def test_a_damaged_picture_ends_the_run_after_the_others(truth: Truth, folder: Path, kept_by: Open) -> None:
+def test_a_damaged_picture_ends_the_run_after_the_others(
+    truth: Truth, folder: Path, kept_by: Open
+) -> None:
     (folder / "2.png").write_bytes(b"nothing")
     detector = detector_of(RedEngine())
     kept = kept_by(detector)
@@ -139,7 +149,9 @@ def test_a_damaged_picture_ends_the_run_after_the_others(truth: Truth, folder: P
 def test_missing_pictures_are_counted(truth: Truth, folder: Path) -> None:
     (folder / "2.png").unlink()
     (folder / "4.png").unlink()
-    with pytest.raises(InputError, match=r"2 of the 6 pictures .* are missing, the first is .*2\.png"):
+    with pytest.raises(
+        InputError, match=r"2 of the 6 pictures .* are missing, the first is .*2\.png"
+    ):
         picture_files(truth, folder)
     with pytest.raises(InputError, match="no such folder"):
         picture_files(truth, folder / "deeper")

@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tood_deploy.benchmark.prediction_file import Key, PredictionFile
+from tood_deploy.benchmark.evaluation.predict import Key, PredictionFile
 from tood_deploy.detections import Detections
 from tood_deploy.errors import InputError
 
@@ -12,7 +12,9 @@ KEY = Key({"model": "a", "conf": 0.05})
 
 def some(count: int = 2) -> Detections:
     boxes = np.array([[1, 2, 4, 6], [0.1, 0.2, 30.3, 40.4]], np.float32)[:count]
-    return Detections(boxes, np.array([0.9, 1 / 3], np.float32)[:count], np.array([1, 0], np.int32)[:count])
+    return Detections(
+        boxes, np.array([0.9, 1 / 3], np.float32)[:count], np.array([1, 0], np.int32)[:count]
+    )
 
 
 @pytest.fixture
@@ -31,7 +33,9 @@ def test_detections_come_back_bit_by_bit_in_order_of_the_pictures(path: Path) ->
     assert kept.sizes_hw == {7: (48, 64), 3: (48, 64), 5: (10, 20)}
     assert results.image_ids.tolist() == [3, 7, 7]
     assert results.category_ids.tolist() == [20, 20, 10]
-    assert results.scores.tolist() == [float(score) for score in np.array([0.9, 0.9, 1 / 3], np.float32)]
+    assert results.scores.tolist() == [
+        float(score) for score in np.array([0.9, 0.9, 1 / 3], np.float32)
+    ]
     rows = some().to_coco(7, [10, 20])
     assert [row["bbox"] for row in rows] == results.boxes_xywh[1:].tolist()
 
@@ -63,7 +67,12 @@ def test_a_file_cut_in_its_first_line_starts_anew(path: Path) -> None:
 
 
 def test_every_value_makes_another_file(tmp_path: Path) -> None:
-    keys = (KEY, Key({"model": "b", "conf": 0.05}), Key({"model": "a", "conf": 0.051}), Key({"model": "a"}))
+    keys = (
+        KEY,
+        Key({"model": "b", "conf": 0.05}),
+        Key({"model": "a", "conf": 0.051}),
+        Key({"model": "a"}),
+    )
     assert len({key.file_in(tmp_path) for key in keys}) == 4
 
 
@@ -72,7 +81,15 @@ def test_a_file_of_another_key_is_refused(path: Path) -> None:
         PredictionFile(path, Key({"model": "b"}))
 
 
-@pytest.mark.parametrize("line", [b"{}", b"[]", b"x", b'{"image_id": 1, "boxes": [[1]], "scores": [], "class_ids": [], "size_hw": [1, 2]}'])
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"{}",
+        b"[]",
+        b"x",
+        b'{"image_id": 1, "boxes": [[1]], "scores": [], "class_ids": [], "size_hw": [1, 2]}',
+    ],
+)
 def test_a_damaged_file_is_refused(path: Path, line: bytes) -> None:
     lines = path.read_bytes().split(b"\n")
     path.write_bytes(b"\n".join([lines[0], line, *lines[1:]]))

@@ -9,15 +9,17 @@ import numpy as np
 import pytest
 from markupsafe import Markup
 
-from tood_deploy.benchmark.figure import INK, embed_figure, new_figure
-from tood_deploy.benchmark.report import (
+from tood_deploy.benchmark.html_report import (
+    INK,
     Card,
     Section,
     Table,
     Tile,
+    embed_figure,
     embed_picture,
     fold,
     gallery,
+    new_figure,
     pair,
     paragraph,
     picture,
@@ -40,7 +42,9 @@ class Balance(HTMLParser):
         self.references: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.references += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href")]
+        self.references += [
+            value or "" for name, value in attrs if name in ("src", "href", "xlink:href")
+        ]
         if tag not in VOID:
             self.open.append(tag)
 
@@ -58,20 +62,40 @@ def figure(title: str = "a figure") -> Markup:
 
 
 def test_page_is_whole_and_needs_nothing_else(tmp_path: Path) -> None:
-    body = gallery([Card("c", picture(GREY, "grey")), Card("d", pair(figure(), figure()))], "one") + fold(
-        "more", Table(["a"], [["b"]]).html()
-    )
+    body = gallery(
+        [Card("c", picture(GREY, "grey")), Card("d", pair(figure(), figure()))], "one"
+    ) + fold("more", Table(["a"], [["b"]]).html())
     sections = [Section("One", body, "lead"), Section("Two", paragraph("text"))]
     path = tmp_path / "new" / "page.html"
-    render_page("Title", sections, path, lead="l", tiles=[Tile("AP", "1.00", "r")], facts={"command": "x"}, warnings=["careful"])
+    render_page(
+        "Title",
+        sections,
+        path,
+        lead="l",
+        tiles=[Tile("AP", "1.00", "r")],
+        facts={"command": "x"},
+        warnings=["careful"],
+    )
     html = path.read_text(encoding="utf-8")
     parser = Balance()
     parser.feed(html)
     assert parser.open == []
-    assert {reference.partition(":")[0] for reference in parser.references if not reference.startswith("#")} == {"data"}
+    assert {
+        reference.partition(":")[0]
+        for reference in parser.references
+        if not reference.startswith("#")
+    } == {"data"}
     assert {"#s1", "#s2"} <= set(parser.references)
     assert not re.search(r"url\((?!#)|@import|<script|<link", html)
-    for text in ("Title", "careful", "1.00", "viewport", "prefers-color-scheme: dark", "lead", "command"):
+    for text in (
+        "Title",
+        "careful",
+        "1.00",
+        "viewport",
+        "prefers-color-scheme: dark",
+        "lead",
+        "command",
+    ):
         assert text in html
 
 
@@ -97,7 +121,11 @@ def test_texts_are_escaped(tmp_path: Path) -> None:
 
 
 def test_table_in_markdown() -> None:
-    table = Table(["class", "AP", "n"], [["a|b<i>", 12.345, 3], ["c", None, 0], ["d", float("nan"), -1]], "note")
+    table = Table(
+        ["class", "AP", "n"],
+        [["a|b<i>", 12.345, 3], ["c", None, 0], ["d", float("nan"), -1]],
+        "note",
+    )
     assert table.markdown().split("\n") == [
         "| class | AP | n |", "| --- | ---: | ---: |", "| a\\|b&lt;i> | 12.35 | 3 |", "| c | - | 0 |", "| d | - | -1 |", "", "note"
     ]  # fmt: skip
@@ -116,18 +144,30 @@ def test_the_same_figure_is_the_same_text() -> None:
     assert figure() == figure()
 
 
-@pytest.mark.parametrize(("height", "width", "expected"), [(30, 60, (30, 60)), (100, 2560, (50, 1280)), (2560, 1, (1280, 1))])
-def test_pictures_are_inside_and_not_too_large(height: int, width: int, expected: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("height", "width", "expected"),
+    [(30, 60, (30, 60)), (100, 2560, (50, 1280)), (2560, 1, (1280, 1))],
+)
+def test_pictures_are_inside_and_not_too_large(
+    height: int, width: int, expected: tuple[int, int]
+) -> None:
     kind, data = embed_picture(np.full((height, width, 3), (10, 120, 240), np.uint8)).split(",")
     image = cv2.imdecode(np.frombuffer(base64.b64decode(data), np.uint8), cv2.IMREAD_COLOR)
     assert kind == "data:image/jpeg;base64"
     assert image is not None
     assert image.shape[:2] == expected
-    np.testing.assert_allclose(image.reshape(-1, 3).mean(axis=0), (10, 120, 240), atol=6)  # JPEG's loss
+    np.testing.assert_allclose(
+        image.reshape(-1, 3).mean(axis=0), (10, 120, 240), atol=6
+    )  # JPEG's loss
 
 
 def test_values_become_plain(tmp_path: Path) -> None:
-    values = {"a": np.float32(0.5), 1: (np.int64(2), float("nan")), "c": np.array([[1.0, np.inf]]), "d": [None, True, "é"]}
+    values = {
+        "a": np.float32(0.5),
+        1: (np.int64(2), float("nan")),
+        "c": np.array([[1.0, np.inf]]),
+        "d": [None, True, "é"],
+    }
     assert plain(values) == {"a": 0.5, "1": [2, None], "c": [[1.0, None]], "d": [None, True, "é"]}
     write_json(tmp_path / "v.json", values)
     assert json.loads((tmp_path / "v.json").read_text(encoding="utf-8")) == plain(values)

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from benchmark.truths import annotation, result, truth_of, write_json
 
-from tood_deploy.benchmark.results import empty_results, read_results, results_from_rows, write_results
-from tood_deploy.benchmark.truth import Truth
+from tood_deploy.data.coco import Truth
+from tood_deploy.data.results import empty_results, read_results, results_from_rows, write_results
 from tood_deploy.errors import InputError
 
 GOOD = result(1, 1, (1, 2, 3, 4), 0.5)
@@ -18,7 +18,14 @@ def truth(tmp_path: Path) -> Truth:
 
 
 def test_order_within_a_picture_stays(truth: Truth) -> None:
-    results = results_from_rows([result(2, 1, (1, 1, 1, 1), 0.1), result(1, 2, (2, 2, 2, 2), 0.2), result(2, 2, (3, 3, 3, 3), 0.3)], truth)
+    results = results_from_rows(
+        [
+            result(2, 1, (1, 1, 1, 1), 0.1),
+            result(1, 2, (2, 2, 2, 2), 0.2),
+            result(2, 2, (3, 3, 3, 3), 0.3),
+        ],
+        truth,
+    )
     assert results.scores.tolist() == [0.2, 0.1, 0.3]
     assert results.category_ids.tolist() == [2, 1, 2]
 
@@ -34,7 +41,9 @@ def test_a_file_is_read_as_it_was_written(tmp_path: Path, truth: Truth) -> None:
 
 def test_no_results_at_all(tmp_path: Path, truth: Truth) -> None:
     write_results(tmp_path / "results.json", empty_results())
-    with pytest.raises(InputError, match=r"results\.json: the list is empty.*expected COCO results"):
+    with pytest.raises(
+        InputError, match=r"results\.json: the list is empty.*expected COCO results"
+    ):
         read_results(tmp_path / "results.json", truth)
     assert len(results_from_rows([], truth)) == 0
 
@@ -46,9 +55,15 @@ def test_no_results_at_all(tmp_path: Path, truth: Truth) -> None:
         ("text", "found a str"),
         ([1], "row 0 is 1"),
         ([GOOD, {"image_id": 1}], "row 1 is"),
-        ([result(1, 1, (1, 2, 3), 0.5)], r"row 0 is .*expected image_id, category_id, bbox \(x, y, width, height\) and score"),
+        (
+            [result(1, 1, (1, 2, 3), 0.5)],
+            r"row 0 is .*expected image_id, category_id, bbox \(x, y, width, height\) and score",
+        ),
         ([GOOD | {"score": "high"}], "not a number"),
-        ([GOOD, result(1, 1, (1, 2, 3, 4), float("nan"))], "1 of 2 detections hold NaN or infinite values, the first is row 1"),
+        (
+            [GOOD, result(1, 1, (1, 2, 3, 4), float("nan"))],
+            "1 of 2 detections hold NaN or infinite values, the first is row 1",
+        ),
         ([result(1, 1, (1, 2, 3, float("inf")), 0.5)], "NaN or infinite"),
         ([GOOD | {"bbox": [1, 2, 3, None]}], "NaN or infinite"),
         ([result(9, 1, (1, 2, 3, 4), 0.5)], "image id 9"),
@@ -56,12 +71,16 @@ def test_no_results_at_all(tmp_path: Path, truth: Truth) -> None:
         ([GOOD | {"image_id": "1"}], "image id 1"),
     ],
 )
-def test_what_are_no_results_is_refused(tmp_path: Path, truth: Truth, content: Any, words: str) -> None:
+def test_what_are_no_results_is_refused(
+    tmp_path: Path, truth: Truth, content: Any, words: str
+) -> None:
     with pytest.raises(InputError, match=words):
         read_results(write_json(tmp_path / "results.json", content), truth)
 
 
 def test_boxes_of_some_pictures(truth: Truth) -> None:
-    results = results_from_rows([result(image, 1, (image, 1, 1, 1), 0.5) for image in (3, 1, 3, 2)], truth)
+    results = results_from_rows(
+        [result(image, 1, (image, 1, 1, 1), 0.5) for image in (3, 1, 3, 2)], truth
+    )
     assert results.pick(results.span(3, 3)).boxes_xywh[:, 0].tolist() == [3, 3]
     assert len(results.pick(np.array([True, False, False, True]))) == 2

@@ -14,23 +14,28 @@ import torch
 from onnx import numpy_helper
 from onnx_edits import edit_weight, maker
 
-from tood_deploy.benchmark.parity import Result, Settings, compare
-from tood_deploy.benchmark.picture_set import PictureSet, open_pictures
-from tood_deploy.benchmark.scoring import Scoring
-from tood_deploy.benchmark.subject import Subject, open_subject
-from tood_deploy.benchmark.truth import read_truth
-from tood_deploy.export.to_onnx import onnx_from_model, save_onnx
+from tood_deploy.benchmark.evaluation.coco_metrics import Scoring
+from tood_deploy.benchmark.parity.compare import Result, Settings, compare
+from tood_deploy.benchmark.parity.stage_runners import Subject, open_subject
+from tood_deploy.data.coco import read_truth
+from tood_deploy.data.image_set import PictureSet, open_pictures
+from tood_deploy.export.to_onnx import onnx_from_model
 from tood_deploy.inference.detector import Detector
 from tood_deploy.manifest import Manifest
 from tood_deploy.model.checkpoint import load_checkpoint, save_checkpoint
 from tood_deploy.model.tood import build_model
+from tood_deploy.onnx_file import save_onnx
 from tood_deploy.parity.tolerances import Gates
 
 pytestmark = pytest.mark.slow
 
 IMGSZ = (240, 320)
 TRAINED = Path("reference/checkpoints/mmdet3_bccd_tiny.pth")
-HEAD, PYRAMID, BACKBONE = "detector.model.bbox_head", "detector.model.neck", "detector.model.backbone"
+HEAD, PYRAMID, BACKBONE = (
+    "detector.model.bbox_head",
+    "detector.model.neck",
+    "detector.model.backbone",
+)
 Sabotage = Callable[[onnx.ModelProto], None]
 
 
@@ -43,7 +48,9 @@ def reference(tmp_path_factory: pytest.TempPathFactory, seeded_fill: Callable) -
     if not checkpoint.is_file():
         model = build_model("tiny")
         shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-        model.load_state_dict({key: torch.from_numpy(value) for key, value in seeded_fill(shapes).items()})
+        model.load_state_dict(
+            {key: torch.from_numpy(value) for key, value in seeded_fill(shapes).items()}
+        )
         with torch.no_grad():
             for layer in (model.bbox_head.tood_cls, model.bbox_head.cls_prob_module[2]):
                 layer.get_parameter("bias").add_(2)  # so that scores go beyond the threshold
@@ -58,11 +65,15 @@ def exported(reference: Subject) -> onnx.ModelProto:
 
 
 @pytest.fixture(scope="module")
-def scoring(reference: Subject, tmp_path_factory: pytest.TempPathFactory) -> tuple[PictureSet, Scoring]:
+def scoring(
+    reference: Subject, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[PictureSet, Scoring]:
     """Synthetic pictures; the truth is what the reference itself finds in them with a score above 0.1."""
     pictures, names = open_pictures(None, None, IMGSZ, 3), reference.manifest.preset.class_names
     detector = Detector(reference.engine, conf=0.1, imgsz=IMGSZ)
-    rows = [row for picture in pictures for row in detector(picture.read()).to_coco(picture.image_id)]
+    rows = [
+        row for picture in pictures for row in detector(picture.read()).to_coco(picture.image_id)
+    ]
     assert rows
     truth = {
         "images": [{"id": picture.image_id, "file_name": picture.name} for picture in pictures],
@@ -75,7 +86,12 @@ def scoring(reference: Subject, tmp_path_factory: pytest.TempPathFactory) -> tup
 
 
 @pytest.fixture
-def judge(reference: Subject, exported: onnx.ModelProto, scoring: tuple[PictureSet, Scoring], tmp_path: Path) -> Callable[..., Result]:
+def judge(
+    reference: Subject,
+    exported: onnx.ModelProto,
+    scoring: tuple[PictureSet, Scoring],
+    tmp_path: Path,
+) -> Callable[..., Result]:
     """Breaks a copy of the artefact and compares it with the reference."""
 
     def run(sabotage: Sabotage) -> Result:
@@ -89,12 +105,18 @@ def judge(reference: Subject, exported: onnx.ModelProto, scoring: tuple[PictureS
     return run
 
 
-def insert_after(model: onnx.ModelProto, name: str, *operators: tuple[str, list[str], dict]) -> None:
+def insert_after(
+    model: onnx.ModelProto, name: str, *operators: tuple[str, list[str], dict]
+) -> None:
     """Sends a value through further nodes before anyone reads it. An operator is its type, its other inputs and its attributes."""
     nodes, made, before = [], name, f"{name}_before"
     for number, (kind, others, attributes) in enumerate(operators):
         output = name if number == len(operators) - 1 else f"{name}_{number}"
-        nodes.append(onnx.helper.make_node(kind, [before if number == 0 else made, *others], [output], **attributes))
+        nodes.append(
+            onnx.helper.make_node(
+                kind, [before if number == 0 else made, *others], [output], **attributes
+            )
+        )
         made = output
     for position, node in enumerate(model.graph.node):
         if name in node.output:
@@ -110,8 +132,12 @@ def wrong_mean(model: onnx.ModelProto) -> None:
 
 
 def blue_for_red(model: onnx.ModelProto) -> None:
-    first = next(node for node in model.graph.node if node.op_type == "Cast" and "images" in node.input)
-    model.graph.initializer.append(numpy_helper.from_array(np.array([2, 1, 0], np.int64), "swapped"))
+    first = next(
+        node for node in model.graph.node if node.op_type == "Cast" and "images" in node.input
+    )
+    model.graph.initializer.append(
+        numpy_helper.from_array(np.array([2, 1, 0], np.int64), "swapped")
+    )
     insert_after(model, first.output[0], ("Gather", ["swapped"], {"axis": 3}))
 
 
@@ -138,7 +164,10 @@ def rename_input(node: onnx.NodeProto, old: str, new: str) -> None:
 
 def decode_in_half_precision(model: onnx.ModelProto) -> None:
     """The decoded boxes of every level, before they are aligned, through float16."""
-    casts = (("Cast", [], {"to": onnx.TensorProto.FLOAT16}), ("Cast", [], {"to": onnx.TensorProto.FLOAT}))
+    casts = (
+        ("Cast", [], {"to": onnx.TensorProto.FLOAT16}),
+        ("Cast", [], {"to": onnx.TensorProto.FLOAT}),
+    )
     for level in range(3, 8):
         insert_after(model, maker(model, f"head_boxes_p{level}").input[1], *casts)
 
@@ -148,11 +177,15 @@ def zero_backbone_channel(model: onnx.ModelProto) -> None:
 
 
 def zero_pyramid_channel(model: onnx.ModelProto) -> None:
-    edit_weight(model, f"{PYRAMID}.fpn_convs.1.conv.weight", lambda weight: weight.__setitem__(3, 0))
+    edit_weight(
+        model, f"{PYRAMID}.fpn_convs.1.conv.weight", lambda weight: weight.__setitem__(3, 0)
+    )
 
 
 def zero_head_channel(model: onnx.ModelProto) -> None:
-    edit_weight(model, f"{HEAD}.tood_cls.weight", lambda weight: weight.__setitem__((slice(None), 5), 0))
+    edit_weight(
+        model, f"{HEAD}.tood_cls.weight", lambda weight: weight.__setitem__((slice(None), 5), 0)
+    )
 
 
 def test_a_sound_artefact_passes(judge: Callable[..., Result]) -> None:
@@ -177,12 +210,16 @@ def test_a_sound_artefact_passes(judge: Callable[..., Result]) -> None:
         (suppress_at_half, "detections", "post-processing"),
     ],
 )
-def test_the_guilty_stage_is_named(judge: Callable[..., Result], sabotage: Sabotage, stage: str, part: str | None) -> None:
+def test_the_guilty_stage_is_named(
+    judge: Callable[..., Result], sabotage: Sabotage, stage: str, part: str | None
+) -> None:
     result = judge(sabotage)
     assert result.guilty == stage
     guilty_alone = {failure.stage for failure in result.failures if not failure.carried}
     assert guilty_alone == {stage}
-    others = {name for name, cost in result.swap_costs.items() if cost != pytest.approx(0, abs=1e-6)}
+    others = {
+        name for name, cost in result.swap_costs.items() if cost != pytest.approx(0, abs=1e-6)
+    }
     assert others <= ({part} if part else {"network"})
     if part in ("pre-processing", "network"):
         assert result.costliest in (part, "")

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from tood_deploy.benchmark.statistics import speedup, summarise
-from tood_deploy.benchmark.warmup import is_stable, warm_up
+from tood_deploy.benchmark.latency.report import speedup, summarise
+from tood_deploy.benchmark.latency.worker import is_stable, warm_up
 
 
 def test_a_summary_by_hand() -> None:
@@ -54,7 +54,9 @@ def test_a_warm_up_ends_when_times_no_longer_change() -> None:
     clock = Clock([1.0, 0.5, 0.3, 0.2] + [0.1] * 20)
     found = warm_up(clock.call, 100, lambda: clock.now)
     assert found.stable
-    assert found.calls == clock.calls == 12  # ten calls whose two halves have the same median, after two slow ones
+    assert (
+        found.calls == clock.calls == 12
+    )  # ten calls whose two halves have the same median, after two slow ones
     assert found.times_ms[0] == pytest.approx(1000)
     assert found.seconds == pytest.approx(clock.now)
 

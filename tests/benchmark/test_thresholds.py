@@ -5,9 +5,14 @@ import numpy as np
 import pytest
 from benchmark.truths import annotation, random_rows, result, truth_of
 
-from tood_deploy.benchmark.coco_ap import match
-from tood_deploy.benchmark.results import empty_results, results_from_rows
-from tood_deploy.benchmark.thresholds import f1_curve, find_thresholds, lower_ious, suppress
+from tood_deploy.benchmark.evaluation.analysis import (
+    f1_curve,
+    find_thresholds,
+    lower_ious,
+    suppress,
+)
+from tood_deploy.benchmark.evaluation.coco_metrics import match
+from tood_deploy.data.results import empty_results, results_from_rows
 
 
 def iou(a: list[float], b: list[float]) -> float:
@@ -21,7 +26,11 @@ def suppress_slowly(rows: list[dict[str, Any]], threshold: float) -> list[bool]:
     """The definition, box by box."""
     keep = [False] * len(rows)
     for i in sorted(range(len(rows)), key=lambda i: -rows[i]["score"]):
-        same = [j for j in range(len(rows)) if keep[j] and all(rows[i][key] == rows[j][key] for key in ("image_id", "category_id"))]
+        same = [
+            j
+            for j in range(len(rows))
+            if keep[j] and all(rows[i][key] == rows[j][key] for key in ("image_id", "category_id"))
+        ]
         keep[i] = all(iou(rows[i]["bbox"], rows[j]["bbox"]) <= threshold for j in same)
     return keep
 
@@ -32,13 +41,17 @@ def test_suppression_is_greedy_within_picture_and_class(tmp_path: Path, seed: in
     rows.sort(key=lambda row: row["image_id"])
     results = results_from_rows(rows, truth_of(tmp_path, annotations, images=12))
     masks = suppress(results, [0.3, 0.5, 0.9])
-    assert [mask.tolist() for mask in masks] == [suppress_slowly(rows, threshold) for threshold in (0.3, 0.5, 0.9)]
+    assert [mask.tolist() for mask in masks] == [
+        suppress_slowly(rows, threshold) for threshold in (0.3, 0.5, 0.9)
+    ]
     assert not masks[0].all()
 
 
 def test_nothing_to_suppress(tmp_path: Path) -> None:
     assert [mask.tolist() for mask in suppress(empty_results(), [0.5])] == [[]]
-    one = results_from_rows([result(1, 1, (1, 1, 5, 5), 0.5)], truth_of(tmp_path, [annotation(1, 1, (1, 1, 5, 5))]))
+    one = results_from_rows(
+        [result(1, 1, (1, 1, 5, 5), 0.5)], truth_of(tmp_path, [annotation(1, 1, (1, 1, 5, 5))])
+    )
     assert [mask.tolist() for mask in suppress(one, [0.0])] == [[True]]
     assert suppress(one, []) == []
 
@@ -51,7 +64,9 @@ def test_f1_equals_counting_at_every_score(tmp_path: Path, seed: int) -> None:
     curve = f1_curve(truth, results, match(truth, results), 1)
     assert curve is not None
     objects = sum(each["category_id"] == 1 and not each["iscrowd"] for each in annotations)
-    for score, precision, recall, f1 in zip(curve.scores, curve.precision, curve.recall, curve.f1, strict=True):
+    for score, precision, recall, f1 in zip(
+        curve.scores, curve.precision, curve.recall, curve.f1, strict=True
+    ):
         fewer = results.pick(results.scores >= score)
         matches = match(truth, fewer)
         counted = (fewer.category_ids[matches.rows] == 1) & ~matches.ignored[:, 0]
@@ -62,7 +77,11 @@ def test_f1_equals_counting_at_every_score(tmp_path: Path, seed: int) -> None:
 
 def test_the_best_score_lies_between_the_last_kept_and_the_next(tmp_path: Path) -> None:
     truth = truth_of(tmp_path, [annotation(1, 1, (0, 0, 10, 10)), annotation(2, 1, (0, 0, 10, 10))])
-    rows = [result(1, 1, (0, 0, 10, 10), 0.9), result(2, 1, (0, 0, 10, 10), 0.6), result(3, 1, (0, 0, 10, 10), 0.4)]
+    rows = [
+        result(1, 1, (0, 0, 10, 10), 0.9),
+        result(2, 1, (0, 0, 10, 10), 0.6),
+        result(3, 1, (0, 0, 10, 10), 0.4),
+    ]
     cut = find_thresholds(truth, results_from_rows(rows, truth), 0.05, 0.6).best["cat"]
     assert (cut.conf, cut.iou, cut.f1) == pytest.approx((0.5, 0.6, 1.0))
     lowest = find_thresholds(truth, results_from_rows(rows[:2], truth), 0.05, 0.6).best["cat"]
@@ -70,9 +89,22 @@ def test_the_best_score_lies_between_the_last_kept_and_the_next(tmp_path: Path) 
 
 
 def test_a_lower_suppression_threshold_is_found(tmp_path: Path) -> None:
-    truth = truth_of(tmp_path, [annotation(1, 1, (0, 0, 20, 20)), annotation(2, 2, (0, 0, 20, 20)), annotation(2, 2, (8, 0, 20, 20))])
-    rows = [result(1, 1, (0, 0, 20, 20), 0.9), result(1, 1, (0, 0, 20, 10), 0.8)]  # a double: overlap 0.5
-    rows += [result(2, 2, (0, 0, 20, 20), 0.9), result(2, 2, (8, 0, 20, 20), 0.8)]  # two objects: overlap 0.43
+    truth = truth_of(
+        tmp_path,
+        [
+            annotation(1, 1, (0, 0, 20, 20)),
+            annotation(2, 2, (0, 0, 20, 20)),
+            annotation(2, 2, (8, 0, 20, 20)),
+        ],
+    )
+    rows = [
+        result(1, 1, (0, 0, 20, 20), 0.9),
+        result(1, 1, (0, 0, 20, 10), 0.8),
+    ]  # a double: overlap 0.5
+    rows += [
+        result(2, 2, (0, 0, 20, 20), 0.9),
+        result(2, 2, (8, 0, 20, 20), 0.8),
+    ]  # two objects: overlap 0.43
     found = find_thresholds(truth, results_from_rows(rows, truth), 0.05, 0.6)
     assert found.best["cat"].f1 == 1
     assert found.as_run["cat"].f1 == 1  # by dropping the double's score
@@ -84,7 +116,12 @@ def test_a_lower_suppression_threshold_is_found(tmp_path: Path) -> None:
 
 def test_classes_without_objects_or_right_detections_have_no_threshold(tmp_path: Path) -> None:
     truth = truth_of(tmp_path, [annotation(1, 1, (0, 0, 20, 20))])
-    found = find_thresholds(truth, results_from_rows([result(1, 1, (40, 30, 5, 5), 0.9), result(1, 2, (0, 0, 5, 5), 0.9)], truth))
+    found = find_thresholds(
+        truth,
+        results_from_rows(
+            [result(1, 1, (40, 30, 5, 5), 0.9), result(1, 2, (0, 0, 5, 5), 0.9)], truth
+        ),
+    )
     assert (found.best, found.as_run, found.together) == ({}, {}, None)
     assert list(found.curves) == ["cat"]
     nothing = find_thresholds(truth, empty_results())

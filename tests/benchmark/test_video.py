@@ -4,9 +4,8 @@ from pathlib import Path
 import pytest
 from inference.fakes import RedEngine, moving_pictures, write_picture, write_video
 
-from tood_deploy.benchmark import video as video_module
-from tood_deploy.benchmark.video import VideoRun, run_video
-from tood_deploy.benchmark.video_report import bench_video
+from tood_deploy.benchmark.latency import video as video_module
+from tood_deploy.benchmark.latency.video import VideoRun, bench_video, run_video
 from tood_deploy.errors import ToodError
 from tood_deploy.inference.detector import Detector
 
@@ -45,14 +44,30 @@ def test_a_slow_engine_is_what_limits(clip: str) -> None:
 
 
 def test_the_limit_in_words() -> None:
-    assert VideoRun(10, 2.0, {"decode": 0.1, "infer": 1.9}, (5, 5), 0, ()).limit == "infer limits: its thread works 95% of the time"
-    assert "no thread works all the time (infer most, 60%)" in VideoRun(10, 2.0, {"decode": 0.1, "infer": 1.2}, (5, 5), 0, ()).limit
+    assert (
+        VideoRun(10, 2.0, {"decode": 0.1, "infer": 1.9}, (5, 5), 0, ()).limit
+        == "infer limits: its thread works 95% of the time"
+    )
+    assert (
+        "no thread works all the time (infer most, 60%)"
+        in VideoRun(10, 2.0, {"decode": 0.1, "infer": 1.2}, (5, 5), 0, ()).limit
+    )
     assert VideoRun(10, 2.0, {"infer": 1.0}, (4, 6), 0, ()).share_of_engine == 1
 
 
 def test_reports(clip: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
-    bench_video(detector(), "red", clip, out, batch=1, limit=4, encode=True, command="tood-bench video", quiet=False)
+    bench_video(
+        detector(),
+        "red",
+        clip,
+        out,
+        batch=1,
+        limit=4,
+        encode=True,
+        command="tood-bench video",
+        quiet=False,
+    )
     values = json.loads((out / "video.json").read_text())
     assert values["run"]["frames"] == 4
     assert "| infer |" in (out / "video.md").read_text()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from inference.fakes import RedEngine, moving_pictures, write_picture, write_video
 
-from tood_deploy.benchmark import video as video_module
+from tood_deploy.benchmark.latency import video as video_module
 from tood_deploy.cli.bench import ap_from, main, short_names, size_from
 from tood_deploy.errors import ToodError
 from tood_deploy.inference import detector as detector_module
@@ -35,7 +35,9 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., tuple[int, str, str]]:
+def run(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> Callable[..., tuple[int, str, str]]:
     """Runs tood-bench in an empty folder; gives exit code, stdout and stderr."""
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
@@ -60,14 +62,24 @@ def assert_one_line(result: tuple[int, str, str], *words: str) -> None:
 
 class TestParity:
     def test_equal_networks_pass(self, run: Callable, checkpoints: tuple[Path, Path]) -> None:
-        code, out, _ = run("parity", checkpoints[0], checkpoints[0], "--limit", 1, "--sizes", "--conf", 0, *SMALL)
+        code, out, _ = run(
+            "parity", checkpoints[0], checkpoints[0], "--limit", 1, "--sizes", "--conf", 0, *SMALL
+        )
         assert code == 0
         assert out.splitlines()[1:] == ["parity-report/parity.html"]
         assert "equal to the PyTorch reference" in out
-        assert sorted(path.name for path in Path("parity-report").iterdir()) == ["parity.html", "parity.json", "parity.md"]
+        assert sorted(path.name for path in Path("parity-report").iterdir()) == [
+            "parity.html",
+            "parity.json",
+            "parity.md",
+        ]
 
-    def test_a_failed_gate_names_the_stage(self, run: Callable, checkpoints: tuple[Path, Path]) -> None:
-        code, _, err = run("parity", *checkpoints, "--limit", 1, "--sizes", "--output", "r", "--quiet", *SMALL)
+    def test_a_failed_gate_names_the_stage(
+        self, run: Callable, checkpoints: tuple[Path, Path]
+    ) -> None:
+        code, _, err = run(
+            "parity", *checkpoints, "--limit", 1, "--sizes", "--output", "r", "--quiet", *SMALL
+        )
         assert code == 1
         assert err.startswith("failed: ")
         assert "off.safetensors at the stage head: head: head_boxes_p" in err
@@ -75,38 +87,62 @@ class TestParity:
         assert values["models"][str(checkpoints[1])]["failing_stage"] == "head"
         assert values["facts"]["command"].startswith("tood-bench parity ")
 
-    def test_a_given_limit_takes_the_place_of_the_default(self, run: Callable, checkpoints: tuple[Path, Path]) -> None:
+    def test_a_given_limit_takes_the_place_of_the_default(
+        self, run: Callable, checkpoints: tuple[Path, Path]
+    ) -> None:
         limits = ("--max-box-strides", 10, "--max-box-px", 500, "--min-matched", 0)
-        assert run("parity", *checkpoints, "--limit", 1, "--sizes", "--quiet", *limits, *SMALL)[0] == 0
+        assert (
+            run("parity", *checkpoints, "--limit", 1, "--sizes", "--quiet", *limits, *SMALL)[0] == 0
+        )
 
     def test_bad_input(self, run: Callable, checkpoints: tuple[Path, Path], tmp_path: Path) -> None:
         sound = checkpoints[0]
         write_picture(tmp_path / "pictures" / "a.png")
         annotations = tmp_path / "a.json"
-        content = {"images": [{"id": 1, "file_name": "a.png"}], "categories": [{"id": 1, "name": "bird"}]}
+        content = {
+            "images": [{"id": 1, "file_name": "a.png"}],
+            "categories": [{"id": 1, "name": "bird"}],
+        }
         content["annotations"] = [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4]}]
         annotations.write_text(json.dumps(content))
         pictures = ("--images", tmp_path / "pictures")
-        assert_one_line(run("parity", "model.onnx", sound), "model.onnx: not a checkpoint", "give the checkpoint")
+        assert_one_line(
+            run("parity", "model.onnx", sound),
+            "model.onnx: not a checkpoint",
+            "give the checkpoint",
+        )
         assert_one_line(run("parity", sound, "none.onnx"), "none.onnx: no such file")
-        assert_one_line(run("parity", sound, sound, "--annotations", annotations), "annotations without their pictures", "--images")
-        assert_one_line(run("parity", sound, sound, "--mapping", annotations), "without annotations")
+        assert_one_line(
+            run("parity", sound, sound, "--annotations", annotations),
+            "annotations without their pictures",
+            "--images",
+        )
+        assert_one_line(
+            run("parity", sound, sound, "--mapping", annotations), "without annotations"
+        )
         assert_one_line(run("parity", sound, sound, "--images", "none"), "none: no such folder")
-        assert_one_line(run("parity", sound, sound, "--annotations", annotations, *pictures), "bird", "cat")
+        assert_one_line(
+            run("parity", sound, sound, "--annotations", annotations, *pictures), "bird", "cat"
+        )
         assert_one_line(run("parity", sound, sound, "--sizes", "64"), "'64'", "320x640")
         assert_one_line(run("parity", sound, sound, "--sizes", "64x70"), "64x70", "multiples of 32")
         assert_one_line(run("parity", sound, sound, "--max-score", -1), "--max-score is -1")
         assert_one_line(run("parity", sound, sound, "--conf", 2), "conf is 2.0", "0 to 1")
         assert_one_line(run("parity", sound, sound, "--limit", 0), "--limit is 0")
         annotations.write_text("[]")
-        assert_one_line(run("parity", sound, sound, "--annotations", annotations, *pictures), "not COCO annotations")
+        assert_one_line(
+            run("parity", sound, sound, "--annotations", annotations, *pictures),
+            "not COCO annotations",
+        )
 
 
 class TestLatency:
     def test_a_baseline_and_a_model(self, run: Callable, checkpoints: tuple[Path, Path]) -> None:
         sound, off = checkpoints
         short = ("--rounds", 2, "--turn-seconds", 0.01, "--warmup-seconds", 0.01)
-        code, out, err = run("latency", off, "--baseline", sound, "--batch", 1, *short, "--ap", f"{off}=40", *SMALL)
+        code, out, err = run(
+            "latency", off, "--baseline", sound, "--batch", 1, *short, "--ap", f"{off}=40", *SMALL
+        )
         assert code == 0
         assert "off.safetensors" in out
         assert "eager PyTorch" in out
@@ -117,7 +153,11 @@ class TestLatency:
         first, second = values["measurements"]
         assert (first["model"], second["model"]) == ("eager PyTorch", "off.safetensors")
         assert first["times_faster"] is None
-        assert second["times_faster"]["low"] <= second["times_faster"]["value"] <= second["times_faster"]["high"]
+        assert (
+            second["times_faster"]["low"]
+            <= second["times_faster"]["value"]
+            <= second["times_faster"]["high"]
+        )
         assert len(second["rounds"]) == 2
         assert set(second["ms"]["end to end"]) == {"total", "pre", "infer", "post"}
         assert second["peak_host_mib"] > 100
@@ -142,9 +182,15 @@ class TestVideo:
     def test_a_clip(self, run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         asked = []
         monkeypatch.setattr(video_module, "ENGINE_S", 0.01)
-        monkeypatch.setattr(detector_module, "open_engine", lambda model, **options: asked.append((model, options)) or RedEngine())
+        monkeypatch.setattr(
+            detector_module,
+            "open_engine",
+            lambda model, **options: asked.append((model, options)) or RedEngine(),
+        )
         clip = write_video(tmp_path / "clip.mp4", moving_pictures(6))
-        code, out, _ = run("video", "m.onnx", clip, "--limit", 4, "--imgsz", 48, 64, "--threads", 2, "--no-encode")
+        code, out, _ = run(
+            "video", "m.onnx", clip, "--limit", 4, "--imgsz", 48, 64, "--threads", 2, "--no-encode"
+        )
         assert code == 0
         assert "infer" in out
         assert out.splitlines()[-1] == "video-report/video.html"

@@ -15,7 +15,11 @@ from tood_deploy.inference import detector as detector_module
 Run = Callable[..., tuple[int, str, str]]
 
 # The engine finds the first two, and something else in the third picture: precision 1 at the recalls 0.00 to 0.66, 67 of 101.
-OBJECTS = [annotation(1, 1, (4, 8, 16, 16)), annotation(2, 1, (8, 8, 16, 16)), annotation(3, 1, (40, 30, 8, 8))]
+OBJECTS = [
+    annotation(1, 1, (4, 8, 16, 16)),
+    annotation(2, 1, (8, 8, 16, 16)),
+    annotation(3, 1, (40, 30, 8, 8)),
+]
 
 
 @pytest.fixture
@@ -51,24 +55,42 @@ def test_a_model(run: Run) -> None:
     assert code == 0
     assert "AP  66.34" in out
     assert "model-eval/report.html" in out
-    assert "note: Classes without objects in the annotations have no AP and do not count in the mean: other/thing." in err
-    assert sorted(path.suffix for path in Path("model-eval").iterdir()) == [".html", ".json", ".json", ".jsonl", ".md"]
+    assert (
+        "note: Classes without objects in the annotations have no AP and do not count in the mean: other/thing."
+        in err
+    )
+    assert sorted(path.suffix for path in Path("model-eval").iterdir()) == [
+        ".html",
+        ".json",
+        ".json",
+        ".jsonl",
+        ".md",
+    ]
     assert len(json.loads(Path("model-eval/results.json").read_text())) == 3
     values = report("model-eval")
-    assert values["facts"]["detection"].startswith("conf 0.05, iou 0.6, at most 4 a picture, 1000 candidates")
+    assert values["facts"]["detection"].startswith(
+        "conf 0.05, iou 0.6, at most 4 a picture, 1000 candidates"
+    )
     assert values["facts"]["command"].startswith("tood-eval model.pth --annotations truth.json")
 
 
-def test_the_models_own_thresholds_are_the_default(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_models_own_thresholds_are_the_default(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def open_engine(model: str, **options: Any) -> RedEngine:
         engine = RedEngine()
-        own = replace(engine.manifest.preset, score_threshold=0.2, iou_threshold=0.3, candidates_per_level=500)
+        own = replace(
+            engine.manifest.preset, score_threshold=0.2, iou_threshold=0.3, candidates_per_level=500
+        )
         engine.manifest = replace(engine.manifest, preset=own)
         return engine
 
     monkeypatch.setattr(detector_module, "open_engine", open_engine)
     run("--images", "pictures")
-    assert report("model-eval")["facts"]["detection"] == "conf 0.2, iou 0.3, at most 4 a picture, 500 candidates a level"
+    assert (
+        report("model-eval")["facts"]["detection"]
+        == "conf 0.2, iou 0.3, at most 4 a picture, 500 candidates a level"
+    )
     run("--images", "pictures", "--conf", "0.1", "--iou", "0.5", "--output", "told")
     assert report("told")["facts"]["detection"].startswith("conf 0.1, iou 0.5")
 
@@ -131,12 +153,15 @@ def test_other_classes_need_a_mapping(run: Run) -> None:
 def test_options_without_effect_are_refused(run: Run) -> None:
     write_json(Path("some.json"), [result(1, 1, (1, 1, 4, 4), 0.5)])
     assert_one_line(
-        run("--conf", "0.1", "--max-det", "5", "--mapping", "m.json", model="some.json"), "leave --conf, --max-det, --mapping out"
+        run("--conf", "0.1", "--max-det", "5", "--mapping", "m.json", model="some.json"),
+        "leave --conf, --max-det, --mapping out",
     )
     assert_one_line(run(), "--images is missing")
 
 
-def test_pictures_without_annotations_are_one_line(run: Run, capfd: pytest.CaptureFixture[str]) -> None:
+def test_pictures_without_annotations_are_one_line(
+    run: Run, capfd: pytest.CaptureFixture[str]
+) -> None:
     code = main(["model.pth", "--images", "pictures"])
     out, err = capfd.readouterr()
     assert_one_line((code, out, err), "--annotations is missing")
@@ -159,11 +184,15 @@ def test_wrong_use_is_one_line(run: Run, arguments: tuple[str, ...], word: str) 
 
 def test_files_that_are_not_coco(run: Run) -> None:
     write_json(Path("manifest.json"), {"format": 1, "preset": {}})
-    assert_one_line(run(model="manifest.json"), "not COCO results: found an object with format, preset")
+    assert_one_line(
+        run(model="manifest.json"), "not COCO results: found an object with format, preset"
+    )
     assert_one_line(run(model="absent.json"), "absent.json: cannot be read")
     write_json(Path("none.json"), [])
     assert_one_line(run(model="none.json"), "none.json: the list is empty")
-    assert_one_line(run("--output", "truth.json", model="absent.json"), "truth.json: cannot be written")
+    assert_one_line(
+        run("--output", "truth.json", model="absent.json"), "truth.json: cannot be written"
+    )
     Path("truth.json").write_text("{}")
     assert_one_line(run("--images", "pictures"), "not COCO annotations")
 
@@ -173,19 +202,42 @@ def test_a_missing_package_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "pycocotools", None)
     monkeypatch.setitem(sys.modules, "pycocotools.coco", None)
-    assert_one_line(run("--images", "pictures"), "the package pycocotools is not installed", ".[eval]")
+    assert_one_line(
+        run("--images", "pictures"), "the package pycocotools is not installed", ".[eval]"
+    )
 
 
 @pytest.mark.shared
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "expected"), [("mmdet3", (0.536563, 0.861130, 0.593842)), ("authors", (0.536936, 0.861156, 0.593957))])
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("mmdet3", (0.536563, 0.861130, 0.593842)), ("authors", (0.536936, 0.861156, 0.593957))],
+)
 def test_real_checkpoints_score_as_in_their_own_code(
-    shared: Path, tmp_path: Path, name: str, expected: tuple[float, ...], capfd: pytest.CaptureFixture[str]
+    shared: Path,
+    tmp_path: Path,
+    name: str,
+    expected: tuple[float, ...],
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    data, model = shared / "data" / "bccd", shared / "reference" / "checkpoints" / f"{name}_bccd_tiny.pth"
-    arguments = [str(model), "--annotations", str(data / "val.json"), "--images", str(data / "val"), "--imgsz", "240", "320"]
+    data, model = (
+        shared / "data" / "bccd",
+        shared / "reference" / "checkpoints" / f"{name}_bccd_tiny.pth",
+    )
+    arguments = [
+        str(model),
+        "--annotations",
+        str(data / "val.json"),
+        "--images",
+        str(data / "val"),
+        "--imgsz",
+        "240",
+        "320",
+    ]
     assert main([*arguments, "--batch", "4", "--threads", "1", "--output", str(tmp_path)]) == 0
     assert "AP  53." in capfd.readouterr().out
     numbers = report(str(tmp_path))["numbers"]
     # What is left is the rounding of another runtime's convolutions, which may swap two boxes of nearly equal score.
-    assert tuple(numbers[key] for key in ("AP", "AP50", "AP75")) == pytest.approx(expected, abs=5e-4)
+    assert tuple(numbers[key] for key in ("AP", "AP50", "AP75")) == pytest.approx(
+        expected, abs=5e-4
+    )

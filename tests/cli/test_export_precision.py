@@ -7,10 +7,9 @@ from benchmark.truths import annotation, coco, write_json
 from inference.fakes import CLASSES, red_picture, write_picture
 
 from tood_deploy.benchmark.precision_search import PrecisionSearch
-from tood_deploy.cli.export import main, parser
-from tood_deploy.cli.export_order import open_annotated, order_from, precision_from
+from tood_deploy.cli.export import main, open_annotated, order_from, parser, precision_from
 from tood_deploy.export.option_rules import check_options
-from tood_deploy.export.precision.lowering import PrecisionOptions
+from tood_deploy.export.precision.convert import PrecisionOptions
 
 INT8 = ("--precision", "int8", "--calib-data", "pictures")
 TUNED = ("--autotune-precision", "--calib-data", "pictures")
@@ -23,7 +22,9 @@ def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     for i in range(1, 3):
         write_picture(tmp_path / "pictures" / f"{i}.png", red_picture(left=4 * i))
-    write_json(tmp_path / "truth.json", coco([annotation(1, 1, (4, 8, 16, 16))], names=CLASSES, images=2))
+    write_json(
+        tmp_path / "truth.json", coco([annotation(1, 1, (4, 8, 16, 16))], names=CLASSES, images=2)
+    )
 
 
 @pytest.mark.parametrize(
@@ -31,22 +32,45 @@ def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     [
         (("--max-ap-drop", "0.5"), "--max-ap-drop needs --precision int8 or --autotune-precision"),
         ((*INT8, "--max-ap-drop", "0.5"), "--max-ap-drop needs --annotations FILE"),
-        ((*INT8, "--max-ap-drop", "0.5", "--annotations", "truth.json"), "--annotations needs --images DIR"),
+        (
+            (*INT8, "--max-ap-drop", "0.5", "--annotations", "truth.json"),
+            "--annotations needs --images DIR",
+        ),
         (ANNOTATED, "--annotations needs --precision bf16, fp16 or int8, or --max-ap-drop"),
         ((*INT8, "--images", "pictures"), "--images needs --shapes auto or --annotations"),
         ((*INT8, "--max-drop", "1", "--max-ap-drop", "0", *ANNOTATED), "two limits of one quality"),
-        ((*INT8, "--max-ap-drop", "-1", *ANNOTATED), "the largest drop is -1.0; expected 0 or more"),
-        ((*INT8, "--max-ap-drop", "1", "--annotations", "absent.json", "--images", "pictures"), "absent.json: cannot be read"),
-        ((*INT8, "--max-ap-drop", "1", "--annotations", "truth.json", "--images", "."), "2 of the 2 pictures of truth.json are missing"),
-        (TUNED, "--autotune-precision needs --max-ap-drop D with --annotations and --images, or --max-drop D"),
-        (("--autotune-precision", "--max-drop", "1"), "--autotune-precision needs --calib-data DIR"),
-        ((*TUNED, "--max-drop", "1", "--precision", "int8"), "--precision beside --autotune-precision"),
+        (
+            (*INT8, "--max-ap-drop", "-1", *ANNOTATED),
+            "the largest drop is -1.0; expected 0 or more",
+        ),
+        (
+            (*INT8, "--max-ap-drop", "1", "--annotations", "absent.json", "--images", "pictures"),
+            "absent.json: cannot be read",
+        ),
+        (
+            (*INT8, "--max-ap-drop", "1", "--annotations", "truth.json", "--images", "."),
+            "2 of the 2 pictures of truth.json are missing",
+        ),
+        (
+            TUNED,
+            "--autotune-precision needs --max-ap-drop D with --annotations and --images, or --max-drop D",
+        ),
+        (
+            ("--autotune-precision", "--max-drop", "1"),
+            "--autotune-precision needs --calib-data DIR",
+        ),
+        (
+            (*TUNED, "--max-drop", "1", "--precision", "int8"),
+            "--precision beside --autotune-precision",
+        ),
         ((*TUNED, "--max-drop", "1", "--keep", "neck.*"), "--keep beside --autotune-precision"),
         ((*TUNED, "--max-drop", "1", "--rest", "bf16"), "--rest needs --to engine"),
         ((*TUNED, "--max-drop", "1", "--to", "triton"), "does not make --to triton"),
     ],
 )
-def test_wrong_together(arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_together(
+    arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["model.onnx", *arguments, "--output", "out.onnx"]) == 2
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
@@ -71,5 +95,9 @@ def test_a_search(how: tuple[str, ...]) -> None:
     options = precision_options(*TUNED, *how, "--quiet")
     assert options.wanted == "the best mixture of precisions"
     assert isinstance(options.lower, PrecisionSearch)
-    assert (options.lower.int8.max_drop, options.lower.int8.scheme, options.lower.half) == (0.2, "u8s7", None)
+    assert (options.lower.int8.max_drop, options.lower.int8.scheme, options.lower.half) == (
+        0.2,
+        "u8s7",
+        None,
+    )
     assert (options.lower.quality is None) == (how[0] == "--max-drop")

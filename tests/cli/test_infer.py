@@ -13,12 +13,20 @@ import av
 import cv2
 import numpy as np
 import pytest
-from inference.fakes import CLASSES, RedEngine, moving_pictures, red_picture, write_picture, write_video
+from inference.fakes import (
+    CLASSES,
+    RedEngine,
+    moving_pictures,
+    red_picture,
+    write_picture,
+    write_video,
+)
 
 from tood_deploy.cli import infer
 from tood_deploy.cli.infer import main
+from tood_deploy.files import file_sha256
 from tood_deploy.inference import detector as detector_module
-from tood_deploy.manifest import Manifest, doubts, file_sha256
+from tood_deploy.manifest import Manifest, doubts
 
 ROOT = Path(__file__).resolve().parents[2]
 Run = Callable[..., tuple[int, str, str]]
@@ -30,7 +38,12 @@ def engine() -> RedEngine:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path, engine: RedEngine) -> Run:
+def run(
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    engine: RedEngine,
+) -> Run:
     """Runs tood-infer with a stand-in engine in an empty folder; gives exit code, stdout and stderr."""
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
@@ -65,7 +78,9 @@ def assert_one_line(result: tuple[int, str, str], *words: str) -> None:
 
 def test_a_picture_with_all_outputs(run: Run, tmp_path: Path) -> None:
     picture = write_picture(tmp_path / "a.png")
-    code, out, err = run(picture, "--output", "out", "--json", "r.json", "--jsonl", "r.jsonl", "--crops", "crops")
+    code, out, err = run(
+        picture, "--output", "out", "--json", "r.json", "--jsonl", "r.jsonl", "--crops", "crops"
+    )
     assert code == 0
     assert out == f"{picture}: 1 red thing\n"
     assert err.startswith("1 frames in ")
@@ -87,15 +102,21 @@ def test_a_video(run: Run, tmp_path: Path, engine: RedEngine) -> None:
     code, out, _ = run(video, "--output", "v.mp4", "--batch", "4", "--jsonl", "-", "--quiet")
     assert code == 0
     assert engine.batches == [4, 2]
-    assert [json.loads(line)["timestamp_s"] for line in out.splitlines()] == pytest.approx([time / 1000 for time in times])
+    assert [json.loads(line)["timestamp_s"] for line in out.splitlines()] == pytest.approx(
+        [time / 1000 for time in times]
+    )
     with av.open("v.mp4") as container:
-        assert [frame.time for frame in container.decode(video=0)] == pytest.approx([time / 1000 for time in times])
+        assert [frame.time for frame in container.decode(video=0)] == pytest.approx(
+            [time / 1000 for time in times]
+        )
 
 
 def test_fast_decode(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded: list[Any] = []
     real = cv2.imdecode
-    monkeypatch.setattr(cv2, "imdecode", lambda data, flags: decoded.append(flags) or real(data, flags))
+    monkeypatch.setattr(
+        cv2, "imdecode", lambda data, flags: decoded.append(flags) or real(data, flags)
+    )
     picture = write_picture(tmp_path / "a.jpg", red_picture(200, 400, left=80, top=40, side=80))
     for option in ([], ["--fast-decode"]):
         code, out, _ = run(picture, "--imgsz", "48", "96", "--jsonl", "-", *option)
@@ -111,10 +132,29 @@ def test_quiet_says_nothing(run: Run, tmp_path: Path) -> None:
 
 def test_options_reach_the_engine(run: Run, tmp_path: Path) -> None:
     picture = write_picture(tmp_path / "a.png")
-    run(picture, "--threads", "2", "--device", "cuda", "--preset", "tiny", "--classes", "a,b", "--convention", "authors")
+    run(
+        picture,
+        "--threads",
+        "2",
+        "--device",
+        "cuda",
+        "--preset",
+        "tiny",
+        "--classes",
+        "a,b",
+        "--convention",
+        "authors",
+    )
     run(picture)
     assert run.asked == [  # pyright: ignore[reportFunctionMemberAccess]
-        {"model": "model.pth", "device": "cuda", "threads": 2, "preset": "tiny", "class_names": ["a", "b"], "convention": "authors"},
+        {
+            "model": "model.pth",
+            "device": "cuda",
+            "threads": 2,
+            "preset": "tiny",
+            "class_names": ["a", "b"],
+            "convention": "authors",
+        },
         {"model": "model.pth", "device": "cpu"},
     ]
 
@@ -122,9 +162,14 @@ def test_options_reach_the_engine(run: Run, tmp_path: Path) -> None:
 def test_max_det_conf_and_imgsz(run: Run, tmp_path: Path, engine: RedEngine) -> None:
     seen: list[Any] = []
     real = engine._run
-    engine._run = lambda images, *rest: seen.append((images.shape, *rest[1:])) or real(images, *rest)  # pyright: ignore[reportAttributeAccessIssue]
+    engine._run = lambda images, *rest: (
+        seen.append((images.shape, *rest[1:])) or real(images, *rest)
+    )  # pyright: ignore[reportAttributeAccessIssue]
     picture = write_picture(tmp_path / "a.png")
-    assert run(picture, "--conf", "0.5", "--iou", "0.4", "--imgsz", "128", "64", "--max-det", "1")[0] == 0
+    assert (
+        run(picture, "--conf", "0.5", "--iou", "0.4", "--imgsz", "128", "64", "--max-det", "1")[0]
+        == 0
+    )
     assert seen == [((1, 64, 96, 3), 0.5, 0.4)]
 
 
@@ -133,9 +178,22 @@ def test_coco_ids_from_annotations(run: Run, tmp_path: Path) -> None:
         write_picture(tmp_path / "pictures" / name)
     images = [{"id": 11, "file_name": "b.png"}, {"id": 12, "file_name": "a.png"}]
     categories = [{"id": 5, "name": CLASSES[1]}, {"id": 3, "name": CLASSES[0]}]
-    (tmp_path / "annotations.json").write_text(json.dumps({"images": images, "categories": categories}))
-    assert run(tmp_path / "pictures", "--json", "r.json", "--coco-annotations", tmp_path / "annotations.json")[0] == 0
-    assert [(row["image_id"], row["category_id"]) for row in json.loads(Path("r.json").read_text())] == [(12, 3), (11, 3)]
+    (tmp_path / "annotations.json").write_text(
+        json.dumps({"images": images, "categories": categories})
+    )
+    assert (
+        run(
+            tmp_path / "pictures",
+            "--json",
+            "r.json",
+            "--coco-annotations",
+            tmp_path / "annotations.json",
+        )[0]
+        == 0
+    )
+    assert [
+        (row["image_id"], row["category_id"]) for row in json.loads(Path("r.json").read_text())
+    ] == [(12, 3), (11, 3)]
 
 
 def test_ids_count_the_pictures_that_cannot_be_read(run: Run, tmp_path: Path) -> None:
@@ -147,7 +205,10 @@ def test_ids_count_the_pictures_that_cannot_be_read(run: Run, tmp_path: Path) ->
 
 
 def test_equal_names_in_two_folders(run: Run, tmp_path: Path) -> None:
-    one, two = write_picture(tmp_path / "one" / "a.png"), write_picture(tmp_path / "two" / "a.png", red_picture(left=40))
+    one, two = (
+        write_picture(tmp_path / "one" / "a.png"),
+        write_picture(tmp_path / "two" / "a.png", red_picture(left=40)),
+    )
     assert run(one, two, "--output", "out", "--quiet")[0] == 0
     images = [cv2.imread(f"out/{folder}/a.png") for folder in ("one", "two")]
     assert images[0] is not None
@@ -166,7 +227,20 @@ class TestBadInput:
     def test_a_truncated_jpeg(self, run: Run, tmp_path: Path) -> None:
         path = write_picture(tmp_path / "a.jpg")
         path.write_bytes(path.read_bytes()[:-100])
-        assert_one_line(run(path, "--output", "out", "--json", "r.json", "--jsonl", "r.jsonl", "--crops", "crops"), "cut")
+        assert_one_line(
+            run(
+                path,
+                "--output",
+                "out",
+                "--json",
+                "r.json",
+                "--jsonl",
+                "r.jsonl",
+                "--crops",
+                "crops",
+            ),
+            "cut",
+        )
 
     @pytest.mark.parametrize("data", [b"", b"plain text, not a picture\n" * 20])
     def test_a_file_that_is_no_picture(self, run: Run, tmp_path: Path, data: bytes) -> None:
@@ -175,7 +249,14 @@ class TestBadInput:
 
     @pytest.mark.parametrize("size", [(1, 1), (20, 20000), (20000, 20)])
     def test_odd_sizes_work(self, run: Run, tmp_path: Path, size: tuple[int, int]) -> None:
-        code, _, _ = run(write_picture(tmp_path / "a.png", np.full((*size, 3), 60, np.uint8)), "--output", "out", "--imgsz", "64", "96")
+        code, _, _ = run(
+            write_picture(tmp_path / "a.png", np.full((*size, 3), 60, np.uint8)),
+            "--output",
+            "out",
+            "--imgsz",
+            "64",
+            "96",
+        )
         drawn = cv2.imread("out/a.png")
         assert code == 0
         assert drawn is not None
@@ -248,16 +329,27 @@ class TestBadInput:
             (["--output", "a.mp4"], ["cannot hold this input"]),
         ],
     )
-    def test_values_out_of_range(self, run: Run, tmp_path: Path, arguments: list[str], words: list[str]) -> None:
+    def test_values_out_of_range(
+        self, run: Run, tmp_path: Path, arguments: list[str], words: list[str]
+    ) -> None:
         assert_one_line(run(write_picture(tmp_path / "a.png"), *arguments), *words)
 
     def test_fast_decode_of_what_is_shown_or_no_picture(self, run: Run, tmp_path: Path) -> None:
         picture = write_picture(tmp_path / "a.jpg")
         assert_one_line(
-            run(picture, "--fast-decode", "--output", "out"), "--fast-decode reads pictures smaller", "whole ones are needed for --output;"
+            run(picture, "--fast-decode", "--output", "out"),
+            "--fast-decode reads pictures smaller",
+            "whole ones are needed for --output;",
         )
-        assert_one_line(run(picture, "--fast-decode", "--crops", "c", "--show"), "needed for --crops and --show;")
-        assert_one_line(run(write_video(tmp_path / "v.mp4", moving_pictures(2)), "--fast-decode"), "v.mp4", "leave --fast-decode out")
+        assert_one_line(
+            run(picture, "--fast-decode", "--crops", "c", "--show"),
+            "needed for --crops and --show;",
+        )
+        assert_one_line(
+            run(write_video(tmp_path / "v.mp4", moving_pictures(2)), "--fast-decode"),
+            "v.mp4",
+            "leave --fast-decode out",
+        )
 
     def test_an_input_is_never_overwritten(self, run: Run, tmp_path: Path) -> None:
         path = write_picture(tmp_path / "a.png")
@@ -276,16 +368,25 @@ class TestBadInput:
         assert "No space left on device" in err
         assert list(Path("out").iterdir()) == []
 
-    def test_show_without_windows(self, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_show_without_windows(
+        self, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.delenv("DISPLAY", raising=False)
         monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
         assert_one_line(run(write_picture(tmp_path / "a.png"), "--show"), "--show")
 
     def test_options_of_checkpoints_beside_an_artefact(self, run: Run, tmp_path: Path) -> None:
-        assert_one_line(run(write_picture(tmp_path / "a.png"), "--preset", "tiny", model="model.onnx"), "--preset")
+        assert_one_line(
+            run(write_picture(tmp_path / "a.png"), "--preset", "tiny", model="model.onnx"),
+            "--preset",
+        )
 
     def test_usage_errors_exit_with_2(self, capsys: pytest.CaptureFixture[str]) -> None:
-        for arguments in (["m.onnx"], ["m.onnx", "a.jpg", "--conf", "high"], ["m.onnx", "a.jpg", "--device", "tpu"]):
+        for arguments in (
+            ["m.onnx"],
+            ["m.onnx", "a.jpg", "--conf", "high"],
+            ["m.onnx", "a.jpg", "--device", "tpu"],
+        ):
             with pytest.raises(SystemExit) as stopped:
                 main(arguments)
             assert stopped.value.code == 2
@@ -302,21 +403,31 @@ class TestDoubts:
     def test_of_an_artefact(self, artefact: Path) -> None:
         manifest = RedEngine().manifest
         assert "no parity verdict" in doubts(artefact, manifest)
-        proven = replace(manifest, parity={"tolerance": 1e-5}, artefact_sha256=file_sha256(artefact))
+        proven = replace(
+            manifest, parity={"tolerance": 1e-5}, artefact_sha256=file_sha256(artefact)
+        )
         assert doubts(artefact, proven) == ""
         artefact.write_bytes(b"another")
         assert "another SHA-256" in doubts(artefact, proven)
 
-    def test_are_one_line_on_stderr(self, run: Run, artefact: Path, tmp_path: Path, engine: RedEngine) -> None:
+    def test_are_one_line_on_stderr(
+        self, run: Run, artefact: Path, tmp_path: Path, engine: RedEngine
+    ) -> None:
         picture = write_picture(tmp_path / "a.png")
         code, _, err = run(picture, "--quiet", model=str(artefact))
         assert (code, err.count("\n")) == (0, 1)
         assert err.startswith("warning: ")
-        engine.manifest = Manifest(engine.manifest.preset, parity={"tolerance": 1e-5}, artefact_sha256=file_sha256(artefact))
+        engine.manifest = Manifest(
+            engine.manifest.preset,
+            parity={"tolerance": 1e-5},
+            artefact_sha256=file_sha256(artefact),
+        )
         assert run(picture, "--quiet", model=str(artefact))[2] == ""
 
 
-def test_the_pixel_limit_of_opencv_is_raised_too(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pixel_limit_of_opencv_is_raised_too(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("OPENCV_IO_MAX_IMAGE_PIXELS", raising=False)
     picture = write_picture(tmp_path / "a.png")
     run(picture, "--max-pixels", "1000000")
@@ -326,7 +437,7 @@ def test_the_pixel_limit_of_opencv_is_raised_too(run: Run, tmp_path: Path, monke
 
 
 def test_the_default_pixel_limit_is_the_librarys() -> None:
-    from tood_deploy.inference.images import MAX_PIXELS
+    from tood_deploy.data.images import MAX_PIXELS
 
     assert infer.build_parser().get_default("max_pixels") == MAX_PIXELS
 
@@ -344,12 +455,16 @@ sys.exit(main(sys.argv[1:]))
 
 def start_slow_run(*arguments: str | Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", textwrap.dedent(SLOW_RUN), "model.pth", *map(str, arguments)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def test_an_interrupted_video_plays(tmp_path: Path) -> None:
     video = write_video(tmp_path / "v.mp4", moving_pictures(24) * 50)
-    process = start_slow_run(video, "--output", tmp_path / "out", "--jsonl", "-", "--json", tmp_path / "r.json")
+    process = start_slow_run(
+        video, "--output", tmp_path / "out", "--jsonl", "-", "--json", tmp_path / "r.json"
+    )
     assert process.stdout is not None
     written = [json.loads(process.stdout.readline()) for _ in range(10)]
     process.send_signal(signal.SIGINT)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from inference.fakes import write_picture
 
-from tood_deploy.extras import PACKAGES
+from tood_deploy.errors import PACKAGES
 
 OPTIONAL = sorted({name.split(".")[0] for name, package in PACKAGES.items() if package.extras})
 RUN = """
@@ -31,7 +31,14 @@ def files(tmp_path: Path) -> Path:
 def run(folder: Path, command: str, missing: list[str]) -> tuple[int, str]:
     module, *arguments = command.split()
     code = RUN.format(missing=missing, module=module, arguments=arguments)
-    result = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     return result.returncode, result.stderr
 
 
@@ -72,7 +79,9 @@ def test_every_command_without_extras(command: str, package: str, extra: str, fi
         ("export m.pth", "safetensors", "export"),
     ],
 )
-def test_a_single_package_that_is_missing(command: str, package: str, extra: str, files: Path) -> None:
+def test_a_single_package_that_is_missing(
+    command: str, package: str, extra: str, files: Path
+) -> None:
     code, err = run(files, command, [package])
     assert (code, err.count("\n")) == (2, 1), err
     assert f"the package {package} is not installed" in err

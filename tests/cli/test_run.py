@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from inference.fakes import RedEngine, moving_pictures, write_picture, write_video
 
-from tood_deploy.benchmark import video as video_module
+from tood_deploy.benchmark.latency import video as video_module
 from tood_deploy.cli import bench, eval, infer
-from tood_deploy.cli.run import is_artefact
-from tood_deploy.engines.opening import RUNTIMES
+from tood_deploy.cli.common import is_artefact
+from tood_deploy.engines.open import RUNTIMES
 from tood_deploy.inference import detector as detector_module
 
 GIVEN = ("--runtime", "openvino", "--precision", "bf16", "--no-self-test")
@@ -23,7 +23,11 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, Any
     """What was asked of `open_engine`, in an empty folder."""
     monkeypatch.chdir(tmp_path)
     calls: list[dict[str, Any]] = []
-    monkeypatch.setattr(detector_module, "open_engine", lambda model, **options: calls.append(options) or RedEngine())
+    monkeypatch.setattr(
+        detector_module,
+        "open_engine",
+        lambda model, **options: calls.append(options) or RedEngine(),
+    )
     return calls
 
 
@@ -37,19 +41,29 @@ def run(capfd: pytest.CaptureFixture[str]) -> Run:
 
 
 def test_reach_the_engine(run: Run, asked: list[dict[str, Any]], tmp_path: Path) -> None:
-    code, _ = run(infer, "m.onnx", write_picture(tmp_path / "a.png"), *GIVEN, "--threads", "1", "--quiet")
+    code, _ = run(
+        infer, "m.onnx", write_picture(tmp_path / "a.png"), *GIVEN, "--threads", "1", "--quiet"
+    )
     assert (code, asked) == (0, [{"device": "cpu", "threads": 1, **TAKEN}])
 
 
-def test_are_left_out_where_not_given(run: Run, asked: list[dict[str, Any]], tmp_path: Path) -> None:
+def test_are_left_out_where_not_given(
+    run: Run, asked: list[dict[str, Any]], tmp_path: Path
+) -> None:
     run(infer, "m.onnx", write_picture(tmp_path / "a.png"), "--quiet")
     assert asked == [{"device": "cpu"}]
 
 
-def test_which_weights_reach_the_checkpoint(run: Run, asked: list[dict[str, Any]], tmp_path: Path) -> None:
-    code, _ = run(infer, "m.pth", write_picture(tmp_path / "a.png"), "--weights-key", "ema", "--quiet")
+def test_which_weights_reach_the_checkpoint(
+    run: Run, asked: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    code, _ = run(
+        infer, "m.pth", write_picture(tmp_path / "a.png"), "--weights-key", "ema", "--quiet"
+    )
     assert (code, asked) == (0, [{"device": "cpu", "weights_key": "ema"}])
-    code, said = run(infer, "m.onnx", write_picture(tmp_path / "a.png"), "--weights-key", "ema", "--quiet")
+    code, said = run(
+        infer, "m.onnx", write_picture(tmp_path / "a.png"), "--weights-key", "ema", "--quiet"
+    )
     assert (code, "--weights-key" in said) == (2, True)
 
 
@@ -78,15 +92,26 @@ def test_batches_run_side_by_side_on_a_cpu_where_nobody_waits_for_one(
     assert asked[0].get("hint") == hint
 
 
-def test_of_videos_in_the_benchmark(run: Run, asked: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_videos_in_the_benchmark(
+    run: Run, asked: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(video_module, "ENGINE_S", 0.01)
     clip = write_video(tmp_path / "v.mp4", moving_pictures(4))
-    assert run(bench, "video", "m.onnx", clip, "--no-encode", "--imgsz", "48", "64", "--quiet", *GIVEN)[0] == 0
+    assert (
+        run(
+            bench, "video", "m.onnx", clip, "--no-encode", "--imgsz", "48", "64", "--quiet", *GIVEN
+        )[0]
+        == 0
+    )
     assert asked == [{"device": "cpu", "hint": "throughput", **TAKEN}]
 
 
-@pytest.mark.parametrize("option", [["--runtime", "openvino"], ["--precision", "bf16"], ["--no-self-test"]])
-def test_are_refused_beside_a_checkpoint(option: list[str], run: Run, asked: list[dict[str, Any]], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "option", [["--runtime", "openvino"], ["--precision", "bf16"], ["--no-self-test"]]
+)
+def test_are_refused_beside_a_checkpoint(
+    option: list[str], run: Run, asked: list[dict[str, Any]], tmp_path: Path
+) -> None:
     picture = write_picture(tmp_path / "a.png")
     commands = (
         (infer, "m.pth", picture),
@@ -108,7 +133,9 @@ def test_are_refused_beside_results(run: Run, tmp_path: Path) -> None:
 
 
 def test_apply_to_artefacts_and_not_to_the_baseline() -> None:
-    arguments = bench.build_parser().parse_args(["latency", "a.onnx", "b.xml", "--baseline", "c.pth", "--preset", "tiny", *GIVEN])
+    arguments = bench.build_parser().parse_args(
+        ["latency", "a.onnx", "b.xml", "--baseline", "c.pth", "--preset", "tiny", *GIVEN]
+    )
     options = bench.options_by_model(arguments, ["c.pth", "a.onnx", "b.xml"])
     assert options == {"c.pth": {"preset": "tiny"}, "a.onnx": TAKEN, "b.xml": TAKEN}
 
@@ -120,4 +147,6 @@ def test_every_runtime_can_be_chosen() -> None:
 
 def test_artefacts_by_their_names() -> None:
     assert [is_artefact(name) for name in ("a.onnx", "a.ONNX", "a.xml", "a.engine")] == [True] * 4
-    assert [is_artefact(name) for name in ("a.pth", "a.safetensors", "r50-1x", "onnx")] == [False] * 4
+    assert [is_artefact(name) for name in ("a.pth", "a.safetensors", "r50-1x", "onnx")] == [
+        False
+    ] * 4

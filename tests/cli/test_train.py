@@ -25,20 +25,44 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(scenes: Path) -> list[str]:
-    return ["--train-json", str(scenes / "annotations.json"), "--train-images", str(scenes / "pictures")]
+    return [
+        "--train-json",
+        str(scenes / "annotations.json"),
+        "--train-images",
+        str(scenes / "pictures"),
+    ]
 
 
 @pytest.fixture(scope="module")
 def validation(scenes: Path) -> list[str]:
-    return ["--val-json", str(scenes / "annotations.json"), "--val-images", str(scenes / "pictures")]
+    return [
+        "--val-json",
+        str(scenes / "annotations.json"),
+        "--val-images",
+        str(scenes / "pictures"),
+    ]
 
 
-def test_training_and_going_on(data: list[str], validation: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["tiny", *data, *validation, *FAST, "--epochs", "2", "--output", str(tmp_path / "run")]
+def test_training_and_going_on(
+    data: list[str], validation: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [
+        "tiny",
+        *data,
+        *validation,
+        *FAST,
+        "--epochs",
+        "2",
+        "--output",
+        str(tmp_path / "run"),
+    ]
     assert main([*command, "--stop-after", "1"]) == 0
     first = capsys.readouterr()
     assert "tiny: 5 classes (disc, square, triangle, star, ...), 8 pictures" in first.err
-    assert "the learning rate is 0.0005, scaled with the batch: 0.001 is for 8 pictures a step" in first.err
+    assert (
+        "the learning rate is 0.0005, scaled with the batch: 0.001 is for 8 pictures a step"
+        in first.err
+    )
     assert "the learning rate drops after epochs 1, 2, in step with --epochs" in first.err
     assert "all weights are random" in first.err
     assert "1 of 2 epochs done, 2 steps" in first.out
@@ -49,15 +73,22 @@ def test_training_and_going_on(data: list[str], validation: list[str], tmp_path:
     second = capsys.readouterr()
     assert "epoch 2, step 2" in second.err
     assert "2 of 2 epochs done, 4 steps" in second.out
-    assert f"next: tood-export {tmp_path}/run/model.safetensors --output {tmp_path}/run/model.onnx" in second.out
+    assert (
+        f"next: tood-export {tmp_path}/run/model.safetensors --output {tmp_path}/run/model.onnx"
+        in second.out
+    )
     made = {path.name for path in (tmp_path / "run").iterdir()}
     assert {"best.pth", "last.pth", "log.jsonl", "model.safetensors", "learning.png"} <= made
     preset = load_checkpoint(tmp_path / "run" / "best.pth").preset
     assert (preset.imgsz, preset.class_names[0]) == ((64, 96), "disc")
 
 
-def test_fine_tuning_says_what_starts_anew(data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    weights = Path(__file__).resolve().parents[2] / "tood_deploy" / "weights" / "tiny-demo.safetensors"
+def test_fine_tuning_says_what_starts_anew(
+    data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = (
+        Path(__file__).resolve().parents[2] / "tood_deploy" / "weights" / "tiny-demo.safetensors"
+    )
     command = [
         "tiny",
         *data,
@@ -71,15 +102,27 @@ def test_fine_tuning_says_what_starts_anew(data: list[str], tmp_path: Path, caps
         "--output",
         str(tmp_path / "run"),
     ]
-    assert main([*command, "--ema", "--precision", "bf16", "--schedule", "cosine", "--accumulate", "2"]) == 0
+    assert (
+        main(
+            [*command, "--ema", "--precision", "bf16", "--schedule", "cosine", "--accumulate", "2"]
+        )
+        == 0
+    )
     said = capsys.readouterr().err
     assert "but for the class layer, which starts anew: 5 classes there, 2 here" in said
     assert "category not listed, left out" in said
-    assert load_checkpoint(tmp_path / "run" / "model.safetensors").preset.class_names == ("star", "disc")
+    assert load_checkpoint(tmp_path / "run" / "model.safetensors").preset.class_names == (
+        "star",
+        "disc",
+    )
 
 
 def test_check_data_reports_and_trains_nothing(
-    data: list[str], validation: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    data: list[str],
+    validation: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["tiny", *data, *validation, "--check-data"]) == 0
@@ -107,22 +150,35 @@ def test_check_data_reports_and_trains_nothing(
     ],
 )
 def test_wrong_use_is_one_line(
-    arguments: list[str], message: str, data: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    message: str,
+    data: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    given = [part for argument in arguments for part in (data if argument == "DATA" else [argument])]
+    given = [
+        part for argument in arguments for part in (data if argument == "DATA" else [argument])
+    ]
     assert main(["tiny", *given]) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert message in errors[0]
 
 
-def test_random_frozen_layers_are_refused(data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_random_frozen_layers_are_refused(
+    data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["r50-1x", *data, "--from-scratch", "--output", str(tmp_path / "run")]) == 2
-    assert "would keep random ones; add --frozen-stages -1 --no-freeze-norm" in capsys.readouterr().err
+    assert (
+        "would keep random ones; add --frozen-stages -1 --no-freeze-norm" in capsys.readouterr().err
+    )
 
 
-def test_a_gpu_that_is_not_there(data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_gpu_that_is_not_there(
+    data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     import torch
 
     if torch.cuda.is_available():
@@ -149,7 +205,13 @@ def test_ctrl_c_saves_and_exits_with_130(data: list[str], tmp_path: Path) -> Non
         "1",
     ]
     root = Path(__file__).resolve().parents[2]
-    process = subprocess.Popen([*command, "--save-every", "1"], stderr=subprocess.PIPE, text=True, cwd=root, start_new_session=True)
+    process = subprocess.Popen(
+        [*command, "--save-every", "1"],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=root,
+        start_new_session=True,
+    )
     deadline = time.monotonic() + 120
     while not (output / "last.pth").is_file() and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -167,4 +229,6 @@ def test_the_log_is_json_lines(data: list[str], tmp_path: Path) -> None:
     assert main(["tiny", *data, *FAST, "--epochs", "1", "--output", str(output), "--quiet"]) == 0
     entries = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
     assert [entry["kind"] for entry in entries] == ["epoch"]
-    assert {"cls", "box", "grad_norm", "seconds", "data_seconds", "images_per_s", "lr"} <= set(entries[0])
+    assert {"cls", "box", "grad_norm", "seconds", "data_seconds", "images_per_s", "lr"} <= set(
+        entries[0]
+    )

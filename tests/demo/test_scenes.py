@@ -22,7 +22,10 @@ def test_boxes_lie_in_the_picture_and_classes_vary() -> None:
     scenes = [make_scene((1, i)) for i in range(60)]
     boxes = np.concatenate([scene.boxes for scene in scenes])
     labels = np.concatenate([scene.labels for scene in scenes])
-    assert all(scene.image_bgr.shape == (240, 320, 3) and scene.image_bgr.dtype == np.uint8 for scene in scenes)
+    assert all(
+        scene.image_bgr.shape == (240, 320, 3) and scene.image_bgr.dtype == np.uint8
+        for scene in scenes
+    )
     assert (boxes[:, :2] >= 0).all()
     assert (boxes[:, 2:] <= [320, 240]).all()
     sides = boxes[:, 2:] - boxes[:, :2]
@@ -49,7 +52,9 @@ def test_written_sets_are_coco(tmp_path: Path) -> None:
         assert np.abs(picture.astype(int) - make_scene((9, number)).image_bgr).mean() < 12
     scene = make_scene((9, 0))
     first = [entry["bbox"] for entry in content["annotations"] if entry["image_id"] == 0]
-    np.testing.assert_array_equal(first, np.concatenate((scene.boxes[:, :2], scene.boxes[:, 2:] - scene.boxes[:, :2]), axis=1))
+    np.testing.assert_array_equal(
+        first, np.concatenate((scene.boxes[:, :2], scene.boxes[:, 2:] - scene.boxes[:, :2]), axis=1)
+    )
 
 
 def test_hundreds_a_second() -> None:

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(params=["tensorrt", "tensorrt_rtx"])
-def bench(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+def bench(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Bench]:
     """A fake GPU and a plan on it, of either flavour, whichever is installed; in the end nothing of the GPU's may be held."""
     from engines.tensorrt_bench import fake_bench
 

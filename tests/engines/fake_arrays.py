@@ -42,13 +42,25 @@ class DlpackArray:
         streams: for which streams it was asked.
     """
 
-    def __init__(self, address: int, shape: tuple[int, ...], dtype: Any, *, strides: tuple[int, ...] | None = None, gpu: int = 0) -> None:
+    def __init__(
+        self,
+        address: int,
+        shape: tuple[int, ...],
+        dtype: Any,
+        *,
+        strides: tuple[int, ...] | None = None,
+        gpu: int = 0,
+    ) -> None:
         kind = np.dtype(dtype)
         integers = ctypes.c_int64 * len(shape)
         self._shape, self._strides = integers(*shape), integers(*strides) if strides else None
-        pointer = ctypes.cast(self._strides, ctypes.POINTER(ctypes.c_int64)) if self._strides else None
+        pointer = (
+            ctypes.cast(self._strides, ctypes.POINTER(ctypes.c_int64)) if self._strides else None
+        )
         data_type = DLDataType(CODES[kind.kind], 8 * kind.itemsize, 1)
-        tensor = DLTensor(address, DLDevice(CUDA, gpu), len(shape), data_type, self._shape, pointer, 0)
+        tensor = DLTensor(
+            address, DLDevice(CUDA, gpu), len(shape), data_type, self._shape, pointer, 0
+        )
         self._managed = DLManagedTensor(tensor, None, None)
         self._gpu = gpu
         self.streams: list[int | None] = []
@@ -59,5 +71,8 @@ class DlpackArray:
     def __dlpack__(self, *, stream: int | None = None, **_: Any) -> Any:
         self.streams.append(stream)
         new = ctypes.pythonapi.PyCapsule_New
-        new.restype, new.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+        new.restype, new.argtypes = (
+            ctypes.py_object,
+            [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p],
+        )
         return new(ctypes.addressof(self._managed), b"dltensor", None)

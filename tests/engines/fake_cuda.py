@@ -23,7 +23,11 @@ real: Any = importlib.import_module("cuda.bindings.driver")
 Status = real.CUresult
 OK = Status.CUDA_SUCCESS
 Work = Callable[[], None]
-TAKES_S = {"in": 0.002, "run": 0.008, "out": 0.001}  # by kind of work; what else there is takes no time
+TAKES_S = {
+    "in": 0.002,
+    "run": 0.008,
+    "out": 0.001,
+}  # by kind of work; what else there is takes no time
 
 
 @dataclass
@@ -63,7 +67,13 @@ def in_context(function: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
-UNSAFE_WHILE_RECORDING = {"cuMemAlloc", "cuMemFree", "cuMemHostAlloc", "cuStreamSynchronize", "cuEventSynchronize"}
+UNSAFE_WHILE_RECORDING = {
+    "cuMemAlloc",
+    "cuMemFree",
+    "cuMemHostAlloc",
+    "cuStreamSynchronize",
+    "cuEventSynchronize",
+}
 
 
 class FakeDriver:
@@ -76,7 +86,9 @@ class FakeDriver:
         clock_s: the time of the GPU.
     """
 
-    def __init__(self, capability: tuple[int, int] = (8, 9), version: int = 13050, count: int = 1) -> None:
+    def __init__(
+        self, capability: tuple[int, int] = (8, 9), version: int = 13050, count: int = 1
+    ) -> None:
         self.capability, self.version, self.count = capability, version, count
         self.lock = threading.RLock()
         self.calls: Counter[str] = Counter()
@@ -146,8 +158,14 @@ class FakeDriver:
         return self.failures.get(function, {}).get(self.calls[function])
 
     def _spoil_recordings(self) -> bool:
-        caller = threading.get_ident()  # recordings of other threads are nobody else's business: they are thread-local
-        recording = [stream for stream in self.streams.values() if stream.recording is not None and stream.recorder == caller]
+        caller = (
+            threading.get_ident()
+        )  # recordings of other threads are nobody else's business: they are thread-local
+        recording = [
+            stream
+            for stream in self.streams.values()
+            if stream.recording is not None and stream.recorder == caller
+        ]
         for stream in recording:
             stream.spoiled = True
         return bool(recording)
@@ -178,7 +196,9 @@ class FakeDriver:
         return OK, b"Fake GPU".ljust(length, b"\0")
 
     def cuDeviceGetAttribute(self, attribute: Any, _device: int) -> Any:
-        return OK, self.capability[attribute == real.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR]
+        return OK, self.capability[
+            attribute == real.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR
+        ]
 
     def cuGetErrorString(self, status: Any) -> Any:
         return OK, f"text of {status.name}".encode()
@@ -213,7 +233,9 @@ class FakeDriver:
             check(int(address))
         block = self.memory.pop(int(address))
         block[:] = 0xDD
-        self.free_memory.append(block)  # whoever still looks at it sees that it is gone, and harms nobody
+        self.free_memory.append(
+            block
+        )  # whoever still looks at it sees that it is gone, and harms nobody
 
     @in_context
     def cuMemGetInfo(self) -> Any:

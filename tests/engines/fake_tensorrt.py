@@ -32,7 +32,9 @@ SHAPES = {"num_dets": (), "boxes": (MAX_DET, 4), "scores": (MAX_DET,), "labels":
 SCRATCH = 4096
 
 
-def answers(images: NDArray[Any], valid_hw: NDArray[Any], score_threshold: Any, iou_threshold: Any) -> dict[str, NDArray[Any]]:
+def answers(
+    images: NDArray[Any], valid_hw: NDArray[Any], score_threshold: Any, iou_threshold: Any
+) -> dict[str, NDArray[Any]]:
     """What the formula finds: every input decides about something."""
     batch = len(images)
     found = {name: np.zeros((batch, *SHAPES[name]), TYPES[name]) for name in SHAPES}
@@ -156,7 +158,9 @@ class FakeRuntimeConfig:
 
     def __init__(self) -> None:
         self.cuda_graph_strategy = tensorrt_rtx.CudaGraphStrategy.DISABLED
-        self.dynamic_shapes_kernel_specialization_strategy = tensorrt_rtx.DynamicShapesKernelSpecializationStrategy.LAZY
+        self.dynamic_shapes_kernel_specialization_strategy = (
+            tensorrt_rtx.DynamicShapesKernelSpecializationStrategy.LAZY
+        )
         self.cache: FakeRuntimeCache | None = None
         self.strategy = tensorrt_rtx.ExecutionContextAllocationStrategy.STATIC
 
@@ -187,7 +191,9 @@ class FakeEngine:
         return tensorrt_rtx.DataType.__members__[names[self.plan.types[name]]]
 
     def get_tensor_mode(self, name: str) -> Any:
-        return tensorrt_rtx.TensorIOMode.INPUT if name in INPUTS else tensorrt_rtx.TensorIOMode.OUTPUT
+        return (
+            tensorrt_rtx.TensorIOMode.INPUT if name in INPUTS else tensorrt_rtx.TensorIOMode.OUTPUT
+        )
 
     def get_tensor_location(self, _name: str) -> Any:
         return tensorrt_rtx.TensorLocation.DEVICE
@@ -206,7 +212,9 @@ class FakeEngine:
     def create_runtime_config(self) -> FakeRuntimeConfig:
         return FakeRuntimeConfig()
 
-    def create_execution_context(self, strategy: Any = None, runtime_config: FakeRuntimeConfig | None = None) -> FakeContext | None:
+    def create_execution_context(
+        self, strategy: Any = None, runtime_config: FakeRuntimeConfig | None = None
+    ) -> FakeContext | None:
         if failure := self.plan.failures.pop("context", None):
             self.plan.say("ERROR", failure)
             return None
@@ -234,7 +242,14 @@ class FakePlan:
         compiled: kernels that TensorRT-RTX compiled, in order.
     """
 
-    def __init__(self, driver: FakeDriver, logger: Any, profiles: list[tuple[tuple[int, int], tuple[int, int, int]]], *, rtx: bool) -> None:
+    def __init__(
+        self,
+        driver: FakeDriver,
+        logger: Any,
+        profiles: list[tuple[tuple[int, int], tuple[int, int, int]]],
+        *,
+        rtx: bool,
+    ) -> None:
         self.driver, self.profiles, self.rtx = driver, profiles, rtx
         self.recordable = True
         self.spoil: Callable[[dict[str, NDArray[Any]]], None] = lambda found: None
@@ -249,12 +264,21 @@ class FakePlan:
         self._logger = logger
         driver.before_free.append(self._check_unused)
         shared = ("TensorIOMode", "TensorLocation", "ExecutionContextAllocationStrategy")
-        rtx_only = ("DynamicShapesKernelSpecializationStrategy", "EngineValidity", "EngineInvalidityDiagnostics")
+        rtx_only = (
+            "DynamicShapesKernelSpecializationStrategy",
+            "EngineValidity",
+            "EngineInvalidityDiagnostics",
+        )
         names = shared + (rtx_only if rtx else ())
-        self.module = SimpleNamespace(Runtime=self._runtime, **{name: getattr(tensorrt_rtx, name) for name in names})
+        self.module = SimpleNamespace(
+            Runtime=self._runtime, **{name: getattr(tensorrt_rtx, name) for name in names}
+        )
 
     def _check_unused(self, address: int) -> None:
-        assert all(address not in (context._scratch, *context._addresses.values()) for context in self.contexts), "a context still uses it"
+        assert all(
+            address not in (context._scratch, *context._addresses.values())
+            for context in self.contexts
+        ), "a context still uses it"
 
     def say(self, severity: str, message: str) -> None:
         """The library's logger says something."""

@@ -16,12 +16,15 @@ import pytest
 from engines.fake_cuda import FakeDriver
 from engines.fake_tensorrt import MAX_DET, FakePlan, answers
 
-from tood_deploy import cuda_device, tensorrt_flavour
-from tood_deploy.engines import BatchDetections, cuda_memory, tensorrt_engine
-from tood_deploy.engines.tensorrt_engine import TensorRTEngine
+from tood_deploy.engines import BatchDetections
+from tood_deploy.engines.tensorrt import cuda as cuda_device
+from tood_deploy.engines.tensorrt import cuda as cuda_memory
+from tood_deploy.engines.tensorrt import engine as tensorrt_engine
+from tood_deploy.engines.tensorrt import library as tensorrt_flavour
+from tood_deploy.engines.tensorrt.engine import TensorRTEngine
+from tood_deploy.engines.tensorrt.library import Flavour
 from tood_deploy.manifest import Manifest, manifest_path
 from tood_deploy.presets import PRESETS
-from tood_deploy.tensorrt_flavour import Flavour
 
 PROFILES = [((64, 96), (1, 2, 4)), ((96, 32), (1, 1, 2))]
 
@@ -62,9 +65,16 @@ def fake_bench(name: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
         "version": "10.13.3.9",
         "platform": f"{sys.platform}-{platform.machine()}".lower(),
         "compute_capabilities": ["8.9"],
-        "profiles": [{"size_hw": list(size_hw), "batch": list(batches)} for size_hw, batches in PROFILES],
+        "profiles": [
+            {"size_hw": list(size_hw), "batch": list(batches)} for size_hw, batches in PROFILES
+        ],
     }
-    made = Bench(driver, plan, path, Manifest(PRESETS["tiny"], max_det=MAX_DET, target=target).with_artefact(path))
+    made = Bench(
+        driver,
+        plan,
+        path,
+        Manifest(PRESETS["tiny"], max_det=MAX_DET, target=target).with_artefact(path),
+    )
     made.write()
     yield made
     if driver.held() or plan.contexts or plan.engines:
@@ -75,14 +85,26 @@ def fake_bench(name: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     assert not driver.stack
 
 
-def pictures(batch: int, seed: int = 0, size_hw: tuple[int, int] = (64, 96)) -> tuple[np.ndarray, np.ndarray]:
+def pictures(
+    batch: int, seed: int = 0, size_hw: tuple[int, int] = (64, 96)
+) -> tuple[np.ndarray, np.ndarray]:
     generator = np.random.default_rng(seed)
     images = generator.integers(0, 256, (batch, *size_hw, 3), np.uint8)
-    return images, np.stack([generator.integers(1, side + 1, batch) for side in size_hw], 1).astype(np.int32)
+    return images, np.stack([generator.integers(1, side + 1, batch) for side in size_hw], 1).astype(
+        np.int32
+    )
 
 
-def assert_answers(found: BatchDetections, images: np.ndarray, valid_hw: np.ndarray, conf: float = 0.25, iou: float = 0.5) -> None:
+def assert_answers(
+    found: BatchDetections,
+    images: np.ndarray,
+    valid_hw: np.ndarray,
+    conf: float = 0.25,
+    iou: float = 0.5,
+) -> None:
     expected = answers(images, valid_hw, conf, iou)
-    for name, array in zip(expected, (found.num_dets, found.boxes_net, found.scores, found.labels), strict=True):
+    for name, array in zip(
+        expected, (found.num_dets, found.boxes_net, found.scores, found.labels), strict=True
+    ):
         assert array.dtype == expected[name].dtype
         assert np.array_equal(array, expected[name]), name

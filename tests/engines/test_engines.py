@@ -10,13 +10,12 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
+from tood_deploy.data.image_set import synthetic_picture
 from tood_deploy.engines import BatchDetections, Engine, open_engine
 from tood_deploy.engines.onnx_engine import PROVIDERS
 from tood_deploy.errors import ArtefactError, DeviceError, InputError, ToodError
 from tood_deploy.manifest import manifest_path
-from tood_deploy.parity.compare import match_detections
-from tood_deploy.parity.sample_images import synthetic_picture
-from tood_deploy.rows import Rows
+from tood_deploy.matching import Rows, match_detections
 
 SIZES_HW = [(64, 64), (64, 320), (256, 96)]
 
@@ -28,18 +27,20 @@ def engine(request: pytest.FixtureRequest, tiny_checkpoint: Path, tiny_artefact:
 
 def rows(found: BatchDetections, picture: int) -> Rows:
     count = int(found.num_dets[picture])
-    return Rows(found.boxes_net[picture, :count], found.scores[picture, :count], found.labels[picture, :count])
+    return Rows(
+        found.boxes_net[picture, :count],
+        found.scores[picture, :count],
+        found.labels[picture, :count],
+    )
 
 
 def test_shapes_types_and_order(engine: Engine) -> None:
     images = np.stack([synthetic_picture(96, 128, seed) for seed in range(2)])
     found = engine.infer(images, np.array([[90, 128], [96, 100]], np.int32), 0.05, 0.6)
-    assert [(array.shape, array.dtype.name) for array in (found.num_dets, found.boxes_net, found.scores, found.labels)] == [
-        ((2,), "int32"),
-        ((2, 100, 4), "float32"),
-        ((2, 100), "float32"),
-        ((2, 100), "int32"),
-    ]
+    assert [
+        (array.shape, array.dtype.name)
+        for array in (found.num_dets, found.boxes_net, found.scores, found.labels)
+    ] == [((2,), "int32"), ((2, 100, 4), "float32"), ((2, 100), "float32"), ((2, 100), "int32")]
     for picture in range(2):
         scores = rows(found, picture).scores
         assert len(scores) > 10
@@ -69,9 +70,13 @@ def test_what_lies_outside_the_picture_does_not_matter(engine: Engine) -> None:
 
 @pytest.mark.parametrize("size_hw", SIZES_HW)
 @pytest.mark.parametrize("batch", [1, 2, 5])
-def test_runtimes_agree_at_every_size_and_batch(size_hw: tuple[int, int], batch: int, tiny_checkpoint: Path, tiny_artefact: Path) -> None:
+def test_runtimes_agree_at_every_size_and_batch(
+    size_hw: tuple[int, int], batch: int, tiny_checkpoint: Path, tiny_artefact: Path
+) -> None:
     images = np.stack([synthetic_picture(*size_hw, seed) for seed in range(batch)])
-    sizes = np.array([[size_hw[0] - seed, size_hw[1] - 3 * seed] for seed in range(batch)], np.int32)
+    sizes = np.array(
+        [[size_hw[0] - seed, size_hw[1] - 3 * seed] for seed in range(batch)], np.int32
+    )
     expected = open_engine(tiny_checkpoint).infer(images, sizes, 0.03, 0.6)
     found = open_engine(tiny_artefact, threads=1).infer(images, sizes, 0.03, 0.6)
     for picture in range(batch):
@@ -83,14 +88,32 @@ def test_runtimes_agree_at_every_size_and_batch(size_hw: tuple[int, int], batch:
 @pytest.mark.parametrize(
     ("images", "sizes", "message"),
     [
-        (np.zeros((1, 64, 64, 3), np.float32), np.array([[64, 64]], np.int32), r"float32 \(1, 64, 64, 3\); expected uint8"),
-        (np.zeros((1, 3, 64, 64), np.uint8), np.array([[64, 64]], np.int32), r"expected uint8 \(B, H, W, 3\)"),
-        (np.zeros((1, 60, 64, 3), np.uint8), np.array([[60, 64]], np.int32), "60 x 64; expected multiples of 32"),
-        (np.zeros((2, 64, 64, 3), np.uint8), np.array([[64, 64]], np.int32), r"valid_hw is int32 \(1, 2\); expected int32 \(2, 2\)"),
+        (
+            np.zeros((1, 64, 64, 3), np.float32),
+            np.array([[64, 64]], np.int32),
+            r"float32 \(1, 64, 64, 3\); expected uint8",
+        ),
+        (
+            np.zeros((1, 3, 64, 64), np.uint8),
+            np.array([[64, 64]], np.int32),
+            r"expected uint8 \(B, H, W, 3\)",
+        ),
+        (
+            np.zeros((1, 60, 64, 3), np.uint8),
+            np.array([[60, 64]], np.int32),
+            "60 x 64; expected multiples of 32",
+        ),
+        (
+            np.zeros((2, 64, 64, 3), np.uint8),
+            np.array([[64, 64]], np.int32),
+            r"valid_hw is int32 \(1, 2\); expected int32 \(2, 2\)",
+        ),
         (np.zeros((0, 64, 64, 3), np.uint8), np.zeros((0, 2), np.int32), "expected uint8"),
     ],
 )
-def test_wrong_inputs_are_named(images: np.ndarray, sizes: np.ndarray, message: str, engine: Engine) -> None:
+def test_wrong_inputs_are_named(
+    images: np.ndarray, sizes: np.ndarray, message: str, engine: Engine
+) -> None:
     with pytest.raises(InputError, match=message):
         engine.infer(images, sizes, 0.05, 0.6)
 
@@ -117,7 +140,9 @@ class TestOpening:
         with pytest.raises(ToodError, match="device is 'tpu'; expected cpu or cuda"):
             open_engine(tiny_artefact, device="tpu")
 
-    @pytest.mark.skipif(PROVIDERS["cuda"] in onnxruntime.get_available_providers(), reason="CUDA is there")
+    @pytest.mark.skipif(
+        PROVIDERS["cuda"] in onnxruntime.get_available_providers(), reason="CUDA is there"
+    )
     def test_absent_gpu_is_an_error_in_onnx_runtime(self, tiny_artefact: Path) -> None:
         with pytest.raises(DeviceError, match="CUDAExecutionProvider"):
             open_engine(tiny_artefact, device="cuda")
@@ -127,14 +152,23 @@ class TestOpening:
         with pytest.raises(DeviceError, match="cuda is not there"):
             open_engine(tiny_checkpoint, device="cuda")
 
-    def test_provider_that_does_not_start_is_an_error(self, tiny_artefact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_provider_that_does_not_start_is_an_error(
+        self, tiny_artefact: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """A build with the CUDA provider on a machine without CUDA: ONNX Runtime itself would fall back in silence."""
-        monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(PROVIDERS.values()))
-        with pytest.warns(UserWarning, match="CUDAExecutionProvider"), pytest.raises(DeviceError, match="could not start"):
+        monkeypatch.setattr(
+            onnxruntime, "get_available_providers", lambda: list(PROVIDERS.values())
+        )
+        with (
+            pytest.warns(UserWarning, match="CUDAExecutionProvider"),
+            pytest.raises(DeviceError, match="could not start"),
+        ):
             open_engine(tiny_artefact, device="cuda")
 
     @pytest.mark.parametrize("threads", [0, -2])
-    def test_senseless_threads(self, threads: int, engine: Engine, tiny_checkpoint: Path, tiny_artefact: Path) -> None:
+    def test_senseless_threads(
+        self, threads: int, engine: Engine, tiny_checkpoint: Path, tiny_artefact: Path
+    ) -> None:
         path = tiny_artefact if "ONNX" in engine.name else tiny_checkpoint
         with pytest.raises(ToodError, match=f"threads is {threads}"):
             open_engine(path, threads=threads)
@@ -145,10 +179,15 @@ class TestForeignFiles:
         value = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])
         node = helper.make_node("Relu", ["x"], ["y"])
         output = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])
-        model = helper.make_model(helper.make_graph([node], "g", [value], [output]), opset_imports=[helper.make_opsetid("", 21)])
+        model = helper.make_model(
+            helper.make_graph([node], "g", [value], [output]),
+            opset_imports=[helper.make_opsetid("", 21)],
+        )
         model.ir_version = 10
         onnx.save(model, tmp_path / "theirs.onnx")
-        with pytest.raises(ArtefactError, match=r"not one of tood_deploy.*inputs \['x'\].*tood-export"):
+        with pytest.raises(
+            ArtefactError, match=r"not one of tood_deploy.*inputs \['x'\].*tood-export"
+        ):
             open_engine(tmp_path / "theirs.onnx")
 
     def test_cut_file(self, tiny_artefact: Path, tmp_path: Path) -> None:
@@ -158,23 +197,34 @@ class TestForeignFiles:
 
     def test_manifest_of_another_version(self, tiny_artefact: Path, tmp_path: Path) -> None:
         copy = Path(shutil.copy(tiny_artefact, tmp_path / "model.onnx"))
-        manifest_path(copy).write_text(manifest_path(tiny_artefact).read_text().replace('"format": 1', '"format": 7'))
-        with pytest.raises(ArtefactError, match="manifest of format 7, this version reads format 1"):
+        manifest_path(copy).write_text(
+            manifest_path(tiny_artefact).read_text().replace('"format": 1', '"format": 7')
+        )
+        with pytest.raises(
+            ArtefactError, match="manifest of format 7, this version reads format 1"
+        ):
             open_engine(copy)
 
-    @pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 1, "preset": {"name": "x"}}', '{"format": 1, "preset": 5}'])
+    @pytest.mark.parametrize(
+        "text",
+        ["", "[]", "{}", '{"format": 1, "preset": {"name": "x"}}', '{"format": 1, "preset": 5}'],
+    )
     def test_damaged_manifest(self, text: str, tiny_artefact: Path, tmp_path: Path) -> None:
         copy = Path(shutil.copy(tiny_artefact, tmp_path / "model.onnx"))
         manifest_path(copy).write_text(text)
         with pytest.raises(ArtefactError, match="not a manifest"):
             open_engine(copy)
 
-    def test_without_manifest_the_file_tells_itself(self, tiny_artefact: Path, tmp_path: Path) -> None:
+    def test_without_manifest_the_file_tells_itself(
+        self, tiny_artefact: Path, tmp_path: Path
+    ) -> None:
         copy = shutil.copy(tiny_artefact, tmp_path / "model.onnx")
         assert open_engine(copy).manifest.preset == open_engine(tiny_artefact).manifest.preset
 
 
-def test_one_of_several_networks_in_a_checkpoint_opens(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_one_of_several_networks_in_a_checkpoint_opens(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
     from tood_deploy.model import load_checkpoint
 
     state = load_checkpoint(tiny_checkpoint).state_dict()

@@ -7,18 +7,20 @@ import numpy as np
 import pytest
 
 from tood_deploy import Detector
+from tood_deploy.data.image_set import synthetic_picture
 from tood_deploy.engines import BatchDetections, open_engine
 from tood_deploy.engines.onnx_engine import OnnxEngine
 from tood_deploy.errors import ToodError
 from tood_deploy.inference.pipeline import detect_frames
 from tood_deploy.inference.source import open_source
-from tood_deploy.parity.sample_images import synthetic_picture
 
 CALL = (np.array([[64, 96]], np.int32), 0.05, 0.6)
 
 
 def callers() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("onnxruntime")]
+    return [
+        thread.name for thread in threading.enumerate() if thread.name.startswith("onnxruntime")
+    ]
 
 
 def same(one: BatchDetections, other: BatchDetections) -> None:
@@ -30,7 +32,10 @@ def same(one: BatchDetections, other: BatchDetections) -> None:
 
 def test_what_is_submitted_together_comes_back_as_if_alone(tiny_artefact: Path) -> None:
     images = [synthetic_picture(64, 96, seed)[None] for seed in range(5)]
-    with open_engine(tiny_artefact, threads=2) as alone, open_engine(tiny_artefact, threads=2, hint="throughput") as engine:
+    with (
+        open_engine(tiny_artefact, threads=2) as alone,
+        open_engine(tiny_artefact, threads=2, hint="throughput") as engine,
+    ):
         assert (alone.in_flight, engine.in_flight) == (1, 2)
         tickets = [engine.submit(image, *CALL) for image in images]
         for image, ticket in reversed(list(zip(images, tickets, strict=True))):
@@ -72,9 +77,13 @@ def test_frames_stay_in_order(tiny_artefact: Path, tmp_path: Path) -> None:
     for i in range(9):
         size_hw = (64, 96) if i % 4 else (96, 64)
         cv2.imwrite(str(tmp_path / f"{i}.png"), synthetic_picture(*size_hw, i))
-    with Detector(tiny_artefact, imgsz=(64, 96), conf=0.1, threads=2, hint="throughput") as detector:
+    with Detector(
+        tiny_artefact, imgsz=(64, 96), conf=0.1, threads=2, hint="throughput"
+    ) as detector:
         for batch in (1, 2):
-            for i, (frame, found) in enumerate(detect_frames(detector, open_source(tmp_path), batch)):
+            for i, (frame, found) in enumerate(
+                detect_frames(detector, open_source(tmp_path), batch)
+            ):
                 assert Path(frame.name).stem == str(i)
                 alone = detector(frame.image_bgr)
                 np.testing.assert_allclose(found.boxes, alone.boxes, atol=1e-2)

@@ -16,15 +16,13 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
+from tood_deploy.data.image_set import synthetic_picture
 from tood_deploy.engines import BatchDetections, open_engine
-from tood_deploy.engines.openvino_engine import OpenVinoEngine
-from tood_deploy.engines.openvino_forms import Form, Forms
+from tood_deploy.engines.openvino_engine import Form, Forms, OpenVinoEngine
+from tood_deploy.engines.openvino_runtime import shared_core
 from tood_deploy.errors import ArtefactError, DeviceError, InputError, OutputError, ToodError
 from tood_deploy.manifest import Manifest, manifest_path, read_manifest
-from tood_deploy.openvino_model import shared_core
-from tood_deploy.parity.compare import match_detections
-from tood_deploy.parity.sample_images import synthetic_picture
-from tood_deploy.rows import Rows, batch_rows, pair_rows
+from tood_deploy.matching import Rows, batch_rows, match_detections, pair_rows
 
 HAS_BF16 = "BF16" in shared_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 needs_bf16 = pytest.mark.skipif(not HAS_BF16, reason="this CPU has no bf16 instructions")
@@ -77,7 +75,9 @@ class TestAnswers:
         self, size_hw: tuple[int, int], batch: int, engine: OpenVinoEngine, tiny_artefact: Path
     ) -> None:
         with open_engine(tiny_artefact, threads=1) as other:
-            expected, found = (each.infer(*inputs(batch, size_hw), 0.03, 0.6) for each in (other, engine))
+            expected, found = (
+                each.infer(*inputs(batch, size_hw), 0.03, 0.6) for each in (other, engine)
+            )
         for picture in range(batch):
             match = match_detections(rows(expected, picture), rows(found, picture), 1e-5, 0.05)
             assert match.exchanged <= 1
@@ -95,7 +95,9 @@ class TestAnswers:
     def test_onnx_and_ir_are_the_same(self, engine: OpenVinoEngine, tiny_artefact: Path) -> None:
         with open_engine(tiny_artefact, runtime="openvino", threads=1) as other:
             assert isinstance(other, OpenVinoEngine)
-            assert np.array_equal(other.infer(*inputs(), 0.05, 0.6).scores, engine.infer(*inputs(), 0.05, 0.6).scores)
+            assert np.array_equal(
+                other.infer(*inputs(), 0.05, 0.6).scores, engine.infer(*inputs(), 0.05, 0.6).scores
+            )
 
     def test_stay_valid_after_the_next_inference(self, engine: OpenVinoEngine) -> None:
         first = engine.infer(*inputs(seed=1), 0.05, 0.6)
@@ -108,7 +110,10 @@ class TestAnswers:
         images, valid_hw = inputs()
         mirrored = np.ascontiguousarray(images[:, :, ::-1])[:, :, ::-1]
         assert not mirrored.flags.c_contiguous
-        assert np.array_equal(engine.infer(mirrored, valid_hw, 0.05, 0.6).scores, engine.infer(images, valid_hw, 0.05, 0.6).scores)
+        assert np.array_equal(
+            engine.infer(mirrored, valid_hw, 0.05, 0.6).scores,
+            engine.infer(images, valid_hw, 0.05, 0.6).scores,
+        )
 
 
 class TestPrecision:
@@ -139,13 +144,32 @@ class TestPrecision:
         ],
     )
     def test_is_the_manifests_unless_asked(
-        self, own: str, rest: str | None, asked: str | None, runs: str, tiny_artefact: Path, tmp_path: Path
+        self,
+        own: str,
+        rest: str | None,
+        asked: str | None,
+        runs: str,
+        tiny_artefact: Path,
+        tmp_path: Path,
     ) -> None:
-        path = described(tiny_artefact, tmp_path / "a.onnx", precision=own, options={"rest": rest} if rest else {})
-        with open_engine(path, runtime="openvino", threads=1, self_test=False, **({"precision": asked} if asked else {})) as engine:
+        path = described(
+            tiny_artefact,
+            tmp_path / "a.onnx",
+            precision=own,
+            options={"rest": rest} if rest else {},
+        )
+        with open_engine(
+            path,
+            runtime="openvino",
+            threads=1,
+            self_test=False,
+            **({"precision": asked} if asked else {}),
+        ) as engine:
             assert engine.precision == runs
 
-    def test_that_the_cpu_lacks_is_an_error(self, ir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_that_the_cpu_lacks_is_an_error(
+        self, ir: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """A stand-in for a CPU without bf16: OpenVINO itself would run in float32 in silence."""
         asked = openvino.Core.get_property
 
@@ -153,7 +177,10 @@ class TestPrecision:
             return ["FP32"] if name == "OPTIMIZATION_CAPABILITIES" else asked(self, device, name)
 
         monkeypatch.setattr(openvino.Core, "get_property", without_bf16)
-        with pytest.raises(DeviceError, match=r"bf16 is not there: this CPU \(.+\) has no bf16 instructions; use fp32"):
+        with pytest.raises(
+            DeviceError,
+            match=r"bf16 is not there: this CPU \(.+\) has no bf16 instructions; use fp32",
+        ):
             OpenVinoEngine(ir, precision="bf16")
 
 
@@ -165,14 +192,22 @@ class TestBatchesSideBySide:
     def test_are_collected_in_any_order(self, wide: OpenVinoEngine, engine: OpenVinoEngine) -> None:
         tickets = [wide.submit(*inputs(seed=seed), 0.05, 0.6) for seed in range(5)]
         for seed in (3, 0, 4, 1, 2):
-            assert np.array_equal(wide.collect(tickets[seed]).scores, engine.infer(*inputs(seed=seed), 0.05, 0.6).scores)
+            assert np.array_equal(
+                wide.collect(tickets[seed]).scores,
+                engine.infer(*inputs(seed=seed), 0.05, 0.6).scores,
+            )
 
-    def test_of_several_threads_do_not_mix(self, wide: OpenVinoEngine, engine: OpenVinoEngine) -> None:
+    def test_of_several_threads_do_not_mix(
+        self, wide: OpenVinoEngine, engine: OpenVinoEngine
+    ) -> None:
         expected = [engine.infer(*inputs(seed=seed), 0.05, 0.6).scores for seed in range(3)]
         same: list[bool] = []
 
         def work(seed: int) -> None:
-            same.extend(np.array_equal(wide.infer(*inputs(seed=seed), 0.05, 0.6).scores, expected[seed]) for _ in range(5))
+            same.extend(
+                np.array_equal(wide.infer(*inputs(seed=seed), 0.05, 0.6).scores, expected[seed])
+                for _ in range(5)
+            )
 
         threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
         for thread in threads:
@@ -183,7 +218,9 @@ class TestBatchesSideBySide:
 
     def test_wrong_inputs_are_refused_before_they_start(self, wide: OpenVinoEngine) -> None:
         with pytest.raises(InputError, match="expected multiples of 32"):
-            wide.submit(np.zeros((1, 60, 64, 3), np.uint8), np.array([[60, 64]], np.int32), 0.05, 0.6)
+            wide.submit(
+                np.zeros((1, 60, 64, 3), np.uint8), np.array([[60, 64]], np.int32), 0.05, 0.6
+            )
 
 
 class TestFormsOfTheirOwn:
@@ -215,11 +252,19 @@ class TestFormsOfTheirOwn:
         for each in found:
             assert match_detections(expected, rows(each), 1e-5, 0.05).exchanged <= 1
 
-    def test_are_made_beside_the_work_and_used_once_they_are_there(self, ir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_are_made_beside_the_work_and_used_once_they_are_there(
+        self, ir: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         may_compile, compile_for, used = threading.Event(), Forms._compile_for, []
         submit = Form.submit
-        monkeypatch.setattr(Forms, "_compile_for", lambda self, shape: may_compile.wait(60) and compile_for(self, shape))
-        monkeypatch.setattr(Form, "submit", lambda self, values: used.append(self) or submit(self, values))
+        monkeypatch.setattr(
+            Forms,
+            "_compile_for",
+            lambda self, shape: may_compile.wait(60) and compile_for(self, shape),
+        )
+        monkeypatch.setattr(
+            Form, "submit", lambda self, values: used.append(self) or submit(self, values)
+        )
         with OpenVinoEngine(ir, threads=1, calls_before_static=1) as own:
             for _ in range(3):
                 own.infer(*inputs(), 0.05, 0.6)
@@ -230,14 +275,18 @@ class TestFormsOfTheirOwn:
         assert used[-1].compiled.inputs[0].partial_shape.is_static
         assert not used[0].compiled.inputs[0].partial_shape.is_static
 
-    def test_are_few_and_the_oldest_goes(self, ir: Path, compiled: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("tood_deploy.engines.openvino_forms.MOST_STATIC", 1)
+    def test_are_few_and_the_oldest_goes(
+        self, ir: Path, compiled: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("tood_deploy.engines.openvino_engine.MOST_STATIC", 1)
         with OpenVinoEngine(ir, threads=1, calls_before_static=0) as own:
             for width in (32, 64, 64, 32):
                 own.infer(*inputs(size_hw=(32, width)), 0.05, 0.6)
         assert [shape[2] for shape in compiled] == [32, 64, 32]
 
-    def test_that_give_other_answers_are_refused(self, ir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_that_give_other_answers_are_refused(
+        self, ir: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """A form whose scores are halved on the way, as a stand-in for one that is compiled wrongly."""
         collect = Form.collect
 
@@ -248,13 +297,13 @@ class TestFormsOfTheirOwn:
 
         monkeypatch.setattr(Form, "collect", halved)
         with OpenVinoEngine(ir, threads=1, calls_before_static=0) as engine:
-            message = (
-                r"compiled for the shape \(1, 96, 128, 3\) OpenVINO gives another answer than for every shape: of 100 .*update openvino"
-            )
+            message = r"compiled for the shape \(1, 96, 128, 3\) OpenVINO gives another answer than for every shape: of 100 .*update openvino"
             with pytest.raises(ArtefactError, match=message):
                 engine.infer(*inputs(), 0.05, 0.6)
 
-    def test_are_not_for_large_networks(self, ir: Path, monkeypatch: pytest.MonkeyPatch, compiled: list[tuple[int, ...]]) -> None:
+    def test_are_not_for_large_networks(
+        self, ir: Path, monkeypatch: pytest.MonkeyPatch, compiled: list[tuple[int, ...]]
+    ) -> None:
         monkeypatch.setattr("tood_deploy.engines.openvino_engine.MOST_STATIC_BYTES", 1000)
         monkeypatch.setattr("tood_deploy.engines.openvino_engine.CALLS_BEFORE_STATIC", 0)
         with OpenVinoEngine(ir, threads=1) as own:
@@ -279,7 +328,13 @@ except KeyboardInterrupt:
 
 
 def test_ctrl_c_after_engines_that_ended_in_the_order_they_began(ir: Path) -> None:
-    run = subprocess.run([sys.executable, "-c", SIGNALLED, str(ir)], capture_output=True, text=True, timeout=120, check=False)
+    run = subprocess.run(
+        [sys.executable, "-c", SIGNALLED, str(ir)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert (run.returncode, run.stdout) == (0, "interrupted\n"), run.stderr
 
 
@@ -293,7 +348,9 @@ class TestCache:
         with OpenVinoEngine(ir, threads=1, cache=False) as engine:
             assert engine.loaded_from == "artefact"
 
-    def test_lies_in_our_home_unless_asked(self, ir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_lies_in_our_home_unless_asked(
+        self, ir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setenv("TOOD_HOME", str(tmp_path))
         OpenVinoEngine(ir, threads=1).close()
         assert len(list((tmp_path / "openvino" / "fp32").iterdir())) == 1
@@ -303,7 +360,9 @@ class TestCache:
         """OpenVINO 2026.4 opens in bf16 what it compiled in float32 for one shape, and then finds nothing."""
         found = []
         for precision in ("fp32", "bf16"):
-            with OpenVinoEngine(ir, threads=1, precision=precision, cache=tmp_path, calls_before_static=0) as engine:
+            with OpenVinoEngine(
+                ir, threads=1, precision=precision, cache=tmp_path, calls_before_static=0
+            ) as engine:
                 assert engine.loaded_from == "artefact"
                 found.append(rows(engine.infer(*inputs(), 0.05, 0.6)))
         assert len(pair_rows(*found)) > 0.8 * len(found[0]) > 10
@@ -317,20 +376,28 @@ class TestCache:
             assert engine.loaded_from == "artefact"
             assert engine.infer(*inputs(), 0.05, 0.6).num_dets[0] > 10
 
-    def test_of_a_file_that_was_replaced_is_not_used(self, ir: Path, tiny_artefact: Path, tmp_path: Path) -> None:
+    def test_of_a_file_that_was_replaced_is_not_used(
+        self, ir: Path, tiny_artefact: Path, tmp_path: Path
+    ) -> None:
         path = Path(shutil.copy(tiny_artefact, tmp_path / "a.onnx"))
         with OpenVinoEngine(path, threads=1, cache=tmp_path) as first:
             before = first.infer(*inputs(), 0.05, 0.6)
         model = onnx.load(path)
         for value in model.graph.initializer:
             if "tood_cls.bias" in value.name:
-                value.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(value) + np.float32(0.5), value.name))
+                value.CopyFrom(
+                    onnx.numpy_helper.from_array(
+                        onnx.numpy_helper.to_array(value) + np.float32(0.5), value.name
+                    )
+                )
         onnx.save(model, path)
         with OpenVinoEngine(path, threads=1, cache=tmp_path) as second:
             assert second.infer(*inputs(), 0.05, 0.6).scores.max() > before.scores.max() + 0.01
 
     def test_that_cannot_be_kept_is_an_error(self, ir: Path) -> None:
-        with pytest.raises(OutputError, match=r"/proc/nowhere/fp32: cannot keep compiled models.*TOOD_HOME"):
+        with pytest.raises(
+            OutputError, match=r"/proc/nowhere/fp32: cannot keep compiled models.*TOOD_HOME"
+        ):
             OpenVinoEngine(ir, cache="/proc/nowhere")
 
 
@@ -339,11 +406,20 @@ class TestRefusals:
         ("options", "message"),
         [
             ({"threads": 0}, "threads is 0; expected a positive number"),
-            ({"precision": "fp16"}, "precision is 'fp16'; OpenVINO on the CPU runs in fp32 or bf16"),
+            (
+                {"precision": "fp16"},
+                "precision is 'fp16'; OpenVINO on the CPU runs in fp32 or bf16",
+            ),
             ({"hint": "fast"}, "hint is 'fast'; expected latency or throughput"),
             ({"device": "cuda"}, "OpenVINO runs on the CPU here"),
-            ({"colour": 1}, "openvino takes no colour; it takes threads, precision, hint, cache, calls_before_static"),
-            ({"runtime": "onnxruntime"}, r"onnxruntime does not open a file ending in \.xml; expected the runtime openvino"),
+            (
+                {"colour": 1},
+                "openvino takes no colour; it takes threads, precision, hint, cache, calls_before_static",
+            ),
+            (
+                {"runtime": "onnxruntime"},
+                r"onnxruntime does not open a file ending in \.xml; expected the runtime openvino",
+            ),
         ],
     )
     def test_of_options(self, options: dict[str, Any], message: str, ir: Path) -> None:
@@ -351,7 +427,9 @@ class TestRefusals:
             open_engine(ir, **options)
 
     def test_of_runtimes_for_checkpoints(self, tiny_checkpoint: Path) -> None:
-        with pytest.raises(ToodError, match="a checkpoint is run by PyTorch, not by openvino; export it first"):
+        with pytest.raises(
+            ToodError, match="a checkpoint is run by PyTorch, not by openvino; export it first"
+        ):
             open_engine(tiny_checkpoint, runtime="openvino")
         with pytest.raises(ToodError, match="PyTorch takes no precision"):
             open_engine(tiny_checkpoint, precision="bf16")
@@ -365,12 +443,17 @@ class TestRefusals:
         with pytest.raises(DeviceError, match=r"openvino is not installed; .*\[openvino\]"):
             open_engine(ir)
 
-    def test_with_an_openvino_that_does_not_load(self, ir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        (tmp_path / "openvino.py").write_text("raise ImportError('libopenvino.so: cannot open shared object file')")
+    def test_with_an_openvino_that_does_not_load(
+        self, ir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "openvino.py").write_text(
+            "raise ImportError('libopenvino.so: cannot open shared object file')"
+        )
         monkeypatch.syspath_prepend(tmp_path)
         monkeypatch.delitem(sys.modules, "openvino", raising=False)
         with pytest.raises(
-            DeviceError, match=r"OpenVINO is installed but does not load \(libopenvino.so: .*reinstall the package openvino"
+            DeviceError,
+            match=r"OpenVINO is installed but does not load \(libopenvino.so: .*reinstall the package openvino",
         ):
             open_engine(ir)
 
@@ -385,15 +468,23 @@ class TestRefusals:
 class TestForeignFiles:
     def test_weights_that_stayed_behind(self, ir: Path, tmp_path: Path) -> None:
         path = Path(shutil.copy(ir, tmp_path / "a.xml"))
-        with pytest.raises(ArtefactError, match=r"a\.bin: is missing; an OpenVINO model is an \.xml and a \.bin of the same name"):
+        with pytest.raises(
+            ArtefactError,
+            match=r"a\.bin: is missing; an OpenVINO model is an \.xml and a \.bin of the same name",
+        ):
             OpenVinoEngine(path)
 
     @pytest.mark.parametrize("cut", [".bin", ".xml"])
     def test_cut_ir(self, cut: str, ir: Path, tmp_path: Path) -> None:
         for suffix in (".xml", ".bin", ".json"):
             content = ir.with_suffix(suffix).read_bytes()
-            (tmp_path / f"a{suffix}").write_bytes(content[: len(content) // 2] if suffix == cut else content)
-        with pytest.raises(ArtefactError, match=r"a\.xml: OpenVINO cannot open it, cut or not a model.*export it again"):
+            (tmp_path / f"a{suffix}").write_bytes(
+                content[: len(content) // 2] if suffix == cut else content
+            )
+        with pytest.raises(
+            ArtefactError,
+            match=r"a\.xml: OpenVINO cannot open it, cut or not a model.*export it again",
+        ):
             OpenVinoEngine(tmp_path / "a.xml")
 
     def test_cut_onnx(self, tiny_artefact: Path, tmp_path: Path) -> None:
@@ -411,24 +502,44 @@ class TestForeignFiles:
             open_engine(tmp_path / name, runtime="openvino")
         assert capfd.readouterr() == ("", "")
 
-    def test_onnx_of_somebody_else(self, tmp_path: Path, save_graph: Callable[[onnx.NodeProto, Path], Path]) -> None:
-        with pytest.raises(ArtefactError, match=r"not one of tood_deploy \(inputs \['x'\], outputs \['y'\].*tood-export"):
-            open_engine(save_graph(helper.make_node("Relu", ["x"], ["y"]), tmp_path / "a.onnx"), runtime="openvino")
+    def test_onnx_of_somebody_else(
+        self, tmp_path: Path, save_graph: Callable[[onnx.NodeProto, Path], Path]
+    ) -> None:
+        with pytest.raises(
+            ArtefactError,
+            match=r"not one of tood_deploy \(inputs \['x'\], outputs \['y'\].*tood-export",
+        ):
+            open_engine(
+                save_graph(helper.make_node("Relu", ["x"], ["y"]), tmp_path / "a.onnx"),
+                runtime="openvino",
+            )
 
     def test_onnx_of_somebody_else_beside_a_manifest_of_ours(
-        self, tiny_artefact: Path, tmp_path: Path, save_graph: Callable[[onnx.NodeProto, Path], Path]
+        self,
+        tiny_artefact: Path,
+        tmp_path: Path,
+        save_graph: Callable[[onnx.NodeProto, Path], Path],
     ) -> None:
         path = save_graph(helper.make_node("Relu", ["x"], ["y"]), tmp_path / "a.onnx")
         shutil.copy(manifest_path(tiny_artefact), manifest_path(path))
         with pytest.raises(ArtefactError, match="not one of tood_deploy"):
             open_engine(path, runtime="openvino")
 
-    def test_deformable_convolutions_as_operators(self, tmp_path: Path, save_graph: Callable[[onnx.NodeProto, Path], Path]) -> None:
-        node = helper.make_node("DeformConv", ["x", "w", "o"], ["y"], kernel_shape=[3, 3], pads=[1] * 4)
-        with pytest.raises(ArtefactError, match=r"deformable convolutions as an operator, which OpenVINO lacks; .* --deform gather"):
+    def test_deformable_convolutions_as_operators(
+        self, tmp_path: Path, save_graph: Callable[[onnx.NodeProto, Path], Path]
+    ) -> None:
+        node = helper.make_node(
+            "DeformConv", ["x", "w", "o"], ["y"], kernel_shape=[3, 3], pads=[1] * 4
+        )
+        with pytest.raises(
+            ArtefactError,
+            match=r"deformable convolutions as an operator, which OpenVINO lacks; .* --deform gather",
+        ):
             open_engine(save_graph(node, tmp_path / "a.onnx"), runtime="openvino")
 
-    def test_without_manifest_the_file_tells_itself(self, ir: Path, tiny_artefact: Path, tmp_path: Path) -> None:
+    def test_without_manifest_the_file_tells_itself(
+        self, ir: Path, tiny_artefact: Path, tmp_path: Path
+    ) -> None:
         for path in (ir, ir.with_suffix(".bin"), tiny_artefact):
             shutil.copy(path, tmp_path)
         preset = Manifest.from_json(manifest_path(tiny_artefact).read_text(), "").preset
@@ -450,9 +561,15 @@ def save_graph() -> Callable[[onnx.NodeProto, Path], Path]:
 
     def save(node: onnx.NodeProto, path: Path) -> Path:
         shapes = {"x": [1, 4, 8, 8], "w": [4, 4, 3, 3], "o": [1, 18, 8, 8]}
-        given = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shapes[name]) for name in node.input]
+        given = [
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, shapes[name])
+            for name in node.input
+        ]
         output = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 4, 8, 8])
-        model = helper.make_model(helper.make_graph([node], "g", given, [output]), opset_imports=[helper.make_opsetid("", 21)])
+        model = helper.make_model(
+            helper.make_graph([node], "g", given, [output]),
+            opset_imports=[helper.make_opsetid("", 21)],
+        )
         model.ir_version = 10
         onnx.save(model, path)
         return path

@@ -7,7 +7,13 @@ from typing import Any
 
 import pytest
 
-from tood_deploy.engines.plan_check import Machine, Profile, check_plan, read_plan_manifest, tuned_elsewhere
+from tood_deploy.engines.tensorrt.plan_check import (
+    Machine,
+    Profile,
+    check_plan,
+    read_plan_manifest,
+    tuned_elsewhere,
+)
 from tood_deploy.errors import ArtefactError
 from tood_deploy.manifest import Manifest, manifest_path
 from tood_deploy.presets import PRESETS
@@ -17,7 +23,10 @@ TARGET = {
     "version": "10.13.3.9",
     "platform": "linux-x86_64",
     "compute_capabilities": ["8.6", "8.9"],
-    "profiles": [{"size_hw": [800, 1344], "batch": [1, 4, 8]}, {"size_hw": [1344, 800], "batch": [1, 1, 2]}],
+    "profiles": [
+        {"size_hw": [800, 1344], "batch": [1, 4, 8]},
+        {"size_hw": [1344, 800], "batch": [1, 1, 2]},
+    ],
 }
 MACHINE = Machine("tensorrt", "10.13.3.9", "linux-x86_64", "8.9", "NVIDIA L4")
 
@@ -43,25 +52,40 @@ def check(plan: Path, machine: Machine = MACHINE, sha256: str | None = None, **t
 def test_the_right_machine_passes(plan: Path) -> None:
     check(plan)
     write(plan)
-    assert read_plan_manifest(plan)[1].profiles == (Profile((800, 1344), 1, 4, 8), Profile((1344, 800), 1, 1, 2))
+    assert read_plan_manifest(plan)[1].profiles == (
+        Profile((800, 1344), 1, 4, 8),
+        Profile((1344, 800), 1, 1, 2),
+    )
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"flavour": "tensorrt_rtx"}, "it was built by TensorRT, installed is TensorRT-RTX"),
-        ({"version": "10.14.1.2"}, r"it was built by TensorRT 10\.13\.3\.9, installed is 10\.14\.1\.2"),
+        (
+            {"version": "10.14.1.2"},
+            r"it was built by TensorRT 10\.13\.3\.9, installed is 10\.14\.1\.2",
+        ),
         ({"platform": "win32-amd64"}, "it was built for linux-x86_64, this machine is win32-amd64"),
-        ({"compute_capability": "9.0"}, r"it was built for GPUs of compute capability 8\.6, 8\.9, NVIDIA L4 has 9\.0"),
+        (
+            {"compute_capability": "9.0"},
+            r"it was built for GPUs of compute capability 8\.6, 8\.9, NVIDIA L4 has 9\.0",
+        ),
     ],
 )
 def test_each_mismatch_is_named(plan: Path, fields: dict[str, str], message: str) -> None:
-    with pytest.raises(ArtefactError, match=rf"r50\.engine: cannot be used here: {message}; build it again, for this machine: tood-export"):
+    with pytest.raises(
+        ArtefactError,
+        match=rf"r50\.engine: cannot be used here: {message}; build it again, for this machine: tood-export",
+    ):
         check(plan, replace(MACHINE, **fields))
 
 
 def test_another_file_than_the_manifests(plan: Path) -> None:
-    with pytest.raises(ArtefactError, match=r"the file has SHA-256 ffffffffffff\.\., its manifest states [0-9a-f]{12}\.\.: it was cut"):
+    with pytest.raises(
+        ArtefactError,
+        match=r"the file has SHA-256 ffffffffffff\.\., its manifest states [0-9a-f]{12}\.\.: it was cut",
+    ):
         check(plan, sha256="f" * 64)
     write(plan, artefact_sha256="")
     with pytest.raises(ArtefactError, match=r"its manifest states nothing\.\."):
@@ -70,16 +94,29 @@ def test_another_file_than_the_manifests(plan: Path) -> None:
 
 def test_all_mismatches_at_once(plan: Path) -> None:
     with pytest.raises(ArtefactError) as refusal:
-        check(plan, Machine("tensorrt_rtx", "1.7.1.116", "linux-aarch64", "12.0", "NVIDIA Thor"), "f" * 64)
+        check(
+            plan,
+            Machine("tensorrt_rtx", "1.7.1.116", "linux-aarch64", "12.0", "NVIDIA Thor"),
+            "f" * 64,
+        )
     for part in ("SHA-256", "installed is TensorRT-RTX", "linux-aarch64", "NVIDIA Thor has 12.0"):
         assert part in str(refusal.value)
     assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize(
-    ("installed", "fits"), [("10.13.3.9", True), ("10.14.0.1", True), ("10.13.2.6", False), ("11.0.0.1", False), ("10.9.0.34", False)]
+    ("installed", "fits"),
+    [
+        ("10.13.3.9", True),
+        ("10.14.0.1", True),
+        ("10.13.2.6", False),
+        ("11.0.0.1", False),
+        ("10.9.0.34", False),
+    ],
 )
-def test_version_compatible_plans_take_later_versions_of_their_major(plan: Path, installed: str, fits: bool) -> None:
+def test_version_compatible_plans_take_later_versions_of_their_major(
+    plan: Path, installed: str, fits: bool
+) -> None:
     machine = replace(MACHINE, version=installed)
     if fits:
         check(plan, machine, version_compatible=True)
@@ -100,7 +137,9 @@ def test_version_compatible_plans_take_later_versions_of_their_major(plan: Path,
         ("12.0", {"hardware_compatibility": "none"}, False),
     ],
 )
-def test_plans_for_more_than_one_gpu(plan: Path, capability: str, target: dict[str, Any], fits: bool) -> None:
+def test_plans_for_more_than_one_gpu(
+    plan: Path, capability: str, target: dict[str, Any], fits: bool
+) -> None:
     machine = replace(MACHINE, compute_capability=capability)
     if fits:
         check(plan, machine, **target)
@@ -114,17 +153,30 @@ def test_a_plan_tuned_on_another_model_is_remarked_on(plan: Path) -> None:
     for gpu in ("NVIDIA RTX 4090", "NVIDIA L4", ""):
         write(plan, target=TARGET | {"gpu": gpu})
         remarks.append(tuned_elsewhere(plan, read_plan_manifest(plan)[1], MACHINE))
-    assert remarks == ["r50.engine: was tuned on NVIDIA RTX 4090, this is NVIDIA L4; built here it may be faster", "", ""]
+    assert remarks == [
+        "r50.engine: was tuned on NVIDIA RTX 4090, this is NVIDIA L4; built here it may be faster",
+        "",
+        "",
+    ]
 
 
 def test_the_command_that_rebuilds(plan: Path) -> None:
-    write(plan, options={"rebuild": "tood-export r50-1x --to engine --precision fp16"}, artefact_sha256="")
-    with pytest.raises(ArtefactError, match=r"for this machine: tood-export r50-1x --to engine --precision fp16$"):
+    write(
+        plan,
+        options={"rebuild": "tood-export r50-1x --to engine --precision fp16"},
+        artefact_sha256="",
+    )
+    with pytest.raises(
+        ArtefactError, match=r"for this machine: tood-export r50-1x --to engine --precision fp16$"
+    ):
         check_plan(plan, *read_plan_manifest(plan), MACHINE, "f" * 64)
 
 
 def test_no_manifest(plan: Path) -> None:
-    with pytest.raises(ArtefactError, match=r"r50\.engine: its manifest r50\.json is missing; put it back.*tood-export MODEL --to engine"):
+    with pytest.raises(
+        ArtefactError,
+        match=r"r50\.engine: its manifest r50\.json is missing; put it back.*tood-export MODEL --to engine",
+    ):
         read_plan_manifest(plan)
 
 
@@ -141,7 +193,9 @@ def test_no_manifest(plan: Path) -> None:
 )
 def test_a_manifest_that_is_no_plans(plan: Path, target: dict[str, Any]) -> None:
     write(plan, target=TARGET | target if target else {})
-    with pytest.raises(ArtefactError, match=r"r50\.json: does not say what the plan was built for.*build it again"):
+    with pytest.raises(
+        ArtefactError, match=r"r50\.json: does not say what the plan was built for.*build it again"
+    ):
         read_plan_manifest(plan)
 
 

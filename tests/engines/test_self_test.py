@@ -11,10 +11,15 @@ import pytest
 
 from tood_deploy.engines import BatchDetections, Engine, open_engine
 from tood_deploy.engines import self_test as module
-from tood_deploy.engines.self_test import check_self_test, tolerance_of
+from tood_deploy.engines.self_test import (
+    FEWEST,
+    MOST,
+    Golden,
+    check_self_test,
+    self_test_from,
+    tolerance_of,
+)
 from tood_deploy.errors import ArtefactError
-from tood_deploy.export.self_test import FEWEST, MOST, self_test_from
-from tood_deploy.golden import Golden
 from tood_deploy.manifest import Manifest, manifest_path, read_manifest
 from tood_deploy.model import FusedDetector, load_checkpoint
 from tood_deploy.parity.reference import TorchRunner
@@ -31,13 +36,17 @@ def reference(tiny_checkpoint: Path) -> TorchRunner:
 
 
 @pytest.fixture(scope="module")
-def artefact(tiny_artefact: Path, reference: TorchRunner, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def artefact(
+    tiny_artefact: Path, reference: TorchRunner, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """`tiny_artefact` with a self-test for canvases of its own."""
     path = tmp_path_factory.mktemp("golden") / "tiny.onnx"
     shutil.copy(tiny_artefact, path)
     manifest = read_manifest(tiny_artefact)
     assert manifest is not None
-    manifest_path(path).write_text(replace(manifest, self_test=self_test_from(reference, CANVASES)).to_json())
+    manifest_path(path).write_text(
+        replace(manifest, self_test=self_test_from(reference, CANVASES)).to_json()
+    )
     return path
 
 
@@ -50,15 +59,27 @@ def fresh_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 class Recited(Engine):
     """Gives the stored answers back, changed if so asked, and counts its calls."""
 
-    def __init__(self, artefact: Path, change: Change | None = None, slots: int | None = None, precision: str = "fp32") -> None:
+    def __init__(
+        self,
+        artefact: Path,
+        change: Change | None = None,
+        slots: int | None = None,
+        precision: str = "fp32",
+    ) -> None:
         manifest = read_manifest(artefact)
         assert manifest is not None
-        self.manifest, self.change, self.most_batch = replace(manifest, precision=precision), change, slots
+        self.manifest, self.change, self.most_batch = (
+            replace(manifest, precision=precision),
+            change,
+            slots,
+        )
         self.device, self.name = "cpu", "recited 1.0"
         self.golden = Golden.from_dict(manifest.self_test, "stored")
         self.calls: list[tuple[int, ...]] = []
 
-    def _run(self, images: np.ndarray, valid_hw: np.ndarray, score_threshold: float, iou_threshold: float) -> BatchDetections:
+    def _run(
+        self, images: np.ndarray, valid_hw: np.ndarray, score_threshold: float, iou_threshold: float
+    ) -> BatchDetections:
         self.calls.append(images.shape)
         batch = len(images)
         found = BatchDetections(
@@ -69,7 +90,11 @@ class Recited(Engine):
         )
         rows = next(case.expected for case in self.golden.cases if case.net_hw == images.shape[1:3])
         found.num_dets[:] = len(rows)
-        found.boxes_net[:, : len(rows)], found.scores[:, : len(rows)], found.labels[:, : len(rows)] = rows.boxes, rows.scores, rows.labels
+        (
+            found.boxes_net[:, : len(rows)],
+            found.scores[:, : len(rows)],
+            found.labels[:, : len(rows)],
+        ) = rows.boxes, rows.scores, rows.labels
         if self.change is not None:
             self.change(found)
         return found
@@ -81,7 +106,12 @@ class TestMaking:
         (case,) = golden.cases
         assert FEWEST <= len(case.expected) <= MOST
         everything = reference(*golden.inputs(case.net_hw), 0.0, golden.iou_threshold)[2][0]
-        assert everything[len(case.expected) - 1] == case.expected.scores[-1] > case.score_threshold > everything[len(case.expected)]
+        assert (
+            everything[len(case.expected) - 1]
+            == case.expected.scores[-1]
+            > case.score_threshold
+            > everything[len(case.expected)]
+        )
         assert golden.reference.startswith("PyTorch")
 
     def test_each_canvas_has_an_answer_of_its_own(self, reference: TorchRunner) -> None:
@@ -95,8 +125,19 @@ class TestMaking:
         class Blind:
             name = "blind"
 
-            def __call__(self, images: np.ndarray, valid_hw: np.ndarray, score_threshold: float, iou_threshold: float) -> list[np.ndarray]:
-                return [np.zeros(1, np.int32), np.zeros((1, 5, 4), np.float32), np.zeros((1, 5), np.float32), np.zeros((1, 5), np.int32)]
+            def __call__(
+                self,
+                images: np.ndarray,
+                valid_hw: np.ndarray,
+                score_threshold: float,
+                iou_threshold: float,
+            ) -> list[np.ndarray]:
+                return [
+                    np.zeros(1, np.int32),
+                    np.zeros((1, 5, 4), np.float32),
+                    np.zeros((1, 5), np.float32),
+                    np.zeros((1, 5), np.int32),
+                ]
 
         assert self_test_from(Blind())["cases"][0]["boxes"] == []
 
@@ -123,7 +164,9 @@ class TestOutcome:
         ],
     )
     @pytest.mark.parametrize("slot", [0, 2])
-    def test_a_wrong_answer_in_one_slot_names_deviation_and_remedy(self, change: Change, word: str, slot: int, artefact: Path) -> None:
+    def test_a_wrong_answer_in_one_slot_names_deviation_and_remedy(
+        self, change: Change, word: str, slot: int, artefact: Path
+    ) -> None:
         def in_slot(found: BatchDetections) -> None:
             if slot < len(found.num_dets):
                 change(BatchDetections(*(array[slot : slot + 1] for array in vars(found).values())))
@@ -141,7 +184,10 @@ class TestOutcome:
             check_self_test(Recited(artefact, coarse), artefact)
         check_self_test(Recited(artefact, coarse, precision="bf16"), artefact)
         with pytest.raises(ArtefactError, match="int8 on cpu"):
-            check_self_test(Recited(artefact, lambda found: found.boxes_net.__imul__(2), precision="int8"), artefact)
+            check_self_test(
+                Recited(artefact, lambda found: found.boxes_net.__imul__(2), precision="int8"),
+                artefact,
+            )
 
     def test_tolerances_by_precision_and_device(self, artefact: Path) -> None:
         engine = Recited(artefact)
@@ -154,8 +200,12 @@ class TestOutcome:
         assert tolerance_of(engine, "another runtime 1.0, CPU") == LOW_PRECISION
         assert tolerance_of(engine, f"{engine.name}, CPU") == SAME_INT8
 
-    @pytest.mark.parametrize(("scheme", "refused"), [("u8s8", True), ("s8s8", True), ("u8s7", False)])
-    def test_8_bit_weights_are_refused_where_sums_saturate(self, scheme: str, refused: bool, artefact: Path) -> None:
+    @pytest.mark.parametrize(
+        ("scheme", "refused"), [("u8s8", True), ("s8s8", True), ("u8s7", False)]
+    )
+    def test_8_bit_weights_are_refused_where_sums_saturate(
+        self, scheme: str, refused: bool, artefact: Path
+    ) -> None:
         engine = Recited(artefact, precision="int8")
         engine.manifest = replace(engine.manifest, options={"int8": {"scheme": scheme}})
         check_self_test(engine, artefact)
@@ -170,7 +220,9 @@ class TestOutcome:
     def test_no_answer_for_the_engines_sizes(self, artefact: Path) -> None:
         engine = Recited(artefact)
         engine.canvases_hw = ((320, 320),)
-        with pytest.raises(ArtefactError, match=r"no answer for any of its input sizes \(\(320, 320\),\)"):
+        with pytest.raises(
+            ArtefactError, match=r"no answer for any of its input sizes \(\(320, 320\),\)"
+        ):
             check_self_test(engine, artefact)
 
     def test_sizes_that_the_engine_does_not_take_are_left_out(self, artefact: Path) -> None:
@@ -194,8 +246,12 @@ class TestMemory:
         check_self_test(again, artefact)
         assert not again.calls
 
-    @pytest.mark.parametrize("what", ["name", "device", "loaded_from", "precision", "self_test", "artefact", "machine"])
-    def test_other_circumstances_run_it_again(self, what: str, artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize(
+        "what", ["name", "device", "loaded_from", "precision", "self_test", "artefact", "machine"]
+    )
+    def test_other_circumstances_run_it_again(
+        self, what: str, artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         check_self_test(Recited(artefact), artefact)
         again, path = Recited(artefact), artefact
         if what in ("name", "device", "loaded_from"):
@@ -206,7 +262,11 @@ class TestMemory:
             path = tmp_path / "tiny.onnx"
             path.write_bytes(artefact.read_bytes() + b" ")
         else:
-            changed = {"precision": "bf16"} if what == "precision" else {"self_test": again.manifest.self_test | {"reference": "another"}}
+            changed = (
+                {"precision": "bf16"}
+                if what == "precision"
+                else {"self_test": again.manifest.self_test | {"reference": "another"}}
+            )
             again.manifest = replace(again.manifest, **changed)
         check_self_test(again, path)
         assert again.calls
@@ -214,9 +274,13 @@ class TestMemory:
     def test_a_failure_is_not_kept(self, artefact: Path) -> None:
         for _ in range(2):
             with pytest.raises(ArtefactError):
-                check_self_test(Recited(artefact, lambda found: found.scores.__imul__(0.5)), artefact)
+                check_self_test(
+                    Recited(artefact, lambda found: found.scores.__imul__(0.5)), artefact
+                )
 
-    def test_where_nothing_can_be_kept_it_runs_every_time(self, artefact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_where_nothing_can_be_kept_it_runs_every_time(
+        self, artefact: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setenv("TOOD_HOME", "/proc/nowhere")
         for _ in range(2):
             engine = Recited(artefact)
@@ -231,16 +295,26 @@ class TestOpening:
         model = onnx.load(artefact)
         for value in model.graph.initializer:
             if "tood_cls.bias" in value.name:
-                value.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(value) + np.float32(0.5), value.name))
+                value.CopyFrom(
+                    onnx.numpy_helper.from_array(
+                        onnx.numpy_helper.to_array(value) + np.float32(0.5), value.name
+                    )
+                )
         path = tmp_path / "broken.onnx"
         onnx.save(model, path)
         shutil.copy(manifest_path(artefact), manifest_path(path))
         return path
 
-    def test_a_broken_artefact_is_refused_and_closed(self, broken: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_broken_artefact_is_refused_and_closed(
+        self, broken: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         closed = []
-        monkeypatch.setattr("tood_deploy.engines.onnx_engine.OnnxEngine.close", lambda self: closed.append(self))
-        with pytest.raises(ArtefactError, match=r"broken\.onnx: fails its self-test in ONNX Runtime"):
+        monkeypatch.setattr(
+            "tood_deploy.engines.onnx_engine.OnnxEngine.close", lambda self: closed.append(self)
+        )
+        with pytest.raises(
+            ArtefactError, match=r"broken\.onnx: fails its self-test in ONNX Runtime"
+        ):
             open_engine(broken, threads=1)
         assert len(closed) == 1
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tood_deploy.engines.slots import Slots, Ticket
+from tood_deploy.engines.tensorrt.slot import Slots, Ticket
 from tood_deploy.errors import ToodError
 
 
@@ -53,7 +53,9 @@ def test_two_batches_in_two_slots_in_any_order() -> None:
 def test_a_third_batch_of_one_thread_is_an_error_not_a_wait_for_ever() -> None:
     slots = Slots("ab", "engine")
     tickets = [submit(slots), submit(slots)]
-    with pytest.raises(ToodError, match="engine: 2 batches are submitted already; collect the oldest one first"):
+    with pytest.raises(
+        ToodError, match="engine: 2 batches are submitted already; collect the oldest one first"
+    ):
         submit(slots)
     assert [collect(slots, ticket) for ticket in tickets] == ["a", "b"]
 
@@ -81,7 +83,9 @@ def test_a_call_that_fails_gives_its_slot_back() -> None:
 def test_a_ticket_is_collected_once_and_where_it_was_given() -> None:
     slots, others = Slots("ab", "engine"), Slots("ab", "other")
     ticket = submit(slots)
-    with pytest.raises(ToodError, match="other: this ticket was collected already, or is another engine's"):
+    with pytest.raises(
+        ToodError, match="other: this ticket was collected already, or is another engine's"
+    ):
         collect(others, ticket)
     collect(slots, ticket)
     submit(slots)

@@ -11,7 +11,7 @@ import pytest
 trt = pytest.importorskip("tensorrt_rtx")
 real_driver = pytest.importorskip("cuda.bindings.driver")
 
-# ruff: noqa: E402 - what follows imports the two
+
 from engines.fake_arrays import DlpackArray
 from engines.tensorrt_bench import Bench, assert_answers, pictures
 
@@ -19,7 +19,9 @@ from tood_deploy.errors import DeviceError, InputError
 
 
 class TestArraysOnTheGpu:
-    def device_copy(self, bench: Bench, array: np.ndarray, shift: int = 0) -> tuple[int, Callable[[], None]]:
+    def device_copy(
+        self, bench: Bench, array: np.ndarray, shift: int = 0
+    ) -> tuple[int, Callable[[], None]]:
         """The array in the fake GPU's memory, `shift` bytes off alignment, and how to free it."""
         address = bench.driver._allocate(array.nbytes + shift)
         bench.driver.array(address + shift, array.shape, array.dtype)[...] = array
@@ -57,7 +59,11 @@ class TestArraysOnTheGpu:
         images, valid_hw = pictures(2)
         address, free = self.device_copy(bench, valid_hw)
         with bench.open() as engine:
-            assert_answers(engine.infer(images, DlpackArray(address, valid_hw.shape, np.int32), 0.25, 0.5), images, valid_hw)
+            assert_answers(
+                engine.infer(images, DlpackArray(address, valid_hw.shape, np.int32), 0.25, 0.5),
+                images,
+                valid_hw,
+            )
         free()
 
     def test_arrays_of_other_libraries_on_the_cpu_with_a_fake_gpu(self, bench: Bench) -> None:
@@ -70,15 +76,32 @@ class TestArraysOnTheGpu:
     @pytest.mark.parametrize(
         ("array", "message"),
         [
-            (DlpackArray(4096, (1, 64, 96, 3), np.float32), r"images are float32 \(1, 64, 96, 3\); expected uint8"),
-            (DlpackArray(4096, (1, 3, 64, 96), np.uint8), r"images are uint8 \(1, 3, 64, 96\); expected uint8 \(B, H, W, 3\)"),
-            (DlpackArray(4096, (1, 64, 96, 3), np.uint8, gpu=1), "images: lies on GPU 1, the engine runs on GPU 0; copy it there first"),
-            (DlpackArray(4096, (2, 64, 96, 3), np.uint8, strides=(36864, 576, 6, 1)), "images: strides .* expected rows without gaps"),
-            (DlpackArray(4096, (1, 64, 64, 3), np.uint8), "images are 64 x 64, this model takes 64 x 96, 96 x 32"),
+            (
+                DlpackArray(4096, (1, 64, 96, 3), np.float32),
+                r"images are float32 \(1, 64, 96, 3\); expected uint8",
+            ),
+            (
+                DlpackArray(4096, (1, 3, 64, 96), np.uint8),
+                r"images are uint8 \(1, 3, 64, 96\); expected uint8 \(B, H, W, 3\)",
+            ),
+            (
+                DlpackArray(4096, (1, 64, 96, 3), np.uint8, gpu=1),
+                "images: lies on GPU 1, the engine runs on GPU 0; copy it there first",
+            ),
+            (
+                DlpackArray(4096, (2, 64, 96, 3), np.uint8, strides=(36864, 576, 6, 1)),
+                "images: strides .* expected rows without gaps",
+            ),
+            (
+                DlpackArray(4096, (1, 64, 64, 3), np.uint8),
+                "images are 64 x 64, this model takes 64 x 96, 96 x 32",
+            ),
             ([[1]], "images: a list cannot be read"),
         ],
     )
-    def test_wrong_arrays_are_named_with_a_fake_gpu(self, bench: Bench, array: Any, message: str) -> None:
+    def test_wrong_arrays_are_named_with_a_fake_gpu(
+        self, bench: Bench, array: Any, message: str
+    ) -> None:
         with bench.open() as engine:
             for _ in range(3):  # more often than there are buffers
                 with pytest.raises(InputError, match=message):

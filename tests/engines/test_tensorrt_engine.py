@@ -18,15 +18,15 @@ import pytest
 trt = pytest.importorskip("tensorrt_rtx")
 real_driver = pytest.importorskip("cuda.bindings.driver")
 
-# ruff: noqa: E402 - what follows imports the two
+
 from engines.tensorrt_bench import PROFILES, Bench, assert_answers, pictures
 
-from tood_deploy.benchmark.engine_call import TimesItself
-from tood_deploy.cuda_device import CudaError, Gpu
-from tood_deploy.engines import tensorrt_engine, tensorrt_slot
-from tood_deploy.engines.cuda_memory import Event, Stream
-from tood_deploy.engines.plan_check import Profile
-from tood_deploy.engines.tensorrt_engine import choose_profile
+from tood_deploy.benchmark.latency.worker import TimesItself
+from tood_deploy.engines.tensorrt import engine as tensorrt_engine
+from tood_deploy.engines.tensorrt import slot as tensorrt_slot
+from tood_deploy.engines.tensorrt.cuda import CudaError, Event, Gpu, Stream
+from tood_deploy.engines.tensorrt.engine import choose_profile
+from tood_deploy.engines.tensorrt.plan_check import Profile
 from tood_deploy.errors import ArtefactError, DeviceError, InputError, ToodError
 from tood_deploy.inference.detector import Detector
 
@@ -39,7 +39,12 @@ def test_answers_at_every_shape_with_a_fake_gpu(bench: Bench, cuda_graph: Any) -
         assert engine.canvases_hw == ((64, 96), (96, 32))
         assert [engine.batches_at(size_hw) for size_hw in engine.canvases_hw] == [(1, 4), (1, 2)]
         assert engine.name.endswith(" 10.13.3.9, Fake GPU")
-        assert (engine.most_batch, engine.in_flight, engine.device, engine.notes) == (4, 2, "cuda", [])
+        assert (engine.most_batch, engine.in_flight, engine.device, engine.notes) == (
+            4,
+            2,
+            "cuda",
+            [],
+        )
         for _ in range(3):
             for size_hw, (least, _, most) in PROFILES:
                 for batch in range(least, most + 1):
@@ -58,7 +63,9 @@ def test_pictures_with_gaps_in_memory_with_a_fake_gpu(bench: Bench) -> None:
     images, valid_hw = pictures(2)
     gappy = np.concatenate([images, images], 2)[:, :, :96, ::-1]
     with bench.open() as engine:
-        assert_answers(engine.infer(gappy, valid_hw, 0.25, 0.5), np.ascontiguousarray(gappy), valid_hw)
+        assert_answers(
+            engine.infer(gappy, valid_hw, 0.25, 0.5), np.ascontiguousarray(gappy), valid_hw
+        )
 
 
 class TestTooFewRoundsOfSuppression:
@@ -75,21 +82,26 @@ class TestTooFewRoundsOfSuppression:
         bench.write(options={"nms": "unrolled", "nms_rounds": 16})
         return bench
 
-    MESSAGE = (
-        r"model\.engine: 16 rounds of suppression were too few for picture 3 of a batch of 4 .*; build .* --nms-rounds, or .* --nms loop"
-    )
+    MESSAGE = r"model\.engine: 16 rounds of suppression were too few for picture 3 of a batch of 4 .*; build .* --nms-rounds, or .* --nms loop"
 
     def test_is_an_error_with_a_fake_gpu(self, unsettled: Bench) -> None:
         images, valid_hw = pictures(4)
         with unsettled.open() as engine:
             with pytest.raises(ArtefactError, match=self.MESSAGE):
                 engine.infer(images, valid_hw, 0.25, 0.5)
-            assert_answers(engine.infer(images[:2], valid_hw[:2], 0.25, 0.5), images[:2], valid_hw[:2])
+            assert_answers(
+                engine.infer(images[:2], valid_hw[:2], 0.25, 0.5), images[:2], valid_hw[:2]
+            )
 
-    def test_is_an_error_when_collected_and_frees_the_slot_with_a_fake_gpu(self, unsettled: Bench) -> None:
+    def test_is_an_error_when_collected_and_frees_the_slot_with_a_fake_gpu(
+        self, unsettled: Bench
+    ) -> None:
         with unsettled.open() as engine:
             for _ in range(3):
-                tickets = [engine.submit(*pictures(4), 0.25, 0.5), engine.submit(*pictures(1), 0.25, 0.5)]
+                tickets = [
+                    engine.submit(*pictures(4), 0.25, 0.5),
+                    engine.submit(*pictures(1), 0.25, 0.5),
+                ]
                 with pytest.raises(ArtefactError, match=self.MESSAGE):
                     engine.collect(tickets[0])
                 assert_answers(engine.collect(tickets[1]), *pictures(1))
@@ -121,14 +133,17 @@ class TestCudaGraphs:
             assert len(engine.notes) == 1
             assert "without CUDA graphs: none can be recorded" in engine.notes[0]
 
-    def test_what_cannot_be_recorded_is_an_error_where_asked_for_with_a_fake_gpu(self, bench: Bench) -> None:
+    def test_what_cannot_be_recorded_is_an_error_where_asked_for_with_a_fake_gpu(
+        self, bench: Bench
+    ) -> None:
         bench.plan.recordable = False
         images, valid_hw = pictures(1)
-        with (
-            bench.open(cuda_graph=True) as engine,
-        ):
+        with bench.open(cuda_graph=True) as engine:
             for _ in range(2):
-                with pytest.raises(DeviceError, match=r"no CUDA graph can be recorded \(.*\); leave cuda_graph at auto"):
+                with pytest.raises(
+                    DeviceError,
+                    match=r"no CUDA graph can be recorded \(.*\); leave cuda_graph at auto",
+                ):
                     engine.infer(images, valid_hw, 0.25, 0.5)
 
     def test_another_value_is_refused_with_a_fake_gpu(self, bench: Bench) -> None:
@@ -171,9 +186,14 @@ class TestTwoInFlight:
         with bench.open() as engine:
             engine.infer(*pictures(1), 0.25, 0.5)
             bench.driver.history.clear()
-            first, second = engine.submit(*pictures(1), 0.25, 0.5), engine.submit(*pictures(2), 0.25, 0.5)
+            first, second = (
+                engine.submit(*pictures(1), 0.25, 0.5),
+                engine.submit(*pictures(2), 0.25, 0.5),
+            )
             kinds = [entry.split()[-2] for entry in bench.driver.history]
-            assert kinds == ["in", "run", "profile", "in", "run"], "the second's profile was chosen while the first ran"
+            assert kinds == ["in", "run", "profile", "in", "run"], (
+                "the second's profile was chosen while the first ran"
+            )
             assert_answers(engine.collect(first), *pictures(1))
             assert_answers(engine.collect(second), *pictures(2))
 
@@ -190,12 +210,17 @@ class TestTwoInFlight:
     def test_the_detectors_stream_with_a_fake_gpu(self, bench: Bench, tmp_path: Path) -> None:
         """The pipeline keeps two batches in flight; what comes out is what one picture at a time gives."""
         generator = np.random.default_rng(0)
-        images = [generator.integers(0, 256, (*size_hw, 3), np.uint8) for size_hw in ((48, 90), (90, 40), (64, 96), (50, 50), (33, 64))]
+        images = [
+            generator.integers(0, 256, (*size_hw, 3), np.uint8)
+            for size_hw in ((48, 90), (90, 40), (64, 96), (50, 50), (33, 64))
+        ]
         for number, image in enumerate(images):
             cv2.imwrite(str(tmp_path / f"{number}.png"), image)
         with Detector(bench.open(), conf=0.25, iou=0.5) as detector:
             for batch in (1, 2):
-                streamed = [found for _, found in detector.stream(sorted(tmp_path.glob("*.png")), batch)]
+                streamed = [
+                    found for _, found in detector.stream(sorted(tmp_path.glob("*.png")), batch)
+                ]
                 for image, found in zip(images, streamed, strict=True):
                     alone = detector(image)
                     assert len(alone) > 0
@@ -216,7 +241,9 @@ class TestTwoInFlight:
         batch = pictures(1)
         with bench.open() as engine:
             tickets = [engine.submit(*batch, 0.25, 0.5) for _ in range(2)]
-            with pytest.raises(ToodError, match="2 batches are submitted already; collect the oldest one first"):
+            with pytest.raises(
+                ToodError, match="2 batches are submitted already; collect the oldest one first"
+            ):
                 engine.submit(*batch, 0.25, 0.5)
             with pytest.raises(ToodError, match="collect the oldest"):
                 engine.infer(*batch, 0.25, 0.5)
@@ -233,7 +260,9 @@ class TestTwoInFlight:
             with pytest.raises(ToodError, match="collected already"):
                 engine.collect(ticket)
 
-    def test_results_stay_when_the_buffers_are_used_again_with_a_fake_gpu(self, bench: Bench) -> None:
+    def test_results_stay_when_the_buffers_are_used_again_with_a_fake_gpu(
+        self, bench: Bench
+    ) -> None:
         first, second = pictures(2, 1), pictures(2, 2)
         with bench.open() as engine:
             found = engine.infer(*first, 0.25, 0.5)
@@ -261,7 +290,9 @@ class TestPartsOfACall:
                 assert seconds == pytest.approx((0.002, 0.008, 0.001))
             assert isinstance(engine, TimesItself)
 
-    def test_what_the_cpu_does_first_counts_to_the_device_with_a_fake_gpu(self, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_what_the_cpu_does_first_counts_to_the_device_with_a_fake_gpu(
+        self, bench: Bench, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         fill = tensorrt_slot.Slot.fill
 
         def slow_fill(*arguments: Any) -> None:
@@ -270,9 +301,13 @@ class TestPartsOfACall:
 
         monkeypatch.setattr(tensorrt_slot.Slot, "fill", slow_fill)
         with bench.open() as engine:
-            assert engine.infer_in_parts(*pictures(1), 0.25, 0.5)[1] == pytest.approx((0.502, 0.008, 0.001))
+            assert engine.infer_in_parts(*pictures(1), 0.25, 0.5)[1] == pytest.approx(
+                (0.502, 0.008, 0.001)
+            )
 
-    def test_waiting_for_a_batch_in_flight_counts_to_inference_with_a_fake_gpu(self, bench: Bench) -> None:
+    def test_waiting_for_a_batch_in_flight_counts_to_inference_with_a_fake_gpu(
+        self, bench: Bench
+    ) -> None:
         with bench.open(cuda_graph=False) as engine:
             for ticket in [engine.submit(*pictures(1), 0.25, 0.5) for _ in range(2)]:
                 engine.collect(ticket)
@@ -288,7 +323,11 @@ class TestPartsOfACall:
             return bench.driver.calls["cuEventRecord"] - before
 
         with bench.open() as engine:
-            assert (marks(engine.infer), marks(engine.infer_in_parts), marks(engine.infer)) == (2, 5, 2)
+            assert (marks(engine.infer), marks(engine.infer_in_parts), marks(engine.infer)) == (
+                2,
+                5,
+                2,
+            )
 
     def test_errors_are_those_of_infer_with_a_fake_gpu(self, bench: Bench) -> None:
         with bench.open() as engine:
@@ -297,17 +336,26 @@ class TestPartsOfACall:
             bench.plan.failures["execute"] = "enqueueV3: something odd"
             with pytest.raises(DeviceError, match=r"running failed \(enqueueV3: something odd\)"):
                 engine.infer_in_parts(*pictures(1), 0.25, 0.5)
-            assert engine.infer_in_parts(*pictures(1), 0.25, 0.5)[1].inference == pytest.approx(0.008)
+            assert engine.infer_in_parts(*pictures(1), 0.25, 0.5)[1].inference == pytest.approx(
+                0.008
+            )
         with pytest.raises(ToodError, match="was closed"):
             engine.infer_in_parts(*pictures(1), 0.25, 0.5)
 
-    def test_only_timed_marks_that_were_passed_have_a_time_with_a_fake_gpu(self, bench: Bench) -> None:
+    def test_only_timed_marks_that_were_passed_have_a_time_with_a_fake_gpu(
+        self, bench: Bench
+    ) -> None:
         with closing(Gpu()) as gpu, gpu.current(), ExitStack() as stack:
-            stream, untimed = stack.enter_context(closing(Stream())), stack.enter_context(closing(Event()))
+            stream, untimed = (
+                stack.enter_context(closing(Stream())),
+                stack.enter_context(closing(Event())),
+            )
             first, second = (stack.enter_context(closing(Event(timed=True))) for _ in range(2))
             for event in (untimed, first, second):
                 event.record(stream)
-            with pytest.raises(CudaError, match="cuEventElapsedTime failed with CUDA_ERROR_NOT_READY"):
+            with pytest.raises(
+                CudaError, match="cuEventElapsedTime failed with CUDA_ERROR_NOT_READY"
+            ):
                 second.seconds_since(first)
             stream.synchronise()
             assert second.seconds_since(first) == 0
@@ -362,7 +410,9 @@ class TestLifecycle:
         gc.collect()
         assert bench.driver.held() == {}
 
-    def test_opening_that_fails_anywhere_frees_everything_with_a_fake_gpu(self, bench: Bench) -> None:
+    def test_opening_that_fails_anywhere_frees_everything_with_a_fake_gpu(
+        self, bench: Bench
+    ) -> None:
         """Every single call to CUDA while opening and at the first batch is made to fail once."""
 
         def attempt() -> None:
@@ -402,7 +452,10 @@ class TestLifecycle:
         with bench.open() as engine:
             for _ in range(3):
                 bench.plan.failures["execute"] = "enqueueV3: Error Code 1: Myelin (something odd)"
-                with pytest.raises(DeviceError, match=r"running failed \(enqueueV3: Error Code 1: Myelin \(something odd\)\); start the"):
+                with pytest.raises(
+                    DeviceError,
+                    match=r"running failed \(enqueueV3: Error Code 1: Myelin \(something odd\)\); start the",
+                ):
                     engine.infer(*pictures(2), 0.25, 0.5)
             assert_answers(engine.infer(*batch, 0.25, 0.5), *batch)
 

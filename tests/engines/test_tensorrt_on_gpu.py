@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tood_deploy.data.image_set import synthetic_picture
 from tood_deploy.engines import BatchDetections, open_engine
 from tood_deploy.errors import InputError, ToodError
-from tood_deploy.parity.sample_images import synthetic_picture
-from tood_deploy.rows import Rows, batch_rows, pair_rows
+from tood_deploy.matching import Rows, batch_rows, pair_rows
 
 pytestmark = pytest.mark.gpu
 
@@ -27,7 +27,7 @@ CONF, IOU = 0.03, 0.6
 @pytest.fixture(scope="module")
 def plan(tiny_artefact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`tiny` in float32, by the TensorRT that is installed."""
-    from tood_deploy.export.tensorrt.profiles import Profiles
+    from tood_deploy.export.config import Profiles
     from tood_deploy.export.tensorrt.to_tensorrt import engine_from_onnx
 
     path = tmp_path_factory.mktemp("plan") / "tiny.engine"
@@ -45,9 +45,13 @@ def open_on_gpu(path: Path, **options: Any) -> Any:
     return open_engine(path, device="cuda", self_test=False, **options)
 
 
-def pictures(batch: int, size_hw: tuple[int, int] = SIZES_HW[0], seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def pictures(
+    batch: int, size_hw: tuple[int, int] = SIZES_HW[0], seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
     images = np.stack([synthetic_picture(*size_hw, seed + number) for number in range(batch)])
-    return images, np.array([[size_hw[0] - number, size_hw[1] - 3 * number] for number in range(batch)], np.int32)
+    return images, np.array(
+        [[size_hw[0] - number, size_hw[1] - 3 * number] for number in range(batch)], np.int32
+    )
 
 
 def picture_rows(found: BatchDetections) -> list[Rows]:
@@ -58,7 +62,10 @@ def assert_close(expected: BatchDetections, found: BatchDetections, score: float
     """Most detections are the same: GPUs compute float32 convolutions with 10 bits of mantissa."""
     for left, right in zip(picture_rows(expected), picture_rows(found), strict=True):
         pairs = pair_rows(left, right)
-        near = np.abs(left.scores[pairs[:, 0]] - right.scores[pairs[:, 1]]) <= score * left.scores.max()
+        near = (
+            np.abs(left.scores[pairs[:, 0]] - right.scores[pairs[:, 1]])
+            <= score * left.scores.max()
+        )
         assert near.sum() >= 0.8 * max(len(left), len(right)) > 5
 
 
@@ -68,8 +75,13 @@ def assert_same(expected: BatchDetections, found: BatchDetections) -> None:
 
 
 @pytest.mark.parametrize("cuda_graph", ["auto", False])
-def test_agrees_with_onnx_runtime_at_every_shape(plan: Path, tiny_artefact: Path, cuda_graph: Any) -> None:
-    with open_on_gpu(plan, cuda_graph=cuda_graph) as engine, open_engine(tiny_artefact) as reference:
+def test_agrees_with_onnx_runtime_at_every_shape(
+    plan: Path, tiny_artefact: Path, cuda_graph: Any
+) -> None:
+    with (
+        open_on_gpu(plan, cuda_graph=cuda_graph) as engine,
+        open_engine(tiny_artefact) as reference,
+    ):
         assert engine.canvases_hw == SIZES_HW
         for size_hw in SIZES_HW:
             for batch in range(1, MOST + 1):
@@ -130,7 +142,7 @@ def used_mib() -> tuple[float, float]:
     """Of the GPU's memory, in all, and of this process's main memory."""
     from contextlib import closing
 
-    from tood_deploy.cuda_device import Gpu
+    from tood_deploy.engines.tensorrt.cuda import Gpu
 
     with closing(Gpu()) as gpu, gpu.current():
         free, total = gpu.free_bytes()
@@ -176,7 +188,13 @@ def test_pictures_that_lie_on_the_gpu(plan: Path, cuda_graph: Any, offered: str)
     on_gpu = torch.from_numpy(images).cuda()
     given: Any = on_gpu
     if offered == "cuda_array_interface":
-        described = {"shape": images.shape, "typestr": "|u1", "data": (on_gpu.data_ptr(), False), "version": 3, "strides": None}
+        described = {
+            "shape": images.shape,
+            "typestr": "|u1",
+            "data": (on_gpu.data_ptr(), False),
+            "version": 3,
+            "strides": None,
+        }
         stream = torch.cuda.current_stream().cuda_stream or 1  # 1: the legacy default stream
         given = type("Offered", (), {"__cuda_array_interface__": described | {"stream": stream}})()
     with open_on_gpu(plan, cuda_graph=cuda_graph) as engine:
@@ -186,19 +204,29 @@ def test_pictures_that_lie_on_the_gpu(plan: Path, cuda_graph: Any, offered: str)
         with pytest.raises(InputError, match="expected uint8"):
             engine.infer(on_gpu.float(), valid_hw, CONF, IOU)
         with pytest.raises(InputError, match="expected rows without gaps"):
-            engine.infer(on_gpu.flip(3).transpose(1, 2).contiguous().transpose(1, 2), valid_hw, CONF, IOU)
+            engine.infer(
+                on_gpu.flip(3).transpose(1, 2).contiguous().transpose(1, 2), valid_hw, CONF, IOU
+            )
 
 
-def test_the_self_test_passes_in_every_slot(plan: Path, tiny_artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_self_test_passes_in_every_slot(
+    plan: Path, tiny_artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As the export gives an engine its self-test: from the ONNX artefact, on the engine's canvases."""
-    from tood_deploy.export.runners import OnnxRunner
-    from tood_deploy.export.self_test import self_test_from
-    from tood_deploy.export.tensorrt.profiles import Profiles
+    from tood_deploy.engines.self_test import self_test_from
+    from tood_deploy.export.config import Profiles
     from tood_deploy.export.tensorrt.to_tensorrt import engine_from_onnx
+    from tood_deploy.parity.stages import OnnxRunner
 
     monkeypatch.setenv("TOOD_HOME", str(tmp_path / "home"))
     path = tmp_path / "tiny.engine"
     self_test = self_test_from(OnnxRunner(tiny_artefact), SIZES_HW)
-    engine_from_onnx(tiny_artefact, path, profiles=Profiles(SIZES_HW, (1, 2, MOST)), self_test=self_test, quiet=True)
+    engine_from_onnx(
+        tiny_artefact,
+        path,
+        profiles=Profiles(SIZES_HW, (1, 2, MOST)),
+        self_test=self_test,
+        quiet=True,
+    )
     open_engine(path, device="cuda").close()
     assert list((tmp_path / "home").rglob("*.json")), "no record of it"

@@ -14,7 +14,7 @@ import pytest
 trt = pytest.importorskip("tensorrt_rtx")
 real_driver = pytest.importorskip("cuda.bindings.driver")
 
-# ruff: noqa: E402 - what follows imports the two
+
 from engines.fake_tensorrt import (
     FakeContext,
     FakeEngine,
@@ -27,10 +27,10 @@ from engines.fake_tensorrt import (
 from engines.tensorrt_bench import PROFILES, Bench, assert_answers, pictures
 
 from tood_deploy.cli.infer import main
-from tood_deploy.engines import tensorrt_engine
+from tood_deploy.engines.tensorrt import engine as tensorrt_engine
+from tood_deploy.engines.tensorrt.library import Flavour
 from tood_deploy.errors import ArtefactError, DeviceError, InputError
 from tood_deploy.manifest import manifest_path
-from tood_deploy.tensorrt_flavour import Flavour
 
 Status = real_driver.CUresult
 
@@ -38,75 +38,114 @@ Status = real_driver.CUresult
 class TestRefusals:
     def test_without_manifest_with_a_fake_gpu(self, bench: Bench) -> None:
         manifest_path(bench.path).unlink()
-        with pytest.raises(ArtefactError, match=r"model\.engine: its manifest model\.json is missing; .*tood-export MODEL --to engine"):
+        with pytest.raises(
+            ArtefactError,
+            match=r"model\.engine: its manifest model\.json is missing; .*tood-export MODEL --to engine",
+        ):
             bench.open()
 
     def test_changed_plan_with_a_fake_gpu(self, bench: Bench) -> None:
         bench.path.write_bytes(b"pla")
-        with pytest.raises(ArtefactError, match=r"the file has SHA-256 .*its manifest states .*cut, changed or exchanged.*tood-export"):
+        with pytest.raises(
+            ArtefactError,
+            match=r"the file has SHA-256 .*its manifest states .*cut, changed or exchanged.*tood-export",
+        ):
             bench.open()
         assert bench.plan.host_code == [], "TensorRT has seen it"
 
-    def test_the_flavour_it_needs_is_absent_with_a_fake_gpu(self, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_flavour_it_needs_is_absent_with_a_fake_gpu(
+        self, bench: Bench, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         def absent(name: str) -> Flavour:
             raise DeviceError(f"{name} is absent; install it")
 
         monkeypatch.setattr(tensorrt_engine, "load_flavour", absent)
         name = bench.manifest.target["flavour"]
-        with pytest.raises(DeviceError, match=rf"was built by .* 10\.13\.3\.9, and here {name} is absent; install it; or build it again"):
+        with pytest.raises(
+            DeviceError,
+            match=rf"was built by .* 10\.13\.3\.9, and here {name} is absent; install it; or build it again",
+        ):
             bench.open()
 
-    def test_a_plan_that_may_not_be_read_with_a_fake_gpu(self, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_plan_that_may_not_be_read_with_a_fake_gpu(
+        self, bench: Bench, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         def refuse(_path: Path) -> bytes:
             raise PermissionError(13, "Permission denied")
 
         monkeypatch.setattr(Path, "read_bytes", refuse)
-        with pytest.raises(ArtefactError, match=r"model\.engine: cannot be read \(Permission denied\)"):
+        with pytest.raises(
+            ArtefactError, match=r"model\.engine: cannot be read \(Permission denied\)"
+        ):
             bench.open()
 
     def test_another_gpu_with_a_fake_gpu(self, bench: Bench) -> None:
         bench.driver.capability = (9, 0)
-        with pytest.raises(ArtefactError, match=r"built for GPUs of compute capability 8\.9, Fake GPU has 9\.0; build it again"):
+        with pytest.raises(
+            ArtefactError,
+            match=r"built for GPUs of compute capability 8\.9, Fake GPU has 9\.0; build it again",
+        ):
             bench.open()
 
-    def test_the_librarys_refusal_ends_up_in_the_error_with_a_fake_gpu(self, bench: Bench, capfd: pytest.CaptureFixture[str]) -> None:
+    def test_the_librarys_refusal_ends_up_in_the_error_with_a_fake_gpu(
+        self, bench: Bench, capfd: pytest.CaptureFixture[str]
+    ) -> None:
         bench.write(options={"rebuild": "tood-export tiny --to engine"})
         bench.plan.failures["deserialize"] = "Error Code 1: Serialization (magicTag)"
         with pytest.raises(
-            ArtefactError, match=r"cannot be opened \(Error Code 1: Serialization \(magicTag\)\); .*for this machine: tood-export tiny"
+            ArtefactError,
+            match=r"cannot be opened \(Error Code 1: Serialization \(magicTag\)\); .*for this machine: tood-export tiny",
         ):
             bench.open()
         assert capfd.readouterr() == ("", "")
 
     def test_old_driver_seen_by_the_library_with_a_fake_gpu(self, bench: Bench) -> None:
-        bench.plan.failures["deserialize"] = "(cudaError 35: CUDA driver version is insufficient for CUDA runtime version)"
-        with pytest.raises(DeviceError, match="the NVIDIA driver is too old for this TensorRT; update the driver"):
+        bench.plan.failures["deserialize"] = (
+            "(cudaError 35: CUDA driver version is insufficient for CUDA runtime version)"
+        )
+        with pytest.raises(
+            DeviceError, match="the NVIDIA driver is too old for this TensorRT; update the driver"
+        ):
             bench.open()
 
     def test_cuda_that_fails_inside_the_library_with_a_fake_gpu(self, bench: Bench) -> None:
         bench.plan.failures["deserialize"] = (
             "Error reading properties: (cudaError 36: API call is not supported in the installed CUDA driver)"
         )
-        with pytest.raises(DeviceError, match=r"cannot be opened: CUDA failed; look at nvidia-smi, update the driver.*cudaError 36"):
+        with pytest.raises(
+            DeviceError,
+            match=r"cannot be opened: CUDA failed; look at nvidia-smi, update the driver.*cudaError 36",
+        ):
             bench.open()
 
     def test_no_memory_for_the_plan_with_a_fake_gpu(self, bench: Bench) -> None:
-        bench.plan.failures["deserialize"] = "Error Code 2: OutOfMemory (Requested size was 99 bytes.)"
+        bench.plan.failures["deserialize"] = (
+            "Error Code 2: OutOfMemory (Requested size was 99 bytes.)"
+        )
         with pytest.raises(DeviceError, match="the GPU's memory is full; use a smaller --batch"):
             bench.open()
 
     def test_no_memory_for_a_context_with_a_fake_gpu(self, bench: Bench) -> None:
         with bench.open() as engine:
             bench.plan.failures["context"] = "CUDA error: out of memory"
-            with pytest.raises(DeviceError, match="no execution context: the GPU's memory is full; use a smaller --batch"):
+            with pytest.raises(
+                DeviceError,
+                match="no execution context: the GPU's memory is full; use a smaller --batch",
+            ):
                 engine.infer(*pictures(4), 0.25, 0.5)
             assert_answers(engine.infer(*pictures(1), 0.25, 0.5), *pictures(1))
 
-    @pytest.mark.parametrize(("function", "place"), [("cuMemAlloc", "on the GPU"), ("cuMemHostAlloc", "in pinned host memory")])
-    def test_no_memory_for_the_buffers_with_a_fake_gpu(self, bench: Bench, function: str, place: str) -> None:
+    @pytest.mark.parametrize(
+        ("function", "place"),
+        [("cuMemAlloc", "on the GPU"), ("cuMemHostAlloc", "in pinned host memory")],
+    )
+    def test_no_memory_for_the_buffers_with_a_fake_gpu(
+        self, bench: Bench, function: str, place: str
+    ) -> None:
         bench.driver.fail(function, Status.CUDA_ERROR_OUT_OF_MEMORY)
         with pytest.raises(
-            DeviceError, match=rf"no room {place} for \d+ MiB of .* \(5 of the GPU's 80 MiB are free\).*smaller largest --batch"
+            DeviceError,
+            match=rf"no room {place} for \d+ MiB of .* \(5 of the GPU's 80 MiB are free\).*smaller largest --batch",
         ):
             bench.open()
 
@@ -128,19 +167,29 @@ class TestRefusals:
 
     def test_a_plan_for_triton_with_a_fake_gpu(self, bench: Bench) -> None:
         bench.plan.threshold_shape = (-1, 1)
-        with pytest.raises(ArtefactError, match=r"takes thresholds for each picture, the form for Triton; .* tood-export --to engine"):
+        with pytest.raises(
+            ArtefactError,
+            match=r"takes thresholds for each picture, the form for Triton; .* tood-export --to engine",
+        ):
             bench.open()
 
-    def test_a_plan_with_other_profiles_than_its_manifest_with_a_fake_gpu(self, bench: Bench) -> None:
+    def test_a_plan_with_other_profiles_than_its_manifest_with_a_fake_gpu(
+        self, bench: Bench
+    ) -> None:
         bench.plan.profiles = PROFILES[:1]
-        with pytest.raises(ArtefactError, match=r"its manifest states profiles and detections .* the plan has"):
+        with pytest.raises(
+            ArtefactError, match=r"its manifest states profiles and detections .* the plan has"
+        ):
             bench.open()
 
     def test_a_batch_too_large_with_a_fake_gpu(self, bench: Bench) -> None:
         with bench.open() as engine:
             with pytest.raises(InputError, match="a batch of 5, this model takes at most 4"):
                 engine.infer(*pictures(5), 0.25, 0.5)
-            with pytest.raises(InputError, match="a batch of 3 at 96 x 32, this engine takes 1 to 2; choose such a --batch"):
+            with pytest.raises(
+                InputError,
+                match="a batch of 3 at 96 x 32, this engine takes 1 to 2; choose such a --batch",
+            ):
                 engine.infer(*pictures(3, 0, (96, 32)), 0.25, 0.5)
 
     def test_values_that_are_no_numbers_with_a_fake_gpu(self, bench: Bench) -> None:
@@ -151,15 +200,22 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"device": "cpu"}, "device is cpu, a TensorRT engine runs on a GPU; give --device cuda"),
+            (
+                {"device": "cpu"},
+                "device is cpu, a TensorRT engine runs on a GPU; give --device cuda",
+            ),
             ({"gpu": 1}, "gpu is 1, this machine has 1 that CUDA can see; expected 0 to 0"),
         ],
     )
-    def test_wrong_options_with_a_fake_gpu(self, bench: Bench, options: dict[str, Any], message: str) -> None:
+    def test_wrong_options_with_a_fake_gpu(
+        self, bench: Bench, options: dict[str, Any], message: str
+    ) -> None:
         with pytest.raises(DeviceError, match=message):
             bench.open(**options)
 
-    def test_code_for_the_cpu_only_from_version_compatible_plans_with_a_fake_gpu(self, bench: Bench) -> None:
+    def test_code_for_the_cpu_only_from_version_compatible_plans_with_a_fake_gpu(
+        self, bench: Bench
+    ) -> None:
         bench.open().close()
         bench.write(target=bench.manifest.target | {"version_compatible": True})
         bench.open().close()
@@ -213,12 +269,21 @@ def full_gpu(bench: Bench) -> None:
     ],
 )
 def test_by_the_command_one_line_and_nothing_written_with_a_fake_gpu(
-    spoil: Callable[[Bench], None], message: str, bench: Bench, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    spoil: Callable[[Bench], None],
+    message: str,
+    bench: Bench,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     picture = tmp_path / "a.png"
     cv2.imwrite(str(picture), pictures(1)[0][0])
     spoil(bench)
-    assert main([str(bench.path), str(picture), "--device", "cuda", "--output", str(tmp_path / "found")]) == 2
+    assert (
+        main(
+            [str(bench.path), str(picture), "--device", "cuda", "--output", str(tmp_path / "found")]
+        )
+        == 2
+    )
     out, error = capfd.readouterr()
     assert (out, error.count("\n"), error.startswith("error: ")) == ("", 1, True)
     assert message in error
@@ -233,19 +298,28 @@ class TestTensorRTRtx:
 
     def test_its_judgement_ends_up_in_the_error_with_a_fake_gpu(self, bench: Bench) -> None:
         flags = trt.EngineInvalidityDiagnostics
-        bench.plan.validity = trt.EngineValidity.INVALID, int(flags.UNSUPPORTED_CC) | int(flags.OLD_CUDA_DRIVER)
+        bench.plan.validity = (
+            trt.EngineValidity.INVALID,
+            int(flags.UNSUPPORTED_CC) | int(flags.OLD_CUDA_DRIVER),
+        )
         with pytest.raises(
-            ArtefactError, match=r"cannot be opened: UNSUPPORTED_CC, OLD_CUDA_DRIVER .*; .*--compute-capability, or by TensorRT$"
+            ArtefactError,
+            match=r"cannot be opened: UNSUPPORTED_CC, OLD_CUDA_DRIVER .*; .*--compute-capability, or by TensorRT$",
         ):
             bench.open()
         bench.plan.validity = trt.EngineValidity.INVALID, int(flags.OLD_CUDA_DRIVER)
-        with pytest.raises(ArtefactError, match=r"cannot be opened: OLD_CUDA_DRIVER .*; build it again, for this machine"):
+        with pytest.raises(
+            ArtefactError,
+            match=r"cannot be opened: OLD_CUDA_DRIVER .*; build it again, for this machine",
+        ):
             bench.open()
 
     def test_a_plan_that_may_be_slow_is_noted_with_a_fake_gpu(self, bench: Bench) -> None:
         bench.plan.validity = trt.EngineValidity.SUBOPTIMAL, 0
         with bench.open() as engine:
-            assert engine.notes == ["model.engine: runs on this GPU, but was not built for it and may be slower than it could be"]
+            assert engine.notes == [
+                "model.engine: runs on this GPU, but was not built for it and may be slower than it could be"
+            ]
 
     def run(self, bench: Bench, *batches: int) -> list[str]:
         """Opens, runs a batch of each size twice, closes; what was compiled."""
@@ -263,15 +337,21 @@ class TestTensorRTRtx:
         assert self.run(bench, 1, 2, 3) == []
         assert self.notes == []
 
-    def test_kernels_that_do_not_fit_are_compiled_again_with_a_fake_gpu(self, bench: Bench, tmp_path: Path) -> None:
+    def test_kernels_that_do_not_fit_are_compiled_again_with_a_fake_gpu(
+        self, bench: Bench, tmp_path: Path
+    ) -> None:
         self.run(bench, 1)
         (kept,) = (tmp_path / "home" / "kernels").iterdir()
         kept.write_bytes(b"of another driver")
         assert self.run(bench, 1) == ["1x64x96x3"]
-        assert self.notes == [f"{kept}: holds kernels of another driver, or is damaged; they are compiled again, and it is replaced"]
+        assert self.notes == [
+            f"{kept}: holds kernels of another driver, or is damaged; they are compiled again, and it is replaced"
+        ]
         assert self.run(bench, 1) == []
 
-    def test_a_home_that_cannot_be_written_harms_nobody_with_a_fake_gpu(self, bench: Bench, tmp_path: Path) -> None:
+    def test_a_home_that_cannot_be_written_harms_nobody_with_a_fake_gpu(
+        self, bench: Bench, tmp_path: Path
+    ) -> None:
         (tmp_path / "home").write_text("a file")
         assert self.run(bench, 1) == self.run(bench, 1) == ["1x64x96x3"]
 
@@ -293,5 +373,13 @@ def test_the_fakes_have_no_function_that_the_library_lacks(fake: type, real: typ
     assert functions
     for name in functions:
         text = getattr(real, name).__doc__
-        parameters = [parameter for parameter in inspect.signature(getattr(fake, name)).parameters if parameter != "self"]
-        assert all(f"{parameter.removeprefix('_')}: " in text for parameter in parameters), (name, parameters, text)
+        parameters = [
+            parameter
+            for parameter in inspect.signature(getattr(fake, name)).parameters
+            if parameter != "self"
+        ]
+        assert all(f"{parameter.removeprefix('_')}: " in text for parameter in parameters), (
+            name,
+            parameters,
+            text,
+        )

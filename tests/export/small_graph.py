@@ -18,11 +18,15 @@ SUMS = ("mean", "valid_sum", "score_threshold", "iou_threshold")
 
 # How the convolution's input and weight come about in each precision: operator, input, further inputs, output, attributes.
 PRECISIONS: dict[str, list[onnx.NodeProto]] = {
-    "fp32": [helper.make_node("Conv", ["pixels", "weight"], ["convolved"], name="the_conv", pads=[1] * 4)],
+    "fp32": [
+        helper.make_node("Conv", ["pixels", "weight"], ["convolved"], name="the_conv", pads=[1] * 4)
+    ],
     "fp16": [
         helper.make_node("Cast", ["pixels"], ["low_pixels"], to=TensorProto.FLOAT16),
         helper.make_node("Cast", ["weight"], ["low_weight"], to=TensorProto.FLOAT16),
-        helper.make_node("Conv", ["low_pixels", "low_weight"], ["low"], name="the_conv", pads=[1] * 4),
+        helper.make_node(
+            "Conv", ["low_pixels", "low_weight"], ["low"], name="the_conv", pads=[1] * 4
+        ),
         helper.make_node("Cast", ["low"], ["convolved"], to=TensorProto.FLOAT),
     ],
     "int8": [
@@ -30,12 +34,16 @@ PRECISIONS: dict[str, list[onnx.NodeProto]] = {
         helper.make_node("DequantizeLinear", ["quantized_pixels", "scale", "zero"], ["low_pixels"]),
         helper.make_node("QuantizeLinear", ["weight", "scale", "zero"], ["quantized_weight"]),
         helper.make_node("DequantizeLinear", ["quantized_weight", "scale", "zero"], ["low_weight"]),
-        helper.make_node("Conv", ["low_pixels", "low_weight"], ["convolved"], name="the_conv", pads=[1] * 4),
+        helper.make_node(
+            "Conv", ["low_pixels", "low_weight"], ["convolved"], name="the_conv", pads=[1] * 4
+        ),
     ],
 }
 
 
-def small_graph(precision: str = "fp32", extra: Sequence[onnx.NodeProto] = (), read: str = "convolved") -> onnx.ModelProto:
+def small_graph(
+    precision: str = "fp32", extra: Sequence[onnx.NodeProto] = (), read: str = "convolved"
+) -> onnx.ModelProto:
     """The graph, with a convolution of that precision, and further nodes.
 
     Args:
@@ -51,7 +59,10 @@ def small_graph(precision: str = "fp32", extra: Sequence[onnx.NodeProto] = (), r
         helper.make_node("ReduceMean", [read, "all_but_batch"], ["mean"], keepdims=0),
         helper.make_node("Cast", ["valid_hw"], ["valid_float"], to=TensorProto.FLOAT),
         helper.make_node("ReduceMean", ["valid_float", "second"], ["valid_sum"], keepdims=0),
-        *(helper.make_node("Add", [f"sum_{i}" if i else SUMS[0], name], [f"sum_{i + 1}"]) for i, name in enumerate(SUMS[1:])),
+        *(
+            helper.make_node("Add", [f"sum_{i}" if i else SUMS[0], name], [f"sum_{i + 1}"])
+            for i, name in enumerate(SUMS[1:])
+        ),
         helper.make_node("Unsqueeze", [f"sum_{len(SUMS) - 1}", "second"], ["column"]),
         helper.make_node("Mul", ["column", "ones"], ["scores"]),
         helper.make_node("Unsqueeze", ["scores", "third"], ["thick"]),
@@ -59,14 +70,27 @@ def small_graph(precision: str = "fp32", extra: Sequence[onnx.NodeProto] = (), r
         helper.make_node("Cast", ["scores"], ["labels"], to=TensorProto.INT32),
         helper.make_node("ReduceMax", ["labels", "second"], ["num_dets"], keepdims=0),
     ]
-    graph = helper.make_graph(nodes, "small", _inputs(), _outputs(), [numpy_helper.from_array(array, name) for name, array in _constants()])
+    graph = helper.make_graph(
+        nodes,
+        "small",
+        _inputs(),
+        _outputs(),
+        [numpy_helper.from_array(array, name) for name, array in _constants()],
+    )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
 
 
-def save_small(path: Path, precision: str = "fp32", stated: str | None = None, **options: Any) -> Path:
+def save_small(
+    path: Path, precision: str = "fp32", stated: str | None = None, **options: Any
+) -> Path:
     """Writes the graph with a manifest in its metadata that states `stated` as precision, the true one where not given."""
     model = small_graph(precision, **options)
-    manifest = Manifest(PRESETS["tiny"], precision=stated or precision, checkpoint_sha256="c" * 64, versions={"onnx": onnx.__version__})
+    manifest = Manifest(
+        PRESETS["tiny"],
+        precision=stated or precision,
+        checkpoint_sha256="c" * 64,
+        versions={"onnx": onnx.__version__},
+    )
     helper.set_model_props(model, {METADATA_KEY: manifest.to_json()})
     onnx.save(model, path)
     return path
@@ -74,7 +98,9 @@ def save_small(path: Path, precision: str = "fp32", stated: str | None = None, *
 
 def _inputs() -> list[onnx.ValueInfoProto]:
     return [
-        helper.make_tensor_value_info("images", TensorProto.UINT8, ["batch", "32*rows", "32*columns", 3]),
+        helper.make_tensor_value_info(
+            "images", TensorProto.UINT8, ["batch", "32*rows", "32*columns", 3]
+        ),
         helper.make_tensor_value_info("valid_hw", TensorProto.INT32, ["batch", 2]),
         helper.make_tensor_value_info("score_threshold", TensorProto.FLOAT, []),
         helper.make_tensor_value_info("iou_threshold", TensorProto.FLOAT, []),

@@ -13,17 +13,18 @@ import pytest
 from onnx_edits import all_nodes
 
 from tood_deploy.cli.export import main
+from tood_deploy.data.image_set import synthetic_picture
+from tood_deploy.data.images import read_pictures
 from tood_deploy.errors import CheckFailed, OutputError, ToodError
-from tood_deploy.export import artefact as artefact_module
-from tood_deploy.export.artefact import export_onnx
-from tood_deploy.export.pictures import read_pictures
-from tood_deploy.export.runners import OnnxRunner
-from tood_deploy.export.to_onnx import with_outputs
+from tood_deploy.export import export as artefact_module
+from tood_deploy.export.export import export_onnx
+from tood_deploy.files import file_sha256
 from tood_deploy.graph_io import INPUTS, OUTPUTS
-from tood_deploy.manifest import METADATA_KEY, Manifest, file_sha256, read_manifest
+from tood_deploy.manifest import METADATA_KEY, Manifest, read_manifest
 from tood_deploy.model import load_checkpoint
+from tood_deploy.onnx_file import with_outputs
 from tood_deploy.parity.reference import torch_reference
-from tood_deploy.parity.sample_images import synthetic_picture
+from tood_deploy.parity.stages import OnnxRunner
 from tood_deploy.parity.verify import verify_float32
 
 # What every runtime builds (DESIGN section 4). No GridSample, no NonMaxSuppression, nothing of a domain of its own.
@@ -44,7 +45,9 @@ class TestGraph:
         counts = Counter(node.op_type for node in all_nodes(graph.graph))
         assert counts.keys() <= STANDARD_OPERATORS
         assert {node.domain for node in all_nodes(graph.graph)} == {""}
-        assert counts["GroupNormalization"] == 8 * 5  # of every level: native, not chains of InstanceNormalization
+        assert (
+            counts["GroupNormalization"] == 8 * 5
+        )  # of every level: native, not chains of InstanceNormalization
         assert not graph.functions
 
     def test_passes_the_checker_at_opset_21(self, graph: onnx.ModelProto) -> None:
@@ -77,8 +80,14 @@ class TestGraph:
         assert set(readers) <= {"Cast", "Shape"}
 
     def test_topk_stays_within_the_limit_of_tensorrt(self, graph: onnx.ModelProto) -> None:
-        constants = {value.name: onnx.numpy_helper.to_array(value) for value in graph.graph.initializer}
-        depths = [int(constants[node.input[1]].item()) for node in all_nodes(graph.graph) if node.op_type == "TopK"]
+        constants = {
+            value.name: onnx.numpy_helper.to_array(value) for value in graph.graph.initializer
+        }
+        depths = [
+            int(constants[node.input[1]].item())
+            for node in all_nodes(graph.graph)
+            if node.op_type == "TopK"
+        ]
         assert len(depths) == 11
         assert max(depths) <= 3840
 
@@ -89,12 +98,16 @@ class TestGraph:
 
 
 class TestManifest:
-    def test_lies_beside_and_inside(self, tiny_artefact: Path, tiny_checkpoint: Path, graph: onnx.ModelProto) -> None:
+    def test_lies_beside_and_inside(
+        self, tiny_artefact: Path, tiny_checkpoint: Path, graph: onnx.ModelProto
+    ) -> None:
         manifest = read_manifest(tiny_artefact)
         assert manifest is not None
         assert manifest.artefact_sha256 == file_sha256(tiny_artefact)
         assert manifest.checkpoint_sha256 == file_sha256(tiny_checkpoint)
-        inside = Manifest.from_json({prop.key: prop.value for prop in graph.metadata_props}[METADATA_KEY], "inside")
+        inside = Manifest.from_json(
+            {prop.key: prop.value for prop in graph.metadata_props}[METADATA_KEY], "inside"
+        )
         assert inside.preset == manifest.preset
         assert {"torch", "onnx", "onnxruntime", "tood_deploy"} <= manifest.versions.keys()
 
@@ -103,10 +116,19 @@ class TestManifest:
         assert manifest is not None
         parity = manifest.parity
         assert parity["pictures"] == 3 * 2
-        assert parity["detections"]["reference"] > 300  # the stand-in weights find things: the comparison is not empty
-        assert parity["detections"]["matched"] >= parity["detections"]["reference"] - 2 * parity["pictures"]
+        assert (
+            parity["detections"]["reference"] > 300
+        )  # the stand-in weights find things: the comparison is not empty
+        assert (
+            parity["detections"]["matched"]
+            >= parity["detections"]["reference"] - 2 * parity["pictures"]
+        )
         assert parity["batch_slots"]["matched"] == parity["batch_slots"]["reference"] > 100
-        assert 0 < max(each["rms_ratio"] for each in parity["maps"].values()) <= parity["limits"]["rms_of_few"]
+        assert (
+            0
+            < max(each["rms_ratio"] for each in parity["maps"].values())
+            <= parity["limits"]["rms_of_few"]
+        )
 
 
 def edit(source: Path, target: Path, change: Callable[[onnx.ModelProto], None]) -> Path:
@@ -120,30 +142,45 @@ def scale_constant(name_part: str, factor: float) -> Callable[[onnx.ModelProto],
     def change(model: onnx.ModelProto) -> None:
         found = [value for value in model.graph.initializer if name_part in value.name]
         assert found, f"no constant called *{name_part}*"
-        found[0].CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(found[0]) * np.float32(factor), found[0].name))
+        found[0].CopyFrom(
+            onnx.numpy_helper.from_array(
+                onnx.numpy_helper.to_array(found[0]) * np.float32(factor), found[0].name
+            )
+        )
 
     return change
 
 
 class TestVerification:
-    @pytest.mark.parametrize(("name", "stage"), [("tood_cls.bias", "head: head_scores"), ("tood_reg.bias", "head: head_boxes")])
+    @pytest.mark.parametrize(
+        ("name", "stage"),
+        [("tood_cls.bias", "head: head_scores"), ("tood_reg.bias", "head: head_boxes")],
+    )
     def test_a_changed_artefact_fails_and_the_stage_is_named(
         self, name: str, stage: str, tiny_artefact: Path, tiny_checkpoint: Path, tmp_path: Path
     ) -> None:
         broken = edit(tiny_artefact, tmp_path / "broken.onnx", scale_constant(name, 1.001))
         with pytest.raises(CheckFailed, match=stage):
-            verify_float32(torch_reference(load_checkpoint(tiny_checkpoint), 100), OnnxRunner(broken))
+            verify_float32(
+                torch_reference(load_checkpoint(tiny_checkpoint), 100), OnnxRunner(broken)
+            )
 
     def test_values_of_a_rewritten_graph_are_missed(self, graph: onnx.ModelProto) -> None:
         with pytest.raises(ToodError, match="no values nowhere"):
             with_outputs(graph, ["nowhere"])
 
     def test_a_failed_export_leaves_nothing_and_keeps_what_was_there(
-        self, tiny_artefact: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self,
+        tiny_artefact: Path,
+        tiny_checkpoint: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         monkeypatch.setattr(artefact_module, "onnx_from_model", lambda *args, **kwargs: "unused")
         broken = edit(tiny_artefact, tmp_path / "broken.onnx", scale_constant("tood_cls.bias", 2.0))
-        monkeypatch.setattr(artefact_module, "save_onnx", lambda exported, manifest, path: shutil.copy(broken, path))
+        monkeypatch.setattr(
+            artefact_module, "save_onnx", lambda exported, manifest, path: shutil.copy(broken, path)
+        )
         output = tmp_path / "out" / "model.onnx"
         output.parent.mkdir()
         output.write_bytes(b"old")
@@ -152,7 +189,9 @@ class TestVerification:
         assert output.read_bytes() == b"old"
         assert list(output.parent.iterdir()) == [output]
 
-    def test_a_full_disk_leaves_nothing(self, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_full_disk_leaves_nothing(
+        self, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         def full_disk(*args: Any) -> None:
             raise OSError(28, "No space left on device")
 
@@ -162,12 +201,16 @@ class TestVerification:
             export_onnx(load_checkpoint(tiny_checkpoint), tmp_path / "model.onnx")
         assert not list(tmp_path.iterdir())
 
-    def test_an_interrupted_export_leaves_nothing(self, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_an_interrupted_export_leaves_nothing(
+        self, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         def interrupt(*args: Any, **kwargs: Any) -> None:
             raise KeyboardInterrupt
 
         monkeypatch.setattr(artefact_module, "onnx_from_model", interrupt)
-        assert main([str(tiny_checkpoint), "--output", str(tmp_path / "model.onnx"), "--quiet"]) == 130
+        assert (
+            main([str(tiny_checkpoint), "--output", str(tmp_path / "model.onnx"), "--quiet"]) == 130
+        )
         assert not list(tmp_path.iterdir())
 
 
@@ -179,7 +222,10 @@ class TestCommand:
             (["{checkpoint}", "--output", "model.engine"], "expected a name ending in .onnx"),
             (["{checkpoint}", "--output", "/proc/nowhere/model.onnx"], "cannot be written"),
             (["{checkpoint}", "--max-det", "0"], "max_det is 0; expected 1 to 3840"),
-            (["{checkpoint}", "--imgsz", "0", "640"], "imgsz is 0 640; expected two positive numbers"),
+            (
+                ["{checkpoint}", "--imgsz", "0", "640"],
+                "imgsz is 0 640; expected two positive numbers",
+            ),
             (["{checkpoint}", "--classes", "a,b"], "has 80 classes, 2 names"),
             (["{checkpoint}", "--classes", "a,a"], "expected one different name"),
             (["{checkpoint}", "--preset", "r50-1x"], "does not fit the preset r50-1x"),
@@ -197,7 +243,10 @@ class TestCommand:
         capsys: pytest.CaptureFixture[str],
     ) -> None:
         monkeypatch.chdir(tmp_path)
-        code = main([text.format(checkpoint=tiny_checkpoint, folder=tmp_path) for text in arguments] + ["--quiet"])
+        code = main(
+            [text.format(checkpoint=tiny_checkpoint, folder=tmp_path) for text in arguments]
+            + ["--quiet"]
+        )
         captured = capsys.readouterr()
         assert code == 2
         assert captured.err.startswith("error: ")
@@ -205,7 +254,9 @@ class TestCommand:
         assert captured.err.count("\n") == 1
         assert not list(tmp_path.iterdir())
 
-    def test_failed_check_is_exit_1(self, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_failed_check_is_exit_1(
+        self, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         def fail(*args: Any, **kwargs: Any) -> None:
             raise CheckFailed("head scores deviate")
 
@@ -230,12 +281,35 @@ class TestCommand:
         capsys: pytest.CaptureFixture[str],
     ) -> None:
         monkeypatch.setattr(artefact_module, "onnx_from_model", lambda *args, **kwargs: "unused")
-        monkeypatch.setattr(artefact_module, "save_onnx", lambda exported, manifest, path: shutil.copy(tiny_artefact, path))
-        assert main([str(tiny_checkpoint), "--output", str(tmp_path / "a.onnx"), "--imgsz", "300", "200"]) == 0
+        monkeypatch.setattr(
+            artefact_module,
+            "save_onnx",
+            lambda exported, manifest, path: shutil.copy(tiny_artefact, path),
+        )
+        assert (
+            main(
+                [
+                    str(tiny_checkpoint),
+                    "--output",
+                    str(tmp_path / "a.onnx"),
+                    "--imgsz",
+                    "300",
+                    "200",
+                ]
+            )
+            == 0
+        )
         captured = capsys.readouterr()
         assert "detections matched" in captured.out
         assert "80 classes (person, bicycle, car, ...)" in captured.err
-        steps = ("checked all", "loading the checkpoint", "making the graph", "comparing with PyTorch", "self-test", "writing it")
+        steps = (
+            "checked all",
+            "loading the checkpoint",
+            "making the graph",
+            "comparing with PyTorch",
+            "self-test",
+            "writing it",
+        )
         places = [captured.err.find(step) for step in steps]
         assert -1 not in places
         assert places == sorted(places), "a line at each step, in their order"
@@ -257,15 +331,28 @@ class TestPictures:
             read_pictures(tmp_path, 5)
 
 
-EVERY = ["r50-1x", "r50-anchor-1x", "r101-2x", "x101-2x", "r101-dcn-2x", "x101-dcn-2x"]  # r50-2x is r50-1x under another name
+EVERY = [
+    "r50-1x",
+    "r50-anchor-1x",
+    "r101-2x",
+    "x101-2x",
+    "r101-dcn-2x",
+    "x101-dcn-2x",
+]  # r50-2x is r50-1x under another name
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "deform"), [*((name, "op") for name in EVERY), ("x101-dcn-2x", "gather")])
-def test_every_preset_exports_and_verifies(name: str, deform: Any, seeded_model: Callable[..., Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "deform"), [*((name, "op") for name in EVERY), ("x101-dcn-2x", "gather")]
+)
+def test_every_preset_exports_and_verifies(
+    name: str, deform: Any, seeded_model: Callable[..., Any], tmp_path: Path
+) -> None:
     manifest = export_onnx(seeded_model(name), tmp_path / "model.onnx", deform=deform)
     graph = onnx.load(tmp_path / "model.onnx")
     counts = Counter(node.op_type for node in all_nodes(graph.graph))
     assert counts.keys() <= STANDARD_OPERATORS
-    assert counts["DeformConv"] == (0 if deform == "gather" else {"r101-dcn-2x": 30 + 10, "x101-dcn-2x": 26 + 10}.get(name, 0))
+    assert counts["DeformConv"] == (
+        0 if deform == "gather" else {"r101-dcn-2x": 30 + 10, "x101-dcn-2x": 26 + 10}.get(name, 0)
+    )
     assert manifest.parity["detections"]["reference"] > 300

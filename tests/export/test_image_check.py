@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from inference.fakes import red_picture, write_picture
 
+from tood_deploy.data import images as image_check
+from tood_deploy.data.images import ImageSet, check_images, spread_evenly
 from tood_deploy.errors import InputError
-from tood_deploy.export import image_check
-from tood_deploy.export.image_check import ImageSet, check_images, spread_evenly
 
 
 @pytest.fixture
@@ -37,7 +37,10 @@ def test_whole_images_pass(images: Sequence[Path]) -> None:
 def test_all_headers_come_before_the_first_whole_image(images: Sequence[Path]) -> None:
     images[5].write_bytes(b"")
     decoded: list[Path] = []
-    with pytest.raises(InputError, match=r"^--a: 1 of 6 images cannot be read: .*5\.png; expected whole image files"):
+    with pytest.raises(
+        InputError,
+        match=r"^--a: 1 of 6 images cannot be read: .*5\.png; expected whole image files",
+    ):
         check_images([ImageSet("--a", images, decoded.append)])
     assert not decoded
 
@@ -51,11 +54,16 @@ def test_a_missing_file_is_named(images: Sequence[Path]) -> None:
 def test_the_first_are_named_and_the_others_counted(images: Sequence[Path]) -> None:
     for path in images[:5]:
         path.write_bytes(path.read_bytes()[:-30])
-    with pytest.raises(InputError, match=r"5 of 6 images cannot be read: \S+0\.png, \S+1\.png, \S+2\.png and 2 more;"):
+    with pytest.raises(
+        InputError,
+        match=r"5 of 6 images cannot be read: \S+0\.png, \S+1\.png, \S+2\.png and 2 more;",
+    ):
         check_images([ImageSet("--a", images)], seconds=60)
 
 
-def test_no_longer_than_there_is_time(images: Sequence[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_longer_than_there_is_time(
+    images: Sequence[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By a clock on which every decoded image takes a second."""
     now = [0.0]
     decoded: list[str] = []
@@ -66,7 +74,9 @@ def test_no_longer_than_there_is_time(images: Sequence[Path], monkeypatch: pytes
 
     monkeypatch.setattr(image_check.time, "perf_counter", lambda: now[0])
     check_images([ImageSet("--a", images, decode), ImageSet("--b", images, decode)], seconds=5)
-    assert decoded == ["0.png", "4.png", "2.png", *["0.png", "4.png", "2.png"]], "half of the time each"
+    assert decoded == ["0.png", "4.png", "2.png", *["0.png", "4.png", "2.png"]], (
+        "half of the time each"
+    )
     decoded.clear()
     check_images([ImageSet("--a", images, decode)], seconds=0)
     assert decoded == ["0.png"], "one at least"

@@ -7,8 +7,9 @@ import pytest
 from export.small_graph import save_small, small_graph
 
 from tood_deploy.errors import ArtefactError, ToodError
-from tood_deploy.export.onnx_artefact import read_onnx
-from tood_deploy.manifest import file_sha256, manifest_path, read_manifest
+from tood_deploy.files import file_sha256
+from tood_deploy.manifest import manifest_path, read_manifest
+from tood_deploy.onnx_file import read_onnx
 
 
 def test_the_manifest_inside_is_read(tmp_path: Path) -> None:

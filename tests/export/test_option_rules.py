@@ -6,7 +6,15 @@ import pytest
 
 from tood_deploy.cli.export import parser
 from tood_deploy.errors import ToodError
-from tood_deploy.export.option_rules import OF_BUILDS, OF_CHECKPOINTS, OF_INT8, OF_PROFILES, OF_TRITON, as_flag, check_options
+from tood_deploy.export.option_rules import (
+    OF_BUILDS,
+    OF_CHECKPOINTS,
+    OF_INT8,
+    OF_PROFILES,
+    OF_TRITON,
+    as_flag,
+    check_options,
+)
 
 
 def options(checkpoint: str = "tood.pth", **given: Any) -> dict[str, Any]:
@@ -27,16 +35,29 @@ def test_every_name_is_an_option(name: str) -> None:
 def test_options_of_a_build_need_one(name: str) -> None:
     check_options(options(to="engine", **{name: "1"}))
     check_options(options(to="triton", backend="tensorrt", **{name: "1"}))
-    for more in ({"to": "onnx"}, {"to": "openvino"}, {"to": "triton"}, {"to": "triton", "backend": "onnxruntime"}):
-        with pytest.raises(ToodError, match=f"^{as_flag(name)} needs --to engine, or --to triton with --backend tensorrt$"):
+    for more in (
+        {"to": "onnx"},
+        {"to": "openvino"},
+        {"to": "triton"},
+        {"to": "triton", "backend": "onnxruntime"},
+    ):
+        with pytest.raises(
+            ToodError,
+            match=f"^{as_flag(name)} needs --to engine, or --to triton with --backend tensorrt$",
+        ):
             check_options(options(**more, **{name: "1"}))
 
 
 def test_several_strangers_are_named_together() -> None:
-    with pytest.raises(ToodError, match=r"^--imgsz, --max-det need a checkpoint, the \.onnx has them inside$"):
+    with pytest.raises(
+        ToodError, match=r"^--imgsz, --max-det need a checkpoint, the \.onnx has them inside$"
+    ):
         check_options(options("tood.ONNX", to="openvino", max_det=5, imgsz=[64, 96]))
 
 
 def test_what_is_not_enough_is_said() -> None:
-    with pytest.raises(ToodError, match=r"^--shapes auto needs --images DIR: a folder of pictures like those to come$"):
+    with pytest.raises(
+        ToodError,
+        match=r"^--shapes auto needs --images DIR: a folder of pictures like those to come$",
+    ):
         check_options(options(to="engine", shapes="auto"))

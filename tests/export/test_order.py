@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tood_deploy import tensorrt_flavour
 from tood_deploy.cli.export import main
 from tood_deploy.engines import open_engine
+from tood_deploy.engines.tensorrt import library as tensorrt_flavour
 from tood_deploy.errors import DeviceError, ToodError
-from tood_deploy.export import carry_out
+from tood_deploy.export import export as carry_out
 from tood_deploy.manifest import manifest_path, neighbour, read_manifest
 
 pytestmark = pytest.mark.usefixtures("stand_in_limits")
@@ -62,11 +62,16 @@ def test_bf16(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "next: tood-infer" not in said
     manifest = read_manifest(Path("tiny-bf16.onnx"))
     assert manifest is not None
-    assert (manifest.options["runtimes"], manifest.options["opset"]) == (["openvino", "tensorrt"], 22)
+    assert (manifest.options["runtimes"], manifest.options["opset"]) == (
+        ["openvino", "tensorrt"],
+        22,
+    )
     with pytest.raises(DeviceError, match=r"tiny-bf16\.onnx: is in bf16"):
         open_engine("tiny-bf16.onnx")
     run = carry_out._given_reference(Path("tiny-bf16.onnx")).run
-    num_dets = run(np.full((1, 64, 64, 3), 90, np.uint8), np.array([[64, 64]], np.int32), 0.0, 0.6)[0]
+    num_dets = run(np.full((1, 64, 64, 3), 90, np.uint8), np.array([[64, 64]], np.int32), 0.0, 0.6)[
+        0
+    ]
     assert num_dets[0] > 0
 
 
@@ -76,7 +81,9 @@ def test_every_step_is_said(source: Path, capsys: pytest.CaptureFixture[str]) ->
     said = capsys.readouterr().err
     assert "tiny.onnx: checked all that its export needs" in said
     assert "repo: adding the model to the repository" in said
-    assert main([str(source), "--to", "triton", "--output", "repo", "--name", "tood", "--quiet"]) == 0
+    assert (
+        main([str(source), "--to", "triton", "--output", "repo", "--name", "tood", "--quiet"]) == 0
+    )
     assert capsys.readouterr() == ("", "")
 
 
@@ -88,7 +95,10 @@ def test_triton(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_an_engine_says_how_to_run_it(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(source), "--to", "engine", "--shapes", "64x96", "--batch", "1", "--list-layers"]) == 0
+    assert (
+        main([str(source), "--to", "engine", "--shapes", "64x96", "--batch", "1", "--list-layers"])
+        == 0
+    )
     assert made_beside(source) == {"tiny-engine.engine", "tiny-engine.json"}
     said = capsys.readouterr().out
     assert "PICTURES --output DIR --device cuda\n" in said
@@ -101,13 +111,47 @@ def test_an_engine_says_how_to_run_it(source: Path, capsys: pytest.CaptureFixtur
 @pytest.mark.slow
 def test_an_engine_of_what_a_server_has(source: Path) -> None:
     """The way to a plan for a server, as far as it goes without TensorRT for Triton: docs/serving.md."""
-    assert main([str(source), "--to", "triton", "--output", "repo", "--name", "tood", "--warm-up", "none", "--quiet"]) == 0
     assert (
-        main(["repo/tood/1/model.onnx", "--to", "engine", "--shapes", "64x96", "--batch", "1", "--output", "served.engine", "--quiet"]) == 0
+        main(
+            [
+                str(source),
+                "--to",
+                "triton",
+                "--output",
+                "repo",
+                "--name",
+                "tood",
+                "--warm-up",
+                "none",
+                "--quiet",
+            ]
+        )
+        == 0
+    )
+    assert (
+        main(
+            [
+                "repo/tood/1/model.onnx",
+                "--to",
+                "engine",
+                "--shapes",
+                "64x96",
+                "--batch",
+                "1",
+                "--output",
+                "served.engine",
+                "--quiet",
+            ]
+        )
+        == 0
     )
     manifest = read_manifest(Path("served.engine"))
     assert manifest is not None
-    assert (manifest.options["nms"], "serving" in manifest.options, manifest.self_test) == ("unrolled", True, {})
+    assert (manifest.options["nms"], "serving" in manifest.options, manifest.self_test) == (
+        "unrolled",
+        True,
+        {},
+    )
 
 
 def test_an_engine_is_served_as_it_is(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -117,31 +161,78 @@ def test_an_engine_is_served_as_it_is(source: Path, capsys: pytest.CaptureFixtur
     target = {"flavour": "tensorrt", "profiles": [{"size_hw": [64, 96], "batch": [1, 1, 4]}]}
     manifest = read_manifest(source)
     assert manifest is not None
-    stated = replace(manifest, target=target, options=manifest.options | {"serving": {}}).with_artefact(engine)
+    stated = replace(
+        manifest, target=target, options=manifest.options | {"serving": {}}
+    ).with_artefact(engine)
     manifest_path(engine).write_text(stated.to_json())
-    assert main(["plan.engine", "--to", "triton", "--output", "repo", "--name", "tood", "--quiet"]) == 0
+    assert (
+        main(["plan.engine", "--to", "triton", "--output", "repo", "--name", "tood", "--quiet"])
+        == 0
+    )
     assert Path("repo/tood/1/model.plan").read_bytes() == b"a plan"
-    assert main(["plan.engine", "--to", "triton", "--output", "repo", "--nms", "loop", "--backend", "tensorrt"]) == 2
-    assert "--nms needs a checkpoint or an .onnx; an engine is served as it is" in capsys.readouterr().err
+    assert (
+        main(
+            [
+                "plan.engine",
+                "--to",
+                "triton",
+                "--output",
+                "repo",
+                "--nms",
+                "loop",
+                "--backend",
+                "tensorrt",
+            ]
+        )
+        == 2
+    )
+    assert (
+        "--nms needs a checkpoint or an .onnx; an engine is served as it is"
+        in capsys.readouterr().err
+    )
     assert main(["plan.engine", "--to", "onnx"]) == 2
-    assert "plan.engine is an engine, which can be served and not exported; give --to triton" in capsys.readouterr().err
+    assert (
+        "plan.engine is an engine, which can be served and not exported; give --to triton"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "tiny.onnx is an .onnx already"),
-        (["--to", "openvino", "--output", "tiny.xml"], "its manifest tiny.json would replace that of tiny.onnx"),
+        (
+            ["--to", "openvino", "--output", "tiny.xml"],
+            "its manifest tiny.json would replace that of tiny.onnx",
+        ),
         (["--to", "openvino", "--output", "tiny.ir"], "expected a name ending in .xml"),
-        (["--to", "openvino", "--precision", "fp16"], "OpenVINO on CPUs computes in fp32, bf16 and int8"),
+        (
+            ["--to", "openvino", "--precision", "fp16"],
+            "OpenVINO on CPUs computes in fp32, bf16 and int8",
+        ),
         (["--precision", "int8"], "--precision int8 needs --calib-data"),
         (["--precision", "int8", "--calib-data", "."], ".: no pictures in it"),
-        (["--precision", "int8", "--calib-data", ".", "--calib-pictures", "1"], ".: no pictures in it"),
-        (["--precision", "int8", "--calib-data", ".", "--rest", "fp16"], "--rest needs --to openvino or engine"),
+        (
+            ["--precision", "int8", "--calib-data", ".", "--calib-pictures", "1"],
+            ".: no pictures in it",
+        ),
+        (
+            ["--precision", "int8", "--calib-data", ".", "--rest", "fp16"],
+            "--rest needs --to openvino or engine",
+        ),
         (["--precision", "fp16", "--batch", "2"], "--batch needs --to engine or --to triton"),
-        (["--precision", "fp16", "--nms", "loop"], "--nms needs --to engine, or --to triton with --backend tensorrt"),
-        (["--to", "triton", "--nms-rounds", "20"], "--nms-rounds needs --to engine, or --to triton with --backend tensorrt"),
-        (["--to", "triton", "--workspace", "64"], "--workspace needs --to engine, or --to triton with --backend tensorrt"),
+        (
+            ["--precision", "fp16", "--nms", "loop"],
+            "--nms needs --to engine, or --to triton with --backend tensorrt",
+        ),
+        (
+            ["--to", "triton", "--nms-rounds", "20"],
+            "--nms-rounds needs --to engine, or --to triton with --backend tensorrt",
+        ),
+        (
+            ["--to", "triton", "--workspace", "64"],
+            "--workspace needs --to engine, or --to triton with --backend tensorrt",
+        ),
         (["--to", "triton", "--flavour", "tensorrt"], "--flavour needs --to engine"),
         (["--to", "engine", "--nms", "loop", "--nms-rounds", "20"], "leave --nms-rounds out"),
         (["--precision", "fp16", "--max-det", "5"], "--max-det needs a checkpoint"),
@@ -168,9 +259,21 @@ def test_wrong_use_is_one_line_and_leaves_nothing(
             ["engine"],
             "both tensorrt and tensorrt_rtx are installed; say which of the two to use with --flavour",
         ),
-        (("tensorrt_rtx",), ["engine", "--flavour", "tensorrt"], "TensorRT is not installed, TensorRT-RTX is; install"),
-        (("tensorrt_rtx",), ["triton", "--backend", "tensorrt"], "TensorRT is not installed, TensorRT-RTX is; install"),
-        (("tensorrt_rtx",), ["engine", "--timing-cache", "kept"], "--timing-cache means nothing to TensorRT-RTX"),
+        (
+            ("tensorrt_rtx",),
+            ["engine", "--flavour", "tensorrt"],
+            "TensorRT is not installed, TensorRT-RTX is; install",
+        ),
+        (
+            ("tensorrt_rtx",),
+            ["triton", "--backend", "tensorrt"],
+            "TensorRT is not installed, TensorRT-RTX is; install",
+        ),
+        (
+            ("tensorrt_rtx",),
+            ["engine", "--timing-cache", "kept"],
+            "--timing-cache means nothing to TensorRT-RTX",
+        ),
     ],
 )
 def test_what_builds_is_looked_for_before_the_long_work(

@@ -7,8 +7,13 @@ from types import SimpleNamespace
 import pytest
 
 from tood_deploy.errors import OutputError, ToodError
-from tood_deploy.export import output_place
-from tood_deploy.export.output_place import check_artefact, check_inputs_stay, check_space, check_writable
+from tood_deploy.export import preflight as output_place
+from tood_deploy.export.preflight import (
+    check_artefact,
+    check_inputs_stay,
+    check_space,
+    check_writable,
+)
 
 MIB = 2**20
 
@@ -71,13 +76,17 @@ class TestWritable:
             raise PermissionError(13, "Permission denied")
 
         monkeypatch.setattr(output_place.tempfile, "TemporaryFile", refuse)
-        with pytest.raises(OutputError, match=r"new: cannot be written \(Permission denied\); go elsewhere"):
+        with pytest.raises(
+            OutputError, match=r"new: cannot be written \(Permission denied\); go elsewhere"
+        ):
             check_writable(tmp_path / "new", "go elsewhere")
 
 
 def test_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check_space(tmp_path, 0)
-    monkeypatch.setattr(output_place.shutil, "disk_usage", lambda _: SimpleNamespace(free=100 * MIB))
+    monkeypatch.setattr(
+        output_place.shutil, "disk_usage", lambda _: SimpleNamespace(free=100 * MIB)
+    )
     check_space(tmp_path, 36 * MIB)
     with pytest.raises(OutputError, match="100 MiB are free, and this export needs about 101"):
         check_space(tmp_path, 37 * MIB)

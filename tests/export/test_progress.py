@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tood_deploy.export.progress import Heartbeat, ProgressLines, progress_bar
+from tood_deploy.reporter import Heartbeat, ProgressLines, progress_bar
 
 
 class Terminal(io.StringIO):
@@ -50,15 +50,30 @@ def lines_of(calls: list[tuple[float, int, int]]) -> list[str]:
 
 
 def test_every_fourth_part_of_fast_work() -> None:
-    assert lines_of([(0, done, 128) for done in range(129)]) == ["0 of 128", "32 of 128", "64 of 128", "96 of 128", "128 of 128"]
+    assert lines_of([(0, done, 128) for done in range(129)]) == [
+        "0 of 128",
+        "32 of 128",
+        "64 of 128",
+        "96 of 128",
+        "128 of 128",
+    ]
 
 
 def test_every_half_a_minute_of_slow_work() -> None:
-    assert lines_of([(10 * done, done, 1000) for done in range(8)]) == ["0 of 1000", "3 of 1000", "6 of 1000"]
+    assert lines_of([(10 * done, done, 1000) for done in range(8)]) == [
+        "0 of 1000",
+        "3 of 1000",
+        "6 of 1000",
+    ]
 
 
 def test_several_steps_under_one_description() -> None:
-    assert lines_of([(0, 0, 4), (0, 4, 4), (0, 0, 4), (0, 1, 9)]) == ["0 of 4", "4 of 4", "0 of 4", "1 of 9"]
+    assert lines_of([(0, 0, 4), (0, 4, 4), (0, 0, 4), (0, 1, 9)]) == [
+        "0 of 4",
+        "4 of 4",
+        "0 of 4",
+        "1 of 9",
+    ]
 
 
 def test_nothing_to_do() -> None:

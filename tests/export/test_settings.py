@@ -9,10 +9,10 @@ import onnx
 import pytest
 
 from tood_deploy import Detector
+from tood_deploy.data.image_set import synthetic_picture
 from tood_deploy.engines.torch_engine import TorchEngine
-from tood_deploy.export.artefact import export_onnx
+from tood_deploy.export.export import export_onnx
 from tood_deploy.manifest import read_manifest
-from tood_deploy.parity.sample_images import synthetic_picture
 
 SETTINGS: dict[str, Any] = {
     "anchor": "based",
@@ -42,13 +42,23 @@ def test_every_setting_is_in_the_artefact(seeded_model: Callable[..., Any], tmp_
     assert manifest is not None
     assert (manifest.preset, manifest.max_det) == (model.preset, 50)
     norms = [node for node in onnx.load(path).graph.node if node.op_type == "GroupNormalization"]
-    assert {attribute.i for node in norms for attribute in node.attribute if attribute.name == "num_groups"} == {16}
+    assert {
+        attribute.i
+        for node in norms
+        for attribute in node.attribute
+        if attribute.name == "num_groups"
+    } == {16}
     image = synthetic_picture(100, 300, 0)
-    with Detector(path, conf=0.05) as exported, Detector(TorchEngine(model), conf=0.05) as reference:
+    with (
+        Detector(path, conf=0.05) as exported,
+        Detector(TorchEngine(model), conf=0.05) as reference,
+    ):
         assert (exported.iou, exported.max_det, exported.sizing) == (0.4, 50, model.preset.sizing)
         prepared = exported.prepare(image).transform
         assert (prepared.resized_hw, prepared.net_hw) == ((90, 160), (96, 160))
         found, expected = exported(image), reference(image)
     assert len(found) == len(expected) > 0
     np.testing.assert_allclose(found.scores, expected.scores, atol=1e-4)
-    np.testing.assert_allclose(np.sort(found.boxes, axis=0), np.sort(expected.boxes, axis=0), atol=0.05)
+    np.testing.assert_allclose(
+        np.sort(found.boxes, axis=0), np.sort(expected.boxes, axis=0), atol=0.05
+    )

@@ -12,16 +12,16 @@ import onnx
 import openvino
 import pytest
 
+from tood_deploy.data.image_set import synthetic_picture
 from tood_deploy.engines import open_engine
+from tood_deploy.engines.openvino_runtime import manifest_inside, shared_core
 from tood_deploy.errors import ArtefactError, CheckFailed, DeviceError, OutputError, ToodError
 from tood_deploy.export import to_openvino
 from tood_deploy.export.to_openvino import openvino_from_onnx
 from tood_deploy.manifest import Manifest, artefact_sha256, doubts, manifest_path, read_manifest
 from tood_deploy.model import load_checkpoint
-from tood_deploy.openvino_model import manifest_inside, shared_core
 from tood_deploy.parity import verify
 from tood_deploy.parity.reference import Reference, torch_reference
-from tood_deploy.parity.sample_images import synthetic_picture
 from tood_deploy.parity.tolerances import DETECTION_LIMITS
 
 pytestmark = pytest.mark.usefixtures("stand_in_limits")
@@ -36,7 +36,9 @@ def reference(tiny_checkpoint: Path) -> Reference:
 
 
 @pytest.fixture(scope="module")
-def made(tiny_artefact: Path, reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
+def made(
+    tiny_artefact: Path, reference: Reference, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Manifest]:
     path = tmp_path_factory.mktemp("ir") / "tiny.xml"
     return path, openvino_from_onnx(tiny_artefact, path, reference=reference, options={"note": 1})
 
@@ -47,7 +49,12 @@ def one_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify, "SIZES_HW", {"small": (96, 64)})
 
 
-def copy(artefact: Path, folder: Path, change: Callable[[onnx.ModelProto], None] | None = None, **fields: Any) -> Path:
+def copy(
+    artefact: Path,
+    folder: Path,
+    change: Callable[[onnx.ModelProto], None] | None = None,
+    **fields: Any,
+) -> Path:
     """An artefact with another graph or manifest, which says so of itself."""
     path = folder / "source.onnx"
     shutil.copy(artefact, path)
@@ -64,12 +71,20 @@ def copy(artefact: Path, folder: Path, change: Callable[[onnx.ModelProto], None]
 def shift_scores(graph: onnx.ModelProto) -> None:
     for value in graph.graph.initializer:
         if "tood_cls.bias" in value.name:
-            value.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(value) * np.float32(1.001), value.name))
+            value.CopyFrom(
+                onnx.numpy_helper.from_array(
+                    onnx.numpy_helper.to_array(value) * np.float32(1.001), value.name
+                )
+            )
 
 
 class TestMade:
     def test_three_files_and_nothing_else(self, made: tuple[Path, Manifest]) -> None:
-        assert sorted(path.name for path in made[0].parent.iterdir()) == ["tiny.bin", "tiny.json", "tiny.xml"]
+        assert sorted(path.name for path in made[0].parent.iterdir()) == [
+            "tiny.bin",
+            "tiny.json",
+            "tiny.xml",
+        ]
 
     def test_manifest_describes_it(self, made: tuple[Path, Manifest], tiny_artefact: Path) -> None:
         path, manifest = made
@@ -77,8 +92,14 @@ class TestMade:
         assert source is not None
         assert read_manifest(path) == manifest
         assert manifest.artefact_sha256 == artefact_sha256(path) != source.artefact_sha256
-        assert (manifest.preset, manifest.checkpoint_sha256, manifest.precision) == (source.preset, source.checkpoint_sha256, "fp32")
-        assert manifest.options | {"format": "openvino", "rest": "fp32", "note": 1} == manifest.options
+        assert (manifest.preset, manifest.checkpoint_sha256, manifest.precision) == (
+            source.preset,
+            source.checkpoint_sha256,
+            "fp32",
+        )
+        assert (
+            manifest.options | {"format": "openvino", "rest": "fp32", "note": 1} == manifest.options
+        )
         assert manifest.versions["openvino"] == openvino.__version__
         assert doubts(path, manifest) == ""
 
@@ -86,25 +107,39 @@ class TestMade:
         inside = manifest_inside(shared_core().read_model(made[0]), made[0])
         assert (inside.preset, inside.options["format"]) == (made[1].preset, "openvino")
 
-    def test_verdict_is_openvinos_own_and_as_tight_as_for_onnx(self, made: tuple[Path, Manifest]) -> None:
+    def test_verdict_is_openvinos_own_and_as_tight_as_for_onnx(
+        self, made: tuple[Path, Manifest]
+    ) -> None:
         parity = made[1].parity
         assert parity["runtime"].startswith(f"OpenVINO {openvino.__version__.split('-')[0]}, fp32")
-        assert 0 < max(each["rms_ratio"] for each in parity["maps"].values()) <= parity["limits"]["rms_of_few"]
+        assert (
+            0
+            < max(each["rms_ratio"] for each in parity["maps"].values())
+            <= parity["limits"]["rms_of_few"]
+        )
         assert parity["detections"]["reference"] > 300
         assert parity["batch_slots"]["matched"] == parity["batch_slots"]["reference"]
 
-    def test_weights_keep_their_bits(self, made: tuple[Path, Manifest], tiny_artefact: Path) -> None:
+    def test_weights_keep_their_bits(
+        self, made: tuple[Path, Manifest], tiny_artefact: Path
+    ) -> None:
         assert made[0].with_suffix(".bin").stat().st_size > 0.95 * tiny_artefact.stat().st_size
 
     def test_runs(self, made: tuple[Path, Manifest]) -> None:
         with open_engine(made[0], threads=1) as engine:
-            found = engine.infer(synthetic_picture(96, 128, 1)[None], np.array([[96, 128]], np.int32), 0.05, 0.6)
+            found = engine.infer(
+                synthetic_picture(96, 128, 1)[None], np.array([[96, 128]], np.int32), 0.05, 0.6
+            )
         assert found.num_dets[0] > 10
 
     @pytest.mark.skipif(not HAS_BF16, reason="this CPU has no bf16 instructions")
     @pytest.mark.usefixtures("one_size")
-    def test_bf16_is_said_and_pinned(self, tiny_artefact: Path, reference: Reference, tmp_path: Path) -> None:
-        manifest = openvino_from_onnx(tiny_artefact, tmp_path / "a.xml", reference=reference, rest="bf16", pictures=PICTURES)
+    def test_bf16_is_said_and_pinned(
+        self, tiny_artefact: Path, reference: Reference, tmp_path: Path
+    ) -> None:
+        manifest = openvino_from_onnx(
+            tiny_artefact, tmp_path / "a.xml", reference=reference, rest="bf16", pictures=PICTURES
+        )
         assert (manifest.precision, manifest.options["rest"]) == ("bf16", "bf16")
         assert 1e-5 < manifest.parity["score_deviation"] <= DETECTION_LIMITS["bf16"].score
         assert "bf16" in manifest.parity["runtime"]
@@ -112,10 +147,14 @@ class TestMade:
             assert engine.precision == "bf16"
 
     @pytest.mark.usefixtures("one_size")
-    def test_quantised_weights_stay_so_beside_float32(self, tiny_artefact: Path, reference: Reference, tmp_path: Path) -> None:
+    def test_quantised_weights_stay_so_beside_float32(
+        self, tiny_artefact: Path, reference: Reference, tmp_path: Path
+    ) -> None:
         """A float32 graph that says it is int8: only what is said of it is looked at."""
         source = copy(tiny_artefact, tmp_path, precision="int8", options={"rest": "fp32"})
-        manifest = openvino_from_onnx(source, tmp_path / "a.xml", reference=reference, pictures=PICTURES)
+        manifest = openvino_from_onnx(
+            source, tmp_path / "a.xml", reference=reference, pictures=PICTURES
+        )
         assert (manifest.precision, manifest.options["rest"]) == ("int8", "fp32")
         assert manifest.parity["limits"] == asdict(DETECTION_LIMITS["int8"])
         assert manifest.self_test["reference"].startswith("OpenVINO")
@@ -124,17 +163,25 @@ class TestMade:
 
 class TestNothingIsLeft:
     @pytest.mark.usefixtures("one_size")
-    def test_after_a_failed_verification(self, tiny_artefact: Path, reference: Reference, tmp_path: Path) -> None:
+    def test_after_a_failed_verification(
+        self, tiny_artefact: Path, reference: Reference, tmp_path: Path
+    ) -> None:
         source = copy(tiny_artefact, tmp_path, shift_scores)
         output = tmp_path / "out" / "a.xml"
         output.parent.mkdir()
         output.write_bytes(b"old")
         with pytest.raises(CheckFailed, match="head: head_scores_p3"):
             openvino_from_onnx(source, output, reference=reference)
-        assert [(path.name, path.read_bytes()) for path in output.parent.iterdir()] == [("a.xml", b"old")]
+        assert [(path.name, path.read_bytes()) for path in output.parent.iterdir()] == [
+            ("a.xml", b"old")
+        ]
 
     def test_after_an_interruption(
-        self, tiny_artefact: Path, reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self,
+        tiny_artefact: Path,
+        reference: Reference,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         def interrupt(*_: object, **__: object) -> None:
             raise KeyboardInterrupt
@@ -146,7 +193,9 @@ class TestNothingIsLeft:
 
 
 class TestRefusals:
-    def test_another_ending(self, tiny_artefact: Path, reference: Reference, tmp_path: Path) -> None:
+    def test_another_ending(
+        self, tiny_artefact: Path, reference: Reference, tmp_path: Path
+    ) -> None:
         with pytest.raises(ToodError, match=r"expected a name ending in \.xml"):
             openvino_from_onnx(tiny_artefact, tmp_path / "a.onnx", reference=reference)
 
@@ -161,11 +210,19 @@ class TestRefusals:
         with pytest.raises(ArtefactError, match=r"source\.onnx: OpenVINO cannot open it"):
             openvino_from_onnx(source, tmp_path / "a.xml", reference=reference)
 
-    def test_a_place_that_cannot_be_written(self, tiny_artefact: Path, reference: Reference) -> None:
+    def test_a_place_that_cannot_be_written(
+        self, tiny_artefact: Path, reference: Reference
+    ) -> None:
         with pytest.raises(OutputError, match="choose another --output"):
             openvino_from_onnx(tiny_artefact, Path("/proc/nowhere/a.xml"), reference=reference)
 
-    def test_without_openvino(self, tiny_artefact: Path, reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_without_openvino(
+        self,
+        tiny_artefact: Path,
+        reference: Reference,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
         monkeypatch.setitem(sys.modules, "openvino", None)
         with pytest.raises(DeviceError, match="the package openvino is not installed"):
             openvino_from_onnx(tiny_artefact, tmp_path / "a.xml", reference=reference)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from tood_deploy.detections import Detections
 from tood_deploy.engines.base import BatchDetections, Engine
 from tood_deploy.inference.frame import Frame
-from tood_deploy.inference.sink import Sink
+from tood_deploy.inference.sinks import Sink
 from tood_deploy.manifest import Manifest
 from tood_deploy.presets import PRESETS
 
@@ -31,20 +31,34 @@ CLASSES = ("red thing", "other/thing")
 class RedEngine(Engine):
     """Finds one object per picture: the box around its red pixels. Sleeps as long as an engine would work."""
 
-    def __init__(self, seconds_per_image: float = 0.0, fail_at_call: int | None = None, path: Path | None = None) -> None:
+    def __init__(
+        self,
+        seconds_per_image: float = 0.0,
+        fail_at_call: int | None = None,
+        path: Path | None = None,
+    ) -> None:
         self.manifest = Manifest(replace(PRESETS["tiny"], class_names=CLASSES), max_det=4)
         self.device, self.name, self.path = "cpu", "red", path
         self.seconds_per_image, self.fail_at_call = seconds_per_image, fail_at_call
         self.batches: list[int] = []
 
-    def _run(self, images: NDArray[np.uint8], valid_hw: NDArray[np.int32], score_threshold: float, iou_threshold: float) -> BatchDetections:
+    def _run(
+        self,
+        images: NDArray[np.uint8],
+        valid_hw: NDArray[np.int32],
+        score_threshold: float,
+        iou_threshold: float,
+    ) -> BatchDetections:
         if len(self.batches) == self.fail_at_call:
             raise RuntimeError("the engine broke")
         self.batches.append(len(images))
         time.sleep(self.seconds_per_image * len(images))
         count = len(images)
         found = BatchDetections(
-            np.zeros(count, np.int32), np.zeros((count, 4, 4), np.float32), np.zeros((count, 4), np.float32), np.zeros((count, 4), np.int32)
+            np.zeros(count, np.int32),
+            np.zeros((count, 4, 4), np.float32),
+            np.zeros((count, 4), np.float32),
+            np.zeros((count, 4), np.int32),
         )
         for i, image in enumerate(images):
             rows, columns = np.nonzero((image[..., 0] > 150) & (image[..., 1] < 100))
@@ -55,7 +69,9 @@ class RedEngine(Engine):
         return found
 
 
-def red_picture(height: int = 48, width: int = 64, left: int = 8, top: int = 8, side: int = 16) -> NDArray[np.uint8]:
+def red_picture(
+    height: int = 48, width: int = 64, left: int = 8, top: int = 8, side: int = 16
+) -> NDArray[np.uint8]:
     """A grey picture with a red square."""
     image = np.full((height, width, 3), 60, np.uint8)
     image[top : top + side, left : left + side] = (0, 0, 250)
@@ -76,7 +92,9 @@ def write_video(
 ) -> Path:
     """A video with these frames at these times, in milliseconds (every 40 where not given)."""
     with av.open(str(path), "w", options=options) as container:
-        stream = container.add_stream("libx264", rate=25, options={"crf": "10", "bf": "0", "g": "10"})
+        stream = container.add_stream(
+            "libx264", rate=25, options={"crf": "10", "bf": "0", "g": "10"}
+        )
         stream.height, stream.width = images[0].shape[:2]
         stream.pix_fmt = "yuv420p"
         stream.codec_context.time_base = MILLISECOND
@@ -101,15 +119,24 @@ def found(*boxes: tuple[float, float, float, float]) -> Detections:
     """Detections with these boxes, of the two classes in turn, with scores from 0.9 down to 0.5."""
     count = len(boxes)
     scores = np.linspace(0.9, 0.5, count).astype(np.float32)
-    return Detections(np.array(boxes, np.float32).reshape(-1, 4), scores, np.arange(count, dtype=np.int32) % 2, CLASSES)
+    return Detections(
+        np.array(boxes, np.float32).reshape(-1, 4),
+        scores,
+        np.arange(count, dtype=np.int32) % 2,
+        CLASSES,
+    )
 
 
-def video_frame(index: int, pts: int, image: NDArray[np.uint8] | None = None, name: str = "v.avi") -> Frame:
+def video_frame(
+    index: int, pts: int, image: NDArray[np.uint8] | None = None, name: str = "v.avi"
+) -> Frame:
     """A frame of a video at `pts` milliseconds; the red square where no picture is given."""
     return Frame(red_picture() if image is None else image, name, index, pts, MILLISECOND)
 
 
-def write_all(sink: Sink, *results: tuple[Frame, Detections], error: Exception | None = None) -> None:
+def write_all(
+    sink: Sink, *results: tuple[Frame, Detections], error: Exception | None = None
+) -> None:
     """Gives a sink all of these and completes it, or leaves it with an error."""
     with sink:
         for frame, objects in results:
@@ -122,7 +149,10 @@ def read_video(path: Path) -> list[tuple[float, NDArray[Any]]]:
     """Time in seconds and BGR picture of every frame of an H.264 video."""
     with av.open(str(path)) as container:
         assert container.streams.video[0].codec_context.name == "h264"
-        return [(frame.time or 0.0, np.asarray(frame.to_ndarray(format="bgr24"))) for frame in container.decode(video=0)]
+        return [
+            (frame.time or 0.0, np.asarray(frame.to_ndarray(format="bgr24")))
+            for frame in container.decode(video=0)
+        ]
 
 
 def fill_disk(monkeypatch: pytest.MonkeyPatch, target: Any, name: str) -> None:

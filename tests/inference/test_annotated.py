@@ -6,14 +6,16 @@ import pytest
 from inference.fakes import fill_disk, found, read_video, red_picture, video_frame, write_all
 
 from tood_deploy.errors import OutputError
-from tood_deploy.inference.annotated import Annotated, write_image
 from tood_deploy.inference.frame import Frame
+from tood_deploy.inference.sinks import Annotated, write_image
 
 ONE = found((8, 8, 24, 24))
 
 
 def test_a_picture(tmp_path: Path) -> None:
-    write_all(Annotated({"a.png": tmp_path / "new" / "a.png"}), (Frame(red_picture(), "a.png"), ONE))
+    write_all(
+        Annotated({"a.png": tmp_path / "new" / "a.png"}), (Frame(red_picture(), "a.png"), ONE)
+    )
     image = cv2.imread(str(tmp_path / "new" / "a.png"))
     assert image is not None
     assert (image == ONE.plot(red_picture())).all()
@@ -21,7 +23,10 @@ def test_a_picture(tmp_path: Path) -> None:
 
 def test_a_video_keeps_the_times_of_its_frames(tmp_path: Path) -> None:
     times = [500, 510, 600, 603, 1000]
-    write_all(Annotated({"v.avi": tmp_path / "v.mp4"}), *((video_frame(i, time), ONE) for i, time in enumerate(times)))
+    write_all(
+        Annotated({"v.avi": tmp_path / "v.mp4"}),
+        *((video_frame(i, time), ONE) for i, time in enumerate(times)),
+    )
     written = read_video(tmp_path / "v.mp4")
     assert [time for time, _ in written] == pytest.approx([time / 1000 for time in times])
     assert np.abs(written[0][1].astype(int) - ONE.plot(red_picture())).mean() < 15
@@ -29,7 +34,9 @@ def test_a_video_keeps_the_times_of_its_frames(tmp_path: Path) -> None:
 
 def test_videos_and_pictures_in_turn(tmp_path: Path) -> None:
     files = {name: tmp_path / f"{name}.mp4" for name in ("one", "two")} | {"p": tmp_path / "p.png"}
-    items = [(video_frame(i % 3, 40 * (i % 3), name="one" if i < 3 else "two"), ONE) for i in range(6)]
+    items = [
+        (video_frame(i % 3, 40 * (i % 3), name="one" if i < 3 else "two"), ONE) for i in range(6)
+    ]
     write_all(Annotated(files), *items, (Frame(red_picture(), "p"), ONE))
     assert [len(read_video(files[name])) for name in ("one", "two")] == [3, 3]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.mp4", "p.png", "two.mp4"]

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 from inference.fakes import CLASSES
 
+from tood_deploy.data.coco import read_coco_ids
 from tood_deploy.errors import InputError
-from tood_deploy.inference.coco_ids import read_coco_ids
 
 ANNOTATIONS = {
     "images": [{"id": 42, "file_name": "a.png"}, {"id": 43, "file_name": "two/a.png"}],
@@ -21,7 +21,10 @@ def write_annotations(folder: Path, content: object) -> Path:
 
 def test_names_and_classes_are_matched(tmp_path: Path) -> None:
     path = write_annotations(tmp_path, ANNOTATIONS)
-    assert read_coco_ids(path, ["/x/one/a.png", "/x/two/a.png"], CLASSES) == ({"/x/one/a.png": 42, "/x/two/a.png": 43}, [4, 9])
+    assert read_coco_ids(path, ["/x/one/a.png", "/x/two/a.png"], CLASSES) == (
+        {"/x/one/a.png": 42, "/x/two/a.png": 43},
+        [4, 9],
+    )
 
 
 def test_what_is_not_listed_is_an_error(tmp_path: Path) -> None:
@@ -32,7 +35,9 @@ def test_what_is_not_listed_is_an_error(tmp_path: Path) -> None:
         read_coco_ids(path, ["a.png"], ["red thing", "cat"])
 
 
-@pytest.mark.parametrize("content", ["", "no json", [], {"images": []}, {"images": [{"id": 1}], "categories": []}])
+@pytest.mark.parametrize(
+    "content", ["", "no json", [], {"images": []}, {"images": [{"id": 1}], "categories": []}]
+)
 def test_what_are_no_annotations_is_an_error(tmp_path: Path, content: object) -> None:
     with pytest.raises(InputError, match="cannot be read as COCO annotations"):
         read_coco_ids(write_annotations(tmp_path, content), ["a.png"], CLASSES)

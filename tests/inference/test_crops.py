@@ -4,8 +4,8 @@ import cv2
 import numpy as np
 from inference.fakes import found, red_picture, video_frame, write_all
 
-from tood_deploy.inference.crops import Crops, crop_box
 from tood_deploy.inference.frame import Frame
+from tood_deploy.inference.sinks import Crops, crop_box
 
 ONE = found((8, 8, 24, 24))
 

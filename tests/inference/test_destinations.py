@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from tood_deploy.errors import OutputError
-from tood_deploy.inference.destinations import check_writable, plan_outputs
+from tood_deploy.inference.output_paths import check_writable, plan_outputs
 
 
 def planned(names: list[str], output: str = "out") -> list[str]:
@@ -16,7 +16,10 @@ def planned(names: list[str], output: str = "out") -> list[str]:
         (["a/x.jpg"], ["out/x.jpg"]),
         (["a/x.jpg", "a/y.PNG"], ["out/x.jpg", "out/y.PNG"]),
         (["a/x.jpg", "b/x.jpg"], ["out/a/x.jpg", "out/b/x.jpg"]),
-        (["r/a/x.jpg", "r/b/c/x.jpg", "r/b/y.jpg"], ["out/a/x.jpg", "out/b/c/x.jpg", "out/b/y.jpg"]),
+        (
+            ["r/a/x.jpg", "r/b/c/x.jpg", "r/b/y.jpg"],
+            ["out/a/x.jpg", "out/b/c/x.jpg", "out/b/y.jpg"],
+        ),
         (["../one/x.jpg", "two/x.jpg"], None),
         (["x.avi"], ["out/x.mp4"]),
         (["x.avi", "x.mov", "x.mp4"], ["out/x.avi.mp4", "out/x.mov.mov", "out/x.mp4.mp4"]),
@@ -38,7 +41,9 @@ def test_one_file_for_a_single_input(tmp_path: Path) -> None:
     assert planned(["a.avi"], "b/c.mp4") == ["b/c.mp4"]
     assert planned(["a.jpg"], "c.png") == ["c.png"]
     (tmp_path / "folder.mp4").mkdir()
-    assert planned(["a.avi"], str(tmp_path / "folder.mp4")) == [str(tmp_path / "folder.mp4" / "a.mp4")]
+    assert planned(["a.avi"], str(tmp_path / "folder.mp4")) == [
+        str(tmp_path / "folder.mp4" / "a.mp4")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -61,7 +66,9 @@ def test_an_input_is_never_overwritten(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path)
     for output in (tmp_path, tmp_path / "link", picture):
         with pytest.raises(OutputError, match="is an input"):
-            plan_outputs([str(picture), str(tmp_path / "b.jpg")][: 2 if output.is_dir() else 1], output)
+            plan_outputs(
+                [str(picture), str(tmp_path / "b.jpg")][: 2 if output.is_dir() else 1], output
+            )
 
 
 def test_a_place_that_can_be_written_is_left_as_it_was(tmp_path: Path) -> None:

@@ -18,10 +18,14 @@ from tood_deploy.errors import InputError, ToodError
 def test_boxes_are_in_pixels_of_the_picture(size_hw: tuple[int, int]) -> None:
     height, width = size_hw
     side = min(height, width) // 2
-    found = Detector(RedEngine(), imgsz=(96, 128))(red_picture(height, width, left=4, top=8, side=side))
+    found = Detector(RedEngine(), imgsz=(96, 128))(
+        red_picture(height, width, left=4, top=8, side=side)
+    )
     assert isinstance(found, Detections)
     assert found.names() == ["red thing"]
-    scale = max(height / found_size(size_hw)[0], 1)  # one pixel of the network's input, in pixels of the picture
+    scale = max(
+        height / found_size(size_hw)[0], 1
+    )  # one pixel of the network's input, in pixels of the picture
     np.testing.assert_allclose(found.boxes[0], [4, 8, 4 + side, 8 + side], atol=1.5 * scale)
 
 
@@ -61,11 +65,15 @@ def test_max_det_keeps_the_best() -> None:
 
 def test_a_missing_model_is_named() -> None:
     for model, kind in ((None, "None"), (7, "of type int"), ([], "of type list")):
-        with pytest.raises(InputError, match=f"the model is {kind}; expected the path of an exported artefact"):
+        with pytest.raises(
+            InputError, match=f"the model is {kind}; expected the path of an exported artefact"
+        ):
             Detector(model)  # pyright: ignore[reportArgumentType]
 
 
-@pytest.mark.parametrize("image", [None, "a.jpg", np.zeros((50, 50, 3), np.float32), np.zeros((0, 50, 3), np.uint8)])
+@pytest.mark.parametrize(
+    "image", [None, "a.jpg", np.zeros((50, 50, 3), np.float32), np.zeros((0, 50, 3), np.uint8)]
+)
 def test_what_is_no_image_is_an_input_error(image: Any) -> None:
     with pytest.raises(InputError, match=r"an image is due|expected uint8"):
         Detector(RedEngine())(image)
@@ -73,8 +81,15 @@ def test_what_is_no_image_is_an_input_error(image: Any) -> None:
 
 @pytest.mark.parametrize("shape", [(48, 64), (48, 64, 1), (48, 64, 4)])
 def test_every_kind_of_array_is_prepared_as_its_bgr_form(shape: tuple[int, ...]) -> None:
-    detector, image = Detector(RedEngine(), imgsz=(96, 128)), np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-    bgr = np.ascontiguousarray(image[..., :3] if shape[2:] == (4,) else np.broadcast_to(image.reshape(48, 64, 1), (48, 64, 3)))
+    detector, image = (
+        Detector(RedEngine(), imgsz=(96, 128)),
+        np.random.default_rng(0).integers(0, 256, shape, np.uint8),
+    )
+    bgr = np.ascontiguousarray(
+        image[..., :3]
+        if shape[2:] == (4,)
+        else np.broadcast_to(image.reshape(48, 64, 1), (48, 64, 3))
+    )
     np.testing.assert_array_equal(detector.prepare(image).image, detector.prepare(bgr).image)
 
 
@@ -98,11 +113,16 @@ def test_pillow_images_are_rgb_whatever_the_colour_of_arrays() -> None:
     image = Image.fromarray(np.ascontiguousarray(red_picture()[..., ::-1]))
     expected = Detector(RedEngine(), imgsz=(96, 128))(red_picture())
     for color in ("bgr", "rgb"):
-        np.testing.assert_array_equal(Detector(RedEngine(), imgsz=(96, 128), color=color)(image).boxes, expected.boxes)
+        np.testing.assert_array_equal(
+            Detector(RedEngine(), imgsz=(96, 128), color=color)(image).boxes, expected.boxes
+        )
 
 
 def test_an_unknown_order_of_channels_is_named() -> None:
-    for make in (lambda color: Detector(RedEngine(), color=color), lambda color: Detector(RedEngine())(red_picture(), color=color)):
+    for make in (
+        lambda color: Detector(RedEngine(), color=color),
+        lambda color: Detector(RedEngine())(red_picture(), color=color),
+    ):
         for color in ("gbr", ""):
             with pytest.raises(ToodError, match=f"color is '{color}'; expected bgr"):
                 make(color)
@@ -122,10 +142,14 @@ def test_batches_hold_one_padded_size() -> None:
     assert [len(found) for found in detector.infer([prepared[0]] * 3)] == [1, 1, 1]
 
 
-def test_one_picture_is_not_copied_on_its_way_to_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_picture_is_not_copied_on_its_way_to_the_engine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     given, engine = [], RedEngine()
     run = engine._run
-    monkeypatch.setattr(engine, "_run", lambda images, *rest: given.append(images) or run(images, *rest))
+    monkeypatch.setattr(
+        engine, "_run", lambda images, *rest: given.append(images) or run(images, *rest)
+    )
     detector = Detector(engine, imgsz=(96, 128))
     prepared = [detector.prepare(red_picture(left=left)) for left in (4, 8)]
     assert (detector.infer(prepared[:1])[0].boxes == detector.infer(prepared)[0].boxes).all()
@@ -157,7 +181,11 @@ def test_real_artefact_finds_the_same_in_every_form_of_an_image(tiny_artefact: P
     with Detector(tiny_artefact, conf=0.1, imgsz=(96, 128)) as detector:
         of_colour, of_grey = detector(bgr), detector(cv2.merge([grey] * 3))
         assert len(of_colour) > 0 < len(of_grey)
-        for found in (detector(rgb, color="rgb"), detector(Image.fromarray(rgb)), detector(np.dstack([bgr, grey]))):
+        for found in (
+            detector(rgb, color="rgb"),
+            detector(Image.fromarray(rgb)),
+            detector(np.dstack([bgr, grey])),
+        ):
             assert_same(found, of_colour)
         for found in (detector(grey), detector(grey[..., None]), detector(Image.fromarray(grey))):
             assert_same(found, of_grey)
@@ -191,7 +219,9 @@ class TestOfItsManifest:
             {"imgsz": (96, 128), "pad_divisor": 64},
         ],
     )
-    def test_boxes_come_back_whatever_the_resizing(self, fields: dict[str, Any], size_hw: tuple[int, int]) -> None:
+    def test_boxes_come_back_whatever_the_resizing(
+        self, fields: dict[str, Any], size_hw: tuple[int, int]
+    ) -> None:
         height, width = size_hw
         side = min(height, width) // 2
         detector = Detector(self.engine(**fields))
@@ -199,5 +229,10 @@ class TestOfItsManifest:
         transform = detector.prepare(image).transform
         if fields.get("canvas_hw"):
             assert transform.net_hw == fields["canvas_hw"]
-        pixel = max(original / resized for original, resized in zip(size_hw, transform.resized_hw, strict=True))
-        np.testing.assert_allclose(detector(image).boxes[0], [4, 8, 4 + side, 8 + side], atol=1.5 * max(pixel, 1))
+        pixel = max(
+            original / resized
+            for original, resized in zip(size_hw, transform.resized_hw, strict=True)
+        )
+        np.testing.assert_allclose(
+            detector(image).boxes[0], [4, 8, 4 + side, 8 + side], atol=1.5 * max(pixel, 1)
+        )

@@ -13,9 +13,9 @@ from inference.test_images import CMYK_JPEG, THIRDS_BGR, encode, png_bomb, with_
 from numpy.typing import NDArray
 
 from tood_deploy import Detector
+from tood_deploy.data.images import DECODING, decode_image, decode_to_fit, reduction
 from tood_deploy.errors import InputError
 from tood_deploy.inference.frame import Frame
-from tood_deploy.inference.images import DECODING, decode_image, decode_to_fit, reduction
 from tood_deploy.preprocess import fit_size
 
 IMGSZ = (48, 64)
@@ -24,7 +24,9 @@ IMGSZ = (48, 64)
 def smooth_picture(height: int, width: int) -> NDArray[np.uint8]:
     """A picture that differs in all directions, without detail that JPEG loses."""
     rows, columns = np.mgrid[:height, :width]
-    return np.dstack([200 * rows / height + 20, 200 * columns / width + 20, np.full((height, width), 90)]).astype(np.uint8)
+    return np.dstack(
+        [200 * rows / height + 20, 200 * columns / width + 20, np.full((height, width), 90)]
+    ).astype(np.uint8)
 
 
 @pytest.mark.parametrize(
@@ -39,7 +41,9 @@ def smooth_picture(height: int, width: int) -> NDArray[np.uint8]:
         ((96, 100), (48, 64), (48, 50)),
     ],
 )
-def test_no_larger_than_needed(size_hw: tuple[int, int], fit: tuple[int, int], decoded_hw: tuple[int, int]) -> None:
+def test_no_larger_than_needed(
+    size_hw: tuple[int, int], fit: tuple[int, int], decoded_hw: tuple[int, int]
+) -> None:
     image, original_hw = decode_to_fit(encode(smooth_picture(*size_hw), ".jpg"), "a.jpg", fit)
     assert (image.shape[:2], original_hw) == (decoded_hw, size_hw)
     whole = decode_image(encode(smooth_picture(*size_hw), ".jpg"), "a.jpg")
@@ -62,7 +66,9 @@ def test_only_jpeg_has_it(suffix: str) -> None:
 
 
 @given(st.integers(1, 5000), st.integers(1, 5000), st.integers(1, 1000), st.integers(0, 1000))
-def test_never_smaller_than_what_it_is_scaled_to(height: int, width: int, short: int, more: int) -> None:
+def test_never_smaller_than_what_it_is_scaled_to(
+    height: int, width: int, short: int, more: int
+) -> None:
     fit = short, short + more
     factor = reduction((height, width), fit)
     assert factor in DECODING
@@ -71,7 +77,9 @@ def test_never_smaller_than_what_it_is_scaled_to(height: int, width: int, short:
         assert -(-width // factor) >= fit_size((height, width), fit)[1]
 
 
-@pytest.mark.parametrize("size_hw", [(192, 256), (193, 257), (200, 197), (198, 198), (201, 200), (190, 256)])
+@pytest.mark.parametrize(
+    "size_hw", [(192, 256), (193, 257), (200, 197), (198, 198), (201, 200), (190, 256)]
+)
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_turns_it_as_it_turns_the_whole(size_hw: tuple[int, int], orientation: int) -> None:
     data = with_orientation(encode(smooth_picture(*size_hw), ".jpg"), orientation)
@@ -84,7 +92,9 @@ def test_exif_turns_it_as_it_turns_the_whole(size_hw: tuple[int, int], orientati
 
 
 def test_grey_and_cmyk_become_bgr() -> None:
-    grey, original_hw = decode_to_fit(encode(smooth_picture(96, 128)[..., 0], ".jpg"), "grey", IMGSZ)
+    grey, original_hw = decode_to_fit(
+        encode(smooth_picture(96, 128)[..., 0], ".jpg"), "grey", IMGSZ
+    )
     assert (grey.shape, original_hw) == ((48, 64, 3), (96, 128))
     assert (grey[..., 0] == grey[..., 2]).all()
     thirds, original_hw = decode_to_fit(CMYK_JPEG, "thirds", (8, 12))
@@ -103,7 +113,9 @@ def test_a_truncated_picture_is_refused(kept: float) -> None:
 
 def test_the_pixel_limit_is_that_of_the_whole_picture() -> None:
     with pytest.raises(InputError, match="12,288 pixels, more than 12,287"):
-        decode_to_fit(encode(smooth_picture(96, 128), ".jpg"), "a.jpg", IMGSZ, max_pixels=96 * 128 - 1)
+        decode_to_fit(
+            encode(smooth_picture(96, 128), ".jpg"), "a.jpg", IMGSZ, max_pixels=96 * 128 - 1
+        )
     with pytest.raises(InputError, match="900,000,000 pixels"):
         decode_to_fit(png_bomb(30000, 30000), "bomb.png", IMGSZ)
 
@@ -112,13 +124,17 @@ def test_the_pixel_limit_is_that_of_the_whole_picture() -> None:
 def pictures(tmp_path: Path) -> Path:
     """Large JPEG pictures of several sizes, and a PNG."""
     for i, (height, width) in enumerate([(192, 256), (300, 400), (256, 192), (401, 300)]):
-        write_picture(tmp_path / "pictures" / f"{i}.jpg", red_picture(height, width, left=64, top=32, side=96))
+        write_picture(
+            tmp_path / "pictures" / f"{i}.jpg", red_picture(height, width, left=64, top=32, side=96)
+        )
     write_picture(tmp_path / "pictures" / "4.png", red_picture(192, 256, left=64, top=32, side=96))
     return tmp_path / "pictures"
 
 
 @pytest.mark.parametrize("canvases_hw", [(), ((64, 64), (96, 96))])
-def test_the_same_boxes_in_pixels_of_the_whole_picture(pictures: Path, canvases_hw: tuple[tuple[int, int], ...]) -> None:
+def test_the_same_boxes_in_pixels_of_the_whole_picture(
+    pictures: Path, canvases_hw: tuple[tuple[int, int], ...]
+) -> None:
     def results(fast: bool) -> list:
         engine = RedEngine()
         engine.canvases_hw = canvases_hw
@@ -137,7 +153,10 @@ def test_what_the_network_takes_has_the_same_size() -> None:
         data = encode(smooth_picture(*size_hw), ".jpg")
         image, original_hw = decode_to_fit(data, "a.jpg", detector.imgsz)
         assert original_hw == size_hw
-        assert detector.prepare(image, original_hw).transform == detector.prepare(decode_image(data, "a.jpg")).transform
+        assert (
+            detector.prepare(image, original_hw).transform
+            == detector.prepare(decode_image(data, "a.jpg")).transform
+        )
 
 
 def test_one_picture_and_several_in_batches(pictures: Path) -> None:
@@ -145,7 +164,9 @@ def test_one_picture_and_several_in_batches(pictures: Path) -> None:
     ((frame, _),) = detector.stream(pictures / "1.jpg")
     assert (frame.image_bgr.shape[:2], frame.size_hw) == ((75, 100), (300, 400))
     alone = [found.boxes for _, found in detector.stream(pictures)]
-    for one, other in zip(alone, (found.boxes for _, found in detector.stream(pictures, batch=3)), strict=True):
+    for one, other in zip(
+        alone, (found.boxes for _, found in detector.stream(pictures, batch=3)), strict=True
+    ):
         assert (one == other).all()
 
 
@@ -153,7 +174,9 @@ def test_not_for_videos(tmp_path: Path) -> None:
     detector = Detector(RedEngine(), imgsz=IMGSZ, fast_decode=True)
     video = write_video(tmp_path / "a.mp4", moving_pictures(3))
     for source in (video, [video, write_picture(tmp_path / "b.jpg")]):
-        with pytest.raises(InputError, match=r"a video or stream has no smaller decoding.*leave --fast-decode out"):
+        with pytest.raises(
+            InputError, match=r"a video or stream has no smaller decoding.*leave --fast-decode out"
+        ):
             detector.stream(source)
 
 

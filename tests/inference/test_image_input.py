@@ -34,7 +34,9 @@ def test_channels_are_put_in_order(size_hw: tuple[int, int]) -> None:
     np.testing.assert_array_equal(bgr_from(image, "bgr"), image[..., :3])
     for color in ("bgr", "rgb"):
         for grey in (image[..., 0], image[..., :1]):
-            np.testing.assert_array_equal(bgr_from(grey, color), np.repeat(image[..., :1], 3, axis=2))
+            np.testing.assert_array_equal(
+                bgr_from(grey, color), np.repeat(image[..., :1], 3, axis=2)
+            )
 
 
 def test_views_with_gaps_and_backwards_are_read_as_they_are() -> None:
@@ -45,7 +47,11 @@ def test_views_with_gaps_and_backwards_are_read_as_they_are() -> None:
 
 @pytest.mark.parametrize("mode", PILLOW_MODES)
 def test_pillow_images_are_what_pillow_makes_rgb(mode: str) -> None:
-    image = Image.fromarray(noise(6, 9, 3)).convert(mode.removesuffix("A") if mode in ("LA", "PA") else mode).convert(mode)
+    image = (
+        Image.fromarray(noise(6, 9, 3))
+        .convert(mode.removesuffix("A") if mode in ("LA", "PA") else mode)
+        .convert(mode)
+    )
     assert image.mode == mode
     expected = np.asarray(image.convert("RGBA" if mode == "PA" else "RGB"))[..., 2::-1]
     for color in ("bgr", "rgb"):
@@ -55,7 +61,9 @@ def test_pillow_images_are_what_pillow_makes_rgb(mode: str) -> None:
 def test_a_palette_with_alpha_gives_no_warning() -> None:
     image = Image.fromarray(noise(6, 9, 3)).convert("P")
     image.info["transparency"] = bytes(range(256))
-    np.testing.assert_array_equal(bgr_from(image, "bgr"), np.asarray(image.convert("RGBA"))[..., 2::-1])
+    np.testing.assert_array_equal(
+        bgr_from(image, "bgr"), np.asarray(image.convert("RGBA"))[..., 2::-1]
+    )
 
 
 def test_exif_orientation_of_pillow_images_is_left_to_the_user(tmp_path: Path) -> None:
@@ -66,7 +74,13 @@ def test_exif_orientation_of_pillow_images_is_left_to_the_user(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("mode", "cure"), [("I;16", "as an array of uint8"), ("I", "as an array of uint8"), ("F", "as an array of uint8"), ("HSV", "convert")]
+    ("mode", "cure"),
+    [
+        ("I;16", "as an array of uint8"),
+        ("I", "as an array of uint8"),
+        ("F", "as an array of uint8"),
+        ("HSV", "convert"),
+    ],
 )
 def test_other_pillow_modes_are_refused_by_name(mode: str, cure: str) -> None:
     with pytest.raises(InputError, match=f"of mode {mode}; expected 1, L, .*: .*{cure}"):
@@ -84,7 +98,10 @@ def test_a_cut_file_of_pillow_is_named() -> None:
     ("image", "message"),
     [
         (None, "None was given; cv2.imread gives None"),
-        ("street.jpg", r"the path street.jpg was given; read it with cv2.imread, or use detector.stream\('street.jpg'\)"),
+        (
+            "street.jpg",
+            r"the path street.jpg was given; read it with cv2.imread, or use detector.stream\('street.jpg'\)",
+        ),
         (Path("street.jpg"), r"detector.stream\('street.jpg'\)"),
         (b"\xff\xd8\xff", "3 bytes were given; decode them with cv2.imdecode"),
         ([noise(4, 4, 3)] * 2, "a list of 2 was given; call the detector once for each image"),
@@ -96,7 +113,10 @@ def test_a_cut_file_of_pillow_is_named() -> None:
         (noise(40), r"the image is uint8 \(40,\); expected"),
         (noise(0, 50, 3), "at least one pixel"),
         (noise(0, 50), "at least one pixel"),
-        (np.zeros((4, 4, 3), np.float32), r"the image is float32 .*expected uint8: \(image \* 255\)"),
+        (
+            np.zeros((4, 4, 3), np.float32),
+            r"the image is float32 .*expected uint8: \(image \* 255\)",
+        ),
         (np.zeros((4, 4), np.uint16), r"the image is uint16 .*expected uint8: \(image // 257\)"),
         (np.zeros((4, 4), np.bool_), r"expected uint8: image.astype\(np.uint8\) \* 255"),
         (np.zeros((4, 4, 3), np.int64), r"expected uint8: image.astype\(np.uint8\)"),
@@ -112,5 +132,7 @@ def test_what_is_no_image_is_told_with_its_cure(image: Any, message: str) -> Non
 def test_pillow_is_not_imported() -> None:
     code = "import sys, numpy as np; from tood_deploy.inference.image_input import bgr_from; bgr_from(np.zeros((4, 4), np.uint8), 'bgr')"
     code += "\ntry: bgr_from(3, 'bgr')\nexcept Exception as error: print(type(error).__name__, 'PIL' in sys.modules)"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert result.stdout.split() == ["InputError", "False"]

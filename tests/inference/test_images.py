@@ -9,8 +9,9 @@ import pytest
 from inference.fakes import red_picture, write_picture
 from numpy.typing import NDArray
 
+from tood_deploy.data.images import decode_image
 from tood_deploy.errors import InputError
-from tood_deploy.inference.images import ImageSource, decode_image
+from tood_deploy.inference.source import ImageSource
 
 # 24 x 16 pixels: red (220, 30, 40), green (30, 200, 60) and blue (40, 60, 210) thirds, from left to right.
 CMYK_JPEG = base64.b64decode(
@@ -40,10 +41,17 @@ def png_bomb(width: int, height: int) -> bytes:
     """A small PNG whose header promises many pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(bytes(1000)))
+        + chunk(b"IEND", b"")
+    )
 
 
 @pytest.mark.parametrize("data", [CMYK_JPEG, PALETTE_PNG], ids=["cmyk", "palette"])
@@ -69,14 +77,19 @@ def test_grey_and_alpha_become_bgr() -> None:
     assert (decode_image(encode(transparent), "alpha") == red_picture()).all()
 
 
-@pytest.mark.parametrize(("orientation", "turn"), [(3, cv2.ROTATE_180), (6, cv2.ROTATE_90_CLOCKWISE), (8, cv2.ROTATE_90_COUNTERCLOCKWISE)])
+@pytest.mark.parametrize(
+    ("orientation", "turn"),
+    [(3, cv2.ROTATE_180), (6, cv2.ROTATE_90_CLOCKWISE), (8, cv2.ROTATE_90_COUNTERCLOCKWISE)],
+)
 def test_exif_orientation_is_honoured(orientation: int, turn: int) -> None:
     jpeg = encode(red_picture(), ".jpg")
     upright = cv2.rotate(decode_image(jpeg, "plain"), turn)
     assert (decode_image(with_orientation(jpeg, orientation), "turned") == upright).all()
 
 
-@pytest.mark.parametrize("suffix", [".jpg", ".png", ".bmp", ".tiff", ".webp", ".jp2", ".gif", ".ppm", ".avif"])
+@pytest.mark.parametrize(
+    "suffix", [".jpg", ".png", ".bmp", ".tiff", ".webp", ".jp2", ".gif", ".ppm", ".avif"]
+)
 @pytest.mark.parametrize("kept", [0.5, 0.9])
 def test_a_truncated_picture_is_refused(suffix: str, kept: float) -> None:
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3)).astype(np.uint8)
@@ -110,7 +123,9 @@ def test_what_is_no_picture_is_refused(data: bytes, message: str) -> None:
 
 
 def test_a_bomb_is_refused_by_its_header() -> None:
-    with pytest.raises(InputError, match=r"900,000,000 pixels, more than 200,000,000; .*--max-pixels"):
+    with pytest.raises(
+        InputError, match=r"900,000,000 pixels, more than 200,000,000; .*--max-pixels"
+    ):
         decode_image(png_bomb(30000, 30000), "bomb.png")
 
 

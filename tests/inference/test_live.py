@@ -14,9 +14,8 @@ from inference.fakes import RedEngine, moving_pictures, write_video
 
 from tood_deploy import Detector
 from tood_deploy.errors import InputError
-from tood_deploy.inference.live import LiveSource
 from tood_deploy.inference.pipeline import detect_frames
-from tood_deploy.inference.source import open_source
+from tood_deploy.inference.source import LiveSource, open_source
 from tood_deploy.inference.video import VideoSource
 
 Answer = Callable[[BinaryIO], object]
@@ -56,7 +55,11 @@ def camera(frames: int, seconds_apart: float, sent: list[int] | None = None) -> 
     def answer(client: BinaryIO) -> None:
         for i in range(frames):
             jpeg = jpegs[i % len(jpegs)]
-            client.write(b"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n" % len(jpeg) + jpeg + b"\r\n")
+            client.write(
+                b"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n" % len(jpeg)
+                + jpeg
+                + b"\r\n"
+            )
             client.flush()
             if sent is not None:
                 sent.append(i)
@@ -108,7 +111,9 @@ def test_closing_ends_a_stream_that_does_not() -> None:
 def test_batches_of_a_live_source() -> None:
     with serve(MULTIPART, camera(20, 0.005)) as address:
         engine = RedEngine()
-        frames = list(detect_frames(Detector(engine, imgsz=(48, 64)), open_source(address), batch=3))
+        frames = list(
+            detect_frames(Detector(engine, imgsz=(48, 64)), open_source(address), batch=3)
+        )
     assert max(engine.batches) == 3
     assert sum(engine.batches) == len(frames)
 
@@ -124,7 +129,10 @@ def test_a_recording_over_http_is_read_in_full(tmp_path: Path) -> None:
 
 def test_an_address_without_video_is_an_error() -> None:
     text = b"hello\n" * 1000
-    with serve("text/plain", lambda client: client.write(text)) as address, pytest.raises(InputError, match="cannot be opened as a video"):
+    with (
+        serve("text/plain", lambda client: client.write(text)) as address,
+        pytest.raises(InputError, match="cannot be opened as a video"),
+    ):
         open_source(address)
     with pytest.raises(InputError, match="Connection refused"):
         open_source(address)

@@ -14,8 +14,7 @@ from tood_deploy import Detector, ToodError
 from tood_deploy.engines import BatchDetections
 from tood_deploy.errors import InputError
 from tood_deploy.inference.frame import Frame, Source
-from tood_deploy.inference.pipeline import InFlight, detect_frames
-from tood_deploy.inference.timings import Timings
+from tood_deploy.inference.pipeline import InFlight, Timings, detect_frames
 
 
 class Pictures(Source):
@@ -49,7 +48,14 @@ def test_every_frame_in_order_with_its_own_boxes(batch: int) -> None:
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 8])
 def test_results_do_not_depend_on_the_batch(batch: int) -> None:
-    images = [red_picture(48, 64), red_picture(64, 48), red_picture(48, 64), red_picture(48, 64), red_picture(33, 200), red_picture(48, 64)]
+    images = [
+        red_picture(48, 64),
+        red_picture(64, 48),
+        red_picture(48, 64),
+        red_picture(48, 64),
+        red_picture(33, 200),
+        red_picture(48, 64),
+    ]
     alone = [detector()(image) for image in images]
     engine = RedEngine()
     together = [found for _, found in detect_frames(detector(engine), Pictures(images), batch)]
@@ -74,7 +80,13 @@ class Overlapping(RedEngine):
         self.in_flight, self.fail_at_collect = in_flight, fail_at_call
         self.under_way = self.most_under_way = self.collected = 0
 
-    def _submit(self, images: NDArray[np.uint8], valid_hw: NDArray[np.int32], score_threshold: float, iou_threshold: float) -> Any:
+    def _submit(
+        self,
+        images: NDArray[np.uint8],
+        valid_hw: NDArray[np.int32],
+        score_threshold: float,
+        iou_threshold: float,
+    ) -> Any:
         self.under_way += 1
         self.most_under_way = max(self.most_under_way, self.under_way)
         return images, valid_hw, score_threshold, iou_threshold
@@ -145,7 +157,9 @@ def test_no_frames_give_no_results() -> None:
 
 
 def test_a_source_that_fails_is_told_after_the_frames_before() -> None:
-    results = detect_frames(detector(), Pictures(moving_pictures(5), InputError("the disk broke")), batch=4)
+    results = detect_frames(
+        detector(), Pictures(moving_pictures(5), InputError("the disk broke")), batch=4
+    )
     got = []
     with pytest.raises(InputError, match="the disk broke"):
         got.extend(frame.index for frame, _ in iterate_into(results, got))
@@ -182,7 +196,9 @@ def test_closing_early_stops_all_threads() -> None:
 
 
 def no_threads_left() -> bool:
-    return not [thread for thread in threading.enumerate() if thread.name in ("_read", "_prepare", "_infer")]
+    return not [
+        thread for thread in threading.enumerate() if thread.name in ("_read", "_prepare", "_infer")
+    ]
 
 
 @pytest.mark.parametrize("batch", [1, 4])
@@ -210,7 +226,9 @@ def test_large_pictures_are_held_back_by_their_bytes() -> None:
     assert not in_flight.wait_for_room()
 
 
-def test_a_batch_larger_than_the_bytes_allowed_still_goes_through(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_larger_than_the_bytes_allowed_still_goes_through(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("tood_deploy.inference.pipeline.InFlight.__init__.__defaults__", (1,))
     engine = RedEngine()
     assert len(list(detect_frames(detector(engine), Pictures(moving_pictures(9)), batch=4))) == 9
@@ -265,7 +283,9 @@ def test_timings_of_every_frame() -> None:
     list(detect_frames(detector(RedEngine(0.01)), Pictures(moving_pictures(8)), 4, timings))
     assert timings.frames == 8
     assert timings.percentile_ms("infer", 50) >= 10
-    assert 8 * timings.mean_ms("infer") / 1000 <= timings.ended_s - timings.started_s  # per frame, not per batch of 4
+    assert (
+        8 * timings.mean_ms("infer") / 1000 <= timings.ended_s - timings.started_s
+    )  # per frame, not per batch of 4
     assert timings.percentile_ms("end_to_end", 95) >= timings.percentile_ms("infer", 50)
     line = timings.summary()
     for word in ("8 frames", "fps", "pre ", "infer ", "post ", "end-to-end ", "p95"):
@@ -280,7 +300,10 @@ def test_stream_of_the_detector(tmp_path: Path) -> None:
     video = write_video(tmp_path / "a.mp4", moving_pictures(6))
     picture = write_picture(tmp_path / "b.png")
     found = list(detector().stream([video, picture], batch=2))
-    assert [(Path(frame.name).name, frame.index, frame.timestamp_s) for frame, _ in found[-2:]] == [("a.mp4", 5, 0.2), ("b.png", 0, None)]
+    assert [(Path(frame.name).name, frame.index, frame.timestamp_s) for frame, _ in found[-2:]] == [
+        ("a.mp4", 5, 0.2),
+        ("b.png", 0, None),
+    ]
     assert all(len(objects) == 1 for _, objects in found)
 
 

@@ -6,7 +6,7 @@ from inference.fakes import fill_disk, found, red_picture, video_frame, write_al
 
 from tood_deploy.errors import OutputError
 from tood_deploy.inference.frame import Frame
-from tood_deploy.inference.records import CocoResults, JsonLines, TextLines
+from tood_deploy.inference.sinks import CocoResults, JsonLines, TextLines
 
 ONE = found((8, 8, 24, 24))
 
@@ -14,19 +14,34 @@ ONE = found((8, 8, 24, 24))
 class TestCocoResults:
     def test_rows_with_running_numbers(self, tmp_path: Path) -> None:
         path = tmp_path / "new" / "r.json"
-        items = [(Frame(red_picture(), name), found((1, 2, 4, 6), (0, 0, 1, 1))) for name in ("a", "b")]
+        items = [
+            (Frame(red_picture(), name), found((1, 2, 4, 6), (0, 0, 1, 1))) for name in ("a", "b")
+        ]
         write_all(CocoResults(path, None, None), *items)
         rows = json.loads(path.read_text())
-        assert [(row["image_id"], row["category_id"]) for row in rows] == [(1, 1), (1, 2), (2, 1), (2, 2)]
+        assert [(row["image_id"], row["category_id"]) for row in rows] == [
+            (1, 1),
+            (1, 2),
+            (2, 1),
+            (2, 2),
+        ]
         assert rows[0]["bbox"] == [1, 2, 3, 4]
         assert rows[0]["score"] == pytest.approx(0.9)
 
     def test_given_ids(self, tmp_path: Path) -> None:
-        write_all(CocoResults(tmp_path / "r.json", {"a": 42}, [7, 9]), (Frame(red_picture(), "a"), found((0, 0, 1, 1), (0, 0, 2, 2))))
-        assert [(row["image_id"], row["category_id"]) for row in json.loads((tmp_path / "r.json").read_text())] == [(42, 7), (42, 9)]
+        write_all(
+            CocoResults(tmp_path / "r.json", {"a": 42}, [7, 9]),
+            (Frame(red_picture(), "a"), found((0, 0, 1, 1), (0, 0, 2, 2))),
+        )
+        assert [
+            (row["image_id"], row["category_id"])
+            for row in json.loads((tmp_path / "r.json").read_text())
+        ] == [(42, 7), (42, 9)]
 
     def test_nothing_found_is_an_empty_list(self, tmp_path: Path) -> None:
-        write_all(CocoResults(tmp_path / "r.json", None, None), (Frame(red_picture(), "a"), found()))
+        write_all(
+            CocoResults(tmp_path / "r.json", None, None), (Frame(red_picture(), "a"), found())
+        )
         assert json.loads((tmp_path / "r.json").read_text()) == []
 
     def test_an_error_leaves_the_old_file(self, tmp_path: Path) -> None:
@@ -53,7 +68,10 @@ class TestCocoResults:
 
 class TestJsonLines:
     def test_the_size_is_that_of_the_file(self, tmp_path: Path) -> None:
-        write_all(JsonLines(str(tmp_path / "r.jsonl"), live=False), (Frame(red_picture(), "a.jpg", original_hw=(96, 128)), ONE))
+        write_all(
+            JsonLines(str(tmp_path / "r.jsonl"), live=False),
+            (Frame(red_picture(), "a.jpg", original_hw=(96, 128)), ONE),
+        )
         record = json.loads((tmp_path / "r.jsonl").read_text())
         assert (record["height"], record["width"]) == (96, 128)
 
@@ -69,11 +87,20 @@ class TestJsonLines:
             "timestamp_s": 0.12,
             "height": 48,
             "width": 64,
-            "detections": [{"box": [8, 8, 24, 24], "score": pytest.approx(0.9), "class_id": 0, "class_name": "red thing"}],
+            "detections": [
+                {
+                    "box": [8, 8, 24, 24],
+                    "score": pytest.approx(0.9),
+                    "class_id": 0,
+                    "class_name": "red thing",
+                }
+            ],
         }
 
     def test_stdout_and_the_age_of_live_frames(self, capsys: pytest.CaptureFixture[str]) -> None:
-        write_all(JsonLines("-", live=True), (video_frame(0, 0), found()), (video_frame(1, 40), ONE))
+        write_all(
+            JsonLines("-", live=True), (video_frame(0, 0), found()), (video_frame(1, 40), ONE)
+        )
         records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
         assert [len(record["detections"]) for record in records] == [0, 1]
         assert all(record["age_ms"] >= 0 for record in records)
@@ -86,5 +113,9 @@ class TestJsonLines:
 
 
 def test_text_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    write_all(TextLines(), (video_frame(0, 1240), found(*[(0, 0, 1, 1)] * 3)), (Frame(red_picture(), "a.png"), found()))
+    write_all(
+        TextLines(),
+        (video_frame(0, 1240), found(*[(0, 0, 1, 1)] * 3)),
+        (Frame(red_picture(), "a.png"), found()),
+    )
     assert capsys.readouterr().out == "v.avi 1.240 s: 2 red thing, 1 other/thing\na.png: nothing\n"

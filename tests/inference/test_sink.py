@@ -4,7 +4,7 @@ from inference.fakes import found, video_frame
 from tood_deploy.detections import Detections
 from tood_deploy.errors import OutputError
 from tood_deploy.inference.frame import Frame
-from tood_deploy.inference.sink import Finished, Sink, SinkThread
+from tood_deploy.inference.sinks import Finished, Sink, SinkThread
 
 ONE = found((8, 8, 24, 24))
 

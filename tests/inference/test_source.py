@@ -7,8 +7,7 @@ from inference.fakes import moving_pictures, red_picture, write_picture, write_v
 
 from tood_deploy.errors import InputError, ToodError
 from tood_deploy.inference import source as source_module
-from tood_deploy.inference.images import ImageSource
-from tood_deploy.inference.source import open_source
+from tood_deploy.inference.source import ImageSource, open_source
 from tood_deploy.inference.video import VideoSource
 
 
@@ -53,7 +52,11 @@ def test_a_list_is_relative_to_its_own_folder(folder: Path) -> None:
 
 
 def test_several_sources_each_file_once(folder: Path) -> None:
-    assert names(open_source([folder / "c.webp", folder, folder / "inner" / ".." / "b.png"])) == ["c.webp", "a.JPG", "b.png"]
+    assert names(open_source([folder / "c.webp", folder, folder / "inner" / ".." / "b.png"])) == [
+        "c.webp",
+        "a.JPG",
+        "b.png",
+    ]
 
 
 def test_pictures_and_videos_together(folder: Path, tmp_path: Path) -> None:
@@ -139,7 +142,9 @@ def test_the_pixel_limit_reaches_every_file(tmp_path: Path) -> None:
 
 def test_a_number_is_a_camera(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: list[str] = []
-    monkeypatch.setattr(source_module, "_open_address", lambda address, max_pixels: asked.append(address))
+    monkeypatch.setattr(
+        source_module, "_open_address", lambda address, max_pixels: asked.append(address)
+    )
     monkeypatch.chdir(tmp_path)
     for spec in ("0", "/dev/video7", "rtsp://camera/1", "https://server/stream"):
         open_source(spec)

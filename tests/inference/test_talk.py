@@ -26,9 +26,13 @@ class RemarkingEngine(RedEngine):
 
 
 @pytest.mark.parametrize("quiet", [False, True])
-def test_remarks_of_the_engine_are_told_once(quiet: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_remarks_of_the_engine_are_told_once(
+    quiet: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for number in range(3):
         write_picture(tmp_path / f"{number}.png", red_picture())
     run_inference(Detector(RemarkingEngine()), open_source(str(tmp_path)), Outputs(quiet=quiet))
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
-    assert told == ([] if quiet else ["note: it was tuned elsewhere", "note: it runs without graphs"])
+    assert told == (
+        [] if quiet else ["note: it was tuned elsewhere", "note: it runs without graphs"]
+    )

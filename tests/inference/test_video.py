@@ -19,9 +19,13 @@ def test_every_frame_with_its_own_time(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mp4", moving_pictures(8), VARIABLE_TIMES)
     source = VideoSource(str(path))
     frames = list(source)
-    assert [frame.timestamp_s for frame in frames] == pytest.approx([time / 1000 for time in VARIABLE_TIMES])
+    assert [frame.timestamp_s for frame in frames] == pytest.approx(
+        [time / 1000 for time in VARIABLE_TIMES]
+    )
     assert [frame.index for frame in frames] == list(range(8))
-    assert [reds_left(frame.image_bgr) for frame in frames] == pytest.approx([2 * i for i in range(8)], abs=1)
+    assert [reds_left(frame.image_bgr) for frame in frames] == pytest.approx(
+        [2 * i for i in range(8)], abs=1
+    )
     assert (source.kind, source.length, source.skipped, source.problems) == ("video", 8, 0, [])
 
 
@@ -33,7 +37,9 @@ def test_colours_survive(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [(48, 64), (34, 66), (272, 480)])
 def test_pixels_are_those_of_the_default_conversion(tmp_path: Path, size: tuple[int, int]) -> None:
-    noise = [np.random.default_rng(i).integers(0, 255, (*size, 3)).astype(np.uint8) for i in range(3)]
+    noise = [
+        np.random.default_rng(i).integers(0, 255, (*size, 3)).astype(np.uint8) for i in range(3)
+    ]
     path = write_video(tmp_path / "a.mp4", noise)
     with av.open(str(path)) as container:
         expected = [frame.to_ndarray(format="bgr24") for frame in container.decode(video=0)]
@@ -45,7 +51,9 @@ def test_pixels_are_those_of_the_default_conversion(tmp_path: Path, size: tuple[
 def test_rotation_is_honoured(tmp_path: Path, rotation: int, turns: int) -> None:
     images = moving_pictures(2)
     frame = next(iter(VideoSource(str(write_video(tmp_path / "a.mp4", images, rotation=rotation)))))
-    np.testing.assert_allclose(frame.image_bgr.astype(int), np.rot90(images[0], turns).astype(int), atol=60)
+    np.testing.assert_allclose(
+        frame.image_bgr.astype(int), np.rot90(images[0], turns).astype(int), atol=60
+    )
     assert frame.image_bgr.flags.c_contiguous
 
 
@@ -54,7 +62,9 @@ def test_a_phone_held_upright_is_turned_clockwise(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mp4", moving_pictures(2), rotation=-90)
     data = path.read_bytes()
     matrix = data[data.index(b"tkhd") + 44 :][:20]
-    assert [int.from_bytes(matrix[i : i + 4], "big", signed=True) >> 16 for i in (0, 4, 12, 16)] == [0, 1, -1, 0]
+    assert [
+        int.from_bytes(matrix[i : i + 4], "big", signed=True) >> 16 for i in (0, 4, 12, 16)
+    ] == [0, 1, -1, 0]
     frame = next(iter(VideoSource(str(path))))
     assert frame.image_bgr.shape == (64, 48, 3)
     assert reds_left(frame.image_bgr) > 20  # the square at the top left is now at the top right
@@ -67,9 +77,14 @@ def test_a_cut_file_keeps_what_was_decoded(tmp_path: Path) -> None:
     source = VideoSource(str(cut))
     frames = list(source)
     assert 5 < len(frames) < 40
-    assert [frame.timestamp_s for frame in frames] == pytest.approx([0.04 * i for i in range(len(frames))])
+    assert [frame.timestamp_s for frame in frames] == pytest.approx(
+        [0.04 * i for i in range(len(frames))]
+    )
     assert source.skipped == pytest.approx(40 - len(frames), abs=1)
-    assert any("of 40 frames" in problem and f"{len(frames)} frames, is kept" in problem for problem in source.problems)
+    assert any(
+        "of 40 frames" in problem and f"{len(frames)} frames, is kept" in problem
+        for problem in source.problems
+    )
 
 
 def test_a_cut_matroska_file_tells_the_missing_seconds(tmp_path: Path) -> None:
@@ -85,7 +100,9 @@ def test_a_cut_matroska_file_tells_the_missing_seconds(tmp_path: Path) -> None:
 def test_broken_frames_are_counted_and_left_out(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mp4", moving_pictures(40))
     with av.open(str(path)) as container:
-        packets = [(packet.pos or 0, packet.size) for packet in container.demux(video=0) if packet.size]
+        packets = [
+            (packet.pos or 0, packet.size) for packet in container.demux(video=0) if packet.size
+        ]
     data = bytearray(path.read_bytes())
     for start, size in packets[15:18]:  # keeps each packet's length field
         data[start + 4 : start + size] = b"\xff" * (size - 4)
@@ -118,7 +135,9 @@ def test_sound_alone_is_no_video(tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
     with av.open(str(path), "w") as container:
         stream = container.add_stream("aac", rate=48000)
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame = av.AudioFrame.from_ndarray(
+            np.zeros((1, 1024), np.float32), format="fltp", layout="mono"
+        )
         frame.sample_rate = 48000
         container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
@@ -140,7 +159,9 @@ def test_frames_too_large_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.shared
-@pytest.mark.parametrize(("name", "count"), [("car-parking-6s", 75), ("person-bicycle-car", 43), ("mmdet-demo", 67)])
+@pytest.mark.parametrize(
+    ("name", "count"), [("car-parking-6s", 75), ("person-bicycle-car", 43), ("mmdet-demo", 67)]
+)
 def test_real_clips_are_read_in_full(shared: Path, name: str, count: int) -> None:
     path = shared / "data" / "clips" / f"{name}.mp4"
     source = VideoSource(str(path))

@@ -9,7 +9,7 @@ from av.error import FFmpegError
 from inference.fakes import MILLISECOND, read_video, red_picture
 
 from tood_deploy.errors import OutputError
-from tood_deploy.inference.video_writer import VideoWriter
+from tood_deploy.inference.video import VideoWriter
 
 
 @pytest.mark.parametrize("size", [(47, 63), (1, 1), (16, 300), (48, 64)])
@@ -32,11 +32,16 @@ def test_a_frame_of_another_size_is_scaled(tmp_path: Path) -> None:
 
 def test_rows_that_do_not_lie_together(tmp_path: Path) -> None:
     wide = np.hstack([red_picture(), red_picture()])
-    for name, images in (("view", [wide[:, :64], wide[::-1, :64]]), ("copy", [red_picture(), red_picture()[::-1].copy()])):
+    for name, images in (
+        ("view", [wide[:, :64], wide[::-1, :64]]),
+        ("copy", [red_picture(), red_picture()[::-1].copy()]),
+    ):
         with VideoWriter(tmp_path / f"{name}.mp4", (64, 48), MILLISECOND) as writer:
             for i, image in enumerate(images):
                 writer.write(image, 40 * i)
-    for (_, one), (_, other) in zip(read_video(tmp_path / "view.mp4"), read_video(tmp_path / "copy.mp4"), strict=True):
+    for (_, one), (_, other) in zip(
+        read_video(tmp_path / "view.mp4"), read_video(tmp_path / "copy.mp4"), strict=True
+    ):
         assert (one == other).all()
 
 
@@ -44,7 +49,9 @@ def test_times_that_do_not_grow_are_moved(tmp_path: Path) -> None:
     with VideoWriter(tmp_path / "v.mp4", (64, 48), MILLISECOND) as writer:
         for pts in (0, 40, 40, 30, 80):
             writer.write(red_picture(), pts)
-    assert [time for time, _ in read_video(tmp_path / "v.mp4")] == pytest.approx([0, 0.04, 0.041, 0.042, 0.08])
+    assert [time for time, _ in read_video(tmp_path / "v.mp4")] == pytest.approx(
+        [0, 0.04, 0.041, 0.042, 0.08]
+    )
 
 
 def test_colours_survive(tmp_path: Path) -> None:

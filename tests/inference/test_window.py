@@ -5,9 +5,8 @@ from inference.fakes import found, red_picture, video_frame, write_all
 from numpy.typing import NDArray
 
 from tood_deploy.errors import OutputError
-from tood_deploy.inference import window as window_module
-from tood_deploy.inference.sink import Finished
-from tood_deploy.inference.window import Window
+from tood_deploy.inference import sinks as window_module
+from tood_deploy.inference.sinks import Finished, Window
 
 ONE = found((8, 8, 24, 24))
 
@@ -21,7 +20,9 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> list[NDArray[np.uint8]]:
     monkeypatch.setattr(cv2, "imshow", lambda title, image: images.append(image))
     monkeypatch.setattr(cv2, "waitKey", lambda ms: ord("q") if len(images) == 3 else -1)
     monkeypatch.setattr(cv2, "getWindowProperty", lambda title, what: 1.0)
-    monkeypatch.setattr(cv2, "destroyAllWindows", lambda: images.append(np.zeros((1, 1, 3), np.uint8)))
+    monkeypatch.setattr(
+        cv2, "destroyAllWindows", lambda: images.append(np.zeros((1, 1, 3), np.uint8))
+    )
     return images
 
 

@@ -5,11 +5,21 @@ import torch
 Boxes = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def crowd(seed: int, batch: int, count: int, classes: int, spread: float, side: float = 60.0, empty: float = 0.0) -> Boxes:
+def crowd(
+    seed: int,
+    batch: int,
+    count: int,
+    classes: int,
+    spread: float,
+    side: float = 60.0,
+    empty: float = 0.0,
+) -> Boxes:
     """Random boxes in a square of `spread` pixels, sorted; a share `empty` of the rows holds none."""
     random = torch.Generator().manual_seed(seed)
     corner = torch.rand(batch, count, 2, generator=random) * spread
-    boxes = torch.cat((corner, corner + 5 + torch.rand(batch, count, 2, generator=random) * side), 2)
+    boxes = torch.cat(
+        (corner, corner + 5 + torch.rand(batch, count, 2, generator=random) * side), 2
+    )
     scores = torch.rand(batch, count, generator=random).sort(1, descending=True).values
     scores[:, int(count * (1 - empty)) :] = 0
     return boxes, scores, torch.randint(classes, (batch, count), generator=random)

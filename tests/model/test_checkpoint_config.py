@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tood_deploy.errors import CheckpointError
-from tood_deploy.export.made import describe
+from tood_deploy.export.result import describe
 from tood_deploy.model import Tood, load_checkpoint
 from tood_deploy.presets import PRESETS, Preset
 
@@ -39,7 +39,11 @@ data = dict(test=dict(type='CocoDataset', pipeline=[dict(type='LoadImageFromFile
     dict(type='Normalize', mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_rgb=True), dict(type='Pad', size_divisor=32),
     dict(type='ImageToTensor', keys=['img']), dict(type='Collect', keys=['img'])])]))
 """
-FEAT, LOAD, CLOSED = "feat_channels=64", "dict(type='LoadImageFromFile'", "test_dataloader = dict(dataset=dict(type='CocoDataset'"
+FEAT, LOAD, CLOSED = (
+    "feat_channels=64",
+    "dict(type='LoadImageFromFile'",
+    "test_dataloader = dict(dataset=dict(type='CocoDataset'",
+)
 RESIZE, PACK = "scale=(320, 240), keep_ratio=True)", "dict(type='PackDetInputs')"
 DIVISOR, RGB, MEAN = "pad_size_divisor=32", "bgr_to_rgb=True", "mean=[123.675, 116.28, 103.53]"
 RESIZE_2X, PAD_2X = "img_scale=(320, 240)", "dict(type='Pad', size_divisor=32)"
@@ -67,9 +71,14 @@ def load(state: dict[str, torch.Tensor], tmp_path: Path) -> Callable[..., Tood]:
 
 
 def test_a_published_configuration_sets_nothing_else(load: Callable[..., Tood]) -> None:
-    for text, others in ((CONFIG_3X, {}), (CONFIG_2X, {"score_threshold", "iou_threshold", "max_det", "candidates_per_level"})):
+    for text, others in (
+        (CONFIG_3X, {}),
+        (CONFIG_2X, {"score_threshold", "iou_threshold", "max_det", "candidates_per_level"}),
+    ):
         found, published = load(text).preset, PRESETS["tiny"]
-        different = {name for name, value in found.to_dict().items() if value != published.to_dict()[name]}
+        different = {
+            name for name, value in found.to_dict().items() if value != published.to_dict()[name]
+        }
         assert different == {"class_names", *others}
     assert "other than published" not in describe(load(CONFIG_3X).preset)
 
@@ -110,7 +119,9 @@ def test_a_published_configuration_sets_nothing_else(load: Callable[..., Tood]) 
         ),
     ],
 )  # fmt: skip
-def test_computed_of_3x(change: Change, expected: dict[str, Any], load: Callable[..., Tood]) -> None:
+def test_computed_of_3x(
+    change: Change, expected: dict[str, Any], load: Callable[..., Tood]
+) -> None:
     check(load(CONFIG_3X, change), expected)
 
 
@@ -129,33 +140,48 @@ def test_computed_of_3x(change: Change, expected: dict[str, Any], load: Callable
         ([("data = dict(test=dict(type='CocoDataset', pipeline=", "test_pipeline = list_ = ("), ("]))", "])"), ("list_ = ", "")], {}),
     ],
 )  # fmt: skip
-def test_computed_of_2x(changes: list[Change], expected: dict[str, Any], load: Callable[..., Tood]) -> None:
+def test_computed_of_2x(
+    changes: list[Change], expected: dict[str, Any], load: Callable[..., Tood]
+) -> None:
     check(load(CONFIG_2X, *changes), {"imgsz": (240, 320)} | expected)
 
 
 def check(model: Tood, expected: dict[str, Any]) -> None:
     found = {name: getattr(model.preset, name) for name in expected}
     for name, value in expected.items():
-        assert found[name] == (pytest.approx(value, rel=1e-6) if isinstance(value, tuple) else value), name
+        assert found[name] == (
+            pytest.approx(value, rel=1e-6) if isinstance(value, tuple) else value
+        ), name
     assert Preset.from_dict(model.preset.to_dict()).sizing == model.preset.sizing
 
 
 @pytest.mark.parametrize(
     ("coder", "means", "stds"),
     [
-        ("target_means=[.1, .2, .3, .4], target_stds=[0.5, 0.6, 0.7, 0.8]", (0.1, 0.2, 0.3, 0.4), (0.5, 0.6, 0.7, 0.8)),
+        (
+            "target_means=[.1, .2, .3, .4], target_stds=[0.5, 0.6, 0.7, 0.8]",
+            (0.1, 0.2, 0.3, 0.4),
+            (0.5, 0.6, 0.7, 0.8),
+        ),
         ("clip_border=True", (0.0, 0.0, 0.0, 0.0), (1.0, 1.0, 1.0, 1.0)),  # the coder's defaults
     ],
 )
-def test_box_coder_of_anchor_based_heads(coder: str, means: Any, stds: Any, load: Callable[..., Tood]) -> None:
+def test_box_coder_of_anchor_based_heads(
+    coder: str, means: Any, stds: Any, load: Callable[..., Tood]
+) -> None:
     published = "target_means=[.0, .0, .0, .0], target_stds=[0.1, 0.1, 0.2, 0.2]"
     found = load(CONFIG_3X, BASED, (published, coder)).preset
     assert (found.anchor, found.delta_means, found.delta_stds) == ("based", means, stds)
-    assert load(CONFIG_3X, (published, coder)).preset.delta_stds == PRESETS["tiny"].delta_stds  # of no use to the anchor-free head
+    assert (
+        load(CONFIG_3X, (published, coder)).preset.delta_stds == PRESETS["tiny"].delta_stds
+    )  # of no use to the anchor-free head
 
 
 def test_levels_may_be_chosen_by_the_backbone(load: Callable[..., Tood]) -> None:
-    changed = ("out_indices=(0, 1, 2, 3)", "out_indices=(1, 2, 3)"), ("start_level=1", "start_level=0")
+    changed = (
+        ("out_indices=(0, 1, 2, 3)", "out_indices=(1, 2, 3)"),
+        ("start_level=1", "start_level=0"),
+    )
     assert load(CONFIG_3X, *changed).preset.name == "tiny"
     with pytest.raises(CheckpointError, match=r"neck\.start_level = 0"):
         load(CONFIG_3X, changed[1])
@@ -164,7 +190,9 @@ def test_levels_may_be_chosen_by_the_backbone(load: Callable[..., Tood]) -> None
 @pytest.mark.parametrize("scope", ["mmdet.", "mmdet.models."])
 def test_scoped_and_dotted_types_are_the_same(scope: str, load: Callable[..., Tood]) -> None:
     text = re.sub(
-        r"type='(TOOD|ResNet|FPN|TOODHead|AnchorGenerator|DetDataPreprocessor|Resize|PackDetInputs)'", rf"type='{scope}\1'", CONFIG_3X
+        r"type='(TOOD|ResNet|FPN|TOODHead|AnchorGenerator|DetDataPreprocessor|Resize|PackDetInputs)'",
+        rf"type='{scope}\1'",
+        CONFIG_3X,
     )
     assert text.count(scope) >= 8
     assert load(text).preset == load(CONFIG_3X).preset
@@ -259,14 +287,26 @@ def test_top_level_preprocessor_counts_where_the_model_has_none(load: Callable[.
 
 def test_what_differs_is_shown_before_an_export(load: Callable[..., Tood]) -> None:
     line = describe(
-        load(CONFIG_3X, ("type='BN'", "type='BN', eps=0.001"), (RGB, "bgr_to_rgb=False"), ("max_per_img=100", "max_per_img=300")).preset
+        load(
+            CONFIG_3X,
+            ("type='BN'", "type='BN', eps=0.001"),
+            (RGB, "bgr_to_rgb=False"),
+            ("max_per_img=100", "max_per_img=300"),
+        ).preset
     )
-    for part in ("batch norm epsilon 0.001", "bgr", "at most 300 detections", "mean 103.53 116.28 123.675"):
+    for part in (
+        "batch norm epsilon 0.001",
+        "bgr",
+        "at most 300 detections",
+        "mean 103.53 116.28 123.675",
+    ):
         assert part in line
 
 
 def test_names_are_resolved_and_statements_are_not_run(load: Callable[..., Tood]) -> None:
-    text = CONFIG_2X.replace("data = dict", "norm = dict(mean=[1, 2, 3], std=[1, 1, 1], to_rgb=True)\ndata = dict")
+    text = CONFIG_2X.replace(
+        "data = dict", "norm = dict(mean=[1, 2, 3], std=[1, 1, 1], to_rgb=True)\ndata = dict"
+    )
     changed = ("mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_rgb=True", "**norm")
     assert load(text, changed).preset.mean == (1.0, 2.0, 3.0)
     with pytest.raises(CheckpointError, match=r"only literal values|dictionary"):

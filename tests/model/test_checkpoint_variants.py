@@ -41,8 +41,17 @@ def variant(shared: Path, tmp_path: Path) -> Variant:
     ("change", "fields"),
     [
         ((SIZE, "keep_ratio=False, scale=(320, 320)"), {"resize": "stretch", "imgsz": (320, 320)}),
-        (("num_classes=3", "num_classes=3, norm_cfg=dict(type='GN', num_groups=16)"), {"norm_groups": 16}),
-        ((r"norm_cfg=dict\(requires_grad=True, type='BN'\)", "norm_cfg=dict(type='BN', eps=0.001)"), {"batch_norm_eps": 0.001}),
+        (
+            ("num_classes=3", "num_classes=3, norm_cfg=dict(type='GN', num_groups=16)"),
+            {"norm_groups": 16},
+        ),
+        (
+            (
+                r"norm_cfg=dict\(requires_grad=True, type='BN'\)",
+                "norm_cfg=dict(type='BN', eps=0.001)",
+            ),
+            {"batch_norm_eps": 0.001},
+        ),
         (("max_per_img=100", "max_per_img=300"), {"max_det": 300}),
         (("iou_threshold=0.6", "iou_threshold=0.3"), {"iou_threshold": 0.3}),
         ((r"type='(ResNet|FPN|TOODHead|TOOD)'", r"type='mmdet.\1'"), {"name": "tiny"}),
@@ -54,7 +63,9 @@ def test_computed(change: tuple[str, str], fields: dict[str, Any], variant: Vari
 
 
 def test_anchors_of_another_size(variant: Variant) -> None:
-    found = load_checkpoint(variant(("octave_base_scale=8,", "scales=[4],"), ("anchor_free", "anchor_based"))).preset
+    found = load_checkpoint(
+        variant(("octave_base_scale=8,", "scales=[4],"), ("anchor_free", "anchor_based"))
+    ).preset
     assert (found.anchor, found.anchor_side, found.name) == ("based", 4.0, "custom")
 
 
@@ -66,13 +77,19 @@ def test_dilations_are_refused(variant: Variant) -> None:
 
 def test_a_top_level_preprocessor(variant: Variant) -> None:
     own = "\ndata_preprocessor=dict(bgr_to_rgb=False,mean=[0,0,0],std=[1,1,1]{})\n"
-    with pytest.raises(CheckpointError, match=r"data_preprocessor\.pad_size_divisor = 1"):  # its default: no padding to 32 at all
+    with pytest.raises(
+        CheckpointError, match=r"data_preprocessor\.pad_size_divisor = 1"
+    ):  # its default: no padding to 32 at all
         load_checkpoint(variant((PREPROCESSOR, ""), more=own.format("")))
-    found = load_checkpoint(variant((PREPROCESSOR, ""), more=own.format(", pad_size_divisor=32"))).preset
+    found = load_checkpoint(
+        variant((PREPROCESSOR, ""), more=own.format(", pad_size_divisor=32"))
+    ).preset
     assert (found.channel_order, found.mean, found.std) == ("bgr", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
-def test_stretched_images_come_back_in_their_own_pixels(variant: Variant, synth_picture: Callable[[int, int], Any]) -> None:
+def test_stretched_images_come_back_in_their_own_pixels(
+    variant: Variant, synth_picture: Callable[[int, int], Any]
+) -> None:
     """The stretching detector equals the fitting one on an image that was stretched beforehand."""
     import cv2
 
@@ -82,4 +99,6 @@ def test_stretched_images_come_back_in_their_own_pixels(variant: Variant, synth_
         assert detector.prepare(image).transform.resized_hw == (320, 320)
         found, expected = detector(image), detector(stretched)
     assert len(found) == len(expected) > 0
-    np.testing.assert_allclose(found.boxes, expected.boxes * [1.5, 0.75, 1.5, 0.75], rtol=1e-5, atol=1e-3)
+    np.testing.assert_allclose(
+        found.boxes, expected.boxes * [1.5, 0.75, 1.5, 0.75], rtol=1e-5, atol=1e-3
+    )

@@ -27,14 +27,23 @@ def read(plane: NDArray[np.float64], y: float, x: float) -> float:
 @pytest.mark.parametrize("size_hw", [(1, 1), (1, 7), (6, 1), (5, 4)])
 def test_alignment_equals_a_loop(size_hw: tuple[int, int]) -> None:
     rng = np.random.default_rng(1)
-    boxes, offsets = rng.standard_normal((2, 4, *size_hw)), rng.standard_normal((2, 8, *size_hw)) * 2
+    boxes, offsets = (
+        rng.standard_normal((2, 4, *size_hw)),
+        rng.standard_normal((2, 8, *size_hw)) * 2,
+    )
     expected = np.empty_like(boxes)
     for b, c, i, j in np.ndindex(boxes.shape):
-        expected[b, c, i, j] = read(boxes[b, c], i + offsets[b, 2 * c, i, j], j + offsets[b, 2 * c + 1, i, j])
-    np.testing.assert_allclose(align_boxes(torch.tensor(boxes), torch.tensor(offsets)), expected, atol=1e-12)
+        expected[b, c, i, j] = read(
+            boxes[b, c], i + offsets[b, 2 * c, i, j], j + offsets[b, 2 * c + 1, i, j]
+        )
+    np.testing.assert_allclose(
+        align_boxes(torch.tensor(boxes), torch.tensor(offsets)), expected, atol=1e-12
+    )
 
 
-@pytest.mark.parametrize(("offset_groups", "groups", "stride"), [(1, 1, 1), (2, 1, 1), (1, 2, 2), (4, 4, 1)])
+@pytest.mark.parametrize(
+    ("offset_groups", "groups", "stride"), [(1, 1, 1), (2, 1, 1), (1, 2, 2), (4, 4, 1)]
+)
 def test_deformable_convolution_equals_a_loop(offset_groups: int, groups: int, stride: int) -> None:
     rng = np.random.default_rng(2)
     x, weight = rng.standard_normal((2, 8, 5, 6)), rng.standard_normal((4, 8 // groups, 3, 3))
@@ -48,10 +57,16 @@ def test_deformable_convolution_equals_a_loop(offset_groups: int, groups: int, s
             group = channel // (8 // offset_groups)
             for tap in range(9):
                 dy, dx = offset[b, 18 * group + 2 * tap : 18 * group + 2 * tap + 2, i, j]
-                sample = read(x[b, channel], i * stride - 1 + tap // 3 + dy, j * stride - 1 + tap % 3 + dx)
-                expected[b, o, i, j] += weight[o, c, tap // 3, tap % 3] * mask[b, 9 * group + tap, i, j] * sample
+                sample = read(
+                    x[b, channel], i * stride - 1 + tap // 3 + dy, j * stride - 1 + tap % 3 + dx
+                )
+                expected[b, o, i, j] += (
+                    weight[o, c, tap // 3, tap % 3] * mask[b, 9 * group + tap, i, j] * sample
+                )
     tensors = (torch.tensor(array) for array in (x, offset, mask, weight))
-    np.testing.assert_allclose(deform_conv2d(*tensors, stride=stride, groups=groups), expected, atol=1e-12)
+    np.testing.assert_allclose(
+        deform_conv2d(*tensors, stride=stride, groups=groups), expected, atol=1e-12
+    )
 
 
 def test_gradients_are_those_of_the_function() -> None:
@@ -69,7 +84,11 @@ def test_gradients_are_those_of_the_function() -> None:
 def test_half_precision_features_are_read_at_exact_places() -> None:
     torch.manual_seed(0)
     x = torch.randn(1, 4, 2, 300)  # bf16 has no odd number beyond 256
-    offset, mask, weight = torch.zeros(1, 18, 2, 300), torch.ones(1, 9, 2, 300), torch.randn(3, 4, 3, 3)
+    offset, mask, weight = (
+        torch.zeros(1, 18, 2, 300),
+        torch.ones(1, 9, 2, 300),
+        torch.randn(3, 4, 3, 3),
+    )
     expected = torch.nn.functional.conv2d(x.bfloat16(), weight.bfloat16(), padding=1)
     found = deform_conv2d(x.bfloat16(), offset.bfloat16(), mask.bfloat16(), weight.bfloat16())
     assert found.dtype == torch.bfloat16
@@ -95,7 +114,11 @@ def test_offset_convolution_has_the_layout_of_mmcv() -> None:
 
 @pytest.mark.shared
 def test_alignment_equals_the_reference(goldens: Goldens) -> None:
-    units = {key: torch.tensor(value) for key, value in goldens("units").items() if key.startswith("sample_")}
+    units = {
+        key: torch.tensor(value)
+        for key, value in goldens("units").items()
+        if key.startswith("sample_")
+    }
     boxes, offsets = units["sample_feat"].requires_grad_(), units["sample_offset"].requires_grad_()
     out = align_boxes(boxes, offsets)
     out.backward(units["sample_gradout"])
@@ -105,8 +128,19 @@ def test_alignment_equals_the_reference(goldens: Goldens) -> None:
 
 
 @pytest.mark.shared
-@pytest.mark.parametrize(("case", "stride", "groups"), [("dcn_s1", 1, 1), ("dcn_s2", 2, 1), ("dcn_g4", 2, 4)])
-def test_deformable_convolution_equals_the_reference(case: str, stride: int, groups: int, goldens: Goldens) -> None:
+@pytest.mark.parametrize(
+    ("case", "stride", "groups"), [("dcn_s1", 1, 1), ("dcn_s2", 2, 1), ("dcn_g4", 2, 4)]
+)
+def test_deformable_convolution_equals_the_reference(
+    case: str, stride: int, groups: int, goldens: Goldens
+) -> None:
     units = goldens("units")
-    tensors = (torch.tensor(units[key]) for key in ("dcn_x", f"{case}_off", f"{case}_mask", f"{case}_w"))
-    np.testing.assert_allclose(deform_conv2d(*tensors, stride=stride, groups=groups), units[f"{case}_out"], rtol=0, atol=5e-6)
+    tensors = (
+        torch.tensor(units[key]) for key in ("dcn_x", f"{case}_off", f"{case}_mask", f"{case}_w")
+    )
+    np.testing.assert_allclose(
+        deform_conv2d(*tensors, stride=stride, groups=groups),
+        units[f"{case}_out"],
+        rtol=0,
+        atol=5e-6,
+    )

@@ -49,7 +49,11 @@ class WeightsHandler(BaseHTTPRequestHandler):
         self.server.ranges.append(wanted)
         if self.server.status != 200:
             return self.send_error(self.server.status)
-        start = int(wanted.removeprefix("bytes=").removesuffix("-")) if wanted and self.server.honours_range else 0
+        start = (
+            int(wanted.removeprefix("bytes=").removesuffix("-"))
+            if wanted and self.server.honours_range
+            else 0
+        )
         start += self.server.shifts_range if start else 0
         time.sleep(self.server.pause_s)
         total = len(self.server.payload)
@@ -85,7 +89,9 @@ def preset_at(url: str, prefix: str = SHA256[:8]) -> Preset:
     return replace(PRESETS["r50-1x"], weights=PublishedWeights(url, prefix))
 
 
-def test_downloads_whole_file(server: WeightsServer, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_downloads_whole_file(
+    server: WeightsServer, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     path = fetch_weights(preset_at(server.url), tmp_path / "new" / "folder")
     assert path == tmp_path / "new" / "folder" / NAME
     assert path.read_bytes() == PAYLOAD
@@ -106,9 +112,13 @@ def test_broken_transfer_is_resumed_at_once(server: WeightsServer, tmp_path: Pat
     assert server.ranges == [None, "bytes=300000-", "bytes=500000-"]
 
 
-def test_transfer_that_keeps_breaking_is_resumed_next_time(server: WeightsServer, tmp_path: Path) -> None:
+def test_transfer_that_keeps_breaking_is_resumed_next_time(
+    server: WeightsServer, tmp_path: Path
+) -> None:
     server.cuts = [1000] * download.ATTEMPTS
-    with pytest.raises(DownloadError, match=rf"broke off 4 times; 4000 bytes are kept.*save it as .*{NAME}"):
+    with pytest.raises(
+        DownloadError, match=rf"broke off 4 times; 4000 bytes are kept.*save it as .*{NAME}"
+    ):
         fetch_weights(preset_at(server.url), tmp_path)
     assert not (tmp_path / NAME).exists()
     assert fetch_weights(preset_at(server.url), tmp_path).read_bytes() == PAYLOAD
@@ -149,7 +159,9 @@ def test_part_longer_than_the_file_starts_over(server: WeightsServer, tmp_path: 
 def test_wrong_hash_is_deleted_and_named(server: WeightsServer, tmp_path: Path) -> None:
     server.payload = b"<html>please log in</html>"
     found = hashlib.sha256(server.payload).hexdigest()
-    with pytest.raises(DownloadError, match=f"SHA-256 {found}, expected one starting with {SHA256[:8]}"):
+    with pytest.raises(
+        DownloadError, match=f"SHA-256 {found}, expected one starting with {SHA256[:8]}"
+    ):
         fetch_weights(preset_at(server.url), tmp_path)
     assert [path.name for path in tmp_path.iterdir() if path.suffix != ".lock"] == []
 
@@ -161,7 +173,9 @@ def test_file_cut_in_the_cache_is_fetched_again(server: WeightsServer, tmp_path:
 
 def test_missing_on_the_server(server: WeightsServer, tmp_path: Path) -> None:
     server.status = 404
-    with pytest.raises(DownloadError, match=f"{server.url}: the server answers 404 .*save it as {tmp_path / NAME}"):
+    with pytest.raises(
+        DownloadError, match=f"{server.url}: the server answers 404 .*save it as {tmp_path / NAME}"
+    ):
         fetch_weights(preset_at(server.url), tmp_path)
     assert len(server.ranges) == 1  # a clear answer is not asked for again
 
@@ -169,7 +183,9 @@ def test_missing_on_the_server(server: WeightsServer, tmp_path: Path) -> None:
 def test_no_network(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
-    with pytest.raises(DownloadError, match=r"cannot be reached \(.*refused.*\); check the network.*save it as"):
+    with pytest.raises(
+        DownloadError, match=r"cannot be reached \(.*refused.*\); check the network.*save it as"
+    ):
         fetch_weights(preset_at(f"http://127.0.0.1:{port}/{NAME}"), tmp_path)
 
 
@@ -180,7 +196,9 @@ def test_folder_that_cannot_be_written(server: WeightsServer, tmp_path: Path) ->
         fetch_weights(preset_at(server.url), blocked / "weights")
 
 
-def test_full_disk_is_said(server: WeightsServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_is_said(
+    server: WeightsServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object) -> bool:
         raise OSError(28, "No space left on device")
 
@@ -200,14 +218,20 @@ def test_two_at_once_download_once(server: WeightsServer, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("name", "reason"), [("x101-dcn-2x", "by the authors alone.*download them by hand"), ("tiny", "no weights are published")]
+    ("name", "reason"),
+    [
+        ("x101-dcn-2x", "by the authors alone.*download them by hand"),
+        ("tiny", "no weights are published"),
+    ],
 )
 def test_preset_without_weights(name: str, reason: str, tmp_path: Path) -> None:
     with pytest.raises(DownloadError, match=f"{name}: .*{reason}.*give the path"):
         fetch_weights(PRESETS[name], tmp_path)
 
 
-def test_weights_folder_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_folder_follows_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("TOOD_HOME", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     assert weights_folder() == Path.home() / ".cache" / "tood_deploy" / "weights"

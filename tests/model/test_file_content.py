@@ -12,8 +12,7 @@ import torch
 
 from tood_deploy.errors import CheckpointError
 from tood_deploy.model import load_checkpoint
-from tood_deploy.model.checkpoint_file import read_checkpoint
-from tood_deploy.model.file_content import check_content
+from tood_deploy.model.checkpoint_file import check_content, read_checkpoint
 
 HTML = b"\n<!DOCTYPE html><html><head><title>Google Drive - Virus scan warning</title></head><body></body></html>"
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 12345678\n"
@@ -63,7 +62,9 @@ def test_a_folder_names_the_checkpoints_in_it(tmp_path: Path) -> None:
     assert "epoch_12.pth: give one of these" in refusal(tmp_path)
 
 
-def test_an_exported_model_under_the_name_of_a_checkpoint(tiny_artefact: Path, tmp_path: Path) -> None:
+def test_an_exported_model_under_the_name_of_a_checkpoint(
+    tiny_artefact: Path, tmp_path: Path
+) -> None:
     (tmp_path / "a.pth").write_bytes(tiny_artefact.read_bytes())
     assert "ONNX model" in refusal(tmp_path / "a.pth")
 
@@ -105,7 +106,9 @@ def test_an_ordinary_pickle(tmp_path: Path) -> None:
     assert "torch.save" in refusal(tmp_path / "a.pth")
 
 
-def test_what_is_a_checkpoint_passes(tiny_checkpoint: Path, tmp_path: Path, seeded_fill: Callable[..., object]) -> None:
+def test_what_is_a_checkpoint_passes(
+    tiny_checkpoint: Path, tmp_path: Path, seeded_fill: Callable[..., object]
+) -> None:
     assert check_content(tiny_checkpoint) == "safetensors"
     for zipped, form in ((True, "zip"), (False, "pickle")):
         torch.save(STATE, tmp_path / "a.pth", _use_new_zipfile_serialization=zipped)
@@ -115,7 +118,11 @@ def test_what_is_a_checkpoint_passes(tiny_checkpoint: Path, tmp_path: Path, seed
 
 @pytest.mark.shared
 def test_the_cases(shared: Path) -> None:
-    for name, match in (("gdrive.pth", "web page"), ("lfs.pth", "git-LFS"), ("tood_cfg.py", "Python text")):
+    for name, match in (
+        ("gdrive.pth", "web page"),
+        ("lfs.pth", "git-LFS"),
+        ("tood_cfg.py", "Python text"),
+    ):
         assert match in refusal(shared / "cases" / "checkpoints" / name)
     for path in (shared / "reference" / "checkpoints").glob("*.pth"):
         assert check_content(path) in ("zip", "pickle")

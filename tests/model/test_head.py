@@ -47,12 +47,17 @@ def test_anchor_points_have_no_half_cell_shift() -> None:
 
 def test_distances_go_to_the_four_sides() -> None:
     distances = torch.tensor([1.0, 2.0, 3.0, 4.0]).reshape(1, 4, 1, 1)
-    assert decode_distances(distances, torch.tensor([10.0, 20.0]).reshape(2, 1, 1)).flatten().tolist() == [9, 18, 13, 24]
+    assert decode_distances(
+        distances, torch.tensor([10.0, 20.0]).reshape(2, 1, 1)
+    ).flatten().tolist() == [9, 18, 13, 24]
 
 
 def published_anchors(size_hw: tuple[int, int]) -> torch.Tensor:
     """(H*W, 4) xyxy in strides, row by row."""
-    points, half = anchor_points(size_hw, torch.zeros(1)).flatten(1).T, PRESETS["r50-anchor-1x"].anchor_side / 2
+    points, half = (
+        anchor_points(size_hw, torch.zeros(1)).flatten(1).T,
+        PRESETS["r50-anchor-1x"].anchor_side / 2,
+    )
     return torch.cat((points - half, points + half), dim=1)
 
 
@@ -91,7 +96,9 @@ def test_decomposition_weighs_stages() -> None:
     features = torch.randn(2, 96, 5, 4)
     tower = TowerMaps(list(features.chunk(3, dim=1)), features, features.mean((2, 3), keepdim=True))
     weights = layer.layer_attention(tower.pooled).repeat_interleave(32, dim=1)
-    torch.testing.assert_close(layer(tower), layer.reduction_conv(features * weights), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        layer(tower), layer.reduction_conv(features * weights), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_iou_of_known_boxes() -> None:

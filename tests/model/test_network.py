@@ -46,7 +46,10 @@ def shapes_of(name: str) -> dict[str, tuple[int, ...]]:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_parameter_counts_are_the_published_ones(name: str) -> None:
     with torch.device("meta"):
-        assert sum(parameter.numel() for parameter in build_model(name).parameters()) == PARAMETERS[name]
+        assert (
+            sum(parameter.numel() for parameter in build_model(name).parameters())
+            == PARAMETERS[name]
+        )
 
 
 @pytest.mark.shared
@@ -63,13 +66,17 @@ def run(model: nn.Module, images: NDArray[np.float32]) -> HeadOutput:
 
 @pytest.mark.shared
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name != "r50-2x"])
-def test_maps_equal_the_reference(name: str, goldens: Goldens, seeded_model: Callable[..., Any]) -> None:
+def test_maps_equal_the_reference(
+    name: str, goldens: Goldens, seeded_model: Callable[..., Any]
+) -> None:
     model = seeded_model(name, convention="mmdet")
     for picture in ("synth", "demo__320"):
         compare_maps(model, goldens(f"{CONFIGS[name]}__{picture}"), picture, goldens)
 
 
-def compare_maps(model: Any, golden: dict[str, NDArray[Any]], picture: str, goldens: Goldens) -> None:
+def compare_maps(
+    model: Any, golden: dict[str, NDArray[Any]], picture: str, goldens: Goldens
+) -> None:
     maps: dict[str, NDArray[np.float32]] = {}
     record_maps(model, maps)
     out = run(model, goldens(f"input__{picture}")["input"])
@@ -80,10 +87,18 @@ def compare_maps(model: Any, golden: dict[str, NDArray[Any]], picture: str, gold
             (f"bbox_pred_{level}", out.boxes_strides[level], 1e-3),
         ):
             if key in golden:
-                np.testing.assert_allclose(found.numpy(), golden[key], rtol=0, atol=tolerance, err_msg=key)
+                np.testing.assert_allclose(
+                    found.numpy(), golden[key], rtol=0, atol=tolerance, err_msg=key
+                )
                 compared += 1
     for key in (key for key in golden if key.endswith("_stats") and key[0] in "cp"):
-        np.testing.assert_allclose(statistics(maps[key.removesuffix("_stats")]), golden[key], rtol=1e-5, atol=1e-6, err_msg=key)
+        np.testing.assert_allclose(
+            statistics(maps[key.removesuffix("_stats")]),
+            golden[key],
+            rtol=1e-5,
+            atol=1e-6,
+            err_msg=key,
+        )
         compared += 1
     if not compared:  # the golden holds detections alone, which test_postprocess.py compares
         assert {"det_scores", "det_bboxes"} <= golden.keys()
@@ -103,10 +118,15 @@ def record_maps(model: Any, maps: dict[str, NDArray[np.float32]]) -> None:
 
 def statistics(values: NDArray[np.float32]) -> list[float]:
     wide = values.astype(np.float64)
-    return [float(value) for value in (wide.mean(), wide.std(ddof=1), np.abs(wide).max(), np.linalg.norm(wide))]
+    return [
+        float(value)
+        for value in (wide.mean(), wide.std(ddof=1), np.abs(wide).max(), np.linalg.norm(wide))
+    ]
 
 
-def test_deformable_maps_equal_plain_ones_when_nothing_is_shifted(seeded_model: Callable[..., Any]) -> None:
+def test_deformable_maps_equal_plain_ones_when_nothing_is_shifted(
+    seeded_model: Callable[..., Any],
+) -> None:
     """Offsets of zero and a mask of one half make a deformable network an ordinary one at half strength."""
     model = seeded_model("r101-dcn-2x")
     layer = model.backbone.layer2[0].conv2
@@ -117,9 +137,13 @@ def test_deformable_maps_equal_plain_ones_when_nothing_is_shifted(seeded_model: 
 
 
 @pytest.mark.parametrize("size_hw", [(32, 32), (32, 96), (64, 32)])
-def test_smallest_inputs_give_every_level(size_hw: tuple[int, int], seeded_model: Callable[..., Any]) -> None:
+def test_smallest_inputs_give_every_level(
+    size_hw: tuple[int, int], seeded_model: Callable[..., Any]
+) -> None:
     out = run(seeded_model("tiny"), np.zeros((1, 3, *size_hw), np.float32))
-    for scores, boxes, stride in zip(out.scores, out.boxes_strides, (8, 16, 32, 64, 128), strict=True):
+    for scores, boxes, stride in zip(
+        out.scores, out.boxes_strides, (8, 16, 32, 64, 128), strict=True
+    ):
         rows, columns = (max(1, -(-side // stride)) for side in size_hw)
         assert scores.shape == (1, 80, rows, columns)
         assert boxes.shape == (1, 4, rows, columns)

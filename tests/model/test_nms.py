@@ -14,17 +14,25 @@ from tood_deploy.model.boxes import box_iou
 from tood_deploy.model.nms import BLOCK, nms
 
 
-def greedy(boxes: torch.Tensor, scores: torch.Tensor, labels: torch.Tensor, threshold: float, max_det: int) -> list[int]:
+def greedy(
+    boxes: torch.Tensor, scores: torch.Tensor, labels: torch.Tensor, threshold: float, max_det: int
+) -> list[int]:
     """The textbook loop, on one picture's boxes in order of score."""
     overlap = box_iou(boxes, boxes) > threshold
     kept: list[int] = []
     for i in range(len(scores)):
-        if scores[i] > 0 and len(kept) < max_det and not any(overlap[j, i] and labels[j] == labels[i] for j in kept):
+        if (
+            scores[i] > 0
+            and len(kept) < max_det
+            and not any(overlap[j, i] and labels[j] == labels[i] for j in kept)
+        ):
             kept.append(i)
     return kept
 
 
-def assert_equals_greedy(boxes: torch.Tensor, scores: torch.Tensor, labels: torch.Tensor, threshold: float, max_det: int) -> None:
+def assert_equals_greedy(
+    boxes: torch.Tensor, scores: torch.Tensor, labels: torch.Tensor, threshold: float, max_det: int
+) -> None:
     kept, counts = nms(boxes, scores, labels, threshold, max_det)
     for picture in range(len(boxes)):
         expected = greedy(boxes[picture], scores[picture], labels[picture], threshold, max_det)
@@ -42,7 +50,11 @@ def make(
     scores = -np.sort(-np.round(rng.random((batch, count)), 2), axis=1)
     scores[:, int(count * (1 - empty)) :] = 0
     labels = rng.integers(0, classes, (batch, count))
-    return torch.tensor(boxes, dtype=torch.float32), torch.tensor(scores, dtype=torch.float32), torch.tensor(labels)
+    return (
+        torch.tensor(boxes, dtype=torch.float32),
+        torch.tensor(scores, dtype=torch.float32),
+        torch.tensor(labels),
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -57,7 +69,14 @@ def make(
     empty=st.sampled_from([0.0, 0.5, 1.0]),
 )
 def test_equals_greedy(
-    seed: int, batch: int, count: int, classes: int, spread: float, threshold: float, max_det: int, empty: float
+    seed: int,
+    batch: int,
+    count: int,
+    classes: int,
+    spread: float,
+    threshold: float,
+    max_det: int,
+    empty: float,
 ) -> None:
     assert_equals_greedy(*make(seed, batch, count, classes, spread, empty), threshold, max_det)
 
@@ -87,11 +106,15 @@ def test_equal_boxes_keep_one_a_class() -> None:
 
 def test_boxes_without_area_suppress_nothing() -> None:
     boxes = torch.tensor([[[3.0, 3, 3, 3]] * 4])
-    assert nms(boxes, torch.ones(1, 4), torch.zeros(1, 4, dtype=torch.int64), 0.6, 10)[1].item() == 4
+    assert (
+        nms(boxes, torch.ones(1, 4), torch.zeros(1, 4, dtype=torch.int64), 0.6, 10)[1].item() == 4
+    )
 
 
 def test_nothing_to_keep() -> None:
-    kept, counts = nms(torch.zeros(2, 5, 4), torch.zeros(2, 5), torch.zeros(2, 5, dtype=torch.int64), 0.6, 3)
+    kept, counts = nms(
+        torch.zeros(2, 5, 4), torch.zeros(2, 5), torch.zeros(2, 5, dtype=torch.int64), 0.6, 3
+    )
     assert counts.tolist() == [0, 0]
     assert (kept == 5).all()
 
@@ -100,6 +123,8 @@ def test_nothing_to_keep() -> None:
 def test_equals_the_reference(goldens: Callable[[str], dict[str, NDArray[Any]]]) -> None:
     units = goldens("units")
     order = np.argsort(-units["nms_scores"], kind="stable")
-    boxes, scores, labels = (torch.tensor(units[f"nms_{key}"][order])[None] for key in ("boxes", "scores", "labels"))
+    boxes, scores, labels = (
+        torch.tensor(units[f"nms_{key}"][order])[None] for key in ("boxes", "scores", "labels")
+    )
     kept, counts = nms(boxes, scores, labels, 0.6, len(order))
     assert set(order[kept[0, : int(counts)].numpy()]) == set(units["nms_keep"].tolist())

@@ -6,9 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from model.crowds import chain, crowd
 
-from tood_deploy.model.nms import nms
-from tood_deploy.model.nms_unrolled import nms_unrolled, suppress_unrolled
-from tood_deploy.model.postprocess import Candidates, suppress
+from tood_deploy.model.nms import nms, nms_unrolled
+from tood_deploy.model.postprocess import Candidates, suppress, suppress_unrolled
 
 
 def agrees(found: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> torch.Tensor:
@@ -29,7 +28,15 @@ def agrees(found: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) 
     block=st.sampled_from([1, 20, 64]),
 )
 def test_is_never_wrong_where_it_says_exact(
-    seed: int, count: int, classes: int, spread: float, threshold: float, max_det: int, empty: float, rounds: int, block: int
+    seed: int,
+    count: int,
+    classes: int,
+    spread: float,
+    threshold: float,
+    max_det: int,
+    empty: float,
+    rounds: int,
+    block: int,
 ) -> None:
     boxes = crowd(seed, 2, count, classes, spread, empty=empty)
     found = nms_unrolled(*boxes, threshold, max_det, block=block, rounds=rounds)
@@ -48,9 +55,15 @@ def test_crowds_settle_within_the_rounds(spread: float, classes: int) -> None:
 
 def test_every_block_is_looked_at() -> None:
     """A crowd on one spot in front, so that what is kept beside it lies in the last block."""
-    (boxes, scores, labels), (spread, _, _) = crowd(6, 2, 1000, 1, 0.0, side=0.0), crowd(6, 2, 40, 1, 3000.0)
+    (boxes, scores, labels), (spread, _, _) = (
+        crowd(6, 2, 1000, 1, 0.0, side=0.0),
+        crowd(6, 2, 40, 1, 3000.0),
+    )
     boxes = torch.cat((boxes, spread + 100), 1)
-    scores, labels = torch.linspace(1, 0.1, 1040).expand(2, -1), torch.zeros(2, 1040, dtype=torch.int64)
+    scores, labels = (
+        torch.linspace(1, 0.1, 1040).expand(2, -1),
+        torch.zeros(2, 1040, dtype=torch.int64),
+    )
     found = nms_unrolled(boxes, scores, labels, 0.6, 30, block=300)
     assert found.exact.all()
     assert (found.kept[:, 1:] >= 1000).all()
@@ -92,11 +105,16 @@ def test_detections_are_those_of_suppress() -> None:
     candidates = Candidates(*crowd(11, 2, 1500, 5, 400.0))
     found, exact = suppress_unrolled(candidates, 0.6)
     assert exact.all()
-    assert all(torch.equal(one, other) for one, other in zip(found, suppress(candidates, 0.6), strict=True))
+    assert all(
+        torch.equal(one, other) for one, other in zip(found, suppress(candidates, 0.6), strict=True)
+    )
 
 
 def test_is_one_graph_for_compilers() -> None:
     """Traced as a whole, without a branch on data; `nms` is not."""
     boxes = crowd(4, 2, 300, 3, 200.0)
     compiled = torch.compile(nms_unrolled, backend="eager", fullgraph=True)
-    assert all(torch.equal(one, other) for one, other in zip(compiled(*boxes, 0.6, 20), nms_unrolled(*boxes, 0.6, 20), strict=True))
+    assert all(
+        torch.equal(one, other)
+        for one, other in zip(compiled(*boxes, 0.6, 20), nms_unrolled(*boxes, 0.6, 20), strict=True)
+    )

@@ -10,12 +10,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from tood_deploy.matching import Rows, match_detections
 from tood_deploy.model import FusedDetector, HeadOutput
 from tood_deploy.model.postprocess import MAX_CANDIDATES, BatchResult, detect, select_candidates
-from tood_deploy.parity.compare import match_detections
 from tood_deploy.preprocess import resize_and_pad
 from tood_deploy.presets import STRIDES
-from tood_deploy.rows import Rows
 
 Goldens = Callable[[str], dict[str, NDArray[Any]]]
 GRIDS = ((12, 16), (6, 8), (3, 4), (2, 2), (1, 1))
@@ -33,7 +32,14 @@ def random_head(seed: int, classes: int = 5, batch: int = 2) -> HeadOutput:
     return HeadOutput(scores, boxes)
 
 
-def published_candidates(out: HeadOutput, picture: int, per_level: int, threshold: float, convention: str, hw: tuple[int, int]) -> set[Any]:
+def published_candidates(
+    out: HeadOutput,
+    picture: int,
+    per_level: int,
+    threshold: float,
+    convention: str,
+    hw: tuple[int, int],
+) -> set[Any]:
     """The candidates of one picture by the published rules, written as they read: (score, label, box)."""
     found: list[tuple[float, int, tuple[float, ...]]] = []
     for scores, boxes, stride in zip(out.scores, out.boxes_strides, STRIDES, strict=True):
@@ -43,9 +49,17 @@ def published_candidates(out: HeadOutput, picture: int, per_level: int, threshol
             limit = torch.tensor([hw[1], hw[0], hw[1], hw[0]], dtype=torch.float32)
             flat = torch.minimum(flat.clamp(min=0), limit)
             anchors = rows.max(1).values.argsort(descending=True)[:per_level].tolist()
-            pairs = [(rows[a, k].item(), k, tuple(flat[a].tolist())) for a in anchors for k in range(rows.shape[1])]
+            pairs = [
+                (rows[a, k].item(), k, tuple(flat[a].tolist()))
+                for a in anchors
+                for k in range(rows.shape[1])
+            ]
         else:
-            pairs = [(rows[a, k].item(), k, tuple(flat[a].tolist())) for a in range(len(rows)) for k in range(rows.shape[1])]
+            pairs = [
+                (rows[a, k].item(), k, tuple(flat[a].tolist()))
+                for a in range(len(rows))
+                for k in range(rows.shape[1])
+            ]
             pairs = sorted(pairs, reverse=True)[:per_level]
             pairs = [pair for pair in pairs if pair[2][2] > pair[2][0] and pair[2][3] > pair[2][1]]
         found += [pair for pair in pairs if pair[0] > threshold]
@@ -69,12 +83,16 @@ def test_candidates_follow_the_published_rules(convention: Any, per_level: int) 
                 strict=True,
             )
         }
-        expected = published_candidates(out, picture, per_level, 0.05, convention, (int(hw[picture, 0]), int(hw[picture, 1])))
+        expected = published_candidates(
+            out, picture, per_level, 0.05, convention, (int(hw[picture, 0]), int(hw[picture, 1]))
+        )
         assert found == expected
 
 
 def test_threshold_is_strict() -> None:
-    out = HeadOutput([torch.zeros(1, 1, h, w) for h, w in GRIDS], [torch.ones(1, 4, h, w) for h, w in GRIDS])
+    out = HeadOutput(
+        [torch.zeros(1, 1, h, w) for h, w in GRIDS], [torch.ones(1, 4, h, w) for h, w in GRIDS]
+    )
     out.boxes_strides[0][0, :, 0, 0] = torch.tensor([0.0, 0, 1, 1])
     out.scores[0][0, 0, 0, 0] = 0.5
     sizes = torch.tensor([[96, 128]])
@@ -101,7 +119,11 @@ def test_one_class_and_max_det() -> None:
 def to_rows(found: BatchResult, boxes: NDArray[np.float32] | None = None) -> Rows:
     count = int(found.num_dets[0])
     net = found.boxes_net[0, :count].numpy()
-    return Rows(net if boxes is None else boxes, found.scores[0, :count].numpy(), found.labels[0, :count].numpy())
+    return Rows(
+        net if boxes is None else boxes,
+        found.scores[0, :count].numpy(),
+        found.labels[0, :count].numpy(),
+    )
 
 
 def read_demo(shared: Any) -> NDArray[np.uint8]:
@@ -111,7 +133,11 @@ def read_demo(shared: Any) -> NDArray[np.uint8]:
 
 
 def golden_rows(golden: dict[str, NDArray[Any]], kind: str) -> Rows:
-    return Rows(golden[f"{kind}_bboxes"], golden[f"{kind}_scores"], golden[f"{kind}_labels"].astype(np.int32))
+    return Rows(
+        golden[f"{kind}_bboxes"],
+        golden[f"{kind}_scores"],
+        golden[f"{kind}_labels"].astype(np.int32),
+    )
 
 
 def assert_equal_detections(expected: Rows, found: Rows, exchanges: int = 1) -> None:
@@ -133,9 +159,14 @@ MMDET = {
 
 @pytest.mark.shared
 @pytest.mark.parametrize("name", MMDET)
-def test_detections_equal_mmdetection(name: str, goldens: Goldens, seeded_model: Callable[..., Any]) -> None:
+def test_detections_equal_mmdetection(
+    name: str, goldens: Goldens, seeded_model: Callable[..., Any]
+) -> None:
     model = seeded_model(name, convention="mmdet")
-    for picture, kinds in (("synth", ("det", "uncapped", "pre200")), ("demo__320", ("det", "uncapped"))):
+    for picture, kinds in (
+        ("synth", ("det", "uncapped", "pre200")),
+        ("demo__320", ("det", "uncapped")),
+    ):
         golden, given = goldens(f"{MMDET[name]}__{picture}"), goldens(f"input__{picture}")
         with torch.inference_mode():
             out = model(torch.from_numpy(given["input"]))
@@ -146,7 +177,14 @@ def test_detections_equal_mmdetection(name: str, goldens: Goldens, seeded_model:
                 continue
             per_level = 200 if kind == "pre200" else 1000
             max_det = 2000 if kind == "uncapped" else 100
-            found = detect(out, torch.tensor([[height, width]]), 0.05, 0.6, candidates_per_level=per_level, max_det=max_det)
+            found = detect(
+                out,
+                torch.tensor([[height, width]]),
+                0.05,
+                0.6,
+                candidates_per_level=per_level,
+                max_det=max_det,
+            )
             count = int(found.num_dets[0])
             boxes = (found.boxes_net[0, :count].numpy() / np.tile(scale, 2)).astype(np.float32)
             assert_equal_detections(golden_rows(golden, kind), to_rows(found, boxes))
@@ -154,18 +192,24 @@ def test_detections_equal_mmdetection(name: str, goldens: Goldens, seeded_model:
 
 @pytest.mark.shared
 @pytest.mark.parametrize("name", ["r50-1x", "r50-anchor-1x"])
-def test_detections_equal_the_authors(name: str, goldens: Goldens, seeded_model: Callable[..., Any], shared: Any) -> None:
+def test_detections_equal_the_authors(
+    name: str, goldens: Goldens, seeded_model: Callable[..., Any], shared: Any
+) -> None:
     golden = goldens(f"fcjian_{MMDET[name].replace('anchor-based', 'anchor_based')}__demo__320")
     image, transform = resize_and_pad(read_demo(shared), (214, 320))
     detector = FusedDetector(seeded_model(name, convention="authors"))
     with torch.inference_mode():
-        found = detector(torch.from_numpy(image)[None], torch.tensor([transform.resized_hw]), 0.05, 0.6).detections
+        found = detector(
+            torch.from_numpy(image)[None], torch.tensor([transform.resized_hw]), 0.05, 0.6
+        ).detections
     boxes = transform.boxes_to_image(found.boxes_net[0, : int(found.num_dets[0])].numpy())
     assert_equal_detections(golden_rows(golden, "det"), to_rows(found, boxes), exchanges=0)
 
 
 @pytest.mark.shared
-def test_input_and_detections_at_full_size(goldens: Goldens, seeded_model: Callable[..., Any], shared: Any) -> None:
+def test_input_and_detections_at_full_size(
+    goldens: Goldens, seeded_model: Callable[..., Any], shared: Any
+) -> None:
     """The published test size, from the JPEG on: the network's input to the byte, and 1,003 detections."""
     golden = goldens("tood_r50_fpn_1x_coco__demo__800x1333")
     image, transform = resize_and_pad(read_demo(shared), (800, 1333))
@@ -180,12 +224,16 @@ def test_input_and_detections_at_full_size(goldens: Goldens, seeded_model: Calla
 
 
 @pytest.mark.shared
-def test_normalised_input_equals_the_reference_to_the_byte(goldens: Goldens, seeded_model: Callable[..., Any]) -> None:
+def test_normalised_input_equals_the_reference_to_the_byte(
+    goldens: Goldens, seeded_model: Callable[..., Any]
+) -> None:
     golden = goldens("input__demo__320")
     resized = golden["resized_bgr_u8"]
     height, width = golden["img_shape"].tolist()
     padded = np.zeros((224, 320, 3), np.uint8)
     padded[:height, :width] = resized.transpose(1, 2, 0)[:, :, ::-1]
     padded[height:] = 77  # what lies outside the picture must not matter
-    pixels = FusedDetector(seeded_model("tiny")).normalise(torch.from_numpy(padded)[None], torch.tensor([[height, width]]))
+    pixels = FusedDetector(seeded_model("tiny")).normalise(
+        torch.from_numpy(padded)[None], torch.tensor([[height, width]])
+    )
     assert pixels.numpy().tobytes() == golden["input"].tobytes()

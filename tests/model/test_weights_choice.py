@@ -7,13 +7,16 @@ import pytest
 import torch
 
 from tood_deploy.errors import CheckpointError
-from tood_deploy.model.weights_choice import LANDMARK, choose_weights
+from tood_deploy.model.checkpoint import LANDMARK, choose_weights
 
 FILE = Path("a.pth")
 
 
 def network(number: float, prefix: str = "") -> dict[str, torch.Tensor]:
-    return {f"{prefix}{LANDMARK}": torch.tensor(number), f"{prefix}bbox_head.tood_cls.bias": torch.tensor(-number)}
+    return {
+        f"{prefix}{LANDMARK}": torch.tensor(number),
+        f"{prefix}bbox_head.tood_cls.bias": torch.tensor(-number),
+    }
 
 
 def chosen(content: Any, key: str | None = None) -> float:
@@ -23,12 +26,30 @@ def chosen(content: Any, key: str | None = None) -> float:
 
 
 @pytest.mark.parametrize(
-    "prefix", ["", "module.", "module.module.", "_orig_mod.", "model.", "detector.", "student.", "module._orig_mod.", "ema.x."]
+    "prefix",
+    [
+        "",
+        "module.",
+        "module.module.",
+        "_orig_mod.",
+        "model.",
+        "detector.",
+        "student.",
+        "module._orig_mod.",
+        "ema.x.",
+    ],
 )
 def test_one_network_is_found_behind_any_prefix(prefix: str) -> None:
     assert chosen(network(1, prefix)) == 1
     assert chosen({"state_dict": network(1, prefix), "meta": {}, "optimizer": {"state": {}}}) == 1
-    assert chosen({"model": network(1, prefix) | {"criterion.weight": torch.zeros(2)}} if prefix else {"model": network(1)}) == 1
+    assert (
+        chosen(
+            {"model": network(1, prefix) | {"criterion.weight": torch.zeros(2)}}
+            if prefix
+            else {"model": network(1)}
+        )
+        == 1
+    )
     assert chosen({"checkpoint": {"net": network(1, prefix)}}) == 1
 
 
@@ -39,12 +60,10 @@ def test_the_usual_place_comes_first() -> None:
         "training": {"model": network(3)},
     }
     assert chosen(content) == 1
-    assert [float(choose_weights(content, FILE, key)[LANDMARK]) for key in ("ema", "ema_state_dict", "training.model", "state_dict")] == [
-        2,
-        2,
-        3,
-        1,
-    ]
+    assert [
+        float(choose_weights(content, FILE, key)[LANDMARK])
+        for key in ("ema", "ema_state_dict", "training.model", "state_dict")
+    ] == [2, 2, 3, 1]
 
 
 @pytest.mark.parametrize(
@@ -79,8 +98,16 @@ def test_of_nested_networks_each_has_its_own_tensors() -> None:
 @pytest.mark.parametrize(
     ("content", "key", "match"),
     [
-        ({"model": network(1), "ema": network(2)}, "teacher", "names none of the networks.*model, ema"),
-        ({"state_dict": network(1, "student.") | network(2, "teacher.")}, "state_dict", "names several.*student, teacher"),
+        (
+            {"model": network(1), "ema": network(2)},
+            "teacher",
+            "names none of the networks.*model, ema",
+        ),
+        (
+            {"state_dict": network(1, "student.") | network(2, "teacher.")},
+            "state_dict",
+            "names several.*student, teacher",
+        ),
         (network(1), "ema", "no name of its own"),
         ({"meta": {}}, None, "no weights, only meta"),
     ],
@@ -91,5 +118,7 @@ def test_refusals(content: Any, key: str | None, match: str) -> None:
 
 
 def test_what_is_no_detector_is_given_as_it_is() -> None:
-    assert choose_weights({"state_dict": {"conv1.weight": torch.zeros(1)}}, FILE, None).keys() == {"conv1.weight"}
+    assert choose_weights({"state_dict": {"conv1.weight": torch.zeros(1)}}, FILE, None).keys() == {
+        "conv1.weight"
+    }
     assert choose_weights({"conv1.weight": torch.zeros(1)}, FILE, None).keys() == {"conv1.weight"}

@@ -13,19 +13,28 @@ import pytest
 from onnx import helper, numpy_helper
 from onnx_edits import all_nodes, edit_weight, maker
 
+from tood_deploy.data.image_set import synthetic_picture
 from tood_deploy.errors import CheckFailed, ToodError
-from tood_deploy.export.runners import OnnxRunner
 from tood_deploy.graph_io import MAP_NAMES, OUTPUTS
 from tood_deploy.model import load_checkpoint
 from tood_deploy.parity import verify as module
-from tood_deploy.parity.conditioning import Conditioning, deviation_of
-from tood_deploy.parity.reference import Outputs, Reference, torch_reference
-from tood_deploy.parity.sample_images import synthetic_picture
+from tood_deploy.parity.reference import (
+    Conditioning,
+    Outputs,
+    Reference,
+    deviation_of,
+    torch_reference,
+)
+from tood_deploy.parity.stages import OnnxRunner
 from tood_deploy.parity.tolerances import DetectionLimits
 from tood_deploy.parity.verify import verify_detections, verify_float32
 from tood_deploy.presets import Sizing
 
-HEAD, PYRAMID, BACKBONE = "detector.model.bbox_head", "detector.model.neck", "detector.model.backbone"
+HEAD, PYRAMID, BACKBONE = (
+    "detector.model.bbox_head",
+    "detector.model.neck",
+    "detector.model.backbone",
+)
 SIZES_HW = {"landscape": (128, 192), "portrait": (192, 128)}
 LIMITS = DetectionLimits(lost=0.05, added=0.05, score=0.1, iou=0.75, ap_drop=0.5)
 Sabotage = Callable[[onnx.ModelProto], None]
@@ -69,8 +78,12 @@ class Changed:
     def __init__(self, run: Any, change: Callable[[Outputs], Any]) -> None:
         self.run, self.change = run, change
 
-    def __call__(self, images: Any, valid_hw: Any, score_threshold: float, iou_threshold: float) -> Outputs:
-        outputs = [np.array(each) for each in self.run(images, valid_hw, score_threshold, iou_threshold)]
+    def __call__(
+        self, images: Any, valid_hw: Any, score_threshold: float, iou_threshold: float
+    ) -> Outputs:
+        outputs = [
+            np.array(each) for each in self.run(images, valid_hw, score_threshold, iou_threshold)
+        ]
         self.change(outputs)
         return outputs
 
@@ -93,7 +106,9 @@ def add_after(model: onnx.ModelProto, value: str, operator: str, constant: Any) 
     for position, node in enumerate(model.graph.node):
         if value in node.output:
             node.output[list(node.output).index(value)] = f"{value}_before"
-            model.graph.node.insert(position + 1, helper.make_node(operator, [f"{value}_before", name], [value]))
+            model.graph.node.insert(
+                position + 1, helper.make_node(operator, [f"{value}_before", name], [value])
+            )
             return
     raise AssertionError(value)
 
@@ -116,7 +131,11 @@ def tenfold_epsilon(model: onnx.ModelProto) -> None:
 
 
 def two_channels_swapped(model: onnx.ModelProto) -> None:
-    edit_weight(model, f"{PYRAMID}.lateral_convs.1.conv.weight", lambda weight: weight.__setitem__([3, 4], weight[[4, 3]]))
+    edit_weight(
+        model,
+        f"{PYRAMID}.lateral_convs.1.conv.weight",
+        lambda weight: weight.__setitem__([3, 4], weight[[4, 3]]),
+    )
 
 
 def half_cell_shift(model: onnx.ModelProto) -> None:
@@ -146,7 +165,9 @@ def smaller_threshold(model: onnx.ModelProto) -> None:
 
 
 class TestFloat32:
-    def test_a_sound_artefact_passes_and_says_how_near_it_is(self, reference: Reference, run: OnnxRunner) -> None:
+    def test_a_sound_artefact_passes_and_says_how_near_it_is(
+        self, reference: Reference, run: OnnxRunner
+    ) -> None:
         told: list[str] = []
         parity = verify_float32(reference, run, say=told.append)
         assert len(told) == len(SIZES_HW)
@@ -175,10 +196,14 @@ class TestFloat32:
         broken = onnx.ModelProto()
         broken.CopyFrom(graph)
         sabotage(broken)
-        with pytest.raises(CheckFailed, match=rf"not equal to its reference, PyTorch .*?: {stage}: "):
+        with pytest.raises(
+            CheckFailed, match=rf"not equal to its reference, PyTorch .*?: {stage}: "
+        ):
             verify_float32(reference, OnnxRunner(broken))
 
-    def test_a_constant_of_one_size_is_caught_at_another(self, reference: Reference, graph: onnx.ModelProto) -> None:
+    def test_a_constant_of_one_size_is_caught_at_another(
+        self, reference: Reference, graph: onnx.ModelProto
+    ) -> None:
         broken = onnx.ModelProto()
         broken.CopyFrom(graph)
         stale_constant(broken)
@@ -191,9 +216,14 @@ class TestFloat32:
 
     def test_numbers_that_are_none_are_caught(self, reference: Reference, run: OnnxRunner) -> None:
         with pytest.raises(CheckFailed, match="backbone: c4 of images"):
-            verify_float32(reference, Changed(run, lambda outputs: outputs[len(OUTPUTS) + 2].__setitem__(0, np.nan)))
+            verify_float32(
+                reference,
+                Changed(run, lambda outputs: outputs[len(OUTPUTS) + 2].__setitem__(0, np.nan)),
+            )
 
-    def test_one_slot_of_a_batch_that_differs_is_caught(self, reference: Reference, run: OnnxRunner) -> None:
+    def test_one_slot_of_a_batch_that_differs_is_caught(
+        self, reference: Reference, run: OnnxRunner
+    ) -> None:
         def later_slots(outputs: Outputs) -> None:
             if len(outputs[0]) == module.BATCH:
                 outputs[2][1:] *= np.float32(0.9)
@@ -201,24 +231,36 @@ class TestFloat32:
         with pytest.raises(CheckFailed, match="batch slots: "):
             verify_float32(reference, Changed(run, later_slots))
 
-    def test_maps_that_say_nothing_are_named_and_left_to_the_detections(self, reference: Reference, run: OnnxRunner) -> None:
+    def test_maps_that_say_nothing_are_named_and_left_to_the_detections(
+        self, reference: Reference, run: OnnxRunner
+    ) -> None:
         """At 64 x 64 a group norm of the two top levels sees two numbers."""
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(module, "SIZES_HW", {"smallest": (64, 64)})
             found = verify_float32(reference, run)
-            assert all("head" in name and name.endswith("of 64x64") for name in found["ill_conditioned"])
+            assert all(
+                "head" in name and name.endswith("of 64x64") for name in found["ill_conditioned"]
+            )
 
             def noisy(*inputs: Any) -> Conditioning:
                 noise = reference.measure(*inputs)
                 last = replace(noise.maps[-1], rms=noise.maps[-1].spread)
                 return replace(noise, maps=(*noise.maps[:-1], last))
 
-            parity = verify_float32(replace(reference, measure=noisy), Changed(run, lambda outputs: outputs[-1].__iadd__(0.1)))
+            parity = verify_float32(
+                replace(reference, measure=noisy),
+                Changed(run, lambda outputs: outputs[-1].__iadd__(0.1)),
+            )
         assert "head_boxes_p7 of 64x64" in parity["ill_conditioned"]
 
     def test_own_images_take_part(self, reference: Reference, run: OnnxRunner) -> None:
         pictures = [synthetic_picture(50, 90, 1), synthetic_picture(200, 40, 2)]
-        assert verify_float32(replace(reference, sizing=Sizing((96, 128))), run, pictures=pictures)["pictures"] == 2 * len(SIZES_HW) + 2
+        assert (
+            verify_float32(replace(reference, sizing=Sizing((96, 128))), run, pictures=pictures)[
+                "pictures"
+            ]
+            == 2 * len(SIZES_HW) + 2
+        )
 
 
 @pytest.fixture(scope="module")
@@ -232,11 +274,15 @@ def small(reference: Reference) -> Reference:
 
 
 class TestDetections:
-    def test_what_is_kept_is_counted_both_ways(self, small: Reference, run: OnnxRunner, pictures: list[np.ndarray]) -> None:
+    def test_what_is_kept_is_counted_both_ways(
+        self, small: Reference, run: OnnxRunner, pictures: list[np.ndarray]
+    ) -> None:
         parity = verify_detections(small, run, pictures, LIMITS, measure_ap=lambda: (50.0, 49.75))
         assert (parity["lost"], parity["added"], parity["pictures"]) == (0, 0, 3)
         assert parity["reference_detections"] >= module.FEWEST_DETECTIONS
-        assert abs(parity["reference_detections"] - parity["artefact_detections"]) <= 1  # whose score is the threshold, but for a rounding
+        assert (
+            abs(parity["reference_detections"] - parity["artefact_detections"]) <= 1
+        )  # whose score is the threshold, but for a rounding
         assert parity["ap"] == {"reference": 50.0, "artefact": 49.75, "drop": 0.25}
 
     @pytest.mark.parametrize(
@@ -250,21 +296,34 @@ class TestDetections:
         ],
     )
     def test_what_a_user_would_see_is_refused(
-        self, change: Callable[[Outputs], Any], message: str, small: Reference, run: OnnxRunner, pictures: list[np.ndarray]
+        self,
+        change: Callable[[Outputs], Any],
+        message: str,
+        small: Reference,
+        run: OnnxRunner,
+        pictures: list[np.ndarray],
     ) -> None:
         limits = replace(LIMITS, score=0.01)
         with pytest.raises(CheckFailed, match=message):
             verify_detections(small, Changed(run, change), pictures, limits)
 
-    def test_what_only_the_artefact_finds_is_refused(self, small: Reference, run: OnnxRunner, pictures: list[np.ndarray]) -> None:
+    def test_what_only_the_artefact_finds_is_refused(
+        self, small: Reference, run: OnnxRunner, pictures: list[np.ndarray]
+    ) -> None:
         with pytest.raises(CheckFailed, match="detections added"):
-            verify_detections(replace(small, run=Changed(run, _without_the_best)), run, pictures, LIMITS)
+            verify_detections(
+                replace(small, run=Changed(run, _without_the_best)), run, pictures, LIMITS
+            )
 
-    def test_a_drop_in_ap_is_refused(self, small: Reference, run: OnnxRunner, pictures: list[np.ndarray]) -> None:
+    def test_a_drop_in_ap_is_refused(
+        self, small: Reference, run: OnnxRunner, pictures: list[np.ndarray]
+    ) -> None:
         with pytest.raises(CheckFailed, match=r"AP drops by 1\.00 points, at most 0\.5"):
             verify_detections(small, run, pictures, LIMITS, measure_ap=lambda: (50.0, 49.0))
 
-    def test_nothing_to_see_is_an_error(self, small: Reference, run: OnnxRunner, pictures: list[np.ndarray]) -> None:
+    def test_nothing_to_see_is_an_error(
+        self, small: Reference, run: OnnxRunner, pictures: list[np.ndarray]
+    ) -> None:
         with pytest.raises(ToodError, match="--verify-images"):
             verify_detections(small, run, [], LIMITS)
         blind = Changed(run, lambda outputs: outputs[0].__imul__(0))
@@ -283,7 +342,10 @@ class TestDeviation:
         exact = np.zeros((1, 1, 2, 2))
         assert deviation_of(np.ones((1, 1, 2, 2), np.float32), exact, None) == (1, 1)
         assert deviation_of(np.ones((1, 1, 2, 1), np.float32), exact, None) == (np.inf, np.inf)
-        assert deviation_of(np.full((1, 1, 2, 2), np.nan, np.float32), exact, None) == (np.inf, np.inf)
+        assert deviation_of(np.full((1, 1, 2, 2), np.nan, np.float32), exact, None) == (
+            np.inf,
+            np.inf,
+        )
 
     def test_what_is_excluded_does_not_count(self) -> None:
         exact, values = np.zeros((1, 1, 1, 4)), np.array([[[[0, 3, 0, 0]]]], np.float32)

@@ -8,15 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+from tood_deploy.data.coco import read_annotations
 from tood_deploy.demo.scenes import SCENE_CLASSES, write_scenes
 from tood_deploy.presets import PRESETS, Preset
-from tood_deploy.training.annotations import read_annotations
-from tood_deploy.training.augment import Augment
-from tood_deploy.training.data import TrainingData
+from tood_deploy.training.config import RECIPES, Progress, Recipe, RunOptions
+from tood_deploy.training.data import Augment, TrainingData
+from tood_deploy.training.init import new_model
 from tood_deploy.training.loop import fit
-from tood_deploy.training.model_setup import new_model
-from tood_deploy.training.recipe import RECIPES, Recipe
-from tood_deploy.training.run import Progress, RunOptions
 
 Fit = Callable[..., Progress]
 
@@ -29,30 +27,61 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def small_preset() -> Preset:
-    return replace(PRESETS["tiny"], base_channels=8, channels=64, tower_stages=2, imgsz=(64, 96), class_names=SCENE_CLASSES)
+    return replace(
+        PRESETS["tiny"],
+        base_channels=8,
+        channels=64,
+        tower_stages=2,
+        imgsz=(64, 96),
+        class_names=SCENE_CLASSES,
+    )
 
 
 @pytest.fixture(scope="session")
 def short_recipe() -> Recipe:
     """Two steps of four and one of two an epoch; both kinds of assignment, both mirrors, sizes, an average."""
     recipe = RECIPES["tiny"]
-    return replace(recipe, epochs=4, batch=4, warmup_steps=5, drops=(3,), atss_epochs=2, short_sides=(48, 64), flip_vertical=0.5, ema=0.9)
+    return replace(
+        recipe,
+        epochs=4,
+        batch=4,
+        warmup_steps=5,
+        drops=(3,),
+        atss_epochs=2,
+        short_sides=(48, 64),
+        flip_vertical=0.5,
+        ema=0.9,
+    )
 
 
 @pytest.fixture
 def run_fit(scenes: Path, small_preset: Preset, short_recipe: Recipe) -> Fit:
     """A function: trains in a folder, with changes to the recipe and the options."""
 
-    def run(output: Path, recipe: Recipe | None = None, evaluate: Any = None, journal: Any = None, **options: Any) -> Progress:
+    def run(
+        output: Path,
+        recipe: Recipe | None = None,
+        evaluate: Any = None,
+        journal: Any = None,
+        **options: Any,
+    ) -> Progress:
         recipe = recipe or short_recipe
         annotations = read_annotations(scenes / "annotations.json", scenes / "pictures")
         data = TrainingData(
             annotations.for_training(),
-            Augment(small_preset.imgsz, recipe.short_sides, recipe.flip, recipe.flip_vertical, recipe.colour),
+            Augment(
+                small_preset.imgsz,
+                recipe.short_sides,
+                recipe.flip,
+                recipe.flip_vertical,
+                recipe.colour,
+            ),
             recipe.seed,
         )
         model = new_model(small_preset, recipe.seed)
-        return fit(model, data, recipe, RunOptions(output, **options), evaluate=evaluate, journal=journal)
+        return fit(
+            model, data, recipe, RunOptions(output, **options), evaluate=evaluate, journal=journal
+        )
 
     return run
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from tood_deploy.data.coco import Annotations, read_annotations
 from tood_deploy.errors import InputError
-from tood_deploy.training.annotations import Annotations, read_annotations
-from tood_deploy.training.data_report import check_pictures, report
+from tood_deploy.training.report import check_pictures, report
 
 
 @pytest.fixture
@@ -59,7 +59,9 @@ def test_class_order_can_be_chosen(scenes: Path) -> None:
         ({"id": 2}, "annotation id given twice, the first counts"),
     ],
 )
-def test_bad_annotations_are_counted(scenes: Path, coco: tuple[dict[str, Any], Path], change: dict[str, Any], problem: str) -> None:
+def test_bad_annotations_are_counted(
+    scenes: Path, coco: tuple[dict[str, Any], Path], change: dict[str, Any], problem: str
+) -> None:
     content, path = coco
     content["annotations"][0].update(change)
     found = read_changed(scenes, content, path)
@@ -84,14 +86,18 @@ def test_bad_images_are_counted(scenes: Path, coco: tuple[dict[str, Any], Path])
     assert "1 x picture missing, left out (gone.jpg)" in found.problems.lines()
 
 
-def test_pictures_without_boxes_are_not_trained_on(scenes: Path, coco: tuple[dict[str, Any], Path]) -> None:
+def test_pictures_without_boxes_are_not_trained_on(
+    scenes: Path, coco: tuple[dict[str, Any], Path]
+) -> None:
     content, path = coco
     content["annotations"] = [entry for entry in content["annotations"] if entry["image_id"] != 4]
     content["images"][5]["height"] = 20
     found = read_changed(scenes, content, path)
     assert {record.image_id for record in found.for_training()} == set(range(10)) - {4, 5}
     content["annotations"] = []
-    with pytest.raises(InputError, match="no picture can be trained on; 10 x picture without boxes"):
+    with pytest.raises(
+        InputError, match="no picture can be trained on; 10 x picture without boxes"
+    ):
         read_changed(scenes, content, path).for_training()
 
 
@@ -102,13 +108,27 @@ def test_pictures_without_boxes_are_not_trained_on(scenes: Path, coco: tuple[dic
         ("[1, 2]", "found a list; expected the lists images, annotations and categories"),
         ('{"images": [], "annotations": []}', "not a COCO file: found images, annotations"),
         ('{"images": [], "annotations": [], "categories": []}', "lists no categories"),
-        ('{"images": [], "annotations": [], "categories": [{"id": 1}]}', "a category is without 'name'"),
-        ('{"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}', "have the id 1"),
-        ('{"images": [{"id": 1}], "annotations": [], "categories": [{"id": 1, "name": "a"}]}', "an image is without 'file_name'"),
-        ('{"images": [], "annotations": [{"id": 1}], "categories": [{"id": 1, "name": "a"}]}', "annotation 0 cannot be read"),
+        (
+            '{"images": [], "annotations": [], "categories": [{"id": 1}]}',
+            "a category is without 'name'",
+        ),
+        (
+            '{"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}',
+            "have the id 1",
+        ),
+        (
+            '{"images": [{"id": 1}], "annotations": [], "categories": [{"id": 1, "name": "a"}]}',
+            "an image is without 'file_name'",
+        ),
+        (
+            '{"images": [], "annotations": [{"id": 1}], "categories": [{"id": 1, "name": "a"}]}',
+            "annotation 0 cannot be read",
+        ),
     ],
 )
-def test_what_is_not_coco_is_an_error(scenes: Path, tmp_path: Path, content: str, message: str) -> None:
+def test_what_is_not_coco_is_an_error(
+    scenes: Path, tmp_path: Path, content: str, message: str
+) -> None:
     with pytest.raises(InputError, match=message):
         read_changed(scenes, content, tmp_path / "wrong.json")
 
@@ -120,12 +140,16 @@ def test_missing_file_and_folder(scenes: Path, tmp_path: Path) -> None:
         read_annotations(scenes / "annotations.json", tmp_path / "none")
 
 
-def test_report_names_problems_and_counts(scenes: Path, coco: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
+def test_report_names_problems_and_counts(
+    scenes: Path, coco: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
     content, path = coco
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     for entry in content["images"]:
-        (pictures / entry["file_name"]).write_bytes((scenes / "pictures" / entry["file_name"]).read_bytes())
+        (pictures / entry["file_name"]).write_bytes(
+            (scenes / "pictures" / entry["file_name"]).read_bytes()
+        )
     (pictures / "00003.jpg").write_text("no picture")
     content["annotations"][0]["iscrowd"] = 1
     path.write_text(json.dumps(content))
@@ -136,7 +160,9 @@ def test_report_names_problems_and_counts(scenes: Path, coco: tuple[dict[str, An
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "1 x crowd box, left out (1)" in text
     assert "1 x picture unreadable or of another size than annotated (00003.jpg)" in text
-    counts = np.bincount(np.concatenate([record.labels for record in annotations.records]), minlength=5)
+    counts = np.bincount(
+        np.concatenate([record.labels for record in annotations.records]), minlength=5
+    )
     for name, count in zip(annotations.class_names, counts, strict=True):
         assert any(line.split()[:2] == [name, str(count)] for line in text.splitlines()), name
     assert "320 x 240" in text

@@ -11,10 +11,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from tood_deploy.data.coco import Record, read_annotations
 from tood_deploy.errors import InputError
-from tood_deploy.training.annotations import Record, read_annotations
-from tood_deploy.training.augment import Augment, mirror, mirror_vertically, recolour, scale
-from tood_deploy.training.data import Sample, TrainingData, collate, epoch_batches, load_batches, read_picture
+from tood_deploy.training.data import (
+    Augment,
+    Sample,
+    TrainingData,
+    collate,
+    epoch_batches,
+    load_batches,
+    mirror,
+    mirror_vertically,
+    read_picture,
+    recolour,
+    scale,
+)
 
 
 def white_box(height: int, width: int, box: tuple[int, int, int, int]) -> NDArray[np.uint8]:
@@ -28,11 +39,15 @@ def outline(image: NDArray[np.uint8]) -> list[int]:
     return [x.min(), y.min(), x.max() + 1, y.max() + 1]
 
 
-@given(flip=st.booleans(), vertical=st.booleans(), short=st.integers(40, 200), seed=st.integers(0, 99))
+@given(
+    flip=st.booleans(), vertical=st.booleans(), short=st.integers(40, 200), seed=st.integers(0, 99)
+)
 def test_boxes_stay_on_their_objects(flip: bool, vertical: bool, short: int, seed: int) -> None:
     box = (30, 22, 71, 60)
     augment = Augment((100, 300), (short, short), float(flip), float(vertical), colour=0.1)
-    image, boxes = augment(white_box(100, 140, box), np.array([box], np.float32), np.random.default_rng(seed))
+    image, boxes = augment(
+        white_box(100, 140, box), np.array([box], np.float32), np.random.default_rng(seed)
+    )
     assert min(image.shape[:2]) == short
     np.testing.assert_allclose(boxes[0], outline(image), atol=max(1.0, short / 100))
 
@@ -48,7 +63,9 @@ def test_mirrors_are_exact_and_undo_themselves() -> None:
 
 
 def test_scaling_uses_a_factor_for_each_direction() -> None:
-    image, boxes = scale(np.zeros((427, 640, 3), np.uint8), np.array([[0, 0, 640, 427]], np.float32), (320, 320))
+    image, boxes = scale(
+        np.zeros((427, 640, 3), np.uint8), np.array([[0, 0, 640, 427]], np.float32), (320, 320)
+    )
     assert image.shape == (214, 320, 3)
     np.testing.assert_allclose(boxes, [[0, 0, 320, 214]])
 
@@ -60,11 +77,21 @@ def test_no_colour_changes_nothing() -> None:
 
 
 def records(shapes: list[tuple[int, int]]) -> list[Record]:
-    return [Record(i, Path(f"{i}.jpg"), shape, np.zeros((1, 4), np.float32), np.zeros(1, np.int64)) for i, shape in enumerate(shapes)]
+    return [
+        Record(i, Path(f"{i}.jpg"), shape, np.zeros((1, 4), np.float32), np.zeros(1, np.int64))
+        for i, shape in enumerate(shapes)
+    ]
 
 
-@given(count=st.integers(1, 40), batch=st.integers(1, 9), by_aspect=st.booleans(), epoch=st.integers(0, 3))
-def test_every_picture_comes_once_an_epoch(count: int, batch: int, by_aspect: bool, epoch: int) -> None:
+@given(
+    count=st.integers(1, 40),
+    batch=st.integers(1, 9),
+    by_aspect=st.booleans(),
+    epoch=st.integers(0, 3),
+)
+def test_every_picture_comes_once_an_epoch(
+    count: int, batch: int, by_aspect: bool, epoch: int
+) -> None:
     data = records([(10, 20) if i % 3 else (20, 10) for i in range(count)])
     batches = epoch_batches(data, batch, seed=5, epoch=epoch, by_aspect=by_aspect)
     assert Counter(index for step in batches for index in step) == Counter(range(count))
@@ -74,7 +101,11 @@ def test_every_picture_comes_once_an_epoch(count: int, batch: int, by_aspect: bo
 
 def test_orders_differ_between_epochs_and_seeds() -> None:
     data = records([(10, 20)] * 30)
-    orders = {str(epoch_batches(data, 4, seed=seed, epoch=epoch, by_aspect=False)) for seed in (0, 1) for epoch in (0, 1)}
+    orders = {
+        str(epoch_batches(data, 4, seed=seed, epoch=epoch, by_aspect=False))
+        for seed in (0, 1)
+        for epoch in (0, 1)
+    }
     assert len(orders) == 4
 
 
@@ -86,7 +117,9 @@ def test_batches_hold_one_kind_of_aspect_but_for_the_last() -> None:
 
 @pytest.mark.parametrize("count", [1, 3, 5])
 def test_a_step_has_a_picture_for_every_worker(count: int) -> None:
-    batches = epoch_batches(records([(10, 20)] * count), 4, seed=0, epoch=0, by_aspect=True, at_least=4)
+    batches = epoch_batches(
+        records([(10, 20)] * count), 4, seed=0, epoch=0, by_aspect=True, at_least=4
+    )
     assert [len(step) for step in batches] == [4] * len(batches)
     assert set(range(count)) == {index for step in batches for index in step}
 
@@ -94,7 +127,13 @@ def test_a_step_has_a_picture_for_every_worker(count: int) -> None:
 def test_collate_pads_to_multiples_of_32() -> None:
     samples = [
         Sample(np.full((40, 33, 3), 7, np.uint8), np.ones((2, 4), np.float32), np.array([0, 1]), 5),
-        Sample(np.full((20, 64, 3), 9, np.uint8), np.zeros((0, 4), np.float32), np.zeros(0, np.int64), 6, ("bad.jpg",)),
+        Sample(
+            np.full((20, 64, 3), 9, np.uint8),
+            np.zeros((0, 4), np.float32),
+            np.zeros(0, np.int64),
+            6,
+            ("bad.jpg",),
+        ),
     ]
     batch = collate(samples)
     assert batch.images.shape == (2, 64, 64, 3)
@@ -109,7 +148,9 @@ def test_worker_processes_change_nothing(scenes: Path) -> None:
     annotations = read_annotations(scenes / "annotations.json", scenes / "pictures")
     data = TrainingData(annotations.records, Augment((64, 96), (48, 64), 0.5, 0.5, 0.2), seed=1)
     steps = epoch_batches(data.records, 4, seed=1, epoch=2, by_aspect=True)
-    alone, shared_out = ([batch.images for batch in load_batches(data, steps, 2, workers)] for workers in (0, 2))
+    alone, shared_out = (
+        [batch.images for batch in load_batches(data, steps, 2, workers)] for workers in (0, 2)
+    )
     assert len(alone) == 3
     for first, second in zip(alone, shared_out, strict=True):
         assert torch.equal(first, second)
@@ -121,7 +162,12 @@ def test_an_unreadable_picture_is_replaced_by_the_next(tmp_path: Path) -> None:
     paths[0].write_bytes(b"\xff\xd8 cut")
     cv2.imwrite(str(paths[1]), np.full((10, 12, 3), 50, np.uint8))
     data = TrainingData(
-        [Record(r.image_id, path, r.size_hw, r.boxes, r.labels) for r, path in zip(good, paths, strict=True)], Augment((32, 40)), seed=0
+        [
+            Record(r.image_id, path, r.size_hw, r.boxes, r.labels)
+            for r, path in zip(good, paths, strict=True)
+        ],
+        Augment((32, 40)),
+        seed=0,
     )
     sample = data[0, 0]
     assert sample.image_id == 1

@@ -14,9 +14,16 @@ import torch
 from tood_deploy.errors import DeviceError
 from tood_deploy.presets import Preset
 from tood_deploy.training.checkpoints import read_training_state
-from tood_deploy.training.distributed import any_rank, gather_objects, mean_over_ranks, process_group, rank, world_size
-from tood_deploy.training.journal import read_log
-from tood_deploy.training.recipe import Recipe
+from tood_deploy.training.config import Recipe
+from tood_deploy.training.distributed import (
+    any_rank,
+    gather_objects,
+    mean_over_ranks,
+    process_group,
+    rank,
+    world_size,
+)
+from tood_deploy.training.logger import read_log
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO_WEIGHTS = ROOT / "tood_deploy" / "weights" / "tiny-demo.safetensors"
@@ -28,16 +35,16 @@ import torch
 torch.set_num_threads(1)
 from tood_deploy.model import load_checkpoint
 from tood_deploy.presets import Preset
-from tood_deploy.training.annotations import read_annotations
-from tood_deploy.training.augment import Augment
+from tood_deploy.data.coco import read_annotations
+from tood_deploy.training.data import Augment
 from tood_deploy.training.data import TrainingData
 from tood_deploy.training.distributed import process_group, rank
 from tood_deploy.training.evaluate import CocoEvaluator
-from tood_deploy.training.journal import Journal
+from tood_deploy.training.logger import Journal
 from tood_deploy.training.loop import fit
-from tood_deploy.training.run import RunOptions
-from tood_deploy.training.model_setup import new_model
-from tood_deploy.training.recipe import Recipe
+from tood_deploy.training.config import RunOptions
+from tood_deploy.training.init import new_model
+from tood_deploy.training.config import Recipe
 preset, recipe, scenes, output, weights = (json.loads(text) for text in sys.argv[1:])
 preset, recipe, scenes, output = Preset.from_dict(preset), Recipe.from_dict(recipe), Path(scenes), Path(output)
 with process_group("cpu") as device:
@@ -57,18 +64,35 @@ def train(workers: int, output: Path, preset: Preset, recipe: Recipe, scenes: Pa
         port = free.getsockname()[1]
     values = (preset.to_dict(), recipe.to_dict(), str(scenes), str(output), str(DEMO_WEIGHTS))
     command = [sys.executable, "-c", WORKER, *(json.dumps(value) for value in values)]
-    common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(workers), "PYTHONPATH": str(ROOT)}
-    started = [subprocess.Popen(command, env=common | {"RANK": str(i), "LOCAL_RANK": str(i)}) for i in range(workers)]
+    common = os.environ | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(workers),
+        "PYTHONPATH": str(ROOT),
+    }
+    started = [
+        subprocess.Popen(command, env=common | {"RANK": str(i), "LOCAL_RANK": str(i)})
+        for i in range(workers)
+    ]
     assert [process.wait(timeout=240) for process in started] == [0] * workers
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_two_workers_learn_as_one(scenes: Path, small_preset: Preset, short_recipe: Recipe, tmp_path: Path, accumulate: int) -> None:
+def test_two_workers_learn_as_one(
+    scenes: Path, small_preset: Preset, short_recipe: Recipe, tmp_path: Path, accumulate: int
+) -> None:
     # One size of pictures and fixed statistics: what a worker sees of its own half alone cannot matter.
     batch = 4 * accumulate
     recipe = replace(
-        short_recipe, epochs=3, batch=batch, freeze_norm=True, short_sides=None, accumulate=accumulate, optimiser="sgd", lr=1e-3
+        short_recipe,
+        epochs=3,
+        batch=batch,
+        freeze_norm=True,
+        short_sides=None,
+        accumulate=accumulate,
+        optimiser="sgd",
+        lr=1e-3,
     )
     for workers in (1, 2):
         train(workers, tmp_path / str(workers), small_preset, recipe, scenes)
@@ -78,7 +102,10 @@ def test_two_workers_learn_as_one(scenes: Path, small_preset: Preset, short_reci
         for first, second in zip(one, two, strict=True):
             for name in ("cls", "box", "grad_norm"):
                 assert second[name] == pytest.approx(first[name], rel=1e-5), (first["step"], name)
-        weights = [read_training_state(tmp_path / str(workers) / "last.pth")["state_dict"] for workers in (1, 2)]
+        weights = [
+            read_training_state(tmp_path / str(workers) / "last.pth")["state_dict"]
+            for workers in (1, 2)
+        ]
         for key, value in weights[0].items():
             torch.testing.assert_close(weights[1][key], value, rtol=1e-5, atol=1e-6, msg=key)
     assert sorted(path.name for path in (tmp_path / "2").glob("*.*")) == [
@@ -89,7 +116,8 @@ def test_two_workers_learn_as_one(scenes: Path, small_preset: Preset, short_reci
         "model.safetensors",
     ]
     alone, main, other = (
-        json.loads((tmp_path / path).read_text()) for path in ("1/evaluation0.json", "2/evaluation0.json", "2/evaluation1.json")
+        json.loads((tmp_path / path).read_text())
+        for path in ("1/evaluation0.json", "2/evaluation0.json", "2/evaluation1.json")
     )
     assert alone["AP"] > 0.6
     assert main == alone
@@ -108,5 +136,8 @@ def test_one_process_is_a_group_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_an_error() -> None:
-    with pytest.raises(DeviceError, match=r"worker 0 of this machine wants a GPU, .* sees 0"), process_group("cuda"):
+    with (
+        pytest.raises(DeviceError, match=r"worker 0 of this machine wants a GPU, .* sees 0"),
+        process_group("cuda"),
+    ):
         pass

@@ -9,21 +9,22 @@ import cv2
 import numpy as np
 import pytest
 
+from tood_deploy.data.coco import read_annotations
 from tood_deploy.model import load_checkpoint
 from tood_deploy.presets import Preset
-from tood_deploy.training.annotations import read_annotations
+from tood_deploy.training.config import Progress, Recipe
 from tood_deploy.training.evaluate import CocoEvaluator
-from tood_deploy.training.journal import Journal, read_log
-from tood_deploy.training.model_setup import new_model
-from tood_deploy.training.recipe import Recipe
-from tood_deploy.training.run import Progress
-from tood_deploy.training.session import finish_report
+from tood_deploy.training.init import new_model
+from tood_deploy.training.logger import Journal, read_log
+from tood_deploy.training.train import finish_report
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "tood_deploy" / "weights" / "tiny-demo.safetensors"
 
 
 def test_trained_weights_find_what_is_there(scenes: Path) -> None:
-    evaluator = CocoEvaluator(read_annotations(scenes / "annotations.json", scenes / "pictures"), batch=4)
+    evaluator = CocoEvaluator(
+        read_annotations(scenes / "annotations.json", scenes / "pictures"), batch=4
+    )
     found = evaluator(load_checkpoint(WEIGHTS))
     assert evaluator.latest is found
     assert found.metrics["AP"] > 0.6
@@ -37,14 +38,25 @@ def test_trained_weights_find_what_is_there(scenes: Path) -> None:
 
 def test_category_ids_of_any_kind_and_bare_annotations(scenes: Path, tmp_path: Path) -> None:
     content = json.loads((scenes / "annotations.json").read_text())
-    plain = CocoEvaluator(read_annotations(scenes / "annotations.json", scenes / "pictures"))(load_checkpoint(WEIGHTS))
-    content["categories"] = [entry | {"id": entry["id"] * 7} for entry in content["categories"]][::-1]
+    plain = CocoEvaluator(read_annotations(scenes / "annotations.json", scenes / "pictures"))(
+        load_checkpoint(WEIGHTS)
+    )
+    content["categories"] = [entry | {"id": entry["id"] * 7} for entry in content["categories"]][
+        ::-1
+    ]
     content["annotations"] = [
-        {"image_id": entry["image_id"], "category_id": entry["category_id"] * 7, "bbox": entry["bbox"]} for entry in content["annotations"]
+        {
+            "image_id": entry["image_id"],
+            "category_id": entry["category_id"] * 7,
+            "bbox": entry["bbox"],
+        }
+        for entry in content["annotations"]
     ]
     (tmp_path / "odd.json").write_text(json.dumps(content))
     names = ("disc", "square", "triangle", "star", "ring")
-    odd = CocoEvaluator(read_annotations(tmp_path / "odd.json", scenes / "pictures", names))(load_checkpoint(WEIGHTS))
+    odd = CocoEvaluator(read_annotations(tmp_path / "odd.json", scenes / "pictures", names))(
+        load_checkpoint(WEIGHTS)
+    )
     assert odd.metrics == plain.metrics
 
 
@@ -54,8 +66,12 @@ def test_an_unreadable_picture_counts_as_missed(scenes: Path, tmp_path: Path) ->
     for path in (scenes / "pictures").iterdir():
         (pictures / path.name).write_bytes(path.read_bytes())
     (pictures / "00002.jpg").write_bytes(b"cut")
-    found = CocoEvaluator(read_annotations(scenes / "annotations.json", pictures))(load_checkpoint(WEIGHTS))
-    whole = CocoEvaluator(read_annotations(scenes / "annotations.json", scenes / "pictures"))(load_checkpoint(WEIGHTS))
+    found = CocoEvaluator(read_annotations(scenes / "annotations.json", pictures))(
+        load_checkpoint(WEIGHTS)
+    )
+    whole = CocoEvaluator(read_annotations(scenes / "annotations.json", scenes / "pictures"))(
+        load_checkpoint(WEIGHTS)
+    )
     assert found.unreadable == ("00002.jpg",)
     assert found.metrics["AP"] < whole.metrics["AP"]
 
@@ -71,20 +87,32 @@ def test_a_network_that_finds_nothing(scenes: Path, small_preset: Preset) -> Non
 def test_report_and_plots(scenes: Path, small_preset: Preset, tmp_path: Path) -> None:
     evaluator = CocoEvaluator(read_annotations(scenes / "annotations.json", scenes / "pictures"))
     found = evaluator(load_checkpoint(WEIGHTS))
-    history = [{"epoch": float(i + 1), "cls": 1.0 / (i + 1), "box": 0.5, **found.metrics, "AP": 0.1 * i} for i in range(3)]
-    text = finish_report(tmp_path, small_preset, Recipe(epochs=3, drops=()), Progress(9, history, 0.2), found)
+    history = [
+        {"epoch": float(i + 1), "cls": 1.0 / (i + 1), "box": 0.5, **found.metrics, "AP": 0.1 * i}
+        for i in range(3)
+    ]
+    text = finish_report(
+        tmp_path, small_preset, Recipe(epochs=3, drops=()), Progress(9, history, 0.2), found
+    )
     assert "AP of the best (epoch 3): AP 0.200" in text
     assert "by class: disc" in text
-    assert text.splitlines()[-1] == f"next: tood-export {tmp_path}/model.safetensors --output {tmp_path}/model.onnx"
+    assert (
+        text.splitlines()[-1]
+        == f"next: tood-export {tmp_path}/model.safetensors --output {tmp_path}/model.onnx"
+    )
     for name in ("learning.png", "precision_recall.png"):
         picture = cv2.imread(str(tmp_path / name))
         assert picture is not None
         assert len(np.unique(picture)) > 50
-    assert finish_report(tmp_path, small_preset, Recipe(), Progress(9, history, 0.2), found).endswith("go on with --resume")
+    assert finish_report(
+        tmp_path, small_preset, Recipe(), Progress(9, history, 0.2), found
+    ).endswith("go on with --resume")
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_journal_writes_tensorboard_and_json_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_journal_writes_tensorboard_and_json_lines(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     values = {"step": 2, "cls": 1.0, "box": 2.0, "lr": 0.1, "images_per_s": 3.0}
     with Journal(tmp_path, every=2) as journal:
@@ -100,15 +128,22 @@ def test_journal_writes_tensorboard_and_json_lines(tmp_path: Path, capsys: pytes
     assert events.Tags()["images"] == ["validation/0"]
 
 
-def test_journal_without_tensorboard_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_journal_without_tensorboard_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
     with Journal(tmp_path) as journal:
         journal.write("step", {"step": 1})
-    assert re.search(r"no files for TensorBoard are written: the package tensorboard .*\[train\]", capsys.readouterr().err)
+    assert re.search(
+        r"no files for TensorBoard are written: the package tensorboard .*\[train\]",
+        capsys.readouterr().err,
+    )
     assert read_log(tmp_path, "step")[0]["step"] == 1
 
 
-def test_a_silent_journal_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_silent_journal_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with Journal(None) as journal:
         journal.say("hello")
         journal.write("step", SimpleNamespace(step=1).__dict__)

@@ -16,11 +16,15 @@ SIZES = ((8, 8), (4, 4), (2, 2), (1, 1), (1, 1))
 def maps(batch: int = 2, classes: int = 80, seed: int = 0) -> HeadOutput:
     """Scores and boxes of two images of 64 x 64; every box reaches two cells to each side."""
     torch.manual_seed(seed)
-    scores = [torch.rand(batch, classes, *size).mul(0.9).add(0.05).requires_grad_() for size in SIZES]
+    scores = [
+        torch.rand(batch, classes, *size).mul(0.9).add(0.05).requires_grad_() for size in SIZES
+    ]
     boxes = []
     for height, width in SIZES:
         y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-        points = torch.stack((x, y, x, y)).float() + torch.tensor([-2.0, -2.0, 2.0, 2.0])[:, None, None]
+        points = (
+            torch.stack((x, y, x, y)).float() + torch.tensor([-2.0, -2.0, 2.0, 2.0])[:, None, None]
+        )
         boxes.append((points + 0.3 * torch.rand(batch, 4, height, width)).requires_grad_())
     return HeadOutput(scores, boxes)
 
@@ -84,7 +88,9 @@ def test_a_nan_score_makes_the_loss_nan() -> None:
 
 @pytest.mark.parametrize("label", [-1, 80])
 def test_labels_out_of_range_are_refused(label: int) -> None:
-    with pytest.raises(ToodError, match=rf"image 1: labels \[{label}\]; expected class numbers from 0 to 79"):
+    with pytest.raises(
+        ToodError, match=rf"image 1: labels \[{label}\]; expected class numbers from 0 to 79"
+    ):
         ToodLoss("r50-1x")(maps(), [one_box(), one_box(label)], 4)
 
 
@@ -99,7 +105,10 @@ def test_mis_shaped_targets_are_refused() -> None:
 
 
 def test_centerness() -> None:
-    points, boxes = torch.tensor([[5.0, 5.0], [1.0, 5.0], [0.0, 5.0]]), torch.tensor([[0.0, 0.0, 10.0, 10.0]]).repeat(3, 1)
+    points, boxes = (
+        torch.tensor([[5.0, 5.0], [1.0, 5.0], [0.0, 5.0]]),
+        torch.tensor([[0.0, 0.0, 10.0, 10.0]]).repeat(3, 1),
+    )
     torch.testing.assert_close(centerness(points, boxes), torch.tensor([1.0, (1 / 9) ** 0.5, 0.0]))
 
 

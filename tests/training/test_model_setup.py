@@ -11,19 +11,24 @@ from torch import nn
 from tood_deploy.errors import CheckpointError, DownloadError
 from tood_deploy.model import build_model, save_checkpoint
 from tood_deploy.presets import PRESETS, Preset
-from tood_deploy.training.average import WeightAverage
-from tood_deploy.training.model_setup import freeze, load_backbone, load_pretrained, new_model
+from tood_deploy.training.init import freeze, load_backbone, load_pretrained, new_model
+from tood_deploy.training.learner import WeightAverage
 
 
 def test_seed_decides_the_weights(small_preset: Preset) -> None:
-    first, again, other = (new_model(small_preset, seed).backbone.conv1.weight for seed in (1, 1, 2))
+    first, again, other = (
+        new_model(small_preset, seed).backbone.conv1.weight for seed in (1, 1, 2)
+    )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
 
 def test_backbone_in_torchvision_names(small_preset: Preset, tmp_path: Path) -> None:
     source = new_model(small_preset, 1)
-    state = source.backbone.state_dict() | {"fc.weight": torch.zeros(10, 4), "fc.bias": torch.zeros(10)}
+    state = source.backbone.state_dict() | {
+        "fc.weight": torch.zeros(10, 4),
+        "fc.bias": torch.zeros(10),
+    }
     torch.save(state, tmp_path / "resnet.pth")
     model = new_model(small_preset, 2)
     assert "tensors of" in load_backbone(model, str(tmp_path / "resnet.pth"))
@@ -51,15 +56,22 @@ def test_a_plain_backbone_fits_a_deformable_one(small_preset: Preset, tmp_path: 
 
 def test_another_backbone_is_refused(small_preset: Preset, tmp_path: Path) -> None:
     torch.save(new_model(small_preset, 1).backbone.state_dict(), tmp_path / "resnet18.pth")
-    with pytest.raises(CheckpointError, match=r"not the weights of a ResNet of depth 50 .* keys missing \(.* of another shape"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"not the weights of a ResNet of depth 50 .* keys missing \(.* of another shape",
+    ):
         load_backbone(new_model(replace(small_preset, depth=50), 0), str(tmp_path / "resnet18.pth"))
     with pytest.raises(CheckpointError, match="no ImageNet backbone is known for depth 18"):
         load_backbone(new_model(small_preset, 0), None)
 
 
-def test_an_unreachable_url_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_url_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TOOD_HOME", str(tmp_path))
-    with pytest.raises(DownloadError, match="or give --backbone-weights FILE, --checkpoint or --from-scratch"):
+    with pytest.raises(
+        DownloadError, match="or give --backbone-weights FILE, --checkpoint or --from-scratch"
+    ):
         load_backbone(build_model("tiny"), "http://127.0.0.1:9/resnet.pth")
 
 
@@ -79,7 +91,9 @@ def test_fine_tuning_with_other_classes(small_preset: Preset, tmp_path: Path) ->
 def test_fine_tuning_with_the_same_classes(small_preset: Preset, tmp_path: Path) -> None:
     source, model = new_model(small_preset, 1), new_model(small_preset, 2)
     save_checkpoint(source, tmp_path / "source.safetensors")
-    assert load_pretrained(model, str(tmp_path / "source.safetensors")).startswith("all weights from")
+    assert load_pretrained(model, str(tmp_path / "source.safetensors")).startswith(
+        "all weights from"
+    )
     assert torch.equal(model.bbox_head.tood_cls.weight, source.bbox_head.tood_cls.weight)
 
 
@@ -88,11 +102,24 @@ def test_fine_tuning_from_another_network_is_refused(small_preset: Preset, tmp_p
     with pytest.raises(CheckpointError, match="does not fit the preset"):
         load_pretrained(build_model("tiny"), str(tmp_path / "source.safetensors"))
     with pytest.raises(CheckpointError, match="anchor-free, the preset tiny is anchor-based"):
-        load_pretrained(new_model(replace(small_preset, anchor="based"), 0), str(tmp_path / "source.safetensors"))
+        load_pretrained(
+            new_model(replace(small_preset, anchor="based"), 0),
+            str(tmp_path / "source.safetensors"),
+        )
 
 
-@pytest.mark.parametrize("fields", [{"norm_groups": 16}, {"channel_order": "bgr"}, {"anchor_offset": 0.5}, {"std": (1.0, 1.0, 1.0)}])
-def test_fine_tuning_from_other_settings_is_refused_by_name(fields: dict[str, Any], small_preset: Preset, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"norm_groups": 16},
+        {"channel_order": "bgr"},
+        {"anchor_offset": 0.5},
+        {"std": (1.0, 1.0, 1.0)},
+    ],
+)
+def test_fine_tuning_from_other_settings_is_refused_by_name(
+    fields: dict[str, Any], small_preset: Preset, tmp_path: Path
+) -> None:
     save_checkpoint(new_model(replace(small_preset, **fields), 1), tmp_path / "source.safetensors")
     with pytest.raises(CheckpointError, match=f"trained with {next(iter(fields))} = "):
         load_pretrained(new_model(small_preset, 0), str(tmp_path / "source.safetensors"))
@@ -112,7 +139,9 @@ def test_frozen_stages_as_published() -> None:
     with torch.device("meta"):
         model = build_model(PRESETS["r50-1x"])
     freeze(model, stages=1, norm=True)
-    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 31_975_150  # reference/SPEC.md section 1
+    assert (
+        sum(p.numel() for p in model.parameters() if p.requires_grad) == 31_975_150
+    )  # reference/SPEC.md section 1
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     assert not any(module.training for module in norms)
     assert model.backbone.get_parameter("layer2.0.bn1.weight").requires_grad

@@ -8,27 +8,46 @@ import torch
 
 from tood_deploy.errors import ToodError
 from tood_deploy.presets import PRESETS
-from tood_deploy.training.recipe import RECIPES, Recipe
-from tood_deploy.training.schedule import learning_rate, make_optimiser, set_learning_rate
-from tood_deploy.training.session import choose_recipe
+from tood_deploy.training.config import RECIPES, Recipe
+from tood_deploy.training.learner import learning_rate, make_optimiser, set_learning_rate
+from tood_deploy.training.train import choose_recipe
 
 
 def test_every_preset_has_a_recipe() -> None:
     assert list(RECIPES) == list(PRESETS)
 
 
-@pytest.mark.parametrize(("name", "epochs", "drops", "sides"), [("r50-1x", 12, (8, 11), None), ("x101-dcn-2x", 24, (16, 22), (480, 800))])
-def test_published_recipes(name: str, epochs: int, drops: tuple[int, ...], sides: tuple[int, int] | None) -> None:
+@pytest.mark.parametrize(
+    ("name", "epochs", "drops", "sides"),
+    [("r50-1x", 12, (8, 11), None), ("x101-dcn-2x", 24, (16, 22), (480, 800))],
+)
+def test_published_recipes(
+    name: str, epochs: int, drops: tuple[int, ...], sides: tuple[int, int] | None
+) -> None:
     recipe = RECIPES[name]
     assert (recipe.epochs, recipe.drops, recipe.short_sides) == (epochs, drops, sides)
-    assert (recipe.lr, recipe.batch, recipe.momentum, recipe.weight_decay, recipe.warmup_steps) == (0.01, 16, 0.9, 1e-4, 500)
-    assert (recipe.clip, recipe.ema, recipe.precision, recipe.frozen_stages, recipe.freeze_norm) == (None, None, "fp32", 1, True)
+    assert (recipe.lr, recipe.batch, recipe.momentum, recipe.weight_decay, recipe.warmup_steps) == (
+        0.01,
+        16,
+        0.9,
+        1e-4,
+        500,
+    )
+    assert (
+        recipe.clip,
+        recipe.ema,
+        recipe.precision,
+        recipe.frozen_stages,
+        recipe.freeze_norm,
+    ) == (None, None, "fp32", 1, True)
 
 
 def test_batch_scales_the_rate_and_says_so() -> None:
     recipe, notes = choose_recipe("r50-1x", {"batch": 64})
     assert recipe.lr == pytest.approx(0.04)
-    assert notes == ["the learning rate is 0.04, scaled with the batch: 0.01 is for 16 pictures a step"]
+    assert notes == [
+        "the learning rate is 0.04, scaled with the batch: 0.01 is for 16 pictures a step"
+    ]
     recipe, notes = choose_recipe("r50-1x", {"batch": 64, "lr": 0.02})
     assert (recipe.lr, notes) == (0.02, [])
 
@@ -61,7 +80,10 @@ def test_wrong_values_are_refused(change: dict[str, Any], message: str) -> None:
 
 def test_recipe_survives_json() -> None:
     recipe = replace(Recipe(), short_sides=(480, 800), ema=0.99)
-    values = {key: list(value) if isinstance(value, tuple) else value for key, value in recipe.to_dict().items()}
+    values = {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in recipe.to_dict().items()
+    }
     assert Recipe.from_dict(values) == recipe
 
 
@@ -74,14 +96,20 @@ def test_steps_of_the_learning_rate() -> None:
     assert rates[8 * steps - 1] == pytest.approx(0.01)
     assert rates[8 * steps] == pytest.approx(1e-3)
     assert rates[11 * steps] == pytest.approx(1e-4)
-    cosine = [learning_rate(replace(recipe, schedule="cosine", warmup_steps=0), step, steps) for step in range(12 * steps)]
+    cosine = [
+        learning_rate(replace(recipe, schedule="cosine", warmup_steps=0), step, steps)
+        for step in range(12 * steps)
+    ]
     assert cosine == sorted(cosine, reverse=True)
     assert cosine[6 * steps] == pytest.approx(0.005)
     assert cosine[-1] < 1e-8
 
 
 def test_frozen_parameters_stay_out_of_the_optimiser() -> None:
-    parameters = [torch.nn.Parameter(torch.ones(1)), torch.nn.Parameter(torch.ones(1), requires_grad=False)]
+    parameters = [
+        torch.nn.Parameter(torch.ones(1)),
+        torch.nn.Parameter(torch.ones(1), requires_grad=False),
+    ]
     for recipe, kind in ((Recipe(), torch.optim.SGD), (RECIPES["tiny"], torch.optim.AdamW)):
         optimiser = make_optimiser(parameters, recipe)
         assert isinstance(optimiser, kind)

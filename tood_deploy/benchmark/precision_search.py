@@ -5,30 +5,270 @@ Puts together what others do: one calibration, mixed graphs, their latency in th
 
 from __future__ import annotations
 
+import statistics
+import tempfile
+import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 
-from tood_deploy.benchmark.precision_latency import LatencyBench, Opener
-from tood_deploy.errors import ToodError
-from tood_deploy.export.onnx_artefact import OnnxArtefact
-from tood_deploy.export.precision.autotune import Hands, Mixture, Tuned, autotune
-from tood_deploy.export.precision.calibration import Calibration, calibrate
-from tood_deploy.export.precision.emulation import emulate_low_precision
-from tood_deploy.export.precision.int8 import Int8Options, prepare_pictures
-from tood_deploy.export.precision.lowering import Lowered, QualityOf
-from tood_deploy.export.precision.mismatch import DetectionMismatch
-from tood_deploy.export.precision.mixed_precision import DATA_TYPES, LowPrecision
-from tood_deploy.export.precision.mixture import mix_precisions, network_parts
-from tood_deploy.export.precision.quantizable import all_layers
-from tood_deploy.export.precision.quantize import calibrated_values, quantize
-from tood_deploy.export.precision.sensitivity import Prepared
-from tood_deploy.export.progress import progress_bar
+from tood_deploy.benchmark.evaluation.coco_metrics import evaluate
+from tood_deploy.benchmark.evaluation.evaluate import DataSet
+from tood_deploy.benchmark.evaluation.predict import Key, PredictionFile, predict
+from tood_deploy.benchmark.latency.worker import warm_up
+from tood_deploy.data.coco import map_categories
+from tood_deploy.engines import Engine, open_engine
+from tood_deploy.errors import ArtefactError, InputError, ToodError
+from tood_deploy.export.config import EngineOptions, Profiles
+from tood_deploy.export.precision.calibrate import Calibration, calibrate
+from tood_deploy.export.precision.convert import Int8Options, Lowered, QualityOf, prepare_pictures
+from tood_deploy.export.precision.half import DATA_TYPES, LowPrecision, emulate_low_precision
+from tood_deploy.export.precision.quantize import all_layers, calibrated_values, quantize
+from tood_deploy.export.precision.search import Hands, Mixture, Tuned, autotune
+from tood_deploy.export.precision.sensitivity import (
+    DetectionMismatch,
+    Prepared,
+    mix_precisions,
+    network_parts,
+)
+from tood_deploy.export.tensorrt.to_tensorrt import engine_from_onnx
+from tood_deploy.inference.detector import Detector
 from tood_deploy.manifest import METADATA_KEY
+from tood_deploy.onnx_file import OnnxArtefact
+from tood_deploy.reporter import progress_bar
+
+SCORE_THRESHOLD, IOU_THRESHOLD = 0.05, 0.6
+
+
+class ApDrop:
+    """Points of AP that graphs lose against a float32 one; ONNX Runtime on the CPU runs both, half precision emulated."""
+
+    def __init__(self, data: DataSet, reference: OnnxArtefact, *, quiet: bool = True) -> None:
+        """Pairs classes and categories; runs nothing yet.
+
+        Args:
+            data: annotations with their pictures.
+            reference: the float32 artefact.
+            quiet: say nothing of how far a measurement is.
+
+        Raises:
+            ToodError: the classes are not the categories of the annotations.
+        """
+        self.category_ids = map_categories(reference.manifest.preset.class_names, data.truth)
+        self.data, self.reference, self.quiet = data, reference, quiet
+
+    @property
+    def reference_ap(self) -> float:
+        """AP of the float32 graph in points, 0 to 100; measured once.
+
+        Raises:
+            InputError: it is 0, so that nothing could be lost; or pictures cannot be read.
+        """
+        if (ap := self._measured_ap) <= 0:
+            raise InputError(
+                f"{self.data.truth.path}: the float32 network has no AP on its {len(self.data.files)} pictures, so none can be lost; "
+                "give annotated pictures of what is to be found"
+            )
+        return ap
+
+    @cached_property
+    def _measured_ap(self) -> float:
+        return self._ap(self.reference.model)
+
+    def __call__(self, model: onnx.ModelProto) -> float:
+        """Points of AP, 0 to 100, that a graph made from the reference loses; below 0 where it gains. NaN among its outputs loses all."""
+        expected = self.reference_ap
+        try:
+            return expected - self._ap(model)
+        except _NotNumbersError:
+            return expected
+
+    def file_ap(self, path: Path, **engine_options: Any) -> float:
+        """Measure the AP of an artefact in points, 0 to 100, in the runtime that its file belongs to."""
+        with tempfile.TemporaryDirectory(prefix="tood-") as folder:
+            kept = PredictionFile(Path(folder) / "predictions.jsonl", Key({}))
+            with Detector(
+                path, conf=SCORE_THRESHOLD, iou=IOU_THRESHOLD, self_test=False, **engine_options
+            ) as detector:
+                self._predict(detector, kept)
+            return 100 * evaluate(self.data.truth, kept.results(self.category_ids)).numbers["AP"]
+
+    def _ap(self, model: onnx.ModelProto) -> float:
+        with tempfile.TemporaryDirectory(prefix="tood-") as folder:
+            path = Path(folder) / "graph.onnx"
+            onnx.save(emulate_low_precision(model), path)
+            return self.file_ap(path)
+
+    def _predict(self, detector: Detector, kept: PredictionFile) -> None:
+        try:
+            with progress_bar("measuring AP", self.quiet) as progress:
+                predict(
+                    detector,
+                    self.data.truth,
+                    self.data.files,
+                    kept,
+                    1,
+                    quiet=True,
+                    progress=progress,
+                )
+        except ArtefactError as error:  # which this raises for nothing else
+            raise _NotNumbersError(str(error)) from error
+
+
+class _NotNumbersError(ArtefactError):
+    """The graph gave values that are not numbers."""
+
+
+Target = Literal["onnx", "openvino", "engine"]
+Open = Callable[[Path, tuple[int, int]], Engine]
+
+ROUNDS = 9
+TURN_S = 0.15
+WARM_UP_S = 3.0
+
+
+@dataclass(frozen=True)
+class Opener:
+    """Opens an .onnx file in the runtime of a target.
+
+    Attributes:
+        target: ONNX Runtime or OpenVINO on the CPU, or TensorRT on the GPU, which builds an engine first.
+        options, flavour: of that engine.
+    """
+
+    target: Target
+    options: EngineOptions = field(default_factory=EngineOptions)
+    flavour: str | None = None
+
+    def check(self) -> None:
+        """Raises DeviceError where the runtime or its device is not there."""
+        if self.target == "engine":
+            from tood_deploy.engines.tensorrt.cuda import check_driver
+
+            check_driver()
+        elif self.target == "openvino":
+            from tood_deploy.engines.openvino_runtime import load_openvino
+
+            load_openvino()
+
+    def __call__(self, path: Path, net_hw: tuple[int, int]) -> Engine:
+        """The runtime, for pictures of one padded size.
+
+        Raises:
+            ToodError: it cannot be built or opened.
+        """
+        if self.target == "onnx":
+            return open_engine(path, runtime="onnxruntime", self_test=False)
+        if self.target == "openvino":
+            return open_engine(
+                path, runtime="openvino", self_test=False, cache=False, calls_before_static=0
+            )
+        plan = path.with_name("plan.engine")
+        engine_from_onnx(
+            path,
+            plan,
+            profiles=Profiles((net_hw,), (1, 1, 1)),
+            options=self.options,
+            flavour=self.flavour,
+            quiet=True,
+        )
+        return open_engine(plan, device="cuda", self_test=False)
+
+
+class LatencyBench:
+    """Measures graphs on one picture; a context manager that holds the reference open meanwhile."""
+
+    def __init__(
+        self,
+        reference: onnx.ModelProto,
+        open_file: Open,
+        picture: Prepared,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """Opens the reference and warms it up.
+
+        Args:
+            reference: what all others take turns with; artefacts' metadata inside, as in those.
+            open_file: opens an .onnx file for pictures of one padded size.
+            picture: to measure on.
+            clock: in seconds.
+
+        Raises:
+            ToodError: the reference cannot be opened.
+        """
+        self.reference, self._open_file, self._clock = reference, open_file, clock
+        image, valid_hw = picture
+        self._net_hw = (image.shape[0], image.shape[1])
+        self._inputs = image[None], np.array([valid_hw], np.int32)
+        with ExitStack() as resources:
+            self._call_reference, self.runtime = self._open(reference, resources)
+            self.reference_ms = statistics.median(
+                self._turn(self._call_reference) for _ in range(ROUNDS)
+            )
+            self._resources = resources.pop_all()
+
+    def __call__(self, model: onnx.ModelProto) -> float:
+        """Median milliseconds of a graph: as many times those of the reference, measured first, as it took in turns beside it.
+
+        Raises:
+            ToodError: it cannot be opened or run.
+        """
+        if model is self.reference:
+            return self.reference_ms
+        with ExitStack() as resources:
+            call, _ = self._open(model, resources)
+            return self.reference_ms * statistics.median(
+                self._ratio(call, number) for number in range(ROUNDS)
+            )
+
+    def _ratio(self, call: Callable[[], object], number: int) -> float:
+        """The time of a call as a multiple of the reference's, in one round; who comes first changes from round to round."""
+        order: Sequence[Callable[[], object]] = (call, self._call_reference)[
+            :: -1 if number % 2 else 1
+        ]
+        times_ms = {each: self._turn(each) for each in order}
+        return times_ms[call] / times_ms[self._call_reference]
+
+    def _open(
+        self, model: onnx.ModelProto, resources: ExitStack
+    ) -> tuple[Callable[[], object], str]:
+        """A function that runs a graph once, warmed up, and the name of the runtime."""
+        path = (
+            Path(resources.enter_context(tempfile.TemporaryDirectory(prefix="tood-")))
+            / "graph.onnx"
+        )
+        onnx.save(model, path)
+        engine = resources.enter_context(self._open_file(path, self._net_hw))
+
+        def call() -> object:
+            return engine.infer(*self._inputs, SCORE_THRESHOLD, IOU_THRESHOLD)
+
+        warm_up(call, WARM_UP_S, self._clock)
+        return call, f"{engine.name}, {engine.device}"
+
+    def _turn(self, call: Callable[[], object]) -> float:
+        """Median milliseconds of the calls of one turn."""
+        times_ms: list[float] = []
+        started = now = self._clock()
+        while not times_ms or now - started < TURN_S:
+            call()
+            before, now = now, self._clock()
+            times_ms.append(1000 * (now - before))
+        return statistics.median(times_ms)
+
+    def __enter__(self) -> LatencyBench:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._resources.close()
+
 
 Tell = Callable[[Any], None]
 
@@ -55,9 +295,13 @@ class PrecisionSearch:
 
     def __post_init__(self) -> None:
         if self.int8.max_drop is None:
-            raise ToodError("the most that quality may drop is not given; give --max-ap-drop with annotations, or --max-drop without")
+            raise ToodError(
+                "the most that quality may drop is not given; give --max-ap-drop with annotations, or --max-drop without"
+            )
         if self.half is not None and self.opener.target != "engine":
-            raise ToodError(f"{self.half} takes part in the search for {self.opener.target}, which is measured on the CPU; leave it out")
+            raise ToodError(
+                f"{self.half} takes part in the search for {self.opener.target}, which is measured on the CPU; leave it out"
+            )
         self.opener.check()
 
     @property
@@ -78,13 +322,22 @@ class PrecisionSearch:
         assert self.int8.max_drop is not None
         with LatencyBench(artefact.model, self.opener, pictures[0]) as bench:
             hands = Hands(build=mixer, measure=bench, evaluate=evaluate, say=tell)
-            tuned = autotune(tuple(mixer.parts), self.precisions, hands, max_drop=self.int8.max_drop)
-            told = {"target": self.opener.target, "runtime": bench.runtime, "unit": unit, **self._describe(tuned, calibration)}
+            tuned = autotune(
+                tuple(mixer.parts), self.precisions, hands, max_drop=self.int8.max_drop
+            )
+            told = {
+                "target": self.opener.target,
+                "runtime": bench.runtime,
+                "unit": unit,
+                **self._describe(tuned, calibration),
+            }
         tell(tuned.table())
         model = mixer(tuned.best.mixture)
         return Lowered(model, graph_precision(model), {"autotune": told})
 
-    def _quality(self, artefact: OnnxArtefact, pictures: Sequence[Prepared]) -> tuple[Callable[[onnx.ModelProto], float], str]:
+    def _quality(
+        self, artefact: OnnxArtefact, pictures: Sequence[Prepared]
+    ) -> tuple[Callable[[onnx.ModelProto], float], str]:
         """How much worse a graph is, and in which unit."""
         if self.quality is not None:
             return self.quality(artefact), "points of AP"
@@ -95,12 +348,29 @@ class PrecisionSearch:
         model, sizing = artefact.model, artefact.manifest.preset.sizing
         with progress_bar("calibrating", self.quiet) as progress:
             most = self.int8.most_pictures
-            return calibrate(model, calibrated_values(model), self.calib_data, sizing, most=most, progress=progress, say=tell)
+            return calibrate(
+                model,
+                calibrated_values(model),
+                self.calib_data,
+                sizing,
+                most=most,
+                progress=progress,
+                say=tell,
+            )
 
     def _describe(self, tuned: Tuned, calibration: Calibration) -> dict[str, Any]:
         """What the manifest says of a search beside its target."""
-        how = {"max_drop": self.int8.max_drop, "scheme": self.int8.scheme, "method": self.int8.method, "precisions": self.precisions}
-        return how | {"pictures": calibration.pictures, "calibration": calibration.key} | tuned.to_dict()
+        how = {
+            "max_drop": self.int8.max_drop,
+            "scheme": self.int8.scheme,
+            "method": self.int8.method,
+            "precisions": self.precisions,
+        }
+        return (
+            how
+            | {"pictures": calibration.pictures, "calibration": calibration.key}
+            | tuned.to_dict()
+        )
 
 
 class Mixer:
@@ -110,17 +380,29 @@ class Mixer:
         parts: names of the layers by part of the network; only parts that have a choice.
     """
 
-    def __init__(self, artefact: OnnxArtefact, calibration: Calibration, int8: Int8Options, half: LowPrecision | None) -> None:
+    def __init__(
+        self,
+        artefact: OnnxArtefact,
+        calibration: Calibration,
+        int8: Int8Options,
+        half: LowPrecision | None,
+    ) -> None:
         self.artefact, self.int8 = artefact, int8
         self.half: LowPrecision | None = half
         self.ranges = calibration.ranges(int8.method)
         possible = {layer.name for layer in all_layers(ir.from_proto(artefact.model).graph)}
         parts = network_parts(artefact.model)
-        self.parts = {part: names for part, names in parts.items() if half is not None or possible.intersection(names)}
+        self.parts = {
+            part: names
+            for part, names in parts.items()
+            if half is not None or possible.intersection(names)
+        }
 
     def __call__(self, mixture: Mixture) -> onnx.ModelProto:
         """The graph of a precision for every part."""
-        model = mix_precisions(self.artefact.model, mixture, self.parts, quantize=self._quantize, beside_int8=self.half)
+        model = mix_precisions(
+            self.artefact.model, mixture, self.parts, quantize=self._quantize, beside_int8=self.half
+        )
         if model is not self.artefact.model:
             _stamp(model, self.artefact)
         return model
@@ -131,7 +413,13 @@ class Mixer:
 
 def _stamp(model: onnx.ModelProto, artefact: OnnxArtefact) -> None:
     """Writes into a graph's metadata what it is, as runtimes read it there."""
-    manifest = replace(artefact.manifest, precision=graph_precision(model), artefact_sha256="", parity={}, self_test={})
+    manifest = replace(
+        artefact.manifest,
+        precision=graph_precision(model),
+        artefact_sha256="",
+        parity={},
+        self_test={},
+    )
     onnx.helper.set_model_props(model, {METADATA_KEY: manifest.to_json()})
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tood_deploy.cli.run import (
+from tood_deploy.cli.common import (
     DONE,
     add_model_options,
     add_runtime_options,
@@ -17,13 +17,24 @@ from tood_deploy.cli.run import (
     runtime_options,
     takes_hint,
 )
-from tood_deploy.errors import CheckFailed, ToodError
-from tood_deploy.extras import naming_extras
+from tood_deploy.errors import CheckFailed, ToodError, naming_extras
 
 PARITY_SIZES = ("64x64", "320x320", "640x384", "384x640", "1344x1344")
 BASELINE = "eager PyTorch"
-EXTRAS = {"latency": ("eval",), "video": ("eval",), "parity": ("eval", "export")}  # that each command always needs
-GATES = ("max_pixel", "max_map", "max_score", "max_box_strides", "max_box_px", "min_matched", "max_ap_drop")
+EXTRAS = {
+    "latency": ("eval",),
+    "video": ("eval",),
+    "parity": ("eval", "export"),
+}  # that each command always needs
+GATES = (
+    "max_pixel",
+    "max_map",
+    "max_score",
+    "max_box_strides",
+    "max_box_px",
+    "min_matched",
+    "max_ap_drop",
+)
 
 PARITY_EPILOG = """\
 Every stage is compared twice: as deployed, and alone from the reference's own values; the second names the guilty stage. Limits
@@ -39,85 +50,222 @@ measured and said.
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of tood-bench."""
-    parser = argparse.ArgumentParser(prog="tood-bench", description="Latency, video throughput, and parity with PyTorch.")
+    parser = argparse.ArgumentParser(
+        prog="tood-bench", description="Latency, video throughput, and parity with PyTorch."
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_latency(commands.add_parser("latency", help="time models on this machine", epilog=LATENCY_EPILOG))
-    _add_video(commands.add_parser("video", help="time the whole pipeline on a clip, and say what limits it"))
-    _add_parity(commands.add_parser("parity", help="compare artefacts with a checkpoint, stage by stage", epilog=PARITY_EPILOG))
+    _add_latency(
+        commands.add_parser("latency", help="time models on this machine", epilog=LATENCY_EPILOG)
+    )
+    _add_video(
+        commands.add_parser(
+            "video", help="time the whole pipeline on a clip, and say what limits it"
+        )
+    )
+    _add_parity(
+        commands.add_parser(
+            "parity",
+            help="compare artefacts with a checkpoint, stage by stage",
+            epilog=PARITY_EPILOG,
+        )
+    )
     return parser
 
 
 def _add_latency(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=latency_command)
-    parser.add_argument("models", metavar="MODEL", nargs="+", help="exported artefacts, checkpoints or presets")
-    parser.add_argument("--baseline", metavar="CHECKPOINT", help="compare with this checkpoint in eager PyTorch, in the same run")
-    parser.add_argument("--images", type=Path, metavar="DIR", help="pictures to run on, the first 8 (default: 8 crops of a photograph)")
     parser.add_argument(
-        "--batch", type=int, nargs="+", default=[1], metavar="N", help="pictures of one call, one or several numbers (default: 1)"
+        "models", metavar="MODEL", nargs="+", help="exported artefacts, checkpoints or presets"
     )
-    parser.add_argument("--rounds", type=int, default=10, metavar="N", help="turns of every model (default: 10)")
-    parser.add_argument("--turn-seconds", type=float, default=1.0, metavar="S", help="of each kind of call in a turn (default: 1)")
     parser.add_argument(
-        "--warmup-seconds", type=float, default=20.0, metavar="S", help="longest warm-up of each kind of call (default: 20)"
+        "--baseline",
+        metavar="CHECKPOINT",
+        help="compare with this checkpoint in eager PyTorch, in the same run",
     )
-    parser.add_argument("--conf", type=float, default=0.3, help="score that detections must exceed (default: 0.3)")
-    parser.add_argument("--iou", type=float, default=0.6, help="overlap above which the weaker of two boxes goes (default: 0.6)")
-    parser.add_argument("--ap", action="append", default=[], metavar="MODEL=P", help="a model's AP, 0 to 100 (default: its manifest's)")
+    parser.add_argument(
+        "--images",
+        type=Path,
+        metavar="DIR",
+        help="pictures to run on, the first 8 (default: 8 crops of a photograph)",
+    )
+    parser.add_argument(
+        "--batch",
+        type=int,
+        nargs="+",
+        default=[1],
+        metavar="N",
+        help="pictures of one call, one or several numbers (default: 1)",
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=10, metavar="N", help="turns of every model (default: 10)"
+    )
+    parser.add_argument(
+        "--turn-seconds",
+        type=float,
+        default=1.0,
+        metavar="S",
+        help="of each kind of call in a turn (default: 1)",
+    )
+    parser.add_argument(
+        "--warmup-seconds",
+        type=float,
+        default=20.0,
+        metavar="S",
+        help="longest warm-up of each kind of call (default: 20)",
+    )
+    parser.add_argument(
+        "--conf", type=float, default=0.3, help="score that detections must exceed (default: 0.3)"
+    )
+    parser.add_argument(
+        "--iou",
+        type=float,
+        default=0.6,
+        help="overlap above which the weaker of two boxes goes (default: 0.6)",
+    )
+    parser.add_argument(
+        "--ap",
+        action="append",
+        default=[],
+        metavar="MODEL=P",
+        help="a model's AP, 0 to 100 (default: its manifest's)",
+    )
     _add_shared(parser, "latency")
 
 
 def _add_video(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=video_command)
-    parser.add_argument("model", metavar="MODEL", help="an exported artefact, a checkpoint or a preset")
+    parser.add_argument(
+        "model", metavar="MODEL", help="an exported artefact, a checkpoint or a preset"
+    )
     parser.add_argument("clip", metavar="CLIP", help="a video")
-    parser.add_argument("--batch", type=int, default=1, metavar="N", help="the most frames of one engine call (default: 1)")
+    parser.add_argument(
+        "--batch",
+        type=int,
+        default=1,
+        metavar="N",
+        help="the most frames of one engine call (default: 1)",
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="take the first N frames only")
     parser.add_argument("--no-encode", action="store_true", help="neither draw nor encode")
-    parser.add_argument("--conf", type=float, default=0.3, help="score that detections must exceed (default: 0.3)")
-    parser.add_argument("--iou", type=float, default=0.6, help="overlap above which the weaker of two boxes goes (default: 0.6)")
+    parser.add_argument(
+        "--conf", type=float, default=0.3, help="score that detections must exceed (default: 0.3)"
+    )
+    parser.add_argument(
+        "--iou",
+        type=float,
+        default=0.6,
+        help="overlap above which the weaker of two boxes goes (default: 0.6)",
+    )
     _add_shared(parser, "video")
 
 
 def _add_parity(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=parity_command)
-    parser.add_argument("reference", metavar="REFERENCE", help="the checkpoint, run by PyTorch in float32")
-    parser.add_argument("models", metavar="MODEL", nargs="+", help="exported artefacts, or other checkpoints")
-    parser.add_argument("--images", type=Path, metavar="DIR", help="folder of pictures (default: built-in synthetic ones)")
-    parser.add_argument("--annotations", type=Path, metavar="FILE", help="their truth, COCO JSON: adds AP, and what each part costs in AP")
-    parser.add_argument("--mapping", type=Path, metavar="FILE", help="JSON object: category name, or null to leave out, by class name")
+    parser.add_argument(
+        "reference", metavar="REFERENCE", help="the checkpoint, run by PyTorch in float32"
+    )
+    parser.add_argument(
+        "models", metavar="MODEL", nargs="+", help="exported artefacts, or other checkpoints"
+    )
+    parser.add_argument(
+        "--images",
+        type=Path,
+        metavar="DIR",
+        help="folder of pictures (default: built-in synthetic ones)",
+    )
+    parser.add_argument(
+        "--annotations",
+        type=Path,
+        metavar="FILE",
+        help="their truth, COCO JSON: adds AP, and what each part costs in AP",
+    )
+    parser.add_argument(
+        "--mapping",
+        type=Path,
+        metavar="FILE",
+        help="JSON object: category name, or null to leave out, by class name",
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="take the first N pictures only")
-    parser.add_argument("--conf", type=float, default=0.05, help="score that detections must exceed (default: 0.05)")
-    parser.add_argument("--iou", type=float, default=0.6, help="overlap above which the weaker of two boxes goes (default: 0.6)")
     parser.add_argument(
-        "--stages", action=argparse.BooleanOptionalAction, help="compare what lies before the detections (default: where it can be had)"
+        "--conf", type=float, default=0.05, help="score that detections must exceed (default: 0.05)"
     )
     parser.add_argument(
-        "--sizes", nargs="*", metavar="HxW", default=PARITY_SIZES, help=f"further input sizes to try (default: {' '.join(PARITY_SIZES)})"
+        "--iou",
+        type=float,
+        default=0.6,
+        help="overlap above which the weaker of two boxes goes (default: 0.6)",
     )
-    parser.add_argument("--net-size", nargs=2, type=int, metavar=("H", "W"), help="also pad every picture to this canvas: what that costs")
-    parser.add_argument("--no-verdict", action="store_true", help="leave the artefacts' manifests as they are")
+    parser.add_argument(
+        "--stages",
+        action=argparse.BooleanOptionalAction,
+        help="compare what lies before the detections (default: where it can be had)",
+    )
+    parser.add_argument(
+        "--sizes",
+        nargs="*",
+        metavar="HxW",
+        default=PARITY_SIZES,
+        help=f"further input sizes to try (default: {' '.join(PARITY_SIZES)})",
+    )
+    parser.add_argument(
+        "--net-size",
+        nargs=2,
+        type=int,
+        metavar=("H", "W"),
+        help="also pad every picture to this canvas: what that costs",
+    )
+    parser.add_argument(
+        "--no-verdict", action="store_true", help="leave the artefacts' manifests as they are"
+    )
     limits = parser.add_argument_group("limits (default: by the artefact's precision)")
-    limits.add_argument("--max-pixel", type=float, metavar="D", help="of the network's input, in normalised units")
-    limits.add_argument("--max-map", type=float, metavar="D", help="of a backbone or pyramid map, relative L2 norm")
+    limits.add_argument(
+        "--max-pixel", type=float, metavar="D", help="of the network's input, in normalised units"
+    )
+    limits.add_argument(
+        "--max-map", type=float, metavar="D", help="of a backbone or pyramid map, relative L2 norm"
+    )
     limits.add_argument("--max-score", type=float, metavar="D", help="of a score")
-    limits.add_argument("--max-box-strides", type=float, metavar="D", help="of the head's boxes, in strides")
-    limits.add_argument("--max-box-px", type=float, metavar="D", help="of a box, in pixels of the network's input")
-    limits.add_argument("--min-matched", type=float, metavar="S", help="share of detections that both must have, 0 to 1")
+    limits.add_argument(
+        "--max-box-strides", type=float, metavar="D", help="of the head's boxes, in strides"
+    )
+    limits.add_argument(
+        "--max-box-px", type=float, metavar="D", help="of a box, in pixels of the network's input"
+    )
+    limits.add_argument(
+        "--min-matched",
+        type=float,
+        metavar="S",
+        help="share of detections that both must have, 0 to 1",
+    )
     limits.add_argument("--max-ap-drop", type=float, metavar="P", help="points of AP, 0 to 100")
     _add_shared(parser, "parity")
 
 
 def _add_shared(parser: argparse.ArgumentParser, name: str) -> None:
     parser.add_argument(
-        "--imgsz", nargs=2, type=int, metavar=("H", "W"), help="short and long side to fit pictures to (default: the first model's)"
+        "--imgsz",
+        nargs=2,
+        type=int,
+        metavar=("H", "W"),
+        help="short and long side to fit pictures to (default: the first model's)",
     )
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where to run (default: cpu)")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of one inference (default: all cores)")
+    parser.add_argument(
+        "--device", default="cpu", choices=("cpu", "cuda"), help="where to run (default: cpu)"
+    )
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="CPU threads of one inference (default: all cores)"
+    )
     add_runtime_options(parser)
     parser.add_argument(
-        "--output", type=Path, default=Path(f"{name}-report"), metavar="DIR", help=f"folder for the report (default: {name}-report)"
+        "--output",
+        type=Path,
+        default=Path(f"{name}-report"),
+        metavar="DIR",
+        help=f"folder for the report (default: {name}-report)",
     )
-    parser.add_argument("--quiet", action="store_true", help="no progress, no result on stdout: the files alone")
+    parser.add_argument(
+        "--quiet", action="store_true", help="no progress, no result on stdout: the files alone"
+    )
     add_model_options(parser)
 
 
@@ -125,17 +273,29 @@ def latency_command(args: argparse.Namespace, command: str) -> int:
     """Runs tood-bench latency; errors pass through."""
     ap = dict(ap_from(text, args.models, short_names(args.models)) for text in args.ap)
 
-    from tood_deploy.benchmark.latency import Plan
-    from tood_deploy.benchmark.latency_run import run_latency
-    from tood_deploy.benchmark.latency_worker import Case
+    from tood_deploy.benchmark.latency.measure import Plan
+    from tood_deploy.benchmark.latency.run import run_latency
+    from tood_deploy.benchmark.latency.worker import Case
     from tood_deploy.preprocess import check_imgsz
 
-    common = {name: getattr(args, name) for name in ("images", "device", "threads", "conf", "iou")} | {"warmup_s": args.warmup_seconds}
-    models = ({BASELINE: args.baseline} if args.baseline else {}) | dict(zip(short_names(args.models), args.models, strict=True))
+    common = {
+        name: getattr(args, name) for name in ("images", "device", "threads", "conf", "iou")
+    } | {"warmup_s": args.warmup_seconds}
+    models = ({BASELINE: args.baseline} if args.baseline else {}) | dict(
+        zip(short_names(args.models), args.models, strict=True)
+    )
     options = options_by_model(args, list(models.values()))
-    cases = tuple(Case(model, name, options=options[model], **common) for name, model in models.items())
+    cases = tuple(
+        Case(model, name, options=options[model], **common) for name, model in models.items()
+    )
     sizes = (check_imgsz(args.imgsz) if args.imgsz else None,)
-    run_latency(Plan(cases, tuple(args.batch), sizes, args.rounds, args.turn_seconds), args.output, ap, command, args.quiet)
+    run_latency(
+        Plan(cases, tuple(args.batch), sizes, args.rounds, args.turn_seconds),
+        args.output,
+        ap,
+        command,
+        args.quiet,
+    )
     if not args.quiet:
         print(args.output / "latency.html")
     return DONE
@@ -143,14 +303,20 @@ def latency_command(args: argparse.Namespace, command: str) -> int:
 
 def video_command(args: argparse.Namespace, command: str) -> int:
     """Runs tood-bench video; errors pass through."""
-    from tood_deploy.benchmark.video_report import bench_video
+    from tood_deploy.benchmark.latency.video import bench_video
     from tood_deploy.inference.detector import Detector
 
     options = {name: getattr(args, name) for name in ("conf", "iou", "imgsz", "device")}
     options |= {} if args.threads is None else {"threads": args.threads}
     options |= options_by_model(args, [args.model])[args.model]
     options |= {"hint": "throughput"} if takes_hint(args.model, args) else {}
-    chosen = {"batch": args.batch, "limit": args.limit, "encode": not args.no_encode, "command": command, "quiet": args.quiet}
+    chosen = {
+        "batch": args.batch,
+        "limit": args.limit,
+        "encode": not args.no_encode,
+        "command": command,
+        "quiet": args.quiet,
+    }
     with Detector(args.model, **options) as detector:
         bench_video(detector, args.model, args.clip, args.output, **chosen)
     if not args.quiet:
@@ -166,7 +332,9 @@ def options_by_model(args: argparse.Namespace, models: Sequence[str]) -> dict[st
     """
     of_artefacts, of_checkpoints = runtime_options(args), load_options(args)
     if of_artefacts and not any(map(is_artefact, models)):
-        raise ToodError(f"{models[0]}: not an exported artefact; leave --runtime, --precision, --no-self-test out, or export it first")
+        raise ToodError(
+            f"{models[0]}: not an exported artefact; leave --runtime, --precision, --no-self-test out, or export it first"
+        )
     return {model: of_artefacts if is_artefact(model) else of_checkpoints for model in models}
 
 
@@ -188,7 +356,9 @@ def ap_from(text: str, models: Sequence[str], names: Sequence[str]) -> tuple[str
     except ValueError:
         ap = -1.0
     if name not in models or not 0 <= ap <= 100:
-        raise ToodError(f"--ap has {text!r}; expected one of the models, = and a number from 0 to 100, such as {models[0]}=42.4")
+        raise ToodError(
+            f"--ap has {text!r}; expected one of the models, = and a number from 0 to 100, such as {models[0]}=42.4"
+        )
     return names[list(models).index(name)], ap
 
 
@@ -198,10 +368,23 @@ def parity_command(args: argparse.Namespace, command: str) -> int:
         raise ToodError(f"{args.annotations}: annotations without their pictures; add --images DIR")
     sizes_hw = tuple(size_from(text) for text in args.sizes)
 
-    from tood_deploy.benchmark.parity_report import verdict_line
-    from tood_deploy.benchmark.parity_run import ParityOrder, run_parity
+    from tood_deploy.benchmark.parity.report import verdict_line
+    from tood_deploy.benchmark.parity.run import ParityOrder, run_parity
 
-    copied = ("reference", "models", "output", "images", "annotations", "mapping", "limit", "imgsz", "conf", "iou", "stages", "device")
+    copied = (
+        "reference",
+        "models",
+        "output",
+        "images",
+        "annotations",
+        "mapping",
+        "limit",
+        "imgsz",
+        "conf",
+        "iou",
+        "stages",
+        "device",
+    )
     order = ParityOrder(
         **{name: getattr(args, name) for name in copied},
         sizes_hw=sizes_hw,
@@ -209,13 +392,24 @@ def parity_command(args: argparse.Namespace, command: str) -> int:
         gates={name: getattr(args, name) for name in GATES if getattr(args, name) is not None},
         threads=args.threads,
         load_options=load_options(args),
-        artefact_options=next((each for model, each in options_by_model(args, args.models).items() if is_artefact(model)), {}),
+        artefact_options=next(
+            (
+                each
+                for model, each in options_by_model(args, args.models).items()
+                if is_artefact(model)
+            ),
+            {},
+        ),
         keep_verdict=not args.no_verdict,
         command=command,
         quiet=args.quiet,
     )
     results = run_parity(order)
-    failed = [f"{each.comparison.subject.name} at the stage {each.guilty}: {each.failures[0]}" for each in results if not each.passed]
+    failed = [
+        f"{each.comparison.subject.name} at the stage {each.guilty}: {each.failures[0]}"
+        for each in results
+        if not each.passed
+    ]
     if not args.quiet:
         for result in results:
             print(f"{result.comparison.subject.name}: {verdict_line(result)}")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tood_deploy.cli.run import (
+from tood_deploy.cli.common import (
     DONE,
     FAILED_CHECK,
     add_fast_decode,
@@ -31,9 +31,15 @@ OPENCV_PIXEL_LIMIT = 2**30
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of tood-infer."""
-    parser = argparse.ArgumentParser(prog="tood-infer", description="Find objects in pictures, videos, cameras and streams.", epilog=EPILOG)
+    parser = argparse.ArgumentParser(
+        prog="tood-infer",
+        description="Find objects in pictures, videos, cameras and streams.",
+        epilog=EPILOG,
+    )
     parser.add_argument(
-        "model", metavar="MODEL", help="an artefact of tood-export (.onnx, .xml, .engine), a checkpoint, or a preset's name"
+        "model",
+        metavar="MODEL",
+        help="an artefact of tood-export (.onnx, .xml, .engine), a checkpoint, or a preset's name",
     )
     parser.add_argument(
         "source",
@@ -41,20 +47,48 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         help="a picture, folder, glob, text file with one path a line, video, camera (0 or /dev/video0), rtsp:// or http(s):// address",
     )
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where to run (default: cpu)")
     parser.add_argument(
-        "--imgsz", nargs=2, type=int, metavar=("H", "W"), help="short and long side to fit pictures to (default: the model's)"
+        "--device", default="cpu", choices=("cpu", "cuda"), help="where to run (default: cpu)"
     )
-    parser.add_argument("--conf", type=float, default=0.3, help="keep detections above this score, 0 to 1 (default: 0.3)")
     parser.add_argument(
-        "--iou", type=float, help="overlap above which the weaker of two boxes goes, 0 to 1 (default: the model's, 0.6 as published)"
+        "--imgsz",
+        nargs=2,
+        type=int,
+        metavar=("H", "W"),
+        help="short and long side to fit pictures to (default: the model's)",
     )
-    parser.add_argument("--max-det", type=int, metavar="N", help="the most detections a picture (default: what the model gives, 100)")
-    parser.add_argument("--batch", type=int, default=1, metavar="N", help="frames of one engine call (default: 1)")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of one inference (default: all cores)")
+    parser.add_argument(
+        "--conf",
+        type=float,
+        default=0.3,
+        help="keep detections above this score, 0 to 1 (default: 0.3)",
+    )
+    parser.add_argument(
+        "--iou",
+        type=float,
+        help="overlap above which the weaker of two boxes goes, 0 to 1 (default: the model's, 0.6 as published)",
+    )
+    parser.add_argument(
+        "--max-det",
+        type=int,
+        metavar="N",
+        help="the most detections a picture (default: what the model gives, 100)",
+    )
+    parser.add_argument(
+        "--batch", type=int, default=1, metavar="N", help="frames of one engine call (default: 1)"
+    )
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="CPU threads of one inference (default: all cores)"
+    )
     add_runtime_options(parser)
     add_fast_decode(parser)
-    parser.add_argument("--max-pixels", type=int, default=200_000_000, metavar="N", help="refuse larger pictures (default: 200000000)")
+    parser.add_argument(
+        "--max-pixels",
+        type=int,
+        default=200_000_000,
+        metavar="N",
+        help="refuse larger pictures (default: 200000000)",
+    )
     add_output_options(parser)
     add_model_options(parser)
     return parser
@@ -64,24 +98,41 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
     """What to write and where."""
     group = parser.add_argument_group("output")
     group.add_argument(
-        "--output", type=Path, metavar="PLACE", help="annotated pictures and videos: a folder, or a file for a single source"
+        "--output",
+        type=Path,
+        metavar="PLACE",
+        help="annotated pictures and videos: a folder, or a file for a single source",
     )
     group.add_argument(
-        "--json", type=Path, metavar="FILE", help="COCO results; image ids count from 1, category ids are class numbers plus 1"
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="COCO results; image ids count from 1, category ids are class numbers plus 1",
     )
     group.add_argument(
-        "--coco-annotations", type=Path, metavar="FILE", help="take the image and category ids of --json from these annotations"
+        "--coco-annotations",
+        type=Path,
+        metavar="FILE",
+        help="take the image and category ids of --json from these annotations",
     )
-    group.add_argument("--jsonl", metavar="FILE", help="one JSON object a frame, as they come; - for stdout")
-    group.add_argument("--crops", type=Path, metavar="DIR", help="every object as a picture of its own")
+    group.add_argument(
+        "--jsonl", metavar="FILE", help="one JSON object a frame, as they come; - for stdout"
+    )
+    group.add_argument(
+        "--crops", type=Path, metavar="DIR", help="every object as a picture of its own"
+    )
     group.add_argument("--show", action="store_true", help="show the frames in a window; q ends")
-    group.add_argument("--quiet", action="store_true", help="no line a frame, no progress, no closing line")
+    group.add_argument(
+        "--quiet", action="store_true", help="no line a frame, no progress, no closing line"
+    )
 
 
 def infer_command(argv: Sequence[str] | None = None) -> int:
     """Runs tood-infer; errors pass through."""
     args = build_parser().parse_args(argv)
-    if args.max_pixels > OPENCV_PIXEL_LIMIT:  # OpenCV has a limit of its own and reads this when it is loaded
+    if (
+        args.max_pixels > OPENCV_PIXEL_LIMIT
+    ):  # OpenCV has a limit of its own and reads this when it is loaded
         os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(args.max_pixels))
 
     import cv2
@@ -91,15 +142,29 @@ def infer_command(argv: Sequence[str] | None = None) -> int:
     from tood_deploy.inference.source import open_source
     from tood_deploy.manifest import doubts
 
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # what fails is said once, by us
-    outputs = Outputs(args.output, args.json, args.coco_annotations, args.jsonl, args.crops, args.show, args.quiet)
+    cv2.utils.logging.setLogLevel(
+        cv2.utils.logging.LOG_LEVEL_SILENT
+    )  # what fails is said once, by us
+    outputs = Outputs(
+        args.output, args.json, args.coco_annotations, args.jsonl, args.crops, args.show, args.quiet
+    )
     source = open_source(args.source, args.max_pixels)
-    options = {"conf": args.conf, "iou": args.iou, "max_det": args.max_det, "imgsz": args.imgsz, "device": args.device}
+    options = {
+        "conf": args.conf,
+        "iou": args.iou,
+        "max_det": args.max_det,
+        "imgsz": args.imgsz,
+        "device": args.device,
+    }
     options["fast_decode"] = bool(args.fast_decode)
-    if takes_hint(args.model, args) and (source.kind == "video" or (source.kind == "images" and len(source.names) > 1)):
+    if takes_hint(args.model, args) and (
+        source.kind == "video" or (source.kind == "images" and len(source.names) > 1)
+    ):
         options["hint"] = "throughput"  # nobody waits for a single frame
     with Detector(args.model, **options, **engine_options(args)) as detector:
-        if is_artefact(args.model) and (doubt := doubts(Path(args.model), detector.engine.manifest)):
+        if is_artefact(args.model) and (
+            doubt := doubts(Path(args.model), detector.engine.manifest)
+        ):
             print(f"warning: {doubt}", file=sys.stderr)
         run_inference(detector, source, outputs, args.batch)
     if source.skipped and source.kind != "live":  # a lost connection has been told

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tood_deploy.cli.run import DONE, class_names_from, run_command
+from tood_deploy.cli.common import DONE, class_names_from, run_command
 from tood_deploy.errors import ToodError
 from tood_deploy.presets import PRESETS
 
 if TYPE_CHECKING:
-    from tood_deploy.training.session import DataPaths
+    from tood_deploy.training.train import DataPaths
+
 
 EPILOG = """\
 examples:
@@ -26,7 +27,11 @@ A run goes on from its folder with --resume, exactly where it stood, also after 
 # Options that stand for a field of the recipe, by their type.
 NUMBERS = {
     "epochs": (int, "N", "passes over the data; the drops move along unless given"),
-    "batch": (int, "N", "pictures a step, of all workers together; the learning rate scales along unless given"),
+    "batch": (
+        int,
+        "N",
+        "pictures a step, of all workers together; the learning rate scales along unless given",
+    ),
     "lr": (float, "RATE", "learning rate"),
     "momentum": (float, "M", "of SGD"),
     "weight_decay": (float, "W", "on every parameter"),
@@ -56,11 +61,23 @@ def parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    result.add_argument("preset", choices=tuple(PRESETS), metavar="PRESET", help=f"one of {', '.join(PRESETS)}")
-    result.add_argument("--output", type=Path, metavar="DIR", help="the run's folder (default: runs/PRESET)")
-    result.add_argument("--resume", action="store_true", help="go on from the folder's last checkpoint, if there is one")
+    result.add_argument(
+        "preset", choices=tuple(PRESETS), metavar="PRESET", help=f"one of {', '.join(PRESETS)}"
+    )
+    result.add_argument(
+        "--output", type=Path, metavar="DIR", help="the run's folder (default: runs/PRESET)"
+    )
+    result.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the folder's last checkpoint, if there is one",
+    )
     _add_data_options(result.add_argument_group("data"))
-    _add_weight_options(result.add_argument_group("first weights (default: the ImageNet backbone of the published recipe)"))
+    _add_weight_options(
+        result.add_argument_group(
+            "first weights (default: the ImageNet backbone of the published recipe)"
+        )
+    )
     _add_recipe_options(result.add_argument_group("recipe (default: the preset's)"))
     _add_run_options(result.add_argument_group("run"))
     return result
@@ -68,36 +85,109 @@ def parser() -> argparse.ArgumentParser:
 
 def _add_data_options(group: Any) -> None:
     for part in ("train", "val"):
-        group.add_argument(f"--{part}-json", type=Path, metavar="FILE", help=f"COCO annotations of the {part} pictures")
-        group.add_argument(f"--{part}-images", type=Path, metavar="DIR", help="the folder that their file names are relative to")
-    group.add_argument("--coco", type=Path, metavar="DIR", help="COCO 2017 in its own layout, in place of the four above")
+        group.add_argument(
+            f"--{part}-json",
+            type=Path,
+            metavar="FILE",
+            help=f"COCO annotations of the {part} pictures",
+        )
+        group.add_argument(
+            f"--{part}-images",
+            type=Path,
+            metavar="DIR",
+            help="the folder that their file names are relative to",
+        )
     group.add_argument(
-        "--classes", metavar="NAMES", help="which classes in which order: separated by commas, or a text file with one a line"
+        "--coco",
+        type=Path,
+        metavar="DIR",
+        help="COCO 2017 in its own layout, in place of the four above",
     )
-    group.add_argument("--imgsz", type=int, nargs=2, metavar=("H", "W"), help="short and long side that pictures are scaled to fit")
-    group.add_argument("--check-data", action="store_true", help="report what is in the data and what is wrong with it, and train nothing")
+    group.add_argument(
+        "--classes",
+        metavar="NAMES",
+        help="which classes in which order: separated by commas, or a text file with one a line",
+    )
+    group.add_argument(
+        "--imgsz",
+        type=int,
+        nargs=2,
+        metavar=("H", "W"),
+        help="short and long side that pictures are scaled to fit",
+    )
+    group.add_argument(
+        "--check-data",
+        action="store_true",
+        help="report what is in the data and what is wrong with it, and train nothing",
+    )
 
 
 def _add_weight_options(group: Any) -> None:
     group.add_argument(
-        "--checkpoint", metavar="FILE", help="fine-tune from any TOOD checkpoint, or a preset's name for its published weights"
+        "--checkpoint",
+        metavar="FILE",
+        help="fine-tune from any TOOD checkpoint, or a preset's name for its published weights",
     )
-    group.add_argument("--weights-key", metavar="NAME", help="which weights, where the checkpoint holds several: ema, model, teacher, ...")
-    group.add_argument("--backbone-weights", metavar="FILE|URL", help="ImageNet weights of the backbone, in torchvision's key names")
-    group.add_argument("--from-scratch", action="store_true", help="all random; with --frozen-stages -1 --no-freeze-norm")
+    group.add_argument(
+        "--weights-key",
+        metavar="NAME",
+        help="which weights, where the checkpoint holds several: ema, model, teacher, ...",
+    )
+    group.add_argument(
+        "--backbone-weights",
+        metavar="FILE|URL",
+        help="ImageNet weights of the backbone, in torchvision's key names",
+    )
+    group.add_argument(
+        "--from-scratch",
+        action="store_true",
+        help="all random; with --frozen-stages -1 --no-freeze-norm",
+    )
 
 
 def _add_recipe_options(group: Any) -> None:
     for name, (kind, metavar, text) in NUMBERS.items():
         group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=text)
-    group.add_argument("--published", choices=CHOICES["published"], help="epochs and drops of this published schedule")
+    group.add_argument(
+        "--published",
+        choices=CHOICES["published"],
+        help="epochs and drops of this published schedule",
+    )
     group.add_argument("--optimiser", choices=CHOICES["optimiser"])
-    group.add_argument("--schedule", choices=CHOICES["schedule"], help="the learning rate drops in steps or falls along a cosine")
-    group.add_argument("--drops", type=int, nargs="+", metavar="EPOCH", help="epochs after which the learning rate drops to a tenth")
-    group.add_argument("--short-sides", type=int, nargs=2, metavar=("MIN", "MAX"), help="draw each picture's short side from these")
-    group.add_argument("--group-by-aspect", action=argparse.BooleanOptionalAction, help="batches of either wide or tall pictures")
-    group.add_argument("--freeze-norm", action=argparse.BooleanOptionalAction, help="batch norms keep their statistics")
-    group.add_argument("--precision", choices=CHOICES["precision"], help="of the network's arithmetic (default: fp32)")
+    group.add_argument(
+        "--schedule",
+        choices=CHOICES["schedule"],
+        help="the learning rate drops in steps or falls along a cosine",
+    )
+    group.add_argument(
+        "--drops",
+        type=int,
+        nargs="+",
+        metavar="EPOCH",
+        help="epochs after which the learning rate drops to a tenth",
+    )
+    group.add_argument(
+        "--short-sides",
+        type=int,
+        nargs=2,
+        metavar=("MIN", "MAX"),
+        help="draw each picture's short side from these",
+    )
+    group.add_argument(
+        "--group-by-aspect",
+        action=argparse.BooleanOptionalAction,
+        help="batches of either wide or tall pictures",
+    )
+    group.add_argument(
+        "--freeze-norm",
+        action=argparse.BooleanOptionalAction,
+        help="batch norms keep their statistics",
+    )
+    group.add_argument(
+        "--precision",
+        choices=CHOICES["precision"],
+        help="of the network's arithmetic (default: fp32)",
+    )
     group.add_argument(
         "--ema",
         type=float,
@@ -106,17 +196,48 @@ def _add_recipe_options(group: Any) -> None:
         metavar="DECAY",
         help="average the weights, and evaluate and deploy the average (0.9998)",
     )
-    group.add_argument("--compile", action=argparse.BooleanOptionalAction, help="through torch.compile")
+    group.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, help="through torch.compile"
+    )
 
 
 def _add_run_options(group: Any) -> None:
     group.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
-    group.add_argument("--workers", type=int, metavar="N", help="loading processes a worker (default: 4 on cuda, 0 on the CPU)")
-    group.add_argument("--threads", type=int, metavar="N", help="of the CPU (default: PyTorch's choice)")
-    group.add_argument("--save-every", type=int, metavar="STEPS", help="write a checkpoint this often within an epoch")
-    group.add_argument("--eval-every", type=int, default=1, metavar="EPOCHS", help="default: 1; the last epoch is always evaluated")
-    group.add_argument("--eval-batch", type=int, default=8, metavar="N", help="pictures at once in evaluation (default: 8)")
-    group.add_argument("--stop-after", type=int, metavar="EPOCH", help="end this call after that epoch, to go on later with --resume")
+    group.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="loading processes a worker (default: 4 on cuda, 0 on the CPU)",
+    )
+    group.add_argument(
+        "--threads", type=int, metavar="N", help="of the CPU (default: PyTorch's choice)"
+    )
+    group.add_argument(
+        "--save-every",
+        type=int,
+        metavar="STEPS",
+        help="write a checkpoint this often within an epoch",
+    )
+    group.add_argument(
+        "--eval-every",
+        type=int,
+        default=1,
+        metavar="EPOCHS",
+        help="default: 1; the last epoch is always evaluated",
+    )
+    group.add_argument(
+        "--eval-batch",
+        type=int,
+        default=8,
+        metavar="N",
+        help="pictures at once in evaluation (default: 8)",
+    )
+    group.add_argument(
+        "--stop-after",
+        type=int,
+        metavar="EPOCH",
+        help="end this call after that epoch, to go on later with --resume",
+    )
     group.add_argument("--quiet", action="store_true", help="print nothing but errors")
 
 
@@ -129,11 +250,15 @@ def train_command(argv: Sequence[str] | None) -> int:
     if arguments.check_data:
         return _check_data(paths, class_names)
     from tood_deploy.preprocess import check_imgsz
-    from tood_deploy.training.run import RunOptions
-    from tood_deploy.training.session import FirstWeights, choose_recipe, train
+    from tood_deploy.training.config import RunOptions
+    from tood_deploy.training.train import FirstWeights, choose_recipe, train
 
     recipe, notes = choose_recipe(arguments.preset, _recipe_changes(arguments))
-    workers = arguments.workers if arguments.workers is not None else (4 if arguments.device == "cuda" else 0)
+    workers = (
+        arguments.workers
+        if arguments.workers is not None
+        else (4 if arguments.device == "cuda" else 0)
+    )
     options = RunOptions(
         arguments.output or Path("runs") / arguments.preset,
         arguments.device,
@@ -148,7 +273,12 @@ def train_command(argv: Sequence[str] | None) -> int:
         paths,
         recipe,
         options,
-        FirstWeights(arguments.checkpoint, arguments.backbone_weights, arguments.from_scratch, arguments.weights_key),
+        FirstWeights(
+            arguments.checkpoint,
+            arguments.backbone_weights,
+            arguments.from_scratch,
+            arguments.weights_key,
+        ),
         notes=notes,
         imgsz=check_imgsz(arguments.imgsz) if arguments.imgsz else None,
         class_names=class_names,
@@ -165,19 +295,28 @@ def _check_positive(arguments: argparse.Namespace) -> None:
     for name in ("workers", "save_every", "eval_every", "eval_batch", "stop_after"):
         value, least = getattr(arguments, name), 0 if name == "workers" else 1
         if value is not None and value < least:
-            raise ToodError(f"--{name.replace('_', '-')} is {value}; expected a whole number of at least {least}")
+            raise ToodError(
+                f"--{name.replace('_', '-')} is {value}; expected a whole number of at least {least}"
+            )
 
 
 def _data_paths(arguments: argparse.Namespace) -> "DataPaths":
-    from tood_deploy.training.session import DataPaths
+    from tood_deploy.training.train import DataPaths
 
-    given = {name: getattr(arguments, name) for name in ("train_json", "train_images", "val_json", "val_images")}
+    given = {
+        name: getattr(arguments, name)
+        for name in ("train_json", "train_images", "val_json", "val_images")
+    }
     if arguments.coco is not None:
         if any(given.values()):
-            raise ToodError("--coco stands in place of --train-json, --train-images, --val-json and --val-images; give one or the other")
+            raise ToodError(
+                "--coco stands in place of --train-json, --train-images, --val-json and --val-images; give one or the other"
+            )
         return DataPaths.of_coco(arguments.coco)
     if given["train_json"] is None or given["train_images"] is None:
-        raise ToodError("no training data; give --train-json FILE --train-images DIR, or --coco DIR")
+        raise ToodError(
+            "no training data; give --train-json FILE --train-images DIR, or --coco DIR"
+        )
     if (given["val_json"] is None) != (given["val_images"] is None):
         raise ToodError("validation data needs both --val-json FILE and --val-images DIR")
     return DataPaths(**given)
@@ -185,22 +324,37 @@ def _data_paths(arguments: argparse.Namespace) -> "DataPaths":
 
 def _recipe_changes(arguments: argparse.Namespace) -> dict[str, Any]:
     """What the user changes in the recipe, by field."""
-    names = (*NUMBERS, *CHOICES, "drops", "short_sides", "group_by_aspect", "freeze_norm", "ema", "compile")
+    names = (
+        *NUMBERS,
+        *CHOICES,
+        "drops",
+        "short_sides",
+        "group_by_aspect",
+        "freeze_norm",
+        "ema",
+        "compile",
+    )
     values = {name: getattr(arguments, name) for name in names}
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items() if value is not None}
+    return {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in values.items()
+        if value is not None
+    }
 
 
 def _check_data(paths: "DataPaths", class_names: list[str] | None) -> int:
     from rich.console import Console
 
-    from tood_deploy.training.annotations import read_annotations
-    from tood_deploy.training.data_report import check_pictures, report
+    from tood_deploy.data.coco import read_annotations
+    from tood_deploy.training.report import check_pictures, report
 
     console = Console(width=None if sys.stdout.isatty() else 120)
     train = read_annotations(paths.train_json, paths.train_images, class_names)
     parts = [("training", train)]
     if paths.val_json is not None and paths.val_images is not None:
-        parts.append(("validation", read_annotations(paths.val_json, paths.val_images, train.class_names)))
+        parts.append(
+            ("validation", read_annotations(paths.val_json, paths.val_images, train.class_names))
+        )
     for title, annotations in parts:
         check_pictures(annotations, progress=sys.stdout.isatty())
         console.print(report(annotations, title))

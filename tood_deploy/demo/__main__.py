@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tood_deploy.cli.run import DONE, run_command
+from tood_deploy.cli.common import DONE, run_command
 
 WEIGHTS = Path(__file__).parents[1] / "weights" / "tiny-demo.safetensors"
 PICTURES, SEED = 40, 2026
@@ -15,7 +15,13 @@ PICTURES, SEED = 40, 2026
 def demo_command(argv: Sequence[str] | None) -> int:
     """Runs the commands one after the other, and stops at the first that fails."""
     parser = argparse.ArgumentParser("python -m tood_deploy.demo", description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("demo"), metavar="DIR", help="where everything goes (default: demo)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("demo"),
+        metavar="DIR",
+        help="where everything goes (default: demo)",
+    )
     folder = parser.parse_args(argv).output
 
     from tood_deploy.cli import bench, export, infer
@@ -27,8 +33,32 @@ def demo_command(argv: Sequence[str] | None) -> int:
     pictures, model = folder / "scenes" / "pictures", folder / "tiny.onnx"
     steps: list[tuple[str, Callable[[Sequence[str]], int], list[object]]] = [
         ("tood-export", export.main, [WEIGHTS, "--output", model, "--verify-images", pictures]),
-        ("tood-infer", infer.main, [model, pictures, "--output", folder / "found", "--json", folder / "found.json", "--quiet"]),
-        ("tood-eval", evaluate, [model, "--annotations", annotations, "--images", pictures, "--output", folder / "eval"]),
+        (
+            "tood-infer",
+            infer.main,
+            [
+                model,
+                pictures,
+                "--output",
+                folder / "found",
+                "--json",
+                folder / "found.json",
+                "--quiet",
+            ],
+        ),
+        (
+            "tood-eval",
+            evaluate,
+            [
+                model,
+                "--annotations",
+                annotations,
+                "--images",
+                pictures,
+                "--output",
+                folder / "eval",
+            ],
+        ),
         (
             "tood-bench",
             bench.main,
@@ -53,7 +83,18 @@ def demo_command(argv: Sequence[str] | None) -> int:
         say(shlex.join([name, *texts]))
         if code := command(texts):
             return code
-    say("made: " + ", ".join(str(path) for path in (model, folder / "found", folder / "eval" / "report.html", folder / "latency")))
+    say(
+        "made: "
+        + ", ".join(
+            str(path)
+            for path in (
+                model,
+                folder / "found",
+                folder / "eval" / "report.html",
+                folder / "latency",
+            )
+        )
+    )
     return DONE
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tood_deploy.errors import OutputError, ToodError
-from tood_deploy.manifest import write_text
+from tood_deploy.files import write_text
 
 SCENE_CLASSES = ("disc", "square", "triangle", "star", "ring")
 SIZE_HW = (240, 320)
@@ -64,10 +64,16 @@ def make_scene(seed: int | Sequence[int], size_hw: tuple[int, int] = SIZE_HW) ->
         areas.append(int(inside.sum()))
         boxes.append((x1, y1, x2, y2))
         labels.append(label)
-    return Scene(_with_noise(image, rng), np.array(boxes, np.float32).reshape(-1, 4), np.array(labels, np.int64))
+    return Scene(
+        _with_noise(image, rng),
+        np.array(boxes, np.float32).reshape(-1, 4),
+        np.array(labels, np.int64),
+    )
 
 
-def write_scenes(folder: Path, count: int, seed: int = 0, size_hw: tuple[int, int] = SIZE_HW) -> Path:
+def write_scenes(
+    folder: Path, count: int, seed: int = 0, size_hw: tuple[int, int] = SIZE_HW
+) -> Path:
     """Writes pictures into `folder/pictures` and their annotations beside it.
 
     Args:
@@ -89,13 +95,22 @@ def write_scenes(folder: Path, count: int, seed: int = 0, size_hw: tuple[int, in
         name = f"{number:05d}.jpg"
         _write_picture(pictures / name, scene.image_bgr)
         images.append({"id": number, "file_name": name, "height": size_hw[0], "width": size_hw[1]})
-        for (x1, y1, x2, y2), label in zip(scene.boxes.tolist(), scene.labels.tolist(), strict=True):
+        for (x1, y1, x2, y2), label in zip(
+            scene.boxes.tolist(), scene.labels.tolist(), strict=True
+        ):
             width, height = x2 - x1, y2 - y1
-            entry = {"id": len(annotations) + 1, "image_id": number, "category_id": label + 1, "iscrowd": 0}
+            entry = {
+                "id": len(annotations) + 1,
+                "image_id": number,
+                "category_id": label + 1,
+                "iscrowd": 0,
+            }
             annotations.append(entry | {"bbox": [x1, y1, width, height], "area": width * height})
     categories = [{"id": k, "name": name} for k, name in enumerate(SCENE_CLASSES, start=1)]
     path = folder / "annotations.json"
-    write_text(path, json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+    write_text(
+        path, json.dumps({"images": images, "annotations": annotations, "categories": categories})
+    )
     return path
 
 
@@ -105,12 +120,16 @@ def _write_picture(path: Path, image_bgr: NDArray[np.uint8]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(encoded.tobytes())
     except OSError as error:
-        raise OutputError(f"{path}: cannot be written ({error.strerror}); choose another folder") from error
+        raise OutputError(
+            f"{path}: cannot be written ({error.strerror}); choose another folder"
+        ) from error
 
 
 def _background(rng: np.random.Generator, size_hw: tuple[int, int]) -> NDArray[np.float32]:
     """Soft patches of colour, with lines and outlines that are no objects."""
-    coarse = rng.uniform(40, 200, (int(rng.integers(2, 9)), int(rng.integers(2, 9)), 3)).astype(np.float32)
+    coarse = rng.uniform(40, 200, (int(rng.integers(2, 9)), int(rng.integers(2, 9)), 3)).astype(
+        np.float32
+    )
     image = np.asarray(cv2.resize(coarse, size_hw[::-1], interpolation=cv2.INTER_CUBIC), np.float32)
     for _ in range(int(rng.integers(CLUTTER + 1))):
         colour = rng.uniform(0, 255, 3).tolist()
@@ -118,11 +137,23 @@ def _background(rng: np.random.Generator, size_hw: tuple[int, int]) -> NDArray[n
         if rng.random() < 0.5:
             cv2.line(image, (x, y), (u, v), colour, int(rng.integers(1, 4)), cv2.LINE_AA)
         else:
-            cv2.ellipse(image, (x, y), (2 + u // 40, 2 + v // 40), float(u), 0, float(v), colour, 1, cv2.LINE_AA)
+            cv2.ellipse(
+                image,
+                (x, y),
+                (2 + u // 40, 2 + v // 40),
+                float(u),
+                0,
+                float(v),
+                colour,
+                1,
+                cv2.LINE_AA,
+            )
     return image
 
 
-def _random_shape(label: int, rng: np.random.Generator, size_hw: tuple[int, int]) -> tuple[NDArray[np.uint8], tuple[int, int, int, int]]:
+def _random_shape(
+    label: int, rng: np.random.Generator, size_hw: tuple[int, int]
+) -> tuple[NDArray[np.uint8], tuple[int, int, int, int]]:
     """The mask (h, w) of a shape, 0 to 255, and where it lies (xyxy), wholly inside the picture."""
     radius = float(np.exp(rng.uniform(*np.log(RADII))))
     points = _outline(SCENE_CLASSES[label], float(rng.uniform(0, 2 * np.pi))) * radius
@@ -154,16 +185,27 @@ def _noise(size_hw: tuple[int, int]) -> NDArray[np.float32]:
 
 def _outline(name: str, turn: float) -> NDArray[np.float64]:
     """(P, 2) corners of a shape of radius 1, turned."""
-    corners, inner = {"disc": (64, 1.0), "ring": (64, 1.0), "square": (4, 1.0), "triangle": (3, 1.0), "star": (10, 0.45)}[name]
+    corners, inner = {
+        "disc": (64, 1.0),
+        "ring": (64, 1.0),
+        "square": (4, 1.0),
+        "triangle": (3, 1.0),
+        "star": (10, 0.45),
+    }[name]
     angles = turn + np.arange(corners) * (2 * np.pi / corners)
     radii = np.where(np.arange(corners) % 2, inner, 1.0)[:, None]
     return np.stack((np.cos(angles), np.sin(angles)), axis=1) * radii
 
 
-def _hides_too_much(owner: NDArray[np.int32], inside: NDArray[np.bool_], areas: Sequence[int]) -> bool:
+def _hides_too_much(
+    owner: NDArray[np.int32], inside: NDArray[np.bool_], areas: Sequence[int]
+) -> bool:
     """Whether a shape painted here would hide more than allowed of an earlier one, counting what is hidden by now."""
     covered = owner[inside]
-    return any(count > MOST_COVERED * areas[k] for k, count in enumerate(np.bincount(covered[covered >= 0])))
+    return any(
+        count > MOST_COVERED * areas[k]
+        for k, count in enumerate(np.bincount(covered[covered >= 0]))
+    )
 
 
 def _paint(region: NDArray[np.float32], mask: NDArray[np.uint8], rng: np.random.Generator) -> None:
@@ -186,23 +228,49 @@ def _textures() -> tuple[NDArray[np.float32], ...]:
     made = [np.full_like(x, 0.1)]
     for period in (6.0, 11.0, 19.0):
         for angle in (0.2, 1.0, 1.9, 2.7):
-            made.append(0.5 + 0.5 * np.sin((x * np.cos(angle) + y * np.sin(angle)) * (2 * np.pi / period)))
+            made.append(
+                0.5 + 0.5 * np.sin((x * np.cos(angle) + y * np.sin(angle)) * (2 * np.pi / period))
+            )
         made.append(((x // period + y // period) % 2).astype(np.float32))
-        made.append(((x % period - period / 2) ** 2 + (y % period - period / 2) ** 2 < (period / 3.2) ** 2).astype(np.float32))
-        made.append(np.asarray(cv2.resize(rng.random((int(256 / period), int(256 / period)), np.float32), x.shape[::-1]), np.float32))
+        made.append(
+            (
+                (x % period - period / 2) ** 2 + (y % period - period / 2) ** 2
+                < (period / 3.2) ** 2
+            ).astype(np.float32)
+        )
+        made.append(
+            np.asarray(
+                cv2.resize(
+                    rng.random((int(256 / period), int(256 / period)), np.float32), x.shape[::-1]
+                ),
+                np.float32,
+            )
+        )
     return tuple(texture.astype(np.float32) for texture in made)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m tood_deploy.demo.scenes`: writes a set."""
-    parser = argparse.ArgumentParser("python -m tood_deploy.demo.scenes", description="Writes generated pictures as COCO data.")
+    parser = argparse.ArgumentParser(
+        "python -m tood_deploy.demo.scenes", description="Writes generated pictures as COCO data."
+    )
     parser.add_argument("folder", type=Path, help="where to: gets annotations.json and pictures/")
-    parser.add_argument("--count", type=int, default=100, metavar="N", help="pictures (default: 100)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="sets of different seeds share no picture (default: 0)")
+    parser.add_argument(
+        "--count", type=int, default=100, metavar="N", help="pictures (default: 100)"
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="sets of different seeds share no picture (default: 0)",
+    )
     arguments = parser.parse_args(argv)
     try:
         if arguments.count < 1 or arguments.seed < 0:
-            raise ToodError(f"--count {arguments.count} --seed {arguments.seed}; expected at least 1 picture and a seed of at least 0")
+            raise ToodError(
+                f"--count {arguments.count} --seed {arguments.seed}; expected at least 1 picture and a seed of at least 0"
+            )
         print(write_scenes(arguments.folder, arguments.count, arguments.seed))
     except ToodError as error:
         print(f"error: {error}", file=sys.stderr)

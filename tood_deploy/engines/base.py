@@ -70,7 +70,11 @@ class Engine(ABC):
         return False
 
     def infer(
-        self, images: NDArray[np.uint8], valid_hw: NDArray[np.int32], score_threshold: float, iou_threshold: float
+        self,
+        images: NDArray[np.uint8],
+        valid_hw: NDArray[np.int32],
+        score_threshold: float,
+        iou_threshold: float,
     ) -> BatchDetections:
         """Runs a batch.
 
@@ -88,7 +92,13 @@ class Engine(ABC):
         self._check_call(images, valid_hw)
         return self._checked(self._run(images, valid_hw, score_threshold, iou_threshold))
 
-    def submit(self, images: NDArray[np.uint8], valid_hw: NDArray[np.int32], score_threshold: float, iou_threshold: float) -> Any:
+    def submit(
+        self,
+        images: NDArray[np.uint8],
+        valid_hw: NDArray[np.int32],
+        score_threshold: float,
+        iou_threshold: float,
+    ) -> Any:
         """Starts a batch, given as to `infer`, and returns what `collect` takes. The arrays must stay as they are until then.
 
         A runtime that cannot run batches beside one another runs it at once. No more than `in_flight` should be under way.
@@ -107,7 +117,13 @@ class Engine(ABC):
         """
         return self._checked(self._collect(ticket))
 
-    def _submit(self, images: NDArray[np.uint8], valid_hw: NDArray[np.int32], score_threshold: float, iou_threshold: float) -> Any:
+    def _submit(
+        self,
+        images: NDArray[np.uint8],
+        valid_hw: NDArray[np.int32],
+        score_threshold: float,
+        iou_threshold: float,
+    ) -> Any:
         return self._run(images, valid_hw, score_threshold, iou_threshold)
 
     def _collect(self, ticket: Any) -> BatchDetections:
@@ -121,14 +137,16 @@ class Engine(ABC):
 
     def _checked(self, found: BatchDetections) -> BatchDetections:
         if not (np.isfinite(found.boxes_net).all() and np.isfinite(found.scores).all()):
-            raise ArtefactError(f"{self.name}: the model gave NaN or infinite values; check the checkpoint, or export in higher precision")
+            raise ArtefactError(
+                f"{self.name}: the model gave NaN or infinite values; check the checkpoint, or export in higher precision"
+            )
         return found
 
     def batches_at(self, net_hw: tuple[int, int]) -> tuple[int, int | None]:
         """The smallest and the largest batch it takes at a padded size; None where there is no bound."""
         return 1, self.most_batch
 
-    def settle(self, batch: int, net_hw: tuple[int, int]) -> None:  # noqa: B027  most runtimes have nothing to do
+    def settle(self, batch: int, net_hw: tuple[int, int]) -> None:  # noqa: B027 - most do nothing
         """Does now what would else be done after many batches of one shape; nothing, for most runtimes.
 
         Args:
@@ -153,7 +171,11 @@ class Engine(ABC):
 
     @abstractmethod
     def _run(
-        self, images: NDArray[np.uint8], valid_hw: NDArray[np.int32], score_threshold: float, iou_threshold: float
+        self,
+        images: NDArray[np.uint8],
+        valid_hw: NDArray[np.int32],
+        score_threshold: float,
+        iou_threshold: float,
     ) -> BatchDetections: ...
 
     def close(self) -> None:
@@ -163,7 +185,12 @@ class Engine(ABC):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
 
@@ -176,8 +203,14 @@ def check_hint(hint: str) -> None:
 def check_inputs(images: NDArray[np.uint8], valid_hw: NDArray[np.int32]) -> None:
     """Raises InputError unless the arrays are what `Engine.infer` takes."""
     if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8 or not images.size:
-        raise InputError(f"images are {images.dtype} {images.shape}; expected uint8 (B, H, W, 3) in RGB order")
+        raise InputError(
+            f"images are {images.dtype} {images.shape}; expected uint8 (B, H, W, 3) in RGB order"
+        )
     if images.shape[1] % SIZE_DIVISOR or images.shape[2] % SIZE_DIVISOR:
-        raise InputError(f"images are {images.shape[1]} x {images.shape[2]}; expected multiples of {SIZE_DIVISOR}: use resize_and_pad")
+        raise InputError(
+            f"images are {images.shape[1]} x {images.shape[2]}; expected multiples of {SIZE_DIVISOR}: use resize_and_pad"
+        )
     if valid_hw.shape != (len(images), 2) or valid_hw.dtype != np.int32:
-        raise InputError(f"valid_hw is {valid_hw.dtype} {valid_hw.shape}; expected int32 ({len(images)}, 2)")
+        raise InputError(
+            f"valid_hw is {valid_hw.dtype} {valid_hw.shape}; expected int32 ({len(images)}, 2)"
+        )

@@ -12,11 +12,10 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from tood_deploy.engines.base import BatchDetections, Engine, Hint, check_hint
+from tood_deploy.engines.precision_support import saturates_in_onnxruntime, why_not_on_cpus
 from tood_deploy.errors import ArtefactError, DeviceError, ToodError
-from tood_deploy.half_precision import why_not_on_cpus
-from tood_deploy.int8_probe import saturates_in_onnxruntime
 from tood_deploy.manifest import INPUTS, METADATA_KEY, OUTPUTS, Manifest, read_manifest
-from tood_deploy.onnx_session import CPU, open_session
+from tood_deploy.onnx_file import CPU, open_session
 
 STREAMS = 2  # more would hold more memory and keep a pair of cores no busier
 PROVIDERS = {"cpu": CPU, "cuda": "CUDAExecutionProvider"}
@@ -25,7 +24,9 @@ PROVIDERS = {"cpu": CPU, "cuda": "CUDAExecutionProvider"}
 class OnnxEngine(Engine):
     """An .onnx artefact in an ONNX Runtime session."""
 
-    def __init__(self, path: Path, *, device: str = "cpu", threads: int | None = None, hint: Hint = "latency") -> None:
+    def __init__(
+        self, path: Path, *, device: str = "cpu", threads: int | None = None, hint: Hint = "latency"
+    ) -> None:
         """Opens the artefact.
 
         Args:
@@ -47,15 +48,21 @@ class OnnxEngine(Engine):
             )
         provider = PROVIDERS[device]
         if provider not in ort.get_available_providers():
-            raise DeviceError(f"device {device} needs {provider}, this onnxruntime has {ort.get_available_providers()}: {_remedy(device)}")
+            raise DeviceError(
+                f"device {device} needs {provider}, this onnxruntime has {ort.get_available_providers()}: {_remedy(device)}"
+            )
         if device == "cpu":
             _check_precision(path)
         cores = _cores() if threads is None else threads
         side_by_side = hint == "throughput" and cores >= STREAMS
         # Who calls a session works for it; its own threads are one less than its number of threads.
-        self.session = _open_session(path, provider, cores - STREAMS + 1 if side_by_side else threads)
+        self.session = _open_session(
+            path, provider, cores - STREAMS + 1 if side_by_side else threads
+        )
         if self.session.get_providers()[0] != provider:
-            raise DeviceError(f"ONNX Runtime could not start {provider} and offers {self.session.get_providers()}: {_remedy(device)}")
+            raise DeviceError(
+                f"ONNX Runtime could not start {provider} and offers {self.session.get_providers()}: {_remedy(device)}"
+            )
         self.manifest = _session_manifest(self.session, path)
         self.device = device
         self.name = f"ONNX Runtime {ort.__version__}"
@@ -66,13 +73,25 @@ class OnnxEngine(Engine):
         """See `Engine.saturates`; asked of the CPU alone."""
         return self.device == "cpu" and saturates_in_onnxruntime()
 
-    def _run(self, images: NDArray[np.uint8], valid_hw: NDArray[np.int32], score_threshold: float, iou_threshold: float) -> BatchDetections:
+    def _run(
+        self,
+        images: NDArray[np.uint8],
+        valid_hw: NDArray[np.int32],
+        score_threshold: float,
+        iou_threshold: float,
+    ) -> BatchDetections:
         thresholds = np.float32(score_threshold), np.float32(iou_threshold)
         values = (images, valid_hw, *(np.asarray(threshold) for threshold in thresholds))
         found: Any = self.session.run(list(OUTPUTS), dict(zip(INPUTS, values, strict=True)))
         return BatchDetections(*found)
 
-    def _submit(self, images: NDArray[np.uint8], valid_hw: NDArray[np.int32], score_threshold: float, iou_threshold: float) -> Any:
+    def _submit(
+        self,
+        images: NDArray[np.uint8],
+        valid_hw: NDArray[np.int32],
+        score_threshold: float,
+        iou_threshold: float,
+    ) -> Any:
         call = images, valid_hw, score_threshold, iou_threshold
         return self._run(*call) if self._callers is None else self._callers.submit(self._run, *call)
 
@@ -123,12 +142,17 @@ def _open_session(path: Path, provider: str, threads: int | None) -> ort.Inferen
                 f"{path}: ONNX Runtime {ort.__version__} lacks an operator of it in its precision ({reason}); bf16 needs OpenVINO "
                 "(--runtime openvino) or an engine (tood-export --to engine), all else a newer onnxruntime"
             ) from error
-        raise ArtefactError(f"{path}: ONNX Runtime cannot open it, cut or not an ONNX file ({reason}); export it again") from error
+        raise ArtefactError(
+            f"{path}: ONNX Runtime cannot open it, cut or not an ONNX file ({reason}); export it again"
+        ) from error
 
 
 def _session_manifest(session: ort.InferenceSession, path: Path) -> Manifest:
     text = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
-    names = [value.name for value in session.get_inputs()], [value.name for value in session.get_outputs()]
+    names = (
+        [value.name for value in session.get_inputs()],
+        [value.name for value in session.get_outputs()],
+    )
     if text is None or names != ([*INPUTS], [*OUTPUTS]):
         raise ArtefactError(
             f"{path}: an ONNX file, but not one of tood_deploy (inputs {names[0]}, outputs {names[1]}, expected {INPUTS} and {OUTPUTS}); "

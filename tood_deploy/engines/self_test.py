@@ -5,24 +5,130 @@ Runs when an artefact is first opened on a machine; that it passed is kept, so t
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import platform
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
+import cv2
 import numpy as np
+from numpy.typing import NDArray
 
+from tood_deploy.data.image_set import synthetic_picture
 from tood_deploy.engines.base import BatchDetections, Engine
 from tood_deploy.errors import ArtefactError, OutputError
-from tood_deploy.golden import Golden, GoldenCase
-from tood_deploy.home import home_folder
-from tood_deploy.manifest import artefact_sha256, saturating_weights, write_text
+from tood_deploy.files import home_folder, write_text
+from tood_deploy.manifest import artefact_sha256, saturating_weights
+from tood_deploy.matching import Rows, batch_rows, pair_rows, row_iou
 from tood_deploy.parity.tolerances import AnswerTolerance, answer_tolerance
-from tood_deploy.rows import Rows, batch_rows, pair_rows, row_iou
 
+if TYPE_CHECKING:
+    from tood_deploy.parity.reference import Runner
+
+
+@dataclass(frozen=True, eq=False)
+class GoldenCase:
+    """The answer on one canvas.
+
+    Attributes:
+        net_hw: rows and columns of the canvas.
+        score_threshold: lies in a gap between the scores, so that none of them is on its edge.
+        expected: what is found above it.
+    """
+
+    net_hw: tuple[int, int]
+    score_threshold: float
+    expected: Rows
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; a float32 survives as it is."""
+        rows = {
+            "boxes": self.expected.boxes.tolist(),
+            "scores": self.expected.scores.tolist(),
+            "labels": self.expected.labels.tolist(),
+        }
+        return {"net_hw": list(self.net_hw), "score_threshold": self.score_threshold, **rows}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The case that `to_dict` wrote."""
+        boxes = np.array(values["boxes"], np.float32).reshape(-1, 4)
+        expected = Rows(
+            boxes, np.array(values["scores"], np.float32), np.array(values["labels"], np.int32)
+        )
+        height, width = values["net_hw"]
+        return cls((height, width), float(values["score_threshold"]), expected)
+
+
+@dataclass(frozen=True, eq=False)
+class Golden:
+    """A picture and its answers.
+
+    Attributes:
+        picture: (rows, columns, 3) uint8 RGB, lies at the top left of every canvas.
+        iou_threshold: of the suppression.
+        reference: what gave the answers, for reports.
+        cases: an answer for each canvas.
+    """
+
+    picture: NDArray[np.uint8]
+    iou_threshold: float
+    reference: str
+    cases: tuple[GoldenCase, ...]
+
+    def inputs(
+        self, net_hw: tuple[int, int], batch: int = 1
+    ) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
+        """The picture in every slot of a batch on a canvas: `images` and `valid_hw` as an engine takes them."""
+        rows, columns, _ = self.picture.shape
+        images = np.zeros((batch, *net_hw, 3), np.uint8)
+        images[:, :rows, :columns] = self.picture
+        return images, np.array([[rows, columns]] * batch, np.int32)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for the manifest; the picture as PNG, whose pixels every decoder gives alike."""
+        _, png = cv2.imencode(".png", self.picture[..., ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 9])
+        return {
+            "picture_png": base64.b64encode(png.tobytes()).decode("ascii"),
+            "iou_threshold": self.iou_threshold,
+            "reference": self.reference,
+            "cases": [case.to_dict() for case in self.cases],
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], origin: str) -> Self:
+        """What `to_dict` wrote; `origin` names the file in errors.
+
+        Raises:
+            ArtefactError: it is damaged.
+        """
+        try:
+            png = np.frombuffer(base64.b64decode(values["picture_png"], validate=True), np.uint8)
+            picture = np.ascontiguousarray(
+                np.asarray(cv2.imdecode(png, cv2.IMREAD_COLOR), np.uint8)[..., ::-1]
+            )
+            cases = tuple(GoldenCase.from_dict(case) for case in values["cases"])
+            return cls(picture, float(values["iou_threshold"]), str(values["reference"]), cases)
+        except (KeyError, TypeError, ValueError, IndexError, cv2.error) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise ArtefactError(
+                f"{origin}: the self-test in its manifest is damaged ({reason}); export the model again"
+            ) from error
+
+
+# In place of the canvases of an artefact that takes every size: not square, three levels with several cells.
+ANY_SIZE = ((160, 224),)
+IMAGE_HW = (150, 210)  # fewer rows and columns than the canvas, so that padding takes part
+PADDING_HW = (10, 14)
+SEED, COARSE = 3, 0xF0  # without the grain of the synthetic image its PNG takes a fifth
+IOU_THRESHOLD = 0.6
+FEWEST, MOST = 8, 24  # detections in an answer: enough for a verdict, few enough for a manifest
 SLOTS = 3  # of the batch, where an engine has no largest one
 CPU_INFO = Path("/proc/cpuinfo")
 
@@ -33,27 +139,41 @@ def check_self_test(engine: Engine, artefact: Path) -> None:
     Raises:
         ArtefactError: an answer is not the stored one; the message says how far off.
     """
-    _check_products(engine, artefact)  # not left to the record of an earlier pass, nor to a stored answer
+    _check_products(
+        engine, artefact
+    )  # not left to the record of an earlier pass, nor to a stored answer
     if not engine.manifest.self_test:
         return
     circumstances = _circumstances(engine, artefact)
-    record = home_folder("self_tests") / f"{hashlib.sha256(json.dumps(circumstances, sort_keys=True).encode()).hexdigest()[:32]}.json"
+    record = (
+        home_folder("self_tests")
+        / f"{hashlib.sha256(json.dumps(circumstances, sort_keys=True).encode()).hexdigest()[:32]}.json"
+    )
     if record.is_file():
         return
     golden = Golden.from_dict(engine.manifest.self_test, str(artefact))
-    cases = [case for case in golden.cases if not engine.canvases_hw or case.net_hw in engine.canvases_hw]
+    cases = [
+        case for case in golden.cases if not engine.canvases_hw or case.net_hw in engine.canvases_hw
+    ]
     if not cases:
-        raise ArtefactError(f"{artefact}: its self-test has no answer for any of its input sizes {engine.canvases_hw}; export it again")
+        raise ArtefactError(
+            f"{artefact}: its self-test has no answer for any of its input sizes {engine.canvases_hw}; export it again"
+        )
     for case in cases:
         _check_case(engine, artefact, golden, case)
-    passed = circumstances | {"path": str(artefact), "passed": datetime.now(UTC).isoformat(timespec="seconds")}
+    passed = circumstances | {
+        "path": str(artefact),
+        "passed": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
     with suppress(OutputError):  # where nothing can be kept, the test runs again next time
         write_text(record, json.dumps(passed, indent=2))
 
 
 def tolerance_of(engine: Engine, golden_reference: str = "") -> AnswerTolerance:
     """By the precision that the engine runs in, where, and whether its own runtime gave the stored answer."""
-    return answer_tolerance(engine.precision, engine.device, same_runtime=golden_reference.startswith(f"{engine.name},"))
+    return answer_tolerance(
+        engine.precision, engine.device, same_runtime=golden_reference.startswith(f"{engine.name},")
+    )
 
 
 def _check_products(engine: Engine, artefact: Path) -> None:
@@ -68,7 +188,9 @@ def _check_case(engine: Engine, artefact: Path, golden: Golden, case: GoldenCase
     tolerance = tolerance_of(engine, golden.reference)
     least, most = engine.batches_at(case.net_hw)
     for batch in sorted({least, most or SLOTS}):
-        found = engine.infer(*golden.inputs(case.net_hw, batch), case.score_threshold, golden.iou_threshold)
+        found = engine.infer(
+            *golden.inputs(case.net_hw, batch), case.score_threshold, golden.iou_threshold
+        )
         for slot, rows in enumerate(_rows(found)):
             if wrong := deviation(case.expected, rows, tolerance):
                 raise ArtefactError(
@@ -85,7 +207,9 @@ def _rows(found: BatchDetections) -> list[Rows]:
 def deviation(expected: Rows, found: Rows, tolerance: AnswerTolerance) -> str:
     """What is wrong, as a clause; "" where the answer is within the tolerance."""
     pairs = pair_rows(expected, found)
-    score_off = np.abs(expected.scores[pairs[:, 0]] - found.scores[pairs[:, 1]]) / expected.scores.max(initial=1e-9)
+    score_off = np.abs(
+        expected.scores[pairs[:, 0]] - found.scores[pairs[:, 1]]
+    ) / expected.scores.max(initial=1e-9)
     iou = row_iou(expected.boxes[pairs[:, 0]], found.boxes[pairs[:, 1]])
     matched = int(((score_off <= tolerance.score) & (iou >= tolerance.iou)).sum())
     either = len(expected) + len(found) - matched
@@ -108,7 +232,9 @@ def _circumstances(engine: Engine, artefact: Path) -> dict[str, Any]:
         "device": engine.device,
         "loaded_from": engine.loaded_from,
         "artefact_sha256": artefact_sha256(artefact),
-        "self_test_sha256": hashlib.sha256(json.dumps(engine.manifest.self_test, sort_keys=True).encode()).hexdigest(),
+        "self_test_sha256": hashlib.sha256(
+            json.dumps(engine.manifest.self_test, sort_keys=True).encode()
+        ).hexdigest(),
     }
 
 
@@ -119,3 +245,36 @@ def processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def self_test_from(run: Runner, canvases_hw: Sequence[tuple[int, int]] = ()) -> dict[str, Any]:
+    """A built-in picture and the answers to it, for `Manifest.self_test`.
+
+    Args:
+        run: the reference: the network in PyTorch, or an artefact in float32 that was proven equal to it.
+        canvases_hw: the padded sizes that the artefact takes; empty where every multiple of 32 will do.
+    """
+    canvases = tuple(canvases_hw) or ANY_SIZE
+    height, width = (
+        min(IMAGE_HW[axis], min(canvas[axis] for canvas in canvases) - PADDING_HW[axis])
+        for axis in (0, 1)
+    )
+    picture = np.bitwise_and(synthetic_picture(height, width, SEED), COARSE, dtype=np.uint8)
+    golden = Golden(picture, IOU_THRESHOLD, run.name, ())
+    cases = tuple(_answer(run, golden, canvas) for canvas in canvases)
+    return Golden(picture, IOU_THRESHOLD, run.name, cases).to_dict()
+
+
+def _answer(run: Runner, golden: Golden, net_hw: tuple[int, int]) -> GoldenCase:
+    """What the reference finds, cut at the widest gap between its scores: suppression is greedy, so a higher threshold only cuts."""
+    (rows,) = batch_rows(run(*golden.inputs(net_hw), 0.0, golden.iou_threshold))
+    if len(rows) <= FEWEST:
+        return GoldenCase(net_hw, 0.0, rows)
+    scores = rows.scores[FEWEST - 1 : MOST + 1].astype(np.float64)
+    gap = int(((scores[:-1] - scores[1:]) / scores[:-1]).argmax())
+    count = FEWEST + gap
+    return GoldenCase(
+        net_hw,
+        float(scores[gap : gap + 2].mean()),
+        Rows(rows.boxes[:count], rows.scores[:count], rows.labels[:count]),
+    )

@@ -13,15 +13,19 @@ from tood_deploy.engines.base import BatchDetections, Engine
 from tood_deploy.errors import DeviceError, ToodError
 from tood_deploy.manifest import Manifest
 from tood_deploy.model.checkpoint import load_checkpoint
-from tood_deploy.model.fused import FusedDetector
-from tood_deploy.model.tood import Tood
+from tood_deploy.model.tood import FusedDetector, Tood
 
 
 class TorchEngine(Engine):
     """A checkpoint in PyTorch, float32."""
 
     def __init__(
-        self, checkpoint: str | PathLike[str] | Tood, *, device: str = "cpu", threads: int | None = None, **load_options: Any
+        self,
+        checkpoint: str | PathLike[str] | Tood,
+        *,
+        device: str = "cpu",
+        threads: int | None = None,
+        **load_options: Any,
     ) -> None:
         """Loads the checkpoint.
 
@@ -42,14 +46,26 @@ class TorchEngine(Engine):
             if threads < 1:
                 raise ToodError(f"threads is {threads}; expected a positive number")
             torch.set_num_threads(threads)
-        model = checkpoint if isinstance(checkpoint, Tood) else load_checkpoint(checkpoint, **load_options)
+        model = (
+            checkpoint
+            if isinstance(checkpoint, Tood)
+            else load_checkpoint(checkpoint, **load_options)
+        )
         self.detector = FusedDetector(model).to(device).eval()
-        self.manifest = Manifest(model.preset, max_det=self.detector.max_det, checkpoint_sha256=model.checkpoint_sha256)
+        self.manifest = Manifest(
+            model.preset, max_det=self.detector.max_det, checkpoint_sha256=model.checkpoint_sha256
+        )
         self.device = device
         self.name = f"PyTorch {torch.__version__}"
 
     @torch.inference_mode()
-    def _run(self, images: NDArray[np.uint8], valid_hw: NDArray[np.int32], score_threshold: float, iou_threshold: float) -> BatchDetections:
+    def _run(
+        self,
+        images: NDArray[np.uint8],
+        valid_hw: NDArray[np.int32],
+        score_threshold: float,
+        iou_threshold: float,
+    ) -> BatchDetections:
         inputs = (torch.from_numpy(array).to(self.device) for array in (images, valid_hw))
         found = self.detector(*inputs, score_threshold, iou_threshold).detections
         return BatchDetections(*(tensor.cpu().numpy() for tensor in found))

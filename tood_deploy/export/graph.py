@@ -8,13 +8,71 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from tood_deploy.export.static_head import use_static_kernels
 from tood_deploy.model.deform import DeformConv2d
-from tood_deploy.model.fused import FusedDetector, Stages
+from tood_deploy.model.head import Alignment, TaskAlignedHead, TaskDecomposition, TowerMaps
 from tood_deploy.model.resnet import Bottleneck
-from tood_deploy.model.tood import Tood
+from tood_deploy.model.tood import FusedDetector, Stages, Tood
+
+
+def use_static_kernels(head: TaskAlignedHead) -> None:
+    """Replaces what reads the tower's stages, in place; the weights are shared."""
+    for name in ("cls_decomp", "reg_decomp"):
+        setattr(head, name, StaticDecomposition(getattr(head, name)))
+    for name in ("cls_prob_module", "reg_offset_module"):
+        setattr(head, name, StaticAlignment(getattr(head, name), len(head.inter_convs)))
+
+
+class StaticDecomposition(nn.Module):
+    """A `TaskDecomposition` that weighs the convolved stages."""
+
+    def __init__(self, layer: TaskDecomposition) -> None:
+        super().__init__()
+        self.layer = layer
+        self.kernels = _kernels_by_stage(layer.reduction_conv.conv.weight, layer.stages)
+
+    def forward(self, tower: TowerMaps) -> Tensor:
+        """As `TaskDecomposition.forward`."""
+        weights = self.layer.stage_weights(tower).unsqueeze(2).unsqueeze(3)
+        parts = [
+            F.conv2d(stage, kernel) * weights[:, i : i + 1]
+            for i, (stage, kernel) in enumerate(zip(tower.stages, self.kernels, strict=True))
+        ]
+        return F.relu(self.layer.reduction_conv.gn(_sum(parts)))
+
+
+class StaticAlignment(nn.Module):
+    """An `Alignment` that sums over the convolved stages."""
+
+    def __init__(self, layer: Alignment, stages: int) -> None:
+        super().__init__()
+        first, self.activation, self.last = layer
+        assert isinstance(first, nn.Conv2d)
+        self.kernels = _kernels_by_stage(first.weight, stages)
+        self.bias = first.bias
+
+    def forward(self, tower: TowerMaps) -> Tensor:
+        """As `Alignment.forward`."""
+        parts = [
+            F.conv2d(stage, kernel, None if i else self.bias)
+            for i, (stage, kernel) in enumerate(zip(tower.stages, self.kernels, strict=True))
+        ]
+        return self.last(self.activation(_sum(parts)))
+
+
+def _kernels_by_stage(kernel: Tensor, stages: int) -> nn.ParameterList:
+    """(C', S*C, 1, 1) cut into S kernels (C', C, 1, 1)."""
+    return nn.ParameterList(part.detach().contiguous() for part in kernel.chunk(stages, dim=1))
+
+
+def _sum(parts: list[Tensor]) -> Tensor:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
+
 
 DeformForm = Literal["op", "gather"]
 DEFORM_OPSET = 19  # that brought DeformConv
@@ -32,7 +90,9 @@ class ExportedGraph(nn.Module):
             _use_deform_op(model)
         self.detector = FusedDetector(model, max_det).eval()
 
-    def forward(self, images: Tensor, valid_hw: Tensor, score_threshold: Tensor, iou_threshold: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        self, images: Tensor, valid_hw: Tensor, score_threshold: Tensor, iou_threshold: Tensor
+    ) -> tuple[Tensor, ...]:
         """See `FusedDetector.forward`."""
         stages = self.detector(images, valid_hw, score_threshold, iou_threshold)
         return (*stages.detections, *inner_values(stages))
@@ -66,7 +126,9 @@ class DeformConvOp(nn.Module):
         }
         shape = (x.shape[0], out_channels, *offset.shape[2:])
         inputs = (x, layer.weight, offset, None, mask)
-        return torch.onnx.ops.symbolic("DeformConv", inputs, attributes, dtype=x.dtype, shape=shape, version=DEFORM_OPSET)
+        return torch.onnx.ops.symbolic(
+            "DeformConv", inputs, attributes, dtype=x.dtype, shape=shape, version=DEFORM_OPSET
+        )
 
 
 class Bias(nn.Module):
@@ -93,7 +155,13 @@ def _fold_batch_norms(model: Tood) -> None:
             assert norm.running_mean is not None
             assert norm.running_var is not None
             block.conv2.weight, bias = fuse_conv_bn_weights(
-                block.conv2.weight, None, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+                block.conv2.weight,
+                None,
+                norm.running_mean,
+                norm.running_var,
+                norm.eps,
+                norm.weight,
+                norm.bias,
             )
             block.add_module("bn2", Bias(bias))
 

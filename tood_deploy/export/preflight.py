@@ -6,19 +6,25 @@ What a checkpoint alone can tell is not known here yet; `carry_out` asks for tha
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+import json
+import shutil
+import tempfile
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from tood_deploy import openvino_model
-from tood_deploy.errors import ArtefactError, CheckpointError, DeviceError, ToodError
-from tood_deploy.export.image_check import ImageSet, check_images
-from tood_deploy.export.onnx_artefact import read_onnx
-from tood_deploy.export.order import SUFFIXES, Order
-from tood_deploy.export.output_place import MIB, check_artefact, check_inputs_stay, check_space, check_writable
-from tood_deploy.export.pictures import choose_pictures, picture_paths
+from tood_deploy.data.images import ImageSet, check_images, choose_pictures, picture_paths
+from tood_deploy.engines import openvino_runtime as openvino_model
+from tood_deploy.engines.precision_support import (
+    half_precision_of,
+    saturates_in_onnxruntime,
+    saturates_in_openvino,
+)
+from tood_deploy.engines.tensorrt.library import load_flavour
+from tood_deploy.errors import ArtefactError, CheckpointError, DeviceError, OutputError, ToodError
+from tood_deploy.export.config import SUFFIXES, Order
 from tood_deploy.export.tensorrt.build import known_capabilities
-from tood_deploy.export.tensorrt.shape_report import PLOT_SUFFIXES
+from tood_deploy.export.tensorrt.shapes import PLOT_SUFFIXES
 from tood_deploy.export.triton.fit import (
     SERVED_FLAVOUR,
     check_batches,
@@ -28,14 +34,125 @@ from tood_deploy.export.triton.fit import (
     plan_serving,
     read_engine_manifest,
 )
-from tood_deploy.export.triton.folder import read_present
-from tood_deploy.half_precision import half_precision_of
-from tood_deploy.home import home_folder
-from tood_deploy.int8_probe import saturates_in_onnxruntime, saturates_in_openvino
-from tood_deploy.manifest import ARTEFACT_SUFFIXES, Manifest, manifest_path
+from tood_deploy.export.triton.repository import read_present
+from tood_deploy.files import home_folder
+from tood_deploy.manifest import ARTEFACT_SUFFIXES, Manifest, manifest_path, neighbour
+from tood_deploy.onnx_file import read_onnx
 from tood_deploy.preprocess import check_imgsz
 from tood_deploy.presets import MAX_CANDIDATES, PRESETS, SIZE_DIVISOR, get_preset
-from tood_deploy.tensorrt_flavour import load_flavour
+
+MIB = 2**20
+SPARE_BYTES = 64 * MIB  # beside the artefacts themselves
+
+
+def check_artefact(output: Path, suffixes: Collection[str], alternative: str) -> None:
+    """Refuse a name of another kind, and a place that holds something else.
+
+    Args:
+        output: the artefact's file.
+        suffixes: that its name may end in.
+        alternative: word to tell it from a neighbour by, for the message.
+
+    Raises:
+        ToodError: another ending, or a neighbour of the same manifest.
+        OutputError: a folder, or files beside it that are not of tood-export.
+    """
+    if output.suffix.lower() not in suffixes:
+        raise ToodError(f"output is {output}; expected a name ending in {' or '.join(suffixes)}")
+    if output.is_dir():
+        raise OutputError(
+            f"{output}: is a folder; expected a file that may be written: give another --output"
+        )
+    manifest = manifest_path(output)
+    if other := neighbour(output):
+        raise ToodError(
+            f"{output}: its manifest {manifest.name} would replace that of {other.name}; "
+            f"give another --output, such as {output.with_stem(f'{output.stem}-{alternative}')}"
+        )
+    if manifest.exists() and not _is_manifest(manifest):
+        raise OutputError(
+            f"{manifest}: is no manifest of tood-export, and would be replaced by one; give another --output"
+        )
+    if (
+        output.suffix.lower() == ".xml"
+        and output.with_suffix(".bin").exists()
+        and not output.exists()
+    ):
+        raise OutputError(
+            f"{output.with_suffix('.bin')}: belongs to no .xml, and would be replaced; give another --output"
+        )
+
+
+def _is_manifest(path: Path) -> bool:
+    """Tell by its keys; one of another version may be replaced too."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and {"format", "preset"} <= content.keys()
+
+
+def check_inputs_stay(written: Collection[Path], inputs: Collection[Path]) -> None:
+    """Refuse to write over what is read, and two results into one file.
+
+    Raises:
+        OutputError: a file stands on both sides, or twice among those that are written.
+    """
+    read = {path.resolve() for path in inputs}
+    places: set[Path] = set()
+    for path in written:
+        place = path.resolve()
+        if place in read:
+            raise OutputError(
+                f"{path}: is an input of this export, and would be replaced by its result; give another name"
+            )
+        if place in places:
+            raise OutputError(
+                f"{path}: two results of this export would be written there; give each a name of its own"
+            )
+        places.add(place)
+
+
+def check_writable(folder: Path, remedy: str) -> Path:
+    """Refuse a folder that cannot be written, or made where it is not there yet.
+
+    Args:
+        folder: that files will come into.
+        remedy: what to do about it, for the message.
+
+    Returns:
+        The folder itself, or the one that it will be made in.
+
+    Raises:
+        OutputError: it cannot.
+    """
+    present = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not present.is_dir():
+        raise OutputError(f"{folder}: cannot be written, as {present} is a file; {remedy}")
+    try:
+        with tempfile.TemporaryFile(dir=present):
+            return present
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be written ({error.strerror}); {remedy}") from error
+
+
+def check_space(folder: Path, needed_bytes: int) -> None:
+    """Refuse a disk that is too full.
+
+    Args:
+        folder: exists.
+        needed_bytes: of all files of the export that are there at a time; an estimate.
+
+    Raises:
+        OutputError: fewer bytes are free.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes + SPARE_BYTES:
+        raise OutputError(
+            f"{folder}: {free // MIB} MiB are free, and this export needs about {(needed_bytes + SPARE_BYTES) // MIB}; "
+            "make room, or give an --output on another disk"
+        )
+
 
 MOST_VERIFY_PICTURES = 16
 ELSEWHERE = "choose another --output"
@@ -80,8 +197,14 @@ def check_deform(name: str, deform: str, order: Order) -> None:
     if order.to == "engine" and load_flavour(order.flavour).name == "tensorrt_rtx":
         lacking = "TensorRT-RTX"
     if lacking:
-        cure = "export the checkpoint again with --deform gather" if order.from_onnx else "leave --deform out"
-        raise ToodError(f"{name}: holds deformable convolutions as an operator, which {lacking} lacks; {cure}")
+        cure = (
+            "export the checkpoint again with --deform gather"
+            if order.from_onnx
+            else "leave --deform out"
+        )
+        raise ToodError(
+            f"{name}: holds deformable convolutions as an operator, which {lacking} lacks; {cure}"
+        )
 
 
 def _check_numbers(order: Order) -> None:
@@ -105,7 +228,9 @@ def _check_source(order: Order) -> Manifest | None:
     path = Path(order.source)
     if order.from_engine:
         if order.to != "triton":
-            raise ToodError(f"{path} is an engine, which can be served and not exported; give --to triton, or the .onnx it was built from")
+            raise ToodError(
+                f"{path} is an engine, which can be served and not exported; give --to triton, or the .onnx it was built from"
+            )
         choose_backend(path, order.triton)
         return read_engine_manifest(path)
     if order.from_onnx:
@@ -115,16 +240,24 @@ def _check_source(order: Order) -> Manifest | None:
     if not path.exists() and order.source in PRESETS:
         return None
     if path.suffix.lower() in ARTEFACT_SUFFIXES:
-        raise ToodError(f"{path}: an artefact for OpenVINO cannot be exported further; give the .onnx or the checkpoint it was made from")
+        raise ToodError(
+            f"{path}: an artefact for OpenVINO cannot be exported further; give the .onnx or the checkpoint it was made from"
+        )
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; expected a checkpoint (.pth, .pt or .safetensors), an .onnx, or a preset's name")
+        raise CheckpointError(
+            f"{path}: no such file; expected a checkpoint (.pth, .pt or .safetensors), an .onnx, or a preset's name"
+        )
     try:
         with path.open("rb") as file:
             empty = not file.read(1)
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); expected a checkpoint that you may read") from error
+        raise CheckpointError(
+            f"{path}: cannot be read ({error.strerror}); expected a checkpoint that you may read"
+        ) from error
     if empty:
-        raise CheckpointError(f"{path}: is an empty file; expected a checkpoint: copy or download it again")
+        raise CheckpointError(
+            f"{path}: is an empty file; expected a checkpoint: copy or download it again"
+        )
     return None
 
 
@@ -132,12 +265,22 @@ def _check_given_onnx(order: Order, manifest: Manifest) -> None:
     """Refuse an .onnx from which the order does not lead on."""
     path, changes = Path(order.source), order.precision.changes_graph
     if manifest.precision != "fp32" and changes:
-        raise ToodError(f"{path} is in {manifest.precision} already; leave --precision out, or start from the float32 .onnx")
+        raise ToodError(
+            f"{path} is in {manifest.precision} already; leave --precision out, or start from the float32 .onnx"
+        )
     if order.to == "onnx" and not changes:
-        raise ToodError(f"{path} is an .onnx already; give --precision or --to openvino, engine or triton")
+        raise ToodError(
+            f"{path} is an .onnx already; give --precision or --to openvino, engine or triton"
+        )
     if "serving" in manifest.options and (changes or order.to == "openvino"):
-        raise ArtefactError(f"{path}: has the form that Triton serves, with thresholds for every image; start from what it was made from")
-    if order.builds_engine and manifest.precision == "int8" and int8_scheme(manifest).startswith("u8"):
+        raise ArtefactError(
+            f"{path}: has the form that Triton serves, with thresholds for every image; start from what it was made from"
+        )
+    if (
+        order.builds_engine
+        and manifest.precision == "int8"
+        and int8_scheme(manifest).startswith("u8")
+    ):
         raise ToodError(
             f"{path}: its 8-bit numbers have zero points, as CPUs want them and TensorRT does not; "
             "quantise the float32 .onnx with --to engine"
@@ -150,12 +293,20 @@ def _check_given_onnx(order: Order, manifest: Manifest) -> None:
 def _check_precision(order: Order, source: Manifest | None) -> None:
     """Refuse a precision that the target does not compute in."""
     wanted = order.precision
-    halves = {wanted.precision, wanted.rest, half_precision_of(source) if source and order.from_onnx else ""}
+    halves = {
+        wanted.precision,
+        wanted.rest,
+        half_precision_of(source) if source and order.from_onnx else "",
+    }
     if order.to == "openvino" and "fp16" in halves:
-        raise ToodError("OpenVINO on CPUs computes in fp32, bf16 and int8; give --precision bf16, or another --to")
+        raise ToodError(
+            "OpenVINO on CPUs computes in fp32, bf16 and int8; give --precision bf16, or another --to"
+        )
     if order.to == "openvino" and "bf16" in halves:
         openvino_model.check_precision(openvino_model.shared_core(), "bf16")
-    if wanted.target_cpu == "native" and (saturates_in_openvino() if order.to == "openvino" else saturates_in_onnxruntime()):
+    if wanted.target_cpu == "native" and (
+        saturates_in_openvino() if order.to == "openvino" else saturates_in_onnxruntime()
+    ):
         raise DeviceError(
             "--target-cpu native: this CPU has no VNNI instructions, and sums of 8-bit products saturate on it, so the artefact could "
             "not be verified here; leave --target-cpu out, or export on a CPU like the one that it is for"
@@ -175,7 +326,9 @@ def _check_output(order: Order, source: Manifest | None) -> None:
         _check_plot(plot)
         written.append(plot)
     read = (Path(order.source), order.precision.annotations)
-    check_inputs_stay([*written, *([cache] if cache else [])], [path for path in read if path is not None])
+    check_inputs_stay(
+        [*written, *([cache] if cache else [])], [path for path in read if path is not None]
+    )
     present = check_writable(folder, ELSEWHERE)
     check_space(present, (COPIES[order.to] + order.precision.changes_graph) * _weights_bytes(order))
 
@@ -195,7 +348,9 @@ def _check_repository(order: Order, source: Manifest | None) -> None:
         profiles = None if order.from_engine else order.sizes.without_proposal(source.preset.imgsz)
         plan_serving(path, lowered, order.output, options, profiles)
         return
-    yet_to_come = Manifest(PRESETS["tiny"])  # which network it is does not count: what is served is in the precision asked for
+    yet_to_come = Manifest(
+        PRESETS["tiny"]
+    )  # which network it is does not count: what is served is in the precision asked for
     check_precision(path.name, _as_ordered(order, yet_to_come), backend, options)
     check_batches(order.sizes.batches, options)
     read_present(order.output, options.name)
@@ -230,11 +385,17 @@ def _check_device(order: Order, source: Manifest | None) -> None:
     library = load_flavour(order.flavour if order.to == "engine" else SERVED_FLAVOUR)
     order.engine.check(library)
     capabilities = order.engine.compute_capabilities
-    if capabilities and (unknown := [name for name in capabilities if name not in known_capabilities(library)]):
+    if capabilities and (
+        unknown := [name for name in capabilities if name not in known_capabilities(library)]
+    ):
         known = ", ".join(known_capabilities(library))
-        raise ToodError(f"compute capability {', '.join(unknown)}: {library.title} builds for {known}")
-    if library.name == "tensorrt" or order.precision.tuned:  # it builds on the GPU that it builds for; a search measures there
-        from tood_deploy.cuda_device import check_driver
+        raise ToodError(
+            f"compute capability {', '.join(unknown)}: {library.title} builds for {known}"
+        )
+    if (
+        library.name == "tensorrt" or order.precision.tuned
+    ):  # it builds on the GPU that it builds for; a search measures there
+        from tood_deploy.engines.tensorrt.cuda import check_driver
 
         check_driver()
     if (cache := order.engine.timing_cache) is not None:

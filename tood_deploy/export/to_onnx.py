@@ -6,26 +6,29 @@ outputs of it: `with_outputs` makes a copy that gives them, so what is verified 
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import onnx
 import torch
 
-from tood_deploy.errors import ArtefactError
 from tood_deploy.export.graph import DeformForm, ExportedGraph
 from tood_deploy.graph_io import INNER_VALUES, INPUTS, OUTPUTS
-from tood_deploy.manifest import METADATA_KEY, Manifest
 from tood_deploy.model.postprocess import MAX_DET
 from tood_deploy.model.tood import Tood
 from tood_deploy.presets import SIZE_DIVISOR
 
 OPSET = 21  # the first with GroupNormalization as one node
-EXAMPLE_BATCH, EXAMPLE_H, EXAMPLE_W = 2, 8, 10  # sizes in units of SIZE_DIVISOR; no two alike, none of them one
+EXAMPLE_BATCH, EXAMPLE_H, EXAMPLE_W = (
+    2,
+    8,
+    10,
+)  # sizes in units of SIZE_DIVISOR; no two alike, none of them one
 
 
-def onnx_from_model(model: Tood, *, deform: DeformForm = "op", max_det: int = MAX_DET, optimise: bool = True) -> onnx.ModelProto:
+def onnx_from_model(
+    model: Tood, *, deform: DeformForm = "op", max_det: int = MAX_DET, optimise: bool = True
+) -> onnx.ModelProto:
     """The exported graph of DESIGN section 4, with the values of all stages (`INNER_VALUES`) as additional outputs.
 
     Args:
@@ -37,13 +40,20 @@ def onnx_from_model(model: Tood, *, deform: DeformForm = "op", max_det: int = MA
     torch.compiler.reset()  # the loops go through the compiler: nothing that earlier exports left there takes part
     graph = ExportedGraph(model, deform, max_det).eval()
     example = (
-        torch.zeros(EXAMPLE_BATCH, EXAMPLE_H * SIZE_DIVISOR, EXAMPLE_W * SIZE_DIVISOR, 3, dtype=torch.uint8),
+        torch.zeros(
+            EXAMPLE_BATCH, EXAMPLE_H * SIZE_DIVISOR, EXAMPLE_W * SIZE_DIVISOR, 3, dtype=torch.uint8
+        ),
         torch.full((EXAMPLE_BATCH, 2), EXAMPLE_H * SIZE_DIVISOR, dtype=torch.int32),
         torch.tensor(0.05),
         torch.tensor(0.6),
     )
     batch, rows, columns = (torch.export.Dim(name, min=1) for name in ("batch", "rows", "columns"))
-    dynamic = ({0: batch, 1: SIZE_DIVISOR * rows, 2: SIZE_DIVISOR * columns}, {0: batch}, None, None)
+    dynamic = (
+        {0: batch, 1: SIZE_DIVISOR * rows, 2: SIZE_DIVISOR * columns},
+        {0: batch},
+        None,
+        None,
+    )
     with quiet_exporter(), torch.no_grad():
         program = torch.onnx.export(
             graph,
@@ -60,35 +70,6 @@ def onnx_from_model(model: Tood, *, deform: DeformForm = "op", max_det: int = MA
     return _tidy(program.model_proto)
 
 
-def save_onnx(exported: onnx.ModelProto, manifest: Manifest, path: Path) -> None:
-    """Writes the shipped graph: without the stages' values as outputs, with the manifest in its metadata, checked by ONNX's checker."""
-    shipped = onnx.ModelProto()
-    shipped.CopyFrom(exported)
-    outputs = [value for value in shipped.graph.output if value.name in OUTPUTS]
-    del shipped.graph.output[:]
-    shipped.graph.output.extend(outputs)
-    onnx.helper.set_model_props(shipped, {METADATA_KEY: manifest.to_json()})
-    onnx.save(shipped, path)
-    onnx.checker.check_model(path, full_check=True)
-
-
-def with_outputs(shipped: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
-    """A copy of a shipped graph that also gives these inner values; their types are the runtime's to tell.
-
-    Raises:
-        ArtefactError: the graph does not hold them.
-    """
-    made = {name for node in shipped.graph.node for name in node.output}
-    if missing := [name for name in names if name not in made]:
-        raise ArtefactError(
-            f"the graph has no values {', '.join(missing[:3])}: it is of an older tood_deploy, or was rewritten; export it again"
-        )
-    extended = onnx.ModelProto()
-    extended.CopyFrom(shipped)
-    extended.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
-    return extended
-
-
 def _tidy(exported: onnx.ModelProto) -> onnx.ModelProto:
     """Without the exporter's own notes on every node, which hold source paths of the machine that exported."""
     exported.producer_name, exported.doc_string = "tood_deploy", ""
@@ -100,7 +81,11 @@ def _tidy(exported: onnx.ModelProto) -> onnx.ModelProto:
             del value.metadata_props[:]
         for node in graph.node:
             del node.metadata_props[:]
-            graphs.extend(attribute.g for attribute in node.attribute if attribute.type == onnx.AttributeProto.GRAPH)
+            graphs.extend(
+                attribute.g
+                for attribute in node.attribute
+                if attribute.type == onnx.AttributeProto.GRAPH
+            )
     return exported
 
 

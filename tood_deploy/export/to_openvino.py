@@ -10,14 +10,23 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from tood_deploy.engines.openvino_runtime import (
+    CPU,
+    PLACE,
+    TYPES,
+    check_precision,
+    load_openvino,
+    read_model,
+    shared_core,
+)
+from tood_deploy.engines.self_test import self_test_from
 from tood_deploy.errors import ArtefactError, ToodError
-from tood_deploy.export.precision.lowering import AnnotatedAp
-from tood_deploy.export.runners import graph_inputs
-from tood_deploy.export.self_test import self_test_from
+from tood_deploy.export.precision.convert import AnnotatedAp
+from tood_deploy.files import atomic_paths
 from tood_deploy.graph_io import MAP_NAMES, OUTPUTS
-from tood_deploy.manifest import Manifest, atomic_paths, manifest_path, read_manifest
-from tood_deploy.openvino_model import CPU, PLACE, TYPES, check_precision, load_openvino, read_model, shared_core
+from tood_deploy.manifest import Manifest, manifest_path, read_manifest
 from tood_deploy.parity.reference import Outputs, Reference
+from tood_deploy.parity.stages import graph_inputs
 from tood_deploy.parity.tolerances import DETECTION_LIMITS
 from tood_deploy.parity.verify import verify_detections, verify_float32
 
@@ -40,10 +49,18 @@ class OpenVinoRunner:
         model = read_model(core, artefact)
         self.outputs = (*OUTPUTS, *(MAP_NAMES if maps else ()))
         model.add_outputs(list(self.outputs[len(OUTPUTS) :]))
-        self._request = core.compile_model(model, CPU, {"INFERENCE_PRECISION_HINT": TYPES[rest]}).create_infer_request()
+        self._request = core.compile_model(
+            model, CPU, {"INFERENCE_PRECISION_HINT": TYPES[rest]}
+        ).create_infer_request()
         self.name = f"OpenVINO {ov.__version__.split('-')[0]}, {rest}, CPU"
 
-    def __call__(self, images: NDArray[np.uint8], valid_hw: NDArray[np.int32], score_threshold: float, iou_threshold: float) -> Outputs:
+    def __call__(
+        self,
+        images: NDArray[np.uint8],
+        valid_hw: NDArray[np.int32],
+        score_threshold: float,
+        iou_threshold: float,
+    ) -> Outputs:
         """See `Runner`."""
         self._request.infer(graph_inputs(images, valid_hw, score_threshold, iou_threshold))
         return [np.array(self._request.get_tensor(name).data) for name in self.outputs]
@@ -83,21 +100,36 @@ def openvino_from_onnx(
     ov = load_openvino()
     source = read_manifest(onnx_path)
     if source is None:
-        raise ArtefactError(f"{onnx_path}: has no manifest beside it ({manifest_path(onnx_path).name}); export the checkpoint again")
+        raise ArtefactError(
+            f"{onnx_path}: has no manifest beside it ({manifest_path(onnx_path).name}); export the checkpoint again"
+        )
     manifest = _manifest(source, rest, ov, options or {})
     graph = read_model(shared_core(), onnx_path)
     graph.set_rt_info(manifest.to_json(), PLACE)
     # The .bin becomes itself first, and the manifest, which tells whether all three belong together, last.
-    with atomic_paths(output.with_suffix(".bin"), output, manifest_path(output)) as (_, xml, described):
+    with atomic_paths(output.with_suffix(".bin"), output, manifest_path(output)) as (
+        _,
+        xml,
+        described,
+    ):
         ov.save_model(graph, xml, compress_to_fp16=False)
         in_float32 = manifest.precision == "fp32"
         run = OpenVinoRunner(xml, manifest.options["rest"], maps=in_float32)
         if in_float32:
             parity = verify_float32(reference, run, pictures=pictures, say=say)
         else:
-            described.write_text(manifest.to_json(), encoding="utf-8")  # as the engine that AP is measured with reads it
+            described.write_text(
+                manifest.to_json(), encoding="utf-8"
+            )  # as the engine that AP is measured with reads it
             measure_ap = None if ap is None else lambda: (ap.reference_ap, ap.file_ap(xml))
-            parity = verify_detections(reference, run, pictures, DETECTION_LIMITS[manifest.precision], measure_ap=measure_ap, say=say)
+            parity = verify_detections(
+                reference,
+                run,
+                pictures,
+                DETECTION_LIMITS[manifest.precision],
+                measure_ap=measure_ap,
+                say=say,
+            )
         if manifest.precision == "int8":  # whose right answer is what OpenVINO's own rounding gives
             manifest = replace(manifest, self_test=self_test_from(run))
         manifest = replace(manifest, parity=parity | {"onnx": source.parity}).with_artefact(xml)
@@ -105,9 +137,13 @@ def openvino_from_onnx(
     return manifest
 
 
-def _manifest(source: Manifest, rest: Rest | None, ov: ModuleType, options: Mapping[str, Any]) -> Manifest:
+def _manifest(
+    source: Manifest, rest: Rest | None, ov: ModuleType, options: Mapping[str, Any]
+) -> Manifest:
     """The manifest of the IR, as yet without verdict."""
-    wanted = rest or (source.options.get("rest") if source.precision == "int8" else source.precision)
+    wanted = rest or (
+        source.options.get("rest") if source.precision == "int8" else source.precision
+    )
     chosen = "bf16" if wanted == "bf16" else "fp32"
     return replace(
         source,

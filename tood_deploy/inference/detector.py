@@ -15,7 +15,13 @@ from tood_deploy.detections import Detections
 from tood_deploy.engines import BatchDetections, Engine, open_engine
 from tood_deploy.errors import ToodError
 from tood_deploy.inference.image_input import Color, ImageInput, bgr_from, check_color
-from tood_deploy.preprocess import ImageTransform, choose_canvas, fit_imgsz, resize_and_pad, with_imgsz
+from tood_deploy.preprocess import (
+    ImageTransform,
+    choose_canvas,
+    fit_imgsz,
+    resize_and_pad,
+    with_imgsz,
+)
 
 if TYPE_CHECKING:
     from tood_deploy.inference.frame import Frame
@@ -70,13 +76,21 @@ class Detector:
             if value is not None and not 0 <= value <= 1:
                 raise ToodError(f"{name} is {value}; expected a number from 0 to 1")
         check_color(color)
-        self.engine = model if isinstance(model, Engine) else open_engine(model, device=device, **engine_options)
+        self.engine = (
+            model
+            if isinstance(model, Engine)
+            else open_engine(model, device=device, **engine_options)
+        )
         most = self.engine.manifest.max_det
         if max_det is not None and not 1 <= max_det <= most:
             raise ToodError(f"max_det is {max_det}; expected 1 to {most}, what this model gives")
         self.color, self.fast_decode = color, fast_decode
         preset = with_imgsz(self.engine.manifest.preset, imgsz)
-        self.conf, self.iou, self.max_det = conf, preset.iou_threshold if iou is None else iou, max_det or most
+        self.conf, self.iou, self.max_det = (
+            conf,
+            preset.iou_threshold if iou is None else iou,
+            max_det or most,
+        )
         self.sizing, self.imgsz = preset.sizing, preset.imgsz
 
     @property
@@ -100,7 +114,13 @@ class Detector:
         """
         return self.infer([self.prepare(image, color=color)])[0]
 
-    def prepare(self, image: ImageInput, image_hw: tuple[int, int] | None = None, *, color: Color | None = None) -> Prepared:
+    def prepare(
+        self,
+        image: ImageInput,
+        image_hw: tuple[int, int] | None = None,
+        *,
+        color: Color | None = None,
+    ) -> Prepared:
         """Scale and pad an image, the first half of a call; may run in another thread than `infer`.
 
         Args:
@@ -116,7 +136,9 @@ class Detector:
         if not canvases:
             return Prepared(*resize_and_pad(image_bgr, self.sizing, image_hw=image_hw))
         net_hw = choose_canvas(size_hw, self.sizing, canvases)
-        return Prepared(*resize_and_pad(image_bgr, fit_imgsz(size_hw, self.sizing, net_hw), net_hw, image_hw))
+        return Prepared(
+            *resize_and_pad(image_bgr, fit_imgsz(size_hw, self.sizing, net_hw), net_hw, image_hw)
+        )
 
     def infer(self, batch: Sequence[Prepared]) -> list[Detections]:
         """The second half: the network and the way back, for pictures of one padded size.
@@ -151,8 +173,14 @@ class Detector:
 
     def _inputs(self, batch: Sequence[Prepared]) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
         if len({prepared.transform.net_hw for prepared in batch}) != 1:
-            raise ToodError(f"a batch of {len(batch)} pictures of different padded sizes; expected one size (group by transform.net_hw)")
-        images = batch[0].image[None] if len(batch) == 1 else np.stack([prepared.image for prepared in batch])
+            raise ToodError(
+                f"a batch of {len(batch)} pictures of different padded sizes; expected one size (group by transform.net_hw)"
+            )
+        images = (
+            batch[0].image[None]
+            if len(batch) == 1
+            else np.stack([prepared.image for prepared in batch])
+        )
         valid_hw = np.array([prepared.transform.resized_hw for prepared in batch], np.int32)
         return images, valid_hw
 
@@ -162,7 +190,11 @@ class Detector:
         for i, prepared in enumerate(batch):
             count = min(int(found.num_dets[i]), self.max_det)
             boxes = prepared.transform.boxes_to_image(found.boxes_net[i, :count])
-            results.append(Detections(boxes, found.scores[i, :count], found.labels[i, :count], self.class_names))
+            results.append(
+                Detections(
+                    boxes, found.scores[i, :count], found.labels[i, :count], self.class_names
+                )
+            )
         return results
 
     def stream(
@@ -180,11 +212,13 @@ class Detector:
         Raises:
             ToodError: the source cannot be opened; later, while iterating: cannot be read at all.
         """
-        from tood_deploy.inference.images import MAX_PIXELS
+        from tood_deploy.data.images import MAX_PIXELS
         from tood_deploy.inference.pipeline import detect_frames
         from tood_deploy.inference.source import open_source
 
-        return detect_frames(self, open_source(source, MAX_PIXELS if max_pixels is None else max_pixels), batch)
+        return detect_frames(
+            self, open_source(source, MAX_PIXELS if max_pixels is None else max_pixels), batch
+        )
 
     def close(self) -> None:
         """Frees what the runtime holds."""
@@ -193,5 +227,10 @@ class Detector:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()

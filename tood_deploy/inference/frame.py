@@ -47,7 +47,9 @@ class Frame:
     @property
     def timestamp_s(self) -> float | None:
         """Seconds, as the file has them (live: since the first frame came); None for a picture."""
-        return None if self.pts is None or self.time_base is None else float(self.pts * self.time_base)
+        return (
+            None if self.pts is None or self.time_base is None else float(self.pts * self.time_base)
+        )
 
     def age_s(self) -> float:
         """Seconds since it was decoded."""
@@ -87,7 +89,9 @@ class Source(ABC):
             InputError: the source is no pictures.
         """
         if self.kind != "images":
-            raise InputError(f"{self.names[0]}: a video or stream has no smaller decoding, JPEG pictures have; leave --fast-decode out")
+            raise InputError(
+                f"{self.names[0]}: a video or stream has no smaller decoding, JPEG pictures have; leave --fast-decode out"
+            )
         self.fit = imgsz
 
     def skip(self, problem: str, count: int = 1) -> None:

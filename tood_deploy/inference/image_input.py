@@ -91,13 +91,21 @@ def _array_from_pillow(image: Any) -> NDArray[np.uint8]:
     """Return grey (H, W), RGB (H, W, 3) or RGBA (H, W, 4) uint8."""
     if image.mode not in PILLOW_MODES:
         deep = image.mode.startswith(("I", "F"))
-        cure = "scale its values to 0 to 255 and give them as an array of uint8" if deep else 'give image.convert("RGB")'
-        raise InputError(f"the image is one of Pillow, of mode {image.mode}; expected {', '.join(PILLOW_MODES)}: {cure}")
+        cure = (
+            "scale its values to 0 to 255 and give them as an array of uint8"
+            if deep
+            else 'give image.convert("RGB")'
+        )
+        raise InputError(
+            f"the image is one of Pillow, of mode {image.mode}; expected {', '.join(PILLOW_MODES)}: {cure}"
+        )
     mode = PILLOW_MODES[image.mode]
     try:
         return np.asarray(image if image.mode == mode else image.convert(mode))
     except OSError as error:  # Pillow reads a file only when its pixels are asked for
-        raise InputError(f"Pillow cannot decode the image ({error}); copy the file or convert it again") from error
+        raise InputError(
+            f"Pillow cannot decode the image ({error}); copy the file or convert it again"
+        ) from error
 
 
 def _what_else(image: object) -> str:
@@ -127,8 +135,14 @@ def _check_array(image: NDArray[Any]) -> None:
         raise InputError(f"{problem}; expected the channels last: image.transpose(1, 2, 0)")
     if image.ndim == 4:
         raise InputError(f"{problem}, a batch; expected one image: call the detector once for each")
-    if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (1, 3, 4)) or not image.size:
-        expected = "uint8 (H, W, 3), or grey (H, W), or (H, W, 4) with alpha, with at least one pixel"
+    if (
+        image.ndim not in (2, 3)
+        or (image.ndim == 3 and image.shape[2] not in (1, 3, 4))
+        or not image.size
+    ):
+        expected = (
+            "uint8 (H, W, 3), or grey (H, W), or (H, W, 4) with alpha, with at least one pixel"
+        )
         raise InputError(f"{problem}; expected {expected}")
 
 

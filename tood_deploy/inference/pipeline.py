@@ -14,13 +14,59 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
+
 from tood_deploy.detections import Detections
 from tood_deploy.errors import ToodError
 from tood_deploy.inference.frame import Frame, Source
-from tood_deploy.inference.timings import Timings
 
 if TYPE_CHECKING:
     from tood_deploy.inference.detector import Detector, Prepared
+
+
+STAGES = {"pre": "pre", "infer": "infer", "post": "post", "end_to_end": "end-to-end"}
+KEPT_FRAMES = 100_000
+
+
+class Timings:
+    """Milliseconds per frame of every stage: scaling, engine, boxes back, and from the decoded frame to its result."""
+
+    def __init__(self) -> None:
+        self.frames = 0
+        self.started_s = self.ended_s = time.perf_counter()
+        self._ms: dict[str, deque[float]] = {stage: deque(maxlen=KEPT_FRAMES) for stage in STAGES}
+
+    def add(self, stage: str, seconds: float, frames: int = 1) -> None:
+        """Notes what a stage took for so many frames together."""
+        self._ms[stage].extend([seconds * 1000 / frames] * frames)
+
+    def finish_frame(self, decoded_s: float) -> None:
+        """Notes that a frame that was decoded then has its result now."""
+        self.ended_s = time.perf_counter()
+        self.frames += 1
+        self.add("end_to_end", self.ended_s - decoded_s)
+
+    def percentile_ms(self, stage: str, percent: float) -> float:
+        """Of a stage, per frame; 0 where nothing ran."""
+        return float(np.percentile(list(self._ms[stage]), percent)) if self._ms[stage] else 0.0
+
+    def mean_ms(self, stage: str) -> float:
+        """Of a stage, per frame; 0 where nothing ran."""
+        return float(np.mean(list(self._ms[stage]))) if self._ms[stage] else 0.0
+
+    @property
+    def fps(self) -> float:
+        """Frames a second from the start to the last result."""
+        return self.frames / max(self.ended_s - self.started_s, 1e-9)
+
+    def summary(self) -> str:
+        """All of it in one line: medians, 95th percentiles, frames a second."""
+        stages = (
+            f"{name} {self.percentile_ms(stage, 50):.1f} (p95 {self.percentile_ms(stage, 95):.1f})"
+            for stage, name in STAGES.items()
+        )
+        return f"{self.frames} frames in {self.ended_s - self.started_s:.1f} s, {self.fps:.1f} fps; ms per frame: {', '.join(stages)}"
+
 
 MAX_BYTES_IN_FLIGHT = 256 * 2**20
 
@@ -66,7 +112,9 @@ class InFlight:
             return not self.stopped
 
     def _has_room(self) -> bool:
-        return self.frames < self.least or (self.frames < self.most and self.bytes < self.most_bytes)
+        return self.frames < self.least or (
+            self.frames < self.most and self.bytes < self.most_bytes
+        )
 
     def enter(self, frame: Frame) -> None:
         """Counts a frame in."""
@@ -113,7 +161,10 @@ class _Pipeline:
         self.detector, self.source, self.batch, self.timings = detector, source, batch, timings
         # Live: one batch in the engine, one waiting, so that no result is older than it must be.
         self.at_once = 1 if source.kind == "live" else detector.engine.in_flight
-        self.in_flight = InFlight(self.at_once * batch, 2 * batch if source.kind == "live" else (self.at_once + 1) * batch + 2)
+        self.in_flight = InFlight(
+            self.at_once * batch,
+            2 * batch if source.kind == "live" else (self.at_once + 1) * batch + 2,
+        )
         self.running: deque[_Running] = deque()
         self.collected_s = 0.0
         self.frames: SimpleQueue[Frame | _End] = SimpleQueue()
@@ -121,8 +172,15 @@ class _Pipeline:
         self.results: SimpleQueue[_Result | _End] = SimpleQueue()
 
     def run(self) -> Generator[_Result, None, None]:
-        stages = ((self._read, self.frames), (self._prepare, self.prepared), (self._infer, self.results))
-        threads = [threading.Thread(target=_run_stage, args=stage, name=stage[0].__name__, daemon=True) for stage in stages]
+        stages = (
+            (self._read, self.frames),
+            (self._prepare, self.prepared),
+            (self._infer, self.results),
+        )
+        threads = [
+            threading.Thread(target=_run_stage, args=stage, name=stage[0].__name__, daemon=True)
+            for stage in stages
+        ]
         for thread in threads:
             thread.start()
         try:
@@ -177,7 +235,9 @@ class _Pipeline:
         if not decoded or self.in_flight.stopped:
             return
         started = time.perf_counter()
-        self.running.append(_Running(decoded, self.detector.submit([prepared for _, prepared in decoded]), started))
+        self.running.append(
+            _Running(decoded, self.detector.submit([prepared for _, prepared in decoded]), started)
+        )
         while len(self.running) >= self.at_once:
             self._collect()
 
@@ -188,7 +248,9 @@ class _Pipeline:
         found = self.detector.collect(running.ticket)
         inferred = time.perf_counter()
         detections = self.detector.to_detections(batch, found)
-        self.timings.add("infer", inferred - max(running.started_s, self.collected_s), len(batch))  # while the one before ran, it waited
+        self.timings.add(
+            "infer", inferred - max(running.started_s, self.collected_s), len(batch)
+        )  # while the one before ran, it waited
         self.timings.add("post", time.perf_counter() - inferred, len(batch))
         self.collected_s = inferred
         for (frame, _), objects in zip(running.decoded, detections, strict=True):
@@ -206,7 +268,9 @@ def _run_stage(work: Callable[[], None], results: SimpleQueue) -> None:
         results.put(_End())
 
 
-def _items(queue: SimpleQueue[Item | _End], at_end: Callable[[], None] = lambda: None) -> Iterator[Item]:
+def _items(
+    queue: SimpleQueue[Item | _End], at_end: Callable[[], None] = lambda: None
+) -> Iterator[Item]:
     """What a queue holds, to its end; raises the error it ended with, after `at_end`."""
     while not isinstance(item := queue.get(), _End):
         yield item

@@ -3,18 +3,117 @@
 from __future__ import annotations
 
 import glob
+import threading
+import time
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from os import PathLike
 from pathlib import Path
 
 import imagesize
+from av.container import InputContainer
+from av.video.frame import VideoFrame
 
+from tood_deploy.data.images import MAX_PIXELS, PICTURE_SUFFIXES, decode_to_fit
 from tood_deploy.errors import InputError, ToodError
-from tood_deploy.inference.destinations import absolute_path
+from tood_deploy.files import absolute_path
 from tood_deploy.inference.frame import Frame, Kind, Source
-from tood_deploy.inference.images import MAX_PIXELS, PICTURE_SUFFIXES, ImageSource
-from tood_deploy.inference.live import LiveSource
-from tood_deploy.inference.video import VIDEO_SUFFIXES, VideoSource, open_container
+from tood_deploy.inference.video import (
+    VIDEO_SUFFIXES,
+    Decoder,
+    VideoSource,
+    find_video_stream,
+    open_container,
+    upright_bgr,
+)
+
+MICROSECOND = Fraction(1, 1_000_000)
+
+
+class LiveSource(Source):
+    """A camera or stream. Its frames are timed by when they came; the age of a result is that of its frame."""
+
+    kind = "live"
+
+    def __init__(
+        self, address: str, max_pixels: int = MAX_PIXELS, container: InputContainer | None = None
+    ) -> None:
+        """Connects.
+
+        Args:
+            address: /dev/videoN, rtsp:// or http(s)://.
+            max_pixels: refuse larger frames.
+            container: the connection, where it is open already.
+
+        Raises:
+            InputError: nothing there, or it gives no video.
+        """
+        super().__init__((address,), None)
+        self.address = address
+        self._container = container or open_container(address)
+        stream = find_video_stream(self._container, address, max_pixels)
+        stream.codec_context.thread_type = (
+            "SLICE"  # threads over frames would hold some of them back
+        )
+        self._decoder = Decoder(self._container, stream)
+        self._arrived = threading.Condition()
+        self._latest: tuple[VideoFrame, int, float] | None = None
+        self._ended = False
+        self._closing = False
+
+    def __iter__(self) -> Iterator[Frame]:
+        """The latest frame whenever asked, until the connection ends or `close`.
+
+        Raises:
+            InputError: the connection ended before the first frame.
+        """
+        threading.Thread(target=self._read, name="live", daemon=True).start()
+        first_s, next_index = None, 0
+        while (taken := self._take()) is not None:
+            frame, index, arrived_s = taken
+            first_s = arrived_s if first_s is None else first_s
+            self.dropped += index - next_index
+            next_index = index + 1
+            pts = round((arrived_s - first_s) / MICROSECOND)
+            yield Frame(upright_bgr(frame), self.address, index, pts, MICROSECOND, arrived_s)
+        if self._closing:
+            return
+        if first_s is None:
+            raise InputError(
+                f"{self.address}: not one frame came ({self._decoder.end}); check the camera or the stream"
+            )
+        broken = f", {self._decoder.broken} more were broken" if self._decoder.broken else ""
+        self.skip(
+            f"{self.address}: the connection ended after {next_index} frames ({self._decoder.end}){broken}"
+        )
+
+    def close(self) -> None:
+        """Ends the stream: the reading thread closes the connection."""
+        with self._arrived:
+            self._closing = self._ended = True
+            self._arrived.notify_all()
+
+    def _take(self) -> tuple[VideoFrame, int, float] | None:
+        """Waits for a frame newer than the last one taken; None at the end."""
+        with self._arrived:
+            self._arrived.wait_for(lambda: self._latest is not None or self._ended)
+            taken, self._latest = self._latest, None
+            return None if self._closing else taken
+
+    def _read(self) -> None:
+        try:
+            for index, (frame, _) in enumerate(self._decoder.frames()):
+                with self._arrived:
+                    self._latest = frame, index, time.perf_counter()
+                    self._arrived.notify_all()
+                if self._closing:
+                    break
+        finally:
+            self._container.close()
+            with self._arrived:
+                self._ended = True
+                self._arrived.notify_all()
+
 
 LIST_SUFFIX = ".txt"
 STREAM_SCHEMES = ("rtsp://", "rtsps://", "http://", "https://")
@@ -38,12 +137,18 @@ def open_source(specs: Spec | Sequence[Spec], max_pixels: int = MAX_PIXELS) -> S
     listed = [specs] if isinstance(specs, str | PathLike) else list(specs)
     live = [address for address in map(_live_address, listed) if address]
     if live and len(listed) > 1:
-        raise InputError(f"{live[0]}: a camera or stream beside other sources; expected it alone, as it need not end")
+        raise InputError(
+            f"{live[0]}: a camera or stream beside other sources; expected it alone, as it need not end"
+        )
     if live:
         return _open_address(live[0], max_pixels)
-    paths = list({absolute_path(path): path for spec in listed for path in _expand(spec)}.values())  # each file once
+    paths = list(
+        {absolute_path(path): path for spec in listed for path in _expand(spec)}.values()
+    )  # each file once
     if not paths:
-        raise InputError("no source given; expected pictures, a folder, a video, a camera or an address")
+        raise InputError(
+            "no source given; expected pictures, a folder, a video, a camera or an address"
+        )
     return _open_file(paths[0], max_pixels) if len(paths) == 1 else FileSources(paths, max_pixels)
 
 
@@ -68,7 +173,9 @@ class FileSources(Source):
             except InputError as error:
                 self.skip(str(error))
         if not given:
-            raise InputError(f"none of the {len(self.paths)} pictures and videos can be read; the first: {self.problems[0]}")
+            raise InputError(
+                f"none of the {len(self.paths)} pictures and videos can be read; the first: {self.problems[0]}"
+            )
 
     def _frames_of(self, path: Path) -> Iterator[Frame]:
         source = _open_file(path, self.max_pixels)
@@ -115,18 +222,26 @@ def _expand(spec: Spec) -> list[Path]:
         if path.is_file():
             return _files_of_list(path) if path.suffix.lower() == LIST_SUFFIX else [path]
     except OSError as error:
-        raise InputError(f"{spec}: cannot be read ({error.strerror}); expected a picture, folder, glob, list or video") from error
+        raise InputError(
+            f"{spec}: cannot be read ({error.strerror}); expected a picture, folder, glob, list or video"
+        ) from error
     if glob.has_magic(str(spec)):
         names = sorted(glob.glob(str(spec), recursive=True))  # noqa: PTH207 - Path.glob takes no absolute pattern
         found = [Path(name) for name in names if Path(name).is_file()]
         if not found:
-            raise InputError(f"{spec}: no file has such a name; expected a glob that finds pictures or videos")
+            raise InputError(
+                f"{spec}: no file has such a name; expected a glob that finds pictures or videos"
+            )
         return found
-    raise InputError(f"{spec}: no such file or folder; expected a picture, folder, glob, list, video, camera number or address")
+    raise InputError(
+        f"{spec}: no such file or folder; expected a picture, folder, glob, list, video, camera number or address"
+    )
 
 
 def _files_of_folder(folder: Path) -> list[Path]:
-    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    files = sorted(
+        path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")
+    )
     wanted = [path for path in files if path.suffix.lower() in PICTURE_SUFFIXES | VIDEO_SUFFIXES]
     if not wanted:
         raise InputError(
@@ -140,8 +255,31 @@ def _files_of_list(path: Path) -> list[Path]:
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: cannot be read as a list ({error}); expected text with one path a line") from error
+        raise InputError(
+            f"{path}: cannot be read as a list ({error}); expected text with one path a line"
+        ) from error
     files = [path.parent / line for line in lines if line and not line.startswith("#")]
     if not files:
         raise InputError(f"{path}: names no file; expected text with one path a line")
     return files
+
+
+class ImageSource(Source):
+    """One picture file."""
+
+    kind = "images"
+
+    def __init__(self, path: Path, max_pixels: int = MAX_PIXELS) -> None:
+        super().__init__((str(path),), 1)
+        self.path, self.max_pixels = path, max_pixels
+
+    def __iter__(self) -> Iterator[Frame]:
+        """Raises InputError where the picture cannot be read."""
+        try:
+            data = self.path.read_bytes()
+        except OSError as error:
+            raise InputError(
+                f"{self.path}: cannot be read ({error.strerror}); expected a picture"
+            ) from error
+        image, original_hw = decode_to_fit(data, str(self.path), self.fit, self.max_pixels)
+        yield Frame(image, str(self.path), original_hw=original_hw)

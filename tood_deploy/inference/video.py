@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 import av
+import cv2
 import numpy as np
 from av.container import InputContainer
 from av.error import FFmpegError, InvalidDataError
 from av.packet import Packet
 from av.stream import Disposition
 from av.video.frame import VideoFrame
+from av.video.reformatter import Colorspace, VideoReformatter
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
-from tood_deploy.errors import InputError
+from tood_deploy.data.images import MAX_PIXELS
+from tood_deploy.errors import InputError, OutputError
+from tood_deploy.files import atomic_path
 from tood_deploy.inference.frame import Frame, Source
-from tood_deploy.inference.images import MAX_PIXELS
 
 VIDEO_SUFFIXES = frozenset(
     ".264 .265 .3gp .asf .avi .flv .h264 .hevc .m2ts .m4v .mjpeg .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .webm .wmv".split()
 )
 DECODER_THREADS = 4
-MAX_FAILURES_IN_A_ROW = 50  # then the rest is given up: a cut file fails at every packet that is not there
+MAX_FAILURES_IN_A_ROW = (
+    50  # then the rest is given up: a cut file fails at every packet that is not there
+)
 END_TOLERANCE_S = 0.5
 TIMEOUT_S = 10.0
 
@@ -43,16 +52,24 @@ def open_container(name: str, timeout_s: float = TIMEOUT_S) -> InputContainer:
             f"{name}: cannot be opened as a video ({error.strerror or error}); expected a picture, video, camera or stream"
         ) from error
     except (OSError, ValueError) as error:
-        raise InputError(f"{name}: cannot be opened ({error}); expected a picture, video, camera or stream") from error
+        raise InputError(
+            f"{name}: cannot be opened ({error}); expected a picture, video, camera or stream"
+        ) from error
 
 
-def find_video_stream(container: InputContainer, name: str, max_pixels: int = MAX_PIXELS) -> VideoStream:
+def find_video_stream(
+    container: InputContainer, name: str, max_pixels: int = MAX_PIXELS
+) -> VideoStream:
     """The video of a container, its decoder set up; a cover picture does not count.
 
     Raises:
         InputError: there is none, or its frames are too large.
     """
-    streams = [stream for stream in container.streams.video if Disposition.attached_pic not in stream.disposition]
+    streams = [
+        stream
+        for stream in container.streams.video
+        if Disposition.attached_pic not in stream.disposition
+    ]
     if not streams:
         raise InputError(f"{name}: holds no video; expected a file with a video stream")
     stream = max(streams, key=lambda one: one.codec_context.width * one.codec_context.height)
@@ -68,7 +85,9 @@ def find_video_stream(container: InputContainer, name: str, max_pixels: int = MA
 
 def upright_bgr(frame: VideoFrame) -> NDArray[np.uint8]:
     """The frame as (H, W, 3) uint8 BGR, turned the way its metadata says."""
-    image = np.asarray(frame.to_ndarray(format="bgr24", threads=1), np.uint8)  # threads made anew for each frame do not pay
+    image = np.asarray(
+        frame.to_ndarray(format="bgr24", threads=1), np.uint8
+    )  # threads made anew for each frame do not pay
     quarter_turns = round(frame.rotation / 90) % 4  # counter-clockwise, as np.rot90 turns
     return np.ascontiguousarray(np.rot90(image, quarter_turns)) if quarter_turns else image
 
@@ -102,11 +121,18 @@ class VideoSource(Source):
             for index, (frame, pts) in enumerate(decoder.frames()):
                 yield Frame(upright_bgr(frame), self.name, index, pts, decoder.time_base)
             if index < 0:
-                raise InputError(f"{self.name}: not one frame can be decoded; expected a video, this one is empty or damaged")
+                raise InputError(
+                    f"{self.name}: not one frame can be decoded; expected a video, this one is empty or damaged"
+                )
             if decoder.broken:
-                self.skip(f"{self.name}: {decoder.broken} broken frames were skipped", decoder.broken)
+                self.skip(
+                    f"{self.name}: {decoder.broken} broken frames were skipped", decoder.broken
+                )
             if loss := decoder.loss_at_end():
-                self.skip(f"{self.name}: cut or damaged: {loss}; what could be decoded, {index + 1} frames, is kept", 0)
+                self.skip(
+                    f"{self.name}: cut or damaged: {loss}; what could be decoded, {index + 1} frames, is kept",
+                    0,
+                )
                 self.skipped += max(1, decoder.missing)
 
 
@@ -168,7 +194,9 @@ class Decoder:
                 break
             except InvalidDataError:
                 failures += 1
-            except FFmpegError as error:  # a lost connection or a failing disk: asking again would only wait again
+            except (
+                FFmpegError
+            ) as error:  # a lost connection or a failing disk: asking again would only wait again
                 self.end = str(error.strerror or error)
                 break
         yield None
@@ -176,7 +204,9 @@ class Decoder:
     def _count(self, packet: Packet) -> None:
         self.packets += 1
         if packet.pts is not None:
-            self.end_s = max(self.end_s, float((packet.pts + (packet.duration or 0)) * self.time_base))
+            self.end_s = max(
+                self.end_s, float((packet.pts + (packet.duration or 0)) * self.time_base)
+            )
 
     def _next_pts(self, frame: VideoFrame) -> int:
         """The frame's own time where it has one that grows, else one frame after the last."""
@@ -191,7 +221,11 @@ class Decoder:
 def _estimated_frames(container: InputContainer, stream: VideoStream) -> int | None:
     start_s = float((stream.start_time or 0) * (stream.time_base or 0))
     duration_s = _promised_end_s(container, stream) - start_s
-    return round(duration_s * float(stream.guessed_rate)) or None if duration_s > 0 and stream.guessed_rate else None
+    return (
+        round(duration_s * float(stream.guessed_rate)) or None
+        if duration_s > 0 and stream.guessed_rate
+        else None
+    )
 
 
 def _promised_end_s(container: InputContainer, stream: VideoStream) -> float:
@@ -201,3 +235,123 @@ def _promised_end_s(container: InputContainer, stream: VideoStream) -> float:
     if container.duration and len(container.streams) == 1:
         return ((container.start_time or 0) + container.duration) / av.time_base
     return 0.0
+
+
+ENCODER = "libx264"
+ENCODER_OPTIONS = {"preset": "veryfast", "crf": "20"}
+SMALLEST_SIDE = 16  # of a frame that players take
+BT709, LIMITED_RANGE = (
+    1,
+    1,
+)  # ISO/IEC 23091-2: what players assume of a video that is not marked otherwise
+
+
+class VideoWriter:
+    """A video under a temporary name; leaving the context completes and renames it, leaving with an error removes it."""
+
+    def __init__(self, path: Path, frame_wh: tuple[int, int], time_base: Fraction) -> None:
+        """Opens the file.
+
+        Args:
+            path: .mp4, .mkv or .mov.
+            frame_wh: width and height of the frames; padded to even numbers, as H.264 wants.
+            time_base: seconds of one unit of the frames' times.
+
+        Raises:
+            OutputError: the place cannot be written, or the frames are too large for H.264.
+        """
+        self.path, self.frame_wh, self.time_base = path, frame_wh, time_base
+        self._last_pts: int | None = None
+        self._reformatter = VideoReformatter()
+        self._file = atomic_path(path)
+        self._temporary = self._file.__enter__()
+        try:
+            self._container = av.open(str(self._temporary), "w")
+            self._stream = self._container.add_stream(ENCODER, options=dict(ENCODER_OPTIONS))
+            self._stream.width, self._stream.height = (
+                max(SMALLEST_SIDE, side + side % 2) for side in frame_wh
+            )
+            self._stream.pix_fmt = "yuv420p"
+            context = self._stream.codec_context
+            context.time_base = time_base
+            context.colorspace = context.color_primaries = context.color_trc = BT709
+            context.color_range = LIMITED_RANGE
+            context.open()
+        except (FFmpegError, ValueError, OverflowError) as error:
+            self._drop(error)
+            raise OutputError(
+                f"{path}: frames of {frame_wh[0]} x {frame_wh[1]} cannot be encoded as H.264 ({error})"
+            ) from error
+
+    def write(self, image_bgr: NDArray[np.uint8], pts: int) -> None:
+        """Adds a frame; one of another size than the first is scaled to it.
+
+        Args:
+            image_bgr: (H, W, 3) uint8 BGR.
+            pts: its time in units of `time_base`; moved behind the last frame's where it is not later.
+
+        Raises:
+            OutputError: writing failed, for example on a full disk.
+        """
+        if self._last_pts is not None and pts <= self._last_pts:
+            pts = self._last_pts + 1
+        self._last_pts = pts
+        frame = VideoFrame.from_numpy_buffer(
+            np.ascontiguousarray(self._fit(image_bgr)), format="bgr24"
+        )
+        frame = self._reformatter.reformat(
+            frame, format="yuv420p", dst_colorspace=Colorspace.ITU709, threads=1
+        )
+        frame.pts, frame.time_base = pts, self.time_base
+        self._encode(frame)
+
+    def _fit(self, image_bgr: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        width, height = self.frame_wh
+        if image_bgr.shape[:2] != (height, width):
+            image_bgr = np.asarray(
+                cv2.resize(image_bgr, (width, height), interpolation=cv2.INTER_AREA), np.uint8
+            )
+        right, bottom = self._stream.width - width, self._stream.height - height
+        if right or bottom:
+            image_bgr = np.asarray(
+                cv2.copyMakeBorder(image_bgr, 0, bottom, 0, right, cv2.BORDER_REPLICATE), np.uint8
+            )
+        return image_bgr
+
+    def _encode(self, frame: VideoFrame | None) -> None:
+        try:
+            self._container.mux(self._stream.encode(frame))
+        except FFmpegError as error:
+            raise OutputError(
+                f"{self.path}: writing failed ({error.strerror or error}); expected a place with room that can be written"
+            ) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is not None:
+            self._drop(error)
+            return
+        try:
+            self._encode(None)
+            self._container.close()
+        except (FFmpegError, OutputError) as failure:
+            self._drop(failure)
+            raise OutputError(
+                f"{self.path}: writing failed ({failure}); expected a place with room that can be written"
+            ) from failure
+        self._file.__exit__(None, None, None)
+
+    def _drop(self, error: BaseException) -> None:
+        """Closes what is open and removes the temporary file."""
+        with suppress(FFmpegError):  # writing the trailer of a file that is removed anyway
+            if hasattr(self, "_container"):
+                self._container.close()
+        with suppress(OSError, OutputError):  # the caller tells the first error
+            self._file.__exit__(type(error), error, error.__traceback__)

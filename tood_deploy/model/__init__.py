@@ -1,8 +1,14 @@
 """The network in PyTorch: `build_model`, `load_checkpoint`, and what they give."""
 
 from tood_deploy.model.checkpoint import load_checkpoint, save_checkpoint
-from tood_deploy.model.fused import FusedDetector
 from tood_deploy.model.head import HeadOutput
-from tood_deploy.model.tood import Tood, build_model
+from tood_deploy.model.tood import FusedDetector, Tood, build_model
 
-__all__ = ["FusedDetector", "HeadOutput", "Tood", "build_model", "load_checkpoint", "save_checkpoint"]
+__all__ = [
+    "FusedDetector",
+    "HeadOutput",
+    "Tood",
+    "build_model",
+    "load_checkpoint",
+    "save_checkpoint",
+]

@@ -37,7 +37,9 @@ def decode_distances(distances: Tensor, points: Tensor) -> Tensor:
     return torch.cat((points - distances[:, :2], points + distances[:, 2:]), dim=1)
 
 
-def decode_deltas(deltas: Tensor, points: Tensor, side: float, means: Sequence[float], stds: Sequence[float]) -> Tensor:
+def decode_deltas(
+    deltas: Tensor, points: Tensor, side: float, means: Sequence[float], stds: Sequence[float]
+) -> Tensor:
     """Return the boxes of anchor-based heads: shifts and log-ratios against square anchors (reference/SPEC.md section 2).
 
     Args:
@@ -50,7 +52,9 @@ def decode_deltas(deltas: Tensor, points: Tensor, side: float, means: Sequence[f
         (B, 4, H, W) xyxy in strides, not clipped.
     """
     centre = points + _denormalise(deltas[:, :2], means[:2], stds[:2]) * side
-    log_ratio = _denormalise(deltas[:, 2:], means[2:], stds[2:]).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    log_ratio = _denormalise(deltas[:, 2:], means[2:], stds[2:]).clamp(
+        -MAX_LOG_RATIO, MAX_LOG_RATIO
+    )
     half = log_ratio.exp() * side * 0.5
     return torch.cat((centre - half, centre + half), dim=1)
 
@@ -59,7 +63,13 @@ def _denormalise(values: Tensor, means: Sequence[float], stds: Sequence[float]) 
     """Return (B, C, H, W) times the deviation plus the mean of each of the C channels; one product where all are alike."""
     if len(set(stds)) == 1 and not any(means):
         return values * stds[0]
-    return torch.cat([values[:, i : i + 1] * std + mean for i, (mean, std) in enumerate(zip(means, stds, strict=True))], dim=1)
+    return torch.cat(
+        [
+            values[:, i : i + 1] * std + mean
+            for i, (mean, std) in enumerate(zip(means, stds, strict=True))
+        ],
+        dim=1,
+    )
 
 
 def box_area(boxes: Tensor) -> Tensor:
@@ -78,7 +88,9 @@ def box_iou(first: Tensor, second: Tensor) -> Tensor:
         (..., N, M); NaN between boxes without any area.
     """
     first, second = first.unsqueeze(-2), second.unsqueeze(-3)
-    sides = torch.minimum(first[..., 2:], second[..., 2:]) - torch.maximum(first[..., :2], second[..., :2])
+    sides = torch.minimum(first[..., 2:], second[..., 2:]) - torch.maximum(
+        first[..., :2], second[..., :2]
+    )
     sides = sides.clamp(min=0)
     overlap = sides[..., 0] * sides[..., 1]
     return overlap / (box_area(first) + box_area(second) - overlap)
@@ -91,7 +103,9 @@ def box_iou_floored(first: Tensor, second: Tensor, eps: float = 1e-6) -> Tensor:
     return overlap / (box_area(first) + box_area(second) - overlap).clamp(min=eps)
 
 
-def box_giou(first: Tensor, second: Tensor, *, clamp_areas: bool = False, eps: float = 1e-6) -> Tensor:
+def box_giou(
+    first: Tensor, second: Tensor, *, clamp_areas: bool = False, eps: float = 1e-6
+) -> Tensor:
     """Generalised IoU of boxes one by one, differentiable, in any one frame.
 
     Args:
@@ -102,15 +116,22 @@ def box_giou(first: Tensor, second: Tensor, *, clamp_areas: bool = False, eps: f
     Returns:
         (...), from -1 to 1.
     """
-    areas = [box_area(boxes).clamp(min=0) if clamp_areas else box_area(boxes) for boxes in (first, second)]
+    areas = [
+        box_area(boxes).clamp(min=0) if clamp_areas else box_area(boxes)
+        for boxes in (first, second)
+    ]
     overlap = _overlap_area(first, second)
     union = (areas[0] + areas[1] - overlap).clamp(min=eps)
-    sides = torch.maximum(first[..., 2:], second[..., 2:]) - torch.minimum(first[..., :2], second[..., :2])
+    sides = torch.maximum(first[..., 2:], second[..., 2:]) - torch.minimum(
+        first[..., :2], second[..., :2]
+    )
     enclosing = (sides[..., 0] * sides[..., 1]).clamp(min=eps)
     return overlap / union - (enclosing - union) / enclosing
 
 
 def _overlap_area(first: Tensor, second: Tensor) -> Tensor:
-    sides = torch.minimum(first[..., 2:], second[..., 2:]) - torch.maximum(first[..., :2], second[..., :2])
+    sides = torch.minimum(first[..., 2:], second[..., 2:]) - torch.maximum(
+        first[..., :2], second[..., :2]
+    )
     sides = sides.clamp(min=0)
     return sides[..., 0] * sides[..., 1]

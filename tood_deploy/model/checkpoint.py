@@ -1,25 +1,189 @@
 """Checkpoints into networks, and back: any of the known kinds in, our own safetensors out."""
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
 from tood_deploy.errors import CheckpointError, ToodError
-from tood_deploy.manifest import atomic_path, file_sha256
-from tood_deploy.model.architecture import Shapes, numbered_classes, preset_from_shapes, same_structure
-from tood_deploy.model.checkpoint_config import ConfigFacts, read_config
+from tood_deploy.files import atomic_path, file_sha256
 from tood_deploy.model.checkpoint_file import OWN_KEY, CheckpointFile, read_checkpoint
+from tood_deploy.model.checkpoint_metadata import (
+    ConfigFacts,
+    Shapes,
+    numbered_classes,
+    preset_from_shapes,
+    read_config,
+    same_structure,
+)
 from tood_deploy.model.download import fetch_weights
 from tood_deploy.model.tood import Tood
-from tood_deploy.model.weights_choice import few
 from tood_deploy.presets import PRESETS, Convention, Preset, get_preset
+
+LANDMARK = "backbone.conv1.weight"  # of every TOOD detector, behind whatever prefix
+USUAL = (
+    "state_dict"  # where MMDetection, the authors and our own training keep the weights to deploy
+)
+DEEPEST = 2  # levels of dictionaries that are searched
+
+
+class Candidate(NamedTuple):
+    """The weights of one network in a file.
+
+    Attributes:
+        key: of the dictionary that holds them, with dots; "" for the file itself.
+        prefix: of their names in it, with its final dot.
+        tensors: under their names without the prefix.
+    """
+
+    key: str
+    prefix: str
+    tensors: dict[str, Tensor]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What a user may call them, the full name first."""
+        prefix = self.prefix.rstrip(".")
+        full = ":".join(part for part in (self.key, prefix) if part)
+        return tuple(dict.fromkeys(name for name in (full, self.key, prefix) if name))
+
+    @property
+    def words(self) -> set[str]:
+        """The words in these names."""
+        return set(re.split(r"[._:]", self.names[0])) if self.names else set()
+
+
+def choose_weights(
+    content: Mapping[Any, Any], path: Path, weights_key: str | None
+) -> dict[str, Tensor]:
+    """Return the tensors of one network.
+
+    Args:
+        content: what the file holds.
+        path: the file, for errors.
+        weights_key: a dictionary's key, a prefix, both as "key:prefix", or one word of them; None takes the only network,
+            or that under "state_dict".
+
+    Raises:
+        CheckpointError: several networks and no key, a key that names none of them or several, or no weights at all.
+    """
+    candidates = [
+        candidate
+        for key, tensors in _dictionaries(content)
+        for candidate in _candidates(key, tensors)
+    ]
+    if weights_key is not None:
+        return _named(candidates, path, weights_key).tensors
+    usual = next(
+        (
+            group
+            for key in (USUAL, "")
+            if (group := [each for each in candidates if each.key == key])
+        ),
+        candidates,
+    )
+    if len(usual) > 1:
+        raise CheckpointError(
+            f"{path}: holds the weights of {len(usual)} networks; say which with --weights-key (in Python, weights_key=): {_listed(usual)}"
+        )
+    return usual[0].tensors if usual else _other_weights(content, path)
+
+
+def _dictionaries(
+    content: Mapping[Any, Any], key: str = "", depth: int = 0
+) -> list[tuple[str, dict[str, Tensor]]]:
+    """List all dictionaries that hold tensors, by dotted key."""
+    tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    found = [(key, tensors)] if tensors else []
+    if depth < DEEPEST:
+        for name, value in content.items():
+            if isinstance(value, Mapping):
+                found += _dictionaries(value, f"{key}.{name}" if key else str(name), depth + 1)
+    return found
+
+
+def _candidates(key: str, tensors: dict[str, Tensor]) -> list[Candidate]:
+    """List the networks in one dictionary, told apart by their prefixes."""
+    prefixes = [
+        name.removesuffix(LANDMARK)
+        for name in tensors
+        if name == LANDMARK or name.endswith(f".{LANDMARK}")
+    ]
+    candidates = []
+    for prefix in prefixes:
+        others = tuple(other for other in prefixes if other != prefix and other.startswith(prefix))
+        own = {
+            name.removeprefix(prefix): value
+            for name, value in tensors.items()
+            if name.startswith(prefix)
+        }
+        if others:
+            own = {
+                name: value
+                for name, value in own.items()
+                if not f"{prefix}{name}".startswith(others)
+            }
+        candidates.append(Candidate(key, prefix, own))
+    return candidates
+
+
+def _named(candidates: list[Candidate], path: Path, weights_key: str) -> Candidate:
+    wanted = weights_key.rstrip(".")
+    exact = [each for each in candidates if wanted in each.names[:1]] or [
+        each for each in candidates if wanted in each.names
+    ]
+    matching = exact or [candidate for candidate in candidates if weights_key in candidate.words]
+    if len(matching) == 1:
+        return matching[0]
+    listed = _listed(matching or candidates)
+    if not listed:
+        raise CheckpointError(
+            f"{path}: holds one network that has no name of its own, or none; leave --weights-key {weights_key} out"
+        )
+    count = "several" if matching else "none"
+    raise CheckpointError(
+        f"{path}: --weights-key {weights_key} names {count} of the networks in it; give one of {listed}"
+    )
+
+
+def _listed(candidates: list[Candidate]) -> str:
+    """Name candidates as shortly as tells them apart."""
+    names = [each.names for each in candidates if each.names]
+    taken = [name for options in names for name in options]
+    return ", ".join(
+        next((name for name in reversed(options) if taken.count(name) == 1), options[0])
+        for options in names
+    )
+
+
+def _other_weights(content: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
+    """Return the tensors of what is no TOOD detector, such as a backbone's."""
+    weights = content.get(USUAL, content)
+    tensors = (
+        {str(k): v for k, v in weights.items() if isinstance(v, Tensor)}
+        if isinstance(weights, Mapping)
+        else {}
+    )
+    if not tensors:
+        raise CheckpointError(
+            f"{path}: holds no weights, only {few(map(str, content))}; expected a state_dict"
+        )
+    return tensors
+
+
+def few(names: Iterable[str], most: int = 4) -> str:
+    """List the first of some names, and how many more there are."""
+    listed = list(names)
+    return ", ".join(listed[:most]) + (
+        f" and {len(listed) - most} more" if len(listed) > most else ""
+    )
 
 
 def load_checkpoint(
@@ -51,7 +215,11 @@ def load_checkpoint(
         preset = PRESETS[str(checkpoint)]
     file = read_checkpoint(locate_checkpoint(checkpoint), weights_key)
     found = _describe(file, preset, named=class_names is not None)
-    found = replace(found, class_names=_check_class_names(class_names, found, file.path), convention=convention or found.convention)
+    found = replace(
+        found,
+        class_names=_check_class_names(class_names, found, file.path),
+        convention=convention or found.convention,
+    )
     model = _fill(found, file)
     model.checkpoint_sha256 = file_sha256(file.path)
     return model
@@ -68,17 +236,22 @@ def locate_checkpoint(checkpoint: str | PathLike[str]) -> Path:
     Raises:
         DownloadError: the published weights cannot be had.
     """
-    return fetch_weights(PRESETS[str(checkpoint)]) if is_preset_name(checkpoint) else Path(checkpoint)
+    return (
+        fetch_weights(PRESETS[str(checkpoint)]) if is_preset_name(checkpoint) else Path(checkpoint)
+    )
 
 
-def save_checkpoint(model: Tood, path: str | PathLike[str], dtype: torch.dtype = torch.float32) -> None:
+def save_checkpoint(
+    model: Tood, path: str | PathLike[str], dtype: torch.dtype = torch.float32
+) -> None:
     """Writes our own format: safetensors, with preset and class names in its metadata, whole or not at all.
 
     Raises:
         OutputError: the place cannot be written.
     """
     tensors = {
-        key: (value.to(dtype) if value.is_floating_point() else value).contiguous().cpu() for key, value in model.state_dict().items()
+        key: (value.to(dtype) if value.is_floating_point() else value).contiguous().cpu()
+        for key, value in model.state_dict().items()
     }
     with atomic_path(Path(path)) as temporary:
         temporary.write_bytes(save(tensors, {OWN_KEY: own_metadata(model.preset)}))
@@ -98,17 +271,23 @@ def _describe(file: CheckpointFile, given: Preset | None, named: bool) -> Preset
     found = preset_from_shapes(shapes, str(file.path))
     if given is not None and not same_structure(given, found):
         problems = _differences(_expected_shapes(given), shapes)
-        raise CheckpointError(f"{file.path}: does not fit the preset {given.name}: {problems}; it fits {_alike(found)}")
+        raise CheckpointError(
+            f"{file.path}: does not fit the preset {given.name}: {problems}; it fits {_alike(found)}"
+        )
     if file.own_preset is not None:
         return _own_preset(file)
     facts = read_config(file.meta, str(file.path), found)
     count = found.num_classes
-    names = numbered_classes(count) if named else _class_names(facts, given or found, count, file.path)
+    names = (
+        numbered_classes(count) if named else _class_names(facts, given or found, count, file.path)
+    )
     found = _choose_preset(found, facts, given, file.path)
     try:
         return replace(found, class_names=names, convention=file.origin, **facts.settings)
     except ToodError as error:
-        raise CheckpointError(f"{file.path}: its configuration cannot be computed: {error}") from error
+        raise CheckpointError(
+            f"{file.path}: its configuration cannot be computed: {error}"
+        ) from error
 
 
 def _choose_preset(found: Preset, facts: ConfigFacts, given: Preset | None, path: Path) -> Preset:
@@ -135,7 +314,10 @@ def _choose_preset(found: Preset, facts: ConfigFacts, given: Preset | None, path
 
 def _alike(found: Preset) -> str:
     """The presets of this structure, for a message."""
-    return " or ".join(name for name, preset in PRESETS.items() if same_structure(preset, found)) or "a Preset made for it in Python"
+    return (
+        " or ".join(name for name, preset in PRESETS.items() if same_structure(preset, found))
+        or "a Preset made for it in Python"
+    )
 
 
 def _class_names(facts: ConfigFacts, preset: Preset, count: int, path: Path) -> tuple[str, ...]:
@@ -153,7 +335,11 @@ def _class_names(facts: ConfigFacts, preset: Preset, count: int, path: Path) -> 
 
 def _preset_of_schedule(found: Preset, epochs: int | None) -> Preset:
     """Among presets that differ in schedule and anchor kind alone, the one the file was trained by; "custom" if none."""
-    alike = [preset for preset in PRESETS.values() if same_structure(preset, found) and preset.anchor == found.anchor]
+    alike = [
+        preset
+        for preset in PRESETS.values()
+        if same_structure(preset, found) and preset.anchor == found.anchor
+    ]
     if not alike:
         return replace(found, name="custom", weights=None, published_ap=None)
     suffix = "2x" if epochs == 24 else "1x"
@@ -165,7 +351,9 @@ def _own_preset(file: CheckpointFile) -> Preset:
     try:
         return Preset.from_dict(json.loads(file.own_preset or ""))
     except (ValueError, AttributeError) as error:
-        raise CheckpointError(f"{file.path}: its metadata cannot be read ({error}); expected a checkpoint of tood_deploy") from error
+        raise CheckpointError(
+            f"{file.path}: its metadata cannot be read ({error}); expected a checkpoint of tood_deploy"
+        ) from error
 
 
 def _expected_shapes(preset: Preset) -> Shapes:
@@ -173,11 +361,15 @@ def _expected_shapes(preset: Preset) -> Shapes:
         return _shapes(Tood(preset).state_dict())
 
 
-def _check_class_names(class_names: Sequence[str] | None, found: Preset, path: Path) -> tuple[str, ...]:
+def _check_class_names(
+    class_names: Sequence[str] | None, found: Preset, path: Path
+) -> tuple[str, ...]:
     if class_names is None:
         return found.class_names
     if len(class_names) != found.num_classes:
-        raise CheckpointError(f"{path}: has {found.num_classes} classes, {len(class_names)} names were given; give one name for each class")
+        raise CheckpointError(
+            f"{path}: has {found.num_classes} classes, {len(class_names)} names were given; give one name for each class"
+        )
     return tuple(class_names)
 
 
@@ -185,7 +377,9 @@ def _fill(preset: Preset, file: CheckpointFile) -> Tood:
     expected, state = _expected_shapes(preset), dict(file.state_dict)
     for key in (key for key, shape in expected.items() if not shape):
         if key.endswith("num_batches_tracked"):
-            state.setdefault(key, torch.zeros((), dtype=torch.int64))  # files from before PyTorch 0.4.1 lack it; nothing uses it
+            state.setdefault(
+                key, torch.zeros((), dtype=torch.int64)
+            )  # files from before PyTorch 0.4.1 lack it; nothing uses it
         if key in state and state[key].shape == (1,):
             state[key] = state[key][0]  # they also hold scalars as vectors of one
     if problems := _differences(expected, _shapes(state)):
@@ -194,7 +388,13 @@ def _fill(preset: Preset, file: CheckpointFile) -> Tood:
         )
     with torch.device("meta"):
         model = Tood(preset)
-    model.load_state_dict({key: value.float() if value.is_floating_point() else value for key, value in state.items()}, assign=True)
+    model.load_state_dict(
+        {
+            key: value.float() if value.is_floating_point() else value
+            for key, value in state.items()
+        },
+        assign=True,
+    )
     _check_finite(model, file.path)
     return model.requires_grad_(True).eval()
 
@@ -209,14 +409,26 @@ def _differences(expected: Shapes, found: Shapes) -> str:
     kinds = {
         "missing": sorted(expected.keys() - found.keys()),
         "unexpected": sorted(found.keys() - expected.keys()),
-        "of another shape": [f"{key} {found[key]} for {expected[key]}" for key in sorted(shared) if found[key] != expected[key]],
+        "of another shape": [
+            f"{key} {found[key]} for {expected[key]}"
+            for key in sorted(shared)
+            if found[key] != expected[key]
+        ],
     }
     return "; ".join(
-        f"{len(keys)} keys {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})" for kind, keys in kinds.items() if keys
+        f"{len(keys)} keys {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+        for kind, keys in kinds.items()
+        if keys
     )
 
 
 def _check_finite(model: Tood, path: Path) -> None:
-    broken = [key for key, value in model.state_dict().items() if value.is_floating_point() and not value.isfinite().all()]
+    broken = [
+        key
+        for key, value in model.state_dict().items()
+        if value.is_floating_point() and not value.isfinite().all()
+    ]
     if broken:
-        raise CheckpointError(f"{path}: {len(broken)} tensors hold NaN or infinite values ({', '.join(broken[:3])}); the training diverged")
+        raise CheckpointError(
+            f"{path}: {len(broken)} tensors hold NaN or infinite values ({', '.join(broken[:3])}); the training diverged"
+        )

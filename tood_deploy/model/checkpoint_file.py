@@ -4,20 +4,177 @@ A file becomes its tensors under MMDetection 3.x names, and the metadata that ca
 """
 
 import re
+import struct
 import warnings
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tood_deploy.errors import CheckpointError
-from tood_deploy.model.file_content import COPY_AGAIN, check_content
-from tood_deploy.model.weights_choice import choose_weights
+from tood_deploy.model.checkpoint import choose_weights
 from tood_deploy.presets import Convention
+
+Form = Literal["safetensors", "zip", "pickle"]
+
+HEAD_BYTES = 4096
+CHECKPOINT_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
+COPY_AGAIN = "copy or download it again"
+EXPECTED = "expected a checkpoint (.pth, .pt or .safetensors)"
+
+# Starts of files that are something else, and what to do then.
+OTHER_STARTS = (
+    (b"\x1f\x8b", "is compressed by gzip; unpack it, and give the checkpoint inside"),
+    (b"7z\xbc\xaf\x27\x1c", "is a 7-Zip archive; unpack it, and give the checkpoint inside"),
+    (b"Rar!", "is a RAR archive; unpack it, and give the checkpoint inside"),
+    (b"\x89HDF\r\n\x1a\n", f"is an HDF5 file, as Keras writes; {EXPECTED}"),
+    (b"\x93NUMPY", f"is a NumPy array; {EXPECTED}"),
+    (b"%PDF", f"is a PDF document; {EXPECTED}"),
+    (b"\x89PNG", f"is a PNG image; {EXPECTED}"),
+    (b"\xff\xd8\xff", f"is a JPEG image; {EXPECTED}"),
+)
+
+
+def check_content(path: Path) -> Form:
+    """Look at the first bytes of a file.
+
+    Returns:
+        In which form its weights are stored.
+
+    Raises:
+        CheckpointError: no file, or one that is no checkpoint; says what it is instead.
+    """
+    if path.is_dir():
+        raise CheckpointError(f"{path}: is a folder{_checkpoints_in(path)}; {EXPECTED}")
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; {EXPECTED}")
+    try:
+        with path.open("rb") as file:
+            head = file.read(HEAD_BYTES)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); {EXPECTED}") from error
+    if problem := _problem(head, path):
+        raise CheckpointError(f"{path}: {problem}")
+    return _form(head, path)
+
+
+def _problem(head: bytes, path: Path) -> str:
+    """Say what a file is that holds no weights by its start; "" where it may hold some."""
+    if not head:
+        return f"is empty; {COPY_AGAIN}"
+    if head.startswith(b"version https://git-lfs"):
+        size = re.search(rb"size (\d+)", head)
+        real = f" to {int(size[1]):,} bytes" if size else ""
+        return f"is a git-LFS pointer{real}, not the file itself; fetch that with: git lfs pull"
+    for start, problem in OTHER_STARTS:
+        if head.startswith(start):
+            return problem
+    if _looks_like_onnx(head):
+        return "is an ONNX model, not a checkpoint; run it under a name ending in .onnx, or give the checkpoint it was made from"
+    return _text_problem(head, path)
+
+
+def _text_problem(head: bytes, path: Path) -> str:
+    text = _as_text(head)
+    if text is None:
+        return ""
+    if re.match(
+        r"\s*(<!--.*?-->\s*)?<(!doctype\s+html|html|head|body|meta)\b",
+        text,
+        re.IGNORECASE | re.DOTALL,
+    ):
+        title = re.search(r"<title[^>]*>([^<]+)", text, re.IGNORECASE)
+        named = f" ({' '.join(title[1].split())[:60]!r})" if title else ""
+        return f"is a web page{named}, as file-sharing sites send in place of a file; download the file itself, in a browser if need be"
+    if path.suffix.lower() == ".py" or re.search(
+        r"^(model|_base_|import|from|dataset_type)\b", text, re.MULTILINE
+    ):
+        return "is Python text, such as a training configuration, and holds no weights; give the checkpoint (.pth) that was trained with it"
+    return f"is text, starting {' '.join(text.split())[:40]!r}; {EXPECTED}"
+
+
+def _as_text(head: bytes) -> str | None:
+    """Decode the start of a text; None where it is none. The last character may be cut."""
+    try:
+        text = head.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        if error.start < len(head) - 4:
+            return None
+        text = head[: error.start].decode("utf-8-sig")
+    printable = sum(character.isprintable() or character.isspace() for character in text)
+    return text if text and printable == len(text) else None
+
+
+def _looks_like_onnx(head: bytes) -> bool:
+    """Tell the start of an ONNX model: field 1, the version of its form, then a text field or the graph."""
+    return len(head) > 3 and head[0] == 0x08 and head[1] < 0x20 and head[2] in (0x12, 0x3A, 0x42)
+
+
+def _form(head: bytes, path: Path) -> Form:
+    named_safetensors = path.suffix.lower() == ".safetensors"
+    if _looks_like_safetensors(head, path):
+        if not named_safetensors:
+            raise CheckpointError(
+                f"{path}: is a safetensors file under another name; rename it to {path.with_suffix('.safetensors').name}"
+            )
+        return "safetensors"
+    if head.startswith(b"PK"):
+        _check_zip(path)
+    elif named_safetensors:
+        raise CheckpointError(
+            f"{path}: cannot be read as safetensors, cut or not such a file; {COPY_AGAIN}"
+        )
+    if named_safetensors:
+        raise CheckpointError(
+            f"{path}: is a PyTorch file under the name of safetensors; rename it to {path.with_suffix('.pth').name}"
+        )
+    return "zip" if head.startswith(b"PK") else "pickle"
+
+
+def _looks_like_safetensors(head: bytes, path: Path) -> bool:
+    """Tell the start of a safetensors file: the length of a JSON header, and that header."""
+    if len(head) < 10 or head[8:9] != b"{":
+        return False
+    (length,) = struct.unpack("<Q", head[:8])
+    return length < 1 << 27 and (head[9:10] in b'"} ' or path.suffix.lower() == ".safetensors")
+
+
+def _check_zip(path: Path) -> None:
+    """Raise CheckpointError where a zip is cut, or not one that PyTorch writes."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError, EOFError) as error:
+        raise CheckpointError(
+            f"{path}: is cut or damaged: the end of it is missing ({path.stat().st_size:,} bytes); {COPY_AGAIN}"
+        ) from error
+    inside = {name.split("/", 1)[-1] for name in names}
+    if "constants.pkl" in inside:
+        raise CheckpointError(
+            f"{path}: is a TorchScript program, which can only be run as it is; give the checkpoint it was made from"
+        )
+    if "data.pkl" not in inside:
+        few = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        raise CheckpointError(
+            f"{path}: is a zip archive of {len(names)} files ({few}), not a checkpoint; unpack it, and give the checkpoint inside"
+        )
+
+
+def _checkpoints_in(folder: Path) -> str:
+    names = sorted(
+        path.name for path in folder.iterdir() if path.suffix.lower() in CHECKPOINT_SUFFIXES
+    )
+    return (
+        f", which holds {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}: give one of these"
+        if names
+        else ""
+    )
+
 
 OWN_KEY = "tood_deploy"  # under which our own files hold the preset, as JSON
 
@@ -92,7 +249,9 @@ def read_checkpoint(path: Path, weights_key: str | None = None) -> CheckpointFil
         return _read_safetensors(path, weights_key)
     content = load_content(path)
     if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path}: holds a {type(content).__name__}; expected a dictionary of weights")
+        raise CheckpointError(
+            f"{path}: holds a {type(content).__name__}; expected a dictionary of weights"
+        )
     tensors = choose_weights(content, path, weights_key)
     meta, own_preset = content.get("meta"), content.get(OWN_KEY)
     return CheckpointFile(
@@ -108,10 +267,17 @@ def _read_safetensors(path: Path, weights_key: str | None) -> CheckpointFile:
     try:
         with safe_open(path, framework="pt") as file:
             own_preset = (file.metadata() or {}).get(OWN_KEY)
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dictionary
+            tensors = {
+                key: file.get_tensor(key)
+                for key in file.keys()  # noqa: SIM118 - not a dictionary
+            }
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: cannot be read as safetensors, cut or not such a file ({error}); {COPY_AGAIN}") from error
-    return CheckpointFile(path, dict(_canonical(choose_weights(tensors, path, weights_key))), own_preset=own_preset)
+        raise CheckpointError(
+            f"{path}: cannot be read as safetensors, cut or not such a file ({error}); {COPY_AGAIN}"
+        ) from error
+    return CheckpointFile(
+        path, dict(_canonical(choose_weights(tensors, path, weights_key))), own_preset=own_preset
+    )
 
 
 def load_content(path: Path) -> Any:
@@ -123,7 +289,9 @@ def load_content(path: Path) -> Any:
     allowed: list[Any] = [(Skipped, name) for name in METADATA_CLASSES]
     try:
         with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)  # said below where it fails
+            warnings.filterwarnings(
+                "ignore", "Detected pickle protocol", UserWarning
+            )  # said below where it fails
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can raise nearly anything
         raise CheckpointError(f"{path}: {_reason(str(error), path)}") from error

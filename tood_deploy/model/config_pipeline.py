@@ -83,27 +83,51 @@ RESIZING: dict[str, Rule] = {
     **dict.fromkeys(("clip_object_border", "bbox_clip_border"), HARMLESS),  # of the annotations
 }
 STEPS: dict[str, Table | None] = {
-    **dict.fromkeys(("LoadImageFromFile", "LoadImageFromNDArray", "LoadImageFromWebcam", "InferencerLoader"), LOADING),
+    **dict.fromkeys(
+        ("LoadImageFromFile", "LoadImageFromNDArray", "LoadImageFromWebcam", "InferencerLoader"),
+        LOADING,
+    ),
     "Resize": _keep("scale", "img_scale", "scale_factor", "keep_ratio")
     | RESIZING
     | {"multiscale_mode": HARMLESS, "ratio_range": only(None), "override": only(False)},
-    "FixShapeResize": _keep("width", "height") | RESIZING | {"keep_ratio": only(False), "pad_val": HARMLESS},
+    "FixShapeResize": _keep("width", "height")
+    | RESIZING
+    | {"keep_ratio": only(False), "pad_val": HARMLESS},
     "Normalize": _keep("mean", "std", "to_rgb"),
-    "Pad": _keep("size", "size_divisor", "pad_to_square", "pad_val") | {"padding_mode": only("constant")},
+    "Pad": _keep("size", "size_divisor", "pad_to_square", "pad_val")
+    | {"padding_mode": only("constant")},
     "RandomFlip": {
         **dict.fromkeys(("prob", "flip_ratio"), only(None, 0)),
         **dict.fromkeys(("direction", "swap_seg_labels"), HARMLESS),
     },
     "MultiScaleFlipAug": _keep("img_scale")
-    | {"transforms": HARMLESS, "scale_factor": only(None), "flip": only(False), "flip_direction": HARMLESS},
+    | {
+        "transforms": HARMLESS,
+        "scale_factor": only(None),
+        "flip": only(False),
+        "flip_direction": HARMLESS,
+    },
     # What packs an image and its annotations changes no pixel, whatever its arguments.
-    **dict.fromkeys(("LoadAnnotations", "PackDetInputs", "Collect", "ImageToTensor", "DefaultFormatBundle"), None),
+    **dict.fromkeys(
+        ("LoadAnnotations", "PackDetInputs", "Collect", "ImageToTensor", "DefaultFormatBundle"),
+        None,
+    ),
 }
 
 PREPROCESSOR: Table = {
     "type": only("DetDataPreprocessor", "ImgDataPreprocessor"),
     **_keep("mean", "std", "bgr_to_rgb", "rgb_to_bgr", "pad_size_divisor", "pad_value"),
-    **dict.fromkeys(("pad_mask", "mask_pad_value", "pad_seg", "seg_pad_value", "boxtype2tensor", "non_blocking"), HARMLESS),
+    **dict.fromkeys(
+        (
+            "pad_mask",
+            "mask_pad_value",
+            "pad_seg",
+            "seg_pad_value",
+            "boxtype2tensor",
+            "non_blocking",
+        ),
+        HARMLESS,
+    ),
     "batch_augments": HARMLESS,  # at training time alone
 }
 
@@ -116,7 +140,11 @@ def read_steps(pipeline: Any, path: str, weights: Preset) -> list[Step]:
     """
     if not isinstance(pipeline, tuple):
         refuse(path, pipeline, "a list of steps is expected there")
-    return [step for i, entry in enumerate(pipeline) for step in _read_step(entry, f"{path}[{i}]", weights)]
+    return [
+        step
+        for i, entry in enumerate(pipeline)
+        for step in _read_step(entry, f"{path}[{i}]", weights)
+    ]
 
 
 def _read_step(entry: Any, path: str, weights: Preset) -> Iterator[Step]:
@@ -124,7 +152,11 @@ def _read_step(entry: Any, path: str, weights: Preset) -> Iterator[Step]:
         refuse(path, entry, "a dictionary with a type is expected there")
     kind = without_scope(entry["type"])
     if not isinstance(kind, str) or kind not in STEPS:
-        refuse(f"{path}.type", entry["type"], f"of a test pipeline only {', '.join(STEPS)} are supported")
+        refuse(
+            f"{path}.type",
+            entry["type"],
+            f"of a test pipeline only {', '.join(STEPS)} are supported",
+        )
     path, table = f"{path}({kind})", STEPS[kind]
     if table is None:
         return
@@ -134,7 +166,9 @@ def _read_step(entry: Any, path: str, weights: Preset) -> Iterator[Step]:
         return
     for step in read_steps(_inner_steps(entry.get("transforms")), f"{path}.transforms", weights):
         if step.kind == "Resize":
-            step = step._replace(arguments={**step.arguments, "img_scale": arguments.get("img_scale")})
+            step = step._replace(
+                arguments={**step.arguments, "img_scale": arguments.get("img_scale")}
+            )
         yield step
 
 
@@ -143,17 +177,35 @@ def _inner_steps(transforms: Any) -> Any:
     if not isinstance(transforms, tuple):
         return transforms
     flip = {"type": "RandomFlip"}
-    return tuple(flip if isinstance(step, Mapping) and without_scope(step.get("type")) == "RandomFlip" else step for step in transforms)
+    return tuple(
+        flip
+        if isinstance(step, Mapping) and without_scope(step.get("type")) == "RandomFlip"
+        else step
+        for step in transforms
+    )
 
 
 def layout_of(path: str, steps: Any) -> Layout:
     """Tell the layout of a pipeline by where it stands and by steps that 2.x alone has."""
-    kinds = {without_scope(step.get("type")) for step in steps if isinstance(step, Mapping)} if isinstance(steps, tuple) else set()
-    return "2.x" if path.startswith("data.") or kinds & {"MultiScaleFlipAug", "Collect", "DefaultFormatBundle"} else "3.x"
+    kinds = (
+        {without_scope(step.get("type")) for step in steps if isinstance(step, Mapping)}
+        if isinstance(steps, tuple)
+        else set()
+    )
+    return (
+        "2.x"
+        if path.startswith("data.")
+        or kinds & {"MultiScaleFlipAug", "Collect", "DefaultFormatBundle"}
+        else "3.x"
+    )
 
 
 def read_input(
-    steps: list[Step] | None, layout: Layout, preprocessor: Mapping[str, Any] | None, path: str, weights: Preset
+    steps: list[Step] | None,
+    layout: Layout,
+    preprocessor: Mapping[str, Any] | None,
+    path: str,
+    weights: Preset,
 ) -> dict[str, Any]:
     """Read how an image becomes the network's input.
 
@@ -170,8 +222,18 @@ def read_input(
     Raises:
         CheckpointError: a setting that cannot be computed as it says.
     """
-    if steps is not None and preprocessor is None and layout == "3.x" and not any(step.kind == "Normalize" for step in steps):
-        refuse("data_preprocessor", None, "the test pipeline leaves normalising and padding to it", "give the whole configuration")
+    if (
+        steps is not None
+        and preprocessor is None
+        and layout == "3.x"
+        and not any(step.kind == "Normalize" for step in steps)
+    ):
+        refuse(
+            "data_preprocessor",
+            None,
+            "the test pipeline leaves normalising and padding to it",
+            "give the whole configuration",
+        )
     after = {} if preprocessor is None else apply_rules(PREPROCESSOR, preprocessor, path, weights)
     statistics = _read_statistics(steps or [], after, path)
     settings: dict[str, Any] = {
@@ -198,7 +260,11 @@ def _read_statistics(steps: list[Step], after: Mapping[str, Any], path: str) -> 
         return Statistics(mean, std, converts)
     step = steps[places[0]]
     if len(places) > 1 or after.get("mean") is not None or converts:
-        refuse(step.path, dict(step.arguments), "pixels are normalised or reordered twice, by another step or the data preprocessor too")
+        refuse(
+            step.path,
+            dict(step.arguments),
+            "pixels are normalised or reordered twice, by another step or the data preprocessor too",
+        )
     if any(other.kind in ("Resize", "FixShapeResize") for other in steps[places[0] :]):
         refuse(step.path, dict(step.arguments), "resizing after normalising is not supported")
     rgb = bool(step.arguments.get("to_rgb", True))
@@ -241,18 +307,36 @@ def _read_resizing(steps: list[Step], layout: Layout) -> dict[str, Any]:
     keeps = step.arguments.get("keep_ratio", layout == "2.x")
     if not isinstance(keeps, bool):
         refuse(f"{step.path}.keep_ratio", keeps, "only True or False is supported")
-    scale = step.arguments.get("scale") if step.arguments.get("img_scale") is None else step.arguments["img_scale"]
+    scale = (
+        step.arguments.get("scale")
+        if step.arguments.get("img_scale") is None
+        else step.arguments["img_scale"]
+    )
     if scale is None:
         return {"resize": "fit" if keeps else "stretch", "scale_factor": _factor(step)}
     size = _size(scale, f"{step.path} scale")
-    return {"resize": "fit", "imgsz": (min(size), max(size))} if keeps else {"resize": "stretch", "imgsz": size[::-1]}
+    return (
+        {"resize": "fit", "imgsz": (min(size), max(size))}
+        if keeps
+        else {"resize": "stretch", "imgsz": size[::-1]}
+    )
 
 
 def _size(value: Any, path: str) -> tuple[int, int]:
     """Read one size (width, height), or one number for both."""
-    values = value[0] if isinstance(value, tuple) and len(value) == 1 and isinstance(value[0], tuple) else value
-    values = (values, values) if isinstance(values, int) and not isinstance(values, bool) else values
-    if not isinstance(values, tuple) or len(values) != 2 or not all(type(side) is int and side > 0 for side in values):
+    values = (
+        value[0]
+        if isinstance(value, tuple) and len(value) == 1 and isinstance(value[0], tuple)
+        else value
+    )
+    values = (
+        (values, values) if isinstance(values, int) and not isinstance(values, bool) else values
+    )
+    if (
+        not isinstance(values, tuple)
+        or len(values) != 2
+        or not all(type(side) is int and side > 0 for side in values)
+    ):
         refuse(path, value, "one size of two positive whole numbers is supported")
     return values[0], values[1]
 
@@ -295,13 +379,19 @@ def _pad_size(step: Step, layout: Layout, square: int | None) -> tuple[tuple[int
         refuse(f"{step.path}.size_divisor", divisor, "a positive whole number is supported")
     if step.arguments.get("pad_to_square"):
         if square is None:
-            refuse(f"{step.path}.pad_to_square", True, "a square is supported where every image is resized to one side's length")
+            refuse(
+                f"{step.path}.pad_to_square",
+                True,
+                "a square is supported where every image is resized to one side's length",
+            )
         side = -(-square // divisor) * divisor if divisor else square
         return (side, side), 1
     if size is None:
         return None, divisor or 1
     first, second = _size(size, f"{step.path}.size")
-    return ((first, second) if layout == "2.x" else (second, first)), 1  # 2.x says height first, 3.x width first
+    return (
+        (first, second) if layout == "2.x" else (second, first)
+    ), 1  # 2.x says height first, 3.x width first
 
 
 def _pad_value(step: Step, statistics: Statistics, raw: bool) -> Triple:
@@ -312,7 +402,9 @@ def _pad_value(step: Step, statistics: Statistics, raw: bool) -> Triple:
     values = _triple(value, f"{step.path}.pad_val", rgb)
     if not raw:
         return values
-    normalised = (np.array(values, np.float32) - np.array(statistics.mean, np.float32)) / np.array(statistics.std, np.float32)
+    normalised = (np.array(values, np.float32) - np.array(statistics.mean, np.float32)) / np.array(
+        statistics.std, np.float32
+    )
     first, second, third = (float(number) for number in normalised)
     return first, second, third
 
@@ -324,7 +416,9 @@ def _last_padding(after: Mapping[str, Any], path: str) -> Padding:
         refuse(f"{path}.pad_size_divisor", divisor, "a positive whole number is supported")
     if not is_number(value):
         refuse(f"{path}.pad_value", value, "one number is supported")
-    return Padding(f"{path}.pad_size_divisor", None, divisor, (float(value), float(value), float(value)))
+    return Padding(
+        f"{path}.pad_size_divisor", None, divisor, (float(value), float(value), float(value))
+    )
 
 
 def _join_paddings(settings: Mapping[str, Any], paddings: list[Padding]) -> dict[str, Any]:
@@ -332,21 +426,39 @@ def _join_paddings(settings: Mapping[str, Any], paddings: list[Padding]) -> dict
     stretched = settings.get("imgsz") if settings.get("resize") == "stretch" else None
     size_hw, divisor, value, last = stretched, 1, None, ""
     for padding in paddings:
-        target = padding.size_hw or (None if size_hw is None else _round_up(size_hw, padding.divisor))
+        target = padding.size_hw or (
+            None if size_hw is None else _round_up(size_hw, padding.divisor)
+        )
         changes = divisor % padding.divisor != 0 if target is None else target != size_hw
         last = padding.path if changes or not last else last
         if changes:
             if value is not None and not same(value, padding.value):
-                refuse(padding.path, padding.divisor, f"padding twice is supported with one value, found {value} and {padding.value}")
+                refuse(
+                    padding.path,
+                    padding.divisor,
+                    f"padding twice is supported with one value, found {value} and {padding.value}",
+                )
             size_hw, divisor, value = target, lcm(divisor, padding.divisor), padding.value
     path = last or "the test pipeline's padding"
     if size_hw is not None:
         if any(side % SIZE_DIVISOR for side in size_hw):
-            refuse(path, size_hw, f"a network input whose sides are multiples of {SIZE_DIVISOR} is supported")
+            refuse(
+                path,
+                size_hw,
+                f"a network input whose sides are multiples of {SIZE_DIVISOR} is supported",
+            )
         canvas = None if stretched and _round_up(stretched, SIZE_DIVISOR) == size_hw else size_hw
-        return {"canvas_hw": canvas, "pad_divisor": SIZE_DIVISOR, "pad_value": value or (0.0, 0.0, 0.0)}
+        return {
+            "canvas_hw": canvas,
+            "pad_divisor": SIZE_DIVISOR,
+            "pad_value": value or (0.0, 0.0, 0.0),
+        }
     if divisor % SIZE_DIVISOR:
-        refuse(path, divisor, f"{SIZE_DIVISOR} or a multiple of it is supported (1 is the default of a missing pad_size_divisor)")
+        refuse(
+            path,
+            divisor,
+            f"{SIZE_DIVISOR} or a multiple of it is supported (1 is the default of a missing pad_size_divisor)",
+        )
     return {"pad_divisor": divisor, "pad_value": value or (0.0, 0.0, 0.0)}
 
 

@@ -11,7 +11,7 @@ from math import isfinite
 from typing import Any, NoReturn, TypeGuard
 
 from tood_deploy.errors import CheckpointError
-from tood_deploy.model.config_text import unreadable_parts
+from tood_deploy.model.checkpoint_metadata import unreadable_parts
 from tood_deploy.presets import MAX_CANDIDATES, STRIDES, Preset
 
 OUR_SCOPES = ("mmdet", "mmcv", "mmengine")
@@ -94,14 +94,24 @@ def _apply_rule(rule: Rule | None, value: Any, path: str, weights: Preset) -> di
     if rule is None:
         refuse(path, value, "this key is not known to tood_deploy")
     if unreadable := next(unreadable_parts(value), None):
-        refuse(path, unreadable, "only literal values can be read", "store the checkpoint with the configuration's final text")
+        refuse(
+            path,
+            unreadable,
+            "only literal values can be read",
+            "store the checkpoint with the configuration's final text",
+        )
     match rule:
         case Only(values):
             if not any(same(without_scope(value), allowed) for allowed in values):
                 refuse(path, value, f"only {' or '.join(map(repr, values))} is supported")
         case Told(field):
             if value is not None and not same(value, told := getattr(weights, field)):
-                refuse(path, value, f"the weights tell {told!r}", "this configuration is not that of these weights")
+                refuse(
+                    path,
+                    value,
+                    f"the weights tell {told!r}",
+                    "this configuration is not that of these weights",
+                )
         case Computed(field, read):
             try:
                 return {field: read(value)}
@@ -137,7 +147,9 @@ def is_number(value: Any) -> TypeGuard[int | float]:
 def _number(low: float, high: float, *, above: bool = False) -> Callable[[Any], float]:
     def read(value: Any) -> float:
         if not is_number(value) or not low <= value <= high or (above and value == low):
-            raise ValueError(f"a number {'above' if above else 'from'} {low:g} to {high:g} is supported")
+            raise ValueError(
+                f"a number {'above' if above else 'from'} {low:g} to {high:g} is supported"
+            )
         return float(value)
 
     return read
@@ -179,7 +191,11 @@ def _anchor(value: Any) -> str:
 
 
 def _stages(value: Any) -> tuple[int, ...]:
-    if not isinstance(value, tuple) or len(value) != 4 or not all(isinstance(flag, bool) for flag in value):
+    if (
+        not isinstance(value, tuple)
+        or len(value) != 4
+        or not all(isinstance(flag, bool) for flag in value)
+    ):
         raise ValueError("True or False for each of four stages is expected")
     return tuple(number for number, flag in enumerate(value, start=1) if flag)
 
@@ -224,7 +240,10 @@ BACKBONE: Table = {
     ),
     "stage_with_dcn": Computed("_deform_stages", _stages),
     "plugins": only(None, ()),
-    **dict.fromkeys(("norm_eval", "frozen_stages", "with_cp", "zero_init_residual", "pretrained", "init_cfg"), HARMLESS),
+    **dict.fromkeys(
+        ("norm_eval", "frozen_stages", "with_cp", "zero_init_residual", "pretrained", "init_cfg"),
+        HARMLESS,
+    ),
 }
 
 NECK: Table = {
@@ -289,16 +308,25 @@ HEAD: Table = {
     "anchor_generator": ANCHOR_GENERATOR,
     "bbox_coder": HARMLESS,  # of anchor-based heads read by BOX_CODER; the others have no use for it
     "pred_kernel_size": HARMLESS,  # of ATSS' own layers
-    **dict.fromkeys(("loss_cls", "loss_bbox", "initial_loss_cls", "loss_centerness", "reg_decoded_bbox"), HARMLESS),
-    **dict.fromkeys(("train_cfg", "test_cfg", "init_cfg"), HARMLESS),  # the detector's test_cfg is the one that counts
+    **dict.fromkeys(
+        ("loss_cls", "loss_bbox", "initial_loss_cls", "loss_centerness", "reg_decoded_bbox"),
+        HARMLESS,
+    ),
+    **dict.fromkeys(
+        ("train_cfg", "test_cfg", "init_cfg"), HARMLESS
+    ),  # the detector's test_cfg is the one that counts
 }
 
 DETECTOR: Table = {
-    "type": only("TOOD", "SingleStageDetector", "GFL"),  # the same but for the name; the authors' ResNeXt configurations have the last
+    "type": only(
+        "TOOD", "SingleStageDetector", "GFL"
+    ),  # the same but for the name; the authors' ResNeXt configurations have the last
     "backbone": BACKBONE,
     "neck": NECK,
     "bbox_head": HEAD,
-    **dict.fromkeys(("test_cfg", "data_preprocessor"), HARMLESS),  # read apart, as they may stand elsewhere too
+    **dict.fromkeys(
+        ("test_cfg", "data_preprocessor"), HARMLESS
+    ),  # read apart, as they may stand elsewhere too
     **dict.fromkeys(("train_cfg", "pretrained", "init_cfg"), HARMLESS),
 }
 

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 
-def bilinear_corners(y: Tensor, x: Tensor, size_hw: tuple[int, int]) -> Iterator[tuple[Tensor, Tensor]]:
+def bilinear_corners(
+    y: Tensor, x: Tensor, size_hw: tuple[int, int]
+) -> Iterator[tuple[Tensor, Tensor]]:
     """The four neighbours of every read position.
 
     Args:
@@ -52,7 +54,16 @@ def align_boxes(boxes: Tensor, offsets: Tensor) -> Tensor:
     return aligned.reshape(batch, 4, height, width)
 
 
-def deform_conv2d(x: Tensor, offset: Tensor, mask: Tensor, weight: Tensor, *, stride: int = 1, padding: int = 1, groups: int = 1) -> Tensor:
+def deform_conv2d(
+    x: Tensor,
+    offset: Tensor,
+    mask: Tensor,
+    weight: Tensor,
+    *,
+    stride: int = 1,
+    padding: int = 1,
+    groups: int = 1,
+) -> Tensor:
     """Deformable convolution, version 2.
 
     Args:
@@ -71,10 +82,16 @@ def deform_conv2d(x: Tensor, offset: Tensor, mask: Tensor, weight: Tensor, *, st
     offset_groups = mask.shape[1] // taps
     out_h, out_w = offset.shape[2:]
     # Positions in the order (B, H', W', T, G): each then reads one row of C / G neighbouring channels.
-    dy, dx = offset.reshape(batch, offset_groups, taps, 2, out_h, out_w).permute(3, 0, 4, 5, 2, 1).unbind(0)
+    dy, dx = (
+        offset.reshape(batch, offset_groups, taps, 2, out_h, out_w)
+        .permute(3, 0, 4, 5, 2, 1)
+        .unbind(0)
+    )
     factor = mask.reshape(batch, offset_groups, taps, out_h, out_w).permute(0, 3, 4, 2, 1)
     tap_y, tap_x = _tap_positions((out_h, out_w), (kernel_h, kernel_w), stride, padding, x)
-    rows = x.permute(0, 2, 3, 1).reshape(batch * height * width * offset_groups, channels // offset_groups)
+    rows = x.permute(0, 2, 3, 1).reshape(
+        batch * height * width * offset_groups, channels // offset_groups
+    )
     image = torch.arange(batch, device=x.device).reshape(batch, 1, 1, 1, 1) * (height * width)
     group = torch.arange(offset_groups, device=x.device)
     samples: Tensor | None = None
@@ -84,14 +101,18 @@ def deform_conv2d(x: Tensor, offset: Tensor, mask: Tensor, weight: Tensor, *, st
         samples = read if samples is None else samples + read
     assert samples is not None
     return (
-        _contract(samples.to(x.dtype).reshape(batch * out_h * out_w, taps, channels), weight, groups)
+        _contract(
+            samples.to(x.dtype).reshape(batch * out_h * out_w, taps, channels), weight, groups
+        )
         .reshape(batch, out_h, out_w, out_channels)
         .permute(0, 3, 1, 2)
         .contiguous()
     )
 
 
-def _tap_positions(out_hw: tuple[int, int], kernel_hw: tuple[int, int], stride: int, padding: int, like: Tensor) -> tuple[Tensor, Tensor]:
+def _tap_positions(
+    out_hw: tuple[int, int], kernel_hw: tuple[int, int], stride: int, padding: int, like: Tensor
+) -> tuple[Tensor, Tensor]:
     """Where each tap reads without an offset: y (H', 1, T, 1) and x (1, W', T, 1), in cells.
 
     At least in float32, whatever the features have: bf16 steps by whole cells from 128 on.
@@ -113,10 +134,20 @@ def _contract(samples: Tensor, weight: Tensor, groups: int) -> Tensor:
     count, taps, channels = samples.shape
     out_channels = weight.shape[0]
     if groups == 1:
-        return samples.reshape(count, taps * channels) @ weight.flatten(2).permute(2, 1, 0).reshape(taps * channels, out_channels)
+        return samples.reshape(count, taps * channels) @ weight.flatten(2).permute(2, 1, 0).reshape(
+            taps * channels, out_channels
+        )
     width = channels // groups
-    columns = samples.reshape(count, taps, groups, width).permute(2, 0, 1, 3).reshape(groups, count, taps * width)
-    kernel = weight.reshape(groups, out_channels // groups, width, taps).permute(0, 3, 2, 1).reshape(groups, taps * width, -1)
+    columns = (
+        samples.reshape(count, taps, groups, width)
+        .permute(2, 0, 1, 3)
+        .reshape(groups, count, taps * width)
+    )
+    kernel = (
+        weight.reshape(groups, out_channels // groups, width, taps)
+        .permute(0, 3, 2, 1)
+        .reshape(groups, taps * width, -1)
+    )
     return torch.bmm(columns, kernel).transpose(0, 1).reshape(count, out_channels)
 
 
@@ -141,9 +172,18 @@ class DeformConv2d(nn.Module):
     ) -> None:
         super().__init__()
         assert not bias, "the deformable convolutions of TOOD have none"
-        self.stride, self.padding, self.groups, self.offset_groups = stride, padding, groups, offset_groups
-        self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, kernel_size, kernel_size))
-        self.conv_offset = nn.Conv2d(in_channels, 3 * offset_groups * kernel_size**2, kernel_size, stride, padding)
+        self.stride, self.padding, self.groups, self.offset_groups = (
+            stride,
+            padding,
+            groups,
+            offset_groups,
+        )
+        self.weight = nn.Parameter(
+            torch.empty(out_channels, in_channels // groups, kernel_size, kernel_size)
+        )
+        self.conv_offset = nn.Conv2d(
+            in_channels, 3 * offset_groups * kernel_size**2, kernel_size, stride, padding
+        )
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)
         self.init_offsets()
 
@@ -161,4 +201,12 @@ class DeformConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) in, (B, C', H', W') out."""
         offset, mask = self.offset_and_mask(x)
-        return deform_conv2d(x, offset, mask, self.weight, stride=self.stride, padding=self.padding, groups=self.groups)
+        return deform_conv2d(
+            x,
+            offset,
+            mask,
+            self.weight,
+            stride=self.stride,
+            padding=self.padding,
+            groups=self.groups,
+        )

@@ -16,11 +16,17 @@ from urllib.request import Request, urlopen
 
 from filelock import FileLock
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from tood_deploy.errors import DownloadError
-from tood_deploy.home import home_folder
-from tood_deploy.manifest import file_sha256
+from tood_deploy.files import file_sha256, home_folder
 from tood_deploy.presets import Preset, PublishedWeights
 
 TIMEOUT_S = 30.0
@@ -53,7 +59,9 @@ def fetch_weights(preset: Preset, cache: Path | None = None) -> Path:
                 _fetch(preset.weights, target)
     except OSError as error:
         reason = error.strerror or error
-        raise DownloadError(f"{folder}: cannot store weights ({reason}); make room, or name another folder in TOOD_HOME") from error
+        raise DownloadError(
+            f"{folder}: cannot store weights ({reason}); make room, or name another folder in TOOD_HOME"
+        ) from error
     return target
 
 
@@ -97,15 +105,21 @@ def _download(url: str, part: Path, by_hand: str) -> None:
             response = _request(url, part.stat().st_size if part.exists() else 0)
         except HTTPError as error:
             error.close()
-            raise DownloadError(f"{url}: the server answers {error.code} {error.reason}; {by_hand}") from error
+            raise DownloadError(
+                f"{url}: the server answers {error.code} {error.reason}; {by_hand}"
+            ) from error
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
-            raise DownloadError(f"{url}: cannot be reached ({reason}); check the network, or {by_hand}") from error
+            raise DownloadError(
+                f"{url}: cannot be reached ({reason}); check the network, or {by_hand}"
+            ) from error
         with response:
             if _receive(response, part):
                 return
     kept = part.stat().st_size
-    raise DownloadError(f"{url}: broke off {ATTEMPTS} times; {kept} bytes are kept: try again to go on from there, or {by_hand}")
+    raise DownloadError(
+        f"{url}: broke off {ATTEMPTS} times; {kept} bytes are kept: try again to go on from there, or {by_hand}"
+    )
 
 
 def _request(url: str, offset: int) -> http.client.HTTPResponse:
@@ -119,7 +133,11 @@ def _request(url: str, offset: int) -> http.client.HTTPResponse:
         error.close()
         return _request(url, 0)
     served_range = response.headers.get("Content-Range", "")
-    if offset and response.status == http.HTTPStatus.PARTIAL_CONTENT and not served_range.startswith(f"bytes {offset}-"):
+    if (
+        offset
+        and response.status == http.HTTPStatus.PARTIAL_CONTENT
+        and not served_range.startswith(f"bytes {offset}-")
+    ):
         response.close()
         return _request(url, 0)
     return response
@@ -154,6 +172,14 @@ def _chunks(response: http.client.HTTPResponse) -> Iterator[bytes]:
 @contextmanager
 def _progress_bar() -> Iterator[Progress]:
     """A bar with bytes, speed and time left on stderr, if that is a terminal."""
-    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(
+        *columns, console=Console(stderr=True), disable=not sys.stderr.isatty()
+    ) as progress:
         yield progress

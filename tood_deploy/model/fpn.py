@@ -9,7 +9,9 @@ from torch.nn import functional as F
 class _Conv(nn.Module):
     """One convolution under the name `conv`, as the state-dict layout wants it."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1
+    ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2)
         nn.init.xavier_uniform_(self.conv.weight)
@@ -26,13 +28,17 @@ class FPN(nn.Module):
     def __init__(self, in_channels: Sequence[int], channels: int) -> None:
         super().__init__()
         self.lateral_convs = nn.ModuleList(_Conv(count, channels, 1) for count in in_channels)
-        self.fpn_convs = nn.ModuleList(_Conv(channels, channels, 3, stride) for stride in (1, 1, 1, 2, 2))
+        self.fpn_convs = nn.ModuleList(
+            _Conv(channels, channels, 3, stride) for stride in (1, 1, 1, 2, 2)
+        )
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """P3 to P7, (B, C, H/s, W/s) at strides s of 8, 16, 32, 64, 128, from C3, C4, C5."""
         laterals = [conv(x) for conv, x in zip(self.lateral_convs, maps, strict=True)]
         for i in (1, 0):
-            laterals[i] = laterals[i] + F.interpolate(laterals[i + 1], size=laterals[i].shape[2:], mode="nearest")
+            laterals[i] = laterals[i] + F.interpolate(
+                laterals[i + 1], size=laterals[i].shape[2:], mode="nearest"
+            )
         levels = [conv(x) for conv, x in zip(self.fpn_convs, laterals, strict=False)]
         for conv in list(self.fpn_convs)[len(laterals) :]:
             levels.append(conv(levels[-1]))  # no activation between P6 and P7

@@ -49,11 +49,19 @@ class TowerMaps(NamedTuple):
 class ConvNorm(nn.Module):
     """Convolution without bias, GroupNorm, ReLU."""
 
-    def __init__(self, preset: Preset, in_channels: int, kernel_size: int, deform: bool = False) -> None:
+    def __init__(
+        self, preset: Preset, in_channels: int, kernel_size: int, deform: bool = False
+    ) -> None:
         super().__init__()
         channels, padding = preset.channels, kernel_size // 2
         if deform:
-            self.conv = DeformConv2d(in_channels, channels, kernel_size, padding=padding, offset_groups=TOWER_OFFSET_GROUPS)
+            self.conv = DeformConv2d(
+                in_channels,
+                channels,
+                kernel_size,
+                padding=padding,
+                offset_groups=TOWER_OFFSET_GROUPS,
+            )
         else:
             self.conv = nn.Conv2d(in_channels, channels, kernel_size, padding=padding, bias=False)
         self.gn = nn.GroupNorm(preset.norm_groups, channels, eps=preset.norm_eps)
@@ -72,7 +80,12 @@ class TaskDecomposition(nn.Module):
         channels, stages = preset.channels, preset.tower_stages
         hidden = channels // DOWN_RATE
         self.stages = stages
-        self.layer_attention = nn.Sequential(nn.Conv2d(channels * stages, hidden, 1), nn.ReLU(), nn.Conv2d(hidden, stages, 1), nn.Sigmoid())
+        self.layer_attention = nn.Sequential(
+            nn.Conv2d(channels * stages, hidden, 1),
+            nn.ReLU(),
+            nn.Conv2d(hidden, stages, 1),
+            nn.Sigmoid(),
+        )
         self.reduction_conv = ConvNorm(preset, channels * stages, 1)
         _init_convs(self.layer_attention, std=0.001)
 
@@ -86,8 +99,12 @@ class TaskDecomposition(nn.Module):
         kernel = self.reduction_conv.conv.weight
         channels = kernel.shape[0]
         # The same as weighing the features, but the kernel is the smaller of the two.
-        kernel = kernel.reshape(1, channels, self.stages, channels) * self.stage_weights(tower).unsqueeze(1).unsqueeze(3)
-        return torch.bmm(kernel.reshape(batch, channels, -1), tower.joined.flatten(2)).reshape(batch, channels, height, width)
+        kernel = kernel.reshape(1, channels, self.stages, channels) * self.stage_weights(
+            tower
+        ).unsqueeze(1).unsqueeze(3)
+        return torch.bmm(kernel.reshape(batch, channels, -1), tower.joined.flatten(2)).reshape(
+            batch, channels, height, width
+        )
 
     def stage_weights(self, tower: TowerMaps) -> Tensor:
         """(B, S), from 0 to 1."""
@@ -98,7 +115,11 @@ class Alignment(nn.Sequential):
     """What the tower says of a cell, whatever the task: 1x1 convolution of all stages, ReLU, 3x3 convolution."""
 
     def __init__(self, in_channels: int, hidden: int, out_channels: int) -> None:
-        super().__init__(nn.Conv2d(in_channels, hidden, 1), nn.ReLU(), nn.Conv2d(hidden, out_channels, 3, padding=1))
+        super().__init__(
+            nn.Conv2d(in_channels, hidden, 1),
+            nn.ReLU(),
+            nn.Conv2d(hidden, out_channels, 3, padding=1),
+        )
 
     def forward(self, input: TowerMaps) -> Tensor:
         """(B, C', h, w) from what the tower makes of a level."""
@@ -136,7 +157,9 @@ class TaskAlignedHead(nn.Module):
         self.anchor_side, self.anchor_offset = preset.anchor_side, preset.anchor_offset
         self.delta_means, self.delta_stds = preset.delta_means, preset.delta_stds
         self.keep_inverted = preset.convention == "authors"
-        self.inter_convs = nn.ModuleList(ConvNorm(preset, channels, 3, deform=i < preset.deform_tower) for i in range(stages))
+        self.inter_convs = nn.ModuleList(
+            ConvNorm(preset, channels, 3, deform=i < preset.deform_tower) for i in range(stages)
+        )
         self.cls_decomp = TaskDecomposition(preset)
         self.reg_decomp = TaskDecomposition(preset)
         self.tood_cls = nn.Conv2d(channels, preset.num_classes, 3, padding=1)
@@ -155,7 +178,9 @@ class TaskAlignedHead(nn.Module):
 
     def forward(self, levels: Sequence[Tensor]) -> HeadOutput:
         """Scores and boxes of every level, from P3 to P7 (B, C, h, w)."""
-        outputs = [self._forward_level(x, scale) for x, scale in zip(levels, self.scales, strict=True)]
+        outputs = [
+            self._forward_level(x, scale) for x, scale in zip(levels, self.scales, strict=True)
+        ]
         return HeadOutput([scores for scores, _ in outputs], [boxes for _, boxes in outputs])
 
     def _forward_level(self, x: Tensor, scale: nn.Module) -> tuple[Tensor, Tensor]:
@@ -177,10 +202,14 @@ class TaskAlignedHead(nn.Module):
 
     def _decode(self, regression: Tensor, scale: nn.Module) -> Tensor:
         """Boxes (B, 4, h, w) xyxy in strides; the scale multiplies after the exponential."""
-        points = anchor_points((regression.shape[2], regression.shape[3]), regression, self.anchor_offset)
+        points = anchor_points(
+            (regression.shape[2], regression.shape[3]), regression, self.anchor_offset
+        )
         if self.anchor_free:
             return decode_distances(scale(regression.exp()), points)
-        return decode_deltas(scale(regression), points, self.anchor_side, self.delta_means, self.delta_stds)
+        return decode_deltas(
+            scale(regression), points, self.anchor_side, self.delta_means, self.delta_stds
+        )
 
 
 def _init_convs(module: nn.Module, std: float, bias: float = 0.0) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tood_deploy.model.head import HeadOutput
-from tood_deploy.model.nms import nms
+from tood_deploy.model.nms import nms, nms_unrolled
 from tood_deploy.presets import MAX_CANDIDATES, STRIDES, Convention
 
 CANDIDATES_PER_LEVEL = 1000
@@ -68,11 +68,15 @@ def detect(
         candidates_per_level: the published `nms_pre`.
         max_det: D.
     """
-    candidates = select_candidates(out, valid_hw, score_threshold, convention=convention, per_level=candidates_per_level)
+    candidates = select_candidates(
+        out, valid_hw, score_threshold, convention=convention, per_level=candidates_per_level
+    )
     return suppress(candidates, iou_threshold, max_det)
 
 
-def suppress(candidates: Candidates, iou_threshold: Tensor | float, max_det: int = MAX_DET) -> BatchResult:
+def suppress(
+    candidates: Candidates, iou_threshold: Tensor | float, max_det: int = MAX_DET
+) -> BatchResult:
     """Detections from candidates: class-wise suppression, at most `max_det` a picture."""
     return take_kept(candidates, *nms(*candidates, iou_threshold, max_det))
 
@@ -82,7 +86,12 @@ def take_kept(candidates: Candidates, kept: Tensor, num_dets: Tensor) -> BatchRe
     rows = kept.clamp(max=candidates.scores.shape[1] - 1)
     real = torch.arange(kept.shape[1], device=kept.device) < num_dets[:, None]
     boxes = candidates.boxes_net.gather(1, rows.unsqueeze(2).expand(-1, -1, 4)) * real.unsqueeze(2)
-    return BatchResult(num_dets.int(), boxes, candidates.scores.gather(1, rows) * real, (candidates.labels.gather(1, rows) * real).int())
+    return BatchResult(
+        num_dets.int(),
+        boxes,
+        candidates.scores.gather(1, rows) * real,
+        (candidates.labels.gather(1, rows) * real).int(),
+    )
 
 
 def select_candidates(
@@ -109,12 +118,18 @@ def select_candidates(
         scores = scores * ((boxes[..., 2] > boxes[..., 0]) & (boxes[..., 3] > boxes[..., 1]))
     else:
         height, width = valid_hw.to(boxes.dtype).unsqueeze(1).unbind(2)
-        boxes = torch.minimum(boxes.clamp(min=0), torch.stack((width, height, width, height), dim=2))
+        boxes = torch.minimum(
+            boxes.clamp(min=0), torch.stack((width, height, width, height), dim=2)
+        )
     scores, order = scores.topk(min(MAX_CANDIDATES, scores.shape[1]), dim=1)
-    return Candidates(boxes.gather(1, order.unsqueeze(2).expand(-1, -1, 4)), scores, labels.gather(1, order))
+    return Candidates(
+        boxes.gather(1, order.unsqueeze(2).expand(-1, -1, 4)), scores, labels.gather(1, order)
+    )
 
 
-def _select_level(scores: Tensor, boxes: Tensor, per_level: int, pairs: int) -> tuple[Tensor, Tensor, Tensor]:
+def _select_level(
+    scores: Tensor, boxes: Tensor, per_level: int, pairs: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """The best pairs of one level: boxes (B, P, 4), scores (B, P), labels (B, P).
 
     A pair among the best `per_level` belongs to one of the `per_level` best anchors, so anchors are thinned first.
@@ -137,3 +152,11 @@ def _select_level(scores: Tensor, boxes: Tensor, per_level: int, pairs: int) -> 
     anchor = anchors.gather(1, pair - labels * per_level)
     pair_boxes = boxes.gather(2, anchor.unsqueeze(1).expand(-1, 4, -1)).transpose(1, 2)
     return pair_boxes, pair_scores, labels
+
+
+def suppress_unrolled(
+    candidates: Candidates, iou_threshold: Tensor | float, max_det: int = MAX_DET
+) -> tuple[BatchResult, Tensor]:
+    """As `suppress`, and whether each picture's detections are those of `suppress`, (B,) bool."""
+    found = nms_unrolled(*candidates, iou_threshold, max_det)
+    return take_kept(candidates, found.kept, found.num_dets), found.exact

@@ -10,7 +10,13 @@ from tood_deploy.errors import ToodError
 from tood_deploy.model.deform import DeformConv2d
 from tood_deploy.presets import Preset
 
-STAGE_BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+STAGE_BLOCKS = {
+    18: (2, 2, 2, 2),
+    34: (3, 4, 6, 3),
+    50: (3, 4, 6, 3),
+    101: (3, 4, 23, 3),
+    152: (3, 8, 36, 3),
+}
 
 
 class BasicBlock(nn.Module):
@@ -18,7 +24,9 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(self, in_channels: int, planes: int, stride: int, preset: Preset, deform: bool) -> None:
+    def __init__(
+        self, in_channels: int, planes: int, stride: int, preset: Preset, deform: bool
+    ) -> None:
         super().__init__()
         if deform or preset.groups != 1:
             raise ToodError(
@@ -42,13 +50,21 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(self, in_channels: int, planes: int, stride: int, preset: Preset, deform: bool) -> None:
+    def __init__(
+        self, in_channels: int, planes: int, stride: int, preset: Preset, deform: bool
+    ) -> None:
         super().__init__()
-        width = planes if preset.groups == 1 else planes * preset.base_width // preset.base_channels * preset.groups
+        width = (
+            planes
+            if preset.groups == 1
+            else planes * preset.base_width // preset.base_channels * preset.groups
+        )
         conv3x3 = DeformConv2d if deform else nn.Conv2d
         self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width, eps=preset.batch_norm_eps)
-        self.conv2 = conv3x3(width, width, 3, stride=stride, padding=1, groups=preset.groups, bias=False)
+        self.conv2 = conv3x3(
+            width, width, 3, stride=stride, padding=1, groups=preset.groups, bias=False
+        )
         self.bn2 = nn.BatchNorm2d(width, eps=preset.batch_norm_eps)
         self.conv3 = nn.Conv2d(width, planes * 4, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(planes * 4, eps=preset.batch_norm_eps)
@@ -62,7 +78,9 @@ class Bottleneck(nn.Module):
         return F.relu(y + (x if self.downsample is None else self.downsample(x)))
 
 
-def _downsample(in_channels: int, out_channels: int, stride: int, preset: Preset) -> nn.Sequential | None:
+def _downsample(
+    in_channels: int, out_channels: int, stride: int, preset: Preset
+) -> nn.Sequential | None:
     if stride == 1 and in_channels == out_channels:
         return None
     norm = nn.BatchNorm2d(out_channels, eps=preset.batch_norm_eps)
@@ -88,7 +106,9 @@ class ResNet(nn.Module):
             blocks = []
             for i in range(count):
                 stride = 2 if i == 0 and number > 1 else 1
-                blocks.append(block(channels, planes, stride, preset, number in preset.deform_stages))
+                blocks.append(
+                    block(channels, planes, stride, preset, number in preset.deform_stages)
+                )
                 channels = planes * block.expansion
             setattr(self, f"layer{number}", nn.Sequential(*blocks))
             outputs.append(channels)

@@ -1,11 +1,13 @@
 """The whole network: backbone, pyramid, head. Normalised images in, `HeadOutput` out."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from tood_deploy.model.fpn import FPN
 from tood_deploy.model.head import HeadOutput, TaskAlignedHead
+from tood_deploy.model.postprocess import BatchResult, Candidates, select_candidates, suppress
 from tood_deploy.model.resnet import ResNet
 from tood_deploy.presets import Preset, get_preset
 
@@ -49,3 +51,110 @@ def build_model(preset: str | Preset) -> Tood:
         ToodError: no such preset, or one that contradicts itself.
     """
     return Tood(get_preset(preset) if isinstance(preset, str) else preset).eval()
+
+
+class Stages(NamedTuple):
+    """The detections and everything they come from, in order.
+
+    Attributes:
+        pixels: (B, 3, H, W) normalised input of the network.
+        backbone: C3, C4, C5.
+        pyramid: P3 to P7.
+        head: probabilities and boxes of every level.
+        candidates: what goes into suppression.
+        detections: what comes out of it.
+    """
+
+    pixels: Tensor
+    backbone: list[Tensor]
+    pyramid: list[Tensor]
+    head: HeadOutput
+    candidates: Candidates
+    detections: BatchResult
+
+
+class FusedDetector(nn.Module):
+    """A `Tood` between normalisation and suppression."""
+
+    mean: Tensor
+    std: Tensor
+    pad_value: Tensor
+
+    def __init__(self, model: Tood, max_det: int | None = None) -> None:
+        """Takes the network, and the most detections of an image; the preset's where not given."""
+        super().__init__()
+        preset = model.preset
+        self.model = model
+        self.max_det = preset.max_det if max_det is None else max_det
+        self.pads_with_zeros, self.takes_bgr = (
+            not any(preset.pad_value),
+            preset.channel_order == "bgr",
+        )
+        self.register_buffer("mean", torch.tensor(preset.mean), persistent=False)
+        self.register_buffer("std", torch.tensor(preset.std), persistent=False)
+        self.register_buffer(
+            "pad_value", torch.tensor(preset.pad_value)[:, None, None], persistent=False
+        )
+
+    def normalise(self, images: Tensor, valid_hw: Tensor) -> Tensor:
+        """Normalise, pad and put the channels in the network's order.
+
+        Args:
+            images: (B, H, W, 3) uint8 RGB.
+            valid_hw: (B, 2) rows and columns that hold real pixels.
+
+        Returns:
+            (B, 3, H, W) float32; outside `valid_hw` exactly the preset's pad value, zero in the published models.
+        """
+        # Cast before the transposition: TensorRT's parser refuses a uint8 Transpose.
+        x = ((images.float() - self.mean) / self.std).permute(0, 3, 1, 2)
+        rows = torch.arange(x.shape[2], device=x.device) < valid_hw[:, :1]
+        columns = torch.arange(x.shape[3], device=x.device) < valid_hw[:, 1:]
+        x = torch.where(
+            (rows[:, :, None] & columns[:, None, :]).unsqueeze(1),
+            x,
+            0.0 if self.pads_with_zeros else self.pad_value,
+        )
+        return (x[:, [2, 1, 0]] if self.takes_bgr else x).contiguous()
+
+    def forward(
+        self,
+        images: Tensor,
+        valid_hw: Tensor,
+        score_threshold: Tensor | float,
+        iou_threshold: Tensor | float,
+    ) -> Stages:
+        """Detections, and all stages on the way to them.
+
+        Args:
+            images: (B, H, W, 3) uint8 RGB; H and W multiples of 32.
+            valid_hw: (B, 2) int32 rows and columns that hold real pixels.
+            score_threshold: detections have a score above it.
+            iou_threshold: overlap above which the lower-scored of two boxes of a class goes.
+        """
+        pixels = self.normalise(images, valid_hw)
+        backbone = self.model.backbone(pixels)
+        pyramid = self.model.neck(backbone)
+        head = self.model.bbox_head(pyramid)
+        candidates = self.select_candidates(head, valid_hw, score_threshold)
+        return Stages(
+            pixels,
+            backbone,
+            pyramid,
+            head,
+            candidates,
+            suppress(candidates, iou_threshold, self.max_det),
+        )
+
+    def select_candidates(
+        self, head: HeadOutput, valid_hw: Tensor, score_threshold: Tensor | float
+    ) -> Candidates:
+        """Select what goes into suppression, as the preset says."""
+        preset = self.model.preset
+        return select_candidates(
+            head,
+            valid_hw,
+            score_threshold,
+            convention=preset.convention,
+            per_level=preset.candidates_per_level,
+        )

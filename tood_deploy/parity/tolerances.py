@@ -59,7 +59,9 @@ class DetectionLimits:
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             if not 0 <= value <= (100 if name == "ap_drop" else 1):
-                raise ToodError(f"the limit {name} is {value}; expected a number from 0 to {100 if name == 'ap_drop' else 1}")
+                raise ToodError(
+                    f"the limit {name} is {value}; expected a number from 0 to {100 if name == 'ap_drop' else 1}"
+                )
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,9 @@ class Gates:
         for name, value in asdict(self).items():
             if not value >= 0 or (name == "min_matched" and value > 1):
                 expected = "0 to 1" if name == "min_matched" else "0 or more"
-                raise ToodError(f"--{name.replace('_', '-')} is {value}; expected a number, {expected}")
+                raise ToodError(
+                    f"--{name.replace('_', '-')} is {value}; expected a number, {expected}"
+                )
 
 
 FLOAT32_LIMITS = Float32Limits()
@@ -145,4 +149,8 @@ def answer_tolerance(precision: str, device: str, *, same_runtime: bool) -> Answ
     """
     if precision == "fp32":
         return SAME_FLOAT32 if device == "cpu" else SAME_TF32
-    return SAME_INT8 if precision in ("int8", "int8, fp32") and device == "cpu" and same_runtime else LOW_PRECISION
+    return (
+        SAME_INT8
+        if precision in ("int8", "int8, fp32") and device == "cpu" and same_runtime
+        else LOW_PRECISION
+    )

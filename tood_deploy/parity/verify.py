@@ -14,16 +14,26 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tood_deploy.data.image_set import synthetic_picture
 from tood_deploy.errors import CheckFailed, ToodError
 from tood_deploy.graph_io import MAP_NAMES, OUTPUTS, STAGE_OF_MAP
-from tood_deploy.parity.compare import Match, match_detections, match_overlapping
-from tood_deploy.parity.conditioning import Conditioning, MapNoise, deviation_of
-from tood_deploy.parity.reference import Outputs, Reference, Runner
-from tood_deploy.parity.sample_images import synthetic_picture
-from tood_deploy.parity.tolerances import DEPLOYMENT_SCORE, FLOAT32_LIMITS, DetectionLimits, Float32Limits
+from tood_deploy.matching import Match, Rows, batch_rows, match_detections, match_overlapping
+from tood_deploy.parity.reference import (
+    Conditioning,
+    MapNoise,
+    Outputs,
+    Reference,
+    Runner,
+    deviation_of,
+)
+from tood_deploy.parity.tolerances import (
+    DEPLOYMENT_SCORE,
+    FLOAT32_LIMITS,
+    DetectionLimits,
+    Float32Limits,
+)
 from tood_deploy.preprocess import ImageSize, resize_and_pad
 from tood_deploy.presets import STRIDES
-from tood_deploy.rows import Rows, batch_rows
 
 SIZES_HW = {"square": (320, 320), "portrait": (416, 256), "tiny": (64, 64)}
 DIFFERENT = 2  # images in a batch whose maps are compared
@@ -63,7 +73,9 @@ class Float32Verdict:
         pictures: how many there were; and the SHA-256 of all their pixels.
     """
 
-    maps: dict[str, MapVerdict] = field(default_factory=lambda: {name: MapVerdict() for name in MAP_NAMES})
+    maps: dict[str, MapVerdict] = field(
+        default_factory=lambda: {name: MapVerdict() for name in MAP_NAMES}
+    )
     ill_conditioned: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     detections: Match = field(default_factory=Match)
@@ -90,7 +102,9 @@ class Allowance:
 class Float32Verifier:
     """Runs the reference and a float32 artefact side by side."""
 
-    def __init__(self, reference: Reference, run: Runner, limits: Float32Limits = FLOAT32_LIMITS) -> None:
+    def __init__(
+        self, reference: Reference, run: Runner, limits: Float32Limits = FLOAT32_LIMITS
+    ) -> None:
         self.reference, self.run, self.limits = reference, run, limits
         self.verdict = Float32Verdict()
         self._pixels = hashlib.sha256()
@@ -105,20 +119,28 @@ class Float32Verifier:
         self._compare_detections(noise.detections[0], found, allowance)
         return allowance
 
-    def compare_detections(self, image: NDArray[np.uint8], imgsz: ImageSize, allowance: Allowance) -> None:
+    def compare_detections(
+        self, image: NDArray[np.uint8], imgsz: ImageSize, allowance: Allowance
+    ) -> None:
         """Compares the detections of one image, with what was explained of another one."""
         batch = prepare([image], imgsz)
         expected = self.reference.run(*batch, SCORE_THRESHOLD, IOU_THRESHOLD)
         self._compare_detections(expected, self._run(batch), allowance)
 
-    def compare_slots(self, image: NDArray[np.uint8], imgsz: ImageSize, allowance: Allowance) -> None:
+    def compare_slots(
+        self, image: NDArray[np.uint8], imgsz: ImageSize, allowance: Allowance
+    ) -> None:
         """Compares an image alone with the same in every slot of a batch."""
         images, valid_hw = prepare([image] * BATCH, imgsz)
         (alone,) = batch_rows(self._run((images[:1], valid_hw[:1])))
-        matches = [allowance.match(alone, slot) for slot in batch_rows(self._run((images, valid_hw)))]
+        matches = [
+            allowance.match(alone, slot) for slot in batch_rows(self._run((images, valid_hw)))
+        ]
         self.verdict.batch_slots = sum(matches, self.verdict.batch_slots)
         if any(match.exchanged > allowance.exchanges - self.limits.exchanges for match in matches):
-            self.verdict.failed.append(f"batch slots: detections of images {images.shape[1:3]} depend on the slot")
+            self.verdict.failed.append(
+                f"batch slots: detections of images {images.shape[1:3]} depend on the slot"
+            )
 
     def _run(self, batch: Batch) -> Outputs:
         self._pixels.update(batch[0].tobytes())
@@ -128,7 +150,9 @@ class Float32Verifier:
             raise
         except Exception as error:  # of the runtime's own types, which share no public base
             shape, reason = batch[0].shape, str(error).strip().splitlines()[0][:300]
-            raise CheckFailed(f"the artefact does not run on {shape[0]} images of {shape[1]}x{shape[2]}: {reason}") from error
+            raise CheckFailed(
+                f"the artefact does not run on {shape[0]} images of {shape[1]}x{shape[2]}: {reason}"
+            ) from error
 
     def _compare_maps(self, noise: Conditioning, found: Outputs, size_hw: tuple[int, ...]) -> None:
         size = "x".join(map(str, size_hw))
@@ -139,9 +163,15 @@ class Float32Verifier:
                 continue
             worst = self.verdict.maps[name]
             worst.deviation = max(worst.deviation, largest)
-            worst.rms_ratio, worst.largest_ratio = max(worst.rms_ratio, rms / own.rms), max(worst.largest_ratio, largest / own.largest)
+            worst.rms_ratio, worst.largest_ratio = (
+                max(worst.rms_ratio, rms / own.rms),
+                max(worst.largest_ratio, largest / own.largest),
+            )
             rms_limit = self.limits.rms_of(own.cells)
-            for what, off, unit, limit in (("", rms, own.rms, rms_limit), ("a value of ", largest, own.largest, self.limits.largest)):
+            for what, off, unit, limit in (
+                ("", rms, own.rms, rms_limit),
+                ("a value of ", largest, own.largest, self.limits.largest),
+            ):
                 if not off <= limit * unit:
                     self.verdict.failed.append(
                         f"{STAGE_OF_MAP[name]}: {what}{name} of images {size} is {off:.2g} off, {off / unit:.3g} times what float32 "
@@ -154,14 +184,30 @@ class Float32Verifier:
 
     def _allowance(self, noise: Conditioning) -> Allowance:
         """Detections may be as far off as the maps that they come from, and float32 may exchange some of them."""
-        strides = dict(zip((name for name in MAP_NAMES if name.startswith("head_boxes")), STRIDES, strict=True))
-        bounds = {name: self.limits.largest * own.largest for name, own in zip(MAP_NAMES, noise.maps, strict=True)}
-        scores = max(self.limits.scores, *(bound for name, bound in bounds.items() if name.startswith("head_scores")))
-        boxes_px = max(self.limits.boxes_px, *(bounds[name] * stride for name, stride in strides.items()))
+        strides = dict(
+            zip((name for name in MAP_NAMES if name.startswith("head_boxes")), STRIDES, strict=True)
+        )
+        bounds = {
+            name: self.limits.largest * own.largest
+            for name, own in zip(MAP_NAMES, noise.maps, strict=True)
+        }
+        scores = max(
+            self.limits.scores,
+            *(bound for name, bound in bounds.items() if name.startswith("head_scores")),
+        )
+        boxes_px = max(
+            self.limits.boxes_px, *(bounds[name] * stride for name, stride in strides.items())
+        )
         expected, *others = ([*batch_rows(each)] for each in noise.detections)
-        own = [match_detections(*rows, scores, boxes_px).exchanged for other in others for rows in zip(expected, other, strict=True)]
+        own = [
+            match_detections(*rows, scores, boxes_px).exchanged
+            for other in others
+            for rows in zip(expected, other, strict=True)
+        ]
         self.verdict.float32_exchanges = max(self.verdict.float32_exchanges, *own)
-        return Allowance(scores, boxes_px, self.limits.exchanges + int(self.limits.exchanged * max(own)))
+        return Allowance(
+            scores, boxes_px, self.limits.exchanges + int(self.limits.exchanged * max(own))
+        )
 
     def _compare_detections(self, expected: Outputs, found: Outputs, allowance: Allowance) -> None:
         for first, second in zip(batch_rows(expected), batch_rows(found), strict=True):
@@ -177,18 +223,28 @@ class Float32Verifier:
 
     def to_dict(self) -> dict[str, Any]:
         """The verdict as plain values for the manifest."""
-        names = {"reference": self.reference.run.name, "runtime": self.run.name, "judged_by": "float32 noise"}
+        names = {
+            "reference": self.reference.run.name,
+            "runtime": self.run.name,
+            "judged_by": "float32 noise",
+        }
         return names | {"limits": asdict(self.limits)} | asdict(self.verdict)
 
 
 def prepare(images: Sequence[NDArray[np.uint8]], imgsz: ImageSize) -> Batch:
     """The graph's `images` and `valid_hw` for images (H, W, 3) uint8 BGR of one size."""
     prepared = [resize_and_pad(image, imgsz) for image in images]
-    return np.stack([image for image, _ in prepared]), np.array([transform.resized_hw for _, transform in prepared], np.int32)
+    return np.stack([image for image, _ in prepared]), np.array(
+        [transform.resized_hw for _, transform in prepared], np.int32
+    )
 
 
 def verify_float32(
-    reference: Reference, run: Runner, *, pictures: Sequence[NDArray[np.uint8]] = (), say: Say = lambda line: None
+    reference: Reference,
+    run: Runner,
+    *,
+    pictures: Sequence[NDArray[np.uint8]] = (),
+    say: Say = lambda line: None,
 ) -> dict[str, Any]:
     """Compare a float32 artefact with its reference: at three sizes, alone and in batches, and on the user's images.
 
@@ -209,7 +265,10 @@ def verify_float32(
     for number, (height, width) in enumerate(SIZES_HW.values()):
         say(f"comparing with {reference.run.name} on images of {height}x{width}")
         # A few rows and columns fewer than the padded size, so that padding takes part.
-        batch = [synthetic_picture(height - 10, width - 6, seed=BATCH * number + i) for i in range(DIFFERENT)]
+        batch = [
+            synthetic_picture(height - 10, width - 6, seed=BATCH * number + i)
+            for i in range(DIFFERENT)
+        ]
         imgsz = min(height - 10, width - 6), max(height - 10, width - 6)
         allowance = verifier.compare(batch, imgsz)
         verifier.compare_slots(batch[0], imgsz, allowance)
@@ -219,7 +278,9 @@ def verify_float32(
         for picture in pictures[1:]:
             verifier.compare_detections(picture, reference.sizing, allowance)
     if failures := verifier.verdict.failed:
-        raise CheckFailed(f"the artefact is not equal to its reference, {reference.run.name}: {'; '.join(failures[:3])}{_more(failures)}")
+        raise CheckFailed(
+            f"the artefact is not equal to its reference, {reference.run.name}: {'; '.join(failures[:3])}{_more(failures)}"
+        )
     return verifier.to_dict()
 
 
@@ -270,11 +331,18 @@ class DetectionVerdict:
         """Counts one image: detections above the threshold on one side that the other lacks even a little below it."""
         pairs, overlaps = match_overlapping(expected, found, limits.score, limits.iou)
         first, second = (set(pairs[:, side].tolist()) for side in (0, 1))
-        wanted, given = (set(np.flatnonzero(rows.scores > self.score_threshold).tolist()) for rows in (expected, found))
+        wanted, given = (
+            set(np.flatnonzero(rows.scores > self.score_threshold).tolist())
+            for rows in (expected, found)
+        )
         self.reference_detections += len(wanted)
         self.artefact_detections += len(given)
         self.lost, self.added = self.lost + len(wanted - first), self.added + len(given - second)
-        seen = [number for number, (one, other) in enumerate(pairs.tolist()) if one in wanted or other in given]
+        seen = [
+            number
+            for number, (one, other) in enumerate(pairs.tolist())
+            if one in wanted or other in given
+        ]
         scores = np.abs(expected.scores[pairs[seen, 0]] - found.scores[pairs[seen, 1]])
         boxes = np.abs(expected.boxes[pairs[seen, 0]] - found.boxes[pairs[seen, 1]])
         self.score_deviation = max(self.score_deviation, float(scores.max(initial=0)))
@@ -290,10 +358,16 @@ class DetectionVerdict:
             ("added", self.added, self.artefact_detections, limits.added),
         ):
             if count > max(1, limit * total):
-                failed.append(f"{count} of {total} detections {what} ({count / total:.1%}), at most {limit:.0%} allowed")
+                failed.append(
+                    f"{count} of {total} detections {what} ({count / total:.1%}), at most {limit:.0%} allowed"
+                )
         if self.ap is not None and not self.ap["drop"] <= limits.ap_drop:
-            failed.append(f"AP drops by {self.ap['drop']:.2f} points, at most {limits.ap_drop:g} allowed")
-        if (depend := self.batch_slots.exchanged) > max(1, limits.lost * self.batch_slots.reference):
+            failed.append(
+                f"AP drops by {self.ap['drop']:.2f} points, at most {limits.ap_drop:g} allowed"
+            )
+        if (depend := self.batch_slots.exchanged) > max(
+            1, limits.lost * self.batch_slots.reference
+        ):
             failed.append(f"{depend} detections depend on the batch slot")
         return failed
 
@@ -302,7 +376,11 @@ class DetectionVerdict:
         shares = {"lost_share": self.lost_share, "added_share": self.added_share}
         # Under the name that older readers know: matched, and what only one of the two has.
         detections = Match(
-            self.reference_detections, self.reference_detections - self.lost, self.added, self.score_deviation, self.box_deviation_px
+            self.reference_detections,
+            self.reference_detections - self.lost,
+            self.added,
+            self.score_deviation,
+            self.box_deviation_px,
         )
         return asdict(self) | shares | {"detections": asdict(detections)}
 
@@ -334,7 +412,9 @@ def verify_detections(
         CheckFailed: the artefact is outside a limit; the message names it.
     """
     if not len(pictures):
-        raise ToodError("no images to verify on; give --verify-images a folder of images like those to come")
+        raise ToodError(
+            "no images to verify on; give --verify-images a folder of images like those to come"
+        )
     say(f"comparing detections with {reference.run.name} on {len(pictures)} images")
     batches = [prepare([picture], reference.sizing) for picture in pictures]
     expected = [_rows(reference.run, batch, 0.0) for batch in batches]
@@ -344,17 +424,28 @@ def verify_detections(
         verdict.add(_above(rows, lowest), _rows(run, batch, lowest), limits)
     images, valid_hw = batches[0]
     alone = _rows(run, batches[0], verdict.score_threshold)
-    slots = batch_rows(run(images.repeat(BATCH, 0), valid_hw.repeat(BATCH, 0), verdict.score_threshold, IOU_THRESHOLD))
+    slots = batch_rows(
+        run(
+            images.repeat(BATCH, 0),
+            valid_hw.repeat(BATCH, 0),
+            verdict.score_threshold,
+            IOU_THRESHOLD,
+        )
+    )
     for slot in slots:
         pairs, _ = match_overlapping(alone, slot, limits.score, limits.iou)
         verdict.batch_slots += Match(len(alone), len(pairs), len(slot) - len(pairs))
-    verdict.pictures_sha256 = hashlib.sha256(b"".join(batch[0].tobytes() for batch in batches)).hexdigest()
+    verdict.pictures_sha256 = hashlib.sha256(
+        b"".join(batch[0].tobytes() for batch in batches)
+    ).hexdigest()
     if measure_ap is not None:
         say("measuring AP of both on the annotated images")
         before, after = measure_ap()
         verdict.ap = {"reference": before, "artefact": after, "drop": before - after}
     if failures := verdict.failures(limits):
-        raise CheckFailed(f"the artefact differs too much from its reference, {reference.run.name}: {'; '.join(failures)}")
+        raise CheckFailed(
+            f"the artefact differs too much from its reference, {reference.run.name}: {'; '.join(failures)}"
+        )
     names = {"reference": reference.run.name, "runtime": run.name, "judged_by": "detections"}
     return names | {"limits": asdict(limits)} | verdict.to_dict()
 
@@ -377,6 +468,8 @@ def _score_threshold(expected: Sequence[Rows]) -> float:
     """
     scores = np.sort(np.concatenate([rows.scores for rows in expected]))[::-1]
     if not len(scores):
-        raise ToodError("nothing is found in any of the images to verify on; give --verify-images a folder of images with objects in them")
+        raise ToodError(
+            "nothing is found in any of the images to verify on; give --verify-images a folder of images with objects in them"
+        )
     last = scores[min(FEWEST_DETECTIONS, len(scores)) - 1]
     return min(DEPLOYMENT_SCORE, float(np.nextafter(last, np.float32(0))))

@@ -4,20 +4,120 @@ Source: reference/SPEC.md section 3; the paper's section 3.2. Results are lists 
 not with anchor points times boxes: 500 boxes in a picture of 800x1344 are 11 million pairs, of which some thousands matter.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from tood_deploy.errors import ToodError
 from tood_deploy.model.boxes import box_iou_floored
+from tood_deploy.preprocess import pad_size
 from tood_deploy.presets import STRIDES
-from tood_deploy.training.targets import AnchorGrid
+
+
+@dataclass(frozen=True, eq=False)
+class Targets:
+    """The ground truth of one image of a batch.
+
+    Attributes:
+        boxes: (G, 4) float32 xyxy, in pixels of the network input.
+        labels: (G,) int64 class numbers.
+        valid_hw: rows and columns of the input that hold real pixels.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    valid_hw: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        count = self.labels.numel()
+        if self.labels.shape != (count,) or self.boxes.shape != (count, 4):
+            raise ToodError(
+                f"targets: boxes {tuple(self.boxes.shape)} and labels {tuple(self.labels.shape)}; expected (G, 4) and (G,)"
+            )
+
+    def to(self, device: torch.device | str) -> Targets:
+        """The same on another device."""
+        return Targets(
+            self.boxes.to(device, torch.float32), self.labels.to(device, torch.int64), self.valid_hw
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class AnchorGrid:
+    """The anchor points of all levels, level by level, row by row.
+
+    Attributes:
+        sizes_hw: rows and columns of every level.
+        points: (A, 2) x, y in pixels of the network input.
+        strides: (A,) float32.
+        anchor_side: of the square anchors, in strides.
+        anchor_offset: of the points from their cells' upper left corners, in strides.
+    """
+
+    sizes_hw: tuple[tuple[int, int], ...]
+    points: Tensor
+    strides: Tensor
+    anchor_side: float = 8.0
+    anchor_offset: float = 0.0
+
+    @classmethod
+    def of_maps(
+        cls, maps: Sequence[Tensor], anchor_side: float = 8.0, anchor_offset: float = 0.0
+    ) -> AnchorGrid:
+        """Return the grid behind maps (..., h, w) of stride 8 to 128; side and offset of the anchors in strides."""
+        sizes = tuple((int(x.shape[-2]), int(x.shape[-1])) for x in maps)
+        points, strides = [], []
+        for (height, width), stride in zip(sizes, STRIDES, strict=True):
+            y, x = (
+                torch.arange(side, device=maps[0].device, dtype=torch.float32) * stride
+                + anchor_offset * stride
+                for side in (height, width)
+            )
+            points.append(
+                torch.stack(
+                    (x.expand(height, width), y[:, None].expand(height, width)), dim=2
+                ).reshape(-1, 2)
+            )
+            strides.append(x.new_full((height * width,), float(stride)))
+        return cls(sizes, torch.cat(points), torch.cat(strides), anchor_side, anchor_offset)
+
+    @property
+    def level_lengths(self) -> list[int]:
+        """Anchor points of every level."""
+        return [height * width for height, width in self.sizes_hw]
+
+    def valid_sizes(self, valid_hw: tuple[int, int]) -> list[tuple[int, int]]:
+        """Rows and columns of every level that lie on the image padded by itself to a multiple of 32 (reference/SPEC.md section 3)."""
+        padded = pad_size(valid_hw)
+        return [
+            (min(height, -(-padded[0] // stride)), min(width, -(-padded[1] // stride)))
+            for (height, width), stride in zip(self.sizes_hw, STRIDES, strict=True)
+        ]
+
+    def valid_mask(self, valid_hw: tuple[int, int]) -> Tensor:
+        """(A,) bool: the anchor points of `valid_sizes`."""
+        masks = []
+        for (height, width), (rows, columns) in zip(
+            self.sizes_hw, self.valid_sizes(valid_hw), strict=True
+        ):
+            mask = torch.zeros(height, width, dtype=torch.bool, device=self.points.device)
+            mask[:rows, :columns] = True
+            masks.append(mask.flatten())
+        return torch.cat(masks)
+
 
 INSIDE_MARGIN = 0.01  # pixels that an anchor point must lie inside a box, from every side
 ATSS_TOPK = 9  # anchors a level
 TAL_TOPK = 13  # anchor points of all levels
-STRIP, BOXES_AT_ONCE = 96, 8  # boxes: those taken together should lie near one another, and their matrices fit the processor's cache
+STRIP, BOXES_AT_ONCE = (
+    96,
+    8,
+)  # boxes: those taken together should lie near one another, and their matrices fit the processor's cache
 METRIC_EPS = 1e-7
 
 
@@ -66,15 +166,26 @@ def assign_task_aligned(
         near = _overlapping(planes, chunk, valid)
         ious = _pairwise_iou(chunk, planes[:, near])
         metrics = ious.square()
-        metrics.mul_(metrics.square()).mul_(scores.index_select(0, gt_labels[rows]).index_select(1, near))
+        metrics.mul_(metrics.square()).mul_(
+            scores.index_select(0, gt_labels[rows]).index_select(1, near)
+        )
         best, index = metrics.topk(min(topk, len(near)), dim=1)
-        found.append((near[index].flatten(), rows.repeat_interleave(best.shape[1]), ious.gather(1, index).flatten(), best.flatten()))
+        found.append(
+            (
+                near[index].flatten(),
+                rows.repeat_interleave(best.shape[1]),
+                ious.gather(1, index).flatten(),
+                best.flatten(),
+            )
+        )
     pairs = Assignment(*(torch.cat(parts) for parts in zip(*found, strict=True)))
     kept = (pairs.metrics > 0) & _inside(points[pairs.anchors], gt_boxes[pairs.boxes])
     return _one_box_each(_select(pairs, kept), len(points))
 
 
-def assign_atss(grid: AnchorGrid, valid_hw: tuple[int, int], gt_boxes: Tensor, topk: int = ATSS_TOPK) -> Assignment:
+def assign_atss(
+    grid: AnchorGrid, valid_hw: tuple[int, int], gt_boxes: Tensor, topk: int = ATSS_TOPK
+) -> Assignment:
     """The anchors near each box's centre that overlap it more than most of them do.
 
     Args:
@@ -88,18 +199,23 @@ def assign_atss(grid: AnchorGrid, valid_hw: tuple[int, int], gt_boxes: Tensor, t
     candidates = _nearest_anchors(grid, grid.valid_sizes(valid_hw), gt_boxes, topk)  # (G, N)
     points = grid.points[candidates]
     half = grid.strides[candidates].unsqueeze(2) * (grid.anchor_side / 2)
-    ious = box_iou_floored(torch.cat((points - half, points + half), dim=2), gt_boxes.unsqueeze(1)).squeeze(2)
+    ious = box_iou_floored(
+        torch.cat((points - half, points + half), dim=2), gt_boxes.unsqueeze(1)
+    ).squeeze(2)
     threshold = ious.mean(1, keepdim=True) + ious.std(1, keepdim=True)
     positive = (ious >= threshold) & _inside(points, gt_boxes.unsqueeze(1))
     rows = torch.arange(len(gt_boxes), device=gt_boxes.device).unsqueeze(1).expand_as(candidates)
-    pairs = Assignment(candidates[positive], rows[positive], ious[positive], torch.ones_like(ious[positive]))
+    pairs = Assignment(
+        candidates[positive], rows[positive], ious[positive], torch.ones_like(ious[positive])
+    )
     return _one_box_each(pairs, len(grid.points))
 
 
 def normalised_metrics(assigned: Assignment, num_boxes: int) -> Tensor:
     """(P,) the targets of the class score: per box, its largest metric becomes its largest overlap."""
     best_metric, best_iou = (
-        values.new_zeros(num_boxes).scatter_reduce(0, assigned.boxes, values, "amax") for values in (assigned.metrics, assigned.ious)
+        values.new_zeros(num_boxes).scatter_reduce(0, assigned.boxes, values, "amax")
+        for values in (assigned.metrics, assigned.ious)
     )
     return assigned.metrics / (best_metric + METRIC_EPS)[assigned.boxes] * best_iou[assigned.boxes]
 
@@ -133,21 +249,29 @@ def _pairwise_iou(boxes: Tensor, planes: Tensor) -> Tensor:
     return overlap.div_((areas[0] + areas[1]).sub_(overlap))
 
 
-def _nearest_anchors(grid: AnchorGrid, valid_sizes: Sequence[tuple[int, int]], gt_boxes: Tensor, topk: int) -> Tensor:
+def _nearest_anchors(
+    grid: AnchorGrid, valid_sizes: Sequence[tuple[int, int]], gt_boxes: Tensor, topk: int
+) -> Tensor:
     """(G, N) positions of the `topk` valid anchors of every level that are nearest to each box's centre.
 
     They lie in a window of `topk` rows and columns around it, pushed inside the level where it would leave it.
     """
     centres = (gt_boxes[:, :2] + gt_boxes[:, 2:]) / 2
     chosen, offset = [], 0
-    for (height, width), (rows, columns), stride in zip(grid.sizes_hw, valid_sizes, STRIDES, strict=True):
+    for (height, width), (rows, columns), stride in zip(
+        grid.sizes_hw, valid_sizes, STRIDES, strict=True
+    ):
         from_first = centres - grid.anchor_offset * stride  # from the level's first anchor point
         x = _window(from_first[:, 0] / stride, columns, topk)
         y = _window(from_first[:, 1] / stride, rows, topk)
         dx, dy = x * stride - from_first[:, :1], y * stride - from_first[:, 1:]
         distances = (dx.unsqueeze(1).square() + dy.unsqueeze(2).square()).sqrt().flatten(1)
         cells = (y.unsqueeze(2) * width + x.unsqueeze(1)).flatten(1) + offset
-        chosen.append(cells.gather(1, distances.topk(min(topk, distances.shape[1]), dim=1, largest=False).indices))
+        chosen.append(
+            cells.gather(
+                1, distances.topk(min(topk, distances.shape[1]), dim=1, largest=False).indices
+            )
+        )
         offset += height * width
     return torch.cat(chosen, dim=1)
 
@@ -160,14 +284,21 @@ def _window(centre: Tensor, count: int, size: int) -> Tensor:
 
 def _inside(points: Tensor, boxes: Tensor) -> Tensor:
     """Whether points (..., 2) lie inside boxes (..., 4), by more than the margin on every side."""
-    return torch.cat((points - boxes[..., :2], boxes[..., 2:] - points), dim=-1).amin(-1) > INSIDE_MARGIN
+    return (
+        torch.cat((points - boxes[..., :2], boxes[..., 2:] - points), dim=-1).amin(-1)
+        > INSIDE_MARGIN
+    )
 
 
 def _one_box_each(pairs: Assignment, num_anchors: int) -> Assignment:
     """Of an anchor point's several boxes the one with the largest overlap; of equal ones the first."""
-    best = pairs.ious.new_full((num_anchors,), -1.0).scatter_reduce(0, pairs.anchors, pairs.ious, "amax")
+    best = pairs.ious.new_full((num_anchors,), -1.0).scatter_reduce(
+        0, pairs.anchors, pairs.ious, "amax"
+    )
     pairs = _select(pairs, pairs.ious == best[pairs.anchors])
-    first = pairs.boxes.new_full((num_anchors,), torch.iinfo(torch.int64).max).scatter_reduce(0, pairs.anchors, pairs.boxes, "amin")
+    first = pairs.boxes.new_full((num_anchors,), torch.iinfo(torch.int64).max).scatter_reduce(
+        0, pairs.anchors, pairs.boxes, "amin"
+    )
     return _select(pairs, pairs.boxes == first[pairs.anchors])
 
 

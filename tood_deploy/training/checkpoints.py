@@ -14,16 +14,17 @@ import torch
 from torch import Tensor
 
 from tood_deploy.errors import CheckpointError, OutputError
-from tood_deploy.manifest import atomic_path
+from tood_deploy.files import atomic_path
 from tood_deploy.model.checkpoint import own_metadata
-from tood_deploy.model.checkpoint_file import OWN_KEY, load_content
-from tood_deploy.model.file_content import check_content
+from tood_deploy.model.checkpoint_file import OWN_KEY, check_content, load_content
 from tood_deploy.presets import Preset
 
 LAST, BEST, FINAL = "last.pth", "best.pth", "model.safetensors"
 
 
-def write_training_checkpoint(path: Path, preset: Preset, weights: Mapping[str, Tensor], training: Mapping[str, Any]) -> None:
+def write_training_checkpoint(
+    path: Path, preset: Preset, weights: Mapping[str, Tensor], training: Mapping[str, Any]
+) -> None:
     """Writes one checkpoint; an older one of the same name stays until the new one is on the disk.
 
     Args:
@@ -35,13 +36,20 @@ def write_training_checkpoint(path: Path, preset: Preset, weights: Mapping[str, 
     Raises:
         OutputError: the disk is full or cannot be written.
     """
-    content = {OWN_KEY: own_metadata(preset), "state_dict": dict(weights), "training": dict(training)}
+    content = {
+        OWN_KEY: own_metadata(preset),
+        "state_dict": dict(weights),
+        "training": dict(training),
+    }
     try:
         with atomic_path(path) as temporary, temporary.open("wb") as file:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-    except (OutputError, RuntimeError) as error:  # PyTorch's writer turns some disk errors into RuntimeError
+    except (
+        OutputError,
+        RuntimeError,
+    ) as error:  # PyTorch's writer turns some disk errors into RuntimeError
         older = f"the older {path.name} is intact" if path.is_file() else "nothing was left behind"
         raise OutputError(
             f"{path}: the checkpoint cannot be written ({_reason(error)}); {older}: make room, then go on with --resume"
@@ -56,8 +64,14 @@ def read_training_state(path: Path) -> dict[str, Any]:
     """
     check_content(path)
     content = load_content(path)
-    if not isinstance(content, dict) or OWN_KEY not in content or not isinstance(content.get("training"), dict):
-        raise CheckpointError(f"{path}: holds no state of a training; expected a checkpoint of tood-train")
+    if (
+        not isinstance(content, dict)
+        or OWN_KEY not in content
+        or not isinstance(content.get("training"), dict)
+    ):
+        raise CheckpointError(
+            f"{path}: holds no state of a training; expected a checkpoint of tood-train"
+        )
     return content
 
 
@@ -70,7 +84,9 @@ def make_run_folder(output: Path) -> None:
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"{output}: cannot be written ({error.strerror}); choose another --output") from error
+        raise OutputError(
+            f"{output}: cannot be written ({error.strerror}); choose another --output"
+        ) from error
 
 
 def remove_leftovers(output: Path) -> None:

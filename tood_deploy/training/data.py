@@ -16,11 +16,88 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from tood_deploy.data.coco import Record
 from tood_deploy.errors import InputError
-from tood_deploy.preprocess import pad_size
-from tood_deploy.training.annotations import Record
-from tood_deploy.training.augment import Augment
-from tood_deploy.training.targets import Targets
+from tood_deploy.preprocess import pad_size, resize
+from tood_deploy.training.assign import Targets
+
+
+@dataclass(frozen=True)
+class Augment:
+    """What is done to a training picture.
+
+    Attributes:
+        imgsz: (short side, long side) in pixels to fit.
+        short_sides: smallest and largest short side, drawn per picture in place of `imgsz`'s.
+        flip, flip_vertical: share of pictures mirrored left to right, and top to bottom.
+        colour: strength of brightness, contrast and saturation, 0 for none.
+    """
+
+    imgsz: tuple[int, int]
+    short_sides: tuple[int, int] | None = None
+    flip: float = 0.5
+    flip_vertical: float = 0.0
+    colour: float = 0.0
+
+    def __call__(
+        self, image_bgr: NDArray[np.uint8], boxes: NDArray[np.float32], rng: np.random.Generator
+    ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+        """The changed picture (H', W', 3) uint8 BGR and its boxes (G, 4) xyxy in pixels of it."""
+        short = (
+            self.imgsz[0]
+            if self.short_sides is None
+            else int(rng.integers(self.short_sides[0], self.short_sides[1] + 1))
+        )
+        image_bgr, boxes = scale(image_bgr, boxes, (short, self.imgsz[1]))
+        if rng.random() < self.flip:
+            image_bgr, boxes = mirror(image_bgr, boxes)
+        if rng.random() < self.flip_vertical:
+            image_bgr, boxes = mirror_vertically(image_bgr, boxes)
+        if self.colour:
+            image_bgr = recolour(image_bgr, *(1 + self.colour * rng.uniform(-1, 1, 3)))
+        return np.ascontiguousarray(image_bgr), boxes
+
+
+def scale(
+    image_bgr: NDArray[np.uint8], boxes: NDArray[np.float32], imgsz: tuple[int, int]
+) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """Scaled to fit (short side, long side), aspect kept; each direction with its own factor, as rounding made it."""
+    resized = resize(image_bgr, imgsz)
+    factors = [
+        new / old for new, old in zip(resized.shape[1::-1], image_bgr.shape[1::-1], strict=True)
+    ]
+    return resized, (boxes * np.array(factors * 2, np.float32)).astype(np.float32, copy=False)
+
+
+def mirror(
+    image_bgr: NDArray[np.uint8], boxes: NDArray[np.float32]
+) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """Left to right."""
+    width = np.float32(image_bgr.shape[1])
+    return image_bgr[:, ::-1], np.stack(
+        (width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]), axis=1
+    )
+
+
+def mirror_vertically(
+    image_bgr: NDArray[np.uint8], boxes: NDArray[np.float32]
+) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """Top to bottom."""
+    height = np.float32(image_bgr.shape[0])
+    return image_bgr[::-1], np.stack(
+        (boxes[:, 0], height - boxes[:, 3], boxes[:, 2], height - boxes[:, 1]), axis=1
+    )
+
+
+def recolour(
+    image_bgr: NDArray[np.uint8], brightness: float, contrast: float, saturation: float
+) -> NDArray[np.uint8]:
+    """Factors around 1: of all values, of their distance from the mean, of their distance from grey."""
+    values = image_bgr.astype(np.float32) * np.float32(brightness)
+    values = (values - values.mean()) * np.float32(contrast) + values.mean()
+    grey = values.mean(axis=2, keepdims=True)
+    return np.clip((values - grey) * np.float32(saturation) + grey, 0, 255).astype(np.uint8)
+
 
 ORDER, AUGMENT = 0, 1  # streams of random numbers
 ATTEMPTS = 20  # pictures tried in place of unreadable ones
@@ -118,14 +195,29 @@ def collate(samples: Sequence[Sample]) -> Batch:
     for padded, sample, (rows, columns) in zip(images, samples, sizes, strict=True):
         padded[:rows, :columns] = sample.image
     targets = [
-        Targets(torch.from_numpy(sample.boxes), torch.from_numpy(sample.labels), size) for sample, size in zip(samples, sizes, strict=True)
+        Targets(torch.from_numpy(sample.boxes), torch.from_numpy(sample.labels), size)
+        for sample, size in zip(samples, sizes, strict=True)
     ]
     unreadable = [name for sample in samples for name in sample.unreadable]
     valid_hw = torch.tensor(sizes, dtype=torch.int32)
-    return Batch(torch.from_numpy(images), valid_hw, targets, [sample.image_id for sample in samples], unreadable)
+    return Batch(
+        torch.from_numpy(images),
+        valid_hw,
+        targets,
+        [sample.image_id for sample in samples],
+        unreadable,
+    )
 
 
-def epoch_batches(records: Sequence[Record], batch: int, *, seed: int, epoch: int, by_aspect: bool, at_least: int = 1) -> list[list[int]]:
+def epoch_batches(
+    records: Sequence[Record],
+    batch: int,
+    *,
+    seed: int,
+    epoch: int,
+    by_aspect: bool,
+    at_least: int = 1,
+) -> list[list[int]]:
     """Positions of the pictures of each step of an epoch, every picture once.
 
     Args:
@@ -151,7 +243,9 @@ def epoch_batches(records: Sequence[Record], batch: int, *, seed: int, epoch: in
     return batches
 
 
-def load_batches(data: TrainingData, steps: Sequence[Sequence[int]], epoch: int, workers: int, pin: bool = False) -> Iterator[Batch]:
+def load_batches(
+    data: TrainingData, steps: Sequence[Sequence[int]], epoch: int, workers: int, pin: bool = False
+) -> Iterator[Batch]:
     """The batches of these steps, in order.
 
     Args:
@@ -162,10 +256,23 @@ def load_batches(data: TrainingData, steps: Sequence[Sequence[int]], epoch: int,
         pin: into memory that a GPU copies from fast.
     """
     if workers:
-        cv2.setNumThreads(1)  # before the fork: in a forked process OpenCV waits for ever for the threads it had in this one
+        cv2.setNumThreads(
+            1
+        )  # before the fork: in a forked process OpenCV waits for ever for the threads it had in this one
     keys = [[(epoch, index) for index in step] for step in steps]
-    return iter(DataLoader(data, batch_sampler=keys, num_workers=workers, collate_fn=collate, pin_memory=pin, worker_init_fn=_start_worker))  # type: ignore[arg-type]
+    return iter(
+        DataLoader(
+            data,
+            batch_sampler=keys,
+            num_workers=workers,
+            collate_fn=collate,
+            pin_memory=pin,
+            worker_init_fn=_start_worker,
+        )
+    )  # type: ignore[arg-type]
 
 
 def _start_worker(_: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that trains: it saves first
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C is for the process that trains: it saves first

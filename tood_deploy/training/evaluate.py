@@ -14,12 +14,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tood_deploy.data.coco import Annotations, Record
 from tood_deploy.detections import Detections
-from tood_deploy.model.fused import FusedDetector
-from tood_deploy.model.tood import Tood
+from tood_deploy.model.tood import FusedDetector, Tood
 from tood_deploy.preprocess import ImageTransform, resize_and_pad
 from tood_deploy.presets import Sizing
-from tood_deploy.training.annotations import Annotations, Record
 from tood_deploy.training.data import read_picture
 from tood_deploy.training.distributed import gather_objects, is_main, rank, world_size
 
@@ -55,7 +54,11 @@ class CocoEvaluator:
     """
 
     def __init__(
-        self, annotations: Annotations, device: str | torch.device = "cpu", batch: int = 8, precision: torch.dtype | None = None
+        self,
+        annotations: Annotations,
+        device: str | torch.device = "cpu",
+        batch: int = 8,
+        precision: torch.dtype | None = None,
     ) -> None:
         """Reads the ground truth.
 
@@ -65,7 +68,12 @@ class CocoEvaluator:
             batch: pictures at once, where they have one padded size.
             precision: autocast to it; None for float32.
         """
-        self.annotations, self.device, self.batch, self.precision = annotations, torch.device(device), batch, precision
+        self.annotations, self.device, self.batch, self.precision = (
+            annotations,
+            torch.device(device),
+            batch,
+            precision,
+        )
         self.truth = _read_truth(annotations)
         self.latest: Evaluation | None = None
 
@@ -80,19 +88,30 @@ class CocoEvaluator:
         self.latest = self._score(rows, drawn, missing)
         return self.latest
 
-    def _detect_share(self, detector: FusedDetector) -> tuple[list[dict[str, Any]], list[NDArray[np.uint8]], list[str]]:
+    def _detect_share(
+        self, detector: FusedDetector
+    ) -> tuple[list[dict[str, Any]], list[NDArray[np.uint8]], list[str]]:
         """COCO results of this worker's pictures; the first few drawn; the unreadable ones."""
         results: list[dict[str, Any]] = []
         drawn: list[NDArray[np.uint8]] = []
         share, unreadable = self.annotations.records[rank() :: world_size()], []
         for group in self._batches(share, detector.model.preset.sizing, unreadable):
-            for (record, image, _, _), found in zip(group, self._detect(detector, group), strict=True):
+            for (record, image, _, _), found in zip(
+                group, self._detect(detector, group), strict=True
+            ):
                 results += found.to_coco(record.image_id, self.annotations.category_ids)
                 if len(drawn) < PICTURES:
-                    drawn.append(np.asarray(cv2.cvtColor(found.filter(SHOWN_ABOVE).plot(image), cv2.COLOR_BGR2RGB), np.uint8))
+                    drawn.append(
+                        np.asarray(
+                            cv2.cvtColor(found.filter(SHOWN_ABOVE).plot(image), cv2.COLOR_BGR2RGB),
+                            np.uint8,
+                        )
+                    )
         return results, drawn, unreadable
 
-    def _batches(self, records: Sequence[Record], sizing: Sizing, unreadable: list[str]) -> Iterator[list[Any]]:
+    def _batches(
+        self, records: Sequence[Record], sizing: Sizing, unreadable: list[str]
+    ) -> Iterator[list[Any]]:
         """Neighbouring pictures of one padded size: (record, picture, network input, transform) each."""
         group: list[Any] = []
         for record in records:
@@ -112,33 +131,60 @@ class CocoEvaluator:
     def _detect(self, detector: FusedDetector, group: Sequence[Any]) -> list[Detections]:
         images = torch.from_numpy(np.stack([padded for _, _, padded, _ in group])).to(self.device)
         transforms: list[ImageTransform] = [transform for *_, transform in group]
-        valid_hw = torch.tensor([transform.resized_hw for transform in transforms], dtype=torch.int32, device=self.device)
+        valid_hw = torch.tensor(
+            [transform.resized_hw for transform in transforms],
+            dtype=torch.int32,
+            device=self.device,
+        )
         with torch.autocast(self.device.type, self.precision, enabled=self.precision is not None):
             found = detector(images, valid_hw, SCORE_THRESHOLD, IOU_THRESHOLD).detections
         counts, boxes, scores, labels = (part.cpu().numpy() for part in found)
         names = self.annotations.class_names
         return [
-            Detections(transform.boxes_to_image(boxes[i, :count]), scores[i, :count], labels[i, :count], names)
+            Detections(
+                transform.boxes_to_image(boxes[i, :count]),
+                scores[i, :count],
+                labels[i, :count],
+                names,
+            )
             for i, (transform, count) in enumerate(zip(transforms, counts.tolist(), strict=True))
         ]
 
-    def _score(self, rows: list[dict[str, Any]], drawn: list[NDArray[np.uint8]], unreadable: tuple[str, ...]) -> Evaluation:
+    def _score(
+        self,
+        rows: list[dict[str, Any]],
+        drawn: list[NDArray[np.uint8]],
+        unreadable: tuple[str, ...],
+    ) -> Evaluation:
         from pycocotools.cocoeval import COCOeval
 
         names = self.annotations.class_names
         if not rows:
-            return Evaluation(dict.fromkeys(METRICS, 0.0), class_ap=dict.fromkeys(names, 0.0), pictures=drawn, unreadable=unreadable)
+            return Evaluation(
+                dict.fromkeys(METRICS, 0.0),
+                class_ap=dict.fromkeys(names, 0.0),
+                pictures=drawn,
+                unreadable=unreadable,
+            )
         with contextlib.redirect_stdout(io.StringIO()):
             scoring = COCOeval(self.truth, self.truth.loadRes(rows), "bbox")
             scoring.params.catIds = list(self.annotations.category_ids)
             scoring.evaluate()
             scoring.accumulate()
             scoring.summarize()
-        precision = np.asarray(scoring.eval["precision"])[..., 0, -1]  # (T, 101, K), all sizes, 100 detections
+        precision = np.asarray(scoring.eval["precision"])[
+            ..., 0, -1
+        ]  # (T, 101, K), all sizes, 100 detections
         known = np.where(precision < 0, np.nan, precision)  # -1 marks a class without objects
         present: NDArray[np.bool_] = np.asarray(~np.isnan(known).all(axis=(0, 1)))
-        class_ap = {name: float(known[..., k].mean()) if present[k] else float("nan") for k, name in enumerate(names)}
-        metrics = {name: float(value) if value >= 0 else float("nan") for name, value in zip(METRICS, scoring.stats[:6], strict=True)}
+        class_ap = {
+            name: float(known[..., k].mean()) if present[k] else float("nan")
+            for k, name in enumerate(names)
+        }
+        metrics = {
+            name: float(value) if value >= 0 else float("nan")
+            for name, value in zip(METRICS, scoring.stats[:6], strict=True)
+        }
         return Evaluation(metrics, known[..., present].mean(axis=2), class_ap, drawn, unreadable)
 
 

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import copy
 import json
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from types import FrameType, TracebackType
+from typing import Any, Self
 
 import torch
 
@@ -27,14 +30,40 @@ from tood_deploy.training.checkpoints import (
     remove_leftovers,
     write_training_checkpoint,
 )
+from tood_deploy.training.config import Progress, Recipe, RunOptions, Verdict, epoch_means
 from tood_deploy.training.data import Batch, TrainingData, epoch_batches, load_batches
 from tood_deploy.training.distributed import any_rank, barrier, is_main, rank, world_size
-from tood_deploy.training.interrupt import StopFlag
-from tood_deploy.training.journal import Journal
-from tood_deploy.training.recipe import Recipe
-from tood_deploy.training.run import Progress, RunOptions, Verdict, epoch_means
-from tood_deploy.training.schedule import learning_rate
-from tood_deploy.training.step import Learner, NonFinite
+from tood_deploy.training.learner import Learner, NonFinite, learning_rate
+from tood_deploy.training.logger import Journal
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopFlag:
+    """While open, the first signal raises the flag; a second one interrupts at once."""
+
+    def __init__(self) -> None:
+        self.raised = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._raise) for number in SIGNALS}
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _raise(self, number: int, frame: FrameType | None) -> None:
+        if self.raised:
+            raise KeyboardInterrupt
+        self.raised = True
 
 
 def fit(
@@ -80,14 +109,30 @@ class _Run:
     """The state of one call of `fit`."""
 
     def __init__(
-        self, model: Tood, data: TrainingData, recipe: Recipe, options: RunOptions, evaluate: Any, journal: Journal, flag: StopFlag
+        self,
+        model: Tood,
+        data: TrainingData,
+        recipe: Recipe,
+        options: RunOptions,
+        evaluate: Any,
+        journal: Journal,
+        flag: StopFlag,
     ) -> None:
-        self.data, self.recipe, self.options, self.evaluate, self.journal, self.flag = data, recipe, options, evaluate, journal, flag
+        self.data, self.recipe, self.options, self.evaluate, self.journal, self.flag = (
+            data,
+            recipe,
+            options,
+            evaluate,
+            journal,
+            flag,
+        )
         self.device = torch.device(options.device)
         self.learner = Learner(model, recipe, self.device)
         self.progress = Progress()
         self.steps_per_epoch = len(self._plan(0))
-        self.epoch_values: list[dict[str, float]] = []  # of the steps of this epoch that this call made
+        self.epoch_values: list[
+            dict[str, float]
+        ] = []  # of the steps of this epoch that this call made
 
     def start(self) -> None:
         """Goes on from the folder's checkpoint, or makes sure that there is none to overwrite."""
@@ -98,11 +143,15 @@ class _Run:
         if not last.is_file():
             return
         if not self.options.resume:
-            raise ToodError(f"{self.options.output}: holds a run already; add --resume to go on with it, or choose another --output")
+            raise ToodError(
+                f"{self.options.output}: holds a run already; add --resume to go on with it, or choose another --output"
+            )
         self._restore(read_training_state(last), last)
         if is_main():
             self.journal.forget_after(self.progress.step)
-        self.journal.say(f"going on from {last}: epoch {len(self.progress.history) + 1}, step {self.progress.step}")
+        self.journal.say(
+            f"going on from {last}: epoch {len(self.progress.history) + 1}, step {self.progress.step}"
+        )
 
     def train_epoch(self, epoch: int) -> None:
         """The steps of an epoch that are not done yet."""
@@ -122,9 +171,15 @@ class _Run:
     def close_epoch(self, epoch: int) -> None:
         """Evaluation, log and checkpoints at the end of an epoch."""
         last_one = epoch + 1 == self.recipe.epochs
-        row: dict[str, float] = {"step": self.progress.step, "epoch": epoch + 1, **epoch_means(self.epoch_values)}
+        row: dict[str, float] = {
+            "step": self.progress.step,
+            "epoch": epoch + 1,
+            **epoch_means(self.epoch_values),
+        }
         verdict = None
-        if self.evaluate is not None and (last_one or (epoch + 1) % self.options.evaluate_every == 0):
+        if self.evaluate is not None and (
+            last_one or (epoch + 1) % self.options.evaluate_every == 0
+        ):
             start = time.perf_counter()
             verdict = self.evaluate(self.deployed())
             row |= verdict.metrics | {"evaluation_s": time.perf_counter() - start}
@@ -132,7 +187,10 @@ class _Run:
         self.progress.history.append(row)
         self.journal.write("epoch", row)
         if "AP" in row:
-            self.journal.say(f"epoch {epoch + 1}: " + ", ".join(f"{name} {row[name]:.3f}" for name in row if name.startswith("AP")))
+            self.journal.say(
+                f"epoch {epoch + 1}: "
+                + ", ".join(f"{name} {row[name]:.3f}" for name in row if name.startswith("AP"))
+            )
         better = row.get("AP", -1.0) > self.progress.best_ap
         if better:
             self.progress.best_ap = row["AP"]
@@ -146,7 +204,9 @@ class _Run:
         output = self.options.output
         if is_main() and len(self.progress.history) == self.recipe.epochs:
             best = output / BEST
-            save_checkpoint(load_checkpoint(best if best.is_file() else output / LAST), output / FINAL)
+            save_checkpoint(
+                load_checkpoint(best if best.is_file() else output / LAST), output / FINAL
+            )
         barrier()
 
     def save(self, name: str) -> None:
@@ -161,7 +221,9 @@ class _Run:
             "recipe": json.dumps(self.recipe.to_dict()),
         }
         preset = self.learner.model.preset
-        write_training_checkpoint(self.options.output / name, preset, self.learner.deployed_weights(), training)
+        write_training_checkpoint(
+            self.options.output / name, preset, self.learner.deployed_weights(), training
+        )
 
     def deployed(self) -> Tood:
         """The network with the weights to deploy, in eval mode."""
@@ -185,8 +247,14 @@ class _Run:
     def _load(self, plan: Sequence[Sequence[int]], epoch: int) -> Iterator[Batch]:
         """This worker's part of every step, in as many parts as the recipe accumulates."""
         parts = world_size() * self.recipe.accumulate
-        mine = [step[number * world_size() + rank() :: parts] for step in plan for number in range(self.recipe.accumulate)]
-        return load_batches(self.data, mine, epoch, self.options.workers, pin=self.device.type == "cuda")
+        mine = [
+            step[number * world_size() + rank() :: parts]
+            for step in plan
+            for number in range(self.recipe.accumulate)
+        ]
+        return load_batches(
+            self.data, mine, epoch, self.options.workers, pin=self.device.type == "cuda"
+        )
 
     def _train_step(self, batches: Iterator[Batch], epoch: int) -> None:
         start = time.perf_counter()
@@ -196,31 +264,47 @@ class _Run:
         try:
             result = self.learner.step(parts, epoch, rate)
         except NonFinite as error:
-            raise NonFinite(f"step {self.progress.step + 1}: {error}; {self._last_good()}; try a smaller --lr, or --clip") from error
+            raise NonFinite(
+                f"step {self.progress.step + 1}: {error}; {self._last_good()}; try a smaller --lr, or --clip"
+            ) from error
         self.progress.step += 1
         for name in (name for part in parts for name in part.unreadable):
             self.journal.say(f"warning: {name} cannot be read, another picture took its place")
             self.journal.write("unreadable", {"step": self.progress.step, "file": name})
         seconds = time.perf_counter() - start
         speed = sum(len(part.image_ids) for part in parts) * world_size() / seconds
-        values = {"step": self.progress.step, "lr": rate, "images_per_s": speed, "seconds": seconds, "data_seconds": loaded - start}
+        values = {
+            "step": self.progress.step,
+            "lr": rate,
+            "images_per_s": speed,
+            "seconds": seconds,
+            "data_seconds": loaded - start,
+        }
         self.epoch_values.append(result._asdict() | values)
         self.journal.step(self.epoch_values[-1])
 
     def _last_good(self) -> str:
         last = self.options.output / LAST
-        return f"the last good checkpoint is {last}" if last.is_file() else "no checkpoint was written yet"
+        return (
+            f"the last good checkpoint is {last}"
+            if last.is_file()
+            else "no checkpoint was written yet"
+        )
 
     def _stop_if_asked(self) -> None:
         if any_rank(self.flag.raised, self.device):
             self.save(LAST)
-            self.journal.say(f"stopped at step {self.progress.step}, all is saved in {self.options.output / LAST}; go on with --resume")
+            self.journal.say(
+                f"stopped at step {self.progress.step}, all is saved in {self.options.output / LAST}; go on with --resume"
+            )
             raise KeyboardInterrupt
 
     def _restore(self, content: dict[str, Any], path: Path) -> None:
         training, preset = content["training"], self.learner.model.preset
         if tuple(json.loads(content["tood_deploy"])["class_names"]) != preset.class_names:
-            raise CheckpointError(f"{path}: was trained on other classes; expected {', '.join(preset.class_names[:5])}: use the same data")
+            raise CheckpointError(
+                f"{path}: was trained on other classes; expected {', '.join(preset.class_names[:5])}: use the same data"
+            )
         if training["steps_per_epoch"] != self.steps_per_epoch:
             raise CheckpointError(
                 f"{path}: its epochs have {training['steps_per_epoch']} steps, with this data and batch they have {self.steps_per_epoch}; "
@@ -233,7 +317,9 @@ class _Run:
             raise CheckpointError(
                 f"{path}: does not fit this run ({str(error).splitlines()[0]}); use the same preset and options"
             ) from error
-        self.progress = Progress(training["step"], json.loads(training["history"]), training["best_ap"])
+        self.progress = Progress(
+            training["step"], json.loads(training["history"]), training["best_ap"]
+        )
 
 
 def _report_changes(before: Recipe, now: Recipe, journal: Journal) -> None:

@@ -14,9 +14,15 @@ from tood_deploy.errors import ToodError
 from tood_deploy.model.boxes import box_giou
 from tood_deploy.model.head import HeadOutput
 from tood_deploy.presets import Convention, Preset, get_preset
-from tood_deploy.training.assign import Assignment, assign_atss, assign_task_aligned, normalised_metrics
+from tood_deploy.training.assign import (
+    AnchorGrid,
+    Assignment,
+    Targets,
+    assign_atss,
+    assign_task_aligned,
+    normalised_metrics,
+)
 from tood_deploy.training.distributed import mean_over_ranks
-from tood_deploy.training.targets import AnchorGrid, Targets
 
 WARMUP_EPOCHS = 4  # epochs of ATSS before task-aligned assignment
 BOX_WEIGHT = 2.0
@@ -61,7 +67,12 @@ class Positives(NamedTuple):
 class ToodLoss:
     """The losses of a preset."""
 
-    def __init__(self, preset: str | Preset, variant: Convention | None = None, warmup_epochs: int = WARMUP_EPOCHS) -> None:
+    def __init__(
+        self,
+        preset: str | Preset,
+        variant: Convention | None = None,
+        warmup_epochs: int = WARMUP_EPOCHS,
+    ) -> None:
         """Chooses whose losses.
 
         Args:
@@ -88,34 +99,67 @@ class ToodLoss:
         _check_targets(out, targets)
         grid = AnchorGrid.of_maps(out.scores, self.preset.anchor_side, self.preset.anchor_offset)
         scores = torch.cat([level.flatten(2) for level in out.scores], dim=2)  # (B, K, A)
-        boxes = torch.cat([level.flatten(2) for level in out.boxes_strides], dim=2).transpose(1, 2)  # (B, A, 4)
+        boxes = torch.cat([level.flatten(2) for level in out.boxes_strides], dim=2).transpose(
+            1, 2
+        )  # (B, A, 4)
         targets = [target.to(scores.device) for target in targets]
         warmup = epoch < self.warmup_epochs
-        positives = _join([self._assign(i, scores, boxes, grid, target, warmup) for i, target in enumerate(targets)])
+        positives = _join(
+            [
+                self._assign(i, scores, boxes, grid, target, warmup)
+                for i, target in enumerate(targets)
+            ]
+        )
         valid = torch.stack([grid.valid_mask(target.valid_hw) for target in targets])
         if self.variant == "authors" and not warmup:
             valid = torch.ones_like(valid)
         cls_factor, box_factor = self._average_factors(positives)
-        cls_anchors = _class_loss(scores, positives, focal_loss if warmup else quality_focal_loss, valid).sum(0) / cls_factor
+        cls_anchors = (
+            _class_loss(scores, positives, focal_loss if warmup else quality_focal_loss, valid).sum(
+                0
+            )
+            / cls_factor
+        )
         box_anchors = self._box_loss(boxes, positives, grid) / box_factor
         cls_levels, box_levels = (
-            torch.stack([part.sum() for part in values.split(grid.level_lengths)]) for values in (cls_anchors, box_anchors)
+            torch.stack([part.sum() for part in values.split(grid.level_lengths)])
+            for values in (cls_anchors, box_anchors)
         )
-        return Losses(cls_levels.sum(), box_levels.sum(), cls_levels.detach(), box_levels.detach(), len(positives.anchors))
+        return Losses(
+            cls_levels.sum(),
+            box_levels.sum(),
+            cls_levels.detach(),
+            box_levels.detach(),
+            len(positives.anchors),
+        )
 
-    def _assign(self, image: int, scores: Tensor, boxes: Tensor, grid: AnchorGrid, target: Targets, warmup: bool) -> Positives:
+    def _assign(
+        self,
+        image: int,
+        scores: Tensor,
+        boxes: Tensor,
+        grid: AnchorGrid,
+        target: Targets,
+        warmup: bool,
+    ) -> Positives:
         if warmup:
             found = assign_atss(grid, target.valid_hw, target.boxes)
         else:
             boxes_net = boxes[image].detach() * grid.strides.unsqueeze(1)
             valid = grid.valid_mask(target.valid_hw)
-            found = assign_task_aligned(scores[image].detach(), boxes_net, grid.points, valid, target.boxes, target.labels)
+            found = assign_task_aligned(
+                scores[image].detach(), boxes_net, grid.points, valid, target.boxes, target.labels
+            )
         return _positives_of_image(image, found, grid, target, warmup)
 
     def _average_factors(self, positives: Positives) -> tuple[Tensor, Tensor]:
         """What the class and the box loss are divided by, the mean over all workers."""
         factors = mean_over_ranks(torch.stack((positives.scores.sum(), positives.weights.sum())))
-        factors = torch.where(factors < TINY_FACTOR, 1.0, factors) if self.variant == "authors" else factors.clamp(min=1.0)
+        factors = (
+            torch.where(factors < TINY_FACTOR, 1.0, factors)
+            if self.variant == "authors"
+            else factors.clamp(min=1.0)
+        )
         return factors[0], factors[1]
 
     def _box_loss(self, boxes: Tensor, positives: Positives, grid: AnchorGrid) -> Tensor:
@@ -151,20 +195,31 @@ def _cross_entropy(scores: Tensor, wanted: Tensor) -> Tensor:
     return F.binary_cross_entropy(scores.nan_to_num(nan=0.0), wanted, reduction="none")
 
 
-def _class_loss(scores: Tensor, positives: Positives, loss: Callable[[Tensor, Tensor], Tensor], valid: Tensor) -> Tensor:
+def _class_loss(
+    scores: Tensor, positives: Positives, loss: Callable[[Tensor, Tensor], Tensor], valid: Tensor
+) -> Tensor:
     """(B, A) the loss of every anchor point over all classes."""
     wanted = torch.zeros_like(scores)
     wanted[positives.images, positives.labels, positives.anchors] = positives.scores
     return loss(scores, wanted).sum(1) * valid
 
 
-def _positives_of_image(image: int, found: Assignment, grid: AnchorGrid, target: Targets, warmup: bool) -> Positives:
+def _positives_of_image(
+    image: int, found: Assignment, grid: AnchorGrid, target: Targets, warmup: bool
+) -> Positives:
     boxes_net = target.boxes[found.boxes]
     if warmup:
         scores, weights = found.metrics, centerness(grid.points[found.anchors], boxes_net)
     else:
         scores = weights = normalised_metrics(found, len(target.boxes))
-    return Positives(torch.full_like(found.anchors, image), found.anchors, target.labels[found.boxes], boxes_net, scores, weights)
+    return Positives(
+        torch.full_like(found.anchors, image),
+        found.anchors,
+        target.labels[found.boxes],
+        boxes_net,
+        scores,
+        weights,
+    )
 
 
 def centerness(points: Tensor, boxes: Tensor) -> Tensor:
@@ -182,5 +237,10 @@ def _check_targets(out: HeadOutput, targets: Sequence[Targets]) -> None:
     if len(targets) != batch:
         raise ToodError(f"{len(targets)} targets for a batch of {batch} images; expected one each")
     for i, target in enumerate(targets):
-        if target.labels.numel() and not 0 <= int(target.labels.min()) <= int(target.labels.max()) < classes:
-            raise ToodError(f"targets of image {i}: labels {target.labels.tolist()[:8]}; expected class numbers from 0 to {classes - 1}")
+        if (
+            target.labels.numel()
+            and not 0 <= int(target.labels.min()) <= int(target.labels.max()) < classes
+        ):
+            raise ToodError(
+                f"targets of image {i}: labels {target.labels.tolist()[:8]}; expected class numbers from 0 to {classes - 1}"
+            )

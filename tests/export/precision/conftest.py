@@ -6,9 +6,9 @@ import cv2
 import onnx
 import pytest
 
-from tood_deploy.export.precision.calibration import calibrate
+from tood_deploy.data.image_set import synthetic_picture
+from tood_deploy.export.precision.calibrate import calibrate
 from tood_deploy.export.precision.quantize import Ranges, calibrated_values
-from tood_deploy.parity.sample_images import synthetic_picture
 
 CALIBRATED_HW = (96, 128)
 
@@ -25,4 +25,6 @@ def ranges(model: onnx.ModelProto, tmp_path_factory: pytest.TempPathFactory) -> 
     folder = tmp_path_factory.mktemp("pictures")
     for seed in range(3):
         cv2.imwrite(str(folder / f"{seed}.png"), synthetic_picture(*CALIBRATED_HW, seed))
-    return calibrate(model, calibrated_values(model), folder, CALIBRATED_HW, cache=folder / "cache").ranges("minmax")
+    return calibrate(
+        model, calibrated_values(model), folder, CALIBRATED_HW, cache=folder / "cache"
+    ).ranges("minmax")

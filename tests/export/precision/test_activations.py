@@ -10,9 +10,14 @@ import onnxruntime as ort
 import pytest
 
 from tood_deploy.errors import ArtefactError, InputError
-from tood_deploy.export.precision.activations import IOU_THRESHOLD, SCORE_THRESHOLD, ActivationReader, iterate_activations
-from tood_deploy.export.to_onnx import with_outputs
+from tood_deploy.export.precision.activations import (
+    IOU_THRESHOLD,
+    SCORE_THRESHOLD,
+    ActivationReader,
+    iterate_activations,
+)
 from tood_deploy.graph_io import HEAD_OUTPUTS
+from tood_deploy.onnx_file import with_outputs
 
 SIZE_HW = (64, 96)
 
@@ -29,7 +34,9 @@ def names(model: onnx.ModelProto) -> list[str]:
 
 
 @pytest.mark.parametrize("together", [1, 7, 10_000])
-def test_equal_to_the_whole_graph(model: onnx.ModelProto, names: list[str], synth_picture: Any, together: int) -> None:
+def test_equal_to_the_whole_graph(
+    model: onnx.ModelProto, names: list[str], synth_picture: Any, together: int
+) -> None:
     image = synth_picture(*SIZE_HW)
     reader = ActivationReader(model, names, threads=1, together=together)
     found, largest = {}, 0
@@ -39,17 +46,28 @@ def test_equal_to_the_whole_graph(model: onnx.ModelProto, names: list[str], synt
         found.update(values)
     assert largest <= together
     assert found.keys() == set(names)
-    thresholds = {"score_threshold": np.array(SCORE_THRESHOLD, np.float32), "iou_threshold": np.array(IOU_THRESHOLD, np.float32)}
+    thresholds = {
+        "score_threshold": np.array(SCORE_THRESHOLD, np.float32),
+        "iou_threshold": np.array(IOU_THRESHOLD, np.float32),
+    }
     outside = [name for name in names if name != "num_dets"]
     options = ort.SessionOptions()
     options.log_severity_level = 4
-    session = ort.InferenceSession(with_outputs(model, outside).SerializeToString(), options, providers=["CPUExecutionProvider"])
-    expected: Any = session.run(names, {"images": image[None], "valid_hw": np.array([[60, 90]], np.int32), **thresholds})
+    session = ort.InferenceSession(
+        with_outputs(model, outside).SerializeToString(),
+        options,
+        providers=["CPUExecutionProvider"],
+    )
+    expected: Any = session.run(
+        names, {"images": image[None], "valid_hw": np.array([[60, 90]], np.int32), **thresholds}
+    )
     for name, array in zip(names, expected, strict=True):
         np.testing.assert_allclose(found[name], array, rtol=1e-3, atol=1e-3, err_msg=name)
 
 
-def test_nothing_is_computed_beyond_the_last_wanted_value(model: onnx.ModelProto, synth_picture: Any) -> None:
+def test_nothing_is_computed_beyond_the_last_wanted_value(
+    model: onnx.ModelProto, synth_picture: Any
+) -> None:
     reader = ActivationReader(model, ["c3"], threads=1)
     (segment,) = reader._segments
     assert segment.reads == ("images", "valid_hw")
@@ -57,10 +75,15 @@ def test_nothing_is_computed_beyond_the_last_wanted_value(model: onnx.ModelProto
     assert values["c3"].shape[2:] == (8, 12)
 
 
-def test_folders_in_order_of_names(model: onnx.ModelProto, synth_picture: Any, tmp_path: Path) -> None:
+def test_folders_in_order_of_names(
+    model: onnx.ModelProto, synth_picture: Any, tmp_path: Path
+) -> None:
     for name, size in (("b.png", (40, 80)), ("a.png", (64, 64)), ("c.png", (90, 60))):
         cv2.imwrite(str(tmp_path / name), synth_picture(*size))
-    shapes = [values["pixels"].shape[2:] for values in iterate_activations(model, tmp_path, (64, 96), ["pixels"], most=2)]
+    shapes = [
+        values["pixels"].shape[2:]
+        for values in iterate_activations(model, tmp_path, (64, 96), ["pixels"], most=2)
+    ]
     assert shapes == [(64, 64), (64, 96)]
 
 

@@ -14,10 +14,14 @@ from onnx import TensorProto
 from rich.console import Console
 
 from tood_deploy.errors import ToodError
-from tood_deploy.export.precision.autotune import Hands, Mixture, Tuned, autotune, describe_mixture
-from tood_deploy.export.precision.mixed_precision import LowPrecision
-from tood_deploy.export.precision.mixture import mix_precisions, network_parts, rank_parts
-from tood_deploy.export.precision.sensitivity import Sensitivity
+from tood_deploy.export.precision.half import LowPrecision
+from tood_deploy.export.precision.search import Hands, Mixture, Tuned, autotune, describe_mixture
+from tood_deploy.export.precision.sensitivity import (
+    Sensitivity,
+    mix_precisions,
+    network_parts,
+    rank_parts,
+)
 
 PRECISIONS = ("fp32", "fp16", "int8")
 Costs = Mapping[tuple[str, str], tuple[float, float]]
@@ -76,7 +80,9 @@ def test_what_gains_most_per_loss_goes_first() -> None:
 def three_groups() -> Made:
     """In order of time gained per quality lost: first, second, third. All three lose too much; slow makes int8 as a whole slow."""
     made = costs(first=(1.5, 0.05), second=(1.8, 0.04), third=(1.5, 0.12), slow=(9.0, 0.0))
-    return Made(made | {(group, "fp16"): (2.0, 0.0) for group in ("first", "second", "third", "slow")})
+    return Made(
+        made | {(group, "fp16"): (2.0, 0.0) for group in ("first", "second", "third", "slow")}
+    )
 
 
 def test_changes_are_put_together_in_order_of_gain_per_loss() -> None:
@@ -109,7 +115,9 @@ def test_what_is_fast_only_together_is_found_from_above() -> None:
             borders = sum(a != b for a, b in itertools.pairwise(mixture.values()))
             return super().latency_ms(mixture) + 1.5 * borders
 
-    made = {(group, p): (2.0 if p == "int8" else 3.0, 0.0) for group in "abcdef" for p in PRECISIONS}
+    made = {
+        (group, p): (2.0 if p == "int8" else 3.0, 0.0) for group in "abcdef" for p in PRECISIONS
+    }
     lossy = {("a", "int8"): (2.0, 0.5), ("b", "int8"): (2.0, 0.4)}
     assert Bound(made | lossy).tune(0.2).groups_in("int8") == ("c", "d", "e", "f")
 
@@ -134,10 +142,16 @@ def test_the_reference_is_left_where_nothing_else_is_good_enough() -> None:
 
 
 @given(st.integers(0, 2**32), st.integers(1, 5), st.floats(0, 0.5))
-def test_within_the_limit_never_slower_than_uniform_and_reproducible(seed: int, count: int, max_drop: float) -> None:
+def test_within_the_limit_never_slower_than_uniform_and_reproducible(
+    seed: int, count: int, max_drop: float
+) -> None:
     chance = random.Random(seed)
     groups = [f"group{i}" for i in range(count)]
-    made = {(group, p): (chance.uniform(0.5, 4), 0.0 if p == "fp32" else chance.uniform(0, 0.3)) for group in groups for p in PRECISIONS}
+    made = {
+        (group, p): (chance.uniform(0.5, 4), 0.0 if p == "fp32" else chance.uniform(0, 0.3))
+        for group in groups
+        for p in PRECISIONS
+    }
     tuned, again = Made(made).tune(max_drop), Made(made).tune(max_drop)
     assert tuned == again
     assert tuned.best.drop is not None
@@ -158,10 +172,19 @@ def test_close_to_the_best_of_all_on_random_networks() -> None:
         made = {}
         for group in groups:
             time = chance.uniform(1, 5)
-            made |= {(group, "fp32"): (time, 0.0), (group, "fp16"): (time / 2, 0.01), (group, "int8"): (time / 3, chance.uniform(0, 0.2))}
+            made |= {
+                (group, "fp32"): (time, 0.0),
+                (group, "fp16"): (time / 2, 0.01),
+                (group, "int8"): (time / 3, chance.uniform(0, 0.2)),
+            }
         network = Made(made)
-        mixtures = [dict(zip(groups, chosen, strict=True)) for chosen in itertools.product(PRECISIONS, repeat=len(groups))]
-        best = min(network.latency_ms(mixture) for mixture in mixtures if network.drop(mixture) <= 0.25)
+        mixtures = [
+            dict(zip(groups, chosen, strict=True))
+            for chosen in itertools.product(PRECISIONS, repeat=len(groups))
+        ]
+        best = min(
+            network.latency_ms(mixture) for mixture in mixtures if network.drop(mixture) <= 0.25
+        )
         shares.append(network.tune(0.25).best.latency_ms / best)
     assert max(shares) < 1.1
     assert sum(shares) / len(shares) < 1.02
@@ -173,7 +196,10 @@ def test_the_log_has_a_line_for_every_trial() -> None:
     assert len(made.lines) == len(tuned.trials) + 1
     assert made.lines[0] == "trial 1: fp32; 8.000 ms, drop 0.000, within 0.2"
     assert made.lines[2] == "trial 3: int8; 2.000 ms, drop 0.500, beyond 0.2"
-    assert made.lines[-1] == f"best of {len(tuned.trials)}: fp16, but int8 in tower; 3.000 ms, drop 0.010"
+    assert (
+        made.lines[-1]
+        == f"best of {len(tuned.trials)}: fp16, but int8 in tower; 3.000 ms, drop 0.010"
+    )
     printed = StringIO()
     Console(width=120, file=printed).print(tuned.table())
     assert "fp16, but int8 in tower" in printed.getvalue()
@@ -181,14 +207,23 @@ def test_the_log_has_a_line_for_every_trial() -> None:
 
 
 def test_mixtures_in_words() -> None:
-    assert describe_mixture({"a": "fp16", "b": "fp16", "c": "int8", "d": "fp32"}) == "fp16, but int8 in c, but fp32 in d"
+    assert (
+        describe_mixture({"a": "fp16", "b": "fp16", "c": "int8", "d": "fp32"})
+        == "fp16, but int8 in c, but fp32 in d"
+    )
 
 
 @pytest.mark.parametrize(
     ("groups", "precisions", "max_drop", "word"),
-    [([], PRECISIONS, 0.2, "groups are none"), (["a", "a"], PRECISIONS, 0.2, "none of them twice"), (["a"], PRECISIONS, -1, "0 or more")],
+    [
+        ([], PRECISIONS, 0.2, "groups are none"),
+        (["a", "a"], PRECISIONS, 0.2, "none of them twice"),
+        (["a"], PRECISIONS, -1, "0 or more"),
+    ],
 )
-def test_bad_input(groups: list[str], precisions: tuple[str, ...], max_drop: float, word: str) -> None:
+def test_bad_input(
+    groups: list[str], precisions: tuple[str, ...], max_drop: float, word: str
+) -> None:
     hands = Hands(lambda mixture: mixture, lambda model: 1.0, lambda model: 0.0, lambda line: None)
     with pytest.raises(ToodError, match=word):
         autotune(groups, precisions, hands, max_drop=max_drop)
@@ -196,7 +231,9 @@ def test_bad_input(groups: list[str], precisions: tuple[str, ...], max_drop: flo
         autotune(["a"], PRECISIONS, hands, max_drop=0.2, ranked=["b"])
 
 
-def pretend_to_quantize(seen: list[Collection[str]]) -> Callable[[onnx.ModelProto, Collection[str]], onnx.ModelProto]:
+def pretend_to_quantize(
+    seen: list[Collection[str]],
+) -> Callable[[onnx.ModelProto, Collection[str]], onnx.ModelProto]:
     """A function that leaves the graph as it is and remembers which layers should stay high."""
 
     def quantize(model: onnx.ModelProto, keep: Collection[str]) -> onnx.ModelProto:
@@ -208,14 +245,27 @@ def pretend_to_quantize(seen: list[Collection[str]]) -> Callable[[onnx.ModelProt
 
 def test_parts_of_the_network(model: onnx.ModelProto) -> None:
     parts = network_parts(model)
-    assert {"backbone.conv1", "backbone.layer4", "neck.fpn_convs", "bbox_head.inter_convs"} <= parts.keys()
+    assert {
+        "backbone.conv1",
+        "backbone.layer4",
+        "neck.fpn_convs",
+        "bbox_head.inter_convs",
+    } <= parts.keys()
     assert len(parts["bbox_head.inter_convs"]) == 6
     assert all(name.startswith(part) for part, names in parts.items() for name in names)
 
 
 def test_parts_by_sensitivity() -> None:
-    parts = {"stem": ("stem.conv",), "tower": ("tower.0.conv", "tower.1.conv"), "last": ("last.conv",)}
-    found = [Sensitivity("tower.*.conv", 0.2), Sensitivity("stem.conv", 0.3), Sensitivity("tower.1.conv", 0.2)]
+    parts = {
+        "stem": ("stem.conv",),
+        "tower": ("tower.0.conv", "tower.1.conv"),
+        "last": ("last.conv",),
+    }
+    found = [
+        Sensitivity("tower.*.conv", 0.2),
+        Sensitivity("stem.conv", 0.3),
+        Sensitivity("tower.1.conv", 0.2),
+    ]
     assert rank_parts(parts, found) == ("tower", "stem", "last")
 
 
@@ -235,9 +285,14 @@ def test_a_mixture_becomes_a_graph(model: onnx.ModelProto) -> None:
 def test_what_is_beside_8_bits(model: onnx.ModelProto) -> None:
     parts = network_parts(model)
     mixture = dict.fromkeys(parts, "int8")
-    halves: tuple[tuple[LowPrecision | None, int], ...] = ((None, TensorProto.FLOAT), ("bf16", TensorProto.BFLOAT16))
+    halves: tuple[tuple[LowPrecision | None, int], ...] = (
+        (None, TensorProto.FLOAT),
+        ("bf16", TensorProto.BFLOAT16),
+    )
     for half, kind in halves:
-        mixed = mix_precisions(model, mixture, parts, quantize=pretend_to_quantize([]), beside_int8=half)
+        mixed = mix_precisions(
+            model, mixture, parts, quantize=pretend_to_quantize([]), beside_int8=half
+        )
         kinds = {tensor.name: tensor.data_type for tensor in mixed.graph.initializer}
         assert kinds["detector.model.bbox_head.tood_cls.weight"] == kind
 

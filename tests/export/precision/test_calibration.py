@@ -9,11 +9,11 @@ import numpy as np
 import onnx
 import pytest
 
+from tood_deploy.data.image_set import synthetic_picture
 from tood_deploy.errors import ArtefactError, InputError
-from tood_deploy.export.precision import calibration as calibration_module
+from tood_deploy.export.precision import calibrate as calibration_module
 from tood_deploy.export.precision.activations import iterate_activations
-from tood_deploy.export.precision.calibration import Calibration, calibrate, choose_pictures
-from tood_deploy.parity.sample_images import synthetic_picture
+from tood_deploy.export.precision.calibrate import Calibration, calibrate, choose_pictures
 
 IMGSZ = (64, 96)
 VALUES = ("pixels", "c3", "p5")
@@ -29,7 +29,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(model: onnx.ModelProto, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Calibration:
+def whole(
+    model: onnx.ModelProto, folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Calibration:
     return calibrate(model, VALUES, folder, IMGSZ, cache=tmp_path_factory.mktemp("cache"))
 
 
@@ -38,16 +40,25 @@ def assert_equal(first: Calibration, second: Calibration) -> None:
     for name, histogram in first.histograms.items():
         other = second.histograms[name]
         np.testing.assert_array_equal(histogram.counts, other.counts)
-        assert (histogram.limit, histogram.low, histogram.high) == (other.limit, other.low, other.high)
+        assert (histogram.limit, histogram.low, histogram.high) == (
+            other.limit,
+            other.low,
+            other.high,
+        )
 
 
 class TestGathering:
-    def test_ranges_are_those_of_the_activations(self, whole: Calibration, model: onnx.ModelProto, folder: Path) -> None:
+    def test_ranges_are_those_of_the_activations(
+        self, whole: Calibration, model: onnx.ModelProto, folder: Path
+    ) -> None:
         found = list(iterate_activations(model, folder, IMGSZ, VALUES))
         for name, (low, high) in whole.ranges("minmax").items():
             arrays = [some[name] for some in found if name in some]
             assert len(arrays) == PICTURES
-            assert (low, high) == (min(array.min() for array in arrays), max(array.max() for array in arrays))
+            assert (low, high) == (
+                min(array.min() for array in arrays),
+                max(array.max() for array in arrays),
+            )
         assert whole.ranges("minmax")["c3"][0] == 0.0  # behind a ReLU
 
     def test_same_preprocessing_as_the_detector(self, whole: Calibration) -> None:
@@ -59,16 +70,24 @@ class TestGathering:
         assert [path.name for path in choose_pictures(folder, 3)] == ["0.png", "2.png", "4.png"]
         assert len(choose_pictures(folder, 99)) == PICTURES
 
-    def test_few_pictures_are_a_warning(self, model: onnx.ModelProto, folder: Path, tmp_path: Path) -> None:
+    def test_few_pictures_are_a_warning(
+        self, model: onnx.ModelProto, folder: Path, tmp_path: Path
+    ) -> None:
         said: list[str] = []
         calibrate(model, VALUES[:1], folder, IMGSZ, cache=tmp_path, most=2, say=said.append)
         assert len(said) == 1
         assert "2 pictures to calibrate on; with fewer than 64" in said[0]
 
-    def test_numbers_that_are_none_are_refused(self, model: onnx.ModelProto, folder: Path, tmp_path: Path) -> None:
+    def test_numbers_that_are_none_are_refused(
+        self, model: onnx.ModelProto, folder: Path, tmp_path: Path
+    ) -> None:
         broken = onnx.ModelProto()
         broken.CopyFrom(model)
-        bias = next(value for value in broken.graph.initializer if value.name.endswith("backbone.conv1.weight_bias"))
+        bias = next(
+            value
+            for value in broken.graph.initializer
+            if value.name.endswith("backbone.conv1.weight_bias")
+        )
         array = onnx.numpy_helper.to_array(bias).copy()
         array[0] = np.nan
         bias.CopyFrom(onnx.numpy_helper.from_array(array, bias.name))
@@ -78,7 +97,12 @@ class TestGathering:
 
 class TestKept:
     def test_an_interrupted_run_goes_on(
-        self, whole: Calibration, model: onnx.ModelProto, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self,
+        whole: Calibration,
+        model: onnx.ModelProto,
+        folder: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         monkeypatch.setattr(calibration_module, "SAVE_EVERY", 2)
 
@@ -89,12 +113,24 @@ class TestKept:
         with pytest.raises(KeyboardInterrupt):
             calibrate(model, VALUES, folder, IMGSZ, cache=tmp_path, progress=interrupt)
         seen: list[int] = []
-        resumed = calibrate(model, VALUES, folder, IMGSZ, cache=tmp_path, progress=lambda done, total: seen.append(done))
+        resumed = calibrate(
+            model,
+            VALUES,
+            folder,
+            IMGSZ,
+            cache=tmp_path,
+            progress=lambda done, total: seen.append(done),
+        )
         assert seen == [2, 3, 4, 5]
         assert_equal(resumed, whole)
 
     def test_what_is_done_is_not_run_again(
-        self, whole: Calibration, model: onnx.ModelProto, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self,
+        whole: Calibration,
+        model: onnx.ModelProto,
+        folder: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         calibrate(model, VALUES, folder, IMGSZ, cache=tmp_path)
         monkeypatch.setattr(calibration_module, "ActivationReader", None)
@@ -117,11 +153,18 @@ class TestKept:
 
     @pytest.mark.parametrize("content", [b"", b"no archive at all", b"PK\x03\x04 cut"])
     def test_a_damaged_file_is_told_and_made_anew(
-        self, content: bytes, whole: Calibration, model: onnx.ModelProto, folder: Path, tmp_path: Path
+        self,
+        content: bytes,
+        whole: Calibration,
+        model: onnx.ModelProto,
+        folder: Path,
+        tmp_path: Path,
     ) -> None:
         (tmp_path / f"{whole.key[:32]}.npz").write_bytes(content)
         said: list[str] = []
-        assert_equal(calibrate(model, VALUES, folder, IMGSZ, cache=tmp_path, say=said.append), whole)
+        assert_equal(
+            calibrate(model, VALUES, folder, IMGSZ, cache=tmp_path, say=said.append), whole
+        )
         assert any("calibrating anew" in line for line in said)
 
 
@@ -137,7 +180,9 @@ class TestBadInput:
         with pytest.raises(InputError, match="1 picture"):
             choose_pictures(folder, 1)
 
-    def test_a_picture_that_is_none(self, model: onnx.ModelProto, folder: Path, tmp_path: Path) -> None:
+    def test_a_picture_that_is_none(
+        self, model: onnx.ModelProto, folder: Path, tmp_path: Path
+    ) -> None:
         broken = shutil.copytree(folder, tmp_path / "broken")
         (broken / "1.png").write_bytes(b"nothing")
         with pytest.raises(InputError, match=r"1\.png: cannot be read"):

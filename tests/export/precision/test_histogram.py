@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnxruntime.quantization.calibrate import HistogramCollector
 
-from tood_deploy.export.precision.histogram import BINS, ENTROPY_BINS, ENTROPY_LEVELS, METHODS, PERCENTILE, SAMPLES, Histogram
+from tood_deploy.export.precision.calibrate import (
+    BINS,
+    ENTROPY_BINS,
+    ENTROPY_LEVELS,
+    METHODS,
+    PERCENTILE,
+    SAMPLES,
+    Histogram,
+)
 
 
 def histogram_of(*arrays: NDArray[np.float32]) -> Histogram:
@@ -42,7 +50,13 @@ class TestGathering:
         np.testing.assert_array_equal(zeros_first.counts, at_once.counts)
         assert (zeros_first.low, zeros_first.high) == (-1.0, 2.0)
 
-    @given(st.lists(st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=20), min_size=1, max_size=6))
+    @given(
+        st.lists(
+            st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=20),
+            min_size=1,
+            max_size=6,
+        )
+    )
     @settings(max_examples=100, deadline=None)
     def test_growing_loses_nothing(self, lists: Sequence[Sequence[float]]) -> None:
         arrays = [np.array(numbers, np.float32) for numbers in lists]
@@ -53,7 +67,9 @@ class TestGathering:
         assert histogram.limit >= np.abs(every).max()
         width = 2 * histogram.limit / BINS
         below = np.cumsum(histogram.counts)
-        for position in range(0, BINS, 97):  # each number lies in its bin, but for the rounding of the edges
+        for position in range(
+            0, BINS, 97
+        ):  # each number lies in its bin, but for the rounding of the edges
             edge = -histogram.limit + (position + 1) * width
             assert (every < edge - width).sum() <= below[position] <= (every < edge + width).sum()
 
@@ -76,16 +92,22 @@ class TestRanges:
         cut = (100 - PERCENTILE) / 2
         expected = np.percentile(np.concatenate(parts), (cut, 100 - cut))
         # Ten numbers lie beyond, so that quantiles themselves are uncertain by some bins.
-        np.testing.assert_allclose(histogram.range("percentile"), expected, atol=20 * 2 * histogram.limit / BINS)
+        np.testing.assert_allclose(
+            histogram.range("percentile"), expected, atol=20 * 2 * histogram.limit / BINS
+        )
 
     def test_percentile_equals_onnxruntime(self) -> None:
         histogram = histogram_of(normal(50_000)[:SAMPLES])
-        collector = HistogramCollector("percentile", False, BINS, ENTROPY_LEVELS, PERCENTILE, "same")
+        collector = HistogramCollector(
+            "percentile", False, BINS, ENTROPY_LEVELS, PERCENTILE, "same"
+        )
         edges = np.linspace(-histogram.limit, histogram.limit, BINS + 1).astype(np.float32)
         collector.histogram_dict = {"x": (histogram.counts, edges, histogram.low, histogram.high)}
         with contextlib.redirect_stdout(io.StringIO()):
             expected = collector.compute_percentile()["x"][:2]
-        np.testing.assert_allclose(histogram.range("percentile"), expected, atol=1.01 * 2 * histogram.limit / BINS)
+        np.testing.assert_allclose(
+            histogram.range("percentile"), expected, atol=1.01 * 2 * histogram.limit / BINS
+        )
 
     @pytest.mark.parametrize("power", [1, 3])
     def test_entropy_equals_onnxruntime(self, power: int) -> None:
@@ -93,11 +115,17 @@ class TestRanges:
         histogram = histogram_of(array)
         counts, edges = np.histogram(array, ENTROPY_BINS, (-histogram.limit, histogram.limit))
         counts[ENTROPY_BINS // 2] = counts[ENTROPY_BINS // 2 + 1]
-        collector = HistogramCollector("entropy", False, ENTROPY_BINS, ENTROPY_LEVELS, PERCENTILE, "same")
+        collector = HistogramCollector(
+            "entropy", False, ENTROPY_BINS, ENTROPY_LEVELS, PERCENTILE, "same"
+        )
         ends = edges.astype(np.float32)[[0, -1]]
-        expected = collector.get_entropy_threshold((counts, edges.astype(np.float32), *ends, histogram.limit), ENTROPY_LEVELS)
+        expected = collector.get_entropy_threshold(
+            (counts, edges.astype(np.float32), *ends, histogram.limit), ENTROPY_LEVELS
+        )
         low, high = histogram.range("entropy")
-        assert (low, high) == pytest.approx((max(expected[0], histogram.low), min(expected[1], histogram.high)), rel=0.02)
+        assert (low, high) == pytest.approx(
+            (max(expected[0], histogram.low), min(expected[1], histogram.high)), rel=0.02
+        )
 
     def test_zeros_of_a_relu_do_not_make_entropy_clip(self) -> None:
         array = np.maximum(normal(SAMPLES - 10) - 0.5, 0)

@@ -9,13 +9,12 @@ import cv2
 import onnx
 import pytest
 
+from tood_deploy.data.image_set import synthetic_picture
 from tood_deploy.errors import InputError, ToodError
-from tood_deploy.export.precision import int8 as int8_module
-from tood_deploy.export.precision.int8 import Int8Options, int8_from_onnx
-from tood_deploy.export.precision.mismatch import DetectionMismatch
-from tood_deploy.export.precision.sensitivity import Sensitivity
+from tood_deploy.export.precision import convert as int8_module
+from tood_deploy.export.precision.convert import Int8Options, int8_from_onnx
+from tood_deploy.export.precision.sensitivity import DetectionMismatch, Sensitivity
 from tood_deploy.manifest import METADATA_KEY, Manifest, read_manifest
-from tood_deploy.parity.sample_images import synthetic_picture
 
 OPTIONS = Int8Options(method="minmax")
 
@@ -29,15 +28,26 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def manifest_inside(path: Path) -> Manifest:
-    return Manifest.from_json({prop.key: prop.value for prop in onnx.load(path).metadata_props}[METADATA_KEY], str(path))
+    return Manifest.from_json(
+        {prop.key: prop.value for prop in onnx.load(path).metadata_props}[METADATA_KEY], str(path)
+    )
 
 
-def test_writes_the_graph_and_tells_how(tiny_artefact: Path, pictures: Path, tmp_path: Path) -> None:
+def test_writes_the_graph_and_tells_how(
+    tiny_artefact: Path, pictures: Path, tmp_path: Path
+) -> None:
     said: list[str] = []
     seen: list[tuple[int, int]] = []
     output = tmp_path / "int8.onnx"
     options = Int8Options(scheme="s8s8", method="minmax", keep=("backbone.conv1",))
-    told = int8_from_onnx(tiny_artefact, output, pictures, options, progress=lambda *done: seen.append(done), say=said.append)
+    told = int8_from_onnx(
+        tiny_artefact,
+        output,
+        pictures,
+        options,
+        progress=lambda *done: seen.append(done),
+        say=said.append,
+    )
     assert told["int8"] | {"calibration": ""} == {
         "scheme": "s8s8",
         "needs": "TensorRT",
@@ -70,7 +80,14 @@ def test_keeps_as_many_layers_as_quality_asks_for(
 
     def share_of_8_bits(model: onnx.ModelProto) -> float:
         asked.append(model)
-        return 100 * sum(value.data_type == onnx.TensorProto.INT8 and len(value.dims) > 1 for value in model.graph.initializer) / 58
+        return (
+            100
+            * sum(
+                value.data_type == onnx.TensorProto.INT8 and len(value.dims) > 1
+                for value in model.graph.initializer
+            )
+            / 58
+        )
 
     told = int8_from_onnx(
         tiny_artefact,
@@ -79,7 +96,11 @@ def test_keeps_as_many_layers_as_quality_asks_for(
         Int8Options(method="minmax", keep=("neck.*",), max_drop=75.0),
         quality=share_of_8_bits,
     )["int8"]
-    assert told["keep"] == ("neck.*", "backbone.layer1.*", "backbone.layer2.*")  # 8, 4 and 5 of 58 layers
+    assert told["keep"] == (
+        "neck.*",
+        "backbone.layer1.*",
+        "backbone.layer2.*",
+    )  # 8, 4 and 5 of 58 layers
     assert told["drop"] == pytest.approx(100 * 41 / 58)
     assert [count for count, _ in told["trials"]] == [0, 1, 2]
     assert len(asked) == 3  # nothing is measured twice
@@ -89,8 +110,15 @@ def test_keeps_as_many_layers_as_quality_asks_for(
 def test_without_annotations_detections_are_compared(
     tiny_artefact: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(int8_module, "DetectionMismatch", partial(DetectionMismatch, score_threshold=0.05))
-    told = int8_from_onnx(tiny_artefact, tmp_path / "int8.onnx", pictures, Int8Options(method="minmax", max_drop=100.0))["int8"]
+    monkeypatch.setattr(
+        int8_module, "DetectionMismatch", partial(DetectionMismatch, score_threshold=0.05)
+    )
+    told = int8_from_onnx(
+        tiny_artefact,
+        tmp_path / "int8.onnx",
+        pictures,
+        Int8Options(method="minmax", max_drop=100.0),
+    )["int8"]
     assert 0 < told["drop"] <= 100
     assert told["keep"] == ()
 
@@ -109,12 +137,16 @@ class TestBadInput:
         with pytest.raises(ToodError, match=message):
             Int8Options(**wrong)  # pyright: ignore[reportArgumentType]
 
-    def test_an_artefact_in_int8_already(self, tiny_artefact: Path, pictures: Path, tmp_path: Path) -> None:
+    def test_an_artefact_in_int8_already(
+        self, tiny_artefact: Path, pictures: Path, tmp_path: Path
+    ) -> None:
         int8_from_onnx(tiny_artefact, tmp_path / "int8.onnx", pictures, OPTIONS)
         with pytest.raises(ToodError, match="is in int8 already; start from the float32 artefact"):
             int8_from_onnx(tmp_path / "int8.onnx", tmp_path / "again.onnx", pictures, OPTIONS)
 
-    def test_a_failure_leaves_what_was_there(self, tiny_artefact: Path, pictures: Path, tmp_path: Path) -> None:
+    def test_a_failure_leaves_what_was_there(
+        self, tiny_artefact: Path, pictures: Path, tmp_path: Path
+    ) -> None:
         output = tmp_path / "int8.onnx"
         output.write_bytes(b"before")
         (tmp_path / "empty").mkdir()

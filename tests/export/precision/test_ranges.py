@@ -11,9 +11,15 @@ from onnx import numpy_helper
 
 from tood_deploy.engines import open_engine
 from tood_deploy.errors import ArtefactError, ToodError
-from tood_deploy.export.precision.emulation import emulate_low_precision
-from tood_deploy.export.precision.ranges import FP16_LEAST_NORMAL, ValueRange, array_range, measure_ranges, values_at_risk
-from tood_deploy.export.precision.to_half_precision import low_precision_onnx
+from tood_deploy.export.precision.calibrate import (
+    FP16_LEAST_NORMAL,
+    ValueRange,
+    array_range,
+    measure_ranges,
+    values_at_risk,
+)
+from tood_deploy.export.precision.convert import low_precision_onnx
+from tood_deploy.export.precision.half import emulate_low_precision
 from tood_deploy.manifest import METADATA_KEY, Manifest
 
 TOWER = "detector.model.bbox_head.inter_convs.0.conv.weight"
@@ -37,10 +43,14 @@ def rewritten(source: Path, path: Path, factor: float = 1.0) -> Path:
     """A copy for pictures of 64 x 96, the kernel of whose tower's first stage is `factor` times as large."""
     model = onnx.load(source)
     weight = next(tensor for tensor in model.graph.initializer if tensor.name == TOWER)
-    weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * np.float32(factor), TOWER))
+    weight.CopyFrom(
+        numpy_helper.from_array(numpy_helper.to_array(weight) * np.float32(factor), TOWER)
+    )
     manifest = Manifest.from_json(model.metadata_props[0].value, "metadata")
     values = manifest.preset.to_dict() | {"imgsz": [64, 96]}
-    onnx.helper.set_model_props(model, {METADATA_KEY: Manifest(type(manifest.preset).from_dict(values)).to_json()})
+    onnx.helper.set_model_props(
+        model, {METADATA_KEY: Manifest(type(manifest.preset).from_dict(values)).to_json()}
+    )
     onnx.save(model, path)
     return path
 
@@ -54,7 +64,9 @@ def rounded(path: Path) -> Path:
 
 class TestArrayRange:
     def test_of_known_numbers(self) -> None:
-        found = array_range(np.array([[0, -3.0], [FP16_LEAST_NORMAL / 2, FP16_LEAST_NORMAL]], np.float32))
+        found = array_range(
+            np.array([[0, -3.0], [FP16_LEAST_NORMAL / 2, FP16_LEAST_NORMAL]], np.float32)
+        )
         assert (found.largest, found.nonzero, found.subnormal) == (3.0, 3, 1)
         assert found.p9999 == pytest.approx(3.0, rel=1e-3)
 
@@ -92,7 +104,13 @@ def test_risk(found: ValueRange, word: str) -> None:
 
 def test_ranges_over_a_folder(small_artefact: Path, pictures: Path) -> None:
     told = []
-    found = measure_ranges(small_artefact, ["c3", "p3"], pictures, (64, 96), progress=lambda done, total: told.append((done, total)))
+    found = measure_ranges(
+        small_artefact,
+        ["c3", "p3"],
+        pictures,
+        (64, 96),
+        progress=lambda done, total: told.append((done, total)),
+    )
     assert told == [(1, 3), (2, 3), (3, 3)]
     once = measure_ranges(small_artefact, ["c3", "p3"], pictures, (64, 96), most=2)
     for name in ("c3", "p3"):
@@ -115,19 +133,30 @@ class TestHalfPrecisionArtefact:
         assert output.stat().st_size < 0.6 * small_artefact.stat().st_size
 
     @pytest.mark.slow
-    def test_overflow_is_found_kept_and_reported(self, tiny_artefact: Path, pictures: Path, tmp_path: Path, synth_picture: Any) -> None:
-        wild = rewritten(tiny_artefact, tmp_path / "wild.onnx", 1e5)  # normalisation behind it takes the factor out again
+    def test_overflow_is_found_kept_and_reported(
+        self, tiny_artefact: Path, pictures: Path, tmp_path: Path, synth_picture: Any
+    ) -> None:
+        wild = rewritten(
+            tiny_artefact, tmp_path / "wild.onnx", 1e5
+        )  # normalisation behind it takes the factor out again
         image, valid_hw = synth_picture(64, 96)[None], np.array([[64, 96]], np.int32)
         low_precision_onnx(wild, tmp_path / "blind.onnx", "fp16")
-        with open_engine(rounded(tmp_path / "blind.onnx")) as engine, pytest.raises(ArtefactError, match="NaN"):
+        with (
+            open_engine(rounded(tmp_path / "blind.onnx")) as engine,
+            pytest.raises(ArtefactError, match="NaN"),
+        ):
             engine.infer(image, valid_hw, 0.05, 0.6)
         said: list[str] = []
-        options = low_precision_onnx(wild, tmp_path / "careful.onnx", "fp16", calib_data=pictures, say=said.append)
+        options = low_precision_onnx(
+            wild, tmp_path / "careful.onnx", "fp16", calib_data=pictures, say=said.append
+        )
         assert "3 pictures to calibrate on; with fewer than 64" in said[0]
         assert "fp16 cannot hold" in said[1]
         assert any("stays float32: " in line and "reaches" in line for line in said[2:])
         report = options["half_precision"]
-        assert [name for name, reason in report["kept"].items() if "reaches" in reason] == ["bbox_head.inter_convs.0.conv"]
+        assert [name for name, reason in report["kept"].items() if "reaches" in reason] == [
+            "bbox_head.inter_convs.0.conv"
+        ]
         assert any("reaches" in found["risk"] for found in report["ranges"].values())
         with open_engine(rounded(tmp_path / "careful.onnx")) as half, open_engine(wild) as full:
             found, expected = (engine.infer(image, valid_hw, 0.05, 0.6) for engine in (half, full))
@@ -138,5 +167,7 @@ class TestHalfPrecisionArtefact:
         with pytest.raises(ToodError, match="is in fp16 already"):
             low_precision_onnx(tmp_path / "half.onnx", tmp_path / "again.onnx", "bf16")
         with pytest.raises(ToodError, match="no such folder"):
-            low_precision_onnx(small_artefact, tmp_path / "again.onnx", "fp16", calib_data=tmp_path / "absent")
+            low_precision_onnx(
+                small_artefact, tmp_path / "again.onnx", "fp16", calib_data=tmp_path / "absent"
+            )
         assert not (tmp_path / "again.onnx").exists()

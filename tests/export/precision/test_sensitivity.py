@@ -7,12 +7,19 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 
+from tood_deploy.data.image_set import synthetic_picture
 from tood_deploy.errors import InputError
 from tood_deploy.export.precision import sensitivity as sensitivity_module
-from tood_deploy.export.precision.mismatch import DetectionMismatch
 from tood_deploy.export.precision.quantize import Ranges, quantize
-from tood_deploy.export.precision.sensitivity import Prepared, Sensitivity, choose_kept, layer_groups, map_damage, measure_sensitivity
-from tood_deploy.parity.sample_images import synthetic_picture
+from tood_deploy.export.precision.sensitivity import (
+    DetectionMismatch,
+    Prepared,
+    Sensitivity,
+    choose_kept,
+    layer_groups,
+    map_damage,
+    measure_sensitivity,
+)
 
 IMGSZ = (96, 128)
 LEVELS_HW = ((4, 6), (2, 3), (1, 2), (1, 1), (1, 1))
@@ -23,7 +30,10 @@ PICTURES: list[Prepared] = [(synthetic_picture(*IMGSZ, 40 + seed), IMGSZ) for se
 def random_maps(seed: int) -> list[NDArray[np.float32]]:
     rng = np.random.default_rng(seed)
     corners = [rng.uniform(0, 10, (1, 4, *size)) for size in LEVELS_HW]
-    boxes = [np.concatenate((both[:, :2], both[:, :2] + both[:, 2:] + 0.1), axis=1).astype(np.float32) for both in corners]
+    boxes = [
+        np.concatenate((both[:, :2], both[:, :2] + both[:, 2:] + 0.1), axis=1).astype(np.float32)
+        for both in corners
+    ]
     return [rng.uniform(0, 1, (1, CLASSES, *size)).astype(np.float32) for size in LEVELS_HW] + boxes
 
 
@@ -41,7 +51,11 @@ class TestDamage:
         for i, (rows, columns) in enumerate(LEVELS_HW):
             for row in range(rows):
                 for column in range(columns):
-                    scores, moved, box, other = (maps[j][0, :, row, column] for j in (i, 5 + i) for maps in (reference, found))
+                    scores, moved, box, other = (
+                        maps[j][0, :, row, column]
+                        for j in (i, 5 + i)
+                        for maps in (reference, found)
+                    )
                     sides = np.minimum(box[2:], other[2:]) - np.maximum(box[:2], other[:2])
                     overlap = max(sides[0], 0) * max(sides[1], 0)
                     union = np.prod(box[2:] - box[:2]) + np.prod(other[2:] - other[:2]) - overlap
@@ -64,23 +78,33 @@ class TestList:
         groups = layer_groups(model)
         assert len(groups) == 20 + 8 + 6 + 4
         assert groups[0] == "backbone.conv1"
-        assert {"bbox_head.cls_decomp.kernels.*", "backbone.layer2.0.downsample.*", "bbox_head.inter_convs.0.conv"} <= set(groups)
+        assert {
+            "bbox_head.cls_decomp.kernels.*",
+            "backbone.layer2.0.downsample.*",
+            "bbox_head.inter_convs.0.conv",
+        } <= set(groups)
 
     @pytest.mark.slow
-    def test_a_layer_with_bad_ranges_comes_first(self, model: onnx.ModelProto, ranges: Ranges, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_layer_with_bad_ranges_comes_first(
+        self, model: onnx.ModelProto, ranges: Ranges, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         groups = ("backbone.conv1", "bbox_head.inter_convs.*", "*")
         monkeypatch.setattr(sensitivity_module, "layer_groups", lambda _: groups[:2])
         spoilt = dict(ranges) | {"pixels": (0.0, 0.5)}
         seen: list[tuple[int, int]] = []
         bad, good = (
-            measure_sensitivity(model, found, PICTURES[:1], scheme="u8s8", progress=lambda *done: seen.append(done))
+            measure_sensitivity(
+                model, found, PICTURES[:1], scheme="u8s8", progress=lambda *done: seen.append(done)
+            )
             for found in (spoilt, ranges)
         )
         assert seen == [(1, 2), (2, 2)] * 2
         assert [one.group for one in bad] == list(groups[:2])
         damage = {one.group: one.damage for one in good}
         assert bad[0].damage > 3 * damage["backbone.conv1"] > 0
-        assert bad[1].damage == damage[groups[1]] > 0  # alone: what other layers suffer does not count
+        assert (
+            bad[1].damage == damage[groups[1]] > 0
+        )  # alone: what other layers suffer does not count
 
 
 class TestSearch:
@@ -98,7 +122,9 @@ class TestSearch:
         said: list[str] = []
         found = choose_kept(self.RANKED, drop_of, 0.5, said.append)
         assert found.keep == tuple(f"layer{i}" for i in range(needed))
-        assert found.drop == (0.5 if needed < 11 else 0.0)  # without any 8-bit layer nothing has to be measured
+        assert found.drop == (
+            0.5 if needed < 11 else 0.0
+        )  # without any 8-bit layer nothing has to be measured
         assert len(set(asked)) == len(asked) <= 8
         assert [count for count, _ in found.trials if count < 11] == asked
         assert found.ranked == self.RANKED
@@ -110,12 +136,16 @@ class TestMismatch:
     def test_the_reference_equals_itself(self, model: onnx.ModelProto) -> None:
         assert DetectionMismatch(model, PICTURES, 0.05)(model) == 0
 
-    def test_8_bits_cost_some_and_bad_ranges_more(self, model: onnx.ModelProto, ranges: Ranges) -> None:
+    def test_8_bits_cost_some_and_bad_ranges_more(
+        self, model: onnx.ModelProto, ranges: Ranges
+    ) -> None:
         mismatch = DetectionMismatch(model, PICTURES, 0.05)
         good = mismatch(quantize(model, ranges, scheme="u8s8"))
         bad = mismatch(quantize(model, dict(ranges) | {"pixels": (0.0, 0.1)}, scheme="u8s8"))
         assert 0 <= good < bad <= 100
 
     def test_nothing_to_find(self, model: onnx.ModelProto) -> None:
-        with pytest.raises(InputError, match=r"nothing is found with a score above 0\.99 in 2 calibration pictures"):
+        with pytest.raises(
+            InputError, match=r"nothing is found with a score above 0\.99 in 2 calibration pictures"
+        ):
             DetectionMismatch(model, PICTURES, 0.99)

@@ -9,14 +9,18 @@ import pytest
 from export.small_graph import save_small
 from onnx import helper
 
+from tood_deploy.engines.tensorrt.library import Flavour, Messages, load_flavour
 from tood_deploy.errors import ArtefactError, DeviceError, ToodError
-from tood_deploy.export.onnx_artefact import read_onnx
-from tood_deploy.export.tensorrt.build import _failure, build_plan, known_capabilities
-from tood_deploy.export.tensorrt.build_progress import build_progress
-from tood_deploy.export.tensorrt.engine_options import EngineOptions
-from tood_deploy.export.tensorrt.network import ParsedNetwork, parse_network
-from tood_deploy.export.tensorrt.profiles import Profiles
-from tood_deploy.tensorrt_flavour import Flavour, Messages, load_flavour
+from tood_deploy.export.config import EngineOptions, Profiles
+from tood_deploy.export.tensorrt.build import (
+    ParsedNetwork,
+    _failure,
+    build_plan,
+    build_progress,
+    known_capabilities,
+    parse_network,
+)
+from tood_deploy.onnx_file import read_onnx
 
 pytest.importorskip("tensorrt_rtx")
 PROFILES = Profiles(((64, 96),), (1, 1, 2))
@@ -34,12 +38,21 @@ def build(parsed: ParsedNetwork, profiles: Profiles = PROFILES, **options: Any) 
 
 
 class TestOptions:
-    def test_a_plan_of_two_profiles(self, network: ParsedNetwork, capfd: pytest.CaptureFixture[str]) -> None:
-        plan = build(network, Profiles(((64, 96), (96, 64)), (1, 2, 4)), workspace_mib=64, compute_capabilities=("8.9", "12.0"))
+    def test_a_plan_of_two_profiles(
+        self, network: ParsedNetwork, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        plan = build(
+            network,
+            Profiles(((64, 96), (96, 64)), (1, 2, 4)),
+            workspace_mib=64,
+            compute_capabilities=("8.9", "12.0"),
+        )
         assert len(plan) > 10_000
         assert capfd.readouterr() == ("", "")
 
-    def test_what_the_builder_is_told(self, monkeypatch: pytest.MonkeyPatch, network: ParsedNetwork) -> None:
+    def test_what_the_builder_is_told(
+        self, monkeypatch: pytest.MonkeyPatch, network: ParsedNetwork
+    ) -> None:
         trt = load_flavour("tensorrt_rtx").module
         seen: list[Any] = []
         parsed = ParsedNetwork(BuilderSpy(network.builder, seen), network.parser, network.network)
@@ -49,11 +62,17 @@ class TestOptions:
         assert not config.get_flag(trt.BuilderFlag.TF32)
         assert config.get_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
         assert config.profiling_verbosity == trt.ProfilingVerbosity.DETAILED
-        assert [config.get_compute_capability(i) for i in range(2)] == [trt.ComputeCapability.SM89, trt.ComputeCapability.SM120]
+        assert [config.get_compute_capability(i) for i in range(2)] == [
+            trt.ComputeCapability.SM89,
+            trt.ComputeCapability.SM120,
+        ]
         assert config.num_optimization_profiles == 1
 
     def test_an_unknown_compute_capability_is_refused(self, network: ParsedNetwork) -> None:
-        with pytest.raises(ToodError, match=r"compute capability 9\.0: TensorRT-RTX .* builds for 7\.5, 8\.0, 8\.6, 8\.9, 12\.0"):
+        with pytest.raises(
+            ToodError,
+            match=r"compute capability 9\.0: TensorRT-RTX .* builds for 7\.5, 8\.0, 8\.6, 8\.9, 12\.0",
+        ):
             build(network, compute_capabilities=("8.9", "9.0"))
 
     def test_capabilities_are_written_as_nvidia_does(self) -> None:
@@ -96,14 +115,23 @@ class FailingBuilder:
 class TestFailures:
     def test_what_the_library_refuses_is_said(self, tmp_path: Path) -> None:
         numbers = {"k": [3841], "row": [1, 1, 1, -1]}
-        constants = [onnx.numpy_helper.from_array(np.array(values, np.int64), name) for name, values in numbers.items()]
+        constants = [
+            onnx.numpy_helper.from_array(np.array(values, np.int64), name)
+            for name, values in numbers.items()
+        ]
         extra = [
-            *(helper.make_node("Constant", [], [constant.name], value=constant) for constant in constants),
+            *(
+                helper.make_node("Constant", [], [constant.name], value=constant)
+                for constant in constants
+            ),
             helper.make_node("Reshape", ["convolved", "row"], ["all"]),
             helper.make_node("TopK", ["all", "k"], ["best", "where"], name="the_TopK"),
         ]
         path = save_small(tmp_path / "a.onnx", extra=extra, read="best")
-        with pytest.raises(ArtefactError, match=r"could not build the network: .*K exceeds the maximum value allowed \(3840\)"):
+        with pytest.raises(
+            ArtefactError,
+            match=r"could not build the network: .*K exceeds the maximum value allowed \(3840\)",
+        ):
             build(parse_network(load_flavour("tensorrt_rtx"), read_onnx(path)))
 
     @pytest.mark.parametrize("without_config", [False, True])
@@ -115,7 +143,11 @@ class TestFailures:
                 DeviceError,
                 "give a smaller --workspace, --batch",
             ),
-            ("Error Code 1: Cuda Runtime (cudaError 2: out of memory)", DeviceError, "ran out of memory in the build"),
+            (
+                "Error Code 1: Cuda Runtime (cudaError 2: out of memory)",
+                DeviceError,
+                "ran out of memory in the build",
+            ),
             (
                 "Error Code 1: Cuda Runtime (cudaError 100: no CUDA-capable device is detected)",
                 DeviceError,
@@ -124,21 +156,35 @@ class TestFailures:
         ],
     )
     def test_failures_on_a_gpu_faked(
-        self, message: str, error: type[ToodError], advice: str, without_config: bool, network: ParsedNetwork
+        self,
+        message: str,
+        error: type[ToodError],
+        advice: str,
+        without_config: bool,
+        network: ParsedNetwork,
     ) -> None:
-        failing = ParsedNetwork(FailingBuilder(network.builder, message, without_config), network.parser, network.network)
+        failing = ParsedNetwork(
+            FailingBuilder(network.builder, message, without_config),
+            network.parser,
+            network.network,
+        )
         with pytest.raises(error, match=advice):
             build(failing)
 
     def test_a_workspace_that_is_too_small(self, network: ParsedNetwork) -> None:
-        with pytest.raises(ToodError, match=r"a layer needs more workspace than 1 MiB \(.*\); give a larger --workspace, or leave it out"):
+        with pytest.raises(
+            ToodError,
+            match=r"a layer needs more workspace than 1 MiB \(.*\); give a larger --workspace, or leave it out",
+        ):
             build(network, workspace_mib=1)
 
     def test_with_a_gpu_full_memory_asks_for_less_faked(self, network: ParsedNetwork) -> None:
         library = load_flavour("tensorrt_rtx")
         messages = Messages(["Error Code 2: OutOfMemory (Requested size was 4294967296 bytes.)"])
         options = EngineOptions(workspace_mib=4096)
-        on_gpu = _failure(Flavour("tensorrt", library.module, "11.4", library.logger), messages, options)
+        on_gpu = _failure(
+            Flavour("tensorrt", library.module, "11.4", library.logger), messages, options
+        )
         assert "give a smaller --workspace, --batch or --shapes" in str(on_gpu)
         assert "give a larger --workspace" in str(_failure(library, messages, options))
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from tood_deploy.export import progress
-from tood_deploy.export.tensorrt.build_progress import build_progress, run_cancellable
-from tood_deploy.tensorrt_flavour import load_flavour
+from tood_deploy import reporter as progress
+from tood_deploy.engines.tensorrt.library import load_flavour
+from tood_deploy.export.tensorrt.build import build_progress, run_cancellable
 
 pytest.importorskip("tensorrt_rtx")
 
@@ -38,14 +38,18 @@ def test_cancelling_answers_no(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("quiet", [False, True])
-def test_lines_elsewhere_unless_quiet(quiet: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lines_elsewhere_unless_quiet(
+    quiet: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(progress, "PAUSE_S", 0.0)
     run_phases(quiet)
     assert ("building the engine: Timing tactics, step 1" in capsys.readouterr().err) is not quiet
 
 
 @pytest.mark.parametrize("quiet", [False, True])
-def test_a_bar_on_a_terminal_unless_quiet(quiet: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bar_on_a_terminal_unless_quiet(
+    quiet: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     run_phases(quiet)

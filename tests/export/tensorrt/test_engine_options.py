@@ -5,9 +5,9 @@ from typing import Any, cast
 
 import pytest
 
+from tood_deploy.engines.tensorrt.library import Flavour, Name
 from tood_deploy.errors import ToodError
-from tood_deploy.export.tensorrt.engine_options import FLAGS, EngineOptions
-from tood_deploy.tensorrt_flavour import Flavour, Name
+from tood_deploy.export.config import FLAGS, EngineOptions
 
 
 def flavour(name: str) -> Flavour:
@@ -27,7 +27,9 @@ LACKED_BY = {name: "tensorrt" if name == "compute_capabilities" else "tensorrt_r
 @pytest.mark.parametrize("name", SET)
 def test_an_option_of_the_other_flavour_is_refused(name: str) -> None:
     options = EngineOptions(**{name: SET[name]})
-    with pytest.raises(ToodError, match=f"^{FLAGS[name]} means nothing to .*; leave {FLAGS[name]} out$"):
+    with pytest.raises(
+        ToodError, match=f"^{FLAGS[name]} means nothing to .*; leave {FLAGS[name]} out$"
+    ):
         options.check(flavour(LACKED_BY[name]))
     (other,) = {"tensorrt", "tensorrt_rtx"} - {LACKED_BY[name]}
     options.check(flavour(other))
@@ -47,7 +49,10 @@ def test_what_both_have_passes() -> None:
         ({"optimisation_level": -1}, "expected 0 to 5"),
         ({"compute_capabilities": ("8.9", "8.9")}, "one stands there twice"),
         ({"nms": "plugin"}, "nms is 'plugin'; expected unrolled or loop"),
-        ({"nms": "loop", "nms_rounds": 16}, "nms is loop, which ends by itself, and 16 rounds are given; leave --nms-rounds out"),
+        (
+            {"nms": "loop", "nms_rounds": 16},
+            "nms is loop, which ends by itself, and 16 rounds are given; leave --nms-rounds out",
+        ),
         ({"nms_rounds": 0}, "nms rounds are 0; expected 1 to 256"),
     ],
 )

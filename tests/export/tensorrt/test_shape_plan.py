@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tood_deploy.errors import InputError
-from tood_deploy.export.tensorrt import shape_plan
-from tood_deploy.export.tensorrt.shape_plan import ShapeProposal, plan_shapes, propose_shapes
+from tood_deploy.export.tensorrt import shapes as shape_plan
+from tood_deploy.export.tensorrt.shapes import ShapeProposal, plan_shapes, propose_shapes
 from tood_deploy.preprocess import choose_canvas, fit_size, pad_size
 
 IMGSZ = (800, 1333)
@@ -24,7 +24,9 @@ def padded_pixels(pictures: list[tuple[int, int]], shapes: tuple[tuple[int, int]
     total = 0
     for picture in pictures:
         height, width = fit_size(picture, IMGSZ)
-        total += min(rows * columns for rows, columns in shapes if rows >= height and columns >= width)
+        total += min(
+            rows * columns for rows, columns in shapes if rows >= height and columns >= width
+        )
     return total
 
 
@@ -34,14 +36,19 @@ def fewest_pixels(pictures: list[tuple[int, int]], count: int) -> int:
     sizes = {(max(a[0], b[0]), max(a[1], b[1])) for a in needed for b in needed}
     best = []
     for shapes in combinations(sorted(sizes), count):
-        if all(any(rows >= height and columns >= width for rows, columns in shapes) for height, width in needed):
+        if all(
+            any(rows >= height and columns >= width for rows, columns in shapes)
+            for height, width in needed
+        ):
             best.append(padded_pixels(pictures, shapes))
     return min(best)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(SIDES, min_size=1, max_size=7))
-def test_one_and_two_sizes_are_the_best_there_are_and_three_nearly(pictures: list[tuple[int, int]]) -> None:
+def test_one_and_two_sizes_are_the_best_there_are_and_three_nearly(
+    pictures: list[tuple[int, int]],
+) -> None:
     plans = plan_shapes(pictures, IMGSZ).plans
     for count, plan in enumerate(plans[:3], start=1):
         found, best = padded_pixels(pictures, plan.shapes_hw), fewest_pixels(pictures, count)
@@ -50,15 +57,19 @@ def test_one_and_two_sizes_are_the_best_there_are_and_three_nearly(pictures: lis
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(SIDES, min_size=1, max_size=40))
-def test_plans_hold_every_picture_and_more_sizes_waste_less(pictures: list[tuple[int, int]]) -> None:
+def test_plans_hold_every_picture_and_more_sizes_waste_less(
+    pictures: list[tuple[int, int]],
+) -> None:
     proposal = plan_shapes(pictures, IMGSZ)
-    real = sum(height * width for height, width in (fit_size(picture, IMGSZ) for picture in pictures))
+    real = sum(
+        height * width for height, width in (fit_size(picture, IMGSZ) for picture in pictures)
+    )
     assert 1 <= len(proposal.plans) <= 6
     for plan in proposal.plans:
         assert plan.padding == pytest.approx(1 - real / padded_pixels(pictures, plan.shapes_hw))
-        assert Counter(choose_canvas(picture, IMGSZ, plan.shapes_hw) for picture in pictures) == dict(
-            zip(plan.shapes_hw, plan.pictures, strict=True)
-        )
+        assert Counter(
+            choose_canvas(picture, IMGSZ, plan.shapes_hw) for picture in pictures
+        ) == dict(zip(plan.shapes_hw, plan.pictures, strict=True))
     paddings = [plan.padding for plan in proposal.plans]
     assert paddings == sorted(paddings, reverse=True)
     assert min(paddings) >= proposal.least - 1e-12
@@ -69,7 +80,9 @@ def test_landscape_and_portrait() -> None:
     assert proposal.shapes_hw == ((800, 1088), (1088, 800))
     assert proposal.plans[proposal.chosen].pictures == (3, 2)
     assert proposal.plans[0].shapes_hw == ((1088, 1088),)
-    assert proposal.plans[1].padding == pytest.approx(proposal.least) == pytest.approx(1 - 1067 / 1088)
+    assert (
+        proposal.plans[1].padding == pytest.approx(proposal.least) == pytest.approx(1 - 1067 / 1088)
+    )
 
 
 def test_one_size_is_enough_where_pictures_are_alike() -> None:
@@ -81,7 +94,10 @@ def test_one_size_is_enough_where_pictures_are_alike() -> None:
 def test_a_further_size_must_save_something() -> None:
     # Half of the pictures need 1344 columns, half 1312: a size of their own saves 1.2% of all pixels.
     proposal = plan_shapes([(480, 800), (480, 780)] * 10, IMGSZ)
-    assert [plan.shapes_hw for plan in proposal.plans] == [((800, 1344),), ((800, 1312), (800, 1344))]
+    assert [plan.shapes_hw for plan in proposal.plans] == [
+        ((800, 1344),),
+        ((800, 1312), (800, 1344)),
+    ]
     assert proposal.plans[0].padding - proposal.plans[1].padding == pytest.approx(0.012, abs=1e-3)
     assert proposal.shapes_hw == ((800, 1344),)
 
@@ -114,7 +130,9 @@ class TestFolder:
         cv2.imwrite(str(path), np.zeros((48, 64, 3), np.uint8))
         start, rest = path.read_bytes()[:2], path.read_bytes()[2:]
         turned_right = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
-        path.write_bytes(start + b"\xff\xe1" + (len(turned_right) + 2).to_bytes(2) + turned_right + rest)
+        path.write_bytes(
+            start + b"\xff\xe1" + (len(turned_right) + 2).to_bytes(2) + turned_right + rest
+        )
         picture = cv2.imread(str(path))
         assert picture is not None
         assert picture.shape[:2] == (64, 48)  # what the detector sees

@@ -8,8 +8,7 @@ import pytest
 from rich.console import Console
 
 from tood_deploy.errors import DeviceError, OutputError, ToodError
-from tood_deploy.export.tensorrt.shape_plan import plan_shapes
-from tood_deploy.export.tensorrt.shape_report import plot_proposal, proposal_table
+from tood_deploy.export.tensorrt.shapes import plan_shapes, plot_proposal, proposal_table
 
 PROPOSAL = plan_shapes([(480, 640)] * 3 + [(640, 480)], (800, 1333))
 
@@ -24,7 +23,9 @@ def test_the_table() -> None:
     assert any("1088x1088: 4" in line for line in lines)
 
 
-@pytest.mark.parametrize(("suffix", "start"), [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".pdf", b"%PDF")])
+@pytest.mark.parametrize(
+    ("suffix", "start"), [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".pdf", b"%PDF")]
+)
 def test_the_plot(suffix: str, start: bytes, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     path = tmp_path / f"shapes{suffix}"
@@ -44,7 +45,9 @@ def test_the_same_proposal_gives_the_same_file(tmp_path: Path) -> None:
 
 
 def test_places_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ToodError, match=r"shapes\.txt; expected a name ending in \.png, \.svg, \.pdf"):
+    with pytest.raises(
+        ToodError, match=r"shapes\.txt; expected a name ending in \.png, \.svg, \.pdf"
+    ):
         plot_proposal(PROPOSAL, tmp_path / "shapes.txt")
     with pytest.raises(OutputError, match="cannot be written"):
         plot_proposal(PROPOSAL, Path("/proc/nowhere/shapes.png"))

@@ -6,9 +6,9 @@ from typing import Any, cast
 
 import pytest
 
+from tood_deploy.engines.tensorrt.library import Flavour, load_flavour
 from tood_deploy.errors import ArtefactError
-from tood_deploy.export.tensorrt.timing_cache import kept_timings
-from tood_deploy.tensorrt_flavour import Flavour, load_flavour
+from tood_deploy.export.tensorrt.build import kept_timings
 
 pytest.importorskip("tensorrt_rtx")
 
@@ -31,7 +31,9 @@ class FakeConfig:
             cast(Any, library.logger).log(library.module.ILogger.ERROR, "timing cache is corrupted")
             return None
         self.content = content
-        return SimpleNamespace(serialize=lambda: self.content + b" and more" if self.content else b"timings")
+        return SimpleNamespace(
+            serialize=lambda: self.content + b" and more" if self.content else b"timings"
+        )
 
     def set_timing_cache(self, cache: Any, ignore_mismatch: bool) -> bool:
         assert not ignore_mismatch
@@ -56,7 +58,10 @@ def test_without_a_file_nothing_is_asked_of_the_library_faked(flavour: Flavour) 
 def test_a_failed_build_leaves_the_file_as_it_was_faked(flavour: Flavour, tmp_path: Path) -> None:
     path = tmp_path / "cache.bin"
     path.write_bytes(b"timings")
-    with pytest.raises(ValueError, match="the build failed"), kept_timings(flavour, FakeConfig(), path):
+    with (
+        pytest.raises(ValueError, match="the build failed"),
+        kept_timings(flavour, FakeConfig(), path),
+    ):
         raise ValueError("the build failed")
     assert path.read_bytes() == b"timings"
     assert list(tmp_path.iterdir()) == [path]
@@ -71,11 +76,21 @@ def test_a_folder_is_refused_before_the_build_faked(flavour: Flavour, tmp_path: 
 @pytest.mark.parametrize(
     ("content", "here", "message"),
     [
-        (b"corrupted", True, r"cache\.bin: not a timing cache \(timing cache is corrupted\); delete it, or give another --timing-cache"),
-        (b"timings", False, r"cache\.bin: measured on another GPU, or with another version than TensorRT 11\.4 .*; delete it"),
+        (
+            b"corrupted",
+            True,
+            r"cache\.bin: not a timing cache \(timing cache is corrupted\); delete it, or give another --timing-cache",
+        ),
+        (
+            b"timings",
+            False,
+            r"cache\.bin: measured on another GPU, or with another version than TensorRT 11\.4 .*; delete it",
+        ),
     ],
 )
-def test_timings_that_do_not_fit_are_refused_faked(content: bytes, here: bool, message: str, flavour: Flavour, tmp_path: Path) -> None:
+def test_timings_that_do_not_fit_are_refused_faked(
+    content: bytes, here: bool, message: str, flavour: Flavour, tmp_path: Path
+) -> None:
     path = tmp_path / "cache.bin"
     path.write_bytes(content)
     with pytest.raises(ArtefactError, match=message), kept_timings(flavour, FakeConfig(here), path):

@@ -17,17 +17,17 @@ import pytest
 from export.small_graph import MACS_A_PIXEL, save_small
 
 from tood_deploy.errors import ArtefactError, DeviceError, OutputError, ToodError
-from tood_deploy.export.onnx_artefact import read_onnx
-from tood_deploy.export.precision.mixed_precision import lower_precision
+from tood_deploy.export.config import EngineOptions, Nms, Profiles
+from tood_deploy.export.precision.convert import low_precision_onnx
+from tood_deploy.export.precision.half import lower_precision
 from tood_deploy.export.precision.quantize import calibrated_values, quantize
-from tood_deploy.export.precision.to_half_precision import low_precision_onnx
-from tood_deploy.export.tensorrt.engine_options import EngineOptions, Nms
 from tood_deploy.export.tensorrt.layers import shares
-from tood_deploy.export.tensorrt.profiles import Profiles
 from tood_deploy.export.tensorrt.to_tensorrt import BuiltEngine, engine_from_onnx
-from tood_deploy.export.to_onnx import onnx_from_model, save_onnx
-from tood_deploy.export.triton.serving_form import serving_form
-from tood_deploy.manifest import Manifest, file_sha256, manifest_path, read_manifest
+from tood_deploy.export.to_onnx import onnx_from_model
+from tood_deploy.export.triton.serving_graph import serving_form
+from tood_deploy.files import file_sha256
+from tood_deploy.manifest import Manifest, manifest_path, read_manifest
+from tood_deploy.onnx_file import read_onnx, save_onnx
 
 pytest.importorskip("tensorrt_rtx")
 PROFILES = Profiles(((64, 96),), (1, 1, 2))
@@ -37,21 +37,37 @@ PLAN_START = b"vtrt"  # of every plan of TensorRT-RTX
 
 def build(onnx_path: Path, output: Path, **options: Any) -> BuiltEngine:
     """Of a graph that has no suppression, where `options` say nothing else."""
-    defaults = {"profiles": PROFILES, "flavour": "tensorrt_rtx", "quiet": True, "options": EngineOptions(nms="loop")}
+    defaults = {
+        "profiles": PROFILES,
+        "flavour": "tensorrt_rtx",
+        "quiet": True,
+        "options": EngineOptions(nms="loop"),
+    }
     return engine_from_onnx(onnx_path, output, **defaults | options)
 
 
 class TestArtefact:
-    def test_a_pristine_plan_and_its_manifest(self, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    def test_a_pristine_plan_and_its_manifest(
+        self, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    ) -> None:
         source = save_small(tmp_path / "a.onnx", "fp16")
         output = tmp_path / "out" / "a.engine"
-        built = build(source, output, self_test={"cases": []}, rebuild="tood-export a.onnx --to engine")
+        built = build(
+            source, output, self_test={"cases": []}, rebuild="tood-export a.onnx --to engine"
+        )
         manifest = built.manifest
         assert read_manifest(output) == manifest
         assert sorted(path.name for path in output.parent.iterdir()) == ["a.engine", "a.json"]
         assert output.read_bytes().startswith(PLAN_START)
-        assert (manifest.artefact_sha256, built.size_bytes) == (file_sha256(output), output.stat().st_size)
-        assert (manifest.precision, manifest.preset.name, manifest.checkpoint_sha256) == ("fp16", "tiny", "c" * 64)
+        assert (manifest.artefact_sha256, built.size_bytes) == (
+            file_sha256(output),
+            output.stat().st_size,
+        )
+        assert (manifest.precision, manifest.preset.name, manifest.checkpoint_sha256) == (
+            "fp16",
+            "tiny",
+            "c" * 64,
+        )
         assert manifest.self_test == {"cases": []}
         assert manifest.options["format"] == "engine"
         assert manifest.options["onnx_sha256"] == file_sha256(source)
@@ -64,26 +80,36 @@ class TestArtefact:
 
     def test_sizes_follow_the_model_where_not_given(self, tmp_path: Path) -> None:
         built = build(save_small(tmp_path / "a.onnx"), tmp_path / "a-trt.engine", profiles=None)
-        assert [profile["size_hw"] for profile in built.manifest.target["profiles"]] == [[256, 320], [320, 256]]
+        assert [profile["size_hw"] for profile in built.manifest.target["profiles"]] == [
+            [256, 320],
+            [320, 256],
+        ]
         assert shares(built.layers.network)["fp32"].macs == MACS_A_PIXEL * 256 * 320
 
     def test_parity_of_the_onnx_is_named_as_such(self, tmp_path: Path) -> None:
         source = save_small(tmp_path / "a.onnx")
         assert build(source, tmp_path / "b.engine").manifest.parity == {}
-        verified = replace(read_onnx(source).manifest, parity={"pictures": 12}).with_artefact(source)
+        verified = replace(read_onnx(source).manifest, parity={"pictures": 12}).with_artefact(
+            source
+        )
         manifest_path(source).write_text(verified.to_json())
         parity = build(source, tmp_path / "b.engine").manifest.parity
-        assert parity == {"pictures": 12, "compared": "the ONNX artefact that this engine was built from"}
+        assert parity == {
+            "pictures": 12,
+            "compared": "the ONNX artefact that this engine was built from",
+        }
 
     def test_options_are_remembered(self, tmp_path: Path) -> None:
         options = EngineOptions(workspace_mib=64, compute_capabilities=("8.9",), nms="loop")
-        manifest = build(save_small(tmp_path / "a.onnx"), tmp_path / "b.plan", options=options).manifest
+        manifest = build(
+            save_small(tmp_path / "a.onnx"), tmp_path / "b.plan", options=options
+        ).manifest
         assert (manifest.options["workspace_mib"], manifest.options["nms"]) == (64, "loop")
         assert manifest.target["compute_capabilities"] == ["8.9"]
 
 
 def test_torch_is_loaded_for_suppression_without_a_loop_alone() -> None:
-    code = "import sys, tood_deploy.export.tensorrt.to_tensorrt, tood_deploy.export.tensorrt.shape_report; sys.exit('torch' in sys.modules)"
+    code = "import sys, tood_deploy.export.tensorrt.to_tensorrt, tood_deploy.export.tensorrt.shapes; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -101,12 +127,18 @@ class TestRefusals:
         assert (old.read_bytes(), manifest_path(old).read_text()) == (b"old plan", "old manifest")
         assert len(list(old.parent.iterdir())) == 2
 
-    def test_a_precision_that_is_not_there_leaves_the_old_engine(self, old: Path, tmp_path: Path) -> None:
-        with pytest.raises(ArtefactError, match=r"fp16 was asked for and no arithmetic .* \(found: fp32 100%\)"):
+    def test_a_precision_that_is_not_there_leaves_the_old_engine(
+        self, old: Path, tmp_path: Path
+    ) -> None:
+        with pytest.raises(
+            ArtefactError, match=r"fp16 was asked for and no arithmetic .* \(found: fp32 100%\)"
+        ):
             build(save_small(tmp_path / "a.onnx", "fp32", stated="fp16"), old)
         self.check_old(old)
 
-    def test_a_full_disk_leaves_the_old_engine(self, old: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_full_disk_leaves_the_old_engine(
+        self, old: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         def full_disk(self: Manifest, path: Path) -> Manifest:
             raise OSError(28, "No space left on device")
 
@@ -119,14 +151,32 @@ class TestRefusals:
         ("name", "options", "message"),
         [
             ("b.trt", {}, r"expected a name ending in \.engine or \.plan"),
-            ("a.engine", {}, r"its manifest a\.json would replace that of a\.onnx; give another --output, such as .*a-trt\.engine"),
+            (
+                "a.engine",
+                {},
+                r"its manifest a\.json would replace that of a\.onnx; give another --output, such as .*a-trt\.engine",
+            ),
             ("b.engine", {"flavour": "trt"}, "TensorRT flavour is 'trt'"),
-            ("b.engine", {"options": EngineOptions(timing_cache=Path("cache"))}, "--timing-cache means nothing to TensorRT-RTX"),
-            ("b.engine", {"options": EngineOptions(compute_capabilities=("1.0",), nms="loop")}, r"compute capability 1\.0"),
-            ("b.engine", {"options": EngineOptions()}, "holds suppression .* 0 times, expected once; .*--nms loop"),
+            (
+                "b.engine",
+                {"options": EngineOptions(timing_cache=Path("cache"))},
+                "--timing-cache means nothing to TensorRT-RTX",
+            ),
+            (
+                "b.engine",
+                {"options": EngineOptions(compute_capabilities=("1.0",), nms="loop")},
+                r"compute capability 1\.0",
+            ),
+            (
+                "b.engine",
+                {"options": EngineOptions()},
+                "holds suppression .* 0 times, expected once; .*--nms loop",
+            ),
         ],
     )
-    def test_wrong_use(self, name: str, options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    def test_wrong_use(
+        self, name: str, options: dict[str, Any], message: str, tmp_path: Path
+    ) -> None:
         source = save_small(tmp_path / "a.onnx")
         with pytest.raises(ToodError, match=message):
             build(source, tmp_path / name, **options)
@@ -136,11 +186,20 @@ class TestRefusals:
         ("installed", "error", "message"),
         [
             ((), DeviceError, "neither TensorRT nor TensorRT-RTX is installed"),
-            (("tensorrt", "tensorrt_rtx"), ToodError, "both tensorrt and tensorrt_rtx are installed; say which of the two"),
+            (
+                ("tensorrt", "tensorrt_rtx"),
+                ToodError,
+                "both tensorrt and tensorrt_rtx are installed; say which of the two",
+            ),
         ],
     )
     def test_no_tensorrt_or_both(
-        self, installed: tuple[str, ...], error: type[ToodError], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self,
+        installed: tuple[str, ...],
+        error: type[ToodError],
+        message: str,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         source = save_small(tmp_path / "a.onnx")
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in installed or None)
@@ -171,14 +230,18 @@ class TestTiny:
 
     @pytest.mark.slow
     @pytest.mark.parametrize("precision", ["fp16", "bf16"])
-    def test_half_precision(self, precision: Literal["fp16", "bf16"], tiny_artefact: Path, tmp_path: Path) -> None:
+    def test_half_precision(
+        self, precision: Literal["fp16", "bf16"], tiny_artefact: Path, tmp_path: Path
+    ) -> None:
         low_precision_onnx(tiny_artefact, tmp_path / "low.onnx", precision)
         self.check(tmp_path / "low.onnx", precision, tmp_path)
 
     @pytest.mark.slow
     def test_int8(self, tiny_artefact: Path, tmp_path: Path) -> None:
         artefact = read_onnx(tiny_artefact)
-        ranges = dict.fromkeys(calibrated_values(artefact.model), (-4.0, 4.0))  # a build does not look at them
+        ranges = dict.fromkeys(
+            calibrated_values(artefact.model), (-4.0, 4.0)
+        )  # a build does not look at them
         model, _ = lower_precision(quantize(artefact.model, ranges, scheme="s8s8"), "fp16")
         save_onnx(model, replace(artefact.manifest, precision="int8"), tmp_path / "low.onnx")
         self.check(tmp_path / "low.onnx", "int8", tmp_path)
@@ -189,9 +252,13 @@ class TestTiny:
         self.check(tmp_path / "a.onnx", "fp32", tmp_path)
 
     @pytest.mark.slow
-    def test_deformable_convolutions_as_gathers(self, seeded_model: Callable[..., Any], tmp_path: Path) -> None:
+    def test_deformable_convolutions_as_gathers(
+        self, seeded_model: Callable[..., Any], tmp_path: Path
+    ) -> None:
         model = seeded_model("tiny", deform_tower=1)
-        save_onnx(onnx_from_model(model, deform="gather"), Manifest(model.preset), tmp_path / "a.onnx")
+        save_onnx(
+            onnx_from_model(model, deform="gather"), Manifest(model.preset), tmp_path / "a.onnx"
+        )
         self.check(tmp_path / "a.onnx", "fp32", tmp_path)
 
     def test_ctrl_c_leaves_nothing(self, tiny_artefact: Path, tmp_path: Path) -> None:

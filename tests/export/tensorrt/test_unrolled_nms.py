@@ -13,17 +13,16 @@ from export.small_graph import save_small
 from model.crowds import Boxes, chain, crowd
 from numpy.typing import NDArray
 
+from tood_deploy.data.image_set import synthetic_picture
 from tood_deploy.errors import ArtefactError
-from tood_deploy.export.onnx_artefact import OnnxArtefact, read_onnx
-from tood_deploy.export.precision.emulation import emulate_low_precision
-from tood_deploy.export.precision.mixed_precision import lower_precision
+from tood_deploy.export.precision.half import emulate_low_precision, lower_precision
 from tood_deploy.export.precision.quantize import calibrated_values, quantize
-from tood_deploy.export.tensorrt.unrolled_nms import unroll_nms
-from tood_deploy.export.triton.serving_form import serving_form
+from tood_deploy.export.tensorrt.unroll_nms import unroll_nms
+from tood_deploy.export.triton.serving_graph import serving_form
 from tood_deploy.graph_io import STAGE_VALUES
 from tood_deploy.manifest import OUTPUTS
-from tood_deploy.model.nms_unrolled import ROUNDS
-from tood_deploy.parity.sample_images import synthetic_picture
+from tood_deploy.model.nms import ROUNDS
+from tood_deploy.onnx_file import OnnxArtefact, read_onnx
 
 NET_HW = (96, 128)
 Found = list[NDArray[Any]]
@@ -42,7 +41,9 @@ def unrolled(loop: OnnxArtefact) -> OnnxArtefact:
 def opened(model: onnx.ModelProto) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = 4
-    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
 
 
 def run(model: onnx.ModelProto, score: Any = 0.05, iou: Any = 0.6) -> Found:
@@ -63,9 +64,17 @@ class Tail:
 
     def __init__(self, artefact: OnnxArtefact) -> None:
         graph = ir.from_proto(artefact.model).graph
-        self.inputs = (*STAGE_VALUES["candidates"], "iou_threshold", "images")  # the last for the batch alone
+        self.inputs = (
+            *STAGE_VALUES["candidates"],
+            "iou_threshold",
+            "images",
+        )  # the last for the batch alone
         part = ir.convenience.extract(graph, inputs=self.inputs, outputs=OUTPUTS)
-        types = ((ir.DataType.FLOAT, ("batch", 3840, 4)), (ir.DataType.FLOAT, ("batch", 3840)), (ir.DataType.INT64, ("batch", 3840)))
+        types = (
+            (ir.DataType.FLOAT, ("batch", 3840, 4)),
+            (ir.DataType.FLOAT, ("batch", 3840)),
+            (ir.DataType.INT64, ("batch", 3840)),
+        )
         for value, (dtype, shape) in zip(part.inputs, types, strict=False):
             value.dtype, value.shape = dtype, ir.Shape(shape)
         self.session = opened(ir.to_proto(ir.Model(part, ir_version=artefact.model.ir_version)))
@@ -73,7 +82,9 @@ class Tail:
     def __call__(self, candidates: Boxes, iou: float = 0.6) -> Found:
         """Detections among fewer candidates than the graph has."""
         spare = 3840 - candidates[1].shape[1]
-        arrays = [np.pad(part.numpy(), ((0, 0), (0, spare), (0, 0))[: part.dim()]) for part in candidates]
+        arrays = [
+            np.pad(part.numpy(), ((0, 0), (0, spare), (0, 0))[: part.dim()]) for part in candidates
+        ]
         images = np.zeros((len(arrays[0]), 32, 32, 3), np.uint8)
         feeds = dict(zip(self.inputs, (*arrays, np.array(iou, np.float32), images), strict=True))
         return list(self.session.run(list(OUTPUTS), feeds))  # pyright: ignore[reportReturnType] - dense tensors
@@ -92,7 +103,9 @@ def assert_same(found: Found, expected: Found) -> None:
 class TestEqualsTheLoop:
     @pytest.mark.parametrize("iou", [0.3, 0.6])
     @pytest.mark.parametrize(("classes", "spread"), [(1, 200.0), (80, 800.0)])
-    def test_on_crowds(self, classes: int, spread: float, iou: float, tails: tuple[Tail, Tail]) -> None:
+    def test_on_crowds(
+        self, classes: int, spread: float, iou: float, tails: tuple[Tail, Tail]
+    ) -> None:
         candidates = crowd(3, 3, 3840, classes, spread, empty=0.2)
         with_loop, without = (tail(candidates, iou) for tail in tails)
         assert with_loop[0].min() > 20
@@ -111,11 +124,18 @@ class TestEqualsTheLoop:
         assert_same(run(unrolled.model), expected)
         onnx.checker.check_model(unrolled.model, full_check=True)
 
-    @pytest.mark.parametrize("precision", ["fp16", *(pytest.param(name, marks=pytest.mark.slow) for name in ("bf16", "int8"))])
-    def test_in_lower_precision(self, precision: Literal["fp16", "bf16", "int8"], loop: OnnxArtefact) -> None:
+    @pytest.mark.parametrize(
+        "precision",
+        ["fp16", *(pytest.param(name, marks=pytest.mark.slow) for name in ("bf16", "int8"))],
+    )
+    def test_in_lower_precision(
+        self, precision: Literal["fp16", "bf16", "int8"], loop: OnnxArtefact
+    ) -> None:
         model = loop.model
         if precision == "int8":
-            model = quantize(model, dict.fromkeys(calibrated_values(model), (-4.0, 4.0)), scheme="s8s8")
+            model = quantize(
+                model, dict.fromkeys(calibrated_values(model), (-4.0, 4.0)), scheme="s8s8"
+            )
         model, _ = lower_precision(model, "bf16" if precision == "bf16" else "fp16")
         lowered = unroll_nms(replace(loop, model=model)).model
         if precision == "bf16":
@@ -127,7 +147,9 @@ class TestEqualsTheLoop:
     def test_with_thresholds_for_each_picture(self, loop: OnnxArtefact) -> None:
         model, column = serving_form(loop.model), lambda *values: np.array(values).reshape(3, 1)
         thresholds = column(0.05, 0.0, 0.1), column(0.6, 0.3, 0.8)
-        assert_same(run(unroll_nms(replace(loop, model=model)).model, *thresholds), run(model, *thresholds))
+        assert_same(
+            run(unroll_nms(replace(loop, model=model)).model, *thresholds), run(model, *thresholds)
+        )
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +161,9 @@ def chained() -> Boxes:
 
 
 class TestTooFewRounds:
-    def test_the_count_is_minus_one_and_there_are_no_detections(self, chained: Boxes, tails: tuple[Tail, Tail]) -> None:
+    def test_the_count_is_minus_one_and_there_are_no_detections(
+        self, chained: Boxes, tails: tuple[Tail, Tail]
+    ) -> None:
         with_loop, without = (tail(chained, 0.3) for tail in tails)
         assert with_loop[0].tolist() == [20, 2]
         assert without[0].tolist() == [-1, 2]
@@ -147,7 +171,9 @@ class TestTooFewRounds:
         assert_same([rows[1:] for rows in without], [rows[1:] for rows in with_loop])
 
     @pytest.mark.slow
-    def test_more_rounds_are_enough(self, chained: Boxes, loop: OnnxArtefact, tails: tuple[Tail, Tail]) -> None:
+    def test_more_rounds_are_enough(
+        self, chained: Boxes, loop: OnnxArtefact, tails: tuple[Tail, Tail]
+    ) -> None:
         artefact = unroll_nms(loop, 41)
         assert artefact.manifest.options["nms_rounds"] == 41
         assert_same(Tail(artefact)(chained, 0.3), tails[0](chained, 0.3))
@@ -155,18 +181,25 @@ class TestTooFewRounds:
 
 class TestGraph:
     def test_holds_no_loop(self, loop: OnnxArtefact, unrolled: OnnxArtefact) -> None:
-        kinds = [{node.op_type for node in artefact.model.graph.node} for artefact in (loop, unrolled)]
+        kinds = [
+            {node.op_type for node in artefact.model.graph.node} for artefact in (loop, unrolled)
+        ]
         assert {"Loop"} & kinds[0]
         assert not {"Loop", "Scan", "If", "ScatterElements", "NonZero"} & kinds[1]
 
-    def test_its_manifest_says_the_rounds_and_the_file_is_as_it_was(self, loop: OnnxArtefact, unrolled: OnnxArtefact) -> None:
+    def test_its_manifest_says_the_rounds_and_the_file_is_as_it_was(
+        self, loop: OnnxArtefact, unrolled: OnnxArtefact
+    ) -> None:
         assert unrolled.manifest.options == loop.manifest.options | {"nms_rounds": ROUNDS}
         assert (unrolled.path, unrolled.sha256) == (loop.path, loop.sha256)
         assert read_onnx(loop.path).model == loop.model
 
     def test_a_graph_without_suppression_is_refused(self, tmp_path: Path) -> None:
         artefact = read_onnx(save_small(tmp_path / "a.onnx"))
-        with pytest.raises(ArtefactError, match=r"a\.onnx: the graph holds suppression .* 0 times, expected once; .*--nms loop"):
+        with pytest.raises(
+            ArtefactError,
+            match=r"a\.onnx: the graph holds suppression .* 0 times, expected once; .*--nms loop",
+        ):
             unroll_nms(artefact)
 
     def test_a_graph_with_two_is_refused(self, loop: OnnxArtefact) -> None:

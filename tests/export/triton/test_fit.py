@@ -7,9 +7,9 @@ import pytest
 from export.small_graph import save_small
 
 from tood_deploy.errors import ToodError
+from tood_deploy.export.config import TritonOptions
 from tood_deploy.export.triton.fit import check_precision, int8_scheme, plan_serving
-from tood_deploy.export.triton.options import TritonOptions
-from tood_deploy.export.triton.to_triton import triton_repository
+from tood_deploy.export.triton.repository import triton_repository
 from tood_deploy.manifest import Manifest
 from tood_deploy.presets import PRESETS
 
@@ -24,11 +24,26 @@ MIXED = {"int8": {"scheme": "s8s8"}, "half_precision": {"precision": "bf16"}}
 @pytest.mark.parametrize(
     ("source", "backend", "device", "message"),
     [
-        (manifest("bf16"), "onnxruntime", "gpu", "in bf16: .* serve fp32, int8, or fp16 on GPUs, or give --backend tensorrt"),
+        (
+            manifest("bf16"),
+            "onnxruntime",
+            "gpu",
+            "in bf16: .* serve fp32, int8, or fp16 on GPUs, or give --backend tensorrt",
+        ),
         (manifest("fp16"), "onnxruntime", "cpu", "in fp16 and device cpu"),
         (manifest("int8", **MIXED), "onnxruntime", "gpu", "in int8 beside bf16"),
-        (manifest("int8", int8={"scheme": "u8s8"}), "tensorrt", "gpu", "zero points, which TensorRT lacks"),
-        (manifest("int8", autotune={"scheme": "u8s8"}), "tensorrt", "gpu", "zero points, which TensorRT lacks"),
+        (
+            manifest("int8", int8={"scheme": "u8s8"}),
+            "tensorrt",
+            "gpu",
+            "zero points, which TensorRT lacks",
+        ),
+        (
+            manifest("int8", autotune={"scheme": "u8s8"}),
+            "tensorrt",
+            "gpu",
+            "zero points, which TensorRT lacks",
+        ),
     ],
 )
 def test_refused(source: Manifest, backend: Any, device: Any, message: str) -> None:
@@ -60,4 +75,6 @@ def test_in_python_too_and_nothing_is_left(tmp_path: Path) -> None:
 
 
 def test_schemes() -> None:
-    assert [int8_scheme(manifest("int8", **options)) for options in ({}, {"int8": {"scheme": "s8s8"}})] == ["", "s8s8"]
+    assert [
+        int8_scheme(manifest("int8", **options)) for options in ({}, {"int8": {"scheme": "s8s8"}})
+    ] == ["", "s8s8"]

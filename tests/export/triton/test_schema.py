@@ -3,19 +3,33 @@
 import pytest
 from google.protobuf import text_format
 
-from tood_deploy.export.triton.schema import config_text, new_config, read_config
+from tood_deploy.export.triton.config import config_text, new_config, read_config
 
 
 def test_text_and_back() -> None:
     output = {"name": "num_dets", "data_type": "TYPE_INT32", "dims": [1], "reshape": {"shape": []}}
-    config = new_config(name="a", max_batch_size=8, output=[output], parameters={"classes": {"string_value": 'größer "x"\n'}})
+    config = new_config(
+        name="a",
+        max_batch_size=8,
+        output=[output],
+        parameters={"classes": {"string_value": 'größer "x"\n'}},
+    )
     again = read_config(config_text(config))
     assert again == config
-    assert again.output[0].HasField("reshape")  # empty, and yet said: a number for each picture, without an axis of its own
+    assert again.output[0].HasField(
+        "reshape"
+    )  # empty, and yet said: a number for each picture, without an axis of its own
     assert again.parameters["classes"].string_value == 'größer "x"\n'
 
 
-@pytest.mark.parametrize("fields", [{"max_batch": 8}, {"max_batch_size": "eight"}, {"input": [{"name": "a", "data_type": "TYPE_FLOAT"}]}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"max_batch": 8},
+        {"max_batch_size": "eight"},
+        {"input": [{"name": "a", "data_type": "TYPE_FLOAT"}]},
+    ],
+)
 def test_refuses_what_the_schema_does_not_know(fields: dict[str, object]) -> None:
     with pytest.raises((ValueError, TypeError)):
         new_config(**fields)

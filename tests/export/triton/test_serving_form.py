@@ -8,10 +8,10 @@ import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
 
+from tood_deploy.data.image_set import synthetic_picture
 from tood_deploy.errors import CheckFailed
-from tood_deploy.export.triton.serving_form import check_serving_form, serving_form
+from tood_deploy.export.triton.serving_graph import check_serving_form, serving_form
 from tood_deploy.manifest import INPUTS, OUTPUTS
-from tood_deploy.parity.sample_images import synthetic_picture
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,8 @@ def shipped(tiny_artefact: Path) -> onnx.ModelProto:
 @pytest.fixture(scope="module")
 def sessions(shipped: onnx.ModelProto) -> tuple[ort.InferenceSession, ort.InferenceSession]:
     shipped_session, serving_session = (
-        ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]) for model in (shipped, serving_form(shipped))
+        ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        for model in (shipped, serving_form(shipped))
     )
     return shipped_session, serving_session
 
@@ -40,14 +41,18 @@ def test_every_input_and_output_has_the_batch_axis(shipped: onnx.ModelProto) -> 
     assert [value.name for value in serving.graph.output] == list(OUTPUTS)
     batch = shape_of(serving.graph.input[0])[0]
     assert isinstance(batch, str)
-    assert all(shape_of(value)[0] == batch for value in (*serving.graph.input, *serving.graph.output))
+    assert all(
+        shape_of(value)[0] == batch for value in (*serving.graph.input, *serving.graph.output)
+    )
     assert [shape_of(value)[1:] for value in serving.graph.input[2:]] == [[1], [1]]
 
 
 @pytest.mark.parametrize("size_hw", [(64, 64), (96, 160), (224, 96)])
 @pytest.mark.parametrize("batch", [1, 2, 5])
 def test_equals_the_shipped_graph_in_batches(
-    sessions: tuple[ort.InferenceSession, ort.InferenceSession], size_hw: tuple[int, int], batch: int
+    sessions: tuple[ort.InferenceSession, ort.InferenceSession],
+    size_hw: tuple[int, int],
+    batch: int,
 ) -> None:
     """Each picture has thresholds of its own; the shipped graph runs the same batch once with each."""
     shipped, serving = sessions
@@ -56,11 +61,20 @@ def test_equals_the_shipped_graph_in_batches(
     feeds = {"images": images, "valid_hw": np.array([[height - 7, width - 3]] * batch, np.int32)}
     scores = np.linspace(0.0, 0.3, batch, dtype=np.float32)
     ious = np.linspace(0.8, 0.2, batch, dtype=np.float32)
-    found = run(serving, feeds | {"score_threshold": scores[:, None], "iou_threshold": ious[:, None]})
+    found = run(
+        serving, feeds | {"score_threshold": scores[:, None], "iou_threshold": ious[:, None]}
+    )
     assert found[0].shape == (batch,)
     assert found[0][0] > 0
     for i in range(batch):
-        expected = run(shipped, feeds | {"score_threshold": scores[i : i + 1].reshape(()), "iou_threshold": ious[i : i + 1].reshape(())})
+        expected = run(
+            shipped,
+            feeds
+            | {
+                "score_threshold": scores[i : i + 1].reshape(()),
+                "iou_threshold": ious[i : i + 1].reshape(()),
+            },
+        )
         for one, other in zip(found, expected, strict=True):
             np.testing.assert_array_equal(one[i], other[i])
 
@@ -79,9 +93,13 @@ def test_check_finds_another_graph(shipped: onnx.ModelProto) -> None:
     serving = serving_form(shipped)
     for node in serving.graph.node:
         if node.op_type == "Greater" and "score_threshold" in node.input:
-            node.input[:] = [name if name != "score_threshold" else "first_threshold" for name in node.input]
+            node.input[:] = [
+                name if name != "score_threshold" else "first_threshold" for name in node.input
+            ]
             break
     serving.graph.initializer.append(onnx.numpy_helper.from_array(np.array(0, np.int64), "first"))
-    serving.graph.node.insert(0, onnx.helper.make_node("Gather", ["score_threshold", "first"], ["first_threshold"]))
+    serving.graph.node.insert(
+        0, onnx.helper.make_node("Gather", ["score_threshold", "first"], ["first_threshold"])
+    )
     with pytest.raises(CheckFailed, match="does not give what the graph gives with the thresholds"):
         check_serving_form(shipped, serving, "fp32")

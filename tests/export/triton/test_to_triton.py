@@ -13,15 +13,15 @@ import pytest
 from export.small_graph import save_small
 
 from tood_deploy.errors import ArtefactError, CheckFailed, DeviceError, OutputError, ToodError
-from tood_deploy.export.onnx_artefact import read_onnx
-from tood_deploy.export.tensorrt.profiles import Profiles
+from tood_deploy.export.config import Profiles, TritonOptions
 from tood_deploy.export.tensorrt.to_tensorrt import engine_from_onnx
-from tood_deploy.export.triton import folder as triton_folder
-from tood_deploy.export.triton import to_triton
-from tood_deploy.export.triton.options import TritonOptions
-from tood_deploy.export.triton.schema import read_config
-from tood_deploy.export.triton.to_triton import ServedModel, triton_repository
-from tood_deploy.manifest import INPUTS, OUTPUTS, file_sha256, manifest_path, read_manifest, write_text
+from tood_deploy.export.triton import repository as to_triton
+from tood_deploy.export.triton import repository as triton_folder
+from tood_deploy.export.triton.config import read_config
+from tood_deploy.export.triton.repository import ServedModel, triton_repository
+from tood_deploy.files import file_sha256, write_text
+from tood_deploy.manifest import INPUTS, OUTPUTS, manifest_path, read_manifest
+from tood_deploy.onnx_file import read_onnx
 from tood_deploy.presets import COCO_CLASSES
 
 PROFILES = Profiles(((96, 128), (128, 96)), (1, 2, 4))
@@ -29,8 +29,12 @@ PROFILES = Profiles(((96, 128), (128, 96)), (1, 2, 4))
 
 @pytest.fixture(scope="module")
 def served(tiny_artefact: Path, tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
-    options = TritonOptions(name="tood", instances=2, gpus=(0, 1), warm_up_batches=(1, 4), queue_delay_us=500)
-    return triton_repository(tiny_artefact, tmp_path_factory.mktemp("served") / "repo", options, profiles=PROFILES)
+    options = TritonOptions(
+        name="tood", instances=2, gpus=(0, 1), warm_up_batches=(1, 4), queue_delay_us=500
+    )
+    return triton_repository(
+        tiny_artefact, tmp_path_factory.mktemp("served") / "repo", options, profiles=PROFILES
+    )
 
 
 def config_of(model: ServedModel) -> Any:
@@ -38,23 +42,40 @@ def config_of(model: ServedModel) -> Any:
 
 
 def files_below(folder: Path) -> list[str]:
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return sorted(
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
+    )
 
 
 class TestRepository:
     def test_files(self, served: ServedModel) -> None:
-        warm_up = [f"warmup/{size}/{name}" for size in ("128x96", "96x128") for name in sorted(INPUTS)]
-        assert files_below(served.folder) == ["1/model.json", "1/model.onnx", "config.pbtxt", "labels.txt", *warm_up]
+        warm_up = [
+            f"warmup/{size}/{name}" for size in ("128x96", "96x128") for name in sorted(INPUTS)
+        ]
+        assert files_below(served.folder) == [
+            "1/model.json",
+            "1/model.onnx",
+            "config.pbtxt",
+            "labels.txt",
+            *warm_up,
+        ]
         assert [path.name for path in served.folder.parent.iterdir()] == ["tood"]
         assert (served.path, served.version) == (served.folder / "1" / "model.onnx", 1)
         assert served.folder.stat().st_mode & 0o077, "the server may be another user"
 
     def test_labels_in_the_order_of_the_class_numbers(self, served: ServedModel) -> None:
-        assert tuple((served.folder / "labels.txt").read_text(encoding="utf-8").splitlines()) == COCO_CLASSES
+        assert (
+            tuple((served.folder / "labels.txt").read_text(encoding="utf-8").splitlines())
+            == COCO_CLASSES
+        )
 
     def test_inputs_and_outputs(self, served: ServedModel) -> None:
         config = config_of(served)
-        assert (config.name, config.platform, config.backend) == ("tood", "onnxruntime_onnx", "onnxruntime")
+        assert (config.name, config.platform, config.backend) == (
+            "tood",
+            "onnxruntime_onnx",
+            "onnxruntime",
+        )
         assert config.default_model_filename == served.path.name
         assert {value.name: list(value.dims) for value in config.input} == {
             "images": [-1, -1, 3], "valid_hw": [2], "score_threshold": [1], "iou_threshold": [1]
@@ -75,14 +96,22 @@ class TestRepository:
                 tensor = value.type.tensor_type
                 assert stated.data_type == schema[types[tensor.elem_type]].number
                 shape = [dim.dim_value or -1 for dim in tensor.shape.dim]
-                assert shape == [-1, *(stated.reshape.shape if stated.HasField("reshape") else stated.dims)]
+                assert shape == [
+                    -1,
+                    *(stated.reshape.shape if stated.HasField("reshape") else stated.dims),
+                ]
 
     def test_batching_instances_and_warm_up(self, served: ServedModel) -> None:
         config = config_of(served)
         assert config.max_batch_size == 4
         assert config.dynamic_batching.max_queue_delay_microseconds == 500
         (group,) = config.instance_group
-        assert (group.count, group.Kind.Name(group.kind), list(group.gpus), list(group.profile)) == (2, "KIND_GPU", [0, 1], [])
+        assert (
+            group.count,
+            group.Kind.Name(group.kind),
+            list(group.gpus),
+            list(group.profile),
+        ) == (2, "KIND_GPU", [0, 1], [])
         assert [(each.name, each.batch_size) for each in config.model_warmup] == [
             ("96x128, batch 1", 1), ("96x128, batch 4", 4), ("128x96, batch 1", 1), ("128x96, batch 4", 4)
         ]  # fmt: skip
@@ -92,14 +121,26 @@ class TestRepository:
         for warm_up in config_of(served).model_warmup:
             assert set(warm_up.inputs) == set(INPUTS)
             for value in warm_up.inputs.values():
-                kind = sizes[value.DESCRIPTOR.fields_by_name["data_type"].enum_type.values_by_number[value.data_type].name]
-                array = np.fromfile(served.folder / "warmup" / value.input_data_file, kind).reshape(list(value.dims))
+                kind = sizes[
+                    value.DESCRIPTOR.fields_by_name["data_type"]
+                    .enum_type.values_by_number[value.data_type]
+                    .name
+                ]
+                array = np.fromfile(served.folder / "warmup" / value.input_data_file, kind).reshape(
+                    list(value.dims)
+                )
                 assert array.any()
 
     def test_parameters_for_clients(self, served: ServedModel) -> None:
-        parameters = {key: value.string_value for key, value in config_of(served).parameters.items()}
+        parameters = {
+            key: value.string_value for key, value in config_of(served).parameters.items()
+        }
         assert tuple(json.loads(parameters["class_names"])) == COCO_CLASSES
-        assert (parameters["imgsz"], parameters["preset"], parameters["precision"]) == ("240 320", "tiny", "fp32")
+        assert (parameters["imgsz"], parameters["preset"], parameters["precision"]) == (
+            "240 320",
+            "tiny",
+            "fp32",
+        )
         assert parameters["model_sha256"] == file_sha256(served.path)
 
     def test_manifest_beside_the_model(self, served: ServedModel, tiny_artefact: Path) -> None:
@@ -122,7 +163,9 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Serv
     skip_form(monkeypatch)
     source = save_small(tmp_path / "small.onnx")
 
-    def serve(repository: Path = tmp_path / "repo", model: Path = source, **options: Any) -> ServedModel:
+    def serve(
+        repository: Path = tmp_path / "repo", model: Path = source, **options: Any
+    ) -> ServedModel:
         return triton_repository(model, repository, TritonOptions(**options), profiles=PROFILES)
 
     return serve
@@ -138,7 +181,9 @@ class TestOptions:
     def test_no_batching(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         skip_form(monkeypatch)
         model = save_small(tmp_path / "small.onnx")
-        config = config_of(triton_repository(model, tmp_path / "repo", profiles=Profiles(((64, 96),), (1, 1, 1))))
+        config = config_of(
+            triton_repository(model, tmp_path / "repo", profiles=Profiles(((64, 96),), (1, 1, 1)))
+        )
         assert config.max_batch_size == 1
         assert not config.HasField("dynamic_batching")
 
@@ -155,13 +200,19 @@ class TestOptions:
             ({"warm_up_batches": (1, 5)}, "warm-up batch is 5; expected at most 4"),
         ],
     )
-    def test_refused(self, quick: Callable[..., ServedModel], options: dict[str, Any], message: str) -> None:
+    def test_refused(
+        self, quick: Callable[..., ServedModel], options: dict[str, Any], message: str
+    ) -> None:
         with pytest.raises(ToodError, match=message):
             quick(**options)
 
     def test_single_pictures_must_fit(self, tmp_path: Path) -> None:
         with pytest.raises(ToodError, match="batch is at least 2"):
-            triton_repository(save_small(tmp_path / "a.onnx"), tmp_path / "repo", profiles=Profiles(((64, 64),), (2, 2, 4)))
+            triton_repository(
+                save_small(tmp_path / "a.onnx"),
+                tmp_path / "repo",
+                profiles=Profiles(((64, 64),), (2, 2, 4)),
+            )
 
 
 class TestFolder:
@@ -181,7 +232,9 @@ class TestFolder:
         quick(name="a")
         assert quick(name="b").version == 1
 
-    def test_folder_of_something_else_is_refused(self, quick: Callable[..., ServedModel], tmp_path: Path) -> None:
+    def test_folder_of_something_else_is_refused(
+        self, quick: Callable[..., ServedModel], tmp_path: Path
+    ) -> None:
         (tmp_path / "pictures").mkdir()
         (tmp_path / "pictures" / "a.jpg").touch()
         with pytest.raises(OutputError, match="holds files, but no model"):
@@ -194,7 +247,9 @@ class TestFolder:
             quick(tmp_path / "file")
 
     @pytest.mark.parametrize("text", ['name: "small"', "not a configuration", None])
-    def test_model_of_somebody_else_is_refused(self, quick: Callable[..., ServedModel], tmp_path: Path, text: str | None) -> None:
+    def test_model_of_somebody_else_is_refused(
+        self, quick: Callable[..., ServedModel], tmp_path: Path, text: str | None
+    ) -> None:
         quick(name="other")
         (tmp_path / "repo" / "small").mkdir()
         if text is not None:
@@ -202,7 +257,9 @@ class TestFolder:
         with pytest.raises(OutputError, match="give another --name"):
             quick()
 
-    def test_model_with_other_classes_is_refused(self, quick: Callable[..., ServedModel], tmp_path: Path) -> None:
+    def test_model_with_other_classes_is_refused(
+        self, quick: Callable[..., ServedModel], tmp_path: Path
+    ) -> None:
         folder = quick().folder
         text = (folder / "config.pbtxt").read_text(encoding="utf-8")
         (folder / "config.pbtxt").write_text(text.replace("zebra", "okapi"), encoding="utf-8")
@@ -212,7 +269,9 @@ class TestFolder:
     def test_model_with_other_outputs_is_refused(self, quick: Callable[..., ServedModel]) -> None:
         folder = quick().folder
         text = (folder / "config.pbtxt").read_text(encoding="utf-8")
-        (folder / "config.pbtxt").write_text(text.replace("dims: 100", "dims: 300"), encoding="utf-8")
+        (folder / "config.pbtxt").write_text(
+            text.replace("dims: 100", "dims: 300"), encoding="utf-8"
+        )
         with pytest.raises(OutputError, match="another output"):
             quick()
 
@@ -242,7 +301,9 @@ class TestFolder:
 
 
 class TestTensorRT:
-    def test_without_tensorrt_is_said_and_leaves_nothing(self, quick: Callable[..., ServedModel], tmp_path: Path) -> None:
+    def test_without_tensorrt_is_said_and_leaves_nothing(
+        self, quick: Callable[..., ServedModel], tmp_path: Path
+    ) -> None:
         if find_spec("tensorrt"):
             pytest.skip("TensorRT is installed")
         with pytest.raises(DeviceError, match="TensorRT is not installed"):
@@ -253,20 +314,35 @@ class TestTensorRT:
         """Triton does not run plans of TensorRT-RTX, but it builds without a GPU and shares TensorRT's parser."""
         pytest.importorskip("tensorrt_rtx")
         profiles = Profiles(((64, 96),), (1, 1, 2))
-        built = engine_from_onnx(served.path, tmp_path / "tood.engine", profiles=profiles, flavour="tensorrt_rtx", quiet=True)
+        built = engine_from_onnx(
+            served.path,
+            tmp_path / "tood.engine",
+            profiles=profiles,
+            flavour="tensorrt_rtx",
+            quiet=True,
+        )
         with pytest.raises(ArtefactError, match="is a plan of tensorrt_rtx"):
             triton_repository(tmp_path / "tood.engine", tmp_path / "repo")
         assert "serving" in built.manifest.options
 
-    def test_engine_whose_manifest_pretends_another_flavour(self, tmp_path: Path, served: ServedModel) -> None:
+    def test_engine_whose_manifest_pretends_another_flavour(
+        self, tmp_path: Path, served: ServedModel
+    ) -> None:
         """A stand-in for a plan of TensorRT, which cannot be had without a GPU: its configuration and its files."""
         engine = tmp_path / "tood.engine"
         engine.write_bytes(b"a plan")
         target = {"flavour": "tensorrt", "profiles": PROFILES.to_list()}
-        write_text(manifest_path(engine), replace(served.manifest, target=target).with_artefact(engine).to_json())
+        write_text(
+            manifest_path(engine),
+            replace(served.manifest, target=target).with_artefact(engine).to_json(),
+        )
         model = triton_repository(engine, tmp_path / "repo")
         config = config_of(model)
-        assert (config.platform, config.max_batch_size, model.profiles) == ("tensorrt_plan", 4, PROFILES)
+        assert (config.platform, config.max_batch_size, model.profiles) == (
+            "tensorrt_plan",
+            4,
+            PROFILES,
+        )
         assert list(config.instance_group[0].profile) == ["0", "1"]
         assert model.path.read_bytes() == b"a plan"
         with pytest.raises(ToodError, match="has its own sizes"):
@@ -277,7 +353,10 @@ class TestTensorRT:
     def test_ordinary_engine_is_refused(self, tmp_path: Path, served: ServedModel) -> None:
         engine = tmp_path / "tood.engine"
         engine.write_bytes(b"a plan")
-        write_text(manifest_path(engine), replace(served.manifest, options={}).with_artefact(engine).to_json())
+        write_text(
+            manifest_path(engine),
+            replace(served.manifest, options={}).with_artefact(engine).to_json(),
+        )
         with pytest.raises(ArtefactError, match="one threshold for all pictures"):
             triton_repository(engine, tmp_path / "repo")
         manifest_path(engine).unlink()

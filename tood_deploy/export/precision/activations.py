@@ -18,10 +18,10 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx_ir.analysis import analyze_implicit_usage
 
+from tood_deploy.data.images import picture_paths, read_picture
 from tood_deploy.errors import ArtefactError
-from tood_deploy.export.pictures import picture_paths, read_picture
 from tood_deploy.graph_io import INPUTS
-from tood_deploy.onnx_session import open_session
+from tood_deploy.onnx_file import open_session
 from tood_deploy.preprocess import ImageSize, resize_and_pad
 
 TOGETHER = 4  # wanted values of one segment: below 0.3 GB for the largest networks at 800 x 1344
@@ -53,7 +53,12 @@ class ActivationReader:
     """Computes inner values of one graph. Needs as much memory as a few of them."""
 
     def __init__(
-        self, model: Path | onnx.ModelProto, names: Sequence[str], *, threads: int | None = None, together: int = TOGETHER
+        self,
+        model: Path | onnx.ModelProto,
+        names: Sequence[str],
+        *,
+        threads: int | None = None,
+        together: int = TOGETHER,
     ) -> None:
         """Cuts the graph and opens a session for every segment.
 
@@ -70,8 +75,12 @@ class ActivationReader:
         typed = ir.from_proto(onnx.shape_inference.infer_shapes(proto))
         made = {value.name: value for node in typed.graph for value in node.outputs if value.name}
         if missing := [name for name in names if name not in made]:
-            raise ArtefactError(f"the graph makes no values {', '.join(missing[:3])}; take names of the graph itself, or export it again")
-        self._segments = list(_segments(typed, [made[name] for name in dict.fromkeys(names)], threads, together))
+            raise ArtefactError(
+                f"the graph makes no values {', '.join(missing[:3])}; take names of the graph itself, or export it again"
+            )
+        self._segments = list(
+            _segments(typed, [made[name] for name in dict.fromkeys(names)], threads, together)
+        )
 
     def read(self, image: NDArray[np.uint8], valid_hw: tuple[int, int]) -> Iterator[Values]:
         """The wanted values of one picture, some at a time: take from each dictionary what is needed before asking for the next.
@@ -81,9 +90,13 @@ class ActivationReader:
             valid_hw: rows and columns that hold real pixels.
         """
         thresholds = np.array(SCORE_THRESHOLD, np.float32), np.array(IOU_THRESHOLD, np.float32)
-        held: Values = dict(zip(INPUTS, (image[None], np.array([valid_hw], np.int32), *thresholds), strict=True))
+        held: Values = dict(
+            zip(INPUTS, (image[None], np.array([valid_hw], np.int32), *thresholds), strict=True)
+        )
         for segment in self._segments:
-            found: Any = segment.session.run(list(segment.gives), {name: held[name] for name in segment.reads})
+            found: Any = segment.session.run(
+                list(segment.gives), {name: held[name] for name in segment.reads}
+            )
             held.update(zip(segment.gives, found, strict=True))
             del found
             yield {name: held[name] for name in segment.wanted}
@@ -92,7 +105,12 @@ class ActivationReader:
 
 
 def iterate_activations(
-    model: Path | onnx.ModelProto, pictures: Path, sizing: ImageSize, names: Sequence[str], *, most: int | None = None
+    model: Path | onnx.ModelProto,
+    pictures: Path,
+    sizing: ImageSize,
+    names: Sequence[str],
+    *,
+    most: int | None = None,
 ) -> Iterator[Values]:
     """Inner values over the pictures of a folder, in order of their file names, some at a time and in flat memory.
 
@@ -113,7 +131,9 @@ def iterate_activations(
         yield from reader.read(image, transform.resized_hw)
 
 
-def _segments(model: ir.Model, wanted: Sequence[ir.Value], threads: int | None, together: int) -> Iterator[_Segment]:
+def _segments(
+    model: ir.Model, wanted: Sequence[ir.Value], threads: int | None, together: int
+) -> Iterator[_Segment]:
     """The graph in parts, each from what was computed before to the next few wanted values."""
     place = {value: i for i, node in enumerate(model.graph) for value in node.outputs}
     reads = _reads(model.graph, wanted)
@@ -123,7 +143,11 @@ def _segments(model: ir.Model, wanted: Sequence[ir.Value], threads: int | None, 
         part = wanted[first : first + together]
         end = place[part[-1]] + 1
         later = set[ir.Value]().union(*reads[end:])
-        gives = [value for value, i in place.items() if start <= i < end and (value in part or value in later)]
+        gives = [
+            value
+            for value, i in place.items()
+            if start <= i < end and (value in part or value in later)
+        ]
         takes = known.intersection(set[ir.Value]().union(*reads[start:end]))
         held = known.union(gives)
         yield _open_segment(model, takes, gives, part, held - later, threads)
@@ -139,21 +163,38 @@ def _reads(graph: ir.Graph, wanted: Sequence[ir.Value]) -> list[set[ir.Value]]:
         if needed.isdisjoint(node.outputs):
             reads.append(set())
             continue
-        graphs = [attribute.as_graph() for attribute in node.attributes.values() if attribute.type == ir.AttributeType.GRAPH]
-        values = {value for value in node.inputs if value is not None}.union(*(inner[part] for part in graphs))
+        graphs = [
+            attribute.as_graph()
+            for attribute in node.attributes.values()
+            if attribute.type == ir.AttributeType.GRAPH
+        ]
+        values = {value for value in node.inputs if value is not None}.union(
+            *(inner[part] for part in graphs)
+        )
         needed |= values
         reads.append(values)
     return reads[::-1]
 
 
 def _open_segment(
-    model: ir.Model, takes: set[ir.Value], gives: list[ir.Value], wanted: list[ir.Value], last: set[ir.Value], threads: int | None
+    model: ir.Model,
+    takes: set[ir.Value],
+    gives: list[ir.Value],
+    wanted: list[ir.Value],
+    last: set[ir.Value],
+    threads: int | None,
 ) -> _Segment:
     reads = sorted(map(_name, takes))
     part = ir.convenience.extract(model.graph, reads, gives)
     proto = ir.to_proto(ir.Model(part, ir_version=model.ir_version))
     session = open_session(proto.SerializeToString(), threads=threads, keeps_memory=False)
-    return _Segment(session, tuple(reads), tuple(map(_name, gives)), tuple(map(_name, wanted)), tuple(map(_name, last)))
+    return _Segment(
+        session,
+        tuple(reads),
+        tuple(map(_name, gives)),
+        tuple(map(_name, wanted)),
+        tuple(map(_name, last)),
+    )
 
 
 def _name(value: ir.Value) -> str:

@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
+import glob
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from fnmatch import fnmatchcase
+from typing import Any, cast
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from tood_deploy.export.precision.quantizable import all_layers
-from tood_deploy.export.precision.quantize import Ranges, Scheme, quantize
-from tood_deploy.graph_io import HEAD_OUTPUTS, INPUTS
-from tood_deploy.onnx_session import open_session
-from tood_deploy.rows import row_iou
+from tood_deploy.errors import InputError, ToodError
+from tood_deploy.export.precision.half import (
+    DATA_TYPES,
+    LowPrecision,
+    is_layer,
+    is_vector_layer,
+    layer_name,
+    lower_precision,
+)
+from tood_deploy.export.precision.quantize import Ranges, Scheme, all_layers, quantize
+from tood_deploy.graph_io import HEAD_OUTPUTS, INPUTS, OUTPUTS
+from tood_deploy.matching import Rows, batch_rows, match_overlapping, row_iou
+from tood_deploy.onnx_file import open_session
+from tood_deploy.parity.stages import graph_inputs
 
 MOST_TOLD = 5
 
 Maps = list[NDArray[Any]]
-Prepared = tuple[NDArray[np.uint8], tuple[int, int]]  # a padded picture (rows, columns, 3) RGB, and what of it holds real pixels
+Prepared = tuple[
+    NDArray[np.uint8], tuple[int, int]
+]  # a padded picture (rows, columns, 3) RGB, and what of it holds real pixels
 
 
 @dataclass(frozen=True)
@@ -88,14 +101,19 @@ def measure_sensitivity(
     for done, group in enumerate(groups, start=1):
         others = [other for other in groups if other != group]
         maps = _head_maps(quantize(model, ranges, scheme=scheme, keep=others), pictures)
-        damages = [map_damage(reference, moved) for reference, moved in zip(references, maps, strict=True)]
+        damages = [
+            map_damage(reference, moved) for reference, moved in zip(references, maps, strict=True)
+        ]
         found.append(Sensitivity(group, float(np.mean(damages))))
         progress(done, len(groups))
     return sorted(found, key=lambda one: -one.damage)
 
 
 def choose_kept(
-    ranked: Sequence[Sensitivity], drop_of: Callable[[Collection[str]], float], max_drop: float, say: Callable[[str], None]
+    ranked: Sequence[Sensitivity],
+    drop_of: Callable[[Collection[str]], float],
+    max_drop: float,
+    say: Callable[[str], None],
 ) -> KeptLayers:
     """The fewest of the most sensitive layers that must stay float32, by doubling their number and then halving the interval.
 
@@ -106,12 +124,17 @@ def choose_kept(
         say: told the first of the list, and one line for every trial.
     """
     groups = [one.group for one in ranked]
-    say("most sensitive to 8 bits: " + ", ".join(f"{one.group} {one.damage:.4f}" for one in ranked[:MOST_TOLD]))
+    say(
+        "most sensitive to 8 bits: "
+        + ", ".join(f"{one.group} {one.damage:.4f}" for one in ranked[:MOST_TOLD])
+    )
     drops: dict[int, float] = {}
 
     def is_enough(count: int) -> bool:
         drops[count] = drop_of(tuple(groups[:count])) if count < len(groups) else 0.0
-        say(f"{count} of {len(groups)} groups of layers stay float32: {drops[count]:.3f} worse, at most {max_drop:g} allowed")
+        say(
+            f"{count} of {len(groups)} groups of layers stay float32: {drops[count]:.3f} worse, at most {max_drop:g} allowed"
+        )
         return drops[count] <= max_drop
 
     below, count = -1, 0
@@ -146,9 +169,137 @@ def _head_maps(model: onnx.ModelProto, pictures: Sequence[Prepared]) -> list[Map
     """What the head says of every picture; candidates and suppression are left out."""
     whole = ir.from_proto(model)
     made = {value.name: value for node in whole.graph for value in node.outputs}
-    part = ir.convenience.extract(whole.graph, whole.graph.inputs[:2], [made[name] for name in HEAD_OUTPUTS])
+    part = ir.convenience.extract(
+        whole.graph, whole.graph.inputs[:2], [made[name] for name in HEAD_OUTPUTS]
+    )
     proto = ir.to_proto(ir.Model(part, ir_version=whole.ir_version))
     session = open_session(proto.SerializeToString())
-    inputs = [dict(zip(INPUTS, (image[None], np.array([valid_hw], np.int32)), strict=False)) for image, valid_hw in pictures]
+    inputs = [
+        dict(zip(INPUTS, (image[None], np.array([valid_hw], np.int32)), strict=False))
+        for image, valid_hw in pictures
+    ]
     found: Any = [session.run(list(HEAD_OUTPUTS), values) for values in inputs]
     return found
+
+
+NAME_PARTS = 2  # of a layer's name: "backbone.layer3", "bbox_head.inter_convs"
+
+Quantize = Callable[[onnx.ModelProto, Collection[str]], onnx.ModelProto]
+
+
+def network_parts(model: onnx.ModelProto) -> dict[str, tuple[str, ...]]:
+    """The names of a network's layers by the part of the network that they belong to, in the order of the network."""
+    parts: dict[str, dict[str, None]] = {}
+    for node in ir.from_proto(model).graph:
+        if is_layer(node) and not is_vector_layer(node):
+            name = layer_name(node)
+            parts.setdefault(".".join(name.split(".")[:NAME_PARTS]), {})[name] = None
+    return {part: tuple(names) for part, names in parts.items()}
+
+
+def rank_parts(
+    parts: Mapping[str, Sequence[str]], sensitivities: Sequence[Sensitivity]
+) -> tuple[str, ...]:
+    """The parts in order of the damage that 8 bits do to all their layers together, the largest first; see `measure_sensitivity`."""
+    damages = {
+        part: sum(
+            one.damage
+            for one in sensitivities
+            if any(fnmatchcase(name, one.group) for name in names)
+        )
+        for part, names in parts.items()
+    }
+    return tuple(sorted(damages, key=lambda part: -damages[part]))
+
+
+def mix_precisions(
+    model: onnx.ModelProto,
+    mixture: Mapping[str, str],
+    parts: Mapping[str, Sequence[str]],
+    *,
+    quantize: Quantize | None = None,
+    beside_int8: LowPrecision | None = None,
+) -> onnx.ModelProto:
+    """The graph with a precision for every part.
+
+    Args:
+        model: an exported float32 graph.
+        mixture: "fp32", "int8", and one of "fp16" and "bf16", by part.
+        parts: names of the layers by part, as of `network_parts`.
+        quantize: makes all layers 8-bit but those whose names are given, and others that it knows to be sensitive; needed for int8.
+        beside_int8: what computes, of parts in int8, what cannot be 8-bit; float32 where not given.
+
+    Raises:
+        ToodError: two kinds of half precision, or int8 without `quantize`.
+    """
+
+    def layers_in(precision: str) -> list[str]:
+        return [
+            name for part, found in mixture.items() if found == precision for name in parts[part]
+        ]
+
+    used = set(mixture.values()) | (
+        {beside_int8} if beside_int8 and "int8" in mixture.values() else set()
+    )
+    half = sorted(used & DATA_TYPES.keys())
+    if len(half) > 1:
+        raise ToodError(f"a mixture of {' and '.join(half)}; expected one of them")
+    if quantized := set(layers_in("int8")):
+        if quantize is None:
+            raise ToodError(
+                "int8 is part of the mixture and there is nothing to quantise with; give calibration pictures"
+            )
+        possible = dict.fromkeys(layer.name for layer in all_layers(ir.from_proto(model).graph))
+        model = quantize(model, [name for name in possible if name not in quantized])
+    if half:
+        keep = dict.fromkeys(map(glob.escape, layers_in("fp32")), "better so in the search")
+        model, _ = lower_precision(model, cast(LowPrecision, half[0]), keep=keep)
+    return model
+
+
+SCORE_THRESHOLD, IOU_THRESHOLD = 0.3, 0.6
+SCORE_TOLERANCE = 0.1
+
+
+class DetectionMismatch:
+    """Compares graphs with one reference, on the same pictures."""
+
+    def __init__(
+        self,
+        reference: onnx.ModelProto,
+        pictures: Sequence[Prepared],
+        score_threshold: float = SCORE_THRESHOLD,
+    ) -> None:
+        """Runs the reference; detections have a score above the threshold.
+
+        Raises:
+            InputError: it finds nothing in the pictures.
+        """
+        self.pictures, self.score_threshold = pictures, score_threshold
+        self.expected = self._detect(reference)
+        if not any(map(len, self.expected)):
+            raise InputError(
+                f"nothing is found with a score above {score_threshold} in {len(pictures)} calibration pictures, so quality cannot be "
+                "measured; give pictures of what is to be found"
+            )
+
+    def __call__(self, model: onnx.ModelProto) -> float:
+        """Per cent of the detections of both that only one of the two has; a pair overlaps and differs little in score."""
+        found = self._detect(model)
+        total = sum(map(len, self.expected)) + sum(map(len, found))
+        matched = sum(
+            len(match_overlapping(*rows, SCORE_TOLERANCE)[0])
+            for rows in zip(self.expected, found, strict=True)
+        )
+        return 100 * (1 - 2 * matched / total)
+
+    def _detect(self, model: onnx.ModelProto) -> list[Rows]:
+        session = open_session(model.SerializeToString())
+        rows = []
+        for image, valid_hw in self.pictures:
+            inputs = graph_inputs(
+                image[None], np.array([valid_hw], np.int32), self.score_threshold, IOU_THRESHOLD
+            )
+            found: Any = session.run(list(OUTPUTS), inputs)
+            rows += batch_rows(found)
+        return rows

@@ -3,22 +3,227 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
+import onnx
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+from tood_deploy.engines.tensorrt.library import Flavour, Messages
 from tood_deploy.errors import ArtefactError, DeviceError, ToodError
-from tood_deploy.export.tensorrt.build_progress import Monitor
-from tood_deploy.export.tensorrt.engine_options import EngineOptions
-from tood_deploy.export.tensorrt.network import ParsedNetwork
-from tood_deploy.export.tensorrt.profiles import Profiles
-from tood_deploy.export.tensorrt.timing_cache import kept_timings
-from tood_deploy.tensorrt_flavour import Flavour, Messages
+from tood_deploy.export.config import EngineOptions, Profiles
+from tood_deploy.files import atomic_path
+from tood_deploy.onnx_file import OnnxArtefact
+from tood_deploy.reporter import Heartbeat, print_line
+
+Result = TypeVar("Result")
+
+
+class Monitor(Protocol):
+    """The library's `IProgressMonitor`, for a builder configuration."""
+
+    def cancel(self) -> None:
+        """The build stops at the end of the step it is at."""
+        ...
+
+
+@contextmanager
+def build_progress(flavour: Flavour, quiet: bool = False) -> Iterator[Monitor]:
+    """Shows, while the block runs, how far a build is that is given the monitor: bars on a terminal, elsewhere a line now and then."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    console = Console(stderr=True)
+    with Progress(
+        *columns, console=console, disable=quiet or not sys.stderr.isatty(), transient=True
+    ) as bar:
+        yield _new_monitor(
+            flavour.module,
+            bar,
+            Heartbeat(print_line) if not quiet and not sys.stderr.isatty() else lambda line: None,
+        )
+
+
+def run_cancellable(build: Callable[[], Result], monitor: Monitor) -> Result:
+    """Runs `build` in a thread of its own, and cancels it on Ctrl-C.
+
+    Python hears of Ctrl-C between two steps of the main thread. A build is one long step, and the steps within it, where the library calls
+    back, swallow the interrupt.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            return pool.submit(build).result()
+        except KeyboardInterrupt:
+            monitor.cancel()
+            raise  # on leaving the block, once the builder has stopped
+
+
+def _new_monitor(module: Any, bar: Progress, say: Callable[[str], None]) -> Monitor:
+    """A subclass of that library's own IProgressMonitor. The library calls it from threads of its own."""
+
+    class BuildMonitor(module.IProgressMonitor):
+        def __init__(self) -> None:
+            module.IProgressMonitor.__init__(self)
+            self._tasks: dict[str, TaskID] = {}
+            self._cancelled = threading.Event()
+
+        def cancel(self) -> None:
+            self._cancelled.set()
+            bar.update(
+                bar.add_task("cancelling, TensorRT stops at the end of this step", total=None)
+            )
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self._tasks[phase_name] = bar.add_task(phase_name, total=num_steps)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            if phase_name in self._tasks:
+                bar.update(self._tasks[phase_name], completed=step + 1)
+                say(f"building the engine: {phase_name}, step {step + 1}")
+            return not self._cancelled.is_set()
+
+        def phase_finish(self, phase_name: str) -> None:
+            if phase_name in self._tasks:
+                bar.remove_task(self._tasks.pop(phase_name))
+
+    return BuildMonitor()
+
+
+AVOIDED_BY = {"DeformConv": "export the ONNX with --deform gather"}
+
+
+@dataclass(frozen=True, eq=False)
+class ParsedNetwork:
+    """A network and what must live as long as it: the builder it belongs to, and the parser that owns its weights."""
+
+    builder: Any
+    parser: Any
+    network: Any
+
+
+def parse_network(flavour: Flavour, artefact: OnnxArtefact) -> ParsedNetwork:
+    """The network of an artefact.
+
+    Raises:
+        ArtefactError: the library lacks an operator, or refuses how one is used.
+    """
+    trt = flavour.module
+    builder = trt.Builder(flavour.logger)
+    strongly_typed = getattr(
+        trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None
+    )  # TensorRT 11 may know nothing else
+    network = builder.create_network(0 if strongly_typed is None else 1 << int(strongly_typed))
+    parser = trt.OnnxParser(network, flavour.logger)
+    if missing := sorted(
+        name for name in set(operators(artefact.model.graph)) if not parser.supports_operator(name)
+    ):
+        advice = (
+            "; ".join(AVOIDED_BY[name] for name in missing if name in AVOIDED_BY)
+            or "export the ONNX again with tood-export"
+        )
+        raise ArtefactError(
+            f"{artefact.path}: {flavour.title} has no operator {', '.join(missing)}; {advice}"
+        )
+    if not parser.parse(artefact.model.SerializeToString()):
+        raise ArtefactError(
+            f"{artefact.path}: {flavour.title} cannot take it: {_first_error(parser)}; export the ONNX again with tood-export"
+        )
+    return ParsedNetwork(builder, parser, network)
+
+
+def operators(graph: onnx.GraphProto) -> Iterator[str]:
+    """The operator of every node, those in the bodies of loops too."""
+    for node in graph.node:
+        yield node.op_type
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from operators(attribute.g)
+
+
+def _first_error(parser: Any) -> str:
+    if not parser.num_errors:
+        return "the parser gave no reason"
+    error = parser.get_error(0)
+    return f"operator {error.node_operator()} at node {error.node_name()}: {' '.join(error.desc().split())}"
+
+
+@contextmanager
+def kept_timings(flavour: Flavour, config: Any, path: Path | None) -> Iterator[None]:
+    """Gives the timings in the file to the builder for the block; writes them back, with what it measured, if the block succeeds.
+
+    Args:
+        flavour: the library.
+        config: of the builder.
+        path: the file; need not be there yet. None: nothing is kept.
+
+    Raises:
+        ArtefactError: it is no file, or holds no timings, or those of another GPU or version.
+        OutputError: it cannot be written.
+    """
+    if path is None:
+        yield
+        return
+    with flavour.logger.collecting() as messages:
+        cache = config.create_timing_cache(_content(path))
+        if cache is None or messages.errors:
+            raise ArtefactError(
+                f"{path}: not a timing cache ({messages.reason()}); delete it, or give another --timing-cache"
+            )
+        if not config.set_timing_cache(cache, ignore_mismatch=False):
+            raise ArtefactError(
+                f"{path}: measured on another GPU, or with another version than {flavour.title} ({messages.reason()}); "
+                "delete it, or give another --timing-cache"
+            )
+    yield
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(cache.serialize())
+
+
+def _content(path: Path) -> bytes:
+    """What was kept before; nothing where there is no file yet."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return b""
+    except OSError as error:
+        raise ArtefactError(
+            f"{path}: cannot be read as a file ({error.strerror}); give another --timing-cache"
+        ) from error
+
 
 MIB = 2**20
 NO_ROOM = re.compile(r"within workspace limit", re.IGNORECASE)
-OUT_OF_MEMORY = re.compile(r"out ?of ?memory|insufficient memory|could not be allocated", re.IGNORECASE)
+OUT_OF_MEMORY = re.compile(
+    r"out ?of ?memory|insufficient memory|could not be allocated", re.IGNORECASE
+)
 
 
-def build_plan(flavour: Flavour, parsed: ParsedNetwork, profiles: Profiles, options: EngineOptions, monitor: Monitor) -> Any:
+def build_plan(
+    flavour: Flavour,
+    parsed: ParsedNetwork,
+    profiles: Profiles,
+    options: EngineOptions,
+    monitor: Monitor,
+) -> Any:
     """The engine's plan as a buffer.
 
     Raises:
@@ -35,13 +240,23 @@ def build_plan(flavour: Flavour, parsed: ParsedNetwork, profiles: Profiles, opti
     return plan
 
 
-def _configure(flavour: Flavour, parsed: ParsedNetwork, profiles: Profiles, options: EngineOptions, messages: Messages) -> Any:
+def _configure(
+    flavour: Flavour,
+    parsed: ParsedNetwork,
+    profiles: Profiles,
+    options: EngineOptions,
+    messages: Messages,
+) -> Any:
     trt, config = flavour.module, parsed.builder.create_builder_config()
     if config is None:  # the full library asks for the GPU at once
         raise _failure(flavour, messages, options)
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    config.clear_flag(trt.BuilderFlag.TF32)  # what is fp32 in the ONNX has to be fp32: 10 bits of mantissa are no more than fp16 has
-    if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # TensorRT-RTX would allocate while it runs, which no CUDA graph allows
+    config.clear_flag(
+        trt.BuilderFlag.TF32
+    )  # what is fp32 in the ONNX has to be fp32: 10 bits of mantissa are no more than fp16 has
+    if hasattr(
+        trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"
+    ):  # TensorRT-RTX would allocate while it runs, which no CUDA graph allows
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     if options.workspace_mib is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mib * MIB)
@@ -61,7 +276,9 @@ def _set_capabilities(flavour: Flavour, config: Any, capabilities: tuple[str, ..
         return
     known = known_capabilities(flavour)
     if unknown := [name for name in capabilities if name not in known]:
-        raise ToodError(f"compute capability {', '.join(unknown)}: {flavour.title} builds for {', '.join(known)}")
+        raise ToodError(
+            f"compute capability {', '.join(unknown)}: {flavour.title} builds for {', '.join(known)}"
+        )
     config.num_compute_capabilities = len(capabilities)
     for i, name in enumerate(capabilities):
         config.set_compute_capability(known[name], i)
@@ -70,7 +287,9 @@ def _set_capabilities(flavour: Flavour, config: Any, capabilities: tuple[str, ..
 def known_capabilities(flavour: Flavour) -> dict[str, Any]:
     """What TensorRT-RTX can build for, such as "8.9", and its own value for it."""
     members = flavour.module.ComputeCapability.__members__
-    numbered = {name.removeprefix("SM"): value for name, value in members.items() if name.startswith("SM")}
+    numbered = {
+        name.removeprefix("SM"): value for name, value in members.items() if name.startswith("SM")
+    }
     return {f"{name[:-1]}.{name[-1]}": value for name, value in numbered.items()}
 
 
@@ -92,9 +311,15 @@ def _failure(flavour: Flavour, messages: Messages, options: EngineOptions) -> To
     full = OUT_OF_MEMORY.search(reason)
     # TensorRT-RTX builds without a GPU: there the only memory that can be full is the workspace it was granted.
     if limit is not None and (NO_ROOM.search(reason) or (full and flavour.name == "tensorrt_rtx")):
-        return ToodError(f"a layer needs more workspace than {limit} MiB ({reason}); give a larger --workspace, or leave it out")
+        return ToodError(
+            f"a layer needs more workspace than {limit} MiB ({reason}); give a larger --workspace, or leave it out"
+        )
     if full:
-        return DeviceError(f"{flavour.title} ran out of memory in the build ({reason}); give a smaller --workspace, --batch or --shapes")
+        return DeviceError(
+            f"{flavour.title} ran out of memory in the build ({reason}); give a smaller --workspace, --batch or --shapes"
+        )
     if "CUDA" in reason.upper():
-        return DeviceError(f"{flavour.title} could not use a GPU for the build ({reason}); look at nvidia-smi")
+        return DeviceError(
+            f"{flavour.title} could not use a GPU for the build ({reason}); look at nvidia-smi"
+        )
     return ArtefactError(f"{flavour.title} could not build the network: {reason}")

@@ -14,9 +14,9 @@ from typing import Any
 
 from rich.table import Table
 
+from tood_deploy.engines.tensorrt.library import Flavour
 from tood_deploy.errors import ArtefactError
-from tood_deploy.export.tensorrt.profiles import Shape
-from tood_deploy.tensorrt_flavour import Flavour
+from tood_deploy.export.config import Shape
 
 PRECISIONS = ("int8", "fp16", "bf16", "fp32")
 TYPES = {  # as the two versions of the API and of the inspector write them
@@ -30,7 +30,13 @@ TYPES = {  # as the two versions of the API and of the inspector write them
     "FP32": "fp32",
     "FLOAT32": "fp32",
 }
-NO_WORK = ("CONSTANT", "SHAPE", "QUANTIZE", "DEQUANTIZE", "CAST")  # what they hold or change is not arithmetic in a precision
+NO_WORK = (
+    "CONSTANT",
+    "SHAPE",
+    "QUANTIZE",
+    "DEQUANTIZE",
+    "CAST",
+)  # what they hold or change is not arithmetic in a precision
 
 
 @dataclass(frozen=True)
@@ -78,13 +84,21 @@ class LayerReport:
         """Raises ArtefactError if the precision that was asked for does none of the arithmetic."""
         share = shares(self.network).get(asked)
         if asked != "fp32" and (share is None or not share.macs):
-            found = ", ".join(f"{name} {100 * share.mac_share:.0f}%" for name, share in shares(self.network).items())
-            raise ArtefactError(f"{asked} was asked for and no arithmetic of the network is in it (found: {found}); export the ONNX again")
+            found = ", ".join(
+                f"{name} {100 * share.mac_share:.0f}%"
+                for name, share in shares(self.network).items()
+            )
+            raise ArtefactError(
+                f"{asked} was asked for and no arithmetic of the network is in it (found: {found}); export the ONNX again"
+            )
 
     def to_dict(self) -> dict[str, dict[str, float]]:
         """Plain values for the manifest: the shares of the network's layers and arithmetic per precision."""
         found = shares(self.network).items()
-        return {name: {"layers": round(share.layer_share, 4), "arithmetic": round(share.mac_share, 4)} for name, share in found}
+        return {
+            name: {"layers": round(share.layer_share, 4), "arithmetic": round(share.mac_share, 4)}
+            for name, share in found
+        }
 
 
 def shares(layers: Sequence[Layer]) -> dict[str, Share]:
@@ -96,7 +110,9 @@ def shares(layers: Sequence[Layer]) -> dict[str, Share]:
         own = [layer for layer in counted if layer.precision == precision]
         macs = sum(layer.macs for layer in own)
         if own:
-            result[precision] = Share(len(own), len(own) / len(counted), macs, macs / all_macs if all_macs else 0.0)
+            result[precision] = Share(
+                len(own), len(own) / len(counted), macs, macs / all_macs if all_macs else 0.0
+            )
     return result
 
 
@@ -106,18 +122,26 @@ def network_layers(flavour: Flavour, network: Any, shape_hw: Shape) -> tuple[Lay
         if rest := tuple(tensor.shape)[1:]:
             tensor.shape = (1, *shape_hw, rest[-1]) if tensor.name == "images" else (1, *rest)
     layers = [network.get_layer(i) for i in range(network.num_layers)]
-    from_quantised = {layer.get_output(0).name for layer in layers if layer.type.name == "DEQUANTIZE"}
+    from_quantised = {
+        layer.get_output(0).name for layer in layers if layer.type.name == "DEQUANTIZE"
+    }
     return tuple(_describe(flavour, layer, from_quantised) for layer in layers)
 
 
 def _describe(flavour: Flavour, layer: Any, from_quantised: set[str]) -> Layer:
     kind = layer.type.name
-    inputs = [tensor for tensor in (layer.get_input(i) for i in range(layer.num_inputs)) if tensor is not None]
+    inputs = [
+        tensor
+        for tensor in (layer.get_input(i) for i in range(layer.num_inputs))
+        if tensor is not None
+    ]
     output = layer.get_output(0) if layer.num_outputs else None
     if output is None or kind in NO_WORK:
         return Layer(layer.name, kind, "", 0)
     macs = _multiplications(flavour, layer, inputs, output)
-    if macs and len(inputs) > 1 and all(tensor.name in from_quantised for tensor in inputs[:2]):  # activations and weights
+    if (
+        macs and len(inputs) > 1 and all(tensor.name in from_quantised for tensor in inputs[:2])
+    ):  # activations and weights
         return Layer(layer.name, kind, "int8", macs)
     return Layer(layer.name, kind, TYPES.get((inputs[0] if macs else output).dtype.name, ""), macs)
 
@@ -125,8 +149,15 @@ def _describe(flavour: Flavour, layer: Any, from_quantised: set[str]) -> Layer:
 def _multiplications(flavour: Flavour, layer: Any, inputs: list[Any], output: Any) -> int:
     trt = flavour.module
     if layer.type == trt.LayerType.CONVOLUTION:
-        layer.__class__ = trt.IConvolutionLayer  # the API gives layers as their base class, and this is its way to the attributes
-        return math.prod(output.shape) * math.prod(layer.kernel_size_nd) * inputs[0].shape[1] // layer.num_groups
+        layer.__class__ = (
+            trt.IConvolutionLayer
+        )  # the API gives layers as their base class, and this is its way to the attributes
+        return (
+            math.prod(output.shape)
+            * math.prod(layer.kernel_size_nd)
+            * inputs[0].shape[1]
+            // layer.num_groups
+        )
     if layer.type == trt.LayerType.MATRIX_MULTIPLY:
         layer.__class__ = trt.IMatrixMultiplyLayer
         inner = -2 if layer.op0 == trt.MatrixOperation.TRANSPOSE else -1
@@ -134,7 +165,9 @@ def _multiplications(flavour: Flavour, layer: Any, inputs: list[Any], output: An
     return 0
 
 
-def inspect_plan(flavour: Flavour, plan: Any, *, host_code: bool = False) -> tuple[tuple[Layer, ...] | None, str]:
+def inspect_plan(
+    flavour: Flavour, plan: Any, *, host_code: bool = False
+) -> tuple[tuple[Layer, ...] | None, str]:
     """The layers of a built engine, or None and the reason in one line. Opening a plan takes a GPU.
 
     Args:
@@ -148,7 +181,10 @@ def inspect_plan(flavour: Flavour, plan: Any, *, host_code: bool = False) -> tup
         runtime.engine_host_code_allowed = host_code
         engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
-        return None, f"the built engine was not inspected: {flavour.title} opens a plan only on a GPU that it is for ({messages.reason()})"
+        return (
+            None,
+            f"the built engine was not inspected: {flavour.title} opens a plan only on a GPU that it is for ({messages.reason()})",
+        )
     text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
     return tuple(engine_layers(text)), ""
 
@@ -159,14 +195,18 @@ def engine_layers(inspected: str) -> Iterator[Layer]:
         if isinstance(layer, str):  # a name alone: the engine was built without detail
             yield Layer(layer, "", "", 0)
             continue
-        types = [_precision(tensor) for tensor in (*layer.get("Inputs", ()), *layer.get("Outputs", ()))]
+        types = [
+            _precision(tensor) for tensor in (*layer.get("Inputs", ()), *layer.get("Outputs", ()))
+        ]
         lowest = min((name for name in types if name), key=PRECISIONS.index, default="")
         yield Layer(layer["Name"], layer.get("LayerType", ""), lowest, 0)
 
 
 def _precision(tensor: dict[str, Any]) -> str:
     text = str(tensor.get("DataType") or tensor.get("Format/Datatype") or "").upper()
-    return next((name for word, name in TYPES.items() if word in text.replace(".", " ").split()), "")
+    return next(
+        (name for word, name in TYPES.items() if word in text.replace(".", " ").split()), ""
+    )
 
 
 def shares_table(report: LayerReport) -> Table:
@@ -175,7 +215,13 @@ def shares_table(report: LayerReport) -> Table:
     for column in ("precision", "layers", "share", "GMAC a picture", "share of arithmetic"):
         table.add_column(column, justify="left" if column == "precision" else "right")
     for name, share in shares(report.network).items():
-        table.add_row(name, str(share.layers), f"{share.layer_share:.1%}", f"{share.macs / 1e9:.3g}", f"{share.mac_share:.1%}")
+        table.add_row(
+            name,
+            str(share.layers),
+            f"{share.layer_share:.1%}",
+            f"{share.macs / 1e9:.3g}",
+            f"{share.mac_share:.1%}",
+        )
     table.caption = report.note or _engine_summary(report.engine or ())
     return table
 

@@ -2,25 +2,76 @@
 
 from __future__ import annotations
 
+import platform
+import sys
 import time
+from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from tood_deploy import __version__
+from tood_deploy.engines.tensorrt.library import Flavour, load_flavour
 from tood_deploy.errors import OutputError, ToodError
-from tood_deploy.export.onnx_artefact import OnnxArtefact, read_onnx
-from tood_deploy.export.tensorrt.build import build_plan
-from tood_deploy.export.tensorrt.build_progress import Monitor, build_progress, run_cancellable
-from tood_deploy.export.tensorrt.engine_options import EngineOptions
-from tood_deploy.export.tensorrt.engine_target import engine_target
+from tood_deploy.export.config import EngineOptions, Profiles, default_shapes
+from tood_deploy.export.tensorrt.build import (
+    Monitor,
+    build_plan,
+    build_progress,
+    parse_network,
+    run_cancellable,
+)
 from tood_deploy.export.tensorrt.layers import LayerReport, inspect_plan, network_layers
-from tood_deploy.export.tensorrt.network import parse_network
-from tood_deploy.export.tensorrt.profiles import Profiles, default_shapes
-from tood_deploy.export.tensorrt.unrolled_nms import unroll_nms
-from tood_deploy.manifest import Manifest, atomic_paths, manifest_path, neighbour
-from tood_deploy.tensorrt_flavour import Flavour, load_flavour
+from tood_deploy.export.tensorrt.unroll_nms import unroll_nms
+from tood_deploy.files import atomic_paths
+from tood_deploy.manifest import Manifest, manifest_path, neighbour
+from tood_deploy.onnx_file import OnnxArtefact, read_onnx
+
+# NVIDIA: "By default, an engine built by TensorRT-RTX can be run on GPU devices with compute capability 8.0, 8.6, 8.9, 12.0, and later."
+RTX_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0")
+
+
+def engine_target(flavour: Flavour, profiles: Profiles, options: EngineOptions) -> dict[str, Any]:
+    """Plain values for the manifest.
+
+    Raises:
+        DeviceError: TensorRT builds for the GPU of this machine, and there is none that CUDA can use.
+    """
+    gpus = _rtx_gpus(options) if flavour.name == "tensorrt_rtx" else _gpu_here(options)
+    return {
+        "flavour": flavour.name,
+        "version": flavour.version,
+        "version_compatible": options.version_compatible,
+        "hardware_compatibility": "ampere_plus" if options.hardware_compatible else "none",
+        "platform": f"{sys.platform}-{platform.machine()}".lower(),
+        "profiles": profiles.to_list(),
+        **gpus,
+    }
+
+
+def _rtx_gpus(options: EngineOptions) -> dict[str, Any]:
+    chosen = options.compute_capabilities
+    return {
+        "compute_capabilities": list(chosen or RTX_CAPABILITIES),
+        "later_compute_capabilities": not chosen,
+    }
+
+
+def _gpu_here(options: EngineOptions) -> dict[str, Any]:
+    """The GPU that TensorRT measures on, the first that CUDA sees; name and driver are information, as another driver may run the plan."""
+    from tood_deploy.engines.tensorrt.cuda import Gpu, call, driver
+
+    with closing(Gpu()) as gpu:
+        capability, name = gpu.compute_capability, gpu.name
+    version = call(driver.cuDriverGetVersion)
+    return {
+        "compute_capabilities": [capability],
+        "later_compute_capabilities": options.hardware_compatible,
+        "gpu": name,
+        "driver": f"CUDA {version // 1000}.{version % 1000 // 10}",
+    }
+
 
 SUFFIXES = (".engine", ".plan")
 
@@ -80,9 +131,15 @@ def engine_from_onnx(
     target = engine_target(library, profiles, options)
     started = time.perf_counter()
     with build_progress(library, quiet) as monitor:
-        plan, layers = run_cancellable(lambda: _build(library, artefact, profiles, options, monitor), monitor)
+        plan, layers = run_cancellable(
+            lambda: _build(library, artefact, profiles, options, monitor), monitor
+        )
     seconds = time.perf_counter() - started
-    manifest = replace(_describe(artefact, library, options, layers, rebuild), target=target, self_test=self_test or {})
+    manifest = replace(
+        _describe(artefact, library, options, layers, rebuild),
+        target=target,
+        self_test=self_test or {},
+    )
     with atomic_paths(output, manifest_path(output)) as (plan_file, manifest_file):
         plan_file.write_bytes(plan)
         manifest = manifest.with_artefact(plan_file)
@@ -106,10 +163,16 @@ def _check_output(output: Path) -> None:
 
 
 def _build(
-    library: Flavour, artefact: OnnxArtefact, profiles: Profiles, options: EngineOptions, monitor: Monitor
+    library: Flavour,
+    artefact: OnnxArtefact,
+    profiles: Profiles,
+    options: EngineOptions,
+    monitor: Monitor,
 ) -> tuple[Any, LayerReport]:
     """The plan, and the report on its layers; a precision that nothing is computed in is found before the long build."""
-    layers = LayerReport(network_layers(library, parse_network(library, artefact).network, profiles.shapes_hw[0]))
+    layers = LayerReport(
+        network_layers(library, parse_network(library, artefact).network, profiles.shapes_hw[0])
+    )
     layers.check(artefact.manifest.precision)
     parsed = parse_network(library, artefact)
     plan = build_plan(library, parsed, profiles, options, monitor)
@@ -117,11 +180,26 @@ def _build(
     return plan, replace(layers, engine=engine, note=note)
 
 
-def _describe(artefact: OnnxArtefact, library: Flavour, options: EngineOptions, layers: LayerReport, rebuild: str) -> Manifest:
+def _describe(
+    artefact: OnnxArtefact,
+    library: Flavour,
+    options: EngineOptions,
+    layers: LayerReport,
+    rebuild: str,
+) -> Manifest:
     """The manifest of the engine: that of its ONNX, and what was added."""
     source = artefact.manifest
-    added = {"format": "engine", "onnx_sha256": artefact.sha256, "precisions": layers.to_dict(), **options.to_dict()}
-    parity = {**source.parity, "compared": "the ONNX artefact that this engine was built from"} if source.parity else {}
+    added = {
+        "format": "engine",
+        "onnx_sha256": artefact.sha256,
+        "precisions": layers.to_dict(),
+        **options.to_dict(),
+    }
+    parity = (
+        {**source.parity, "compared": "the ONNX artefact that this engine was built from"}
+        if source.parity
+        else {}
+    )
     return replace(
         source,
         options=source.options | added | ({"rebuild": rebuild} if rebuild else {}),

@@ -5,20 +5,60 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import cache
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
+from google.protobuf.message import Message
 from numpy.typing import NDArray
 
 from tood_deploy import __version__
-from tood_deploy.export.tensorrt.profiles import Profiles, Shape
-from tood_deploy.export.triton.options import Backend, TritonOptions
-from tood_deploy.export.triton.schema import new_config
+from tood_deploy.data.image_set import synthetic_picture
+from tood_deploy.export.config import Backend, Profiles, Shape, TritonOptions
 from tood_deploy.manifest import INPUTS, OUTPUTS, Manifest
-from tood_deploy.parity.sample_images import synthetic_picture
 from tood_deploy.preprocess import resize_and_pad
 from tood_deploy.presets import SIZE_DIVISOR
+
+DESCRIPTOR = "triton_model_config.binpb"
+
+
+@cache
+def _message_class() -> type[Message]:
+    file = descriptor_pb2.FileDescriptorProto.FromString(
+        resources.files("tood_deploy.export.triton").joinpath("schemas", DESCRIPTOR).read_bytes()
+    )
+    pool = (
+        descriptor_pool.DescriptorPool()
+    )  # its own: tritonclient, in the same process, registers the same names
+    pool.Add(file)
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("inference.ModelConfig"))
+
+
+def new_config(**fields: Any) -> Any:
+    """A `ModelConfig` with these fields; nested messages as dictionaries, enumerations by name.
+
+    Raises:
+        ValueError, TypeError: the schema has no such field, or it takes no such value.
+    """
+    return _message_class()(**fields)
+
+
+def config_text(config: Message) -> str:
+    """The text of `config.pbtxt`."""
+    return text_format.MessageToString(config, as_utf8=True)
+
+
+def read_config(text: str) -> Any:
+    """The `ModelConfig` in the text of a `config.pbtxt`.
+
+    Raises:
+        google.protobuf.text_format.ParseError: it is none by Triton's schema.
+    """
+    return text_format.Parse(text, _message_class()())
+
 
 LABELS_FILE = "labels.txt"
 WARM_UP_FOLDER = "warmup"  # where Triton looks for the files that a warm-up names
@@ -28,7 +68,9 @@ WARM_UP_CONF, WARM_UP_IOU = 0.05, 0.6
 OURS = "tood_deploy"  # the parameter by which a configuration of ours is known
 
 
-def triton_config(manifest: Manifest, backend: Backend, options: TritonOptions, profiles: Profiles) -> Any:
+def triton_config(
+    manifest: Manifest, backend: Backend, options: TritonOptions, profiles: Profiles
+) -> Any:
     """The `ModelConfig`.
 
     Args:
@@ -46,9 +88,17 @@ def triton_config(manifest: Manifest, backend: Backend, options: TritonOptions, 
         max_batch_size=most,
         input=_inputs(),
         output=_outputs(manifest.max_det),
-        dynamic_batching={"max_queue_delay_microseconds": options.queue_delay_us} if most > 1 else None,
-        instance_group=[_instances(options, len(profiles.shapes_hw) if backend == "tensorrt" else 0)],
-        model_warmup=[_warm_up(shape, batch) for shape in profiles.shapes_hw for batch in options.warm_up_batches],
+        dynamic_batching={"max_queue_delay_microseconds": options.queue_delay_us}
+        if most > 1
+        else None,
+        instance_group=[
+            _instances(options, len(profiles.shapes_hw) if backend == "tensorrt" else 0)
+        ],
+        model_warmup=[
+            _warm_up(shape, batch)
+            for shape in profiles.shapes_hw
+            for batch in options.warm_up_batches
+        ],
         parameters={name: {"string_value": value} for name, value in _parameters(manifest).items()},
     )
 
@@ -66,32 +116,56 @@ def _inputs() -> list[dict[str, Any]]:
 def _outputs(max_det: int) -> list[dict[str, Any]]:
     num_dets, boxes, scores, labels = OUTPUTS
     return [
-        {"name": num_dets, "data_type": "TYPE_INT32", "dims": [1], "reshape": {"shape": []}},  # the graph gives it without a second axis
+        {
+            "name": num_dets,
+            "data_type": "TYPE_INT32",
+            "dims": [1],
+            "reshape": {"shape": []},
+        },  # the graph gives it without a second axis
         {"name": boxes, "data_type": "TYPE_FP32", "dims": [max_det, 4]},
         {"name": scores, "data_type": "TYPE_FP32", "dims": [max_det]},
-        {"name": labels, "data_type": "TYPE_INT32", "dims": [max_det], "label_filename": LABELS_FILE},
+        {
+            "name": labels,
+            "data_type": "TYPE_INT32",
+            "dims": [max_det],
+            "label_filename": LABELS_FILE,
+        },
     ]
 
 
 def _instances(options: TritonOptions, profiles: int) -> dict[str, Any]:
-    group: dict[str, Any] = {"count": options.instances, "kind": f"KIND_{options.device.upper()}", "gpus": options.gpus}
-    return group | ({"profile": [str(number) for number in range(profiles)]} if profiles > 1 else {})
+    group: dict[str, Any] = {
+        "count": options.instances,
+        "kind": f"KIND_{options.device.upper()}",
+        "gpus": options.gpus,
+    }
+    return group | (
+        {"profile": [str(number) for number in range(profiles)]} if profiles > 1 else {}
+    )
 
 
 def _warm_up(shape: Shape, batch: int) -> dict[str, Any]:
     inputs = {}
     for name, array in warm_up_arrays(shape).items():
         kind = next(each["data_type"] for each in _inputs() if each["name"] == name)
-        inputs[name] = {"data_type": kind, "dims": array.shape, "input_data_file": f"{_size_name(shape)}/{name}"}
+        inputs[name] = {
+            "data_type": kind,
+            "dims": array.shape,
+            "input_data_file": f"{_size_name(shape)}/{name}",
+        }
     return {"name": f"{_size_name(shape)}, batch {batch}", "batch_size": batch, "inputs": inputs}
 
 
 def warm_up_arrays(shape: Shape) -> dict[str, NDArray[Any]]:
     """A synthetic picture that fills a padded size, as one request of batch 1 without the batch axis: name to array."""
     height, width = shape
-    image, transform = resize_and_pad(synthetic_picture(height, width, seed=0), (min(shape), max(shape)), shape)
+    image, transform = resize_and_pad(
+        synthetic_picture(height, width, seed=0), (min(shape), max(shape)), shape
+    )
     thresholds = (np.array([value], np.float32) for value in (WARM_UP_CONF, WARM_UP_IOU))
-    return dict(zip(INPUTS, (image, np.array(transform.resized_hw, np.int32), *thresholds), strict=True))
+    return dict(
+        zip(INPUTS, (image, np.array(transform.resized_hw, np.int32), *thresholds), strict=True)
+    )
 
 
 def write_warm_up(folder: Path, shapes_hw: Sequence[Shape]) -> None:

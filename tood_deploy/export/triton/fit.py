@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tood_deploy.engines.precision_support import ON_CPUS, half_precision_of, mixes_int8_and_half
 from tood_deploy.errors import ArtefactError, ToodError
+from tood_deploy.export.config import Backend, Profiles, TritonOptions, default_shapes
 from tood_deploy.export.option_rules import ENGINES
-from tood_deploy.export.tensorrt.profiles import Profiles, default_shapes
 from tood_deploy.export.triton.config import triton_config
-from tood_deploy.export.triton.folder import next_version
-from tood_deploy.export.triton.options import Backend, TritonOptions
-from tood_deploy.half_precision import ON_CPUS, half_precision_of, mixes_int8_and_half
+from tood_deploy.export.triton.repository import next_version
 from tood_deploy.manifest import Manifest, artefact_sha256, manifest_path, read_manifest
 
 SERVED_FLAVOUR = "tensorrt"  # Triton has no backend for plans of TensorRT-RTX
@@ -38,7 +37,13 @@ def is_engine(model: Path) -> bool:
     return model.suffix.lower() in ENGINES
 
 
-def plan_serving(model: Path, source: Manifest, repository: Path, options: TritonOptions, profiles: Profiles | None) -> ServingPlan:
+def plan_serving(
+    model: Path,
+    source: Manifest,
+    repository: Path,
+    options: TritonOptions,
+    profiles: Profiles | None,
+) -> ServingPlan:
     """Decide how a model is served.
 
     Args:
@@ -55,7 +60,9 @@ def plan_serving(model: Path, source: Manifest, repository: Path, options: Trito
     if not is_engine(model):
         check_precision(model.name, source, backend, options)
     chosen = choose_profiles(model, source, profiles, options)
-    return ServingPlan(backend, chosen, next_version(repository, triton_config(source, backend, options, chosen)))
+    return ServingPlan(
+        backend, chosen, next_version(repository, triton_config(source, backend, options, chosen))
+    )
 
 
 def choose_backend(model: Path, options: TritonOptions) -> Backend:
@@ -66,9 +73,13 @@ def choose_backend(model: Path, options: TritonOptions) -> Backend:
     """
     backend: Backend = options.backend or ("tensorrt" if is_engine(model) else "onnxruntime")
     if is_engine(model) and backend != "tensorrt":
-        raise ToodError(f"{model}: {backend} does not run an engine; give the .onnx artefact, or leave the backend out")
+        raise ToodError(
+            f"{model}: {backend} does not run an engine; give the .onnx artefact, or leave the backend out"
+        )
     if backend == "tensorrt" and options.device == "cpu":
-        raise ToodError(f"{model}: device is cpu, and TensorRT runs on GPUs; give device gpu, or an .onnx artefact and backend onnxruntime")
+        raise ToodError(
+            f"{model}: device is cpu, and TensorRT runs on GPUs; give device gpu, or an .onnx artefact and backend onnxruntime"
+        )
     return backend
 
 
@@ -96,7 +107,9 @@ def check_precision(name: str, source: Manifest, backend: Backend, options: Trit
             "or give --backend tensorrt"
         )
     if half == "fp16" and options.device == "cpu":
-        raise ToodError(f"{name} in fp16 and device cpu: {ON_CPUS['fp16']}; serve fp32 or int8, or give --device gpu")
+        raise ToodError(
+            f"{name} in fp16 and device cpu: {ON_CPUS['fp16']}; serve fp32 or int8, or give --device gpu"
+        )
 
 
 def int8_scheme(source: Manifest) -> str:
@@ -105,7 +118,9 @@ def int8_scheme(source: Manifest) -> str:
     return str(made.get("scheme", ""))
 
 
-def choose_profiles(model: Path, source: Manifest, profiles: Profiles | None, options: TritonOptions) -> Profiles:
+def choose_profiles(
+    model: Path, source: Manifest, profiles: Profiles | None, options: TritonOptions
+) -> Profiles:
     """Return the profiles asked for, the engine's own, or those of the model's own sizes.
 
     Raises:
@@ -113,7 +128,9 @@ def choose_profiles(model: Path, source: Manifest, profiles: Profiles | None, op
     """
     if is_engine(model):
         if profiles is not None:
-            raise ToodError(f"{model}: an engine has its own sizes and batches; leave --shapes and --batch out")
+            raise ToodError(
+                f"{model}: an engine has its own sizes and batches; leave --shapes and --batch out"
+            )
         profiles = engine_profiles(source)
     profiles = profiles or Profiles(default_shapes(source.preset.imgsz))
     check_batches(profiles.batch, options)
@@ -128,16 +145,23 @@ def check_batches(batch: tuple[int, int, int], options: TritonOptions) -> None:
     """
     smallest, _, largest = batch
     if smallest > 1:
-        raise ToodError(f"batch is at least {smallest}; a server also gets pictures one by one: give a --batch from 1")
+        raise ToodError(
+            f"batch is at least {smallest}; a server also gets pictures one by one: give a --batch from 1"
+        )
     if options.warm_up_batches and max(options.warm_up_batches) > largest:
-        raise ToodError(f"warm-up batch is {max(options.warm_up_batches)}; expected at most {largest}, the largest batch")
+        raise ToodError(
+            f"warm-up batch is {max(options.warm_up_batches)}; expected at most {largest}, the largest batch"
+        )
 
 
 def engine_profiles(manifest: Manifest) -> Profiles:
     """Return the profiles that an engine was built with."""
     each: list[dict[str, Any]] = manifest.target["profiles"]
     smallest, best, largest = each[0]["batch"]
-    return Profiles(tuple((profile["size_hw"][0], profile["size_hw"][1]) for profile in each), (smallest, best, largest))
+    return Profiles(
+        tuple((profile["size_hw"][0], profile["size_hw"][1]) for profile in each),
+        (smallest, best, largest),
+    )
 
 
 def read_engine_manifest(engine: Path) -> Manifest:
@@ -148,10 +172,14 @@ def read_engine_manifest(engine: Path) -> Manifest:
         ArtefactError: its manifest is missing or another's, or Triton cannot serve it.
     """
     if not engine.is_file():
-        raise ToodError(f"{engine}: no such file; expected an .onnx artefact or an engine of tood-export")
+        raise ToodError(
+            f"{engine}: no such file; expected an .onnx artefact or an engine of tood-export"
+        )
     manifest = read_manifest(engine)
     if manifest is None or manifest.artefact_sha256 != artefact_sha256(engine):
-        raise ArtefactError(f"{engine}: its manifest {manifest_path(engine).name} is missing or describes another file; export it again")
+        raise ArtefactError(
+            f"{engine}: its manifest {manifest_path(engine).name} is missing or describes another file; export it again"
+        )
     if "serving" not in manifest.options:
         raise ArtefactError(
             f"{engine}: has one threshold for all pictures, and Triton batches only what has one for each; give the .onnx artefact"

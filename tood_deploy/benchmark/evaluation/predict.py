@@ -1,0 +1,254 @@
+"""Runs a detector over the pictures of an annotation file; memory does not grow with the pictures, and what is done is kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TextIO
+
+import numpy as np
+
+from tood_deploy import __version__
+from tood_deploy.data.coco import Truth
+from tood_deploy.data.images import MAX_PIXELS
+from tood_deploy.data.results import Results, empty_results
+from tood_deploy.detections import Detections
+from tood_deploy.errors import ArtefactError, InputError
+from tood_deploy.files import file_sha256
+from tood_deploy.inference.detector import Detector
+from tood_deploy.inference.output_paths import check_writable
+from tood_deploy.inference.pipeline import Timings, detect_frames
+from tood_deploy.inference.run import Talk
+from tood_deploy.inference.sinks import output_errors
+from tood_deploy.inference.source import open_source
+from tood_deploy.manifest import artefact_sha256
+from tood_deploy.preprocess import padded_size
+
+FORMAT = "tood-eval predictions 1"
+
+
+@dataclass(frozen=True)
+class Key:
+    """What detections depend on.
+
+    Attributes:
+        values: names and values; any difference makes another key.
+    """
+
+    values: Mapping[str, Any]
+
+    def header(self) -> str:
+        """The first line of the file."""
+        return json.dumps({"format": FORMAT, "key": self.values}, sort_keys=True, default=str)
+
+    def file_in(self, folder: Path) -> Path:
+        """Where detections of this key go."""
+        return (
+            folder / f"predictions-{hashlib.sha256(self.header().encode()).hexdigest()[:16]}.jsonl"
+        )
+
+
+class PredictionFile:
+    """The lines of one key; a context manager while they are added to.
+
+    Attributes:
+        path: of the file.
+        sizes_hw: rows and columns of every picture that has its line, by image id.
+    """
+
+    def __init__(self, path: Path, key: Key) -> None:
+        """Reads what an earlier run has left; a line that was cut by its end is taken away.
+
+        Raises:
+            InputError: the file is damaged, or of another key.
+            OutputError: the folder cannot be written.
+        """
+        check_writable(path.parent)
+        self.path, self.key = path, key
+        self.sizes_hw: dict[int, tuple[int, int]] = {}
+        self._parts: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+        self._file: TextIO | None = None
+        if path.exists():
+            self._load()
+
+    def __len__(self) -> int:
+        return len(self.sizes_hw)
+
+    def add(self, image_id: int, size_hw: tuple[int, int], found: Detections) -> None:
+        """Writes a picture's line, at once.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        values = {
+            "image_id": image_id,
+            "size_hw": size_hw,
+            "boxes": found.boxes.tolist(),
+            "scores": found.scores.tolist(),
+        }
+        line = json.dumps(values | {"class_ids": found.class_ids.tolist()})
+        with output_errors(self.path):
+            assert self._file is not None, "used as a context manager"
+            self._file.write(line + "\n")
+            self._file.flush()
+        self._keep(json.loads(line))
+
+    def results(self, category_ids: Sequence[int | None]) -> Results:
+        """All detections, ids of categories for class numbers; classes without one are left out."""
+        ids = np.array(
+            [-1 if category is None else category for category in category_ids], np.int64
+        )
+        parts = [_as_results(image, ids, *self._parts[image]) for image in sorted(self._parts)]
+        columns = zip(
+            *(
+                (part.image_ids, part.category_ids, part.boxes_xywh, part.scores)
+                for part in (empty_results(), *parts)
+            ),
+            strict=True,
+        )
+        return Results(*(np.concatenate(column) for column in columns))
+
+    def _load(self) -> None:
+        with self.path.open("rb") as file:
+            lines = file.read().split(b"\n")
+        if lines[-1]:  # cut in the middle of a line
+            with output_errors(self.path), self.path.open("r+b") as file:
+                file.truncate(sum(len(line) + 1 for line in lines[:-1]))
+        if len(lines) > 1 and lines[0] != self.key.header().encode():
+            raise InputError(f"{self.path}: is not what its name says; delete it and run again")
+        try:
+            for line in lines[1:-1]:
+                self._keep(json.loads(line))
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{self.path}: damaged ({error}); delete it and run again") from error
+
+    def _keep(self, line: dict[str, Any]) -> None:
+        boxes = np.array(line["boxes"], np.float32).reshape(-1, 4)
+        self._parts[line["image_id"]] = (
+            boxes,
+            np.array(line["scores"], np.float32),
+            np.array(line["class_ids"], np.int32),
+        )
+        self.sizes_hw[line["image_id"]] = (line["size_hw"][0], line["size_hw"][1])
+
+    def __enter__(self) -> Self:
+        with output_errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("a", encoding="utf-8")
+            if not self._file.tell():
+                self._file.write(self.key.header() + "\n")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def _as_results(
+    image_id: int,
+    category_ids: np.ndarray,
+    boxes: np.ndarray,
+    scores: np.ndarray,
+    class_ids: np.ndarray,
+) -> Results:
+    categories = category_ids[class_ids] if len(class_ids) else np.zeros(0, np.int64)
+    xyxy = boxes.astype(np.float64)
+    xywh = np.concatenate([xyxy[:, :2], xyxy[:, 2:] - xyxy[:, :2]], axis=1)
+    rows = Results(
+        np.full(len(scores), image_id, np.int64), categories, xywh, scores.astype(np.float64)
+    )
+    return rows.pick(categories >= 0)
+
+
+def prediction_key(detector: Detector, model: str, truth: Truth, files: Mapping[int, Path]) -> Key:
+    """Everything that detections depend on: model, thresholds, runtime, annotations, pictures."""
+    pictures = hashlib.sha256()
+    for key, path in files.items():
+        status = path.stat()
+        pictures.update(f"{key} {path} {status.st_size} {status.st_mtime_ns}\n".encode())
+    engine = detector.engine
+    return Key(
+        {
+            "model": artefact_sha256(Path(model)) if Path(model).is_file() else model,
+            "manifest": hashlib.sha256(engine.manifest.to_json().encode()).hexdigest(),
+            "runtime": f"{engine.name}, {engine.precision}, {engine.device}, tood_deploy {__version__}",
+            "conf": detector.conf,
+            "iou": detector.iou,
+            "max_det": detector.max_det,
+            "imgsz": str(detector.sizing),
+            "fast_decode": detector.fast_decode,
+            "annotations": file_sha256(truth.path),
+            "pictures": pictures.hexdigest(),
+        }
+    )
+
+
+def predict(
+    detector: Detector,
+    truth: Truth,
+    files: Mapping[int, Path],
+    kept: PredictionFile,
+    batch: int,
+    quiet: bool,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Timings:
+    """Detects in every picture that has no line yet. Interrupted, it loses at most the pictures in work.
+
+    Args:
+        detector: to run.
+        truth: the annotations; tell the pictures' sizes, by which they are put in order so that batches fill.
+        files: of the pictures, by image id.
+        kept: where detections go.
+        batch: the most pictures of one engine call.
+        quiet: no progress bar.
+        progress: called after every picture with how many are done and how many there are.
+
+    Raises:
+        InputError: pictures cannot be read; the others are done.
+        ArtefactError: the model gave values that are not numbers.
+    """
+    timings = Timings()
+    todo = sorted(
+        (key for key in files if key not in kept.sizes_hw),
+        key=lambda key: (_net_hw(truth, key, detector), key),
+    )
+    if not todo:
+        return timings
+    ids = {str(files[key]): key for key in todo}
+    source = open_source([files[key] for key in todo], MAX_PIXELS)
+    results = detect_frames(detector, source, batch, timings)
+    done = 0
+    try:
+        with kept, Talk(source, timings, quiet) as talk, closing(results):
+            for frame, found in results:
+                kept.add(ids[frame.name], frame.size_hw, found)
+                talk.advance()
+                done += 1
+                progress(done, len(todo))
+    except ArtefactError as error:
+        others = f" or one of the {batch - 1} after it" if batch > 1 else ""
+        raise ArtefactError(
+            f"{error} (picture {files[todo[min(done, len(todo) - 1)]]}{others})"
+        ) from error
+    if source.skipped:
+        raise InputError(
+            f"{source.skipped} of {len(files)} pictures cannot be read, the first: {source.problems[0]}. "
+            f"Mend them, or take them out of {truth.path}; the others are done and kept"
+        )
+    return timings
+
+
+def _net_hw(truth: Truth, key: int, detector: Detector) -> tuple[int, int]:
+    size_hw = truth.images[key].size_hw
+    return (0, 0) if size_hw is None or min(size_hw) < 1 else padded_size(size_hw, detector.sizing)

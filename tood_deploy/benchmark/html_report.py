@@ -1,0 +1,309 @@
+"""The reports of evaluation and benchmark: one self-contained HTML page, the same in Markdown, the numbers as JSON.
+
+Tables, figures and pictures come in; files come out. It knows nothing of detectors, metrics or what is reported.
+Fractions stay fractions in JSON; whoever makes a table chooses its units.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import cv2
+import matplotlib as mpl
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.colors import same_color
+from matplotlib.figure import Figure
+from matplotlib.legend import Legend
+from matplotlib.text import Text
+from numpy.typing import NDArray
+
+from tood_deploy import __version__
+from tood_deploy.files import write_text
+
+NOTHING = "-"
+LARGEST_PICTURE_PX = 1280
+JPEG_QUALITY = 82
+
+Cell = str | int | float | None
+
+_TEMPLATES = Environment(
+    loader=PackageLoader("tood_deploy.benchmark"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows below headers; the first column names the row, the others are numbers or short texts.
+
+    Attributes:
+        headers: one text a column.
+        rows: cells; None and NaN are shown as a dash, floats with two digits after the point.
+        note: a sentence below.
+    """
+
+    headers: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    note: str = ""
+
+    def html(self) -> Markup:
+        """The table as HTML; it scrolls sideways where the screen is narrow."""
+        return render(
+            "table.html",
+            headers=self.headers,
+            rows=[[show(cell) for cell in row] for row in self.rows],
+            note=self.note,
+        )
+
+    def markdown(self) -> str:
+        """The table as Markdown."""
+        lines = [
+            self.headers,
+            ["---"] + ["---:"] * (len(self.headers) - 1),
+            *([show(cell) for cell in row] for row in self.rows),
+        ]
+        text = "\n".join(
+            "| " + " | ".join(cell.replace("|", "\\|").replace("<", "&lt;") for cell in line) + " |"
+            for line in lines
+        )
+        return f"{text}\n\n{self.note}" if self.note else text
+
+
+@dataclass(frozen=True)
+class Card:
+    """One picture or figure of a gallery.
+
+    Attributes:
+        caption: a line above it.
+        body: what `embed_figure` or `picture` gave.
+    """
+
+    caption: str
+    body: Markup
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page under a heading.
+
+    Attributes:
+        title: the heading.
+        body: HTML from `Table.html`, `gallery`, `embed_figure`, `picture` or `paragraph`; several are joined with +.
+        lead: a sentence or two that say what is to be seen.
+    """
+
+    title: str
+    body: Markup
+    lead: str = ""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A number in large letters at the top of the page, with what it is and a remark."""
+
+    name: str
+    value: str
+    remark: str = ""
+
+
+def render(template: str, **values: Any) -> Markup:
+    """Fills a template of this package; every text is escaped, Markup is not."""
+    return Markup(_TEMPLATES.get_template(template).render(**values))
+
+
+def render_page(
+    title: str,
+    sections: Sequence[Section],
+    path: Path,
+    *,
+    lead: str = "",
+    tiles: Sequence[Tile] = (),
+    facts: Mapping[str, str] | None = None,
+    warnings: Sequence[str] = (),
+) -> None:
+    """Writes one HTML page that needs no other file and no network, readable on a phone, light or dark as the reader has it.
+
+    Args:
+        title: of the page.
+        sections: in order; two or more get a table of contents.
+        path: of the file.
+        lead: a sentence below the title.
+        tiles: the most important numbers.
+        facts: what was run on what: name and value, at the end of the page.
+        warnings: lines that stand out at the top.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    page = {
+        "title": title,
+        "lead": lead,
+        "tiles": tiles,
+        "warnings": warnings,
+        "sections": sections,
+        "facts": facts or {},
+    }
+    write_text(path, render("page.html", **page, version=__version__))
+
+
+def paragraph(text: str) -> Markup:
+    """A plain paragraph."""
+    return Markup("<p>{}</p>\n").format(text)
+
+
+def gallery(cards: Sequence[Card], columns: Literal["one", "two", "many"] = "two") -> Markup:
+    """Cards in order; `columns` beside one another where the screen is wide enough: "one" for pairs, "many" for small figures."""
+    return render("gallery.html", cards=cards, columns=columns)
+
+
+def pair(left: Markup, right: Markup) -> Markup:
+    """Two pictures beside one another, the right one below the left where the screen is narrow."""
+    return Markup('<div class="pair">{}{}</div>\n').format(left, right)
+
+
+def fold(summary: str, body: Markup) -> Markup:
+    """Something long that a reader opens with a click."""
+    return Markup("<details><summary>{}</summary>{}</details>\n").format(summary, body)
+
+
+def picture(image_bgr: NDArray[np.uint8], description: str) -> Markup:
+    """An `<img>` with the picture, (H, W, 3) uint8 BGR, inside; `description` is for those who cannot see it."""
+    return Markup('<img src="{}" alt="{}" loading="lazy">\n').format(
+        embed_picture(image_bgr), description
+    )
+
+
+def embed_picture(image_bgr: NDArray[np.uint8], largest_px: int = LARGEST_PICTURE_PX) -> str:
+    """A data URI of the picture, (H, W, 3) uint8 BGR, as JPEG, scaled down where a side is longer than `largest_px`."""
+    scale = largest_px / max(image_bgr.shape[:2])
+    if scale < 1:
+        size_wh = (
+            max(1, round(image_bgr.shape[1] * scale)),
+            max(1, round(image_bgr.shape[0] * scale)),
+        )
+        image_bgr = np.asarray(
+            cv2.resize(image_bgr, size_wh, interpolation=cv2.INTER_AREA), np.uint8
+        )
+    _, data = cv2.imencode(".jpg", image_bgr, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
+    return "data:image/jpeg;base64," + base64.b64encode(data.tobytes()).decode()
+
+
+def show(cell: Cell) -> str:
+    """A cell as text."""
+    if cell is None or (isinstance(cell, float) and math.isnan(cell)):
+        return NOTHING
+    return f"{cell:.2f}" if isinstance(cell, float) else str(cell)
+
+
+def write_markdown(path: Path, parts: Sequence[str]) -> None:
+    """Writes Markdown: headings, paragraphs and tables, a blank line between them.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    write_text(path, "\n\n".join(part.strip() for part in parts if part.strip()) + "\n")
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Writes JSON that every reader takes: NaN and infinite numbers become null, arrays lists.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    write_text(
+        path, json.dumps(plain(values), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    )
+
+
+def plain(values: Any) -> Any:
+    """The same as lists, dictionaries, texts and finite numbers."""
+    if isinstance(values, Mapping):
+        return {str(key): plain(value) for key, value in values.items()}
+    if isinstance(values, np.ndarray | np.generic):
+        return plain(values.tolist())
+    if isinstance(values, list | tuple):
+        return [plain(value) for value in values]
+    if isinstance(values, float) and not math.isfinite(values):
+        return None
+    return values
+
+
+# Told apart on white and on near-black, and by people who cannot tell red from green (they differ in lightness too).
+SERIES = ("#2f81f7", "#d9822b", "#2fa36b", "#d6455d", "#9467d0", "#1a9fb0", "#b58900", "#8a8f98")
+INK = "#010203"  # stands for the page's text colour, which replaces it in the SVG
+STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "tood",
+    "font.family": "sans-serif",
+    "font.size": 10.0,
+}
+
+
+def new_figure(width: float = 5.2, height: float = 3.5) -> tuple[Figure, Axes]:
+    """An empty figure with one pair of axes, a faint grid and no box; at 5.2 inches wide its letters are readable on a phone."""
+    figure = Figure((width, height), layout="constrained")
+    axes = figure.subplots()
+    axes.set_prop_cycle(color=SERIES)
+    axes.grid(alpha=0.18, color=INK, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def embed_figure(figure: Figure, description: str) -> Markup:
+    """The figure as inline SVG: scales with the page, text stays text. `description` is for those who cannot see it.
+
+    Whatever was left black takes the page's text colour; backgrounds become transparent.
+    """
+    _ink(figure)
+    buffer = io.StringIO()
+    with mpl.rc_context(STYLE):
+        figure.savefig(
+            buffer,
+            format="svg",
+            transparent=True,
+            dpi=150,
+            metadata={"Date": None, "Creator": None},
+        )
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(
+        r'<g id="[^"]*">', "<g>", svg
+    )  # figure_1, axes_1: the same in every figure of the page, and never referred to
+    width, height = figure.get_size_inches() * 72
+    opening = Markup(
+        '<svg role="img" aria-label="{}" viewBox="0 0 {:g} {:g}" style="max-width:{:g}px" xmlns:xlink="{}">'
+    ).format(description, width, height, width * 1.6, "http://www.w3.org/1999/xlink")
+    return (
+        Markup('<div class="figure">')
+        + opening
+        + Markup(svg[svg.index(">") + 1 :])
+        + Markup("</div>\n")
+    )
+
+
+def _ink(figure: Figure) -> None:
+    for text in figure.findobj(Text):
+        if isinstance(text, Text) and same_color(text.get_color(), "black"):
+            text.set_color(INK)
+    for axes in figure.axes:
+        axes.tick_params(which="both", color=INK, labelcolor=INK)
+        for spine in axes.spines.values():
+            spine.set_edgecolor(INK)
+    for legend in figure.findobj(Legend):
+        legend.get_frame().set_visible(False)  # type: ignore[union-attr]

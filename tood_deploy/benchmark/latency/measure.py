@@ -1,0 +1,237 @@
+"""Latency of several models on one machine: interleaved rounds, so that drift hits all alike, each model in a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tood_deploy.benchmark.latency.machine import GpuMeter
+from tood_deploy.benchmark.latency.worker import Calls, Case, Failed, Opened, Turn, serve
+from tood_deploy.errors import ToodError
+from tood_deploy.manifest import artefact_files
+
+SAMPLE_EVERY_S = 0.1
+Answer = TypeVar("Answer", Opened, Turn)
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure.
+
+    Attributes:
+        cases: models, at batch 1 and no size; the first is what the others are compared with.
+        batches: pictures of one call.
+        sizes: (short side, long side); None for each model's own.
+        rounds: how often every model has its turn.
+        turn_s: seconds of each kind of call in a turn.
+    """
+
+    cases: tuple[Case, ...]
+    batches: tuple[int, ...] = (1,)
+    sizes: tuple[tuple[int, int] | None, ...] = (None,)
+    rounds: int = 10
+    turn_s: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, value in (
+            ("--batch", min(self.batches)),
+            ("--rounds", self.rounds),
+            ("--turn-seconds", self.turn_s),
+        ):
+            if not value > 0:
+                raise ToodError(f"{name} is {value:g}; expected a positive number")
+
+    def groups(self) -> Iterator[list[Case]]:
+        """The cases that are measured together: all models at one size and batch."""
+        for imgsz in self.sizes:
+            for batch in sorted(set(self.batches)):
+                yield [replace(case, batch=batch, imgsz=imgsz) for case in self.cases]
+
+
+@dataclass
+class Measurement:
+    """One case and its times.
+
+    Attributes:
+        case: what was measured.
+        opened: start-up and warm-up.
+        rounds: the turns, in order.
+        joules, images: energy and pictures of all turns; joules are 0 without a GPU's meter.
+        device_mib: memory that opening took on the GPU; None on the CPU.
+    """
+
+    case: Case
+    opened: Opened
+    rounds: list[Turn] = field(default_factory=list)
+    joules: float = 0.0
+    images: int = 0
+    device_mib: float | None = None
+
+    def times_ms(self, kind: str, part: str = "total") -> list[list[float]]:
+        """Milliseconds of every call, round by round; nothing where the part does not exist."""
+        return [[call[part] for call in turn.calls[kind] if part in call] for turn in self.rounds]
+
+    def calls(self, kind: str) -> Calls:
+        """All calls."""
+        return [call for turn in self.rounds for call in turn.calls[kind]]
+
+    @property
+    def peak_mib(self) -> float:
+        """Most memory the process held."""
+        return max(turn.peak_mib for turn in self.rounds)
+
+    @property
+    def artefact_mib(self) -> float | None:
+        """Size of the file; None for a preset's name."""
+        path = Path(self.case.model)
+        return (
+            sum(file.stat().st_size for file in artefact_files(path)) / 2**20
+            if path.is_file()
+            else None
+        )
+
+
+class Worker:
+    """A process that serves one case; a context manager that ends it."""
+
+    def __init__(self, case: Case, meter: GpuMeter | None) -> None:
+        self.case, self.meter = case, meter
+        context = multiprocessing.get_context("spawn")
+        self._connection, other = context.Pipe()
+        self._process = context.Process(target=serve, args=(other, case), daemon=True)
+        self._process.start()
+        other.close()
+
+    def receive(self, kind: type[Answer]) -> Answer:
+        """The next answer; looks at the GPU while it waits.
+
+        Raises:
+            ToodError: the process said so, or died.
+        """
+        try:
+            while not self._connection.poll(SAMPLE_EVERY_S):
+                if self.meter is not None:
+                    self.meter.sample()
+            answer = self._connection.recv()
+        except (EOFError, ConnectionError) as error:
+            self._process.join()
+            code = self._process.exitcode
+            raise ToodError(
+                f"{self.case.name}: its process ended with code {code}; -9 means that memory ran out: try a smaller batch"
+            ) from error
+        if isinstance(answer, Failed):
+            if answer.expected:
+                raise ToodError(answer.message)
+            raise RuntimeError(f"{self.case.name}: {answer.message}")
+        assert isinstance(answer, kind)
+        return answer
+
+    def turn(self, seconds: float) -> Turn:
+        """Lets it have its turn."""
+        self._connection.send(seconds)
+        return self.receive(Turn)
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):  # it has ended already
+            self._connection.send(None)
+        self._process.join(5)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+        self._connection.close()
+
+
+def measure(
+    plan: Plan, meter: GpuMeter | None = None, say: Say = lambda text: None
+) -> list[Measurement]:
+    """Measures all cases, group by group; `say` is told what happens.
+
+    Raises:
+        ToodError: a model cannot be opened or run.
+    """
+    return [
+        measurement
+        for group in plan.groups()
+        for measurement in _measure_group(group, plan, meter, say)
+    ]
+
+
+def _measure_group(
+    cases: Sequence[Case], plan: Plan, meter: GpuMeter | None, say: Say
+) -> list[Measurement]:
+    with ExitStack() as running:
+        pairs = [_open_worker(case, running, meter, say) for case in cases]
+        order = random.Random(0)
+        for number in range(plan.rounds):
+            say(f"batch {cases[0].batch}: round {number + 1} of {plan.rounds}")
+            for worker, measurement in order.sample(pairs, len(pairs)):
+                _have_turn(worker, measurement, plan.turn_s, meter)
+        return [measurement for _, measurement in pairs]
+
+
+def _open_worker(
+    case: Case, running: ExitStack, meter: GpuMeter | None, say: Say
+) -> tuple[Worker, Measurement]:
+    say(f"{case.name}, batch {case.batch}: opening and warming up")
+    memory = meter.memory_mib() if meter else 0.0
+    worker = running.enter_context(Worker(case, meter))
+    measurement = Measurement(case, worker.receive(Opened))
+    if meter is not None:
+        measurement.device_mib = meter.memory_mib() - memory
+    return worker, measurement
+
+
+def _have_turn(
+    worker: Worker, measurement: Measurement, seconds: float, meter: GpuMeter | None
+) -> None:
+    joules = meter.joules() if meter else 0.0
+    turn = worker.turn(seconds)
+    measurement.rounds.append(turn)
+    measurement.joules += (meter.joules() if meter else 0.0) - joules
+    # One call of each kind was made before the clock started.
+    measurement.images += measurement.case.batch * sum(
+        len(calls) + 1 for calls in turn.calls.values()
+    )
+
+
+def describe(measurement: Measurement) -> dict[str, Any]:
+    """Plain values of a measurement but its times."""
+    case, opened = measurement.case, measurement.opened
+    return {
+        "model": case.name,
+        "engine": opened.engine,
+        "precision": opened.precision,
+        "device": case.device,
+        "threads": case.threads,
+        "batch": case.batch,
+        "net_hw": opened.net_hw,
+        "pictures": opened.pictures,
+        "detections_in_first_batch": opened.detections,
+        "load_s": opened.load_s,
+        "first_result_s": opened.first_result_s,
+        "artefact_mib": measurement.artefact_mib,
+        "peak_host_mib": measurement.peak_mib,
+        "peak_device_mib": measurement.device_mib,
+        "joules_per_image": measurement.joules / measurement.images
+        if measurement.device_mib is not None
+        else None,
+        "warm_up": {
+            kind: {
+                "calls": warm.calls,
+                "seconds": warm.seconds,
+                "stable": warm.stable,
+                "times_ms": warm.times_ms,
+            }
+            for kind, warm in opened.warm_ups.items()
+        },
+    }

@@ -1,0 +1,315 @@
+"""What is compared: an artefact or checkpoint, opened so that its stages can be looked at as far as its runtime lets one."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tood_deploy.engines import Engine, open_engine
+from tood_deploy.engines.onnx_engine import OnnxEngine
+from tood_deploy.engines.open import CHECKPOINT_SUFFIXES
+from tood_deploy.errors import ToodError
+from tood_deploy.export.graph import inner_values
+from tood_deploy.graph_io import INNER_VALUES, INPUTS, OUTPUTS
+from tood_deploy.inference.detector import Detector
+from tood_deploy.manifest import Manifest, artefact_sha256
+from tood_deploy.model.head import HeadOutput
+from tood_deploy.model.postprocess import Candidates, suppress
+from tood_deploy.model.tood import FusedDetector
+from tood_deploy.onnx_file import cut_graph, open_session, with_outputs
+from tood_deploy.parity.reference import Conditioning, measure_conditioning
+from tood_deploy.parity.stages import STAGES, Stage, StageRunner, Values, only_inputs
+from tood_deploy.preprocess import ImageTransform
+from tood_deploy.presets import PRESETS, STRIDES
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A model and its stages.
+
+    Attributes:
+        name: as the user gave it.
+        path: the file; None for a preset's name.
+        engine: as deployed.
+        runner: its stages.
+        sha256: of the file; "" where there is none.
+    """
+
+    name: str
+    path: Path | None
+    engine: Engine
+    runner: StageRunner
+    sha256: str
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the model says of itself."""
+        return self.engine.manifest
+
+    def prepare(
+        self, image_bgr: NDArray[np.uint8], imgsz: tuple[int, int]
+    ) -> tuple[NDArray[np.uint8], ImageTransform]:
+        """The network's input for a picture, padded as this model takes it, and the transform that leads back."""
+        prepared = Detector(self.engine, imgsz=imgsz).prepare(image_bgr)
+        return prepared.image, prepared.transform
+
+    def most_batch(self, inputs: Values) -> int | None:
+        """The largest batch that it takes of pictures of this size; None where there is no bound."""
+        return self.engine.batches_at(net_size(inputs))[1]
+
+
+class DetectionsOnly(StageRunner):
+    """A runtime that lets nobody look inside."""
+
+    has_stages = False
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.name = engine, engine.name
+
+    def run_all(self, inputs: Values) -> Values:
+        """The detections; where the engine takes no batch as small, of the first pictures of one that holds them several times."""
+        count, least = len(inputs["images"]), self.engine.batches_at(net_size(inputs))[0]
+        filled = repeat_pictures(inputs, -(-least // count)) if count < least else inputs
+        thresholds = float(inputs["score_threshold"]), float(inputs["iou_threshold"])
+        found = self.engine.infer(filled["images"], filled["valid_hw"], *thresholds)
+        outputs = (found.num_dets, found.boxes_net, found.scores, found.labels)
+        return inputs | {
+            name: values[:count] for name, values in zip(OUTPUTS, outputs, strict=True)
+        }
+
+    def run(self, stage: Stage, values: Values) -> Values:
+        """Raises ToodError, always."""
+        raise ToodError(
+            f"{self.name} gives detections alone; the stage {stage.name} cannot be looked at: use the .onnx it was made from"
+        )
+
+
+def open_subject(
+    model: str,
+    *,
+    device: str,
+    threads: int | None,
+    stages: bool | None,
+    artefact_options: dict[str, Any] | None = None,
+    **load_options: Any,
+) -> Subject:
+    """Opens a model, with `artefact_options` or `load_options`, and, unless `stages` is False, its stages.
+
+    Raises:
+        ToodError: it cannot be opened; or its stages were asked for (True) and its runtime does not give them.
+    """
+    options = dict(load_options if is_checkpoint(model) else artefact_options or {})
+    if threads is not None:
+        options["threads"] = threads
+    engine = open_engine(model, device=device, **options)
+    path = Path(model) if Path(model).is_file() else None
+    runner = DetectionsOnly(engine) if stages is False else _open_stages(engine, path)
+    if stages and not runner.has_stages:
+        raise ToodError(
+            f"{model}: {engine.name} gives detections alone; leave --stages out, or compare the .onnx it was made from"
+        )
+    return Subject(
+        model,
+        path,
+        engine,
+        runner,
+        artefact_sha256(path) if path else engine.manifest.checkpoint_sha256,
+    )
+
+
+def is_checkpoint(model: str) -> bool:
+    """Whether a model argument names a checkpoint or preset, which PyTorch runs."""
+    return Path(model).suffix.lower() in CHECKPOINT_SUFFIXES or (
+        model in PRESETS and not Path(model).exists()
+    )
+
+
+def _open_stages(engine: Engine, path: Path | None) -> StageRunner:
+    if path is None or is_checkpoint(str(path)):
+        from tood_deploy.engines.torch_engine import TorchEngine
+
+        if isinstance(engine, TorchEngine):
+            return TorchStages(engine.detector)
+    if path is not None and path.suffix.lower() == ".onnx":
+        from tood_deploy.engines.onnx_engine import OnnxEngine
+
+        if isinstance(engine, OnnxEngine):
+            return OnnxStages(engine, path)
+    return DetectionsOnly(engine)
+
+
+def net_size(inputs: Values) -> tuple[int, int]:
+    """Rows and columns of the pictures in the graph's inputs."""
+    return inputs["images"].shape[1], inputs["images"].shape[2]
+
+
+def repeat_pictures(inputs: Values, times: int) -> Values:
+    """The graph's inputs with every picture of the batch so many times, in turn."""
+    return inputs | {
+        name: np.concatenate([inputs[name]] * times) for name in ("images", "valid_hw")
+    }
+
+
+def network_inputs(
+    image: NDArray[np.uint8], transform: ImageTransform, conf: float, iou: float
+) -> Values:
+    """The exported graph's inputs for one prepared picture (H, W, 3) uint8 RGB."""
+    values = (
+        image[None],
+        np.array([transform.resized_hw], np.int32),
+        np.array(conf, np.float32),
+        np.array(iou, np.float32),
+    )
+    return dict(zip(INPUTS, values, strict=True))
+
+
+TYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(uint8)": np.uint8,
+}
+
+
+class OnnxStages(StageRunner):
+    """An artefact that `OnnxEngine` has open."""
+
+    has_stages = True
+
+    def __init__(self, engine: OnnxEngine, path: Path) -> None:
+        """Takes the engine and the file that it has open.
+
+        Raises:
+            ArtefactError: the file does not name its inner values: it is of an older version.
+        """
+        self.engine, self.name = engine, engine.name
+        model = onnx.load(path)
+        self._variant = self._open(with_outputs(model, INNER_VALUES))
+        typed = onnx.shape_inference.infer_shapes(model)
+        self._parts = {
+            stage.name: self._open(cut_graph(typed, stage.reads, stage.gives)) for stage in STAGES
+        }
+
+    def run_all(self, inputs: Values) -> Values:
+        """All stages; the detections are the shipped file's own."""
+        inner = self._variant.run(list(INNER_VALUES), only_inputs(inputs))
+        shipped = self.engine.session.run(list(OUTPUTS), only_inputs(inputs))
+        return inputs | _widened(INNER_VALUES, inner) | _widened(OUTPUTS, shipped)
+
+    def run(self, stage: Stage, values: Values) -> Values:
+        """One stage."""
+        part = self._parts[stage.name]
+        given = {
+            value.name: values[value.name].astype(TYPES[value.type], copy=False)
+            for value in part.get_inputs()
+        }
+        return _widened(stage.gives, part.run(list(stage.gives), given))
+
+    def _open(self, model: onnx.ModelProto) -> ort.InferenceSession:
+        session = self.engine.session
+        threads = session.get_session_options().intra_op_num_threads
+        return open_session(
+            model.SerializeToString(),
+            provider=session.get_providers()[0],
+            threads=threads,
+            keeps_memory=False,
+        )
+
+
+def _widened(names: Any, arrays: Any) -> Values:
+    """Under their names, with every kind of floating-point number as float32."""
+    return {
+        name: array.astype(np.float32) if array.dtype == np.float16 else array
+        for name, array in zip(names, arrays, strict=True)
+    }
+
+
+REDUCED = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class TorchStages(StageRunner):
+    """A network in PyTorch, float32 unless `autocast` says otherwise; decoding and what follows always are."""
+
+    has_stages = True
+
+    def __init__(self, detector: FusedDetector, autocast: torch.dtype | None = None) -> None:
+        """Takes a detector in eval mode, on its device; `autocast` is the type of the network's arithmetic, None for float32."""
+        self.detector, self.autocast = detector, autocast
+        self.device = detector.mean.device
+        self.name = f"PyTorch {torch.__version__}, eager"
+
+    @torch.inference_mode()
+    def run_all(self, inputs: Values) -> Values:
+        """All stages."""
+        with self._arithmetic():
+            stages = self.detector(
+                *self._tensors(inputs, "images", "valid_hw"), *_thresholds(inputs)
+            )
+        names = [name for stage in STAGES[:-1] for name in stage.gives]
+        return inputs | _arrays(names, inner_values(stages)) | _arrays(OUTPUTS, stages.detections)
+
+    def measure_noise(self, inputs: Values) -> Conditioning:
+        """Measures how far float32 itself is off on these inputs; on the CPU, wherever the network is."""
+        detector = (
+            self.detector if self.device.type == "cpu" else copy.deepcopy(self.detector).cpu()
+        )
+        return measure_conditioning(
+            detector, inputs["images"], inputs["valid_hw"], *_thresholds(inputs)
+        )
+
+    @torch.inference_mode()
+    def run(self, stage: Stage, values: Values) -> Values:
+        """One stage."""
+        with self._arithmetic():
+            return _arrays(stage.gives, self._outputs(stage, values))
+
+    def _outputs(self, stage: Stage, values: Values) -> Any:
+        """The stage's tensors, in the order of their names."""
+        given, model = self._tensors(values, *stage.reads), self.detector.model
+        score_threshold, iou_threshold = _thresholds(values)
+        images, valid_hw = self._tensors(values, "images", "valid_hw")
+        match stage.name:
+            case "pixels":
+                return [self.detector.normalise(images, valid_hw)]
+            case "backbone":
+                return model.backbone(given[0])
+            case "pyramid":
+                return model.neck(given)
+            case "head":
+                head = model.bbox_head(given)
+                return [*head.scores, *head.boxes_strides]
+            case "candidates":
+                head = HeadOutput(given[: len(STRIDES)], given[len(STRIDES) :])
+                return self.detector.select_candidates(head, valid_hw, score_threshold)
+        return suppress(Candidates(*given), iou_threshold, self.detector.max_det)
+
+    def _tensors(self, values: Values, *names: str) -> list[Tensor]:
+        return [torch.from_numpy(values[name]).to(self.device) for name in names]
+
+    def _arithmetic(self) -> Any:
+        if self.autocast is not None:
+            return torch.autocast(self.device.type, self.autocast)
+        return torch.backends.cudnn.flags(
+            enabled=True, allow_tf32=False
+        )  # PyTorch rounds float32 to 10 bits on a GPU unless told not to
+
+
+def _thresholds(values: Values) -> tuple[float, float]:
+    return float(values["score_threshold"]), float(values["iou_threshold"])
+
+
+def _arrays(names: Any, tensors: Any) -> Values:
+    def array(tensor: Tensor) -> Any:
+        return (tensor.float() if tensor.is_floating_point() else tensor).cpu().numpy()
+
+    return {name: array(tensor) for name, tensor in zip(names, tensors, strict=True)}

@@ -1,0 +1,251 @@
+"""The pictures of a benchmark, read one at a time: annotated ones, a folder's, or built-in synthetic ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from tood_deploy.data.coco import Truth
+from tood_deploy.data.images import PICTURE_SUFFIXES, decode_image
+from tood_deploy.errors import InputError, ToodError
+from tood_deploy.files import absolute_path
+from tood_deploy.preprocess import fit_size, pad_size
+
+BLOCK = 16
+RECTANGLES = 12
+CROP_HW = (384, 480)
+PHOTOGRAPH = Path(
+    "matplotlib/mpl-data/sample_data/grace_hopper.jpg"
+)  # an official portrait, in the public domain
+
+
+def synthetic_picture(height: int, width: int, seed: int) -> NDArray[np.uint8]:
+    """Draw coloured blocks, rectangles and grain: (height, width, 3) uint8 BGR, the same for the same seed."""
+    rng = np.random.default_rng(seed)
+    blocks = rng.integers(64, 192, (-(-height // BLOCK), -(-width // BLOCK), 3))
+    image = blocks.repeat(BLOCK, 0).repeat(BLOCK, 1)[:height, :width]
+    for _ in range(RECTANGLES):
+        top, left = rng.integers(0, height), rng.integers(0, width)
+        rows, columns = (
+            8 + rng.integers(0, max(1, height // 2)),
+            8 + rng.integers(0, max(1, width // 2)),
+        )
+        image[top : top + rows, left : left + columns] = rng.integers(0, 256, 3)
+    return (image + rng.integers(0, 8, image.shape)).clip(0, 255).astype(np.uint8)
+
+
+def read_photograph() -> tuple[NDArray[np.uint8], str]:
+    """Read the photograph that matplotlib brings along, without importing it: (H, W, 3) uint8 BGR, and where it is from.
+
+    Raises:
+        InputError: it is not there.
+    """
+    try:
+        package = distribution("matplotlib")
+        data = Path(str(package.locate_file(PHOTOGRAPH))).read_bytes()
+    except (PackageNotFoundError, OSError) as error:
+        raise InputError(
+            f"{PHOTOGRAPH.name}: the photograph of matplotlib, which is used by default, cannot be read ({error}); give images of your own"
+        ) from error
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    assert image is not None
+    return np.asarray(image, np.uint8), f"{PHOTOGRAPH.name} of matplotlib {package.version}"
+
+
+def crop_size(image_hw: tuple[int, ...], imgsz: tuple[int, int]) -> tuple[int, int]:
+    """Return rows and columns of the widest part of an image that pre-processing brings to the padded size of `imgsz`.
+
+    Args:
+        image_hw: rows and columns of the image.
+        imgsz: (short side, long side).
+
+    Raises:
+        InputError: no part has such a shape.
+    """
+    short, long = imgsz
+    for width in range(image_hw[1], 0, -1):
+        size = (round(width * short / long), width)
+        if 0 < size[0] <= image_hw[0] and pad_size(fit_size(size, imgsz)) == pad_size(imgsz):
+            return size
+    raise InputError(
+        f"imgsz is {short} {long}: no part of {PHOTOGRAPH.name} has that shape; give images of your own"
+    )
+
+
+def crop_evenly(
+    image: NDArray[np.uint8], size_hw: tuple[int, int], number: int, count: int
+) -> NDArray[np.uint8]:
+    """Return one of `count` parts of a size, spread evenly from the upper left to the lower right, every second one mirrored."""
+    place = number / max(count - 1, 1)
+    top, left = (
+        int(place * (whole - part)) for whole, part in zip(image.shape[:2], size_hw, strict=True)
+    )
+    crop = image[top : top + size_hw[0], left : left + size_hw[1]]
+    return np.ascontiguousarray(crop[:, ::-1] if number % 2 else crop)
+
+
+def photograph_crops(count: int) -> list[NDArray[np.uint8]]:
+    """Return `count` landscape crops of the photograph, (384, 480, 3) uint8 BGR.
+
+    Raises:
+        InputError: the photograph is not there.
+    """
+    photograph, _ = read_photograph()
+    return [crop_evenly(photograph, CROP_HW, number, count) for number in range(count)]
+
+
+SYNTHETIC, SYNTHETIC_COUNT = "built-in synthetic pictures", 8
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """One picture.
+
+    Attributes:
+        name: for reports.
+        image_id: in the annotations; a running number where there are none.
+        read: gives (H, W, 3) uint8 BGR; raises InputError where it cannot be read.
+    """
+
+    name: str
+    image_id: int
+    read: Callable[[], NDArray[np.uint8]]
+
+
+@dataclass(frozen=True, eq=False)
+class PictureSet:
+    """Pictures in a fixed order.
+
+    Attributes:
+        description: what they are, for reports.
+        pictures: all of them.
+        truth: their annotations, of these pictures alone.
+    """
+
+    description: str
+    pictures: tuple[Picture, ...]
+    truth: Truth | None = None
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __iter__(self) -> Iterator[Picture]:
+        return iter(self.pictures)
+
+
+def open_pictures(
+    folder: Path | None, truth: Truth | None, imgsz: tuple[int, int], most: int | None = None
+) -> PictureSet:
+    """The pictures to run on.
+
+    Args:
+        folder: of pictures; synthetic ones of `imgsz` where not given.
+        truth: annotations of pictures in that folder.
+        imgsz: (short side, long side).
+        most: take the first of them only.
+
+    Raises:
+        InputError: no such folder, nothing in it, or an annotated picture is missing.
+        ToodError: annotations without a folder, or `most` is not positive.
+    """
+    if most is not None and most < 1:
+        raise ToodError(f"--limit is {most}; expected a positive number of pictures")
+    if folder is None:
+        if truth is not None:
+            raise ToodError(f"{truth.path}: annotations without their pictures; add --images DIR")
+        return PictureSet(
+            f"{SYNTHETIC}, seeds 0 to {(most or SYNTHETIC_COUNT) - 1}",
+            _synthetic(imgsz, most or SYNTHETIC_COUNT),
+        )
+    if truth is None:
+        files = dict(enumerate(_files(folder)[:most], 1))
+    else:
+        truth = _first(truth, most)
+        files = picture_files(truth, folder)
+    pictures = tuple(
+        Picture(path.name, key, lambda path=path: _read(path)) for key, path in files.items()
+    )
+    return PictureSet(f"{len(pictures)} pictures of {folder}", pictures, truth)
+
+
+def _synthetic(imgsz: tuple[int, int], count: int) -> tuple[Picture, ...]:
+    return tuple(
+        Picture(f"synthetic {seed}", seed + 1, lambda seed=seed: synthetic_picture(*imgsz, seed))
+        for seed in range(count)
+    )
+
+
+def _first(truth: Truth, most: int | None) -> Truth:
+    """The first pictures of the annotations, in order of their ids, and what is annotated on them."""
+    images = dict(list(truth.images.items())[:most])
+    return replace(
+        truth, images=images, boxes=truth.boxes.pick(np.isin(truth.boxes.image_ids, list(images)))
+    )
+
+
+def _files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; expected a folder of pictures")
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES)
+    if not files:
+        raise InputError(
+            f"{folder}: no picture in it; expected files such as {', '.join(sorted(PICTURE_SUFFIXES)[:4])}"
+        )
+    return files
+
+
+def _read(path: Path) -> NDArray[np.uint8]:
+    try:
+        return decode_image(path.read_bytes(), str(path))
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror}); expected a picture"
+        ) from error
+
+
+def photograph_set(imgsz: tuple[int, int], count: int) -> PictureSet:
+    """Different parts of the photograph, every second one mirrored.
+
+    Pre-processing scales them to the padded size that a picture of `imgsz` has, landscape.
+
+    Args:
+        imgsz: (short side, long side).
+        count: how many.
+
+    Raises:
+        InputError: the photograph is not there, or is too small to have such a shape.
+    """
+    photograph, origin = read_photograph()
+    size_hw = crop_size(photograph.shape[:2], imgsz)
+    pictures = tuple(
+        Picture(f"crop {i}", i + 1, lambda i=i: crop_evenly(photograph, size_hw, i, count))
+        for i in range(count)
+    )
+    return PictureSet(
+        f"{count} crops, {size_hw[0]}x{size_hw[1]}, of a photograph, {origin}", pictures
+    )
+
+
+def picture_files(truth: Truth, folder: Path) -> dict[int, Path]:
+    """The file of every picture of the annotations, by image id.
+
+    Raises:
+        InputError: no such folder, or a picture is not in it.
+    """
+    if not folder.is_dir():
+        raise InputError(
+            f"{folder}: no such folder; expected the {len(truth.images)} pictures of {truth.path}"
+        )
+    files = {key: absolute_path(folder / image.file_name) for key, image in truth.images.items()}
+    if missing := [path for path in files.values() if not path.is_file()]:
+        raise InputError(
+            f"{folder}: {len(missing)} of the {len(files)} pictures of {truth.path} are missing, the first is {missing[0]}; "
+            "give the folder that the annotations' file names start from"
+        )
+    return files

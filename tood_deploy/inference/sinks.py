@@ -1,0 +1,394 @@
+"""Where results go: one face for all kinds of output, and a thread that writes while the detector runs on."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import threading
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from queue import Queue
+from types import TracebackType
+from typing import Any, Self, TextIO
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from tood_deploy.detections import Detections
+from tood_deploy.errors import OutputError
+from tood_deploy.files import atomic_path
+from tood_deploy.inference.frame import Frame
+from tood_deploy.inference.output_paths import check_writable, plan_names
+from tood_deploy.inference.video import VideoWriter
+
+WAITING_FRAMES = 2
+
+
+class Finished(Exception):  # noqa: N818 - not an error
+    """Raised by a sink that wants no more: its window was closed."""
+
+
+class Sink(ABC):
+    """Takes results one after another. A context manager: left with an error, it leaves no half-written file behind."""
+
+    @abstractmethod
+    def write(self, frame: Frame, found: Detections) -> None:
+        """Takes one frame and what was found in it.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(  # noqa: B027 - most have nothing to undo
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Completes the output; removes it where there was an error."""
+
+
+@contextmanager
+def output_errors(path: Path | str) -> Iterator[None]:
+    """Makes an OSError, such as a full disk, the OutputError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"{path}: writing failed ({error.strerror or error}); expected a place with room that can be written"
+        ) from error
+
+
+class SinkThread:
+    """Feeds sinks in a thread of its own, over a bounded queue. Ctrl-C completes the outputs, an error removes them."""
+
+    def __init__(self, sinks: Sequence[Sink]) -> None:
+        self.sinks = sinks
+        self._waiting: Queue[tuple[Frame, Detections] | None] = Queue(WAITING_FRAMES)
+        self._thread = threading.Thread(target=self._run, name="sinks", daemon=True)
+        self._files = ExitStack()
+        self._error: BaseException | None = None
+
+    def put(self, frame: Frame, found: Detections) -> None:
+        """Hands over one result; waits while two others wait.
+
+        Raises:
+            OutputError: an earlier one could not be written.
+            Finished: a sink wants no more.
+        """
+        if self._error is not None:
+            raise self._error
+        self._waiting.put((frame, found))
+
+    def _run(self) -> None:
+        while (item := self._waiting.get()) is not None:
+            if self._error is not None:
+                continue  # so that `put` never waits for a thread that has given up
+            try:
+                for sink in self.sinks:
+                    sink.write(*item)
+            except BaseException as error:  # raised again by put and __exit__
+                self._error = error
+
+    def __enter__(self) -> Self:
+        for sink in self.sinks:
+            self._files.enter_context(sink)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool:
+        self._waiting.put(None)
+        self._thread.join()
+        failure = self._error if error is None or isinstance(error, KeyboardInterrupt) else error
+        if failure is None or isinstance(failure, Finished):
+            self._files.close()
+            return isinstance(error, Finished)
+        self._files.__exit__(type(failure), failure, failure.__traceback__)
+        if failure is not error:
+            raise failure
+        return False
+
+
+JPEG_QUALITY = [cv2.IMWRITE_JPEG_QUALITY, 95]
+
+
+def write_image(path: Path, image_bgr: NDArray[np.uint8]) -> None:
+    """Writes a picture (H, W, 3) uint8 BGR, whole or not at all, in the format its suffix names.
+
+    Raises:
+        OutputError: the format cannot hold it, the folder cannot be written, or the disk is full.
+    """
+    options = JPEG_QUALITY if path.suffix.lower() in (".jpg", ".jpeg", ".jpe") else []
+    try:
+        written, data = cv2.imencode(path.suffix, image_bgr, options)
+    except cv2.error:
+        written, data = False, np.zeros(0, np.uint8)
+    if not written:
+        size = f"{image_bgr.shape[1]} x {image_bgr.shape[0]}"
+        raise OutputError(
+            f"{path}: {size} pixels cannot be written as {path.suffix}; choose another --output, ending in .png"
+        )
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data.tobytes())
+
+
+class Annotated(Sink):
+    """One annotated file per input: a picture for a picture, an H.264 video with the same frame times for a video."""
+
+    def __init__(self, files: Mapping[str, Path]) -> None:
+        """Takes the file of each input's name.
+
+        Raises:
+            OutputError: a folder cannot be written.
+        """
+        self.files = files
+        self._writer: VideoWriter | None = None
+        for folder in {path.parent for path in files.values()}:
+            check_writable(folder)
+
+    def write(self, frame: Frame, found: Detections) -> None:
+        """Draws a frame and adds it to its file."""
+        path, drawn = self.files[frame.name], found.plot(frame.image_bgr)
+        if frame.pts is None or frame.time_base is None:
+            self._close(None)
+            write_image(path, drawn)
+            return
+        if self._writer is None or self._writer.path != path:
+            self._close(None)
+            self._writer = VideoWriter(path, (drawn.shape[1], drawn.shape[0]), frame.time_base)
+        self._writer.write(drawn, frame.pts)
+
+    def _close(self, error: BaseException | None) -> None:
+        """Completes the video being written, or removes it where there was an error."""
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.__exit__(type(error) if error else None, error, None)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with output_errors(", ".join(map(str, self.files.values()))):
+            self._close(error)
+
+
+UNSAFE = re.compile(r"[^\w-]+")  # in a class name that becomes part of a file name
+
+
+class Crops(Sink):
+    """JPEG files `<input>_<frame>_<number>_<class>.jpg`, the best object of a frame first; pictures have no frame number."""
+
+    def __init__(self, folder: Path, names: Sequence[str]) -> None:
+        """Takes the folder and the names of all inputs.
+
+        Raises:
+            OutputError: the folder cannot be written.
+        """
+        check_writable(folder)
+        self.stems = {
+            name: path.with_suffix("")
+            for name, path in plan_names(names, folder, lambda _: ".jpg").items()
+        }
+
+    def write(self, frame: Frame, found: Detections) -> None:
+        """Cuts out what lies inside the picture."""
+        stem = self.stems[frame.name]
+        number = "" if frame.pts is None else f"_{frame.index:06d}"
+        for i, (box, name) in enumerate(zip(found.boxes, found.names(), strict=True)):
+            crop = crop_box(frame.image_bgr, box)
+            if crop.size:
+                write_image(
+                    stem.with_name(f"{stem.name}{number}_{i:03d}_{UNSAFE.sub('-', name)}.jpg"), crop
+                )
+
+
+def crop_box(image_bgr: NDArray[np.uint8], box: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """The part (h, w, 3) of the picture that a box, xyxy in pixels, touches; no rows or columns where it lies outside."""
+    height, width = image_bgr.shape[:2]
+    left, top = np.clip(np.floor(box[:2]), 0, (width, height)).astype(int)
+    right, bottom = np.clip(np.ceil(box[2:]), 0, (width, height)).astype(int)
+    return image_bgr[top:bottom, left:right]
+
+
+STDOUT = "-"
+
+
+class CocoResults(Sink):
+    """A COCO results file, written as the frames come and renamed when complete."""
+
+    def __init__(
+        self, path: Path, image_ids: Mapping[str, int] | None, category_ids: Sequence[int] | None
+    ) -> None:
+        """Takes where to write and the ids.
+
+        Args:
+            path: of the JSON file.
+            image_ids: id of every input by name; the frames' running number from 1 where not given.
+            category_ids: of every class; class number plus one where not given.
+
+        Raises:
+            OutputError: the folder cannot be written.
+        """
+        check_writable(path.parent)
+        self.path, self.image_ids, self.category_ids = path, image_ids, category_ids
+        self._stack = ExitStack()
+        self._file: TextIO | None = None
+        self._frames = self._rows = 0
+
+    def write(self, frame: Frame, found: Detections) -> None:
+        """Adds a frame's rows."""
+        with output_errors(self.path):
+            file = self._file or self._open()
+            self._frames += 1
+            image_id = self._frames if self.image_ids is None else self.image_ids[frame.name]
+            for row in found.to_coco(image_id, self.category_ids):
+                file.write(("[\n" if not self._rows else ",\n") + json.dumps(row))
+                self._rows += 1
+
+    def _open(self) -> TextIO:
+        temporary = self._stack.enter_context(atomic_path(self.path))
+        self._file = self._stack.enter_context(temporary.open("w", encoding="utf-8"))
+        return self._file
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with output_errors(self.path):
+            if self._file is not None and error is None:
+                self._file.write("\n]\n" if self._rows else "[]\n")
+            self._stack.__exit__(kind, error, trace)
+
+
+class JsonLines(Sink):
+    """One JSON object a frame, written the moment it is there, so that another program can follow."""
+
+    def __init__(self, target: str, live: bool) -> None:
+        """Takes a file's path, or "-" for stdout; `live`: also tell the age of each result.
+
+        Raises:
+            OutputError: the folder cannot be written.
+        """
+        self.target, self.live = target, live
+        self._file: TextIO | None = sys.stdout if target == STDOUT else None
+        if target != STDOUT:
+            check_writable(Path(target).parent)
+
+    def write(self, frame: Frame, found: Detections) -> None:
+        """Writes one line."""
+        with output_errors("stdout" if self.target == STDOUT else self.target):
+            if self._file is None:
+                path = Path(self.target)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = path.open("w", encoding="utf-8")
+            self._file.write(
+                json.dumps(frame_record(frame, found, self.live), ensure_ascii=False) + "\n"
+            )
+            self._file.flush()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._file is not None and self.target != STDOUT:
+            with output_errors(self.target):
+                self._file.close()
+
+
+def frame_record(frame: Frame, found: Detections, live: bool) -> dict[str, Any]:
+    """A frame as plain values: where it is from, its size, and its objects with boxes xyxy in pixels."""
+    rows = zip(
+        found.boxes.tolist(),
+        found.scores.tolist(),
+        found.class_ids.tolist(),
+        found.names(),
+        strict=True,
+    )
+    record: dict[str, Any] = {
+        "source": frame.name,
+        "index": frame.index,
+        "timestamp_s": frame.timestamp_s,
+    }
+    record |= {"age_ms": round(frame.age_s() * 1000, 1)} if live else {}
+    record |= {"height": frame.size_hw[0], "width": frame.size_hw[1]}
+    record["detections"] = [
+        {"box": box, "score": score, "class_id": number, "class_name": name}
+        for box, score, number, name in rows
+    ]
+    return record
+
+
+class TextLines(Sink):
+    """One readable line a frame on stdout: "street.mp4 1.240 s: 3 car, 1 person"."""
+
+    def write(self, frame: Frame, found: Detections) -> None:
+        """Prints one line."""
+        counts = ", ".join(
+            f"{count} {name}" for name, count in Counter(found.names()).most_common()
+        )
+        moment = "" if frame.timestamp_s is None else f" {frame.timestamp_s:.3f} s"
+        with output_errors("stdout"):
+            print(f"{frame.name}{moment}: {counts or 'nothing'}", flush=True)
+
+
+TITLE = "tood-infer: q or Esc ends"
+CLOSING_KEYS = (ord("q"), 27)
+
+
+class Window(Sink):
+    """Shows every frame; q, Esc or closing the window ends the run as if the source had ended."""
+
+    def __init__(self) -> None:
+        """Makes sure that there is something to show on.
+
+        Raises:
+            OutputError: OpenCV has no windows, or there is no display.
+        """
+        if any(line.split() == ["GUI:", "NONE"] for line in cv2.getBuildInformation().splitlines()):
+            raise OutputError(
+                "--show: this OpenCV is built without windows; replace opencv-python-headless by opencv-python, or use --output"
+            )
+        if sys.platform.startswith("linux") and not (
+            os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+        ):
+            raise OutputError(
+                "--show: no display (neither DISPLAY nor WAYLAND_DISPLAY is set); use --output"
+            )
+
+    def write(self, frame: Frame, found: Detections) -> None:
+        """Shows a frame, and asks for keys."""
+        cv2.imshow(TITLE, found.plot(frame.image_bgr))
+        closed = (
+            cv2.waitKey(1) & 0xFF in CLOSING_KEYS
+            or cv2.getWindowProperty(TITLE, cv2.WND_PROP_VISIBLE) < 1
+        )
+        if closed:
+            raise Finished
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        cv2.destroyAllWindows()

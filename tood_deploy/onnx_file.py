@@ -1,0 +1,198 @@
+"""Reads an .onnx artefact of ours back in, as further exports start from it; anything else is refused. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import onnxruntime as ort
+
+from tood_deploy.errors import ArtefactError, DeviceError, ToodError, not_installed
+from tood_deploy.files import file_sha256
+from tood_deploy.graph_io import INPUTS, OUTPUTS
+from tood_deploy.manifest import METADATA_KEY, Manifest, read_manifest
+
+if TYPE_CHECKING:  # the runtime opens sessions without the package onnx
+    import onnx
+
+
+@dataclass(frozen=True, eq=False)
+class OnnxArtefact:
+    """An .onnx file of tood-export: where it lies, its SHA-256, its graph, and what it says of itself."""
+
+    path: Path
+    sha256: str
+    model: onnx.ModelProto
+    manifest: Manifest
+
+
+def read_onnx(path: Path) -> OnnxArtefact:
+    """The artefact at `path`.
+
+    Raises:
+        ToodError: there is no such file.
+        ArtefactError: not an ONNX file, not one of ours, or changed since its manifest was written.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    if not path.is_file():
+        raise ToodError(f"{path}: no such file; expected an .onnx file of tood-export")
+    try:
+        model = onnx.load(path)
+    except (DecodeError, OSError, ValueError) as error:
+        raise ArtefactError(
+            f"{path}: cannot be read as ONNX, cut or another kind of file; export it again with tood-export"
+        ) from error
+    inside = {prop.key: prop.value for prop in model.metadata_props}.get(METADATA_KEY)
+    names = (
+        [value.name for value in model.graph.input],
+        [value.name for value in model.graph.output],
+    )
+    if inside is None or names != ([*INPUTS], [*OUTPUTS]):
+        raise ArtefactError(
+            f"{path}: an ONNX file, but not one of tood_deploy (inputs {names[0]}, outputs {names[1]}, expected {INPUTS} and {OUTPUTS}); "
+            "make it from the checkpoint with tood-export"
+        )
+    beside, sha256 = read_manifest(path), file_sha256(path)
+    if beside and beside.artefact_sha256 not in ("", sha256):
+        raise ArtefactError(
+            f"{path}: is not the file its manifest describes (another SHA-256); export it again with tood-export"
+        )
+    return OnnxArtefact(path, sha256, model, beside or Manifest.from_json(inside, str(path)))
+
+
+def cut_graph(
+    model: onnx.ModelProto, given: Sequence[str], wanted: Sequence[str]
+) -> onnx.ModelProto:
+    """The part of a graph that computes `wanted`, with `given` as its inputs.
+
+    What the part needs beyond these stays an input where it is one of the whole graph (sizes are taken from `images`).
+
+    Args:
+        model: a model whose inner values have types that shape inference can tell.
+        given: inner values that become inputs, as far as they are needed.
+        wanted: values that become the outputs.
+    """
+    import onnx
+
+    graph = model.graph
+    makers = {name: i for i, node in enumerate(graph.node) for name in node.output if name}
+    reached, needed, pending = set[str](), set[int](), list(wanted)
+    while pending:
+        name = pending.pop()
+        if name in reached:
+            continue
+        reached.add(name)
+        if name in makers and name not in given and makers[name] not in needed:
+            needed.add(makers[name])
+            pending += _reads(graph.node[makers[name]])
+    inputs = [_typed(model, name) for name in given if name in reached] + [
+        value for value in graph.input if value.name in reached
+    ]
+    part = onnx.helper.make_graph(
+        [node for i, node in enumerate(graph.node) if i in needed],
+        graph.name,
+        inputs,
+        [onnx.ValueInfoProto(name=name) for name in wanted],
+        [tensor for tensor in graph.initializer if tensor.name in reached],
+    )
+    return onnx.helper.make_model(
+        part,
+        opset_imports=model.opset_import,
+        ir_version=model.ir_version,
+        functions=model.functions,
+    )
+
+
+def _reads(node: onnx.NodeProto) -> Iterator[str]:
+    """All values a node reads, those that its inner graphs take from outside included."""
+    import onnx
+
+    yield from (name for name in node.input if name)
+    for attribute in node.attribute:
+        if attribute.type == onnx.AttributeProto.GRAPH:
+            for inner in attribute.g.node:
+                yield from _reads(inner)
+            yield from (value.name for value in attribute.g.output)
+
+
+def _typed(model: onnx.ModelProto, name: str) -> onnx.ValueInfoProto:
+    """A value's type, without its shape, which is dynamic."""
+    import onnx
+
+    value = next(value for value in model.graph.value_info if value.name == name)
+    return onnx.helper.make_tensor_value_info(name, value.type.tensor_type.elem_type, None)
+
+
+# Of onnxruntime and onnxruntime-gpu, which write one folder, one was removed: what is left is a folder without the module.
+if not hasattr(ort, "InferenceSession"):
+    raise DeviceError(not_installed("onnxruntime"))
+
+CPU = "CPUExecutionProvider"
+
+
+def open_session(
+    model: Path | bytes,
+    *,
+    provider: str = CPU,
+    threads: int | None = None,
+    keeps_memory: bool = True,
+) -> ort.InferenceSession:
+    """A session that says nothing on the terminal: what fails is raised.
+
+    Args:
+        model: an .onnx file, or its bytes.
+        provider: ONNX Runtime's name of what computes.
+        threads: on the CPU; the number of cores where not given.
+        keeps_memory: whether what a call has used is kept for the next one; many sessions at a time would keep too much.
+
+    Raises:
+        Exception: of ONNX Runtime's own types, which share no public base, where it cannot open the model.
+    """
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.enable_cpu_mem_arena = keeps_memory
+    # To plan which values share memory takes half a second, seven tenths of the time to open a ResNet-50. On the CPU that gains little:
+    # calls are as fast without, and the peak is 2% higher (docs/performance.md).
+    options.enable_mem_reuse = provider != CPU
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    return ort.InferenceSession(
+        model if isinstance(model, bytes) else str(model), options, providers=[provider]
+    )
+
+
+def with_outputs(shipped: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
+    """A copy of a shipped graph that also gives these inner values; their types are the runtime's to tell.
+
+    Raises:
+        ArtefactError: the graph does not hold them.
+    """
+    import onnx
+
+    made = {name for node in shipped.graph.node for name in node.output}
+    if missing := [name for name in names if name not in made]:
+        raise ArtefactError(
+            f"the graph has no values {', '.join(missing[:3])}: it is of an older tood_deploy, or was rewritten; export it again"
+        )
+    extended = onnx.ModelProto()
+    extended.CopyFrom(shipped)
+    extended.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    return extended
+
+
+def save_onnx(exported: onnx.ModelProto, manifest: Manifest, path: Path) -> None:
+    """Writes the shipped graph: without the stages' values as outputs, with the manifest in its metadata, checked by ONNX's checker."""
+    import onnx
+
+    shipped = onnx.ModelProto()
+    shipped.CopyFrom(exported)
+    outputs = [value for value in shipped.graph.output if value.name in OUTPUTS]
+    del shipped.graph.output[:]
+    shipped.graph.output.extend(outputs)
+    onnx.helper.set_model_props(shipped, {METADATA_KEY: manifest.to_json()})
+    onnx.save(shipped, path)
+    onnx.checker.check_model(path, full_check=True)

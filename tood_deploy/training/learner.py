@@ -1,0 +1,221 @@
+"""One step of learning: a batch in, updated weights out. Knows no files and no epochs' ends."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from tood_deploy.errors import CheckFailed
+from tood_deploy.model.tood import FusedDetector, Tood
+from tood_deploy.training.config import Recipe
+from tood_deploy.training.data import Batch
+from tood_deploy.training.distributed import gather_objects, mean_over_ranks, world_size
+from tood_deploy.training.init import freeze
+from tood_deploy.training.loss import ToodLoss
+
+
+class WeightAverage:
+    """Keeps `decay` of the average at each update and takes the rest from the network; less of the average at first."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay, self.updates = decay, 0
+        self.state = {key: value.detach().clone() for key, value in model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Takes in the network's present weights; whole numbers are copied."""
+        self.updates += 1
+        keep = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        for key, value in model.state_dict().items():
+            if value.is_floating_point():
+                self.state[key].lerp_(value, 1 - keep)
+            else:
+                self.state[key].copy_(value)
+
+    def restore(self, state: Mapping[str, Tensor], updates: int) -> None:
+        """Goes on from a stored average."""
+        self.updates = updates
+        for key, value in state.items():
+            self.state[key].copy_(value)
+
+
+WARMUP_START = 1e-3
+
+
+def make_optimiser(parameters: Iterable[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
+    """SGD or AdamW over the parameters that learn."""
+    learning = [p for p in parameters if p.requires_grad]
+    if recipe.optimiser == "sgd":
+        return torch.optim.SGD(
+            learning, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay
+        )
+    return torch.optim.AdamW(learning, recipe.lr, weight_decay=recipe.weight_decay)
+
+
+def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
+    """The rate at a step, counted from 0 over the whole run."""
+    rate = recipe.lr * _warmup_factor(step, recipe.warmup_steps)
+    if recipe.schedule == "cosine":
+        share = min(step / (recipe.epochs * steps_per_epoch), 1.0)
+        return rate * 0.5 * (1 + math.cos(math.pi * share))
+    epoch = step // steps_per_epoch
+    return rate * 0.1 ** sum(epoch >= drop for drop in recipe.drops)
+
+
+def set_learning_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
+    """Gives every parameter this rate."""
+    for group in optimiser.param_groups:
+        group["lr"] = rate
+
+
+def _warmup_factor(step: int, warmup_steps: int) -> float:
+    """Grows linearly and reaches 1 at the last step of the warm-up."""
+    if step >= warmup_steps - 1:
+        return 1.0
+    return WARMUP_START + (1 - WARMUP_START) * step / (warmup_steps - 1)
+
+
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class StepResult(NamedTuple):
+    """Mean losses over all workers, norm of the gradient before clipping, positives of this worker."""
+
+    cls: float
+    box: float
+    grad_norm: float
+    positives: int
+
+
+class NonFinite(CheckFailed):
+    """A loss or gradient that is no number; the weights are as they were before the step."""
+
+
+class Learner:
+    """A network with all that changes it.
+
+    Attributes:
+        model: the network, whose raw weights learn.
+        average: of the weights, None where the recipe keeps none.
+    """
+
+    def __init__(self, model: Tood, recipe: Recipe, device: torch.device) -> None:
+        self.recipe, self.device = recipe, device
+        self.model = model.to(device)
+        self.prepare()
+        self.normalise = FusedDetector(model).to(device).normalise
+        self.criterion = ToodLoss(model.preset, warmup_epochs=recipe.atss_epochs)
+        self.optimiser = make_optimiser(model.parameters(), recipe)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
+        self.average = WeightAverage(model, recipe.ema) if recipe.ema is not None else None
+        self.network = _wrap(model, recipe, device)
+
+    def prepare(self) -> None:
+        """Training mode, but for what the recipe freezes; evaluation ends it."""
+        freeze(self.model, self.recipe.frozen_stages, self.recipe.freeze_norm)
+
+    def step(self, parts: Sequence[Batch], epoch: int, rate: float) -> StepResult:
+        """Learns from one batch, given in as many parts as the recipe accumulates.
+
+        Raises:
+            NonFinite: the loss or its gradient is not finite; the weights are untouched.
+        """
+        set_learning_rate(self.optimiser, rate)
+        self.optimiser.zero_grad(set_to_none=True)
+        losses, positives = torch.zeros(2, device=self.device), 0
+        for number, part in enumerate(parts, start=1):
+            with self._sync(last=number == len(parts)):
+                found, count = self._backward(part, epoch, len(parts))
+            losses += found
+            positives += count
+        cls, box = mean_over_ranks(losses).tolist()
+        ids = [key for part in parts for key in part.image_ids]
+        if not _finite(cls, box):
+            raise NonFinite(f"the loss is {cls} (classes) + {box} (boxes); images {_of_all(ids)}")
+        self.scaler.unscale_(self.optimiser)
+        norm = self._clip()
+        if not _finite(norm) and not self.scaler.is_enabled():
+            raise NonFinite(
+                f"the gradient's norm is {norm}, the loss {cls} + {box}; images {_of_all(ids)}"
+            )
+        self.scaler.step(self.optimiser)
+        self.scaler.update()
+        if self.average is not None:
+            self.average.update(self.model)
+        return StepResult(cls, box, norm, positives)
+
+    def deployed_weights(self) -> dict[str, Tensor]:
+        """The average's weights where there is one, else the network's."""
+        return self.average.state if self.average is not None else self.model.state_dict()
+
+    def state(self) -> dict[str, Any]:
+        """All that is needed to go on, beside `deployed_weights`."""
+        return {
+            "model": self.model.state_dict() if self.average is not None else {},
+            "average_updates": self.average.updates if self.average is not None else 0,
+            "optimiser": self.optimiser.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+        }
+
+    def restore(self, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Goes on from what `deployed_weights` and `state` gave."""
+        self.model.load_state_dict(state["model"] or weights)
+        if self.average is not None:
+            self.average.restore(weights, state["average_updates"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.scaler.load_state_dict(state["scaler"])
+        torch.set_rng_state(state["random"])
+        if self.device.type == "cuda" and len(state["random_cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(state["random_cuda"])
+
+    def _backward(self, batch: Batch, epoch: int, parts: int) -> tuple[Tensor, int]:
+        """Adds the gradient of one part; its detached losses, divided by the number of parts, and its positives."""
+        images = self.normalise(
+            batch.images.to(self.device, non_blocking=True), batch.valid_hw.to(self.device)
+        )
+        precision = AUTOCAST[self.recipe.precision]
+        with torch.autocast(self.device.type, precision, enabled=precision is not None):
+            out = self.network(images)
+        losses = self.criterion(out, batch.targets, epoch)
+        self.scaler.scale((losses.cls + losses.box) / parts).backward()
+        return torch.stack((losses.cls, losses.box)).detach() / parts, losses.positives
+
+    def _sync(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Gradients travel between workers with the last part only."""
+        if isinstance(self.network, DistributedDataParallel) and not last:
+            return self.network.no_sync()
+        return contextlib.nullcontext()
+
+    def _clip(self) -> float:
+        """The gradient's norm before it was clipped."""
+        learning = [p for p in self.model.parameters() if p.grad is not None]
+        if self.recipe.clip is not None:
+            return float(nn.utils.clip_grad_norm_(learning, self.recipe.clip))
+        return float(nn.utils.get_total_norm([p.grad for p in learning if p.grad is not None]))
+
+
+def _wrap(model: Tood, recipe: Recipe, device: torch.device) -> nn.Module:
+    network: nn.Module = model
+    if recipe.compile:
+        network = torch.compile(network)  # type: ignore[assignment]
+    if world_size() > 1:
+        network = DistributedDataParallel(
+            network, device_ids=[device] if device.type == "cuda" else None
+        )
+    return network
+
+
+def _finite(*values: float) -> bool:
+    return bool(torch.tensor(values).isfinite().all())
+
+
+def _of_all(ids: list[int]) -> str:
+    return ", ".join(str(key) for share in gather_objects(ids) for key in share)
