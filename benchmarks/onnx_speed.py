@@ -23,7 +23,7 @@ from rich.table import Table
 
 from tood_deploy import Detector, __version__
 from tood_deploy.benchmark.latency.machine import describe_machine
-from tood_deploy.data.image_set import synthetic_picture
+from tood_deploy.data.image_set import synthetic_image
 from tood_deploy.graph_io import HEAD_OUTPUTS, INPUTS, OUTPUTS
 from tood_deploy.onnx_file import cut_graph, with_outputs
 
@@ -46,15 +46,15 @@ def main() -> None:
     options = {"conf": 0.3, "imgsz": arguments.imgsz, "threads": arguments.threads}
     memory_mib = in_child(peak_memory, arguments.artefact, options)
     eager, fast = Detector(arguments.checkpoint, **options), Detector(arguments.artefact, **options)
-    picture = first_frame(arguments.clip)
-    prepared = fast.prepare(picture)
+    image = first_frame(arguments.clip)
+    prepared = fast.prepare(image)
     eager_s, fast_s, whole_s = take_turns(
         arguments.rounds,
         lambda: eager.infer([prepared]),
         lambda: fast.infer([prepared]),
-        lambda: fast(picture),
+        lambda: fast(image),
     )
-    full_hd = synthetic_picture(*FULL_HD, seed=0)
+    full_hd = synthetic_image(*FULL_HD, seed=0)
     (pre_s,) = take_turns(10 * arguments.rounds, lambda: fast.prepare(full_hd))
     post_s = time_post_processing(arguments, fast, prepared.image, prepared.transform.resized_hw)
     stream_s = time_stream(fast, arguments.clip, arguments.frames)
@@ -140,10 +140,10 @@ def time_stream(detector: Detector, clip: Path, frames: int) -> float:
 def peak_memory(
     artefact: Path, options: dict[str, object], result: "multiprocessing.Queue[float]"
 ) -> None:
-    """Puts the highest resident size in MiB of this process, which opens the artefact and runs three pictures."""
+    """Puts the highest resident size in MiB of this process, which opens the artefact and runs three images."""
     with Detector(artefact, **options) as detector:
         for seed in range(3):
-            detector(synthetic_picture(*FULL_HD, seed=seed))
+            detector(synthetic_image(*FULL_HD, seed=seed))
     result.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 

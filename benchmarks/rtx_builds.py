@@ -57,7 +57,7 @@ class Row:
         preset, precision: what was built.
         onnx_mib, plan_mib: sizes of the files.
         layers: of the network as parsed.
-        gmac: multiplications for one picture of the first size, in thousand millions.
+        gmac: multiplications for one image of the first size, in thousand millions.
         share: of the multiplications in the precision that was asked for, 0 to 1.
         seconds: of reading and building.
         peak_gib: the most memory of the process.
@@ -229,7 +229,7 @@ def report(rows: Sequence[Row], profiles: Profiles, nms: Nms) -> str:
         f"batches {smallest} to {largest}, fastest at {best}. "
         "Random weights, deformable convolutions as gathers, int8 with fp16 beside it, "
         f"suppression {'without a loop' if nms == 'unrolled' else 'in a loop'}. Layers are those of the network as parsed; "
-        "GMAC is for one picture of the first size."
+        "GMAC is for one image of the first size."
     )
     machine = describe_machine()
     where = f"Built on {machine.cpu}, {machine.usable_cores} cores, {machine.memory_gib} GiB, {machine.system}, Python {machine.python}."

@@ -2,7 +2,7 @@
 
     python benchmarks/training_throughput.py --presets tiny r50-1x --imgsz 240 320 --batch 8 --threads 2
 
-Pictures are made up in memory, with ten boxes each; the input pipeline is measured by itself on files (`--pipeline`). Times are medians
+Images are made up in memory, with ten boxes each; the input pipeline is measured by itself on files (`--pipeline`). Times are medians
 of single steps. With `--threads 1` they are the thread's own time, so that other work on the machine hardly shows.
 """
 
@@ -38,7 +38,7 @@ PARTS = ("forward", "assignment", "loss", "backward", "update")
 
 
 def make_batch(count: int, imgsz: tuple[int, int], classes: int) -> Batch:
-    """Random pictures of that size, with boxes of many sizes."""
+    """Random images of that size, with boxes of many sizes."""
     rng = np.random.default_rng(0)
     height, width = (-(-side // SIZE_DIVISOR) * SIZE_DIVISOR for side in imgsz)
     images = torch.from_numpy(rng.integers(0, 256, (count, height, width, 3), np.uint8))
@@ -104,11 +104,11 @@ def assign(learner: Learner, out: HeadOutput, batch: Batch) -> None:
 
 
 def measure_pipeline(imgsz: tuple[int, int], batch: int) -> tuple[float, str]:
-    """Pictures a second that one core reads, scales, mirrors and pads, and which pictures these are."""
+    """Images a second that one core reads, scales, mirrors and pads, and which images these are."""
     with tempfile.TemporaryDirectory() as folder:
         path = write_scenes(Path(folder), 64, size_hw=(480, 640))
         data = TrainingData(
-            read_annotations(path, Path(folder) / "pictures").for_training(), Augment(imgsz), seed=0
+            read_annotations(path, Path(folder) / "images").for_training(), Augment(imgsz), seed=0
         )
         plan = epoch_batches(data.records, batch, seed=0, epoch=0, by_aspect=True)
         start = time.process_time()
@@ -164,12 +164,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"{platform.processor() or platform.machine()}, {arguments.threads} threads, {device.type}, PyTorch {torch.__version__}"
     )
     console.print(
-        f"batch {arguments.batch} of {imgsz[0]} x {imgsz[1]}, {BOXES} boxes a picture, medians of {arguments.steps} steps"
+        f"batch {arguments.batch} of {imgsz[0]} x {imgsz[1]}, {BOXES} boxes a image, medians of {arguments.steps} steps"
     )
     console.print(table)
     if arguments.pipeline:
-        rate, pictures = measure_pipeline(imgsz, arguments.batch)
-        console.print(f"input pipeline: {rate:.0f} images/s for each core ({pictures})")
+        rate, images = measure_pipeline(imgsz, arguments.batch)
+        console.print(f"input pipeline: {rate:.0f} images/s for each core ({images})")
 
 
 if __name__ == "__main__":

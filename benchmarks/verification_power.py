@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-from tood_deploy.data.image_set import synthetic_picture
+from tood_deploy.data.image_set import synthetic_image
 from tood_deploy.engines.self_test import processor
 from tood_deploy.errors import CheckFailed
 from tood_deploy.export.graph import ExportedGraph
@@ -249,7 +249,7 @@ def compare(
     verifier = Float32Verifier(reference, OnnxRunner(graph))
     for number, (height, width) in enumerate(SIZES_HW):
         images = [
-            synthetic_picture(height - 10, width - 6, 10 * seed + 3 * number + i) for i in range(2)
+            synthetic_image(height - 10, width - 6, 10 * seed + 3 * number + i) for i in range(2)
         ]
         imgsz = min(height - 10, width - 6), max(height - 10, width - 6)
         try:

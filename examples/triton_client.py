@@ -1,9 +1,9 @@
-"""Finds objects in pictures by a model that Triton Inference Server serves, as `tood-export --to triton` wrote it.
+"""Finds objects in images by a model that Triton Inference Server serves, as `tood-export --to triton` wrote it.
 
     pip install "tritonclient[grpc]"
     python examples/triton_client.py tood street.jpg dog.jpg --url localhost:8001
 
-The client scales and pads pictures as `Detector` does and maps boxes back; what it must know of the model it asks the server for.
+The client scales and pads images as `Detector` does and maps boxes back; what it must know of the model it asks the server for.
 `tood_deploy` is needed for its pre-processing alone: NumPy and OpenCV, no runtime.
 """
 
@@ -61,7 +61,7 @@ def read_model(client: Any, name: str) -> ServedModel:
 def request_arrays(
     image_bgr: NDArray[np.uint8], sizing: Sizing, conf: float, iou: float
 ) -> tuple[dict[str, NDArray[Any]], ImageTransform]:
-    """The request for one picture, (H, W, 3) uint8 BGR: arrays with a batch axis by the inputs' names; and the way back."""
+    """The request for one image, (H, W, 3) uint8 BGR: arrays with a batch axis by the inputs' names; and the way back."""
     image, transform = resize_and_pad(image_bgr, sizing)
     arrays: dict[str, NDArray[Any]] = {
         "images": image[None],
@@ -75,15 +75,15 @@ def request_arrays(
 def detections_from(
     answer: Mapping[str, NDArray[Any]], transform: ImageTransform, class_names: Sequence[str]
 ) -> Detections:
-    """The objects in the picture, boxes in its own pixels, from the answer's arrays by the outputs' names.
+    """The objects in the image, boxes in its own pixels, from the answer's arrays by the outputs' names.
 
     Raises:
-        ToodError: the server's engine suppresses in a fixed number of rounds, which were too few for this picture.
+        ToodError: the server's engine suppresses in a fixed number of rounds, which were too few for this image.
     """
     count = int(answer["num_dets"].reshape(-1)[0])
     if count < 0:
         raise ToodError(
-            f"num_dets is {count}: the rounds of suppression were too few for this picture, so its detections are not known; "
+            f"num_dets is {count}: the rounds of suppression were too few for this image, so its detections are not known; "
             "build the served engine with more --nms-rounds, or with --nms loop"
         )
     boxes = transform.boxes_to_image(answer["boxes"][0, :count])
@@ -100,7 +100,7 @@ def detect(
     conf: float,
     iou: float,
 ) -> Iterator[Detections]:
-    """Sends all pictures at the same time, so that the server can batch them, and yields their detections in order.
+    """Sends all images at the same time, so that the server can batch them, and yields their detections in order.
 
     Args:
         client: an `InferenceServerClient`; its calls may come from several threads.
@@ -131,12 +131,12 @@ def detect(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints a line an object; a picture that the engine has no answer for ends it with exit code 2."""
+    """Prints a line an object; a image that the engine has no answer for ends it with exit code 2."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", help="its name on the server")
-    parser.add_argument("pictures", nargs="+", type=Path)
+    parser.add_argument("images", nargs="+", type=Path)
     parser.add_argument(
         "--url",
         default="localhost:8001",
@@ -147,16 +147,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     from tritonclient import grpc  # pyright: ignore[reportMissingImports] - ties down packages that tood_deploy needs newer
 
-    images: list[Any] = [cv2.imread(str(path), cv2.IMREAD_COLOR) for path in arguments.pictures]
+    images: list[Any] = [cv2.imread(str(path), cv2.IMREAD_COLOR) for path in arguments.images]
     if unreadable := [
-        str(path) for path, image in zip(arguments.pictures, images, strict=True) if image is None
+        str(path) for path, image in zip(arguments.images, images, strict=True) if image is None
     ]:
-        print(f"error: cannot be read as pictures: {', '.join(unreadable)}", file=sys.stderr)
+        print(f"error: cannot be read as images: {', '.join(unreadable)}", file=sys.stderr)
         return 2
     with grpc.InferenceServerClient(arguments.url) as client:
         model = read_model(client, arguments.model)
         answers = detect(client, grpc, model, images, arguments.conf, arguments.iou)
-        for path in arguments.pictures:
+        for path in arguments.images:
             try:
                 found = next(answers)
             except ToodError as error:

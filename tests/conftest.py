@@ -1,4 +1,4 @@
-"""What all tests share: thread limits, the folder of goldens, the synthetic picture, the stand-in weights."""
+"""What all tests share: thread limits, the folder of goldens, the synthetic image, the stand-in weights."""
 
 import os
 
@@ -44,7 +44,7 @@ def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of goldens, checkpoints and pictures."""
+    """The folder of goldens, checkpoints and images."""
     if not SHARED.is_dir():
         pytest.skip(f"{SHARED} is absent")
     return SHARED
@@ -62,8 +62,8 @@ def goldens(shared: Path) -> Callable[[str], dict[str, NDArray[Any]]]:
 
 
 @pytest.fixture(scope="session")
-def synth_picture() -> Callable[[int, int], NDArray[np.uint8]]:
-    """A function of height and width: the seeded test picture (H, W, 3) uint8, RGB or BGR as one likes."""
+def synth_image_bgr() -> Callable[[int, int], NDArray[np.uint8]]:
+    """A function of height and width: the seeded test image (H, W, 3) uint8, RGB or BGR as one likes."""
     return synth_image.image
 
 
@@ -99,7 +99,7 @@ def seeded_model() -> Callable[..., Any]:
 def tiny_checkpoint(
     seeded_model: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """`tiny` with stand-in weights and 80 classes, which finds a hundred things in the synthetic picture; our own format."""
+    """`tiny` with stand-in weights and 80 classes, which finds a hundred things in the synthetic image; our own format."""
     from tood_deploy.model import save_checkpoint
 
     path = tmp_path_factory.mktemp("tiny") / "tiny.safetensors"

@@ -33,7 +33,7 @@ def changed(drawn: NDArray[np.uint8]) -> tuple[int, int, int, int]:
     return int(columns.min()), int(rows.min()), int(columns.max()), int(rows.max())
 
 
-def test_the_picture_itself_stays_as_it_was() -> None:
+def test_the_image_itself_stays_as_it_was() -> None:
     image = grey(100, 100)
     drawn = draw(image, [[10, 30, 60, 80]], ["cat"])
     assert (image == GREY).all()
@@ -67,7 +67,7 @@ def test_a_box_wholly_outside_is_not_drawn(box: list[float]) -> None:
 @pytest.mark.parametrize(
     "box", [[0, 0, 20, 20], [185, 0, 199, 20], [0, 130, 20, 149], [185, 130, 199, 149]]
 )
-def test_the_label_stays_within_the_picture(box: list[float]) -> None:
+def test_the_label_stays_within_the_image(box: list[float]) -> None:
     drawn = draw(grey(150, 200), [box], ["person 0.99"])
     colour = class_colour(0)
     filled = int((drawn == colour).all(axis=2).sum())
@@ -75,14 +75,14 @@ def test_the_label_stays_within_the_picture(box: list[float]) -> None:
     assert filled == pytest.approx(int((whole == colour).all(axis=2).sum()), rel=0.1)
 
 
-def test_a_label_longer_than_the_picture_shrinks() -> None:
+def test_a_label_longer_than_the_image_shrinks() -> None:
     drawn = draw(grey(60, 60), [[10, 20, 50, 50]], ["a very long class name 0.99"])
     left, _, right, _ = changed(drawn)
     assert (left, right) == (0, 59)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1), (2, 2)])
-def test_pictures_of_a_pixel_are_drawn_on(size: tuple[int, int]) -> None:
+def test_images_of_a_pixel_are_drawn_on(size: tuple[int, int]) -> None:
     assert draw(grey(*size), [[0, 0, size[1], size[0]]], ["cat 0.50"]).shape == (*size, 3)
 
 
@@ -169,7 +169,7 @@ def test_text_can_be_read_on_its_colour(class_id: int) -> None:
     assert abs(luminance[0] - luminance[1]) > 90
 
 
-def test_line_and_text_grow_with_the_picture() -> None:
+def test_line_and_text_grow_with_the_image() -> None:
     sizes = [(150, 200), (480, 640), (1080, 1920), (3000, 4000)]
     assert [line_width(size) for size in sizes] == sorted({line_width(size) for size in sizes})
     texts = [text_size(size) for size in sizes]

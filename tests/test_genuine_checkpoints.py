@@ -1,4 +1,4 @@
-"""Two genuine trained checkpoints, from the file to COCO AP, against the detections their own code gave on 72 real pictures."""
+"""Two genuine trained checkpoints, from the file to COCO AP, against the detections their own code gave on 72 real images."""
 
 import json
 from collections import defaultdict
@@ -46,9 +46,9 @@ def test_equals_its_own_code(
     categories, found = sorted(truth.cats), []
     with Detector(model, conf=0.05, iou=0.6, imgsz=IMGSZ) as detector:
         for image_id, image in truth.imgs.items():
-            picture = cv2.imread(str(shared / "data" / "bccd" / "val" / image["file_name"]))
-            assert picture is not None
-            found += detector(np.asarray(picture, np.uint8)).to_coco(image_id, categories)
+            source_image = cv2.imread(str(shared / "data" / "bccd" / "val" / image["file_name"]))
+            assert source_image is not None
+            found += detector(np.asarray(source_image, np.uint8)).to_coco(image_id, categories)
     assert share_matched(recorded, found) >= 0.995
     assert average_precision(truth, found) == pytest.approx(RECORDED_AP[name], abs=0.0005)
 

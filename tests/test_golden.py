@@ -20,9 +20,9 @@ def golden() -> Golden:
         np.array([0, 5, 79], np.int32),
     )
     nothing = Rows(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int32))
-    picture = RNG.integers(0, 256, (21, 33, 3)).astype(np.uint8)
+    image = RNG.integers(0, 256, (21, 33, 3)).astype(np.uint8)
     return Golden(
-        picture,
+        image,
         0.6,
         "PyTorch",
         (GoldenCase((32, 64), 0.25, rows), GoldenCase((64, 64), 0.0, nothing)),
@@ -31,7 +31,7 @@ def golden() -> Golden:
 
 def test_json_keeps_every_bit(golden: Golden) -> None:
     again = Golden.from_dict(json.loads(json.dumps(golden.to_dict())), "a.onnx")
-    assert np.array_equal(again.picture, golden.picture)
+    assert np.array_equal(again.image, golden.image)
     assert (again.iou_threshold, again.reference) == (0.6, "PyTorch")
     for old, new in zip(golden.cases, again.cases, strict=True):
         assert (old.net_hw, old.score_threshold) == (new.net_hw, new.score_threshold)
@@ -41,13 +41,13 @@ def test_json_keeps_every_bit(golden: Golden) -> None:
             assert np.array_equal(before, after)
 
 
-def test_the_picture_lies_in_every_slot(golden: Golden) -> None:
+def test_the_image_lies_in_every_slot(golden: Golden) -> None:
     images, valid_hw = golden.inputs((64, 96), batch=3)
     assert images.shape == (3, 64, 96, 3)
     assert valid_hw.tolist() == [[21, 33]] * 3
     for image in images:
-        assert np.array_equal(image[:21, :33], golden.picture)
-        assert image.sum() == golden.picture.sum(dtype=int)
+        assert np.array_equal(image[:21, :33], golden.image)
+        assert image.sum() == golden.image.sum(dtype=int)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from benchmarks.gpu.parity import Reference, verdict
 from benchmarks.gpu.settings import PRECISIONS, Cell, Settings, cells
 from benchmarks.gpu.static_detector import EagerDetector, StaticDetector, lower_network, unpack
 from benchmarks.gpu.torch_ways import Recorded, TorchWay
-from tood_deploy.data.image_set import synthetic_picture
+from tood_deploy.data.image_set import synthetic_image
 from tood_deploy.errors import ArtefactError, DeviceError, ToodError
 from tood_deploy.model import build_model, load_checkpoint
 from tood_deploy.model.tood import Tood
@@ -61,7 +61,7 @@ def run(tiny_checkpoint: Path, tiny_artefact: Path) -> Iterator[Callable[..., in
             "--output",
             str(stem),
         ]
-        small = ["--batches", "2", "--rounds", "1", "--seconds", "0.01", "--pictures", "2"]
+        small = ["--batches", "2", "--rounds", "1", "--seconds", "0.01", "--image-count", "2"]
         return command.main([*given, *small, *arguments])
 
     yield start
@@ -127,11 +127,11 @@ class TestFlow:
         for how in ("eager", "unrolled, channels last", "CPU"):
             parity = row_of(report, how, "fp32")["parity"]
             assert parity["matched"] == parity["reference"] > 20
-            assert (
-                parity["pictures"],
-                parity["pictures_outside"],
-                parity["slots_that_differ"],
-            ) == (2, 0, 0)
+            assert (parity["images"], parity["images_outside"], parity["slots_that_differ"]) == (
+                2,
+                0,
+                0,
+            )
         assert row_of(report, "eager", "bf16")["parity"]["score_deviation"] > 0
         assert not row_of(report, "eager", "fp32", "64x96, batch 1")["parity"]
 
@@ -140,8 +140,8 @@ class TestFlow:
         assert {batch for _, batch in rows} == {1, 2}
         for how in ("exact loop", "unrolled"):
             assert rows[how, 2]["times_ms"][0]
-            assert rows[how, 2]["pictures_that_differ"] == 0
-        assert rows["torchvision, a picture at a time", 1]["status"] in ("ok", "absent")
+            assert rows[how, 2]["images_that_differ"] == 0
+        assert rows["torchvision, a image at a time", 1]["status"] in ("ok", "absent")
 
     def test_markdown(self, report: dict[str, Any]) -> None:
         text = report["text"]
@@ -209,7 +209,7 @@ class TestFailures:
             )
             == 1
         )
-        assert "parity: 2 of 2 pictures outside the tolerance" in (tmp_path / "gpu.md").read_text(
+        assert "parity: 2 of 2 images outside the tolerance" in (tmp_path / "gpu.md").read_text(
             encoding="utf-8"
         )
 
@@ -243,9 +243,7 @@ class TestFailures:
 
 class TestStaticDetector:
     def inputs(self) -> tuple[torch.Tensor, ...]:
-        images = torch.from_numpy(
-            np.stack([synthetic_picture(*SIZE_HW, seed) for seed in range(2)])
-        )
+        images = torch.from_numpy(np.stack([synthetic_image(*SIZE_HW, seed) for seed in range(2)]))
         return (
             images,
             torch.tensor([[60, 90], [64, 96]], dtype=torch.int32),
@@ -363,7 +361,7 @@ def test_parity_tells_damage_and_slots(model: Tood) -> None:
             return replace(found, boxes_net=found.boxes_net + self.shift)
 
     way = Shifted(model, "eager", "fp32", Cell(SIZE_HW, 2), "cpu")
-    reference = Reference(model, [synthetic_picture(*SIZE_HW, 0)], SIZE_HW)
+    reference = Reference(model, [synthetic_image(*SIZE_HW, 0)], SIZE_HW)
     assert verdict(reference.compare(way, 2, "fp32")) == ""
     way.shift = np.array([0, 9], np.float32).reshape(2, 1, 1)
     assert "depend on the batch slot" in verdict(reference.compare(way, 2, "fp32"))
@@ -444,7 +442,7 @@ def test_script_runs_without_what_a_bare_machine_lacks(
         "1",
         "--seconds",
         "0.01",
-        "--pictures",
+        "--image-count",
         "1",
     ]
     found = subprocess.run(

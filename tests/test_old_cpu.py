@@ -95,7 +95,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The trained demo network in every form for CPUs, and the network's inputs for two generated scenes."""
     place = tmp_path_factory.mktemp("forms")
     write_scenes(place / "scenes", CALIBRATED, seed=3)
-    images = sorted((place / "scenes" / "pictures").iterdir())
+    images = sorted((place / "scenes" / "images").iterdir())
     export(WEIGHTS, "--imgsz", *IMGSZ, "--output", place / "fp32.onnx")
     export(place / "fp32.onnx", "--to", "openvino", "--output", place / "fp32-ov.xml")
     calibrated = ["--precision", "int8", "--calib-data", images[0].parent]

@@ -100,7 +100,7 @@ def test_sizes(
     assert not image[:, resized_hw[1] :].any()
 
 
-def test_a_picture_decoded_smaller_goes_back_to_its_original() -> None:
+def test_a_image_decoded_smaller_goes_back_to_its_original() -> None:
     image, transform = resize_and_pad(
         np.full((120, 160, 3), 200, np.uint8), (240, 320), image_hw=(480, 639)
     )
@@ -114,7 +114,7 @@ def test_a_picture_decoded_smaller_goes_back_to_its_original() -> None:
 
 
 @given(st.integers(1, 5000), st.integers(1, 5000), st.integers(1, 1000), st.integers(0, 1000))
-def test_the_picture_fits_and_touches_one_limit(
+def test_the_image_fits_and_touches_one_limit(
     height: int, width: int, short: int, more: int
 ) -> None:
     fitted = fit_size((height, width), (short, short + more))
@@ -154,7 +154,7 @@ def test_boxes_go_back_with_a_factor_for_each_direction() -> None:
 
 
 @given(st.integers(1, 3000), st.integers(1, 3000), st.integers(1, 800))
-def test_the_whole_picture_goes_back_to_itself(height: int, width: int, short: int) -> None:
+def test_the_whole_image_goes_back_to_itself(height: int, width: int, short: int) -> None:
     resized = fit_size((height, width), (short, 2 * short))
     transform = ImageTransform((height, width), resized, pad_size(resized))
     whole = transform.boxes_to_image(np.array([[0, 0, resized[1], resized[0]]], np.float32))
@@ -171,7 +171,7 @@ def test_the_whole_picture_goes_back_to_itself(height: int, width: int, short: i
         np.zeros((0, 8, 3), np.uint8),
     ],
 )
-def test_what_is_no_picture_is_refused(image: Any) -> None:
+def test_what_is_no_image_is_refused(image: Any) -> None:
     with pytest.raises(InputError, match=r"expected uint8 \(H, W, 3\)"):
         resize_and_pad(image, (32, 32))
 
@@ -195,18 +195,18 @@ def test_imgsz_must_be_two_positive_numbers(imgsz: tuple[int, ...]) -> None:
         ((100, 4000), (800, 1344)),
     ],
 )
-def test_the_canvas_follows_the_picture(image_hw: tuple[int, int], net_hw: tuple[int, int]) -> None:
+def test_the_canvas_follows_the_image(image_hw: tuple[int, int], net_hw: tuple[int, int]) -> None:
     assert choose_canvas(image_hw, (800, 1333), [(800, 1344), (1344, 800)]) == net_hw
 
 
-def test_a_canvas_that_a_picture_fits_by_rounding_is_not_too_small() -> None:
-    # 605 columns become 960.3, which are 960: the picture needs no shrinking to 799 x 960.
+def test_a_canvas_that_a_image_fits_by_rounding_is_not_too_small() -> None:
+    # 605 columns become 960.3, which are 960: the image needs no shrinking to 799 x 960.
     assert fit_size((504, 605), (800, 1333)) == (800, 960)
     assert fit_imgsz((504, 605), (800, 1333), (800, 960)) == (800, 1333)
     assert choose_canvas((504, 605), (800, 1333), [(800, 992), (800, 960)]) == (800, 960)
 
 
-def test_the_smallest_canvas_that_holds_the_picture_whole() -> None:
+def test_the_smallest_canvas_that_holds_the_image_whole() -> None:
     assert choose_canvas((480, 640), (800, 1333), [(1344, 1344), (800, 1088), (640, 640)]) == (
         800,
         1088,
@@ -217,7 +217,7 @@ def test_the_smallest_canvas_that_holds_the_picture_whole() -> None:
 
 
 @given(st.integers(1, 3000), st.integers(1, 3000), st.sampled_from([(320, 320), (800, 1333)]))
-def test_a_picture_always_fits_its_canvas(height: int, width: int, imgsz: tuple[int, int]) -> None:
+def test_a_image_always_fits_its_canvas(height: int, width: int, imgsz: tuple[int, int]) -> None:
     canvases = [(320, 320), (800, 1344), (1344, 800)]
     net_hw = choose_canvas((height, width), imgsz, canvases)
     resized_hw = fit_size((height, width), fit_imgsz((height, width), imgsz, net_hw))

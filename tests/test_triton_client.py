@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from tood_deploy import Detector
-from tood_deploy.data.image_set import synthetic_picture
+from tood_deploy.data.image_set import synthetic_image
 from tood_deploy.errors import ToodError
 from tood_deploy.export.config import Profiles, TritonOptions
 from tood_deploy.export.triton.config import read_config
@@ -96,15 +96,15 @@ def server(tiny_artefact: Path, tmp_path_factory: pytest.TempPathFactory) -> Ser
 def test_detections_are_those_of_the_detector(
     example: ModuleType, server: Server, tiny_artefact: Path
 ) -> None:
-    pictures = [
-        synthetic_picture(height, width, seed)
+    images = [
+        synthetic_image(height, width, seed)
         for seed, (height, width) in enumerate([(120, 160), (300, 200), (97, 333)])
     ]
     model = example.read_model(server, "tood")
-    found = list(example.detect(server, TRITON, model, pictures, 0.1, 0.5))
+    found = list(example.detect(server, TRITON, model, images, 0.1, 0.5))
     with Detector(tiny_artefact, conf=0.1, iou=0.5) as detector:
-        for picture, mine in zip(pictures, found, strict=True):
-            expected = detector(picture)
+        for image, mine in zip(images, found, strict=True):
+            expected = detector(image)
             assert len(expected) > 0
             np.testing.assert_array_equal(mine.class_ids, expected.class_ids)
             np.testing.assert_allclose(mine.scores, expected.scores, atol=1e-6)
@@ -117,17 +117,17 @@ def test_model_is_read_from_the_server(example: ModuleType, server: Server) -> N
     assert (model.name, model.sizing.imgsz, len(model.class_names)) == ("tood", (240, 320), 80)
 
 
-def test_pictures_of_one_padded_size_can_share_a_batch(example: ModuleType, server: Server) -> None:
+def test_images_of_one_padded_size_can_share_a_batch(example: ModuleType, server: Server) -> None:
     """Triton joins requests whose shapes behind the batch axis are the same."""
     server.requests.clear()
-    pictures = [synthetic_picture(120, 160, 0), synthetic_picture(118, 158, 1)]
-    list(example.detect(server, TRITON, example.read_model(server, "tood"), pictures, 0.1, 0.5))
+    images = [synthetic_image(120, 160, 0), synthetic_image(118, 158, 1)]
+    list(example.detect(server, TRITON, example.read_model(server, "tood"), images, 0.1, 0.5))
     shapes = [{name: array.shape for name, array in feeds.items()} for feeds in server.requests]
     assert shapes[0] == shapes[1]
     assert all(shape[0] == 1 for shape in shapes[0].values())
 
 
-def test_a_picture_without_an_answer_is_an_error(example: ModuleType) -> None:
+def test_a_image_without_an_answer_is_an_error(example: ModuleType) -> None:
     """As an engine without a loop gives it where its rounds of suppression were too few."""
     answer = {"num_dets": np.array([[-1]], np.int32)} | {
         name: np.zeros((1, 100), np.float32) for name in ("boxes", "scores", "labels")

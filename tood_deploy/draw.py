@@ -1,4 +1,4 @@
-"""Boxes and labels drawn on a copy of a picture. NumPy and OpenCV alone; knows nothing of models or files."""
+"""Boxes and labels drawn on a copy of a image. NumPy and OpenCV alone; knows nothing of models or files."""
 
 import colorsys
 from collections.abc import Sequence
@@ -31,12 +31,12 @@ def text_colour(background_bgr: tuple[int, int, int]) -> tuple[int, int, int]:
 
 
 def line_width(image_hw: tuple[int, int]) -> int:
-    """Width of a box's line in pixels, by the picture's size."""
+    """Width of a box's line in pixels, by the image's size."""
     return max(1, round(0.0025 * sum(image_hw) / 2 + 0.5))
 
 
 def text_size(image_hw: tuple[int, int]) -> int:
-    """Height of the text in pixels, by the picture's size."""
+    """Height of the text in pixels, by the image's size."""
     return min(LARGEST_TEXT, max(SMALLEST_TEXT, round(0.015 * sum(image_hw) / 2 + 5)))
 
 
@@ -46,11 +46,11 @@ def draw_boxes(
     class_ids: NDArray[np.int32],
     labels: Sequence[str],
 ) -> NDArray[np.uint8]:
-    """A copy of the picture with a box and a filled label for every object.
+    """A copy of the image with a box and a filled label for every object.
 
     Args:
         image_bgr: (H, W, 3) uint8 BGR.
-        boxes: (D, 4) xyxy in the picture's pixels, best first; what lies outside the picture is cut off.
+        boxes: (D, 4) xyxy in the image's pixels, best first; what lies outside the image is cut off.
         class_ids: (D,) class numbers: they choose the colour.
         labels: D texts; letters of any script.
     """
@@ -86,7 +86,7 @@ def draw_boxes(
 def _label_patch(
     label: str, background_bgr: tuple[int, int, int], size: int, room: int
 ) -> NDArray[np.uint8]:
-    """The filled label as a small picture; the text shrinks, down to half the smallest size, to fit into `room` pixels."""
+    """The filled label as a small image; the text shrinks, down to half the smallest size, to fit into `room` pixels."""
     font = cv2.FontFace(FONT)
     margin = max(2, size // 6)
     while size > SMALLEST_TEXT // 2 and _text_width(label, font, size) + 2 * margin > room:
@@ -112,7 +112,7 @@ def _text_width(label: str, font: cv2.FontFace, size: int) -> int:
 def _label_places(
     boxes: list[list[int]], labels_hw: list[tuple[int, int]], image_hw: tuple[int, int]
 ) -> list[tuple[int, int]]:
-    """Left and top of every label, inside the picture: the first place at its box that hides no better object's label."""
+    """Left and top of every label, inside the image: the first place at its box that hides no better object's label."""
     taken = np.zeros((len(boxes), 4), np.int64)
     for i, ((x1, y1, x2, y2), (height, width)) in enumerate(zip(boxes, labels_hw, strict=True)):
         wished = [

@@ -23,7 +23,7 @@ class ArtefactError(ToodError):
 
 
 class InputError(ToodError):
-    """A picture, video, folder or stream that cannot be read."""
+    """A image, video, folder or stream that cannot be read."""
 
 
 class OutputError(ToodError):

@@ -36,7 +36,7 @@ class Manifest:
         versions: of tood_deploy and of every tool that took part.
         created: date and time, ISO 8601, UTC.
         artefact_sha256: of the artefact itself; empty inside the artefact's own metadata.
-        parity: the verdict of the comparison with PyTorch: deviations, tolerances, pictures; empty where there is none.
+        parity: the verdict of the comparison with PyTorch: deviations, tolerances, images; empty where there is none.
         target: what the artefact was built for and must meet again when it is opened; empty where it runs anywhere.
         self_test: a stored input and the stored answer to it; empty where there is none.
     """

@@ -1,4 +1,4 @@
-"""Detections of one picture in the network's own frame, and which of two runs belong together. NumPy alone."""
+"""Detections of one image in the network's own frame, and which of two runs belong together. NumPy alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PAIR_IOU = 0.75  # above every sensible threshold of suppression, so that no kep
 
 @dataclass(frozen=True)
 class Rows:
-    """Detections of one picture: boxes (D, 4) xyxy pixels, scores (D,), labels (D,)."""
+    """Detections of one image: boxes (D, 4) xyxy pixels, scores (D,), labels (D,)."""
 
     boxes: NDArray[np.float32]
     scores: NDArray[np.float32]
@@ -25,7 +25,7 @@ class Rows:
 
 
 def batch_rows(outputs: Sequence[NDArray[Any]]) -> list[Rows]:
-    """Per picture, the rows of `num_dets`, `boxes`, `scores`, `labels` that hold detections."""
+    """Per image, the rows of `num_dets`, `boxes`, `scores`, `labels` that hold detections."""
     return [
         Rows(boxes[:count], scores[:count], labels[:count])
         for count, boxes, scores, labels in zip(*outputs[:4], strict=True)

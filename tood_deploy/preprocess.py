@@ -1,4 +1,4 @@
-"""From a picture as OpenCV reads it to what the network takes, and boxes back again. NumPy and OpenCV alone.
+"""From a image as OpenCV reads it to what the network takes, and boxes back again. NumPy and OpenCV alone.
 
 Equal to the test pipeline of both public implementations (reference/SPEC.md section 4): resize bilinearly, with the aspect kept
 unless the `Sizing` says otherwise, then pad at the right and bottom. Normalising is part of the network's graph.
@@ -22,10 +22,10 @@ ImageSize = Sizing | tuple[int, int]
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """How a picture became the network's input.
+    """How a image became the network's input.
 
     Attributes:
-        image_hw: rows and columns of the original picture.
+        image_hw: rows and columns of the original image.
         resized_hw: rows and columns after resizing: the part of the input that holds real pixels.
         net_hw: rows and columns of the padded input.
     """
@@ -35,7 +35,7 @@ class ImageTransform:
     net_hw: tuple[int, int]
 
     def boxes_to_image(self, boxes_net: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Boxes (D, 4) xyxy from pixels of the network input to pixels of the original picture, not clipped.
+        """Boxes (D, 4) xyxy from pixels of the network input to pixels of the original image, not clipped.
 
         The two directions have their own factor, as rounding made them.
         """
@@ -148,10 +148,10 @@ def fit_imgsz(image_hw: tuple[int, ...], imgsz: ImageSize, net_hw: tuple[int, in
 def choose_canvas(
     image_hw: tuple[int, ...], imgsz: ImageSize, canvases_hw: Sequence[tuple[int, int]]
 ) -> tuple[int, int]:
-    """Of the padded sizes that an engine takes, the one that shrinks a picture least, then the one with the fewest pixels.
+    """Of the padded sizes that an engine takes, the one that shrinks a image least, then the one with the fewest pixels.
 
     Args:
-        image_hw: rows and columns of the picture.
+        image_hw: rows and columns of the image.
         imgsz: the size to fit where there is room.
         canvases_hw: rows and columns of every padded size, at least one.
     """
@@ -179,20 +179,20 @@ def resize_and_pad(
     net_hw: tuple[int, int] | None = None,
     image_hw: tuple[int, int] | None = None,
 ) -> tuple[NDArray[np.uint8], ImageTransform]:
-    """The network's input for one picture.
+    """The network's input for one image.
 
     Args:
         image_bgr: (H, W, 3) uint8, as OpenCV reads it.
         imgsz: the size to fit, with (short side, long side) in pixels, or a preset's `sizing`.
         net_hw: rows and columns to pad to; where not given those of `padded_size`. An image that a preset's fixed canvas has no room
             for is shrunk to fit; the training code stops there.
-        image_hw: rows and columns of the original picture, where `image_bgr` is all of it but smaller; boxes go back to the original.
+        image_hw: rows and columns of the original image, where `image_bgr` is all of it but smaller; boxes go back to the original.
 
     Returns:
         (rows, columns, 3) uint8 RGB, zeros where padded, and the transform that leads back.
 
     Raises:
-        InputError: not a (H, W, 3) uint8 picture, or `net_hw` is too small for it.
+        InputError: not a (H, W, 3) uint8 image, or `net_hw` is too small for it.
     """
     if (
         image_bgr.ndim != 3

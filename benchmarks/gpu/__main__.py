@@ -62,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
         help="padded sizes, the most important first (800x1344,640x640; 64x96)",
     )
     result.add_argument(
-        "--batches", metavar="N,...", help="pictures a call, the most important first (1,8,32; 1,2)"
+        "--batches", metavar="N,...", help="images a call, the most important first (1,8,32; 1,2)"
     )
     result.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS)
     result.add_argument("--backends", nargs="*", choices=BACKENDS, default=BACKENDS)
@@ -84,9 +84,9 @@ def parser() -> argparse.ArgumentParser:
         "--images",
         type=Path,
         metavar="DIR",
-        help="pictures for parity (synthetic ones where not given)",
+        help="images for parity (synthetic ones where not given)",
     )
-    result.add_argument("--pictures", type=int, default=8, help="how many of them (default: 8)")
+    result.add_argument("--image-count", type=int, default=8, help="how many of them (default: 8)")
     result.add_argument("--rounds", type=int, help="in which all rows of a cell take turns (5; 2)")
     result.add_argument(
         "--seconds", type=float, help="that a row is measured for in a round (0.15; 0.1)"
@@ -129,9 +129,9 @@ def settings_from(arguments: argparse.Namespace, folder: Path) -> Settings:
         raise ToodError(
             f"batches are {chosen['batches']!r}; expected positive numbers with commas between them, for example 1,8,32"
         )
-    if min(arguments.pictures, chosen["rounds"]) < 1 or chosen["seconds"] <= 0:
+    if min(arguments.image_count, chosen["rounds"]) < 1 or chosen["seconds"] <= 0:
         raise ToodError(
-            f"pictures {arguments.pictures}, rounds {chosen['rounds']}, seconds {chosen['seconds']}; expected positive numbers"
+            f"images {arguments.image_count}, rounds {chosen['rounds']}, seconds {chosen['seconds']}; expected positive numbers"
         )
     return Settings(
         device=arguments.device,
@@ -147,7 +147,7 @@ def settings_from(arguments: argparse.Namespace, folder: Path) -> Settings:
         compile_all=arguments.compile_all,
         compile_mode=arguments.compile_mode,
         images=arguments.images,
-        pictures=arguments.pictures,
+        image_count=arguments.image_count,
         rounds=chosen["rounds"],
         seconds=chosen["seconds"],
         budget_seconds=arguments.budget_seconds,

@@ -94,7 +94,7 @@ def measure_cell(
     Args:
         session: of the run.
         candidates: the ways to try, all of one cell.
-        frames: decoded pictures (H, W, 3) uint8 BGR, as many as a batch holds.
+        frames: decoded images (H, W, 3) uint8 BGR, as many as a batch holds.
         reference: to compare with; None where this cell is not compared.
     """
     opened = _open_all(session, candidates, frames)

@@ -29,12 +29,12 @@ class NmsRow:
     """One way of suppression for one batch.
 
     Attributes:
-        batch: pictures.
+        batch: images.
         how: which way.
         status, note: as those of a `Row`.
         times_ms: of every round.
-        candidates: with a score above the threshold, in the picture that has most.
-        pictures_that_differ: from the exact loop.
+        candidates: with a score above the threshold, in the image that has most.
+        images_that_differ: from the exact loop.
     """
 
     batch: int
@@ -43,17 +43,17 @@ class NmsRow:
     note: str = ""
     times_ms: list[list[float]] = field(default_factory=list)
     candidates: int = 0
-    pictures_that_differ: int = 0
+    images_that_differ: int = 0
 
 
 @torch.no_grad()
 def candidates_of(
     model: Tood, images: NDArray[np.uint8], valid_hw: NDArray[np.int32], device: str
 ) -> Candidates:
-    """What goes into suppression for a batch of padded pictures."""
+    """What goes into suppression for a batch of padded images."""
     detector = FusedDetector(copy.deepcopy(model)).to(device).eval()
-    pictures, rows = (torch.from_numpy(array).to(device) for array in (images, valid_hw))
-    return detector(pictures, rows, CONF, IOU).candidates
+    source_images, rows = (torch.from_numpy(array).to(device) for array in (images, valid_hw))
+    return detector(source_images, rows, CONF, IOU).candidates
 
 
 def measure_nms(
@@ -63,7 +63,7 @@ def measure_nms(
     rounds: int,
     seconds: float,
 ) -> list[NmsRow]:
-    """All ways at all batches, taking turns; pictures are repeated where a batch is larger than what is given."""
+    """All ways at all batches, taking turns; images are repeated where a batch is larger than what is given."""
     rows: list[NmsRow] = []
     for batch in batches:
         repeats = -(-batch // len(candidates.scores))
@@ -92,7 +92,7 @@ def _measure_batch(
         rows.append(row)
         try:
             call = prepare()
-            row.pictures_that_differ = _count_differing(call(), expected)
+            row.images_that_differ = _count_differing(call(), expected)
             warm_up(lambda call=call: [tensor.cpu() for tensor in call()], 4 * seconds)
             calls.append((row, call))
         except Exception as error:
@@ -131,7 +131,7 @@ def _ways(
         ways["unrolled, compiled, CUDA graph"] = recorded(
             torch.compile(unrolled, dynamic=False, fullgraph=True)
         )
-    return ways | {"torchvision, a picture at a time": lambda: _torchvision(candidates)}
+    return ways | {"torchvision, a image at a time": lambda: _torchvision(candidates)}
 
 
 def _torchvision(candidates: Candidates) -> Callable[[], Kept]:

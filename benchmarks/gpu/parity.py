@@ -1,4 +1,4 @@
-"""How far each way is from PyTorch in float32 on the CPU, on the same padded pictures."""
+"""How far each way is from PyTorch in float32 on the CPU, on the same padded images."""
 
 from __future__ import annotations
 
@@ -17,20 +17,18 @@ from tood_deploy.matching import Match, Rows, batch_rows, match_detections, matc
 from tood_deploy.model.tood import FusedDetector, Tood
 from tood_deploy.parity.tolerances import DETECTION_LIMITS
 
-EXCHANGES = (
-    2  # detections of a picture that a decision on the very edge of a threshold may exchange
-)
+EXCHANGES = 2  # detections of a image that a decision on the very edge of a threshold may exchange
 
 
 @dataclass(frozen=True)
 class Tolerances:
-    """How far the detections of one picture may be apart.
+    """How far the detections of one image may be apart.
 
     Attributes:
         scores: of a pair.
         boxes_px: of a pair's coordinates; None where boxes match that overlap by `iou`.
         iou: see there.
-        exchanged_share: share of a picture's detections that may be exchanged, if that is more than `EXCHANGES`.
+        exchanged_share: share of a image's detections that may be exchanged, if that is more than `EXCHANGES`.
     """
 
     scores: float
@@ -49,7 +47,7 @@ class Tolerances:
         return Match(len(reference), len(pairs), len(found) - len(pairs), *deviations)
 
     def allowed_exchanges(self, match: Match) -> float:
-        """How many detections of a picture may be exchanged."""
+        """How many detections of a image may be exchanged."""
         return max(EXCHANGES, self.exchanged_share * match.reference)
 
 
@@ -69,17 +67,17 @@ class Reference:
     """The network in PyTorch, float32, on the CPU, and what it finds."""
 
     def __init__(
-        self, model: Tood, pictures: Sequence[NDArray[np.uint8]], size_hw: tuple[int, int]
+        self, model: Tood, images: Sequence[NDArray[np.uint8]], size_hw: tuple[int, int]
     ) -> None:
         self.detector, self.size_hw = FusedDetector(model).eval(), size_hw
-        self.pictures = pictures
+        self.images = images
         self._expected: list[Rows] | None = None
 
     def compare(self, engine: Engine, batch: int, precision: str) -> dict[str, Any]:
-        """Runs every picture through an engine, in all slots of a batch.
+        """Runs every image through an engine, in all slots of a batch.
 
         Returns:
-            The correspondence of the detections, what was allowed, the pictures on which it was not kept, and slots that differ.
+            The correspondence of the detections, what was allowed, the images on which it was not kept, and slots that differ.
         """
         prepared = self._prepare(engine)
         if self._expected is None:
@@ -93,8 +91,8 @@ class Reference:
             outside += match.exchanged > tolerances.allowed_exchanges(match)
             slots += _differ(first, last, tolerances)
         found = {
-            "pictures": len(prepared),
-            "pictures_outside": outside,
+            "images": len(prepared),
+            "images_outside": outside,
             "worst_exchanges": worst,
             "slots_that_differ": slots,
         }
@@ -102,7 +100,7 @@ class Reference:
 
     def _prepare(self, engine: Engine) -> list[Prepared]:
         detector = Detector(engine, imgsz=self.size_hw)
-        return [detector.prepare(picture) for picture in self.pictures]
+        return [detector.prepare(image) for image in self.images]
 
     @torch.no_grad()
     def _run(self, prepared: Prepared) -> Rows:
@@ -132,8 +130,10 @@ def _differ(first: Rows, last: Rows, tolerances: Tolerances) -> bool:
 
 def verdict(parity: dict[str, Any]) -> str:
     """Why a comparison fails; "" where it does not."""
-    if parity.get("pictures_outside"):
-        return f"parity: {parity['pictures_outside']} of {parity['pictures']} pictures outside the tolerance"
+    if parity.get("images_outside"):
+        return (
+            f"parity: {parity['images_outside']} of {parity['images']} images outside the tolerance"
+        )
     if parity.get("slots_that_differ"):
-        return f"parity: {parity['slots_that_differ']} of {parity['pictures']} pictures depend on the batch slot"
+        return f"parity: {parity['slots_that_differ']} of {parity['images']} images depend on the batch slot"
     return ""

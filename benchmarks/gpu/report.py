@@ -127,7 +127,7 @@ def _speed_table(rows: Sequence[Row], floor: float | None) -> Table:
         "runs",
         "call ms",
         "p90",
-        "pictures/s",
+        "images/s",
         "x floor",
         "x eager fp32",
         "from frames ms",
@@ -136,7 +136,7 @@ def _speed_table(rows: Sequence[Row], floor: float | None) -> Table:
         "to open s",
     )
     note = (
-        "Call: inputs on the device, detections in host memory, normalising and suppression included. From frames: decoded pictures "
+        "Call: inputs on the device, detections in host memory, normalising and suppression included. From frames: decoded images "
         "in host memory to detections in their own pixels, scaled and padded one after the other."
     )
     if floor is not None:
@@ -172,7 +172,7 @@ def _parity_parts(rows: Sequence[Row]) -> list[str]:
         return []
     headers = (
         "runs",
-        "pictures",
+        "images",
         "detections",
         "matched",
         "added",
@@ -182,17 +182,17 @@ def _parity_parts(rows: Sequence[Row]) -> list[str]:
         "slots differ",
     )
     keys = (
-        "pictures",
+        "images",
         "reference",
         "matched",
         "added",
         "score_deviation",
         "box_deviation_px",
-        "pictures_outside",
+        "images_outside",
         "slots_that_differ",
     )
     cells = [[row.name, *(_digits(row.parity[key]) for key in keys)] for row in compared]
-    note = "Against PyTorch in float32 on the CPU, on the same padded pictures; deviations are the largest of matched pairs."
+    note = "Against PyTorch in float32 on the CPU, on the same padded images; deviations are the largest of matched pairs."
     return [f"## Parity, {compared[0].cell.name}", Table(headers, cells, note).markdown()]
 
 
@@ -207,7 +207,7 @@ def _nms_table(rows: Sequence[NmsRow]) -> Table:
         "candidates",
         "ms",
         "p90",
-        "pictures that differ from the exact loop",
+        "images that differ from the exact loop",
     )
     cells: list[list[TableCell]] = []
     for row in rows:
@@ -216,18 +216,12 @@ def _nms_table(rows: Sequence[NmsRow]) -> Table:
             [f"{found.median:.3f}", f"{found.p90:.3f}"] if found else [row.status, None]
         )
         cells.append(
-            [
-                row.how,
-                row.batch,
-                row.candidates,
-                *times,
-                row.pictures_that_differ if found else None,
-            ]
+            [row.how, row.batch, row.candidates, *times, row.images_that_differ if found else None]
         )
     return Table(
         headers,
         cells,
-        "Candidates: above the score threshold, in the picture that has most. Positions are copied to the host.",
+        "Candidates: above the score threshold, in the image that has most. Positions are copied to the host.",
     )
 
 

@@ -22,8 +22,8 @@ from benchmarks.gpu.parity import Reference
 from benchmarks.gpu.report import failures_of, write_report
 from benchmarks.gpu.settings import CONF, IOU, Row, Settings, cells
 from benchmarks.gpu.ways import ways
-from tood_deploy.data.image_set import synthetic_picture
-from tood_deploy.data.images import read_pictures
+from tood_deploy.data.image_set import synthetic_image
+from tood_deploy.data.images import read_images
 from tood_deploy.errors import DeviceError
 from tood_deploy.model import build_model, load_checkpoint
 from tood_deploy.model.tood import Tood
@@ -32,7 +32,7 @@ from tood_deploy.presets import get_preset
 
 SEEDED_WEIGHTS = Path(__file__).resolve().parents[2] / "tests" / "reference" / "seeded_weights.py"
 FRAME_HW = {"cuda": (1080, 1920), "cpu": (120, 180)}  # of the decoded frames
-NMS_PICTURES = 4
+NMS_IMAGES = 4
 
 
 def run_all(settings: Settings, output: Path, command: str) -> list[str]:
@@ -42,7 +42,7 @@ def run_all(settings: Settings, output: Path, command: str) -> list[str]:
         What failed and should not have.
 
     Raises:
-        ToodError: no GPU where one is asked for, a checkpoint or pictures that cannot be read, a place that cannot be written.
+        ToodError: no GPU where one is asked for, a checkpoint or images that cannot be read, a place that cannot be written.
     """
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise DeviceError(
@@ -64,10 +64,8 @@ def run_all(settings: Settings, output: Path, command: str) -> list[str]:
     rows: list[Row] = []
     nms_rows: list[NmsRow] = []
     for cell in cells(settings):
-        frames = [synthetic_picture(*FRAME_HW[settings.device], seed) for seed in range(cell.batch)]
-        reference = (
-            Reference(model, _parity_pictures(settings), cell.size_hw) if cell.first else None
-        )
+        frames = [synthetic_image(*FRAME_HW[settings.device], seed) for seed in range(cell.batch)]
+        reference = Reference(model, _parity_images(settings), cell.size_hw) if cell.first else None
         rows += measure_cell(session, ways(settings, artefacts, cell), frames, reference)
         if cell.first:
             nms_rows = _measure_suppression(settings, model, session.budget)
@@ -97,7 +95,7 @@ def _say(text: str) -> None:
 
 
 def make_model(settings: Settings) -> Tood:
-    """The network of a checkpoint, or one with the stand-in weights of the tests, which find a hundred things in any picture."""
+    """The network of a checkpoint, or one with the stand-in weights of the tests, which find a hundred things in any image."""
     if settings.checkpoint:
         return load_checkpoint(settings.checkpoint).requires_grad_(False)
     weights = _load_module(SEEDED_WEIGHTS)
@@ -119,13 +117,13 @@ def _load_module(path: Path) -> ModuleType:
     return module
 
 
-def _parity_pictures(settings: Settings) -> list[NDArray[np.uint8]]:
+def _parity_images(settings: Settings) -> list[NDArray[np.uint8]]:
     if settings.images:
-        return read_pictures(settings.images, settings.pictures)
+        return read_images(settings.images, settings.image_count)
     height, width = FRAME_HW[settings.device]
     return [
-        synthetic_picture(height - 10 * seed, width, 100 + seed)
-        for seed in range(settings.pictures)
+        synthetic_image(height - 10 * seed, width, 100 + seed)
+        for seed in range(settings.image_count)
     ]
 
 
@@ -141,8 +139,8 @@ def _measure_suppression(settings: Settings, model: Tood, budget: Budget) -> lis
         ]
     size_hw = settings.sizes_hw[0]
     prepared = [
-        resize_and_pad(synthetic_picture(*size_hw, seed), (min(size_hw), max(size_hw)), size_hw)
-        for seed in range(NMS_PICTURES)
+        resize_and_pad(synthetic_image(*size_hw, seed), (min(size_hw), max(size_hw)), size_hw)
+        for seed in range(NMS_IMAGES)
     ]
     images = np.stack([image for image, _ in prepared])
     valid_hw = np.array([transform.resized_hw for _, transform in prepared], np.int32)
@@ -158,15 +156,15 @@ def _describe_run(settings: Settings, model: Tood) -> dict[str, Any]:
         if settings.checkpoint
         else "seeded stand-in weights"
     )
-    pictures = (
-        f"the first {settings.pictures} of {settings.images.name}"
+    images = (
+        f"the first {settings.image_count} of {settings.images.name}"
         if settings.images
-        else f"{settings.pictures} synthetic"
+        else f"{settings.image_count} synthetic"
     )
     return {
         "network": f"{model.preset.name} with {weights}",
         "thresholds": f"score {CONF}, overlap {IOU}",
-        "parity pictures": pictures,
+        "parity images": images,
         "rounds": settings.rounds,
         "TF32": "off",
         "cuDNN's search for algorithms": "on",

@@ -37,7 +37,7 @@ def open_tensorrt(path: Path) -> Engine:
 def resident_onnx(
     engine: Any, images: NDArray[np.uint8], valid_hw: NDArray[np.int32], conf: float, iou: float
 ) -> Call:
-    """A call of ONNX Runtime on pictures that are on the device already; detections come to the host."""
+    """A call of ONNX Runtime on images that are on the device already; detections come to the host."""
     binding = engine.session.io_binding()
     on_device = [torch.from_numpy(array).to(engine.device) for array in (images, valid_hw)]
     for name, tensor, array in zip(INPUTS[:2], on_device, (images, valid_hw), strict=True):
@@ -58,7 +58,7 @@ def resident_onnx(
 def resident_tensorrt(
     engine: Any, images: NDArray[np.uint8], valid_hw: NDArray[np.int32], conf: float, iou: float
 ) -> Call:
-    """A call of a TensorRT engine on pictures that are on the GPU already; detections come to the host."""
-    pictures, rows = (torch.from_numpy(array).to("cuda") for array in (images, valid_hw))
+    """A call of a TensorRT engine on images that are on the GPU already; detections come to the host."""
+    source_images, rows = (torch.from_numpy(array).to("cuda") for array in (images, valid_hw))
     torch.cuda.synchronize()
-    return lambda: engine.infer(pictures, rows, conf, iou)
+    return lambda: engine.infer(source_images, rows, conf, iou)

@@ -33,15 +33,15 @@ class Settings:
         preset: whose network, with seeded stand-in weights where there is no checkpoint.
         checkpoint: weights of one's own.
         onnx: its export in float32; exported on the spot where not given.
-        sizes_hw: padded picture sizes, the most important first: parity is measured at the first.
-        batches: pictures a call, the most important first.
+        sizes_hw: padded image sizes, the most important first: parity is measured at the first.
+        batches: images a call, the most important first.
         precisions: of the network.
         backends: that are tried.
         modes: ways to run PyTorch.
         compile_all: compile every precision in every cell, not bf16 alone in those after the first.
         compile_mode: of `torch.compile`.
-        images: pictures for parity; synthetic ones where not given.
-        pictures: how many of them.
+        images: images for parity; synthetic ones where not given.
+        image_count: how many of them.
         rounds: in which all rows of a cell take turns.
         seconds: each row is measured for, in every round.
         budget_seconds: after which nothing further is started.
@@ -62,7 +62,7 @@ class Settings:
     compile_all: bool = False
     compile_mode: str = "default"
     images: Path | None = None
-    pictures: int = 8
+    image_count: int = 8
     rounds: int = 5
     seconds: float = 0.15
     budget_seconds: float = 540.0

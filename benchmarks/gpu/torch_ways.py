@@ -123,8 +123,10 @@ class TorchWay(Engine):
     def _upload(
         self, images: NDArray[np.uint8], valid_hw: NDArray[np.int32], conf: float, iou: float
     ) -> Inputs:
-        pictures, rows = (torch.from_numpy(array).to(self.device) for array in (images, valid_hw))
-        return (pictures, rows, *self._thresholds(conf, iou))
+        source_images, rows = (
+            torch.from_numpy(array).to(self.device) for array in (images, valid_hw)
+        )
+        return (source_images, rows, *self._thresholds(conf, iou))
 
     def _thresholds(self, conf: float, iou: float) -> tuple[Tensor, Tensor]:
         first, second = (torch.tensor(value, device=self.device) for value in (conf, iou))

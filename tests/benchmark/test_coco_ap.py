@@ -22,7 +22,7 @@ from tood_deploy.data.results import empty_results, read_results, results_from_r
 def test_equals_the_recorded_numbers(
     shared: Path, case: str, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(coco_ap, "CHUNK_PICTURES", chunk)
+    monkeypatch.setattr(coco_ap, "CHUNK_IMAGES", chunk)
     folder = shared / "data" / "eval_cases" / case
     truth = read_truth(folder / "gt.json")
     metrics = evaluate(truth, read_results(folder / "dt_bbox.json", truth))
@@ -36,7 +36,7 @@ def test_equals_the_recorded_numbers(
 def test_equals_pycocotools_used_as_its_manual_says(
     tmp_path: Path, seed: int, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(coco_ap, "CHUNK_PICTURES", chunk)
+    monkeypatch.setattr(coco_ap, "CHUNK_IMAGES", chunk)
     annotations, rows = random_rows(seed)
     path = write_json(tmp_path / "truth.json", coco(annotations, images=12))
     with contextlib.redirect_stdout(io.StringIO()):
@@ -131,7 +131,7 @@ def test_matches_do_not_depend_on_the_chunks(
     truth = truth_of(tmp_path, annotations, images=12)
     results = results_from_rows(rows, truth)
     at_once = match(truth, results)
-    monkeypatch.setattr(coco_ap, "CHUNK_PICTURES", 1)
+    monkeypatch.setattr(coco_ap, "CHUNK_IMAGES", 1)
     one_by_one = match(truth, results)
     order, other = np.argsort(at_once.rows), np.argsort(one_by_one.rows)
     assert one_by_one.rows[other].tolist() == list(range(len(results)))

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 from benchmark.truths import annotation, random_rows, result, truth_of
-from inference.fakes import write_picture
+from inference.fakes import write_image
 
 from tood_deploy.benchmark.evaluation.coco_metrics import NUMBERS
 from tood_deploy.benchmark.evaluation.evaluate import (
@@ -13,7 +13,7 @@ from tood_deploy.benchmark.evaluation.evaluate import (
     unlisted_notes,
 )
 from tood_deploy.benchmark.evaluation.report import write_evaluation
-from tood_deploy.data.image_set import picture_files
+from tood_deploy.data.image_set import list_image_files
 from tood_deploy.data.results import empty_results, results_from_rows
 
 
@@ -25,12 +25,12 @@ def write(folder: Path, *arguments, **options) -> tuple[str, str, dict]:
     return html, markdown, json.loads((folder / "report.json").read_text(encoding="utf-8"))
 
 
-def test_report_of_a_data_set_with_pictures(tmp_path: Path) -> None:
+def test_report_of_a_data_set_with_images(tmp_path: Path) -> None:
     annotations, rows = random_rows(1)
     truth = truth_of(tmp_path, annotations, images=12)
     for image in truth.images.values():
-        write_picture(tmp_path / "p" / image.file_name)
-    files = picture_files(truth, tmp_path / "p")
+        write_image(tmp_path / "p" / image.file_name)
+    files = list_image_files(truth, tmp_path / "p")
     facts = {"command": "tood-eval x"}
     html, markdown, values = write(
         tmp_path,
@@ -98,7 +98,7 @@ def test_classes_without_objects_are_named(tmp_path: Path) -> None:
     ("size_hw", "words"),
     [((48, 64), None), ((24, 32), "1.png is 32 x 24, the annotations say 64 x 48")],
 )
-def test_pictures_of_another_size_are_told(
+def test_images_of_another_size_are_told(
     tmp_path: Path, size_hw: tuple[int, int], words: str | None
 ) -> None:
     notes = size_notes(
@@ -108,14 +108,14 @@ def test_pictures_of_another_size_are_told(
     assert all(words in note for note in notes if words)
 
 
-def test_pictures_that_are_not_annotated_are_told(tmp_path: Path) -> None:
+def test_images_that_are_not_annotated_are_told(tmp_path: Path) -> None:
     truth = truth_of(tmp_path, [annotation(1, 1, (1, 1, 4, 4))], images=1)
-    write_picture(tmp_path / "p" / "1.png")
-    assert unlisted_notes(truth, picture_files(truth, tmp_path / "p")) == []
-    write_picture(tmp_path / "p" / "2.png")
+    write_image(tmp_path / "p" / "1.png")
+    assert unlisted_notes(truth, list_image_files(truth, tmp_path / "p")) == []
+    write_image(tmp_path / "p" / "2.png")
     assert (
-        "1 pictures beside the 1 of"
-        in unlisted_notes(truth, picture_files(truth, tmp_path / "p"))[0]
+        "1 images beside the 1 of"
+        in unlisted_notes(truth, list_image_files(truth, tmp_path / "p"))[0]
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from inference.fakes import RedEngine, red_picture, write_picture
+from inference.fakes import RedEngine, red_image, write_image
 
 from tood_deploy.benchmark.latency.measure import Measurement, Plan, Worker, describe
 from tood_deploy.benchmark.latency.report import fps, speedups, tables, write_latency_reports
@@ -40,7 +40,7 @@ def measurement(name: str, total_ms: list[list[float]], batch: int = 1) -> Measu
     """One with these end-to-end times, round by round; a tenth of each is pre-processing."""
     case = Case(f"{name}.onnx", name, batch)
     warm_ups = {ENGINE: WARM, END_TO_END: WARM}
-    opened = Opened("an engine", "fp32", 1.5, 0.5, warm_ups, "pictures", (64, 96), 3)
+    opened = Opened("an engine", "fp32", 1.5, 0.5, warm_ups, "images", (64, 96), 3)
     turns = []
     for i, times in enumerate(total_ms):
         whole = [{"pre": ms / 10, "infer": ms * 0.9, "total": ms} for ms in times]
@@ -72,14 +72,14 @@ class TestBench:
     @pytest.fixture
     def bench(self, tmp_path: Path) -> Bench:
         for number in range(3):
-            write_picture(tmp_path / f"{number}.png", red_picture(left=10 * number))
-        write_picture(tmp_path / "z.png", red_picture(height=200, width=40))
+            write_image(tmp_path / f"{number}.png", red_image(left=10 * number))
+        write_image(tmp_path / "z.png", red_image(height=200, width=40))
         case = Case("red", "red", batch=2, images=tmp_path, imgsz=(64, 96), warmup_s=0.01)
         return Bench(case, Detector(RedEngine(), imgsz=(64, 96)), load_s=0.1)
 
-    def test_pictures_of_the_commonest_padded_size_are_taken(self, bench: Bench) -> None:
+    def test_images_of_the_commonest_padded_size_are_taken(self, bench: Bench) -> None:
         assert len(bench.frames) == 3
-        assert "1 of another padded size left out" in bench.opened.pictures
+        assert "1 of another padded size left out" in bench.opened.images
         assert bench.opened.net_hw == (64, 96)
         assert bench.opened.detections == 2
 
@@ -94,7 +94,7 @@ class TestBench:
             assert call["total"] == pytest.approx(call["pre"] + call["infer"] + call["post"])
         assert turn.peak_mib > 0
 
-    def test_batches_go_round_the_pictures(self, bench: Bench) -> None:
+    def test_batches_go_round_the_images(self, bench: Bench) -> None:
         bench._next = 0
         assert [bench._batch() for _ in range(3)] == [[0, 1], [2, 0], [1, 2]]
 
@@ -170,7 +170,7 @@ class TestReports:
         assert found[1].value == pytest.approx(2)
         assert found[3].value == pytest.approx(4)
 
-    def test_throughput_counts_pictures(self) -> None:
+    def test_throughput_counts_images(self) -> None:
         assert fps(measurement("a", [[500.0]], batch=4)) == pytest.approx(8)
 
     def test_a_part_that_does_not_exist_is_a_dash_not_a_zero(self) -> None:

@@ -25,7 +25,7 @@ from tood_deploy.benchmark.parity.stage_runners import (
     open_subject,
 )
 from tood_deploy.data.coco import read_truth
-from tood_deploy.data.image_set import open_pictures
+from tood_deploy.data.image_set import open_image_set
 from tood_deploy.engines import BatchDetections
 from tood_deploy.engines.torch_engine import TorchEngine
 from tood_deploy.errors import ToodError
@@ -56,7 +56,7 @@ def model(seeded_fill: Callable) -> Tood:
 
 
 class FixedEngine(TorchEngine):
-    """Takes two or three pictures of 128 x 128."""
+    """Takes two or three images of 128 x 128."""
 
     canvases_hw = ((128, 128),)
     most_batch = 3
@@ -95,11 +95,11 @@ def run(
     gates: Gates | None = None,
     settings: Settings | None = None,
 ) -> Result:
-    pictures = open_pictures(None, None, IMGSZ, 2)
+    images = open_image_set(None, None, IMGSZ, 2)
     return compare(
         subject_of(model),
         [(subject, gates or Gates())],
-        pictures,
+        images,
         settings or Settings(IMGSZ),
         scoring,
     )[0]
@@ -108,13 +108,11 @@ def run(
 @pytest.fixture(scope="module")
 def scoring(model: Tood, tmp_path_factory: pytest.TempPathFactory) -> Scoring:
     """The truth is what the model itself finds with a score above 0.08."""
-    pictures = open_pictures(None, None, IMGSZ, 2)
+    images = open_image_set(None, None, IMGSZ, 2)
     detector = Detector(TorchEngine(model), conf=0.08, imgsz=IMGSZ)
-    rows = [
-        row for picture in pictures for row in detector(picture.read()).to_coco(picture.image_id)
-    ]
+    rows = [row for image in images for row in detector(image.read()).to_coco(image.image_id)]
     content = {
-        "images": [{"id": picture.image_id, "file_name": picture.name} for picture in pictures],
+        "images": [{"id": image.image_id, "file_name": image.name} for image in images],
         "categories": [{"id": number, "name": name} for number, name in enumerate(CLASSES, 1)],
         "annotations": [{"id": number, **row} for number, row in enumerate(rows, 1)],
     }
@@ -143,8 +141,8 @@ def test_the_reference_rounds_nothing_to_tf32(model: Tood) -> None:
     hook = model.backbone.register_forward_hook(
         lambda *_: seen.append(torch.backends.cudnn.allow_tf32)
     )
-    picture = open_pictures(None, None, IMGSZ, 1).pictures[0].read()
-    values = subject.runner.run_all(network_inputs(*subject.prepare(picture, IMGSZ), 0.05, 0.6))
+    image = open_image_set(None, None, IMGSZ, 1).images[0].read()
+    values = subject.runner.run_all(network_inputs(*subject.prepare(image, IMGSZ), 0.05, 0.6))
     subject.runner.run(STAGES[1], values)
     hook.remove()
     assert seen == [False, False]
@@ -216,7 +214,7 @@ def test_not_a_number_is_reported_not_dropped(
     assert result.guilty == "head"
     assert "NaN" in str(result.failures[0])
     description = describe(
-        result, subject_of(model), open_pictures(None, None, IMGSZ, 2), Settings(IMGSZ)
+        result, subject_of(model), open_image_set(None, None, IMGSZ, 2), Settings(IMGSZ)
     )
     write_reports(tmp_path, [result], [description], {"command": "c"})
     assert "NaN" in (tmp_path / "parity.html").read_text()
@@ -235,7 +233,7 @@ def test_detections_alone(model: Tood, tmp_path: Path) -> None:
     assert result.comparison.alone is None
     assert not result.swap_costs
     reference = subject_of(model)
-    description = describe(result, reference, open_pictures(None, None, IMGSZ, 2), Settings(IMGSZ))
+    description = describe(result, reference, open_image_set(None, None, IMGSZ, 2), Settings(IMGSZ))
     assert description["stages_alone"] is None
     write_reports(tmp_path, [result], [description], {"command": "c"})
     assert "detections" in (tmp_path / "parity.md").read_text()
@@ -272,14 +270,14 @@ class TestCanvas:
             Settings(IMGSZ, net_hw=(100, 160))
 
     @pytest.mark.parametrize("image_hw", [(480, 640), (640, 480), (100, 1000), (33, 47)])
-    def test_every_picture_fits(self, image_hw: tuple[int, int]) -> None:
+    def test_every_image_fits(self, image_hw: tuple[int, int]) -> None:
         height, width = fit_size(image_hw, fit_imgsz(image_hw, (240, 320), (256, 320)))
         assert height <= 256
         assert width <= 320
 
 
 class TestFixedShapes:
-    """Artefacts that take pictures of some padded sizes alone, as TensorRT engines do."""
+    """Artefacts that take images of some padded sizes alone, as TensorRT engines do."""
 
     @pytest.fixture
     def fixed(self, model: Tood) -> Subject:
@@ -304,10 +302,10 @@ class TestFixedShapes:
     def test_beside_one_that_takes_every_size(
         self, model: Tood, scoring: Scoring, fixed: Subject
     ) -> None:
-        pictures = open_pictures(None, None, IMGSZ, 2)
+        images = open_image_set(None, None, IMGSZ, 2)
         subjects = [(fixed, Gates()), (subject_of(model), Gates())]
         first, second = compare(
-            subject_of(model), subjects, pictures, Settings(IMGSZ, sizes_hw=((64, 64),)), scoring
+            subject_of(model), subjects, images, Settings(IMGSZ, sizes_hw=((64, 64),)), scoring
         )
         assert first.passed
         assert second.passed
@@ -320,7 +318,7 @@ class TestFixedShapes:
     def test_another_canvas_cannot_be_tried(self, model: Tood, fixed: Subject) -> None:
         with pytest.raises(
             ToodError,
-            match=r"fixed.engine: takes pictures of 1 fixed sizes alone; leave --net-size out",
+            match=r"fixed.engine: takes images of 1 fixed sizes alone; leave --net-size out",
         ):
             run(model, fixed, settings=Settings(IMGSZ, net_hw=(96, 96)))
 
@@ -369,9 +367,9 @@ class TestVerdict:
         )
         subject.engine.manifest = manifest
         result = run(model, subject)
-        pictures = open_pictures(None, None, IMGSZ, 2)
+        images = open_image_set(None, None, IMGSZ, 2)
         assert write_verdict(
-            subject, describe(result, subject_of(model), pictures, Settings(IMGSZ))
+            subject, describe(result, subject_of(model), images, Settings(IMGSZ))
         ) == manifest_path(artefact)
         found = read_manifest(artefact)
         assert found is not None
@@ -381,7 +379,7 @@ class TestVerdict:
         assert verdict["failing_stage"] == "head"
         assert verdict["artefact"]["sha256"] == manifest.artefact_sha256
         assert verdict["reference"]["sha256"] == "abc"
-        assert len(verdict["pictures"]["sha256"]) == 64
+        assert len(verdict["images"]["sha256"]) == 64
         assert verdict["date"].endswith("+00:00")
         assert verdict["gates"]["max_ap_drop"] == 0.1
         assert "failed its comparison with PyTorch at the stage head" in doubts(artefact, found)
@@ -398,7 +396,9 @@ def test_reports(model: Tood, scoring: Scoring, tmp_path: Path) -> None:
         model, subject, scoring, settings=Settings(IMGSZ, sizes_hw=((64, 64),), net_hw=(128, 128))
     )
     settings = Settings(IMGSZ)
-    description = describe(result, subject_of(model), open_pictures(None, None, IMGSZ, 2), settings)
+    description = describe(
+        result, subject_of(model), open_image_set(None, None, IMGSZ, 2), settings
+    )
     write_reports(
         tmp_path, [result, result], [description, description], {"command": "tood-bench parity"}
     )

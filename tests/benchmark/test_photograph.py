@@ -28,32 +28,30 @@ def test_says_what_they_are() -> None:
 
 
 @pytest.mark.parametrize("imgsz", IMGSZ)
-def test_have_the_canvas_of_a_picture_of_the_input_size(imgsz: tuple[int, int]) -> None:
-    pictures = [picture.read() for picture in photograph_set(imgsz, 3)]
-    assert {pad_size(fit_size(picture.shape[:2], imgsz)) for picture in pictures} == {
-        pad_size(imgsz)
-    }
-    assert {picture.shape for picture in pictures} == {(*crop_size((600, 512), imgsz), 3)}
-    assert all(picture.flags.c_contiguous for picture in pictures)
+def test_have_the_canvas_of_a_image_of_the_input_size(imgsz: tuple[int, int]) -> None:
+    images = [image.read() for image in photograph_set(imgsz, 3)]
+    assert {pad_size(fit_size(image.shape[:2], imgsz)) for image in images} == {pad_size(imgsz)}
+    assert {image.shape for image in images} == {(*crop_size((600, 512), imgsz), 3)}
+    assert all(image.flags.c_contiguous for image in images)
 
 
 @pytest.mark.parametrize("imgsz", [(800, 1333), (640, 640)])
 def test_are_different_and_full_of_content(imgsz: tuple[int, int]) -> None:
-    pictures = [picture.read() for picture in photograph_set(imgsz, 8)]
-    assert len({picture.tobytes() for picture in pictures}) == 8
-    for picture in pictures:
-        assert picture.std() > 30
+    images = [image.read() for image in photograph_set(imgsz, 8)]
+    assert len({image.tobytes() for image in images}) == 8
+    for image in images:
+        assert image.std() > 30
         tiles = [
-            tile for rows in np.array_split(picture, 4) for tile in np.array_split(rows, 4, axis=1)
+            tile for rows in np.array_split(image, 4) for tile in np.array_split(rows, 4, axis=1)
         ]
         assert min(tile.std() for tile in tiles) > 2, "a part of it is plain"
 
 
 def test_every_second_is_mirrored_and_all_of_the_photograph_is_seen() -> None:
-    first, last = (photograph_set((300, 512), 2).pictures[i].read() for i in range(2))
+    first, last = (photograph_set((300, 512), 2).images[i].read() for i in range(2))
     assert first.shape == (300, 512, 3)
     whole = np.concatenate([first, last[:, ::-1]])
-    assert np.array_equal(photograph_set((512, 512), 1).pictures[0].read(), whole[:512])
+    assert np.array_equal(photograph_set((512, 512), 1).images[0].read(), whole[:512])
 
 
 def test_are_the_default_of_latencies() -> None:

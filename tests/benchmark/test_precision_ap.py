@@ -1,4 +1,4 @@
-"""What half precision and 8 bits cost trained networks in COCO AP, on real and on generated pictures: no more than is promised."""
+"""What half precision and 8 bits cost trained networks in COCO AP, on real and on generated images: no more than is promised."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +20,7 @@ from tood_deploy.onnx_file import read_onnx
 
 pytestmark = pytest.mark.slow
 WEIGHTS = Path(__file__).resolve().parents[2] / "tood_deploy" / "weights"
-PICTURES = 64  # to calibrate on, the fewest that are not warned of
+IMAGES = 64  # to calibrate on, the fewest that are not warned of
 Lowered = Callable[[str], onnx.ModelProto]
 
 
@@ -39,7 +39,7 @@ def drop_and_lowered(
     artefact = read_onnx(folder / "model.onnx")
     values, imgsz = calibrated_values(artefact.model), artefact.manifest.preset.imgsz
     ranges = calibrate(
-        artefact.model, values, calib, imgsz, most=PICTURES, cache=folder / "cache"
+        artefact.model, values, calib, imgsz, most=IMAGES, cache=folder / "cache"
     ).ranges("percentile")
 
     def lowered(precision: str) -> onnx.ModelProto:
@@ -63,11 +63,11 @@ def _bccd(shared: Path) -> tuple[Path, tuple[Path, Path], Path]:
 
 def _scenes(folder: Path) -> tuple[Path, tuple[Path, Path], Path]:
     annotations = write_scenes(folder / "val", 100, seed=2)
-    write_scenes(folder / "train", PICTURES, seed=3)
+    write_scenes(folder / "train", IMAGES, seed=3)
     return (
         WEIGHTS / "tiny-demo.safetensors",
-        (annotations, annotations.parent / "pictures"),
-        folder / "train" / "pictures",
+        (annotations, annotations.parent / "images"),
+        folder / "train" / "images",
     )
 
 

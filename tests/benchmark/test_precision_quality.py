@@ -13,7 +13,7 @@ from onnx import numpy_helper
 
 from tood_deploy.benchmark.evaluation.evaluate import DataSet, open_data_set
 from tood_deploy.benchmark.precision_search import ApDrop
-from tood_deploy.data.image_set import synthetic_picture
+from tood_deploy.data.image_set import synthetic_image
 from tood_deploy.errors import InputError, ToodError
 from tood_deploy.export.precision.half import lower_precision
 from tood_deploy.inference.detector import Detector
@@ -30,9 +30,9 @@ def data(tiny_artefact: Path, tmp_path_factory: pytest.TempPathFactory) -> DataS
     folder, found = tmp_path_factory.mktemp("annotated"), []
     with Detector(tiny_artefact, conf=0.05, max_det=10, self_test=False) as detector:
         for i in range(1, 3):
-            picture = synthetic_picture(64, 96, i)
-            cv2.imwrite(str(folder / f"{i}.png"), picture)
-            rows = detector(picture).to_coco(i, range(1, 81))
+            image = synthetic_image(64, 96, i)
+            cv2.imwrite(str(folder / f"{i}.png"), image)
+            rows = detector(image).to_coco(i, range(1, 81))
             found += [annotation(i, row["category_id"], row["bbox"]) for row in rows]
     return open_data_set(
         write_json(folder / "truth.json", coco(found, names=detector.class_names, images=2)), folder
@@ -94,5 +94,5 @@ class TestBadInput:
             coco([annotation(1, 1, (95, 63, 0.5, 0.5))], names=names, images=2),
         )
         drop = ApDrop(open_data_set(path, data.truth.path.parent), reference)
-        with pytest.raises(InputError, match=r"no AP on its 2 pictures.*give annotated pictures"):
+        with pytest.raises(InputError, match=r"no AP on its 2 images.*give annotated images"):
             drop(reference.model)

@@ -19,7 +19,7 @@ from tood_deploy.benchmark.precision_search import (
     Target,
     graph_precision,
 )
-from tood_deploy.data.image_set import synthetic_picture
+from tood_deploy.data.image_set import synthetic_image
 from tood_deploy.engines import Engine, open_engine
 from tood_deploy.errors import DeviceError, ToodError
 from tood_deploy.export.precision.convert import Int8Options, Lowered, PrecisionOptions, lower_onnx
@@ -35,10 +35,10 @@ INT8 = Int8Options(method="minmax", max_drop=1.0)
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
     for seed in range(2):
-        cv2.imwrite(str(folder / f"{seed}.png"), synthetic_picture(64, 96, seed))
+        cv2.imwrite(str(folder / f"{seed}.png"), synthetic_image(64, 96, seed))
     return folder
 
 
@@ -60,7 +60,7 @@ class InventedBench:
 
     runtime = "invented"
 
-    def __init__(self, reference: onnx.ModelProto, open_file: Opener, picture: Any) -> None:
+    def __init__(self, reference: onnx.ModelProto, open_file: Opener, image: Any) -> None:
         self.reference = reference
 
     def __call__(self, model: onnx.ModelProto) -> float:
@@ -93,20 +93,20 @@ def some_parts(model: onnx.ModelProto) -> dict[str, tuple[str, ...]]:
 
 
 def search(
-    monkeypatch: pytest.MonkeyPatch, artefact: OnnxArtefact, pictures: Path
+    monkeypatch: pytest.MonkeyPatch, artefact: OnnxArtefact, images: Path
 ) -> tuple[Lowered, list[Any]]:
     monkeypatch.setattr(search_module, "LatencyBench", InventedBench)
     monkeypatch.setattr(search_module, "network_parts", some_parts)
     told: list[Any] = []
-    return PrecisionSearch(Opener("onnx"), pictures, INT8, quality=neck_is_sensitive, quiet=True)(
+    return PrecisionSearch(Opener("onnx"), images, INT8, quality=neck_is_sensitive, quiet=True)(
         artefact, told.append
     ), told
 
 
 def test_finds_what_may_be_in_8_bits(
-    monkeypatch: pytest.MonkeyPatch, artefact: OnnxArtefact, pictures: Path
+    monkeypatch: pytest.MonkeyPatch, artefact: OnnxArtefact, images: Path
 ) -> None:
-    lowered, told = search(monkeypatch, artefact, pictures)
+    lowered, told = search(monkeypatch, artefact, images)
     found = lowered.options["autotune"]
     assert found["best"]["mixture"] == {
         "backbone.conv1": "int8",
@@ -129,7 +129,7 @@ def test_finds_what_may_be_in_8_bits(
     assert "fp32; 10.000 ms" in lines[0]
     assert told[-1].row_count == len(lines)
     assert json.loads(json.dumps(found))["best"] == found["best"]
-    again, _ = search(monkeypatch, artefact, pictures)
+    again, _ = search(monkeypatch, artefact, images)
     assert again.options == lowered.options
     assert again.model.SerializeToString(deterministic=True) == lowered.model.SerializeToString(
         deterministic=True
@@ -137,7 +137,7 @@ def test_finds_what_may_be_in_8_bits(
 
 
 def test_half_precision_beside_8_bits(
-    monkeypatch: pytest.MonkeyPatch, artefact: OnnxArtefact, pictures: Path
+    monkeypatch: pytest.MonkeyPatch, artefact: OnnxArtefact, images: Path
 ) -> None:
     monkeypatch.setattr(Opener, "check", lambda self: None)
     built: list[onnx.ModelProto] = []
@@ -151,7 +151,7 @@ def test_half_precision_beside_8_bits(
     monkeypatch.setattr(search_module, "autotune", build_all)
     monkeypatch.setattr(search_module, "network_parts", some_parts)
     monkeypatch.setattr(search_module, "LatencyBench", InventedBench)
-    lowered = PrecisionSearch(Opener("engine"), pictures, INT8, "fp16", neck_is_sensitive, True)(
+    lowered = PrecisionSearch(Opener("engine"), images, INT8, "fp16", neck_is_sensitive, True)(
         artefact, lambda part: None
     )
     assert [graph_precision(model) for model in built] == ["fp32", "fp16", "int8"]
@@ -223,13 +223,13 @@ class WorkingEngine:
 def test_drift_cancels() -> None:
     clock = Clock()
     slow, fast = (onnx.ModelProto(ir_version=10, producer_name=name) for name in ("20", "10"))
-    picture = np.zeros((64, 96, 3), np.uint8), (60, 90)
+    image = np.zeros((64, 96, 3), np.uint8), (60, 90)
 
     def open_file(path: Path, net_hw: tuple[int, int]) -> Any:
         assert net_hw == (64, 96)
         return WorkingEngine(path, clock)
 
-    with LatencyBench(slow, open_file, picture, clock) as bench:
+    with LatencyBench(slow, open_file, image, clock) as bench:
         assert bench(slow) == bench.reference_ms > 20
         ratios = [bench(fast) / bench.reference_ms for _ in range(3)]
         assert bench.runtime == "working, cpu"
@@ -257,7 +257,7 @@ def test_runtimes_on_the_cpu(target: Target, artefact: OnnxArtefact) -> None:
 
 
 class TestBadInput:
-    def test_no_gpu(self, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_no_gpu(self, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def check_driver() -> None:
             raise DeviceError("no NVIDIA driver found")
 
@@ -267,12 +267,12 @@ class TestBadInput:
             SimpleNamespace(check_driver=check_driver),
         )
         with pytest.raises(DeviceError, match="no NVIDIA driver"):
-            PrecisionSearch(Opener("engine"), pictures, INT8, "fp16")
+            PrecisionSearch(Opener("engine"), images, INT8, "fp16")
 
-    def test_no_limit(self, pictures: Path) -> None:
+    def test_no_limit(self, images: Path) -> None:
         with pytest.raises(ToodError, match="give --max-ap-drop"):
-            PrecisionSearch(Opener("onnx"), pictures, Int8Options())
+            PrecisionSearch(Opener("onnx"), images, Int8Options())
 
-    def test_half_precision_on_the_cpu(self, pictures: Path) -> None:
+    def test_half_precision_on_the_cpu(self, images: Path) -> None:
         with pytest.raises(ToodError, match="bf16 takes part in the search for openvino"):
-            PrecisionSearch(Opener("openvino"), pictures, INT8, "bf16")
+            PrecisionSearch(Opener("openvino"), images, INT8, "bf16")

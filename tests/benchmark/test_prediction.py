@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from benchmark.truths import annotation, coco, write_json
-from inference.fakes import RedEngine, red_picture, write_picture
+from inference.fakes import RedEngine, red_image, write_image
 from numpy.typing import NDArray
 
 from tood_deploy.benchmark.evaluation.predict import PredictionFile, predict, prediction_key
 from tood_deploy.data.coco import Truth, read_truth
-from tood_deploy.data.image_set import picture_files
+from tood_deploy.data.image_set import list_image_files
 from tood_deploy.engines import BatchDetections
 from tood_deploy.errors import ArtefactError, InputError
 from tood_deploy.inference.detector import Detector
@@ -20,7 +20,7 @@ Open = Callable[..., PredictionFile]
 
 
 class BrokenEngine(RedEngine):
-    """Gives NaN for one picture."""
+    """Gives NaN for one image."""
 
     def __init__(self, broken_call: int) -> None:
         super().__init__()
@@ -38,8 +38,8 @@ class BrokenEngine(RedEngine):
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     for i in range(1, 7):
-        write_picture(tmp_path / "pictures" / f"{i}.png", red_picture(left=4 * i))
-    return tmp_path / "pictures"
+        write_image(tmp_path / "images" / f"{i}.png", red_image(left=4 * i))
+    return tmp_path / "images"
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def kept_by(tmp_path: Path, truth: Truth, folder: Path) -> Open:
     """The prediction file that a detector writes to."""
 
     def open_file(detector: Detector) -> PredictionFile:
-        key = prediction_key(detector, "red", truth, picture_files(truth, folder))
+        key = prediction_key(detector, "red", truth, list_image_files(truth, folder))
         return PredictionFile(key.file_in(tmp_path / "out"), key)
 
     return open_file
@@ -65,19 +65,17 @@ def detector_of(engine: RedEngine, **options: float) -> Detector:
 
 
 @pytest.mark.parametrize("batch", [1, 4])
-def test_every_picture_is_detected_in(
-    truth: Truth, folder: Path, kept_by: Open, batch: int
-) -> None:
+def test_every_image_is_detected_in(truth: Truth, folder: Path, kept_by: Open, batch: int) -> None:
     detector = detector_of(RedEngine())
     kept = kept_by(detector)
-    predict(detector, truth, picture_files(truth, folder), kept, batch, quiet=True)
+    predict(detector, truth, list_image_files(truth, folder), kept, batch, quiet=True)
     results = kept.results([1, 2])
     assert results.image_ids.tolist() == [1, 2, 3, 4, 5, 6]
     assert results.boxes_xywh.tolist() == [[4 * i, 8, 16, 16] for i in range(1, 7)]
 
 
 def test_an_interrupted_run_goes_on(truth: Truth, folder: Path, kept_by: Open) -> None:
-    files = picture_files(truth, folder)
+    files = list_image_files(truth, folder)
     interrupted = detector_of(RedEngine(fail_at_call=3))
     with pytest.raises(RuntimeError, match="the engine broke"):
         predict(interrupted, truth, files, kept_by(interrupted), 1, quiet=True)
@@ -91,14 +89,14 @@ def test_an_interrupted_run_goes_on(truth: Truth, folder: Path, kept_by: Open) -
     assert len(engine.batches) == 3
 
 
-def test_another_threshold_annotation_or_picture_is_another_run(truth: Truth, folder: Path) -> None:
-    files = picture_files(truth, folder)
+def test_another_threshold_annotation_or_image_is_another_run(truth: Truth, folder: Path) -> None:
+    files = list_image_files(truth, folder)
     keys = [
         prediction_key(detector_of(RedEngine(), **options), "red", truth, files)
         for options in ({}, {"conf": 0.06}, {"iou": 0.5}, {"max_det": 3}, {"fast_decode": True})
     ]
     keys.append(prediction_key(detector_of(RedEngine()), "blue", truth, files))
-    write_picture(folder / "3.png", red_picture(left=33))
+    write_image(folder / "3.png", red_image(left=33))
     keys.append(prediction_key(detector_of(RedEngine()), "red", truth, files))
     os.utime(folder / "3.png", (1, 1))
     keys.append(prediction_key(detector_of(RedEngine()), "red", truth, files))
@@ -109,14 +107,14 @@ def test_another_threshold_annotation_or_picture_is_another_run(truth: Truth, fo
     assert again.header() == keys[-1].header()
 
 
-def test_pictures_decoded_smaller_keep_their_size(tmp_path: Path) -> None:
+def test_images_decoded_smaller_keep_their_size(tmp_path: Path) -> None:
     for i in range(1, 3):
-        write_picture(tmp_path / "large" / f"{i}.jpg", red_picture(192, 256, left=64, side=96))
+        write_image(tmp_path / "large" / f"{i}.jpg", red_image(192, 256, left=64, side=96))
     content = coco([annotation(1, 1, (64, 8, 96, 96))], images=2)
     for image in content["images"]:
         image |= {"file_name": f"{image['id']}.jpg", "height": 192, "width": 256}
     truth = read_truth(write_json(tmp_path / "large.json", content))
-    files = picture_files(truth, tmp_path / "large")
+    files = list_image_files(truth, tmp_path / "large")
     detector = detector_of(RedEngine(), fast_decode=True)
     key = prediction_key(detector, "red", truth, files)
     kept = PredictionFile(key.file_in(tmp_path), key)
@@ -125,45 +123,45 @@ def test_pictures_decoded_smaller_keep_their_size(tmp_path: Path) -> None:
     np.testing.assert_allclose(kept.results([1, 2]).boxes_xywh, [[64, 8, 96, 96]] * 2, atol=8)
 
 
-def test_values_that_are_no_numbers_name_the_picture(
+def test_values_that_are_no_numbers_name_the_image(
     truth: Truth, folder: Path, kept_by: Open
 ) -> None:
     detector = detector_of(BrokenEngine(2))
     kept = kept_by(detector)
-    with pytest.raises(ArtefactError, match=r"NaN or infinite.*picture .*3\.png\)"):
-        predict(detector, truth, picture_files(truth, folder), kept, 1, quiet=True)
+    with pytest.raises(ArtefactError, match=r"NaN or infinite.*image .*3\.png\)"):
+        predict(detector, truth, list_image_files(truth, folder), kept, 1, quiet=True)
     assert list(kept.sizes_hw) == [1, 2]
 
 
-def test_a_damaged_picture_ends_the_run_after_the_others(
+def test_a_damaged_image_ends_the_run_after_the_others(
     truth: Truth, folder: Path, kept_by: Open
 ) -> None:
     (folder / "2.png").write_bytes(b"nothing")
     detector = detector_of(RedEngine())
     kept = kept_by(detector)
-    with pytest.raises(InputError, match=r"1 of 6 pictures cannot be read, the first: .*2\.png"):
-        predict(detector, truth, picture_files(truth, folder), kept, 2, quiet=True)
+    with pytest.raises(InputError, match=r"1 of 6 images cannot be read, the first: .*2\.png"):
+        predict(detector, truth, list_image_files(truth, folder), kept, 2, quiet=True)
     assert sorted(kept.sizes_hw) == [1, 3, 4, 5, 6]
 
 
-def test_missing_pictures_are_counted(truth: Truth, folder: Path) -> None:
+def test_missing_images_are_counted(truth: Truth, folder: Path) -> None:
     (folder / "2.png").unlink()
     (folder / "4.png").unlink()
     with pytest.raises(
-        InputError, match=r"2 of the 6 pictures .* are missing, the first is .*2\.png"
+        InputError, match=r"2 of the 6 images .* are missing, the first is .*2\.png"
     ):
-        picture_files(truth, folder)
+        list_image_files(truth, folder)
     with pytest.raises(InputError, match="no such folder"):
-        picture_files(truth, folder / "deeper")
+        list_image_files(truth, folder / "deeper")
 
 
-def test_pictures_of_one_size_are_put_together(tmp_path: Path) -> None:
+def test_images_of_one_size_are_put_together(tmp_path: Path) -> None:
     content = coco([annotation(1, 1, (4, 8, 16, 16))], images=6)
     for image in content["images"]:
         image["width"] = 64 if image["id"] % 2 else 96
-        write_picture(tmp_path / "mixed" / image["file_name"], red_picture(width=image["width"]))
+        write_image(tmp_path / "mixed" / image["file_name"], red_image(width=image["width"]))
     truth = read_truth(write_json(tmp_path / "mixed.json", content))
-    files = picture_files(truth, tmp_path / "mixed")
+    files = list_image_files(truth, tmp_path / "mixed")
     detector = Detector(RedEngine(), imgsz=(48, 96), conf=0.05)
     key = prediction_key(detector, "red", truth, files)
     predict(detector, truth, files, PredictionFile(key.file_in(tmp_path), key), 3, quiet=True)

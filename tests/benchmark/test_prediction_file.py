@@ -27,7 +27,7 @@ def path(tmp_path: Path) -> Path:
     return path
 
 
-def test_detections_come_back_bit_by_bit_in_order_of_the_pictures(path: Path) -> None:
+def test_detections_come_back_bit_by_bit_in_order_of_the_images(path: Path) -> None:
     kept = PredictionFile(path, KEY)
     results = kept.results([10, 20])
     assert kept.sizes_hw == {7: (48, 64), 3: (48, 64), 5: (10, 20)}

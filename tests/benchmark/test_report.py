@@ -16,13 +16,13 @@ from tood_deploy.benchmark.html_report import (
     Table,
     Tile,
     embed_figure,
-    embed_picture,
+    embed_image,
     fold,
     gallery,
+    image,
     new_figure,
     pair,
     paragraph,
-    picture,
     plain,
     render_page,
     write_json,
@@ -63,7 +63,7 @@ def figure(title: str = "a figure") -> Markup:
 
 def test_page_is_whole_and_needs_nothing_else(tmp_path: Path) -> None:
     body = gallery(
-        [Card("c", picture(GREY, "grey")), Card("d", pair(figure(), figure()))], "one"
+        [Card("c", image(GREY, "grey")), Card("d", pair(figure(), figure()))], "one"
     ) + fold("more", Table(["a"], [["b"]]).html())
     sections = [Section("One", body, "lead"), Section("Two", paragraph("text"))]
     path = tmp_path / "new" / "page.html"
@@ -103,7 +103,7 @@ def test_texts_are_escaped(tmp_path: Path) -> None:
     nasty = '<script>alert("x")</script>'
     body = (
         Table([nasty], [[nasty]], nasty).html()
-        + gallery([Card(nasty, picture(GREY, nasty))])
+        + gallery([Card(nasty, image(GREY, nasty))])
         + paragraph(nasty)
         + figure(nasty)
         + fold(nasty, Markup(""))
@@ -148,10 +148,10 @@ def test_the_same_figure_is_the_same_text() -> None:
     ("height", "width", "expected"),
     [(30, 60, (30, 60)), (100, 2560, (50, 1280)), (2560, 1, (1280, 1))],
 )
-def test_pictures_are_inside_and_not_too_large(
+def test_images_are_inside_and_not_too_large(
     height: int, width: int, expected: tuple[int, int]
 ) -> None:
-    kind, data = embed_picture(np.full((height, width, 3), (10, 120, 240), np.uint8)).split(",")
+    kind, data = embed_image(np.full((height, width, 3), (10, 120, 240), np.uint8)).split(",")
     image = cv2.imdecode(np.frombuffer(base64.b64decode(data), np.uint8), cv2.IMREAD_COLOR)
     assert kind == "data:image/jpeg;base64"
     assert image is not None

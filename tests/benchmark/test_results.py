@@ -17,7 +17,7 @@ def truth(tmp_path: Path) -> Truth:
     return truth_of(tmp_path, [annotation(1, 1, (1, 2, 3, 4))])
 
 
-def test_order_within_a_picture_stays(truth: Truth) -> None:
+def test_order_within_a_image_stays(truth: Truth) -> None:
     results = results_from_rows(
         [
             result(2, 1, (1, 1, 1, 1), 0.1),
@@ -78,7 +78,7 @@ def test_what_are_no_results_is_refused(
         read_results(write_json(tmp_path / "results.json", content), truth)
 
 
-def test_boxes_of_some_pictures(truth: Truth) -> None:
+def test_boxes_of_some_images(truth: Truth) -> None:
     results = results_from_rows(
         [result(image, 1, (image, 1, 1, 1), 0.5) for image in (3, 1, 3, 2)], truth
     )

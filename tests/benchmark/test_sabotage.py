@@ -18,7 +18,7 @@ from tood_deploy.benchmark.evaluation.coco_metrics import Scoring
 from tood_deploy.benchmark.parity.compare import Result, Settings, compare
 from tood_deploy.benchmark.parity.stage_runners import Subject, open_subject
 from tood_deploy.data.coco import read_truth
-from tood_deploy.data.image_set import PictureSet, open_pictures
+from tood_deploy.data.image_set import ImageSet, open_image_set
 from tood_deploy.export.to_onnx import onnx_from_model
 from tood_deploy.inference.detector import Detector
 from tood_deploy.manifest import Manifest
@@ -67,30 +67,25 @@ def exported(reference: Subject) -> onnx.ModelProto:
 @pytest.fixture(scope="module")
 def scoring(
     reference: Subject, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[PictureSet, Scoring]:
-    """Synthetic pictures; the truth is what the reference itself finds in them with a score above 0.1."""
-    pictures, names = open_pictures(None, None, IMGSZ, 3), reference.manifest.preset.class_names
+) -> tuple[ImageSet, Scoring]:
+    """Synthetic images; the truth is what the reference itself finds in them with a score above 0.1."""
+    images, names = open_image_set(None, None, IMGSZ, 3), reference.manifest.preset.class_names
     detector = Detector(reference.engine, conf=0.1, imgsz=IMGSZ)
-    rows = [
-        row for picture in pictures for row in detector(picture.read()).to_coco(picture.image_id)
-    ]
+    rows = [row for image in images for row in detector(image.read()).to_coco(image.image_id)]
     assert rows
     truth = {
-        "images": [{"id": picture.image_id, "file_name": picture.name} for picture in pictures],
+        "images": [{"id": image.image_id, "file_name": image.name} for image in images],
         "categories": [{"id": number, "name": name} for number, name in enumerate(names, 1)],
         "annotations": [{"id": number, **row} for number, row in enumerate(rows, 1)],
     }
     path = tmp_path_factory.mktemp("truth") / "truth.json"
     path.write_text(json.dumps(truth))
-    return replace(pictures, truth=read_truth(path)), Scoring.of(read_truth(path), names, None)
+    return replace(images, truth=read_truth(path)), Scoring.of(read_truth(path), names, None)
 
 
 @pytest.fixture
 def judge(
-    reference: Subject,
-    exported: onnx.ModelProto,
-    scoring: tuple[PictureSet, Scoring],
-    tmp_path: Path,
+    reference: Subject, exported: onnx.ModelProto, scoring: tuple[ImageSet, Scoring], tmp_path: Path
 ) -> Callable[..., Result]:
     """Breaks a copy of the artefact and compares it with the reference."""
 

@@ -36,7 +36,7 @@ def suppress_slowly(rows: list[dict[str, Any]], threshold: float) -> list[bool]:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_suppression_is_greedy_within_picture_and_class(tmp_path: Path, seed: int) -> None:
+def test_suppression_is_greedy_within_image_and_class(tmp_path: Path, seed: int) -> None:
     annotations, rows = random_rows(seed)
     rows.sort(key=lambda row: row["image_id"])
     results = results_from_rows(rows, truth_of(tmp_path, annotations, images=12))

@@ -10,7 +10,7 @@ from tood_deploy.errors import InputError
 BOX = annotation(1, 1, (1, 2, 3, 4))
 
 
-def test_boxes_come_in_order_of_the_pictures(tmp_path: Path) -> None:
+def test_boxes_come_in_order_of_the_images(tmp_path: Path) -> None:
     truth = truth_of(
         tmp_path,
         [
@@ -57,7 +57,7 @@ def changed(**values: Any) -> dict[str, Any]:
         ),
         (
             changed(images=[{"id": 1, "file_name": "a"}, {"id": 2, "file_name": "a"}]),
-            "2 pictures are called a",
+            "2 images are called a",
         ),
         (
             changed(categories=[{"id": 1, "name": "a"}, {"id": 2, "name": "a"}]),

@@ -2,7 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
-from inference.fakes import RedEngine, moving_pictures, write_picture, write_video
+from inference.fakes import RedEngine, moving_images, write_image, write_video
 
 from tood_deploy.benchmark.latency import video as video_module
 from tood_deploy.benchmark.latency.video import VideoRun, bench_video, run_video
@@ -17,7 +17,7 @@ def engine_timed_shortly(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def clip(tmp_path: Path) -> str:
-    return str(write_video(tmp_path / "clip.mp4", moving_pictures(12)))
+    return str(write_video(tmp_path / "clip.mp4", moving_images(12)))
 
 
 def detector(seconds_per_image: float = 0.0) -> Detector:
@@ -81,9 +81,9 @@ def test_a_batch_of_nothing(clip: str, batch: int) -> None:
         run_video(detector(), clip, batch, None, encode=False)
 
 
-def test_a_picture_is_no_clip(tmp_path: Path) -> None:
+def test_a_image_is_no_clip(tmp_path: Path) -> None:
     with pytest.raises(ToodError, match="not a video"):
-        run_video(detector(), str(write_picture(tmp_path / "a.png")), 1, None, encode=False)
+        run_video(detector(), str(write_image(tmp_path / "a.png")), 1, None, encode=False)
 
 
 def test_no_frames_asked_for(clip: str) -> None:

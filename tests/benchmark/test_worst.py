@@ -30,7 +30,7 @@ def has_colour(image: np.ndarray, kind: int) -> bool:
     return bool((image == class_colour(kind)).all(axis=2).any())
 
 
-def test_mistakes_of_every_picture(tmp_path: Path) -> None:
+def test_mistakes_of_every_image(tmp_path: Path) -> None:
     assert finder(tmp_path).all() == [Mistakes(1, 1, 0), Mistakes(2, 0, 1), Mistakes(3, 0, 0)]
 
 

@@ -25,7 +25,7 @@ def result(image_id: int, category_id: int, bbox: Box, score: float) -> dict[str
 def coco(
     annotations: Sequence[dict[str, Any]], names: Sequence[str] = ("cat", "dog"), images: int = 3
 ) -> dict[str, Any]:
-    """Annotations of pictures 1, 2, 3 ... of 64 x 48 pixels and categories 1, 2 ..."""
+    """Annotations of images 1, 2, 3 ... of 64 x 48 pixels and categories 1, 2 ..."""
     return {
         "images": [
             {"id": i, "file_name": f"{i}.png", "height": 48, "width": 64}

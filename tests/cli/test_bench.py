@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from inference.fakes import RedEngine, moving_pictures, write_picture, write_video
+from inference.fakes import RedEngine, moving_images, write_image, write_video
 
 from tood_deploy.benchmark.latency import video as video_module
 from tood_deploy.cli.bench import ap_from, main, short_names, size_from
@@ -97,7 +97,7 @@ class TestParity:
 
     def test_bad_input(self, run: Callable, checkpoints: tuple[Path, Path], tmp_path: Path) -> None:
         sound = checkpoints[0]
-        write_picture(tmp_path / "pictures" / "a.png")
+        write_image(tmp_path / "images" / "a.png")
         annotations = tmp_path / "a.json"
         content = {
             "images": [{"id": 1, "file_name": "a.png"}],
@@ -105,7 +105,7 @@ class TestParity:
         }
         content["annotations"] = [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4]}]
         annotations.write_text(json.dumps(content))
-        pictures = ("--images", tmp_path / "pictures")
+        images = ("--images", tmp_path / "images")
         assert_one_line(
             run("parity", "model.onnx", sound),
             "model.onnx: not a checkpoint",
@@ -114,7 +114,7 @@ class TestParity:
         assert_one_line(run("parity", sound, "none.onnx"), "none.onnx: no such file")
         assert_one_line(
             run("parity", sound, sound, "--annotations", annotations),
-            "annotations without their pictures",
+            "annotations without their images",
             "--images",
         )
         assert_one_line(
@@ -122,7 +122,7 @@ class TestParity:
         )
         assert_one_line(run("parity", sound, sound, "--images", "none"), "none: no such folder")
         assert_one_line(
-            run("parity", sound, sound, "--annotations", annotations, *pictures), "bird", "cat"
+            run("parity", sound, sound, "--annotations", annotations, *images), "bird", "cat"
         )
         assert_one_line(run("parity", sound, sound, "--sizes", "64"), "'64'", "320x640")
         assert_one_line(run("parity", sound, sound, "--sizes", "64x70"), "64x70", "multiples of 32")
@@ -131,7 +131,7 @@ class TestParity:
         assert_one_line(run("parity", sound, sound, "--limit", 0), "--limit is 0")
         annotations.write_text("[]")
         assert_one_line(
-            run("parity", sound, sound, "--annotations", annotations, *pictures),
+            run("parity", sound, sound, "--annotations", annotations, *images),
             "not COCO annotations",
         )
 
@@ -163,7 +163,7 @@ class TestLatency:
         assert second["peak_host_mib"] > 100
         assert second["load_s"] > 0
         assert values["ap"] == {"off.safetensors": 40}
-        assert second["pictures"].startswith("8 crops, 341x512, of a photograph")
+        assert second["images"].startswith("8 crops, 341x512, of a photograph")
 
     def test_bad_input(self, run: Callable, checkpoints: tuple[Path, Path]) -> None:
         sound = checkpoints[0]
@@ -187,7 +187,7 @@ class TestVideo:
             "open_engine",
             lambda model, **options: asked.append((model, options)) or RedEngine(),
         )
-        clip = write_video(tmp_path / "clip.mp4", moving_pictures(6))
+        clip = write_video(tmp_path / "clip.mp4", moving_images(6))
         code, out, _ = run(
             "video", "m.onnx", clip, "--limit", 4, "--imgsz", 48, 64, "--threads", 2, "--no-encode"
         )

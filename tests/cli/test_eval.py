@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 from benchmark.truths import annotation, coco, result, write_json
-from inference.fakes import CLASSES, RedEngine, red_picture, write_picture
+from inference.fakes import CLASSES, RedEngine, red_image, write_image
 
 from tood_deploy.cli.eval import main
 from tood_deploy.inference import detector as detector_module
 
 Run = Callable[..., tuple[int, str, str]]
 
-# The engine finds the first two, and something else in the third picture: precision 1 at the recalls 0.00 to 0.66, 67 of 101.
+# The engine finds the first two, and something else in the third image: precision 1 at the recalls 0.00 to 0.66, 67 of 101.
 OBJECTS = [
     annotation(1, 1, (4, 8, 16, 16)),
     annotation(2, 1, (8, 8, 16, 16)),
@@ -24,10 +24,10 @@ OBJECTS = [
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
-    """Runs tood-eval with a stand-in engine in a folder with truth.json and pictures/; gives exit code, stdout and stderr."""
+    """Runs tood-eval with a stand-in engine in a folder with truth.json and images/; gives exit code, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
     for i in range(1, 4):
-        write_picture(tmp_path / "pictures" / f"{i}.png", red_picture(left=4 * i))
+        write_image(tmp_path / "images" / f"{i}.png", red_image(left=4 * i))
     write_json(tmp_path / "truth.json", coco(OBJECTS, names=CLASSES))
     monkeypatch.setattr(detector_module, "open_engine", lambda model, **options: RedEngine())
 
@@ -51,7 +51,7 @@ def assert_one_line(result: tuple[int, str, str], *words: str) -> None:
 
 
 def test_a_model(run: Run) -> None:
-    code, out, err = run("--images", "pictures", "--imgsz", "48", "64", "--batch", "2")
+    code, out, err = run("--images", "images", "--imgsz", "48", "64", "--batch", "2")
     assert code == 0
     assert "AP  66.34" in out
     assert "model-eval/report.html" in out
@@ -69,7 +69,7 @@ def test_a_model(run: Run) -> None:
     assert len(json.loads(Path("model-eval/results.json").read_text())) == 3
     values = report("model-eval")
     assert values["facts"]["detection"].startswith(
-        "conf 0.05, iou 0.6, at most 4 a picture, 1000 candidates"
+        "conf 0.05, iou 0.6, at most 4 a image, 1000 candidates"
     )
     assert values["facts"]["command"].startswith("tood-eval model.pth --annotations truth.json")
 
@@ -86,31 +86,31 @@ def test_the_models_own_thresholds_are_the_default(
         return engine
 
     monkeypatch.setattr(detector_module, "open_engine", open_engine)
-    run("--images", "pictures")
+    run("--images", "images")
     assert (
         report("model-eval")["facts"]["detection"]
-        == "conf 0.2, iou 0.3, at most 4 a picture, 500 candidates a level"
+        == "conf 0.2, iou 0.3, at most 4 a image, 500 candidates a level"
     )
-    run("--images", "pictures", "--conf", "0.1", "--iou", "0.5", "--output", "told")
+    run("--images", "images", "--conf", "0.1", "--iou", "0.5", "--output", "told")
     assert report("told")["facts"]["detection"].startswith("conf 0.1, iou 0.5")
 
 
 def test_its_results_file_scores_the_same(run: Run) -> None:
-    run("--images", "pictures", "--imgsz", "48", "64", "--output", "first")
+    run("--images", "images", "--imgsz", "48", "64", "--output", "first")
     assert run("--output", "second", model="first/results.json")[0] == 0
     assert report("first")["numbers"] == report("second")["numbers"]
 
 
 def test_run_again_it_reads_what_is_there(run: Run) -> None:
-    arguments = ("--images", "pictures", "--imgsz", "48", "64")
+    arguments = ("--images", "images", "--imgsz", "48", "64")
     run(*arguments)
-    assert "3 of 3 pictures were done by an earlier run" in run(*arguments)[2]
+    assert "3 of 3 images were done by an earlier run" in run(*arguments)[2]
     assert "earlier run" not in run(*arguments, "--conf", "0.06")[2]
     assert "resumed" not in report("model-eval")["facts"]
 
 
 def test_fast_decode_is_another_run_and_said(run: Run) -> None:
-    arguments = ("--images", "pictures", "--imgsz", "48", "64")
+    arguments = ("--images", "images", "--imgsz", "48", "64")
     run(*arguments)
     assert report("model-eval")["facts"]["decoding"] == "all pixels"
     assert "earlier run" not in run(*arguments, "--fast-decode")[2]
@@ -118,13 +118,13 @@ def test_fast_decode_is_another_run_and_said(run: Run) -> None:
 
 
 def test_quiet(run: Run) -> None:
-    assert run("--images", "pictures", "--imgsz", "48", "64", "--quiet") == (0, "", "")
+    assert run("--images", "images", "--imgsz", "48", "64", "--quiet") == (0, "", "")
 
 
 def test_a_model_that_finds_nothing_is_zero_and_said(run: Run) -> None:
     for i in range(1, 4):
-        write_picture(Path("pictures") / f"{i}.png", red_picture(side=0))
-    code, out, err = run("--images", "pictures", "--imgsz", "48", "64")
+        write_image(Path("images") / f"{i}.png", red_image(side=0))
+    code, out, err = run("--images", "images", "--imgsz", "48", "64")
     assert code == 0
     assert "AP   0.00" in out
     assert "no detections at all" in err
@@ -132,7 +132,7 @@ def test_a_model_that_finds_nothing_is_zero_and_said(run: Run) -> None:
 
 @pytest.mark.parametrize(("least", "code"), [("66", 0), ("67", 1)])
 def test_a_gate(run: Run, least: str, code: int) -> None:
-    found, _, err = run("--images", "pictures", "--imgsz", "48", "64", "--min-ap", least)
+    found, _, err = run("--images", "images", "--imgsz", "48", "64", "--min-ap", least)
     assert found == code
     assert ("failed: AP is 66.34, expected at least 67" in err) == bool(code)
     assert Path("model-eval/report.html").is_file()
@@ -140,7 +140,7 @@ def test_a_gate(run: Run, least: str, code: int) -> None:
 
 def test_other_classes_need_a_mapping(run: Run) -> None:
     write_json(Path("truth.json"), coco(OBJECTS, names=("square", "cow")))
-    arguments = ("--images", "pictures", "--imgsz", "48", "64")
+    arguments = ("--images", "images", "--imgsz", "48", "64")
     assert_one_line(run(*arguments), "only the model has red thing, other/thing", "--mapping FILE")
     write_json(Path("mapping.json"), {"red thing": "square", "other/thing": None})
     code, out, err = run(*arguments, "--mapping", "mapping.json")
@@ -159,10 +159,10 @@ def test_options_without_effect_are_refused(run: Run) -> None:
     assert_one_line(run(), "--images is missing")
 
 
-def test_pictures_without_annotations_are_one_line(
+def test_images_without_annotations_are_one_line(
     run: Run, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    code = main(["model.pth", "--images", "pictures"])
+    code = main(["model.pth", "--images", "images"])
     out, err = capfd.readouterr()
     assert_one_line((code, out, err), "--annotations is missing")
 
@@ -171,11 +171,11 @@ def test_pictures_without_annotations_are_one_line(
     ("arguments", "word"),
     [
         (("--images", "nowhere"), "no such folder"),
-        (("--images", "."), "3 of the 3 pictures"),
-        (("--images", "pictures", "--conf", "2"), "conf is 2.0"),
-        (("--images", "pictures", "--batch", "0"), "batch is 0"),
-        (("--images", "pictures", "--max-det", "5"), "max_det is 5"),
-        (("--images", "pictures", "--output", "truth.json/below"), "truth.json"),
+        (("--images", "."), "3 of the 3 images"),
+        (("--images", "images", "--conf", "2"), "conf is 2.0"),
+        (("--images", "images", "--batch", "0"), "batch is 0"),
+        (("--images", "images", "--max-det", "5"), "max_det is 5"),
+        (("--images", "images", "--output", "truth.json/below"), "truth.json"),
     ],
 )
 def test_wrong_use_is_one_line(run: Run, arguments: tuple[str, ...], word: str) -> None:
@@ -194,7 +194,7 @@ def test_files_that_are_not_coco(run: Run) -> None:
         run("--output", "truth.json", model="absent.json"), "truth.json: cannot be written"
     )
     Path("truth.json").write_text("{}")
-    assert_one_line(run("--images", "pictures"), "not COCO annotations")
+    assert_one_line(run("--images", "images"), "not COCO annotations")
 
 
 def test_a_missing_package_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,7 +203,7 @@ def test_a_missing_package_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "pycocotools", None)
     monkeypatch.setitem(sys.modules, "pycocotools.coco", None)
     assert_one_line(
-        run("--images", "pictures"), "the package pycocotools is not installed", ".[eval]"
+        run("--images", "images"), "the package pycocotools is not installed", ".[eval]"
     )
 
 

@@ -4,24 +4,24 @@ from pathlib import Path
 
 import pytest
 from benchmark.truths import annotation, coco, write_json
-from inference.fakes import CLASSES, red_picture, write_picture
+from inference.fakes import CLASSES, red_image, write_image
 
 from tood_deploy.benchmark.precision_search import PrecisionSearch
 from tood_deploy.cli.export import main, open_annotated, order_from, parser, precision_from
 from tood_deploy.export.option_rules import check_options
 from tood_deploy.export.precision.convert import PrecisionOptions
 
-INT8 = ("--precision", "int8", "--calib-data", "pictures")
-TUNED = ("--autotune-precision", "--calib-data", "pictures")
-ANNOTATED = ("--annotations", "truth.json", "--images", "pictures")
+INT8 = ("--precision", "int8", "--calib-data", "images")
+TUNED = ("--autotune-precision", "--calib-data", "images")
+ANNOTATED = ("--annotations", "truth.json", "--images", "images")
 
 
 @pytest.fixture(autouse=True)
 def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A folder with truth.json and pictures/ to work in."""
+    """A folder with truth.json and images/ to work in."""
     monkeypatch.chdir(tmp_path)
     for i in range(1, 3):
-        write_picture(tmp_path / "pictures" / f"{i}.png", red_picture(left=4 * i))
+        write_image(tmp_path / "images" / f"{i}.png", red_image(left=4 * i))
     write_json(
         tmp_path / "truth.json", coco([annotation(1, 1, (4, 8, 16, 16))], names=CLASSES, images=2)
     )
@@ -37,19 +37,19 @@ def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
             "--annotations needs --images DIR",
         ),
         (ANNOTATED, "--annotations needs --precision bf16, fp16 or int8, or --max-ap-drop"),
-        ((*INT8, "--images", "pictures"), "--images needs --shapes auto or --annotations"),
+        ((*INT8, "--images", "images"), "--images needs --shapes auto or --annotations"),
         ((*INT8, "--max-drop", "1", "--max-ap-drop", "0", *ANNOTATED), "two limits of one quality"),
         (
             (*INT8, "--max-ap-drop", "-1", *ANNOTATED),
             "the largest drop is -1.0; expected 0 or more",
         ),
         (
-            (*INT8, "--max-ap-drop", "1", "--annotations", "absent.json", "--images", "pictures"),
+            (*INT8, "--max-ap-drop", "1", "--annotations", "absent.json", "--images", "images"),
             "absent.json: cannot be read",
         ),
         (
             (*INT8, "--max-ap-drop", "1", "--annotations", "truth.json", "--images", "."),
-            "2 of the 2 pictures of truth.json are missing",
+            "2 of the 2 images of truth.json are missing",
         ),
         (
             TUNED,

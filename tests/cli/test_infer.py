@@ -13,14 +13,7 @@ import av
 import cv2
 import numpy as np
 import pytest
-from inference.fakes import (
-    CLASSES,
-    RedEngine,
-    moving_pictures,
-    red_picture,
-    write_picture,
-    write_video,
-)
+from inference.fakes import CLASSES, RedEngine, moving_images, red_image, write_image, write_video
 
 from tood_deploy.cli import infer
 from tood_deploy.cli.infer import main
@@ -76,19 +69,19 @@ def assert_one_line(result: tuple[int, str, str], *words: str) -> None:
     assert list(Path.cwd().iterdir()) == []
 
 
-def test_a_picture_with_all_outputs(run: Run, tmp_path: Path) -> None:
-    picture = write_picture(tmp_path / "a.png")
+def test_a_image_with_all_outputs(run: Run, tmp_path: Path) -> None:
+    image = write_image(tmp_path / "a.png")
     code, out, err = run(
-        picture, "--output", "out", "--json", "r.json", "--jsonl", "r.jsonl", "--crops", "crops"
+        image, "--output", "out", "--json", "r.json", "--jsonl", "r.jsonl", "--crops", "crops"
     )
     assert code == 0
-    assert out == f"{picture}: 1 red thing\n"
+    assert out == f"{image}: 1 red thing\n"
     assert err.startswith("1 frames in ")
     for word in ("fps", "pre", "infer", "post", "end-to-end", "p95"):
         assert word in err
     drawn = cv2.imread("out/a.png")
     assert drawn is not None
-    assert (drawn != red_picture()).any()
+    assert (drawn != red_image()).any()
     (row,) = json.loads(Path("r.json").read_text())
     assert (row["image_id"], row["category_id"]) == (1, 1)
     np.testing.assert_allclose(row["bbox"], [8, 8, 16, 16], atol=1)
@@ -98,7 +91,7 @@ def test_a_picture_with_all_outputs(run: Run, tmp_path: Path) -> None:
 
 def test_a_video(run: Run, tmp_path: Path, engine: RedEngine) -> None:
     times = [0, 40, 50, 120, 500, 510]
-    video = write_video(tmp_path / "v.avi.mkv", moving_pictures(6), times)
+    video = write_video(tmp_path / "v.avi.mkv", moving_images(6), times)
     code, out, _ = run(video, "--output", "v.mp4", "--batch", "4", "--jsonl", "-", "--quiet")
     assert code == 0
     assert engine.batches == [4, 2]
@@ -117,9 +110,9 @@ def test_fast_decode(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(
         cv2, "imdecode", lambda data, flags: decoded.append(flags) or real(data, flags)
     )
-    picture = write_picture(tmp_path / "a.jpg", red_picture(200, 400, left=80, top=40, side=80))
+    image = write_image(tmp_path / "a.jpg", red_image(200, 400, left=80, top=40, side=80))
     for option in ([], ["--fast-decode"]):
-        code, out, _ = run(picture, "--imgsz", "48", "96", "--jsonl", "-", *option)
+        code, out, _ = run(image, "--imgsz", "48", "96", "--jsonl", "-", *option)
         record = json.loads(out)
         assert (code, record["height"], record["width"]) == (0, 200, 400)
         np.testing.assert_allclose(record["detections"][0]["box"], [80, 40, 160, 120], atol=6)
@@ -127,13 +120,13 @@ def test_fast_decode(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_quiet_says_nothing(run: Run, tmp_path: Path) -> None:
-    assert run(write_picture(tmp_path / "a.png"), "--quiet") == (0, "", "")
+    assert run(write_image(tmp_path / "a.png"), "--quiet") == (0, "", "")
 
 
 def test_options_reach_the_engine(run: Run, tmp_path: Path) -> None:
-    picture = write_picture(tmp_path / "a.png")
+    image = write_image(tmp_path / "a.png")
     run(
-        picture,
+        image,
         "--threads",
         "2",
         "--device",
@@ -145,7 +138,7 @@ def test_options_reach_the_engine(run: Run, tmp_path: Path) -> None:
         "--convention",
         "authors",
     )
-    run(picture)
+    run(image)
     assert run.asked == [  # pyright: ignore[reportFunctionMemberAccess]
         {
             "model": "model.pth",
@@ -165,9 +158,9 @@ def test_max_det_conf_and_imgsz(run: Run, tmp_path: Path, engine: RedEngine) -> 
     engine._run = lambda images, *rest: (
         seen.append((images.shape, *rest[1:])) or real(images, *rest)
     )  # pyright: ignore[reportAttributeAccessIssue]
-    picture = write_picture(tmp_path / "a.png")
+    image = write_image(tmp_path / "a.png")
     assert (
-        run(picture, "--conf", "0.5", "--iou", "0.4", "--imgsz", "128", "64", "--max-det", "1")[0]
+        run(image, "--conf", "0.5", "--iou", "0.4", "--imgsz", "128", "64", "--max-det", "1")[0]
         == 0
     )
     assert seen == [((1, 64, 96, 3), 0.5, 0.4)]
@@ -175,7 +168,7 @@ def test_max_det_conf_and_imgsz(run: Run, tmp_path: Path, engine: RedEngine) -> 
 
 def test_coco_ids_from_annotations(run: Run, tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
-        write_picture(tmp_path / "pictures" / name)
+        write_image(tmp_path / "images" / name)
     images = [{"id": 11, "file_name": "b.png"}, {"id": 12, "file_name": "a.png"}]
     categories = [{"id": 5, "name": CLASSES[1]}, {"id": 3, "name": CLASSES[0]}]
     (tmp_path / "annotations.json").write_text(
@@ -183,7 +176,7 @@ def test_coco_ids_from_annotations(run: Run, tmp_path: Path) -> None:
     )
     assert (
         run(
-            tmp_path / "pictures",
+            tmp_path / "images",
             "--json",
             "r.json",
             "--coco-annotations",
@@ -196,18 +189,18 @@ def test_coco_ids_from_annotations(run: Run, tmp_path: Path) -> None:
     ] == [(12, 3), (11, 3)]
 
 
-def test_ids_count_the_pictures_that_cannot_be_read(run: Run, tmp_path: Path) -> None:
+def test_ids_count_the_images_that_cannot_be_read(run: Run, tmp_path: Path) -> None:
     for name in ("a.png", "b.png", "c.png"):
-        write_picture(tmp_path / "pictures" / name)
-    (tmp_path / "pictures" / "b.png").write_bytes(b"")
-    assert run(tmp_path / "pictures", "--json", "r.json")[0] == 1
+        write_image(tmp_path / "images" / name)
+    (tmp_path / "images" / "b.png").write_bytes(b"")
+    assert run(tmp_path / "images", "--json", "r.json")[0] == 1
     assert [row["image_id"] for row in json.loads(Path("r.json").read_text())] == [1, 3]
 
 
 def test_equal_names_in_two_folders(run: Run, tmp_path: Path) -> None:
     one, two = (
-        write_picture(tmp_path / "one" / "a.png"),
-        write_picture(tmp_path / "two" / "a.png", red_picture(left=40)),
+        write_image(tmp_path / "one" / "a.png"),
+        write_image(tmp_path / "two" / "a.png", red_image(left=40)),
     )
     assert run(one, two, "--output", "out", "--quiet")[0] == 0
     images = [cv2.imread(f"out/{folder}/a.png") for folder in ("one", "two")]
@@ -220,12 +213,12 @@ class TestBadInput:
     def test_no_such_file(self, run: Run) -> None:
         assert_one_line(run("none.jpg", "--output", "out"), "none.jpg", "no such file")
 
-    def test_a_folder_without_pictures(self, run: Run, tmp_path: Path) -> None:
+    def test_a_folder_without_images(self, run: Run, tmp_path: Path) -> None:
         (tmp_path / "empty").mkdir()
-        assert_one_line(run(tmp_path / "empty", "--output", "out"), "no picture or video")
+        assert_one_line(run(tmp_path / "empty", "--output", "out"), "no image or video")
 
     def test_a_truncated_jpeg(self, run: Run, tmp_path: Path) -> None:
-        path = write_picture(tmp_path / "a.jpg")
+        path = write_image(tmp_path / "a.jpg")
         path.write_bytes(path.read_bytes()[:-100])
         assert_one_line(
             run(
@@ -242,15 +235,15 @@ class TestBadInput:
             "cut",
         )
 
-    @pytest.mark.parametrize("data", [b"", b"plain text, not a picture\n" * 20])
-    def test_a_file_that_is_no_picture(self, run: Run, tmp_path: Path, data: bytes) -> None:
+    @pytest.mark.parametrize("data", [b"", b"plain text, not a image\n" * 20])
+    def test_a_file_that_is_no_image(self, run: Run, tmp_path: Path, data: bytes) -> None:
         (tmp_path / "a.jpg").write_bytes(data)
-        assert_one_line(run(tmp_path / "a.jpg", "--output", "out"), "a.jpg", "picture")
+        assert_one_line(run(tmp_path / "a.jpg", "--output", "out"), "a.jpg", "image")
 
     @pytest.mark.parametrize("size", [(1, 1), (20, 20000), (20000, 20)])
     def test_odd_sizes_work(self, run: Run, tmp_path: Path, size: tuple[int, int]) -> None:
         code, _, _ = run(
-            write_picture(tmp_path / "a.png", np.full((*size, 3), 60, np.uint8)),
+            write_image(tmp_path / "a.png", np.full((*size, 3), 60, np.uint8)),
             "--output",
             "out",
             "--imgsz",
@@ -263,21 +256,21 @@ class TestBadInput:
         assert drawn.shape == (*size, 3)
 
     def test_sixteen_bits_work(self, run: Run, tmp_path: Path) -> None:
-        cv2.imwrite(str(tmp_path / "a.png"), red_picture().astype(np.uint16) * 257)
+        cv2.imwrite(str(tmp_path / "a.png"), red_image().astype(np.uint16) * 257)
         assert run(tmp_path / "a.png")[:2] == (0, f"{tmp_path / 'a.png'}: 1 red thing\n")
 
     def test_too_many_pixels(self, run: Run, tmp_path: Path) -> None:
-        path = write_picture(tmp_path / "a.png")
+        path = write_image(tmp_path / "a.png")
         assert_one_line(run(path, "--max-pixels", "1000"), "3,072 pixels", "--max-pixels")
         assert run(path, "--max-pixels", "4000")[0] == 0
 
     def test_a_video_without_frames(self, run: Run, tmp_path: Path) -> None:
-        path = write_video(tmp_path / "a.mp4", moving_pictures(4), movflags="faststart")
+        path = write_video(tmp_path / "a.mp4", moving_images(4), movflags="faststart")
         path.write_bytes(path.read_bytes().split(b"mdat")[0] + b"mdat")
         assert_one_line(run(path, "--output", "out"), "not one frame")
 
     def test_a_cut_video_keeps_what_was_decoded(self, run: Run, tmp_path: Path) -> None:
-        path = write_video(tmp_path / "a.mp4", moving_pictures(40), movflags="faststart")
+        path = write_video(tmp_path / "a.mp4", moving_images(40), movflags="faststart")
         path.write_bytes(path.read_bytes()[: path.stat().st_size * 6 // 10])
         code, out, err = run(path, "--output", "out")
         assert code == 1
@@ -286,18 +279,18 @@ class TestBadInput:
         with av.open("out/a.mp4") as container:
             assert len(list(container.decode(video=0))) == len(out.splitlines()) > 5
 
-    def test_one_bad_picture_of_many(self, run: Run, tmp_path: Path) -> None:
+    def test_one_bad_image_of_many(self, run: Run, tmp_path: Path) -> None:
         for name in ("a.png", "c.png"):
-            write_picture(tmp_path / "pictures" / name)
-        (tmp_path / "pictures" / "b.png").write_text("text")
-        code, out, err = run(tmp_path / "pictures", "--output", "out", "--batch", "2")
+            write_image(tmp_path / "images" / name)
+        (tmp_path / "images" / "b.png").write_text("text")
+        code, out, err = run(tmp_path / "images", "--output", "out", "--batch", "2")
         assert code == 1
         assert len(out.splitlines()) == 2
         assert sorted(path.name for path in Path("out").iterdir()) == ["a.png", "c.png"]
         warning, closing_line, failure = err.splitlines()
-        assert warning.startswith(f"warning: {tmp_path / 'pictures' / 'b.png'}: not a picture")
+        assert warning.startswith(f"warning: {tmp_path / 'images' / 'b.png'}: not a image")
         assert closing_line.startswith("2 frames in ")
-        assert failure == "failed: 1 pictures or frames could not be read"
+        assert failure == "failed: 1 images or frames could not be read"
 
     def test_nothing_readable_of_many(self, run: Run, tmp_path: Path) -> None:
         for name in ("a.jpg", "b.jpg"):
@@ -332,27 +325,26 @@ class TestBadInput:
     def test_values_out_of_range(
         self, run: Run, tmp_path: Path, arguments: list[str], words: list[str]
     ) -> None:
-        assert_one_line(run(write_picture(tmp_path / "a.png"), *arguments), *words)
+        assert_one_line(run(write_image(tmp_path / "a.png"), *arguments), *words)
 
-    def test_fast_decode_of_what_is_shown_or_no_picture(self, run: Run, tmp_path: Path) -> None:
-        picture = write_picture(tmp_path / "a.jpg")
+    def test_fast_decode_of_what_is_shown_or_no_image(self, run: Run, tmp_path: Path) -> None:
+        image = write_image(tmp_path / "a.jpg")
         assert_one_line(
-            run(picture, "--fast-decode", "--output", "out"),
-            "--fast-decode reads pictures smaller",
+            run(image, "--fast-decode", "--output", "out"),
+            "--fast-decode reads images smaller",
             "whole ones are needed for --output;",
         )
         assert_one_line(
-            run(picture, "--fast-decode", "--crops", "c", "--show"),
-            "needed for --crops and --show;",
+            run(image, "--fast-decode", "--crops", "c", "--show"), "needed for --crops and --show;"
         )
         assert_one_line(
-            run(write_video(tmp_path / "v.mp4", moving_pictures(2)), "--fast-decode"),
+            run(write_video(tmp_path / "v.mp4", moving_images(2)), "--fast-decode"),
             "v.mp4",
             "leave --fast-decode out",
         )
 
     def test_an_input_is_never_overwritten(self, run: Run, tmp_path: Path) -> None:
-        path = write_picture(tmp_path / "a.png")
+        path = write_image(tmp_path / "a.png")
         before = path.read_bytes()
         assert_one_line(run(path, "--output", tmp_path), "would be overwritten")
         assert path.read_bytes() == before
@@ -362,7 +354,7 @@ class TestBadInput:
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(Path, "write_bytes", full)
-        cv2.imwrite(str(tmp_path / "a.png"), red_picture())
+        cv2.imwrite(str(tmp_path / "a.png"), red_image())
         code, _, err = run(tmp_path / "a.png", "--output", "out", "--quiet")
         assert (code, err.count("\n")) == (2, 1)
         assert "No space left on device" in err
@@ -373,12 +365,11 @@ class TestBadInput:
     ) -> None:
         monkeypatch.delenv("DISPLAY", raising=False)
         monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
-        assert_one_line(run(write_picture(tmp_path / "a.png"), "--show"), "--show")
+        assert_one_line(run(write_image(tmp_path / "a.png"), "--show"), "--show")
 
     def test_options_of_checkpoints_beside_an_artefact(self, run: Run, tmp_path: Path) -> None:
         assert_one_line(
-            run(write_picture(tmp_path / "a.png"), "--preset", "tiny", model="model.onnx"),
-            "--preset",
+            run(write_image(tmp_path / "a.png"), "--preset", "tiny", model="model.onnx"), "--preset"
         )
 
     def test_usage_errors_exit_with_2(self, capsys: pytest.CaptureFixture[str]) -> None:
@@ -413,8 +404,8 @@ class TestDoubts:
     def test_are_one_line_on_stderr(
         self, run: Run, artefact: Path, tmp_path: Path, engine: RedEngine
     ) -> None:
-        picture = write_picture(tmp_path / "a.png")
-        code, _, err = run(picture, "--quiet", model=str(artefact))
+        image = write_image(tmp_path / "a.png")
+        code, _, err = run(image, "--quiet", model=str(artefact))
         assert (code, err.count("\n")) == (0, 1)
         assert err.startswith("warning: ")
         engine.manifest = Manifest(
@@ -422,17 +413,17 @@ class TestDoubts:
             parity={"tolerance": 1e-5},
             artefact_sha256=file_sha256(artefact),
         )
-        assert run(picture, "--quiet", model=str(artefact))[2] == ""
+        assert run(image, "--quiet", model=str(artefact))[2] == ""
 
 
 def test_the_pixel_limit_of_opencv_is_raised_too(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("OPENCV_IO_MAX_IMAGE_PIXELS", raising=False)
-    picture = write_picture(tmp_path / "a.png")
-    run(picture, "--max-pixels", "1000000")
+    image = write_image(tmp_path / "a.png")
+    run(image, "--max-pixels", "1000000")
     assert "OPENCV_IO_MAX_IMAGE_PIXELS" not in os.environ
-    run(picture, "--max-pixels", str(2**31))
+    run(image, "--max-pixels", str(2**31))
     assert os.environ.pop("OPENCV_IO_MAX_IMAGE_PIXELS") == str(2**31)
 
 
@@ -461,7 +452,7 @@ def start_slow_run(*arguments: str | Path) -> subprocess.Popen[str]:
 
 
 def test_an_interrupted_video_plays(tmp_path: Path) -> None:
-    video = write_video(tmp_path / "v.mp4", moving_pictures(24) * 50)
+    video = write_video(tmp_path / "v.mp4", moving_images(24) * 50)
     process = start_slow_run(
         video, "--output", tmp_path / "out", "--jsonl", "-", "--json", tmp_path / "r.json"
     )
@@ -482,7 +473,7 @@ def test_an_interrupted_video_plays(tmp_path: Path) -> None:
 
 
 def test_a_reader_that_goes_away_ends_the_run(tmp_path: Path) -> None:
-    video = write_video(tmp_path / "v.mp4", moving_pictures(24) * 50)
+    video = write_video(tmp_path / "v.mp4", moving_images(24) * 50)
     process = start_slow_run(video, "--jsonl", "-")
     assert process.stdout is not None
     process.stdout.readline()

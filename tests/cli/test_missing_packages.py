@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from inference.fakes import write_picture
+from inference.fakes import write_image
 
 from tood_deploy.errors import PACKAGES
 
@@ -21,10 +21,10 @@ sys.exit(main({arguments}))
 
 @pytest.fixture
 def files(tmp_path: Path) -> Path:
-    """A folder with a picture and files that have the names of models."""
+    """A folder with a image and files that have the names of models."""
     for name in ("m.pth", "m.onnx", "m.xml", "m.bin", "m.engine", "v.mp4", "r.json", "t.json"):
         (tmp_path / name).write_bytes(b"")
-    write_picture(tmp_path / "a.png")
+    write_image(tmp_path / "a.png")
     return tmp_path
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from inference.fakes import RedEngine, moving_pictures, write_picture, write_video
+from inference.fakes import RedEngine, moving_images, write_image, write_video
 
 from tood_deploy.benchmark.latency import video as video_module
 from tood_deploy.cli import bench, eval, infer
@@ -42,7 +42,7 @@ def run(capfd: pytest.CaptureFixture[str]) -> Run:
 
 def test_reach_the_engine(run: Run, asked: list[dict[str, Any]], tmp_path: Path) -> None:
     code, _ = run(
-        infer, "m.onnx", write_picture(tmp_path / "a.png"), *GIVEN, "--threads", "1", "--quiet"
+        infer, "m.onnx", write_image(tmp_path / "a.png"), *GIVEN, "--threads", "1", "--quiet"
     )
     assert (code, asked) == (0, [{"device": "cpu", "threads": 1, **TAKEN}])
 
@@ -50,7 +50,7 @@ def test_reach_the_engine(run: Run, asked: list[dict[str, Any]], tmp_path: Path)
 def test_are_left_out_where_not_given(
     run: Run, asked: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    run(infer, "m.onnx", write_picture(tmp_path / "a.png"), "--quiet")
+    run(infer, "m.onnx", write_image(tmp_path / "a.png"), "--quiet")
     assert asked == [{"device": "cpu"}]
 
 
@@ -58,11 +58,11 @@ def test_which_weights_reach_the_checkpoint(
     run: Run, asked: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     code, _ = run(
-        infer, "m.pth", write_picture(tmp_path / "a.png"), "--weights-key", "ema", "--quiet"
+        infer, "m.pth", write_image(tmp_path / "a.png"), "--weights-key", "ema", "--quiet"
     )
     assert (code, asked) == (0, [{"device": "cpu", "weights_key": "ema"}])
     code, said = run(
-        infer, "m.onnx", write_picture(tmp_path / "a.png"), "--weights-key", "ema", "--quiet"
+        infer, "m.onnx", write_image(tmp_path / "a.png"), "--weights-key", "ema", "--quiet"
     )
     assert (code, "--weights-key" in said) == (2, True)
 
@@ -85,9 +85,9 @@ def test_batches_run_side_by_side_on_a_cpu_where_nobody_waits_for_one(
 ) -> None:
     for name in ("m.xml", "m.bin", "m.onnx", "m.engine"):
         Path(name).write_bytes(b"")
-    write_picture(tmp_path / "a.png")
-    write_picture(tmp_path / "b.png")
-    write_video(tmp_path / "v.mp4", moving_pictures(3))
+    write_image(tmp_path / "a.png")
+    write_image(tmp_path / "b.png")
+    write_video(tmp_path / "v.mp4", moving_images(3))
     assert run(infer, *arguments, "--quiet")[0] == 0
     assert asked[0].get("hint") == hint
 
@@ -96,7 +96,7 @@ def test_of_videos_in_the_benchmark(
     run: Run, asked: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(video_module, "ENGINE_S", 0.01)
-    clip = write_video(tmp_path / "v.mp4", moving_pictures(4))
+    clip = write_video(tmp_path / "v.mp4", moving_images(4))
     assert (
         run(
             bench, "video", "m.onnx", clip, "--no-encode", "--imgsz", "48", "64", "--quiet", *GIVEN
@@ -112,9 +112,9 @@ def test_of_videos_in_the_benchmark(
 def test_are_refused_beside_a_checkpoint(
     option: list[str], run: Run, asked: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    picture = write_picture(tmp_path / "a.png")
+    image = write_image(tmp_path / "a.png")
     commands = (
-        (infer, "m.pth", picture),
+        (infer, "m.pth", image),
         (bench, "video", "m.pth", "v.mp4"),
         (bench, "latency", "m.pth"),
         (bench, "parity", "m.pth", "n.pth"),

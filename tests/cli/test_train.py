@@ -29,18 +29,13 @@ def data(scenes: Path) -> list[str]:
         "--train-json",
         str(scenes / "annotations.json"),
         "--train-images",
-        str(scenes / "pictures"),
+        str(scenes / "images"),
     ]
 
 
 @pytest.fixture(scope="module")
 def validation(scenes: Path) -> list[str]:
-    return [
-        "--val-json",
-        str(scenes / "annotations.json"),
-        "--val-images",
-        str(scenes / "pictures"),
-    ]
+    return ["--val-json", str(scenes / "annotations.json"), "--val-images", str(scenes / "images")]
 
 
 def test_training_and_going_on(
@@ -58,9 +53,9 @@ def test_training_and_going_on(
     ]
     assert main([*command, "--stop-after", "1"]) == 0
     first = capsys.readouterr()
-    assert "tiny: 5 classes (disc, square, triangle, star, ...), 8 pictures" in first.err
+    assert "tiny: 5 classes (disc, square, triangle, star, ...), 8 images" in first.err
     assert (
-        "the learning rate is 0.0005, scaled with the batch: 0.001 is for 8 pictures a step"
+        "the learning rate is 0.0005, scaled with the batch: 0.001 is for 8 images a step"
         in first.err
     )
     assert "the learning rate drops after epochs 1, 2, in step with --epochs" in first.err

@@ -1,4 +1,4 @@
-"""Generated pictures: the same from the same seed, with boxes that hold their shapes."""
+"""Generated images: the same from the same seed, with boxes that hold their shapes."""
 
 import json
 import time
@@ -11,14 +11,14 @@ import pytest
 from tood_deploy.demo.scenes import RADII, SCENE_CLASSES, main, make_scene, write_scenes
 
 
-def test_a_seed_is_a_picture() -> None:
+def test_a_seed_is_a_image() -> None:
     first, again, other = make_scene(4), make_scene(4), make_scene(5)
     np.testing.assert_array_equal(first.image_bgr, again.image_bgr)
     np.testing.assert_array_equal(first.boxes, again.boxes)
     assert not np.array_equal(first.image_bgr, other.image_bgr)
 
 
-def test_boxes_lie_in_the_picture_and_classes_vary() -> None:
+def test_boxes_lie_in_the_image_and_classes_vary() -> None:
     scenes = [make_scene((1, i)) for i in range(60)]
     boxes = np.concatenate([scene.boxes for scene in scenes])
     labels = np.concatenate([scene.labels for scene in scenes])
@@ -47,9 +47,9 @@ def test_written_sets_are_coco(tmp_path: Path) -> None:
     assert [entry["name"] for entry in content["categories"]] == list(SCENE_CLASSES)
     assert len(content["images"]) == 5
     for number, entry in enumerate(content["images"]):
-        picture = cv2.imread(str(tmp_path / "a" / "pictures" / entry["file_name"]))
-        assert picture is not None
-        assert np.abs(picture.astype(int) - make_scene((9, number)).image_bgr).mean() < 12
+        image = cv2.imread(str(tmp_path / "a" / "images" / entry["file_name"]))
+        assert image is not None
+        assert np.abs(image.astype(int) - make_scene((9, number)).image_bgr).mean() < 12
     scene = make_scene((9, 0))
     first = [entry["bbox"] for entry in content["annotations"] if entry["image_id"] == 0]
     np.testing.assert_array_equal(
@@ -68,7 +68,7 @@ def test_hundreds_a_second() -> None:
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path / "set"), "--count", "2", "--seed", "1"]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "set" / "annotations.json")
-    assert len(list((tmp_path / "set" / "pictures").iterdir())) == 2
+    assert len(list((tmp_path / "set" / "images").iterdir())) == 2
     assert main([str(tmp_path / "set"), "--count", "0"]) == 2
     assert main(["/proc/scenes", "--count", "1"]) == 2
     assert capsys.readouterr().err.count("error: ") == 2

@@ -85,7 +85,7 @@ def fake_bench(name: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     assert not driver.stack
 
 
-def pictures(
+def make_images(
     batch: int, seed: int = 0, size_hw: tuple[int, int] = (64, 96)
 ) -> tuple[np.ndarray, np.ndarray]:
     generator = np.random.default_rng(seed)

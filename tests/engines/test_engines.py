@@ -10,7 +10,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from tood_deploy.data.image_set import synthetic_picture
+from tood_deploy.data.image_set import synthetic_image
 from tood_deploy.engines import BatchDetections, Engine, open_engine
 from tood_deploy.engines.onnx_engine import PROVIDERS
 from tood_deploy.errors import ArtefactError, DeviceError, InputError, ToodError
@@ -25,32 +25,30 @@ def engine(request: pytest.FixtureRequest, tiny_checkpoint: Path, tiny_artefact:
     return open_engine(tiny_checkpoint if request.param == "torch" else tiny_artefact)
 
 
-def rows(found: BatchDetections, picture: int) -> Rows:
-    count = int(found.num_dets[picture])
+def rows(found: BatchDetections, image: int) -> Rows:
+    count = int(found.num_dets[image])
     return Rows(
-        found.boxes_net[picture, :count],
-        found.scores[picture, :count],
-        found.labels[picture, :count],
+        found.boxes_net[image, :count], found.scores[image, :count], found.labels[image, :count]
     )
 
 
 def test_shapes_types_and_order(engine: Engine) -> None:
-    images = np.stack([synthetic_picture(96, 128, seed) for seed in range(2)])
+    images = np.stack([synthetic_image(96, 128, seed) for seed in range(2)])
     found = engine.infer(images, np.array([[90, 128], [96, 100]], np.int32), 0.05, 0.6)
     assert [
         (array.shape, array.dtype.name)
         for array in (found.num_dets, found.boxes_net, found.scores, found.labels)
     ] == [((2,), "int32"), ((2, 100, 4), "float32"), ((2, 100), "float32"), ((2, 100), "int32")]
-    for picture in range(2):
-        scores = rows(found, picture).scores
+    for image in range(2):
+        scores = rows(found, image).scores
         assert len(scores) > 10
         assert (scores > 0.05).all()
         assert (np.diff(scores) <= 0).all()
-        assert not found.boxes_net[picture, len(scores) :].any()
+        assert not found.boxes_net[image, len(scores) :].any()
 
 
 def test_thresholds_are_run_time_inputs(engine: Engine) -> None:
-    image, size = synthetic_picture(96, 128, 1)[None], np.array([[96, 128]], np.int32)
+    image, size = synthetic_image(96, 128, 1)[None], np.array([[96, 128]], np.int32)
     many, few = (int(engine.infer(image, size, conf, 0.6).num_dets[0]) for conf in (0.02, 0.15))
     assert many > few > 0
     loose, strict = (int(engine.infer(image, size, 0.1, iou).num_dets[0]) for iou in (1.0, 0.2))
@@ -58,8 +56,8 @@ def test_thresholds_are_run_time_inputs(engine: Engine) -> None:
     assert engine.infer(image, size, 1.0, 0.6).num_dets[0] == 0
 
 
-def test_what_lies_outside_the_picture_does_not_matter(engine: Engine) -> None:
-    image, size = synthetic_picture(96, 128, 1)[None], np.array([[70, 101]], np.int32)
+def test_what_lies_outside_the_image_does_not_matter(engine: Engine) -> None:
+    image, size = synthetic_image(96, 128, 1)[None], np.array([[70, 101]], np.int32)
     other = image.copy()
     other[:, 70:] = 255
     other[:, :, 101:] = 13
@@ -73,14 +71,14 @@ def test_what_lies_outside_the_picture_does_not_matter(engine: Engine) -> None:
 def test_runtimes_agree_at_every_size_and_batch(
     size_hw: tuple[int, int], batch: int, tiny_checkpoint: Path, tiny_artefact: Path
 ) -> None:
-    images = np.stack([synthetic_picture(*size_hw, seed) for seed in range(batch)])
+    images = np.stack([synthetic_image(*size_hw, seed) for seed in range(batch)])
     sizes = np.array(
         [[size_hw[0] - seed, size_hw[1] - 3 * seed] for seed in range(batch)], np.int32
     )
     expected = open_engine(tiny_checkpoint).infer(images, sizes, 0.03, 0.6)
     found = open_engine(tiny_artefact, threads=1).infer(images, sizes, 0.03, 0.6)
-    for picture in range(batch):
-        match = match_detections(rows(expected, picture), rows(found, picture), 1e-5, 0.05)
+    for image in range(batch):
+        match = match_detections(rows(expected, image), rows(found, image), 1e-5, 0.05)
         assert match.exchanged <= 1
         assert match.reference > 3
 

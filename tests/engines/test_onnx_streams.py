@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tood_deploy import Detector
-from tood_deploy.data.image_set import synthetic_picture
+from tood_deploy.data.image_set import synthetic_image
 from tood_deploy.engines import BatchDetections, open_engine
 from tood_deploy.engines.onnx_engine import OnnxEngine
 from tood_deploy.errors import ToodError
@@ -31,7 +31,7 @@ def same(one: BatchDetections, other: BatchDetections) -> None:
 
 
 def test_what_is_submitted_together_comes_back_as_if_alone(tiny_artefact: Path) -> None:
-    images = [synthetic_picture(64, 96, seed)[None] for seed in range(5)]
+    images = [synthetic_image(64, 96, seed)[None] for seed in range(5)]
     with (
         open_engine(tiny_artefact, threads=2) as alone,
         open_engine(tiny_artefact, threads=2, hint="throughput") as engine,
@@ -48,7 +48,7 @@ def test_two_run_at_the_same_time(tiny_artefact: Path, monkeypatch: pytest.Monke
     with OnnxEngine(tiny_artefact, threads=2, hint="throughput") as engine:
         run = engine._run
         monkeypatch.setattr(engine, "_run", lambda *call: both.wait() + 1 and run(*call))
-        tickets = [engine.submit(synthetic_picture(64, 96, seed)[None], *CALL) for seed in range(2)]
+        tickets = [engine.submit(synthetic_image(64, 96, seed)[None], *CALL) for seed in range(2)]
         assert all(len(engine.collect(ticket).num_dets) == 1 for ticket in tickets)
 
 
@@ -62,13 +62,13 @@ def test_threads_are_shared(tiny_artefact: Path, threads: int, in_flight: int) -
 
 def test_closing_ends_its_threads(tiny_artefact: Path) -> None:
     engine = open_engine(tiny_artefact, threads=2, hint="throughput")
-    assert engine.collect(engine.submit(synthetic_picture(64, 96, 0)[None], *CALL)).num_dets[0] > 0
+    assert engine.collect(engine.submit(synthetic_image(64, 96, 0)[None], *CALL)).num_dets[0] > 0
     assert callers()
     engine.close()
     engine.close()
     assert callers() == []
     with pytest.raises(ToodError, match="was closed"):
-        engine.submit(synthetic_picture(64, 96, 0)[None], *CALL)
+        engine.submit(synthetic_image(64, 96, 0)[None], *CALL)
 
 
 def test_frames_stay_in_order(tiny_artefact: Path, tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_frames_stay_in_order(tiny_artefact: Path, tmp_path: Path) -> None:
 
     for i in range(9):
         size_hw = (64, 96) if i % 4 else (96, 64)
-        cv2.imwrite(str(tmp_path / f"{i}.png"), synthetic_picture(*size_hw, i))
+        cv2.imwrite(str(tmp_path / f"{i}.png"), synthetic_image(*size_hw, i))
     with Detector(
         tiny_artefact, imgsz=(64, 96), conf=0.1, threads=2, hint="throughput"
     ) as detector:

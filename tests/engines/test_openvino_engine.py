@@ -16,7 +16,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from tood_deploy.data.image_set import synthetic_picture
+from tood_deploy.data.image_set import synthetic_image
 from tood_deploy.engines import BatchDetections, open_engine
 from tood_deploy.engines.openvino_engine import Form, Forms, OpenVinoEngine
 from tood_deploy.engines.openvino_runtime import shared_core
@@ -31,12 +31,12 @@ Inputs = tuple[NDArray[np.uint8], NDArray[np.int32]]
 
 
 def inputs(batch: int = 1, size_hw: tuple[int, int] = (96, 128), seed: int = 0) -> Inputs:
-    images = np.stack([synthetic_picture(*size_hw, seed + i) for i in range(batch)])
+    images = np.stack([synthetic_image(*size_hw, seed + i) for i in range(batch)])
     return images, np.array([[size_hw[0] - i, size_hw[1] - 3 * i] for i in range(batch)], np.int32)
 
 
-def rows(found: BatchDetections, picture: int = 0) -> Rows:
-    return batch_rows((found.num_dets, found.boxes_net, found.scores, found.labels))[picture]
+def rows(found: BatchDetections, image: int = 0) -> Rows:
+    return batch_rows((found.num_dets, found.boxes_net, found.scores, found.labels))[image]
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +78,8 @@ class TestAnswers:
             expected, found = (
                 each.infer(*inputs(batch, size_hw), 0.03, 0.6) for each in (other, engine)
             )
-        for picture in range(batch):
-            match = match_detections(rows(expected, picture), rows(found, picture), 1e-5, 0.05)
+        for image in range(batch):
+            match = match_detections(rows(expected, image), rows(found, image), 1e-5, 0.05)
             assert match.exchanged <= 1
             assert match.reference > 3
 
@@ -106,7 +106,7 @@ class TestAnswers:
         for before, after in zip(kept, vars(first).values(), strict=True):
             assert np.array_equal(before, after)
 
-    def test_pictures_may_lie_anyhow_in_memory(self, engine: OpenVinoEngine) -> None:
+    def test_images_may_lie_anyhow_in_memory(self, engine: OpenVinoEngine) -> None:
         images, valid_hw = inputs()
         mirrored = np.ascontiguousarray(images[:, :, ::-1])[:, :, ::-1]
         assert not mirrored.flags.c_contiguous

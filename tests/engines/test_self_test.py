@@ -117,7 +117,7 @@ class TestMaking:
     def test_each_canvas_has_an_answer_of_its_own(self, reference: TorchRunner) -> None:
         golden = Golden.from_dict(self_test_from(reference, CANVASES), "made")
         assert [case.net_hw for case in golden.cases] == [*CANVASES]
-        assert golden.picture.shape == (54, 82, 3)  # fits the smallest, with room for padding
+        assert golden.image.shape == (54, 82, 3)  # fits the smallest, with room for padding
         first, second = (case.expected for case in golden.cases)
         assert len(first) != len(second) or not np.allclose(first.scores, second.scores, atol=1e-3)
 

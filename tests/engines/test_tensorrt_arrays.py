@@ -13,7 +13,7 @@ real_driver = pytest.importorskip("cuda.bindings.driver")
 
 
 from engines.fake_arrays import DlpackArray
-from engines.tensorrt_bench import Bench, assert_answers, pictures
+from engines.tensorrt_bench import Bench, assert_answers, make_images
 
 from tood_deploy.errors import DeviceError, InputError
 
@@ -31,7 +31,7 @@ class TestArraysOnTheGpu:
     @pytest.mark.parametrize("shift", [0, 16])
     def test_dlpack_with_a_fake_gpu(self, bench: Bench, cuda_graph: Any, shift: int) -> None:
         """Read where they lie if that is aligned and nothing is replayed; otherwise copied within the GPU. Never through the host."""
-        images, valid_hw = pictures(2)
+        images, valid_hw = make_images(2)
         address, free = self.device_copy(bench, images, shift)
         array = DlpackArray(address, images.shape, np.uint8)
         with bench.open(cuda_graph=cuda_graph) as engine:
@@ -46,7 +46,7 @@ class TestArraysOnTheGpu:
 
     def test_a_failed_batch_lets_go_of_them_with_a_fake_gpu(self, bench: Bench) -> None:
         """Their owner may free them once the error is out: nothing that still waits on the GPU may read them."""
-        images, valid_hw = pictures(1)
+        images, valid_hw = make_images(1)
         address, free = self.device_copy(bench, images)
         with bench.open() as engine:
             bench.plan.failures["execute"] = "something odd"
@@ -56,7 +56,7 @@ class TestArraysOnTheGpu:
             assert_answers(engine.infer(images, valid_hw, 0.25, 0.5), images, valid_hw)
 
     def test_sizes_on_the_gpu_too_with_a_fake_gpu(self, bench: Bench) -> None:
-        images, valid_hw = pictures(2)
+        images, valid_hw = make_images(2)
         address, free = self.device_copy(bench, valid_hw)
         with bench.open() as engine:
             assert_answers(
@@ -68,7 +68,7 @@ class TestArraysOnTheGpu:
 
     def test_arrays_of_other_libraries_on_the_cpu_with_a_fake_gpu(self, bench: Bench) -> None:
         torch = pytest.importorskip("torch")
-        images, valid_hw = pictures(2)
+        images, valid_hw = make_images(2)
         with bench.open() as engine:
             found = engine.infer(torch.from_numpy(images), torch.from_numpy(valid_hw), 0.25, 0.5)
         assert_answers(found, images, valid_hw)

@@ -19,7 +19,7 @@ trt = pytest.importorskip("tensorrt_rtx")
 real_driver = pytest.importorskip("cuda.bindings.driver")
 
 
-from engines.tensorrt_bench import PROFILES, Bench, assert_answers, pictures
+from engines.tensorrt_bench import PROFILES, Bench, assert_answers, make_images
 
 from tood_deploy.benchmark.latency.worker import TimesItself
 from tood_deploy.engines.tensorrt import engine as tensorrt_engine
@@ -48,19 +48,19 @@ def test_answers_at_every_shape_with_a_fake_gpu(bench: Bench, cuda_graph: Any) -
         for _ in range(3):
             for size_hw, (least, _, most) in PROFILES:
                 for batch in range(least, most + 1):
-                    images, valid_hw = pictures(batch, batch, size_hw)
+                    images, valid_hw = make_images(batch, batch, size_hw)
                     assert_answers(engine.infer(images, valid_hw, 0.25, 0.5), images, valid_hw)
 
 
 def test_thresholds_reach_the_network_with_a_fake_gpu(bench: Bench) -> None:
-    images, valid_hw = pictures(2)
+    images, valid_hw = make_images(2)
     with bench.open() as engine:
         for conf, iou in ((0.1, 0.2), (0.3, 0.9), (0.0, 1.0)):
             assert_answers(engine.infer(images, valid_hw, conf, iou), images, valid_hw, conf, iou)
 
 
-def test_pictures_with_gaps_in_memory_with_a_fake_gpu(bench: Bench) -> None:
-    images, valid_hw = pictures(2)
+def test_images_with_gaps_in_memory_with_a_fake_gpu(bench: Bench) -> None:
+    images, valid_hw = make_images(2)
     gappy = np.concatenate([images, images], 2)[:, :, :96, ::-1]
     with bench.open() as engine:
         assert_answers(
@@ -69,11 +69,11 @@ def test_pictures_with_gaps_in_memory_with_a_fake_gpu(bench: Bench) -> None:
 
 
 class TestTooFewRoundsOfSuppression:
-    """An engine without a loop gives -1 as count of a picture whose detections are not known."""
+    """An engine without a loop gives -1 as count of a image whose detections are not known."""
 
     @pytest.fixture
     def unsettled(self, bench: Bench) -> Bench:
-        """Its third picture never settles."""
+        """Its third image never settles."""
 
         def spoil(found: dict[str, np.ndarray]) -> None:
             found["num_dets"][2:3] = -1
@@ -82,10 +82,10 @@ class TestTooFewRoundsOfSuppression:
         bench.write(options={"nms": "unrolled", "nms_rounds": 16})
         return bench
 
-    MESSAGE = r"model\.engine: 16 rounds of suppression were too few for picture 3 of a batch of 4 .*; build .* --nms-rounds, or .* --nms loop"
+    MESSAGE = r"model\.engine: 16 rounds of suppression were too few for image 3 of a batch of 4 .*; build .* --nms-rounds, or .* --nms loop"
 
     def test_is_an_error_with_a_fake_gpu(self, unsettled: Bench) -> None:
-        images, valid_hw = pictures(4)
+        images, valid_hw = make_images(4)
         with unsettled.open() as engine:
             with pytest.raises(ArtefactError, match=self.MESSAGE):
                 engine.infer(images, valid_hw, 0.25, 0.5)
@@ -99,17 +99,17 @@ class TestTooFewRoundsOfSuppression:
         with unsettled.open() as engine:
             for _ in range(3):
                 tickets = [
-                    engine.submit(*pictures(4), 0.25, 0.5),
-                    engine.submit(*pictures(1), 0.25, 0.5),
+                    engine.submit(*make_images(4), 0.25, 0.5),
+                    engine.submit(*make_images(1), 0.25, 0.5),
                 ]
                 with pytest.raises(ArtefactError, match=self.MESSAGE):
                     engine.collect(tickets[0])
-                assert_answers(engine.collect(tickets[1]), *pictures(1))
+                assert_answers(engine.collect(tickets[1]), *make_images(1))
 
 
 class TestCudaGraphs:
     def test_recorded_once_a_shape_after_a_run_with_a_fake_gpu(self, bench: Bench) -> None:
-        images, valid_hw = pictures(2)
+        images, valid_hw = make_images(2)
         with bench.open() as engine:
             for _ in range(4):
                 engine.infer(images, valid_hw, 0.25, 0.5)
@@ -118,7 +118,7 @@ class TestCudaGraphs:
         assert bench.driver.calls["cuGraphInstantiate"] == 1
 
     def test_never_if_not_wanted_with_a_fake_gpu(self, bench: Bench) -> None:
-        images, valid_hw = pictures(1)
+        images, valid_hw = make_images(1)
         with bench.open(cuda_graph=False) as engine:
             for _ in range(3):
                 engine.infer(images, valid_hw, 0.25, 0.5)
@@ -128,7 +128,7 @@ class TestCudaGraphs:
         bench.plan.recordable = False
         with bench.open() as engine:
             for batch in (1, 2, 1, 2):
-                images, valid_hw = pictures(batch)
+                images, valid_hw = make_images(batch)
                 assert_answers(engine.infer(images, valid_hw, 0.25, 0.5), images, valid_hw)
             assert len(engine.notes) == 1
             assert "without CUDA graphs: none can be recorded" in engine.notes[0]
@@ -137,7 +137,7 @@ class TestCudaGraphs:
         self, bench: Bench
     ) -> None:
         bench.plan.recordable = False
-        images, valid_hw = pictures(1)
+        images, valid_hw = make_images(1)
         with bench.open(cuda_graph=True) as engine:
             for _ in range(2):
                 with pytest.raises(
@@ -154,7 +154,7 @@ class TestCudaGraphs:
 class TestTwoInFlight:
     def test_nothing_waits_until_collected_with_a_fake_gpu(self, bench: Bench) -> None:
         """After the first batch of each buffer, which records, submitting only queues work; and the GPU takes turns."""
-        batches = [pictures(2, seed) for seed in range(6)]
+        batches = [make_images(2, seed) for seed in range(6)]
         with bench.open() as engine:
             warm = [engine.submit(*batch, 0.25, 0.5) for batch in batches[:2]]
             for ticket, batch in zip(warm, batches[:2], strict=True):
@@ -168,7 +168,7 @@ class TestTwoInFlight:
             assert_answers(engine.collect(first), *batches[2])
 
     def test_computing_takes_turns_copying_does_not_with_a_fake_gpu(self, bench: Bench) -> None:
-        batches = [pictures(1, seed) for seed in range(4)]
+        batches = [make_images(1, seed) for seed in range(4)]
         with bench.open() as engine:
             for ticket in [engine.submit(*batch, 0.25, 0.5) for batch in batches[:2]]:
                 engine.collect(ticket)
@@ -177,38 +177,38 @@ class TestTwoInFlight:
             engine.collect(second)
             streams = [entry.split()[-1] for entry in bench.driver.history]
             kinds = [entry.split()[-2] for entry in bench.driver.history]
-            # Of the second: its pictures come in; then the first's whole run, since they share memory; then its own.
+            # Of the second: its images come in; then the first's whole run, since they share memory; then its own.
             assert kinds == ["in", "in", "run", "run", "out"]
             assert streams[0] == streams[3] == streams[4] != streams[1] == streams[2]
             engine.collect(first)
 
     def test_a_new_shape_takes_its_turn_too_with_a_fake_gpu(self, bench: Bench) -> None:
         with bench.open() as engine:
-            engine.infer(*pictures(1), 0.25, 0.5)
+            engine.infer(*make_images(1), 0.25, 0.5)
             bench.driver.history.clear()
             first, second = (
-                engine.submit(*pictures(1), 0.25, 0.5),
-                engine.submit(*pictures(2), 0.25, 0.5),
+                engine.submit(*make_images(1), 0.25, 0.5),
+                engine.submit(*make_images(2), 0.25, 0.5),
             )
             kinds = [entry.split()[-2] for entry in bench.driver.history]
             assert kinds == ["in", "run", "profile", "in", "run"], (
                 "the second's profile was chosen while the first ran"
             )
-            assert_answers(engine.collect(first), *pictures(1))
-            assert_answers(engine.collect(second), *pictures(2))
+            assert_answers(engine.collect(first), *make_images(1))
+            assert_answers(engine.collect(second), *make_images(2))
 
     def test_a_long_stream_with_a_fake_gpu(self, bench: Bench) -> None:
         with bench.open() as engine:
             waiting: list[tuple[Any, tuple[np.ndarray, np.ndarray]]] = []
             for seed in range(20):
-                batch = pictures(1 + seed % 2, seed, ((64, 96), (96, 32))[seed % 3 == 0])
+                batch = make_images(1 + seed % 2, seed, ((64, 96), (96, 32))[seed % 3 == 0])
                 waiting.append((engine.submit(*batch, 0.25, 0.5), batch))
                 if len(waiting) == 2:
                     ticket, expected = waiting.pop(0)
                     assert_answers(engine.collect(ticket), *expected)
 
     def test_the_detectors_stream_with_a_fake_gpu(self, bench: Bench, tmp_path: Path) -> None:
-        """The pipeline keeps two batches in flight; what comes out is what one picture at a time gives."""
+        """The pipeline keeps two batches in flight; what comes out is what one image at a time gives."""
         generator = np.random.default_rng(0)
         images = [
             generator.integers(0, 256, (*size_hw, 3), np.uint8)
@@ -228,7 +228,7 @@ class TestTwoInFlight:
                     assert np.array_equal(alone.class_ids, found.class_ids)
 
     def test_arrays_may_change_once_submitted_with_a_fake_gpu(self, bench: Bench) -> None:
-        images, valid_hw = pictures(2)
+        images, valid_hw = make_images(2)
         kept = images.copy()
         with bench.open() as engine:
             for _ in range(3):
@@ -238,7 +238,7 @@ class TestTwoInFlight:
                 assert_answers(engine.collect(ticket), kept, valid_hw)
 
     def test_a_third_batch_is_refused_with_a_fake_gpu(self, bench: Bench) -> None:
-        batch = pictures(1)
+        batch = make_images(1)
         with bench.open() as engine:
             tickets = [engine.submit(*batch, 0.25, 0.5) for _ in range(2)]
             with pytest.raises(
@@ -251,7 +251,7 @@ class TestTwoInFlight:
                 assert_answers(engine.collect(ticket), *batch)
 
     def test_collecting_twice_is_refused_with_a_fake_gpu(self, bench: Bench) -> None:
-        batch = pictures(1)
+        batch = make_images(1)
         with bench.open() as engine, bench.open() as other:
             ticket = engine.submit(*batch, 0.25, 0.5)
             with pytest.raises(ToodError, match="another engine's"):
@@ -263,7 +263,7 @@ class TestTwoInFlight:
     def test_results_stay_when_the_buffers_are_used_again_with_a_fake_gpu(
         self, bench: Bench
     ) -> None:
-        first, second = pictures(2, 1), pictures(2, 2)
+        first, second = make_images(2, 1), make_images(2, 2)
         with bench.open() as engine:
             found = engine.infer(*first, 0.25, 0.5)
             engine.infer(*second, 0.25, 0.5)
@@ -284,7 +284,7 @@ class TestPartsOfACall:
     def test_are_told_apart_with_a_fake_gpu(self, bench: Bench, cuda_graph: Any) -> None:
         with bench.open(cuda_graph=cuda_graph) as engine:
             for seed in range(3):  # runs and records, then replays, where it may
-                images, valid_hw = pictures(2, seed)
+                images, valid_hw = make_images(2, seed)
                 found, seconds = engine.infer_in_parts(images, valid_hw, 0.25, 0.5)
                 assert_answers(found, images, valid_hw)
                 assert seconds == pytest.approx((0.002, 0.008, 0.001))
@@ -301,7 +301,7 @@ class TestPartsOfACall:
 
         monkeypatch.setattr(tensorrt_slot.Slot, "fill", slow_fill)
         with bench.open() as engine:
-            assert engine.infer_in_parts(*pictures(1), 0.25, 0.5)[1] == pytest.approx(
+            assert engine.infer_in_parts(*make_images(1), 0.25, 0.5)[1] == pytest.approx(
                 (0.502, 0.008, 0.001)
             )
 
@@ -309,17 +309,17 @@ class TestPartsOfACall:
         self, bench: Bench
     ) -> None:
         with bench.open(cuda_graph=False) as engine:
-            for ticket in [engine.submit(*pictures(1), 0.25, 0.5) for _ in range(2)]:
+            for ticket in [engine.submit(*make_images(1), 0.25, 0.5) for _ in range(2)]:
                 engine.collect(ticket)
-            ticket = engine.submit(*pictures(1), 0.25, 0.5)
-            _, seconds = engine.infer_in_parts(*pictures(1), 0.25, 0.5)
+            ticket = engine.submit(*make_images(1), 0.25, 0.5)
+            _, seconds = engine.infer_in_parts(*make_images(1), 0.25, 0.5)
             assert seconds == pytest.approx((0.002, 0.002 + 0.008 + 0.008, 0.001))
             engine.collect(ticket)
 
     def test_other_calls_put_no_marks_for_them_with_a_fake_gpu(self, bench: Bench) -> None:
         def marks(call: Callable[..., Any]) -> int:
             before = bench.driver.calls["cuEventRecord"]
-            call(*pictures(1), 0.25, 0.5)
+            call(*make_images(1), 0.25, 0.5)
             return bench.driver.calls["cuEventRecord"] - before
 
         with bench.open() as engine:
@@ -332,15 +332,15 @@ class TestPartsOfACall:
     def test_errors_are_those_of_infer_with_a_fake_gpu(self, bench: Bench) -> None:
         with bench.open() as engine:
             with pytest.raises(InputError, match="a batch of 5, this model takes at most 4"):
-                engine.infer_in_parts(*pictures(5), 0.25, 0.5)
+                engine.infer_in_parts(*make_images(5), 0.25, 0.5)
             bench.plan.failures["execute"] = "enqueueV3: something odd"
             with pytest.raises(DeviceError, match=r"running failed \(enqueueV3: something odd\)"):
-                engine.infer_in_parts(*pictures(1), 0.25, 0.5)
-            assert engine.infer_in_parts(*pictures(1), 0.25, 0.5)[1].inference == pytest.approx(
+                engine.infer_in_parts(*make_images(1), 0.25, 0.5)
+            assert engine.infer_in_parts(*make_images(1), 0.25, 0.5)[1].inference == pytest.approx(
                 0.008
             )
         with pytest.raises(ToodError, match="was closed"):
-            engine.infer_in_parts(*pictures(1), 0.25, 0.5)
+            engine.infer_in_parts(*make_images(1), 0.25, 0.5)
 
     def test_only_timed_marks_that_were_passed_have_a_time_with_a_fake_gpu(
         self, bench: Bench
@@ -372,7 +372,7 @@ class TestThreads:
         def work(number: int) -> None:
             try:
                 for turn in range(10):
-                    batch = pictures(1 + turn % 2, 100 * number + turn)
+                    batch = make_images(1 + turn % 2, 100 * number + turn)
                     assert_answers(opened[number % engines].infer(*batch, 0.25, 0.5), *batch)
             except BaseException as error:
                 failures.append(error)
@@ -389,7 +389,7 @@ class TestThreads:
     def test_the_callers_context_is_left_alone_with_a_fake_gpu(self, bench: Bench) -> None:
         bench.driver.stack.append(0xAB)
         with bench.open() as engine:
-            engine.infer(*pictures(1), 0.25, 0.5)
+            engine.infer(*make_images(1), 0.25, 0.5)
             assert bench.driver.stack == [0xAB]
         assert bench.driver.stack.pop() == 0xAB
 
@@ -397,16 +397,19 @@ class TestThreads:
 class TestLifecycle:
     def test_closing_twice_and_use_after_with_a_fake_gpu(self, bench: Bench) -> None:
         engine = bench.open()
-        ticket = engine.submit(*pictures(1), 0.25, 0.5)
+        ticket = engine.submit(*make_images(1), 0.25, 0.5)
         engine.close()
         engine.close()
         assert bench.driver.held() == {}
-        for use in (lambda: engine.infer(*pictures(1), 0.25, 0.5), lambda: engine.collect(ticket)):
+        for use in (
+            lambda: engine.infer(*make_images(1), 0.25, 0.5),
+            lambda: engine.collect(ticket),
+        ):
             with pytest.raises(ToodError, match="was closed; open the model again"):
                 use()
 
     def test_an_engine_nobody_closed_is_freed_with_it_with_a_fake_gpu(self, bench: Bench) -> None:
-        bench.open().infer(*pictures(1), 0.25, 0.5)
+        bench.open().infer(*make_images(1), 0.25, 0.5)
         gc.collect()
         assert bench.driver.held() == {}
 
@@ -417,8 +420,8 @@ class TestLifecycle:
 
         def attempt() -> None:
             with bench.open() as engine:
-                engine.infer(*pictures(1), 0.25, 0.5)
-                engine.infer(*pictures(1), 0.25, 0.5)
+                engine.infer(*make_images(1), 0.25, 0.5)
+                engine.infer(*make_images(1), 0.25, 0.5)
 
         attempt()
         counts = dict(bench.driver.calls)
@@ -437,7 +440,7 @@ class TestLifecycle:
         assert tried > 30
 
     def test_ten_thousand_calls_hold_no_more_than_one_with_a_fake_gpu(self, bench: Bench) -> None:
-        batch = pictures(1)
+        batch = make_images(1)
         with bench.open() as engine:
             engine.infer(*batch, 0.25, 0.5)
             held = bench.driver.held()
@@ -448,7 +451,7 @@ class TestLifecycle:
             bench.driver.history.clear()
 
     def test_a_failed_batch_leaves_the_engine_usable_with_a_fake_gpu(self, bench: Bench) -> None:
-        batch = pictures(1)
+        batch = make_images(1)
         with bench.open() as engine:
             for _ in range(3):
                 bench.plan.failures["execute"] = "enqueueV3: Error Code 1: Myelin (something odd)"
@@ -456,7 +459,7 @@ class TestLifecycle:
                     DeviceError,
                     match=r"running failed \(enqueueV3: Error Code 1: Myelin \(something odd\)\); start the",
                 ):
-                    engine.infer(*pictures(2), 0.25, 0.5)
+                    engine.infer(*make_images(2), 0.25, 0.5)
             assert_answers(engine.infer(*batch, 0.25, 0.5), *batch)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tood_deploy.data.image_set import synthetic_picture
+from tood_deploy.data.image_set import synthetic_image
 from tood_deploy.engines import BatchDetections, open_engine
 from tood_deploy.errors import InputError, ToodError
 from tood_deploy.matching import Rows, batch_rows, pair_rows
@@ -45,22 +45,22 @@ def open_on_gpu(path: Path, **options: Any) -> Any:
     return open_engine(path, device="cuda", self_test=False, **options)
 
 
-def pictures(
+def make_images(
     batch: int, size_hw: tuple[int, int] = SIZES_HW[0], seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    images = np.stack([synthetic_picture(*size_hw, seed + number) for number in range(batch)])
+    images = np.stack([synthetic_image(*size_hw, seed + number) for number in range(batch)])
     return images, np.array(
         [[size_hw[0] - number, size_hw[1] - 3 * number] for number in range(batch)], np.int32
     )
 
 
-def picture_rows(found: BatchDetections) -> list[Rows]:
+def image_rows(found: BatchDetections) -> list[Rows]:
     return batch_rows((found.num_dets, found.boxes_net, found.scores, found.labels))
 
 
 def assert_close(expected: BatchDetections, found: BatchDetections, score: float = 0.02) -> None:
     """Most detections are the same: GPUs compute float32 convolutions with 10 bits of mantissa."""
-    for left, right in zip(picture_rows(expected), picture_rows(found), strict=True):
+    for left, right in zip(image_rows(expected), image_rows(found), strict=True):
         pairs = pair_rows(left, right)
         near = (
             np.abs(left.scores[pairs[:, 0]] - right.scores[pairs[:, 1]])
@@ -85,14 +85,14 @@ def test_agrees_with_onnx_runtime_at_every_shape(
         assert engine.canvases_hw == SIZES_HW
         for size_hw in SIZES_HW:
             for batch in range(1, MOST + 1):
-                inputs = pictures(batch, size_hw, batch)
+                inputs = make_images(batch, size_hw, batch)
                 expected = reference.infer(*inputs, CONF, IOU)
                 for _ in range(3):  # the first runs, the second replays
                     assert_close(expected, engine.infer(*inputs, CONF, IOU))
 
 
 def test_two_in_flight_give_what_one_at_a_time_gives(plan: Path) -> None:
-    batches = [pictures(1 + number % MOST, SIZES_HW[number % 2], number) for number in range(8)]
+    batches = [make_images(1 + number % MOST, SIZES_HW[number % 2], number) for number in range(8)]
     with open_on_gpu(plan) as engine:
         expected = [engine.infer(*batch, CONF, IOU) for batch in batches]
         tickets = [engine.submit(*batches[0], CONF, IOU)]
@@ -104,7 +104,7 @@ def test_two_in_flight_give_what_one_at_a_time_gives(plan: Path) -> None:
 
 @pytest.mark.parametrize("cuda_graph", ["auto", False])
 def test_parts_of_a_call_fill_it(plan: Path, cuda_graph: Any) -> None:
-    inputs = pictures(MOST)
+    inputs = make_images(MOST)
     with open_on_gpu(plan, cuda_graph=cuda_graph) as engine:
         expected = engine.infer(*inputs, CONF, IOU)
         for _ in range(5):
@@ -118,7 +118,7 @@ def test_parts_of_a_call_fill_it(plan: Path, cuda_graph: Any) -> None:
 
 
 def test_engines_and_threads_of_one_process(plan: Path) -> None:
-    batches = [pictures(1 + number % 2, SIZES_HW[0], number) for number in range(4)]
+    batches = [make_images(1 + number % 2, SIZES_HW[0], number) for number in range(4)]
     failures: list[BaseException] = []
     with open_on_gpu(plan) as first, open_on_gpu(plan) as second:
         expected = [first.infer(*batch, CONF, IOU) for batch in batches]
@@ -151,7 +151,7 @@ def used_mib() -> tuple[float, float]:
 
 
 def test_ten_thousand_calls_need_no_more_memory_than_a_hundred(plan: Path) -> None:
-    inputs = pictures(1)
+    inputs = make_images(1)
     with open_on_gpu(plan) as engine:
         for _ in range(100):
             engine.infer(*inputs, CONF, IOU)
@@ -166,7 +166,7 @@ def test_ten_thousand_calls_need_no_more_memory_than_a_hundred(plan: Path) -> No
 def test_opening_and_closing_leaves_nothing(plan: Path) -> None:
     def once() -> None:
         with open_on_gpu(plan) as engine:
-            engine.infer(*pictures(2), CONF, IOU)
+            engine.infer(*make_images(2), CONF, IOU)
 
     for _ in range(3):
         once()
@@ -180,11 +180,11 @@ def test_opening_and_closing_leaves_nothing(plan: Path) -> None:
 
 @pytest.mark.parametrize("cuda_graph", ["auto", False])
 @pytest.mark.parametrize("offered", ["dlpack", "cuda_array_interface"])
-def test_pictures_that_lie_on_the_gpu(plan: Path, cuda_graph: Any, offered: str) -> None:
+def test_images_that_lie_on_the_gpu(plan: Path, cuda_graph: Any, offered: str) -> None:
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
         pytest.skip("this PyTorch has no CUDA")
-    images, valid_hw = pictures(2)
+    images, valid_hw = make_images(2)
     on_gpu = torch.from_numpy(images).cuda()
     given: Any = on_gpu
     if offered == "cuda_array_interface":

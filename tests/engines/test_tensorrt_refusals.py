@@ -24,7 +24,7 @@ from engines.fake_tensorrt import (
     FakeRuntimeCache,
     FakeRuntimeConfig,
 )
-from engines.tensorrt_bench import PROFILES, Bench, assert_answers, pictures
+from engines.tensorrt_bench import PROFILES, Bench, assert_answers, make_images
 
 from tood_deploy.cli.infer import main
 from tood_deploy.engines.tensorrt import engine as tensorrt_engine
@@ -132,8 +132,8 @@ class TestRefusals:
                 DeviceError,
                 match="no execution context: the GPU's memory is full; use a smaller --batch",
             ):
-                engine.infer(*pictures(4), 0.25, 0.5)
-            assert_answers(engine.infer(*pictures(1), 0.25, 0.5), *pictures(1))
+                engine.infer(*make_images(4), 0.25, 0.5)
+            assert_answers(engine.infer(*make_images(1), 0.25, 0.5), *make_images(1))
 
     @pytest.mark.parametrize(
         ("function", "place"),
@@ -156,7 +156,7 @@ class TestRefusals:
                 DeviceError,
                 match=r"failed at this batch: cuEventSynchronize failed with CUDA_ERROR_ILLEGAL_ADDRESS, text of .*start the program",
             ):
-                engine.infer(*pictures(1), 0.25, 0.5)
+                engine.infer(*make_images(1), 0.25, 0.5)
 
     def test_a_plan_of_somebody_else_with_a_fake_gpu(self, bench: Bench) -> None:
         bench.plan.types = {"images": np.float32, "boxes": np.float32}
@@ -169,7 +169,7 @@ class TestRefusals:
         bench.plan.threshold_shape = (-1, 1)
         with pytest.raises(
             ArtefactError,
-            match=r"takes thresholds for each picture, the form for Triton; .* tood-export --to engine",
+            match=r"takes thresholds for each image, the form for Triton; .* tood-export --to engine",
         ):
             bench.open()
 
@@ -185,17 +185,17 @@ class TestRefusals:
     def test_a_batch_too_large_with_a_fake_gpu(self, bench: Bench) -> None:
         with bench.open() as engine:
             with pytest.raises(InputError, match="a batch of 5, this model takes at most 4"):
-                engine.infer(*pictures(5), 0.25, 0.5)
+                engine.infer(*make_images(5), 0.25, 0.5)
             with pytest.raises(
                 InputError,
                 match="a batch of 3 at 96 x 32, this engine takes 1 to 2; choose such a --batch",
             ):
-                engine.infer(*pictures(3, 0, (96, 32)), 0.25, 0.5)
+                engine.infer(*make_images(3, 0, (96, 32)), 0.25, 0.5)
 
     def test_values_that_are_no_numbers_with_a_fake_gpu(self, bench: Bench) -> None:
         bench.plan.spoil = lambda found: found["scores"].fill(np.nan)
         with bench.open() as engine, pytest.raises(ArtefactError, match="NaN or infinite values"):
-            engine.infer(*pictures(1), 0.25, 0.5)
+            engine.infer(*make_images(1), 0.25, 0.5)
 
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -275,13 +275,11 @@ def test_by_the_command_one_line_and_nothing_written_with_a_fake_gpu(
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    picture = tmp_path / "a.png"
-    cv2.imwrite(str(picture), pictures(1)[0][0])
+    image = tmp_path / "a.png"
+    cv2.imwrite(str(image), make_images(1)[0][0])
     spoil(bench)
     assert (
-        main(
-            [str(bench.path), str(picture), "--device", "cuda", "--output", str(tmp_path / "found")]
-        )
+        main([str(bench.path), str(image), "--device", "cuda", "--output", str(tmp_path / "found")])
         == 2
     )
     out, error = capfd.readouterr()
@@ -326,7 +324,7 @@ class TestTensorRTRtx:
         bench.plan.compiled.clear()
         with bench.open() as engine:
             for batch in batches * 2:
-                engine.infer(*pictures(batch), 0.25, 0.5)
+                engine.infer(*make_images(batch), 0.25, 0.5)
             self.notes = list(engine.notes)
         return list(bench.plan.compiled)
 

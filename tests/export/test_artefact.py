@@ -13,8 +13,8 @@ import pytest
 from onnx_edits import all_nodes
 
 from tood_deploy.cli.export import main
-from tood_deploy.data.image_set import synthetic_picture
-from tood_deploy.data.images import read_pictures
+from tood_deploy.data.image_set import synthetic_image
+from tood_deploy.data.images import read_images
 from tood_deploy.errors import CheckFailed, OutputError, ToodError
 from tood_deploy.export import export as artefact_module
 from tood_deploy.export.export import export_onnx
@@ -115,13 +115,13 @@ class TestManifest:
         manifest = read_manifest(tiny_artefact)
         assert manifest is not None
         parity = manifest.parity
-        assert parity["pictures"] == 3 * 2
+        assert parity["images"] == 3 * 2
         assert (
             parity["detections"]["reference"] > 300
         )  # the stand-in weights find things: the comparison is not empty
         assert (
             parity["detections"]["matched"]
-            >= parity["detections"]["reference"] - 2 * parity["pictures"]
+            >= parity["detections"]["reference"] - 2 * parity["images"]
         )
         assert parity["batch_slots"]["matched"] == parity["batch_slots"]["reference"] > 100
         assert (
@@ -230,7 +230,7 @@ class TestCommand:
             (["{checkpoint}", "--classes", "a,a"], "expected one different name"),
             (["{checkpoint}", "--preset", "r50-1x"], "does not fit the preset r50-1x"),
             (["{checkpoint}", "--preset", "r51"], "no preset is called 'r51'"),
-            (["{checkpoint}", "--verify-images", "{folder}"], "no pictures in it"),
+            (["{checkpoint}", "--verify-images", "{folder}"], "no images in it"),
         ],
     )
     def test_wrong_use_is_one_line_and_exit_2(
@@ -317,18 +317,18 @@ class TestCommand:
         assert manifest["preset"]["imgsz"] == [200, 300]
 
 
-class TestPictures:
-    def test_synthetic_pictures_are_seeded(self) -> None:
-        first = synthetic_picture(33, 70, 5)
+class TestImages:
+    def test_synthetic_images_are_seeded(self) -> None:
+        first = synthetic_image(33, 70, 5)
         assert first.shape == (33, 70, 3)
         assert first.dtype == np.uint8
-        assert np.array_equal(first, synthetic_picture(33, 70, 5))
-        assert not np.array_equal(first, synthetic_picture(33, 70, 6))
+        assert np.array_equal(first, synthetic_image(33, 70, 5))
+        assert not np.array_equal(first, synthetic_image(33, 70, 6))
 
-    def test_unreadable_picture_is_named(self, tmp_path: Path) -> None:
-        (tmp_path / "a.png").write_text("no picture")
+    def test_unreadable_image_is_named(self, tmp_path: Path) -> None:
+        (tmp_path / "a.png").write_text("no image")
         with pytest.raises(ToodError, match=r"a\.png: cannot be read"):
-            read_pictures(tmp_path, 5)
+            read_images(tmp_path, 5)
 
 
 EVERY = [

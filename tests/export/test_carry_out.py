@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from benchmark.truths import annotation, coco, write_json
-from inference.fakes import red_picture, write_picture
+from inference.fakes import red_image, write_image
 
 from tood_deploy.cli.export import main
 from tood_deploy.export import export as carry_out
@@ -26,7 +26,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     Path("tood.pth").write_bytes(b"weights")
     for number in range(1, 3):
-        write_picture(Path("images") / f"{number}.png", red_picture())
+        write_image(Path("images") / f"{number}.png", red_image())
     state = {
         "backbone.conv1.weight": None,
         "backbone.bn1.bias": None,

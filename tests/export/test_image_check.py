@@ -4,20 +4,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from inference.fakes import red_picture, write_picture
+from inference.fakes import red_image, write_image
 
 from tood_deploy.data import images as image_check
-from tood_deploy.data.images import ImageSet, check_images, spread_evenly
+from tood_deploy.data.images import ImagesToCheck, check_images, spread_evenly
 from tood_deploy.errors import InputError
 
 
 @pytest.fixture
 def images(tmp_path: Path) -> list[Path]:
-    return [write_image(tmp_path / f"{number}.png") for number in range(6)]
+    return [write_one(tmp_path / f"{number}.png") for number in range(6)]
 
 
-def write_image(path: Path) -> Path:
-    write_picture(path, red_picture())
+def write_one(path: Path) -> Path:
+    write_image(path, red_image())
     return path
 
 
@@ -31,7 +31,7 @@ def test_every_beginning_is_spread(count: int) -> None:
 
 def test_whole_images_pass(images: Sequence[Path]) -> None:
     check_images([])
-    check_images([ImageSet("--a", images), ImageSet("--b", images[:1])])
+    check_images([ImagesToCheck("--a", images), ImagesToCheck("--b", images[:1])])
 
 
 def test_all_headers_come_before_the_first_whole_image(images: Sequence[Path]) -> None:
@@ -41,14 +41,14 @@ def test_all_headers_come_before_the_first_whole_image(images: Sequence[Path]) -
         InputError,
         match=r"^--a: 1 of 6 images cannot be read: .*5\.png; expected whole image files",
     ):
-        check_images([ImageSet("--a", images, decoded.append)])
+        check_images([ImagesToCheck("--a", images, decoded.append)])
     assert not decoded
 
 
 def test_a_missing_file_is_named(images: Sequence[Path]) -> None:
     images[2].unlink()
     with pytest.raises(InputError, match=r"2\.png"):
-        check_images([ImageSet("--a", images, decode=None)])
+        check_images([ImagesToCheck("--a", images, decode=None)])
 
 
 def test_the_first_are_named_and_the_others_counted(images: Sequence[Path]) -> None:
@@ -58,7 +58,7 @@ def test_the_first_are_named_and_the_others_counted(images: Sequence[Path]) -> N
         InputError,
         match=r"5 of 6 images cannot be read: \S+0\.png, \S+1\.png, \S+2\.png and 2 more;",
     ):
-        check_images([ImageSet("--a", images)], seconds=60)
+        check_images([ImagesToCheck("--a", images)], seconds=60)
 
 
 def test_no_longer_than_there_is_time(
@@ -73,10 +73,12 @@ def test_no_longer_than_there_is_time(
         decoded.append(path.name)
 
     monkeypatch.setattr(image_check.time, "perf_counter", lambda: now[0])
-    check_images([ImageSet("--a", images, decode), ImageSet("--b", images, decode)], seconds=5)
+    check_images(
+        [ImagesToCheck("--a", images, decode), ImagesToCheck("--b", images, decode)], seconds=5
+    )
     assert decoded == ["0.png", "4.png", "2.png", *["0.png", "4.png", "2.png"]], (
         "half of the time each"
     )
     decoded.clear()
-    check_images([ImageSet("--a", images, decode)], seconds=0)
+    check_images([ImagesToCheck("--a", images, decode)], seconds=0)
     assert decoded == ["0.png"], "one at least"

@@ -58,6 +58,6 @@ def test_several_strangers_are_named_together() -> None:
 def test_what_is_not_enough_is_said() -> None:
     with pytest.raises(
         ToodError,
-        match=r"^--shapes auto needs --images DIR: a folder of pictures like those to come$",
+        match=r"^--shapes auto needs --images DIR: a folder of images like those to come$",
     ):
         check_options(options(to="engine", shapes="auto"))

@@ -33,7 +33,7 @@ def made_beside(source: Path) -> set[str]:
 def test_openvino(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(source), "--to", "openvino"]) == 0
     assert made_beside(source) == {"tiny-openvino.xml", "tiny-openvino.bin", "tiny-openvino.json"}
-    assert "next: tood-infer tiny-openvino.xml PICTURES --output DIR\n" in capsys.readouterr().out
+    assert "next: tood-infer tiny-openvino.xml IMAGES --output DIR\n" in capsys.readouterr().out
     with open_engine("tiny-openvino.xml") as engine:
         assert engine.precision == "fp32"
 
@@ -101,7 +101,7 @@ def test_an_engine_says_how_to_run_it(source: Path, capsys: pytest.CaptureFixtur
     )
     assert made_beside(source) == {"tiny-engine.engine", "tiny-engine.json"}
     said = capsys.readouterr().out
-    assert "PICTURES --output DIR --device cuda\n" in said
+    assert "IMAGES --output DIR --device cuda\n" in said
     assert said.count("CONVOLUTION") > 50, "--list-layers lists them"
     manifest = read_manifest(Path("tiny-engine.engine"))
     assert manifest is not None
@@ -211,10 +211,10 @@ def test_an_engine_is_served_as_it_is(source: Path, capsys: pytest.CaptureFixtur
             "OpenVINO on CPUs computes in fp32, bf16 and int8",
         ),
         (["--precision", "int8"], "--precision int8 needs --calib-data"),
-        (["--precision", "int8", "--calib-data", "."], ".: no pictures in it"),
+        (["--precision", "int8", "--calib-data", "."], ".: no images in it"),
         (
             ["--precision", "int8", "--calib-data", ".", "--calib-pictures", "1"],
-            ".: no pictures in it",
+            ".: no images in it",
         ),
         (
             ["--precision", "int8", "--calib-data", ".", "--rest", "fp16"],

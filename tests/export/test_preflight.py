@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from benchmark.truths import annotation, coco, write_json
 from export.small_graph import save_small
-from inference.fakes import CLASSES, red_picture, write_picture
+from inference.fakes import CLASSES, red_image, write_image
 
 from tood_deploy.cli import export as export_cli
 from tood_deploy.cli.export import main
@@ -34,7 +34,7 @@ def workplace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     save_small(Path("small.onnx"))
     Path("tood.pth").write_bytes(b"weights")
     for number in range(3):
-        write_picture(Path("images") / f"{number}.png", red_picture(left=4 * number))
+        write_image(Path("images") / f"{number}.png", red_image(left=4 * number))
     monkeypatch.setitem(sys.modules, "tood_deploy.export.export", None)
 
 

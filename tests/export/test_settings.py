@@ -9,7 +9,7 @@ import onnx
 import pytest
 
 from tood_deploy import Detector
-from tood_deploy.data.image_set import synthetic_picture
+from tood_deploy.data.image_set import synthetic_image
 from tood_deploy.engines.torch_engine import TorchEngine
 from tood_deploy.export.export import export_onnx
 from tood_deploy.manifest import read_manifest
@@ -48,7 +48,7 @@ def test_every_setting_is_in_the_artefact(seeded_model: Callable[..., Any], tmp_
         for attribute in node.attribute
         if attribute.name == "num_groups"
     } == {16}
-    image = synthetic_picture(100, 300, 0)
+    image = synthetic_image(100, 300, 0)
     with (
         Detector(path, conf=0.05) as exported,
         Detector(TorchEngine(model), conf=0.05) as reference,

@@ -12,7 +12,7 @@ import onnx
 import openvino
 import pytest
 
-from tood_deploy.data.image_set import synthetic_picture
+from tood_deploy.data.image_set import synthetic_image
 from tood_deploy.engines import open_engine
 from tood_deploy.engines.openvino_runtime import manifest_inside, shared_core
 from tood_deploy.errors import ArtefactError, CheckFailed, DeviceError, OutputError, ToodError
@@ -26,7 +26,7 @@ from tood_deploy.parity.tolerances import DETECTION_LIMITS
 
 pytestmark = pytest.mark.usefixtures("stand_in_limits")
 
-PICTURES = [synthetic_picture(230, 310, seed) for seed in range(3)]
+IMAGES = [synthetic_image(230, 310, seed) for seed in range(3)]
 HAS_BF16 = "BF16" in shared_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
@@ -128,7 +128,7 @@ class TestMade:
     def test_runs(self, made: tuple[Path, Manifest]) -> None:
         with open_engine(made[0], threads=1) as engine:
             found = engine.infer(
-                synthetic_picture(96, 128, 1)[None], np.array([[96, 128]], np.int32), 0.05, 0.6
+                synthetic_image(96, 128, 1)[None], np.array([[96, 128]], np.int32), 0.05, 0.6
             )
         assert found.num_dets[0] > 10
 
@@ -138,7 +138,7 @@ class TestMade:
         self, tiny_artefact: Path, reference: Reference, tmp_path: Path
     ) -> None:
         manifest = openvino_from_onnx(
-            tiny_artefact, tmp_path / "a.xml", reference=reference, rest="bf16", pictures=PICTURES
+            tiny_artefact, tmp_path / "a.xml", reference=reference, rest="bf16", images=IMAGES
         )
         assert (manifest.precision, manifest.options["rest"]) == ("bf16", "bf16")
         assert 1e-5 < manifest.parity["score_deviation"] <= DETECTION_LIMITS["bf16"].score
@@ -153,7 +153,7 @@ class TestMade:
         """A float32 graph that says it is int8: only what is said of it is looked at."""
         source = copy(tiny_artefact, tmp_path, precision="int8", options={"rest": "fp32"})
         manifest = openvino_from_onnx(
-            source, tmp_path / "a.xml", reference=reference, pictures=PICTURES
+            source, tmp_path / "a.xml", reference=reference, images=IMAGES
         )
         assert (manifest.precision, manifest.options["rest"]) == ("int8", "fp32")
         assert manifest.parity["limits"] == asdict(DETECTION_LIMITS["int8"])

@@ -29,7 +29,7 @@ CLASSES = ("red thing", "other/thing")
 
 
 class RedEngine(Engine):
-    """Finds one object per picture: the box around its red pixels. Sleeps as long as an engine would work."""
+    """Finds one object per image: the box around its red pixels. Sleeps as long as an engine would work."""
 
     def __init__(
         self,
@@ -69,18 +69,18 @@ class RedEngine(Engine):
         return found
 
 
-def red_picture(
+def red_image(
     height: int = 48, width: int = 64, left: int = 8, top: int = 8, side: int = 16
 ) -> NDArray[np.uint8]:
-    """A grey picture with a red square."""
+    """A grey image with a red square."""
     image = np.full((height, width, 3), 60, np.uint8)
     image[top : top + side, left : left + side] = (0, 0, 250)
     return image
 
 
-def moving_pictures(count: int, height: int = 48, width: int = 64) -> list[NDArray[np.uint8]]:
-    """Pictures in which the red square moves 2 pixels to the right each time."""
-    return [red_picture(height, width, left=2 * i % (width - 16)) for i in range(count)]
+def moving_images(count: int, height: int = 48, width: int = 64) -> list[NDArray[np.uint8]]:
+    """Images in which the red square moves 2 pixels to the right each time."""
+    return [red_image(height, width, left=2 * i % (width - 16)) for i in range(count)]
 
 
 def write_video(
@@ -108,10 +108,10 @@ def write_video(
     return path
 
 
-def write_picture(path: Path, image: NDArray[np.uint8] | None = None) -> Path:
-    """A picture file; the red square where no picture is given."""
+def write_image(path: Path, image: NDArray[np.uint8] | None = None) -> Path:
+    """A image file; the red square where no image is given."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    assert cv2.imwrite(str(path), red_picture() if image is None else image)
+    assert cv2.imwrite(str(path), red_image() if image is None else image)
     return path
 
 
@@ -130,8 +130,8 @@ def found(*boxes: tuple[float, float, float, float]) -> Detections:
 def video_frame(
     index: int, pts: int, image: NDArray[np.uint8] | None = None, name: str = "v.avi"
 ) -> Frame:
-    """A frame of a video at `pts` milliseconds; the red square where no picture is given."""
-    return Frame(red_picture() if image is None else image, name, index, pts, MILLISECOND)
+    """A frame of a video at `pts` milliseconds; the red square where no image is given."""
+    return Frame(red_image() if image is None else image, name, index, pts, MILLISECOND)
 
 
 def write_all(
@@ -146,7 +146,7 @@ def write_all(
 
 
 def read_video(path: Path) -> list[tuple[float, NDArray[Any]]]:
-    """Time in seconds and BGR picture of every frame of an H.264 video."""
+    """Time in seconds and BGR image of every frame of an H.264 video."""
     with av.open(str(path)) as container:
         assert container.streams.video[0].codec_context.name == "h264"
         return [

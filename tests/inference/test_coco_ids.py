@@ -29,7 +29,7 @@ def test_names_and_classes_are_matched(tmp_path: Path) -> None:
 
 def test_what_is_not_listed_is_an_error(tmp_path: Path) -> None:
     path = write_annotations(tmp_path, ANNOTATIONS)
-    with pytest.raises(InputError, match=r"does not list the picture b\.png"):
+    with pytest.raises(InputError, match=r"does not list the image b\.png"):
         read_coco_ids(path, ["b.png"], CLASSES)
     with pytest.raises(InputError, match="no category 'cat'"):
         read_coco_ids(path, ["a.png"], ["red thing", "cat"])

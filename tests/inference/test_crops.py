@@ -2,7 +2,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from inference.fakes import found, red_picture, video_frame, write_all
+from inference.fakes import found, red_image, video_frame, write_all
 
 from tood_deploy.inference.frame import Frame
 from tood_deploy.inference.sinks import Crops, crop_box
@@ -15,7 +15,7 @@ def test_every_object(tmp_path: Path) -> None:
     write_all(
         sink,
         (video_frame(12, 0, name="one/v.avi"), found((8, 8, 24, 24), (-5, -5, 10, 12))),
-        (Frame(red_picture(), "one/a.png"), found((40, 30, 90, 90), (-9, -9, -3, -3))),
+        (Frame(red_image(), "one/a.png"), found((40, 30, 90, 90), (-9, -9, -3, -3))),
     )
     files = {path.name: cv2.imread(str(path)) for path in (tmp_path / "crops").iterdir()}
     assert {name: image.shape[:2] for name, image in files.items() if image is not None} == {
@@ -26,7 +26,7 @@ def test_every_object(tmp_path: Path) -> None:
 
 
 def test_inputs_of_one_name(tmp_path: Path) -> None:
-    items = [(Frame(red_picture(), name), ONE) for name in ("one/a.png", "two/a.png", "two/a.jpg")]
+    items = [(Frame(red_image(), name), ONE) for name in ("one/a.png", "two/a.png", "two/a.jpg")]
     write_all(Crops(tmp_path, [frame.name for frame, _ in items]), *items)
     assert len(list(tmp_path.rglob("*.jpg"))) == 3
 

@@ -61,13 +61,13 @@ def test_files_that_cannot_hold_the_output(names: list[str], output: str, messag
 
 
 def test_an_input_is_never_overwritten(tmp_path: Path) -> None:
-    picture = tmp_path / "a.jpg"
-    picture.touch()
+    image = tmp_path / "a.jpg"
+    image.touch()
     (tmp_path / "link").symlink_to(tmp_path)
-    for output in (tmp_path, tmp_path / "link", picture):
+    for output in (tmp_path, tmp_path / "link", image):
         with pytest.raises(OutputError, match="is an input"):
             plan_outputs(
-                [str(picture), str(tmp_path / "b.jpg")][: 2 if output.is_dir() else 1], output
+                [str(image), str(tmp_path / "b.jpg")][: 2 if output.is_dir() else 1], output
             )
 
 

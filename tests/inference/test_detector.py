@@ -1,4 +1,4 @@
-"""The detector: from a picture to detections in its own pixels."""
+"""The detector: from a image to detections in its own pixels."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-from inference.fakes import RedEngine, red_picture
+from inference.fakes import RedEngine, red_image
 from PIL import Image
 
 from tood_deploy import Detections, Detector
@@ -15,17 +15,17 @@ from tood_deploy.errors import InputError, ToodError
 
 
 @pytest.mark.parametrize("size_hw", [(48, 64), (480, 640), (96, 33), (1000, 40)])
-def test_boxes_are_in_pixels_of_the_picture(size_hw: tuple[int, int]) -> None:
+def test_boxes_are_in_pixels_of_the_image(size_hw: tuple[int, int]) -> None:
     height, width = size_hw
     side = min(height, width) // 2
     found = Detector(RedEngine(), imgsz=(96, 128))(
-        red_picture(height, width, left=4, top=8, side=side)
+        red_image(height, width, left=4, top=8, side=side)
     )
     assert isinstance(found, Detections)
     assert found.names() == ["red thing"]
     scale = max(
         height / found_size(size_hw)[0], 1
-    )  # one pixel of the network's input, in pixels of the picture
+    )  # one pixel of the network's input, in pixels of the image
     np.testing.assert_allclose(found.boxes[0], [4, 8, 4 + side, 8 + side], atol=1.5 * scale)
 
 
@@ -94,7 +94,7 @@ def test_every_kind_of_array_is_prepared_as_its_bgr_form(shape: tuple[int, ...])
 
 
 def test_rgb_by_the_detector_or_by_the_call() -> None:
-    image_bgr = red_picture()
+    image_bgr = red_image()
     image_rgb = image_bgr[..., ::-1]
     expected = Detector(RedEngine(), imgsz=(96, 128))(image_bgr)
     of_detector = Detector(RedEngine(), imgsz=(96, 128), color="rgb")
@@ -110,8 +110,8 @@ def test_rgb_by_the_detector_or_by_the_call() -> None:
 
 
 def test_pillow_images_are_rgb_whatever_the_colour_of_arrays() -> None:
-    image = Image.fromarray(np.ascontiguousarray(red_picture()[..., ::-1]))
-    expected = Detector(RedEngine(), imgsz=(96, 128))(red_picture())
+    image = Image.fromarray(np.ascontiguousarray(red_image()[..., ::-1]))
+    expected = Detector(RedEngine(), imgsz=(96, 128))(red_image())
     for color in ("bgr", "rgb"):
         np.testing.assert_array_equal(
             Detector(RedEngine(), imgsz=(96, 128), color=color)(image).boxes, expected.boxes
@@ -121,7 +121,7 @@ def test_pillow_images_are_rgb_whatever_the_colour_of_arrays() -> None:
 def test_an_unknown_order_of_channels_is_named() -> None:
     for make in (
         lambda color: Detector(RedEngine(), color=color),
-        lambda color: Detector(RedEngine())(red_picture(), color=color),
+        lambda color: Detector(RedEngine())(red_image(), color=color),
     ):
         for color in ("gbr", ""):
             with pytest.raises(ToodError, match=f"color is '{color}'; expected bgr"):
@@ -129,29 +129,27 @@ def test_an_unknown_order_of_channels_is_named() -> None:
 
 
 def test_frames_of_a_stream_are_bgr_also_for_a_detector_of_rgb(tmp_path: Path) -> None:
-    cv2.imwrite(str(tmp_path / "a.png"), red_picture())
+    cv2.imwrite(str(tmp_path / "a.png"), red_image())
     with Detector(RedEngine(), imgsz=(48, 64), color="rgb") as detector:
         assert [len(found) for _, found in detector.stream(tmp_path)] == [1]
 
 
 def test_batches_hold_one_padded_size() -> None:
     detector = Detector(RedEngine(), imgsz=(96, 128))
-    prepared = [detector.prepare(red_picture(48, 64)), detector.prepare(red_picture(64, 48))]
+    prepared = [detector.prepare(red_image(48, 64)), detector.prepare(red_image(64, 48))]
     with pytest.raises(ToodError, match=r"group by transform\.net_hw"):
         detector.infer(prepared)
     assert [len(found) for found in detector.infer([prepared[0]] * 3)] == [1, 1, 1]
 
 
-def test_one_picture_is_not_copied_on_its_way_to_the_engine(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_one_image_is_not_copied_on_its_way_to_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     given, engine = [], RedEngine()
     run = engine._run
     monkeypatch.setattr(
         engine, "_run", lambda images, *rest: given.append(images) or run(images, *rest)
     )
     detector = Detector(engine, imgsz=(96, 128))
-    prepared = [detector.prepare(red_picture(left=left)) for left in (4, 8)]
+    prepared = [detector.prepare(red_image(left=left)) for left in (4, 8)]
     assert (detector.infer(prepared[:1])[0].boxes == detector.infer(prepared)[0].boxes).all()
     assert np.shares_memory(given[0], prepared[0].image)
     assert [images.shape for images in given] == [(1, 96, 128, 3), (2, 96, 128, 3)]
@@ -159,7 +157,7 @@ def test_one_picture_is_not_copied_on_its_way_to_the_engine(
 
 def test_stream_gives_frames_in_order(tmp_path: Path) -> None:
     for number in range(5):
-        cv2.imwrite(str(tmp_path / f"{number}.png"), red_picture(left=4 * number))
+        cv2.imwrite(str(tmp_path / f"{number}.png"), red_image(left=4 * number))
     with Detector(RedEngine(), imgsz=(48, 64)) as detector:
         lefts = [found.boxes[0, 0] for _, found in detector.stream(tmp_path, batch=2)]
     np.testing.assert_allclose(lefts, [0, 4, 8, 12, 16], atol=1)
@@ -167,16 +165,16 @@ def test_stream_gives_frames_in_order(tmp_path: Path) -> None:
 
 def test_real_artefact_finds_the_same_in_a_batch_and_alone(tiny_artefact: Path) -> None:
     with Detector(tiny_artefact, conf=0.1, imgsz=(96, 128)) as detector:
-        picture = red_picture(120, 160, side=60)
-        alone = detector(picture)
-        for found in detector.infer([detector.prepare(picture)] * 3):
+        image = red_image(120, 160, side=60)
+        alone = detector(image)
+        for found in detector.infer([detector.prepare(image)] * 3):
             np.testing.assert_allclose(found.boxes, alone.boxes, atol=1e-3)
             np.testing.assert_array_equal(found.class_ids, alone.class_ids)
 
 
 def test_real_artefact_finds_the_same_in_every_form_of_an_image(tiny_artefact: Path) -> None:
-    grey = cv2.cvtColor(red_picture(120, 160, side=60), cv2.COLOR_BGR2GRAY)
-    bgr = red_picture(120, 160, side=60)
+    grey = cv2.cvtColor(red_image(120, 160, side=60), cv2.COLOR_BGR2GRAY)
+    bgr = red_image(120, 160, side=60)
     rgb = np.ascontiguousarray(bgr[..., ::-1])
     with Detector(tiny_artefact, conf=0.1, imgsz=(96, 128)) as detector:
         of_colour, of_grey = detector(bgr), detector(cv2.merge([grey] * 3))
@@ -225,7 +223,7 @@ class TestOfItsManifest:
         height, width = size_hw
         side = min(height, width) // 2
         detector = Detector(self.engine(**fields))
-        image = red_picture(height, width, left=4, top=8, side=side)
+        image = red_image(height, width, left=4, top=8, side=side)
         transform = detector.prepare(image).transform
         if fields.get("canvas_hw"):
             assert transform.net_hw == fields["canvas_hw"]

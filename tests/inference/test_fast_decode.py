@@ -1,4 +1,4 @@
-"""JPEG pictures decoded only as large as the network takes them."""
+"""JPEG images decoded only as large as the network takes them."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from inference.fakes import RedEngine, moving_pictures, red_picture, write_picture, write_video
+from inference.fakes import RedEngine, moving_images, red_image, write_image, write_video
 from inference.test_images import CMYK_JPEG, THIRDS_BGR, encode, png_bomb, with_orientation
 from numpy.typing import NDArray
 
@@ -21,8 +21,8 @@ from tood_deploy.preprocess import fit_size
 IMGSZ = (48, 64)
 
 
-def smooth_picture(height: int, width: int) -> NDArray[np.uint8]:
-    """A picture that differs in all directions, without detail that JPEG loses."""
+def smooth_image(height: int, width: int) -> NDArray[np.uint8]:
+    """A image that differs in all directions, without detail that JPEG loses."""
     rows, columns = np.mgrid[:height, :width]
     return np.dstack(
         [200 * rows / height + 20, 200 * columns / width + 20, np.full((height, width), 90)]
@@ -44,16 +44,16 @@ def smooth_picture(height: int, width: int) -> NDArray[np.uint8]:
 def test_no_larger_than_needed(
     size_hw: tuple[int, int], fit: tuple[int, int], decoded_hw: tuple[int, int]
 ) -> None:
-    image, original_hw = decode_to_fit(encode(smooth_picture(*size_hw), ".jpg"), "a.jpg", fit)
+    image, original_hw = decode_to_fit(encode(smooth_image(*size_hw), ".jpg"), "a.jpg", fit)
     assert (image.shape[:2], original_hw) == (decoded_hw, size_hw)
-    whole = decode_image(encode(smooth_picture(*size_hw), ".jpg"), "a.jpg")
+    whole = decode_image(encode(smooth_image(*size_hw), ".jpg"), "a.jpg")
     expected = cv2.resize(whole, (decoded_hw[1], decoded_hw[0]), interpolation=cv2.INTER_AREA)
     assert np.abs(image.astype(int) - expected).mean() < 3
 
 
 @pytest.mark.parametrize("fit", [None, (49, 65), (800, 1333)])
 def test_all_pixels_where_they_are_needed(fit: tuple[int, int] | None) -> None:
-    data = encode(smooth_picture(96, 128), ".jpg")
+    data = encode(smooth_image(96, 128), ".jpg")
     image, original_hw = decode_to_fit(data, "a.jpg", fit)
     assert original_hw is None
     assert (image == decode_image(data, "a.jpg")).all()
@@ -61,7 +61,7 @@ def test_all_pixels_where_they_are_needed(fit: tuple[int, int] | None) -> None:
 
 @pytest.mark.parametrize("suffix", [".png", ".webp", ".bmp", ".tiff"])
 def test_only_jpeg_has_it(suffix: str) -> None:
-    image, original_hw = decode_to_fit(encode(smooth_picture(96, 128), suffix), "a", IMGSZ)
+    image, original_hw = decode_to_fit(encode(smooth_image(96, 128), suffix), "a", IMGSZ)
     assert (image.shape, original_hw) == ((96, 128, 3), None)
 
 
@@ -82,7 +82,7 @@ def test_never_smaller_than_what_it_is_scaled_to(
 )
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_turns_it_as_it_turns_the_whole(size_hw: tuple[int, int], orientation: int) -> None:
-    data = with_orientation(encode(smooth_picture(*size_hw), ".jpg"), orientation)
+    data = with_orientation(encode(smooth_image(*size_hw), ".jpg"), orientation)
     whole = decode_image(data, "a.jpg")
     image, original_hw = decode_to_fit(data, "a.jpg", (24, 32))
     assert original_hw == whole.shape[:2]
@@ -92,9 +92,7 @@ def test_exif_turns_it_as_it_turns_the_whole(size_hw: tuple[int, int], orientati
 
 
 def test_grey_and_cmyk_become_bgr() -> None:
-    grey, original_hw = decode_to_fit(
-        encode(smooth_picture(96, 128)[..., 0], ".jpg"), "grey", IMGSZ
-    )
+    grey, original_hw = decode_to_fit(encode(smooth_image(96, 128)[..., 0], ".jpg"), "grey", IMGSZ)
     assert (grey.shape, original_hw) == ((48, 64, 3), (96, 128))
     assert (grey[..., 0] == grey[..., 2]).all()
     thirds, original_hw = decode_to_fit(CMYK_JPEG, "thirds", (8, 12))
@@ -104,45 +102,45 @@ def test_grey_and_cmyk_become_bgr() -> None:
 
 
 @pytest.mark.parametrize("kept", [0.5, 0.9, 0.99])
-def test_a_truncated_picture_is_refused(kept: float) -> None:
+def test_a_truncated_image_is_refused(kept: float) -> None:
     data = encode(np.random.default_rng(0).integers(0, 255, (256, 256, 3)).astype(np.uint8), ".jpg")
     assert decode_to_fit(data, "whole", (32, 32))[0].shape == (32, 32, 3)
     with pytest.raises(InputError, match="cut"):
         decode_to_fit(data[: int(kept * len(data))], "cut", (32, 32))
 
 
-def test_the_pixel_limit_is_that_of_the_whole_picture() -> None:
+def test_the_pixel_limit_is_that_of_the_whole_image() -> None:
     with pytest.raises(InputError, match="12,288 pixels, more than 12,287"):
         decode_to_fit(
-            encode(smooth_picture(96, 128), ".jpg"), "a.jpg", IMGSZ, max_pixels=96 * 128 - 1
+            encode(smooth_image(96, 128), ".jpg"), "a.jpg", IMGSZ, max_pixels=96 * 128 - 1
         )
     with pytest.raises(InputError, match="900,000,000 pixels"):
         decode_to_fit(png_bomb(30000, 30000), "bomb.png", IMGSZ)
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    """Large JPEG pictures of several sizes, and a PNG."""
+def images(tmp_path: Path) -> Path:
+    """Large JPEG images of several sizes, and a PNG."""
     for i, (height, width) in enumerate([(192, 256), (300, 400), (256, 192), (401, 300)]):
-        write_picture(
-            tmp_path / "pictures" / f"{i}.jpg", red_picture(height, width, left=64, top=32, side=96)
+        write_image(
+            tmp_path / "images" / f"{i}.jpg", red_image(height, width, left=64, top=32, side=96)
         )
-    write_picture(tmp_path / "pictures" / "4.png", red_picture(192, 256, left=64, top=32, side=96))
-    return tmp_path / "pictures"
+    write_image(tmp_path / "images" / "4.png", red_image(192, 256, left=64, top=32, side=96))
+    return tmp_path / "images"
 
 
 @pytest.mark.parametrize("canvases_hw", [(), ((64, 64), (96, 96))])
-def test_the_same_boxes_in_pixels_of_the_whole_picture(
-    pictures: Path, canvases_hw: tuple[tuple[int, int], ...]
+def test_the_same_boxes_in_pixels_of_the_whole_image(
+    images: Path, canvases_hw: tuple[tuple[int, int], ...]
 ) -> None:
     def results(fast: bool) -> list:
         engine = RedEngine()
         engine.canvases_hw = canvases_hw
-        return list(Detector(engine, imgsz=IMGSZ, fast_decode=fast).stream(pictures))
+        return list(Detector(engine, imgsz=IMGSZ, fast_decode=fast).stream(images))
 
     for (whole_frame, whole), (frame, found) in zip(results(False), results(True), strict=True):
         assert frame.size_hw == whole_frame.size_hw == whole_frame.image_bgr.shape[:2]
-        pixel = max(frame.size_hw) / 64  # of the network's input, in pixels of the picture
+        pixel = max(frame.size_hw) / 64  # of the network's input, in pixels of the image
         np.testing.assert_allclose(found.boxes, whole.boxes, atol=1.01 * pixel)
         assert (frame.image_bgr.size < whole_frame.image_bgr.size) == frame.name.endswith(".jpg")
 
@@ -150,7 +148,7 @@ def test_the_same_boxes_in_pixels_of_the_whole_picture(
 def test_what_the_network_takes_has_the_same_size() -> None:
     detector = Detector(RedEngine(), imgsz=(100, 167))
     for size_hw in ((401, 533), (533, 401), (799, 799), (1201, 203)):
-        data = encode(smooth_picture(*size_hw), ".jpg")
+        data = encode(smooth_image(*size_hw), ".jpg")
         image, original_hw = decode_to_fit(data, "a.jpg", detector.imgsz)
         assert original_hw == size_hw
         assert (
@@ -159,21 +157,21 @@ def test_what_the_network_takes_has_the_same_size() -> None:
         )
 
 
-def test_one_picture_and_several_in_batches(pictures: Path) -> None:
+def test_one_image_and_several_in_batches(images: Path) -> None:
     detector = Detector(RedEngine(), imgsz=IMGSZ, fast_decode=True)
-    ((frame, _),) = detector.stream(pictures / "1.jpg")
+    ((frame, _),) = detector.stream(images / "1.jpg")
     assert (frame.image_bgr.shape[:2], frame.size_hw) == ((75, 100), (300, 400))
-    alone = [found.boxes for _, found in detector.stream(pictures)]
+    alone = [found.boxes for _, found in detector.stream(images)]
     for one, other in zip(
-        alone, (found.boxes for _, found in detector.stream(pictures, batch=3)), strict=True
+        alone, (found.boxes for _, found in detector.stream(images, batch=3)), strict=True
     ):
         assert (one == other).all()
 
 
 def test_not_for_videos(tmp_path: Path) -> None:
     detector = Detector(RedEngine(), imgsz=IMGSZ, fast_decode=True)
-    video = write_video(tmp_path / "a.mp4", moving_pictures(3))
-    for source in (video, [video, write_picture(tmp_path / "b.jpg")]):
+    video = write_video(tmp_path / "a.mp4", moving_images(3))
+    for source in (video, [video, write_image(tmp_path / "b.jpg")]):
         with pytest.raises(
             InputError, match=r"a video or stream has no smaller decoding.*leave --fast-decode out"
         ):
@@ -181,6 +179,6 @@ def test_not_for_videos(tmp_path: Path) -> None:
 
 
 def test_a_frame_knows_the_size_of_its_file() -> None:
-    frame = Frame(red_picture(), "a", original_hw=(96, 128))
+    frame = Frame(red_image(), "a", original_hw=(96, 128))
     assert frame.size_hw == (96, 128)
     assert replace(frame, original_hw=None).size_hw == (48, 64)

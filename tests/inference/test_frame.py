@@ -1,6 +1,6 @@
 from dataclasses import replace
 
-from inference.fakes import red_picture, video_frame
+from inference.fakes import red_image, video_frame
 
 from tood_deploy.inference.frame import Frame
 
@@ -10,4 +10,4 @@ def test_a_frame_knows_its_time_and_age() -> None:
     assert frame.timestamp_s == 1.5
     assert 0 <= frame.age_s() < 1
     assert replace(frame, decoded_s=frame.decoded_s - 10).age_s() >= 10
-    assert Frame(red_picture(), "a").timestamp_s is None
+    assert Frame(red_image(), "a").timestamp_s is None

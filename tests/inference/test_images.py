@@ -6,7 +6,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from inference.fakes import red_picture, write_picture
+from inference.fakes import red_image, write_image
 from numpy.typing import NDArray
 
 from tood_deploy.data.images import decode_image
@@ -73,8 +73,8 @@ def test_sixteen_bits_are_scaled_down(suffix: str) -> None:
 def test_grey_and_alpha_become_bgr() -> None:
     grey = np.arange(48, dtype=np.uint8).reshape(6, 8)
     assert (decode_image(encode(grey), "grey") == grey[..., None]).all()
-    transparent = np.dstack([red_picture(), np.zeros((48, 64), np.uint8)])
-    assert (decode_image(encode(transparent), "alpha") == red_picture()).all()
+    transparent = np.dstack([red_image(), np.zeros((48, 64), np.uint8)])
+    assert (decode_image(encode(transparent), "alpha") == red_image()).all()
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_grey_and_alpha_become_bgr() -> None:
     [(3, cv2.ROTATE_180), (6, cv2.ROTATE_90_CLOCKWISE), (8, cv2.ROTATE_90_COUNTERCLOCKWISE)],
 )
 def test_exif_orientation_is_honoured(orientation: int, turn: int) -> None:
-    jpeg = encode(red_picture(), ".jpg")
+    jpeg = encode(red_image(), ".jpg")
     upright = cv2.rotate(decode_image(jpeg, "plain"), turn)
     assert (decode_image(with_orientation(jpeg, orientation), "turned") == upright).all()
 
@@ -91,7 +91,7 @@ def test_exif_orientation_is_honoured(orientation: int, turn: int) -> None:
     "suffix", [".jpg", ".png", ".bmp", ".tiff", ".webp", ".jp2", ".gif", ".ppm", ".avif"]
 )
 @pytest.mark.parametrize("kept", [0.5, 0.9])
-def test_a_truncated_picture_is_refused(suffix: str, kept: float) -> None:
+def test_a_truncated_image_is_refused(suffix: str, kept: float) -> None:
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3)).astype(np.uint8)
     data = encode(noise, suffix)
     assert decode_image(data, "whole").shape == (64, 64, 3)
@@ -110,13 +110,13 @@ def test_a_jpeg_without_its_last_rows_is_refused() -> None:
     ("data", "message"),
     [
         (b"", "empty file"),
-        (b"this is a text file\n" * 20, "not a picture"),
-        (b"\xff\xd8\xff", "not a picture"),
-        (b"\x89PNG\r\n\x1a\n" + bytes(100), "not a picture"),
-        (b"<svg width='10' height='10'></svg>", "not a picture|cut, damaged"),
+        (b"this is a text file\n" * 20, "not a image"),
+        (b"\xff\xd8\xff", "not a image"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(100), "not a image"),
+        (b"<svg width='10' height='10'></svg>", "not a image|cut, damaged"),
     ],
 )
-def test_what_is_no_picture_is_refused(data: bytes, message: str) -> None:
+def test_what_is_no_image_is_refused(data: bytes, message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
         decode_image(data, "a.jpg")
     assert str(caught.value).startswith("a.jpg: ")
@@ -130,7 +130,7 @@ def test_a_bomb_is_refused_by_its_header() -> None:
 
 
 def test_the_pixel_limit_can_be_raised_and_lowered() -> None:
-    data = encode(red_picture())
+    data = encode(red_image())
     assert decode_image(data, "a", max_pixels=48 * 64).shape == (48, 64, 3)
     with pytest.raises(InputError, match="3,072 pixels, more than 3,071"):
         decode_image(data, "a", max_pixels=48 * 64 - 1)
@@ -142,18 +142,18 @@ def test_odd_sizes_work(size: tuple[int, int]) -> None:
     assert (decode_image(encode(image), "odd") == image).all()
 
 
-def test_a_picture_with_nothing_on_stderr(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_image_with_nothing_on_stderr(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(InputError):
-        decode_image(encode(red_picture())[:-20], "cut.png")
+        decode_image(encode(red_image())[:-20], "cut.png")
     assert capfd.readouterr().err == ""
 
 
 def test_source_gives_one_frame(tmp_path: Path) -> None:
-    path = write_picture(tmp_path / "a b.png")
+    path = write_image(tmp_path / "a b.png")
     source = ImageSource(path)
     (frame,) = source
     assert (frame.name, frame.index, frame.timestamp_s, frame.pts) == (str(path), 0, None, None)
-    assert (frame.image_bgr == red_picture()).all()
+    assert (frame.image_bgr == red_image()).all()
     assert (source.kind, source.length, source.names) == ("images", 1, (str(path),))
 
 

@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 import cv2
 import pytest
-from inference.fakes import RedEngine, moving_pictures, write_video
+from inference.fakes import RedEngine, moving_images, write_video
 
 from tood_deploy import Detector
 from tood_deploy.errors import InputError
@@ -50,7 +50,7 @@ def serve(content_type: str, answer: Answer) -> Iterator[str]:
 
 def camera(frames: int, seconds_apart: float, sent: list[int] | None = None) -> Answer:
     """What a network camera sends: JPEG after JPEG; their numbers go into `sent`."""
-    jpegs = [cv2.imencode(".jpg", image)[1].tobytes() for image in moving_pictures(24)]
+    jpegs = [cv2.imencode(".jpg", image)[1].tobytes() for image in moving_images(24)]
 
     def answer(client: BinaryIO) -> None:
         for i in range(frames):
@@ -119,7 +119,7 @@ def test_batches_of_a_live_source() -> None:
 
 
 def test_a_recording_over_http_is_read_in_full(tmp_path: Path) -> None:
-    data = write_video(tmp_path / "a.mp4", moving_pictures(30), movflags="faststart").read_bytes()
+    data = write_video(tmp_path / "a.mp4", moving_images(30), movflags="faststart").read_bytes()
     with serve("video/mp4", lambda client: client.write(data)) as address:
         source = open_source(address)
         frames = list(source)
@@ -140,7 +140,7 @@ def test_an_address_without_video_is_an_error() -> None:
 
 def test_a_live_stream_without_a_container_length(tmp_path: Path) -> None:
     """MPEG transport stream, as cameras send it; the end of the data is the end of the connection."""
-    data = write_video(tmp_path / "a.ts", moving_pictures(30)).read_bytes()
+    data = write_video(tmp_path / "a.ts", moving_images(30)).read_bytes()
 
     def answer(client: BinaryIO) -> None:
         for chunk in iter(io.BytesIO(data * 3).read, b""):

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from inference.fakes import RedEngine, moving_pictures, red_picture, write_picture, write_video
+from inference.fakes import RedEngine, moving_images, red_image, write_image, write_video
 from numpy.typing import NDArray
 
 from tood_deploy import Detector, ToodError
@@ -17,7 +17,7 @@ from tood_deploy.inference.frame import Frame, Source
 from tood_deploy.inference.pipeline import InFlight, Timings, detect_frames
 
 
-class Pictures(Source):
+class Images(Source):
     """Frames from memory; remembers how many were read and when."""
 
     kind = "images"
@@ -40,7 +40,7 @@ def detector(engine: RedEngine | None = None) -> Detector:
 
 @pytest.mark.parametrize("batch", [1, 2, 5, 100])
 def test_every_frame_in_order_with_its_own_boxes(batch: int) -> None:
-    results = list(detect_frames(detector(), Pictures(moving_pictures(13)), batch))
+    results = list(detect_frames(detector(), Images(moving_images(13)), batch))
     assert [frame.index for frame, _ in results] == list(range(13))
     for i, (_, found) in enumerate(results):
         np.testing.assert_allclose(found.boxes, [[2 * i, 8, 2 * i + 16, 24]], atol=1)
@@ -49,26 +49,26 @@ def test_every_frame_in_order_with_its_own_boxes(batch: int) -> None:
 @pytest.mark.parametrize("batch", [1, 2, 3, 8])
 def test_results_do_not_depend_on_the_batch(batch: int) -> None:
     images = [
-        red_picture(48, 64),
-        red_picture(64, 48),
-        red_picture(48, 64),
-        red_picture(48, 64),
-        red_picture(33, 200),
-        red_picture(48, 64),
+        red_image(48, 64),
+        red_image(64, 48),
+        red_image(48, 64),
+        red_image(48, 64),
+        red_image(33, 200),
+        red_image(48, 64),
     ]
     alone = [detector()(image) for image in images]
     engine = RedEngine()
-    together = [found for _, found in detect_frames(detector(engine), Pictures(images), batch)]
+    together = [found for _, found in detect_frames(detector(engine), Images(images), batch)]
     for one, other in zip(alone, together, strict=True):
         assert (one.boxes == other.boxes).all()
         assert (one.scores == other.scores).all()
     assert max(engine.batches) <= batch
 
 
-def test_only_pictures_of_one_padded_size_share_a_batch() -> None:
-    images = [red_picture(48, 64)] * 3 + [red_picture(64, 48)] * 3 + [red_picture(48, 64)] * 5
+def test_only_images_of_one_padded_size_share_a_batch() -> None:
+    images = [red_image(48, 64)] * 3 + [red_image(64, 48)] * 3 + [red_image(48, 64)] * 5
     engine = RedEngine()
-    list(detect_frames(detector(engine), Pictures(images), batch=4))
+    list(detect_frames(detector(engine), Images(images), batch=4))
     assert engine.batches == [3, 3, 4, 1]
 
 
@@ -103,7 +103,7 @@ class TestEngineThatOverlaps:
     @pytest.mark.parametrize(("in_flight", "batch"), [(1, 1), (2, 1), (2, 3), (4, 2), (4, 100)])
     def test_every_frame_in_order_and_nothing_left(self, in_flight: int, batch: int) -> None:
         engine = Overlapping(in_flight)
-        results = list(detect_frames(detector(engine), Pictures(moving_pictures(13)), batch))
+        results = list(detect_frames(detector(engine), Images(moving_images(13)), batch))
         assert [frame.index for frame, _ in results] == list(range(13))
         for i, (_, found) in enumerate(results):
             np.testing.assert_allclose(found.boxes, [[2 * i, 8, 2 * i + 16, 24]], atol=1)
@@ -111,7 +111,7 @@ class TestEngineThatOverlaps:
         assert engine.most_under_way == min(in_flight, -(-13 // batch))
 
     def test_has_one_batch_of_a_live_source_at_a_time(self) -> None:
-        engine, source = Overlapping(3), Pictures(moving_pictures(5))
+        engine, source = Overlapping(3), Images(moving_images(5))
         source.kind = "live"
         assert len(list(detect_frames(detector(engine), source))) == 5
         assert engine.most_under_way == 1
@@ -119,12 +119,12 @@ class TestEngineThatOverlaps:
     def test_that_fails_is_told_and_left_with_nothing_under_way(self) -> None:
         engine = Overlapping(3, fail_at_call=2)
         with pytest.raises(RuntimeError, match="the engine broke"):
-            list(detect_frames(detector(engine), Pictures(moving_pictures(9))))
+            list(detect_frames(detector(engine), Images(moving_images(9))))
         assert engine.under_way == 0
 
     def test_closing_early_leaves_nothing_under_way(self) -> None:
         engine = Overlapping(3)
-        results = detect_frames(detector(engine), Pictures(moving_pictures(50)))
+        results = detect_frames(detector(engine), Images(moving_images(50)))
         next(results)
         results.close()
         assert engine.under_way == 0
@@ -135,17 +135,17 @@ class TestEngineThatOverlaps:
         engine = Overlapping(2)
         engine.seconds_per_image = 0.01
         started = time.perf_counter()
-        list(detect_frames(detector(engine), Pictures(moving_pictures(10)), timings=timings))
+        list(detect_frames(detector(engine), Images(moving_images(10)), timings=timings))
         assert 0.1 <= 10 * timings.mean_ms("infer") / 1000 <= time.perf_counter() - started
 
 
 @pytest.mark.parametrize("batch", [1, 2, 4])
-def test_pictures_of_one_canvas_share_a_batch(batch: int) -> None:
+def test_images_of_one_canvas_share_a_batch(batch: int) -> None:
     sizes_hw = [(48, 64), (40, 64), (64, 48), (64, 40), (60, 64), (48, 64), (33, 40)]
-    images = [red_picture(*size_hw, left=2 * i) for i, size_hw in enumerate(sizes_hw)]
+    images = [red_image(*size_hw, left=2 * i) for i, size_hw in enumerate(sizes_hw)]
     engine = RedEngine()
     engine.canvases_hw = ((96, 128), (128, 96))
-    results = list(detect_frames(detector(engine), Pictures(images), batch))
+    results = list(detect_frames(detector(engine), Images(images), batch))
     assert [frame.index for frame, _ in results] == list(range(7))
     for i, (_, found) in enumerate(results):
         np.testing.assert_allclose(found.boxes, [[2 * i, 8, 2 * i + 16, 24]], atol=1)
@@ -153,12 +153,12 @@ def test_pictures_of_one_canvas_share_a_batch(batch: int) -> None:
 
 
 def test_no_frames_give_no_results() -> None:
-    assert list(detect_frames(detector(), Pictures([]))) == []
+    assert list(detect_frames(detector(), Images([]))) == []
 
 
 def test_a_source_that_fails_is_told_after_the_frames_before() -> None:
     results = detect_frames(
-        detector(), Pictures(moving_pictures(5), InputError("the disk broke")), batch=4
+        detector(), Images(moving_images(5), InputError("the disk broke")), batch=4
     )
     got = []
     with pytest.raises(InputError, match="the disk broke"):
@@ -174,19 +174,19 @@ def iterate_into(results: Iterator, got: list[int]) -> Iterator:
 
 def test_an_engine_that_fails_is_told() -> None:
     with pytest.raises(RuntimeError, match="the engine broke"):
-        list(detect_frames(detector(RedEngine(fail_at_call=2)), Pictures(moving_pictures(20))))
+        list(detect_frames(detector(RedEngine(fail_at_call=2)), Images(moving_images(20))))
     assert no_threads_left()
 
 
-def test_a_picture_that_cannot_be_scaled_is_told() -> None:
-    images = [*moving_pictures(2), np.zeros((5, 5, 2), np.uint8)]
+def test_a_image_that_cannot_be_scaled_is_told() -> None:
+    images = [*moving_images(2), np.zeros((5, 5, 2), np.uint8)]
     with pytest.raises(InputError, match=r"expected uint8 \(H, W, 3\)"):
-        list(detect_frames(detector(), Pictures(images)))
+        list(detect_frames(detector(), Images(images)))
     assert no_threads_left()
 
 
 def test_closing_early_stops_all_threads() -> None:
-    source = Pictures(moving_pictures(30) * 100)
+    source = Images(moving_images(30) * 100)
     results = detect_frames(detector(RedEngine(0.001)), source)
     for _ in range(3):
         next(results)
@@ -203,7 +203,7 @@ def no_threads_left() -> bool:
 
 @pytest.mark.parametrize("batch", [1, 4])
 def test_a_slow_consumer_holds_the_source_back(batch: int) -> None:
-    source = Pictures(moving_pictures(30) * 10)
+    source = Images(moving_images(30) * 10)
     results = detect_frames(detector(), source, batch)
     next(results)
     time.sleep(0.1)
@@ -211,9 +211,9 @@ def test_a_slow_consumer_holds_the_source_back(batch: int) -> None:
     results.close()
 
 
-def test_large_pictures_are_held_back_by_their_bytes() -> None:
+def test_large_images_are_held_back_by_their_bytes() -> None:
     in_flight = InFlight(least=1, most=10, most_bytes=5 * 48 * 64 * 3)
-    frame = Frame(red_picture(), "memory")
+    frame = Frame(red_image(), "memory")
     for _ in range(4):
         in_flight.enter(frame)
     assert in_flight.wait_for_room()
@@ -231,13 +231,13 @@ def test_a_batch_larger_than_the_bytes_allowed_still_goes_through(
 ) -> None:
     monkeypatch.setattr("tood_deploy.inference.pipeline.InFlight.__init__.__defaults__", (1,))
     engine = RedEngine()
-    assert len(list(detect_frames(detector(engine), Pictures(moving_pictures(9)), batch=4))) == 9
+    assert len(list(detect_frames(detector(engine), Images(moving_images(9)), batch=4))) == 9
     assert engine.batches == [4, 4, 1]
 
 
 def test_batch_must_be_positive() -> None:
     with pytest.raises(ToodError, match="batch is 0"):
-        detect_frames(detector(), Pictures([]), 0)
+        detect_frames(detector(), Images([]), 0)
 
 
 class AtWork:
@@ -260,7 +260,7 @@ class AtWork:
 def test_reading_inference_and_drawing_overlap() -> None:
     at_work = AtWork()
 
-    class SlowPictures(Pictures):
+    class SlowImages(Images):
         def __iter__(self) -> Iterator[Frame]:
             for frame in super().__iter__():
                 with at_work("reading"):
@@ -271,7 +271,7 @@ def test_reading_inference_and_drawing_overlap() -> None:
             with at_work("inference"):
                 return super().submit(*inputs, **named)
 
-    for _ in detect_frames(detector(SlowEngine()), SlowPictures(moving_pictures(40))):
+    for _ in detect_frames(detector(SlowEngine()), SlowImages(moving_images(40))):
         with at_work("drawing"):
             pass
     assert any({"reading", "inference"} <= each for each in at_work.together)
@@ -280,7 +280,7 @@ def test_reading_inference_and_drawing_overlap() -> None:
 
 def test_timings_of_every_frame() -> None:
     timings = Timings()
-    list(detect_frames(detector(RedEngine(0.01)), Pictures(moving_pictures(8)), 4, timings))
+    list(detect_frames(detector(RedEngine(0.01)), Images(moving_images(8)), 4, timings))
     assert timings.frames == 8
     assert timings.percentile_ms("infer", 50) >= 10
     assert (
@@ -297,9 +297,9 @@ def test_timings_of_nothing() -> None:
 
 
 def test_stream_of_the_detector(tmp_path: Path) -> None:
-    video = write_video(tmp_path / "a.mp4", moving_pictures(6))
-    picture = write_picture(tmp_path / "b.png")
-    found = list(detector().stream([video, picture], batch=2))
+    video = write_video(tmp_path / "a.mp4", moving_images(6))
+    image = write_image(tmp_path / "b.png")
+    found = list(detector().stream([video, image], batch=2))
     assert [(Path(frame.name).name, frame.index, frame.timestamp_s) for frame, _ in found[-2:]] == [
         ("a.mp4", 5, 0.2),
         ("b.png", 0, None),
@@ -311,4 +311,4 @@ def test_stream_refuses_what_is_not_there_at_once(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file"):
         detector().stream(tmp_path / "none.mp4")
     with pytest.raises(InputError, match="more than 100"):
-        list(detector().stream(write_picture(tmp_path / "b.png"), max_pixels=100))
+        list(detector().stream(write_image(tmp_path / "b.png"), max_pixels=100))

@@ -2,7 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
-from inference.fakes import fill_disk, found, red_picture, video_frame, write_all
+from inference.fakes import fill_disk, found, red_image, video_frame, write_all
 
 from tood_deploy.errors import OutputError
 from tood_deploy.inference.frame import Frame
@@ -15,7 +15,7 @@ class TestCocoResults:
     def test_rows_with_running_numbers(self, tmp_path: Path) -> None:
         path = tmp_path / "new" / "r.json"
         items = [
-            (Frame(red_picture(), name), found((1, 2, 4, 6), (0, 0, 1, 1))) for name in ("a", "b")
+            (Frame(red_image(), name), found((1, 2, 4, 6), (0, 0, 1, 1))) for name in ("a", "b")
         ]
         write_all(CocoResults(path, None, None), *items)
         rows = json.loads(path.read_text())
@@ -31,7 +31,7 @@ class TestCocoResults:
     def test_given_ids(self, tmp_path: Path) -> None:
         write_all(
             CocoResults(tmp_path / "r.json", {"a": 42}, [7, 9]),
-            (Frame(red_picture(), "a"), found((0, 0, 1, 1), (0, 0, 2, 2))),
+            (Frame(red_image(), "a"), found((0, 0, 1, 1), (0, 0, 2, 2))),
         )
         assert [
             (row["image_id"], row["category_id"])
@@ -39,9 +39,7 @@ class TestCocoResults:
         ] == [(42, 7), (42, 9)]
 
     def test_nothing_found_is_an_empty_list(self, tmp_path: Path) -> None:
-        write_all(
-            CocoResults(tmp_path / "r.json", None, None), (Frame(red_picture(), "a"), found())
-        )
+        write_all(CocoResults(tmp_path / "r.json", None, None), (Frame(red_image(), "a"), found()))
         assert json.loads((tmp_path / "r.json").read_text()) == []
 
     def test_an_error_leaves_the_old_file(self, tmp_path: Path) -> None:
@@ -49,7 +47,7 @@ class TestCocoResults:
         path.write_text("old")
         sink = CocoResults(path, None, None)
         with pytest.raises(RuntimeError):
-            write_all(sink, (Frame(red_picture(), "a"), ONE), error=RuntimeError())
+            write_all(sink, (Frame(red_image(), "a"), ONE), error=RuntimeError())
         assert path.read_text() == "old"
         assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
 
@@ -57,7 +55,7 @@ class TestCocoResults:
         sink = CocoResults(tmp_path / "r.json", None, None)
         fill_disk(monkeypatch, Path, "open")
         with pytest.raises(OutputError, match="No space left"), sink:
-            sink.write(Frame(red_picture(), "a"), ONE)
+            sink.write(Frame(red_image(), "a"), ONE)
         assert list(tmp_path.iterdir()) == []
 
     def test_a_folder_that_cannot_be_made(self, tmp_path: Path) -> None:
@@ -70,7 +68,7 @@ class TestJsonLines:
     def test_the_size_is_that_of_the_file(self, tmp_path: Path) -> None:
         write_all(
             JsonLines(str(tmp_path / "r.jsonl"), live=False),
-            (Frame(red_picture(), "a.jpg", original_hw=(96, 128)), ONE),
+            (Frame(red_image(), "a.jpg", original_hw=(96, 128)), ONE),
         )
         record = json.loads((tmp_path / "r.jsonl").read_text())
         assert (record["height"], record["width"]) == (96, 128)
@@ -116,6 +114,6 @@ def test_text_lines(capsys: pytest.CaptureFixture[str]) -> None:
     write_all(
         TextLines(),
         (video_frame(0, 1240), found(*[(0, 0, 1, 1)] * 3)),
-        (Frame(red_picture(), "a.png"), found()),
+        (Frame(red_image(), "a.png"), found()),
     )
     assert capsys.readouterr().out == "v.avi 1.240 s: 2 red thing, 1 other/thing\na.png: nothing\n"

@@ -3,7 +3,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from inference.fakes import moving_pictures, red_picture, write_picture, write_video
+from inference.fakes import moving_images, red_image, write_image, write_video
 
 from tood_deploy.errors import InputError, ToodError
 from tood_deploy.inference import source as source_module
@@ -14,23 +14,23 @@ from tood_deploy.inference.video import VideoSource
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     for name in ("b.png", "a.JPG", "c.webp"):
-        write_picture(tmp_path / "pictures" / name)
-    (tmp_path / "pictures" / "notes.md").write_text("no picture")
-    (tmp_path / "pictures" / ".hidden.png").write_bytes(b"no picture either")
-    write_picture(tmp_path / "pictures" / "inner" / "d.png")
-    return tmp_path / "pictures"
+        write_image(tmp_path / "images" / name)
+    (tmp_path / "images" / "notes.md").write_text("no image")
+    (tmp_path / "images" / ".hidden.png").write_bytes(b"no image either")
+    write_image(tmp_path / "images" / "inner" / "d.png")
+    return tmp_path / "images"
 
 
 def names(source: Any) -> list[str]:
     return [Path(frame.name).name for frame in source]
 
 
-def test_a_picture_and_a_video(folder: Path, tmp_path: Path) -> None:
+def test_a_image_and_a_video(folder: Path, tmp_path: Path) -> None:
     assert isinstance(open_source(folder / "b.png"), ImageSource)
-    assert isinstance(open_source(write_video(tmp_path / "v.mp4", moving_pictures(2))), VideoSource)
+    assert isinstance(open_source(write_video(tmp_path / "v.mp4", moving_images(2))), VideoSource)
 
 
-def test_a_folder_gives_its_own_pictures_in_order(folder: Path) -> None:
+def test_a_folder_gives_its_own_images_in_order(folder: Path) -> None:
     source = open_source(folder)
     assert names(source) == ["a.JPG", "b.png", "c.webp"]
     assert (source.kind, source.length, source.skipped) == ("images", 3, 0)
@@ -42,7 +42,7 @@ def test_a_glob(folder: Path) -> None:
 
 
 def test_a_name_with_brackets_is_a_file_first(tmp_path: Path) -> None:
-    assert names(open_source(write_picture(tmp_path / "a[1].png"))) == ["a[1].png"]
+    assert names(open_source(write_image(tmp_path / "a[1].png"))) == ["a[1].png"]
 
 
 def test_a_list_is_relative_to_its_own_folder(folder: Path) -> None:
@@ -59,29 +59,29 @@ def test_several_sources_each_file_once(folder: Path) -> None:
     ]
 
 
-def test_pictures_and_videos_together(folder: Path, tmp_path: Path) -> None:
-    video = write_video(tmp_path / "v.mp4", moving_pictures(2))
+def test_images_and_videos_together(folder: Path, tmp_path: Path) -> None:
+    video = write_video(tmp_path / "v.mp4", moving_images(2))
     source = open_source([folder / "b.png", video])
     assert names(source) == ["b.png", "v.mp4", "v.mp4"]
     assert (source.kind, source.length) == ("video", None)
 
 
 def test_a_file_without_a_known_suffix_is_recognised(tmp_path: Path) -> None:
-    write_picture(tmp_path / "a.png").rename(tmp_path / "picture")
-    write_video(tmp_path / "v.mp4", moving_pictures(2)).rename(tmp_path / "video")
-    assert isinstance(open_source(tmp_path / "picture"), ImageSource)
+    write_image(tmp_path / "a.png").rename(tmp_path / "image")
+    write_video(tmp_path / "v.mp4", moving_images(2)).rename(tmp_path / "video")
+    assert isinstance(open_source(tmp_path / "image"), ImageSource)
     assert isinstance(open_source(tmp_path / "video"), VideoSource)
 
 
-def test_one_bad_picture_is_told_and_the_rest_goes_on(folder: Path) -> None:
+def test_one_bad_image_is_told_and_the_rest_goes_on(folder: Path) -> None:
     (folder / "aa.jpg").write_text("text under a wrong name")
     (folder / "zz.png").write_bytes(b"")
     source = open_source(folder)
     assert names(source) == ["a.JPG", "b.png", "c.webp"]
     assert source.skipped == 2
     assert [problem.split(": ")[1] for problem in source.problems] == [
-        "not a picture; expected one of " + problem_kinds(),
-        "empty file; expected a picture",
+        "not a image; expected one of " + problem_kinds(),
+        "empty file; expected a image",
     ]
 
 
@@ -100,14 +100,14 @@ def test_a_listed_file_that_is_missing_is_told(folder: Path) -> None:
 def test_nothing_readable_at_all_is_an_error(tmp_path: Path) -> None:
     for name in ("a.jpg", "b.jpg"):
         (tmp_path / name).write_text("text")
-    with pytest.raises(InputError, match=r"none of the 2 .*a\.jpg: not a picture"):
+    with pytest.raises(InputError, match=r"none of the 2 .*a\.jpg: not a image"):
         list(open_source(tmp_path))
 
 
-def test_a_bad_picture_alone_is_an_error(tmp_path: Path) -> None:
+def test_a_bad_image_alone_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_text("text")
     for spec in (tmp_path / "a.jpg", tmp_path):
-        with pytest.raises(InputError, match="not a picture"):
+        with pytest.raises(InputError, match="not a image"):
             list(open_source(spec))
 
 
@@ -117,7 +117,7 @@ def test_what_is_not_there_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x80\x81")
     cases = {
         tmp_path / "none.jpg": "no such file or folder",
-        tmp_path / "empty": "no picture or video",
+        tmp_path / "empty": "no image or video",
         tmp_path / "empty.txt": "names no file",
         tmp_path / "binary.txt": "cannot be read as a list",
         f"{tmp_path}/*.png": "no file has such a name",
@@ -131,8 +131,8 @@ def test_what_is_not_there_is_an_error(tmp_path: Path) -> None:
 
 
 def test_the_pixel_limit_reaches_every_file(tmp_path: Path) -> None:
-    write_picture(tmp_path / "small.png", np.zeros((4, 4, 3), np.uint8))
-    write_picture(tmp_path / "large.png", red_picture())
+    write_image(tmp_path / "small.png", np.zeros((4, 4, 3), np.uint8))
+    write_image(tmp_path / "large.png", red_image())
     source = open_source(tmp_path, max_pixels=100)
     assert names(source) == ["small.png"]
     assert "--max-pixels" in source.problems[0]

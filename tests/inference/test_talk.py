@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from inference.fakes import RedEngine, red_picture, write_picture
+from inference.fakes import RedEngine, red_image, write_image
 
 from tood_deploy.inference.detector import Detector
 from tood_deploy.inference.run import Outputs, run_inference
@@ -12,7 +12,7 @@ from tood_deploy.inference.source import open_source
 
 
 class RemarkingEngine(RedEngine):
-    """Has one remark from the start, and another at its second picture."""
+    """Has one remark from the start, and another at its second image."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ def test_remarks_of_the_engine_are_told_once(
     quiet: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for number in range(3):
-        write_picture(tmp_path / f"{number}.png", red_picture())
+        write_image(tmp_path / f"{number}.png", red_image())
     run_inference(Detector(RemarkingEngine()), open_source(str(tmp_path)), Outputs(quiet=quiet))
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
     assert told == (

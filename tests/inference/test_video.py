@@ -3,7 +3,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from inference.fakes import moving_pictures, write_video
+from inference.fakes import moving_images, write_video
 
 from tood_deploy.errors import InputError
 from tood_deploy.inference.video import VideoSource
@@ -16,7 +16,7 @@ def reds_left(image: np.ndarray) -> int:
 
 
 def test_every_frame_with_its_own_time(tmp_path: Path) -> None:
-    path = write_video(tmp_path / "a.mp4", moving_pictures(8), VARIABLE_TIMES)
+    path = write_video(tmp_path / "a.mp4", moving_images(8), VARIABLE_TIMES)
     source = VideoSource(str(path))
     frames = list(source)
     assert [frame.timestamp_s for frame in frames] == pytest.approx(
@@ -30,7 +30,7 @@ def test_every_frame_with_its_own_time(tmp_path: Path) -> None:
 
 
 def test_colours_survive(tmp_path: Path) -> None:
-    frame = next(iter(VideoSource(str(write_video(tmp_path / "a.mp4", moving_pictures(2))))))
+    frame = next(iter(VideoSource(str(write_video(tmp_path / "a.mp4", moving_images(2))))))
     np.testing.assert_allclose(frame.image_bgr[16, 8], (0, 0, 250), atol=20)
     np.testing.assert_allclose(frame.image_bgr[40, 50], (60, 60, 60), atol=6)
 
@@ -49,7 +49,7 @@ def test_pixels_are_those_of_the_default_conversion(tmp_path: Path, size: tuple[
 
 @pytest.mark.parametrize(("rotation", "turns"), [(0, 0), (90, 1), (180, 2), (-90, 3)])
 def test_rotation_is_honoured(tmp_path: Path, rotation: int, turns: int) -> None:
-    images = moving_pictures(2)
+    images = moving_images(2)
     frame = next(iter(VideoSource(str(write_video(tmp_path / "a.mp4", images, rotation=rotation)))))
     np.testing.assert_allclose(
         frame.image_bgr.astype(int), np.rot90(images[0], turns).astype(int), atol=60
@@ -59,7 +59,7 @@ def test_rotation_is_honoured(tmp_path: Path, rotation: int, turns: int) -> None
 
 def test_a_phone_held_upright_is_turned_clockwise(tmp_path: Path) -> None:
     """Phones write the matrix [0 1; -1 0], a quarter turn clockwise; checked on the file's bytes, not by PyAV's own convention."""
-    path = write_video(tmp_path / "a.mp4", moving_pictures(2), rotation=-90)
+    path = write_video(tmp_path / "a.mp4", moving_images(2), rotation=-90)
     data = path.read_bytes()
     matrix = data[data.index(b"tkhd") + 44 :][:20]
     assert [
@@ -71,7 +71,7 @@ def test_a_phone_held_upright_is_turned_clockwise(tmp_path: Path) -> None:
 
 
 def test_a_cut_file_keeps_what_was_decoded(tmp_path: Path) -> None:
-    whole = write_video(tmp_path / "a.mp4", moving_pictures(40), movflags="faststart")
+    whole = write_video(tmp_path / "a.mp4", moving_images(40), movflags="faststart")
     cut = tmp_path / "cut.mp4"
     cut.write_bytes(whole.read_bytes()[: whole.stat().st_size * 6 // 10])
     source = VideoSource(str(cut))
@@ -88,7 +88,7 @@ def test_a_cut_file_keeps_what_was_decoded(tmp_path: Path) -> None:
 
 
 def test_a_cut_matroska_file_tells_the_missing_seconds(tmp_path: Path) -> None:
-    whole = write_video(tmp_path / "a.mkv", moving_pictures(40))
+    whole = write_video(tmp_path / "a.mkv", moving_images(40))
     cut = tmp_path / "cut.mkv"
     cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
     source = VideoSource(str(cut))
@@ -98,7 +98,7 @@ def test_a_cut_matroska_file_tells_the_missing_seconds(tmp_path: Path) -> None:
 
 
 def test_broken_frames_are_counted_and_left_out(tmp_path: Path) -> None:
-    path = write_video(tmp_path / "a.mp4", moving_pictures(40))
+    path = write_video(tmp_path / "a.mp4", moving_images(40))
     with av.open(str(path)) as container:
         packets = [
             (packet.pos or 0, packet.size) for packet in container.demux(video=0) if packet.size
@@ -116,7 +116,7 @@ def test_broken_frames_are_counted_and_left_out(tmp_path: Path) -> None:
 
 
 def test_a_file_whose_index_is_cut_off_is_refused(tmp_path: Path) -> None:
-    whole = write_video(tmp_path / "a.mp4", moving_pictures(20))  # the index is at the end
+    whole = write_video(tmp_path / "a.mp4", moving_images(20))  # the index is at the end
     cut = tmp_path / "cut.mp4"
     cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
     with pytest.raises(InputError, match="cannot be opened as a video"):
@@ -146,14 +146,14 @@ def test_sound_alone_is_no_video(tmp_path: Path) -> None:
 
 
 def test_a_video_without_frames_is_an_error(tmp_path: Path) -> None:
-    path = write_video(tmp_path / "a.mp4", moving_pictures(4), movflags="faststart")
+    path = write_video(tmp_path / "a.mp4", moving_images(4), movflags="faststart")
     path.write_bytes(path.read_bytes().split(b"mdat")[0] + b"mdat")
     with pytest.raises(InputError, match="not one frame can be decoded"):
         list(VideoSource(str(path)))
 
 
 def test_frames_too_large_are_refused(tmp_path: Path) -> None:
-    path = write_video(tmp_path / "a.mp4", moving_pictures(2))
+    path = write_video(tmp_path / "a.mp4", moving_images(2))
     with pytest.raises(InputError, match=r"3,072 pixels, more than 3,000; .*--max-pixels"):
         VideoSource(str(path), max_pixels=3000)
 

@@ -6,7 +6,7 @@ import av
 import numpy as np
 import pytest
 from av.error import FFmpegError
-from inference.fakes import MILLISECOND, read_video, red_picture
+from inference.fakes import MILLISECOND, read_video, red_image
 
 from tood_deploy.errors import OutputError
 from tood_deploy.inference.video import VideoWriter
@@ -25,16 +25,16 @@ def test_odd_sizes_are_padded(tmp_path: Path, size: tuple[int, int]) -> None:
 
 def test_a_frame_of_another_size_is_scaled(tmp_path: Path) -> None:
     with VideoWriter(tmp_path / "v.mp4", (64, 48), MILLISECOND) as writer:
-        writer.write(red_picture(48, 64), 0)
-        writer.write(red_picture(96, 128), 40)
+        writer.write(red_image(48, 64), 0)
+        writer.write(red_image(96, 128), 40)
     assert [image.shape for _, image in read_video(tmp_path / "v.mp4")] == [(48, 64, 3)] * 2
 
 
 def test_rows_that_do_not_lie_together(tmp_path: Path) -> None:
-    wide = np.hstack([red_picture(), red_picture()])
+    wide = np.hstack([red_image(), red_image()])
     for name, images in (
         ("view", [wide[:, :64], wide[::-1, :64]]),
-        ("copy", [red_picture(), red_picture()[::-1].copy()]),
+        ("copy", [red_image(), red_image()[::-1].copy()]),
     ):
         with VideoWriter(tmp_path / f"{name}.mp4", (64, 48), MILLISECOND) as writer:
             for i, image in enumerate(images):
@@ -48,7 +48,7 @@ def test_rows_that_do_not_lie_together(tmp_path: Path) -> None:
 def test_times_that_do_not_grow_are_moved(tmp_path: Path) -> None:
     with VideoWriter(tmp_path / "v.mp4", (64, 48), MILLISECOND) as writer:
         for pts in (0, 40, 40, 30, 80):
-            writer.write(red_picture(), pts)
+            writer.write(red_image(), pts)
     assert [time for time, _ in read_video(tmp_path / "v.mp4")] == pytest.approx(
         [0, 0.04, 0.041, 0.042, 0.08]
     )
@@ -56,7 +56,7 @@ def test_times_that_do_not_grow_are_moved(tmp_path: Path) -> None:
 
 def test_colours_survive(tmp_path: Path) -> None:
     with VideoWriter(tmp_path / "v.mp4", (64, 48), MILLISECOND) as writer:
-        writer.write(red_picture(), 0)
+        writer.write(red_image(), 0)
     image = read_video(tmp_path / "v.mp4")[0][1]
     np.testing.assert_allclose(image[16, 16], (0, 0, 250), atol=12)
 
@@ -83,7 +83,7 @@ class FullDisk:
 def write_frames(path: Path, count: int) -> None:
     with VideoWriter(path, (64, 48), MILLISECOND) as writer:
         for i in range(count):
-            writer.write(red_picture(), i)
+            writer.write(red_image(), i)
 
 
 @pytest.mark.parametrize("frames", [1, 100])  # noticed when completing the file, or while writing

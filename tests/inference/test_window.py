@@ -1,7 +1,7 @@
 import cv2
 import numpy as np
 import pytest
-from inference.fakes import found, red_picture, video_frame, write_all
+from inference.fakes import found, red_image, video_frame, write_all
 from numpy.typing import NDArray
 
 from tood_deploy.errors import OutputError
@@ -31,7 +31,7 @@ def test_frames_are_shown_until_q(shown: list[NDArray[np.uint8]]) -> None:
     with pytest.raises(Finished):
         write_all(sink, *((video_frame(i, i), ONE) for i in range(10)))
     assert len(shown) == 4
-    assert (shown[0] == ONE.plot(red_picture())).all()
+    assert (shown[0] == ONE.plot(red_image())).all()
 
 
 def test_without_windows_in_opencv() -> None:

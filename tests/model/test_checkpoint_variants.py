@@ -88,12 +88,12 @@ def test_a_top_level_preprocessor(variant: Variant) -> None:
 
 
 def test_stretched_images_come_back_in_their_own_pixels(
-    variant: Variant, synth_picture: Callable[[int, int], Any]
+    variant: Variant, synth_image_bgr: Callable[[int, int], Any]
 ) -> None:
     """The stretching detector equals the fitting one on an image that was stretched beforehand."""
     import cv2
 
-    image = synth_picture(240, 480)
+    image = synth_image_bgr(240, 480)
     stretched = np.asarray(cv2.resize(image, (320, 320), interpolation=cv2.INTER_LINEAR), np.uint8)
     with Detector(variant((SIZE, "keep_ratio=False, scale=(320, 320)")), conf=0.05) as detector:
         assert detector.prepare(image).transform.resized_hw == (320, 320)

@@ -70,16 +70,14 @@ def test_maps_equal_the_reference(
     name: str, goldens: Goldens, seeded_model: Callable[..., Any]
 ) -> None:
     model = seeded_model(name, convention="mmdet")
-    for picture in ("synth", "demo__320"):
-        compare_maps(model, goldens(f"{CONFIGS[name]}__{picture}"), picture, goldens)
+    for image in ("synth", "demo__320"):
+        compare_maps(model, goldens(f"{CONFIGS[name]}__{image}"), image, goldens)
 
 
-def compare_maps(
-    model: Any, golden: dict[str, NDArray[Any]], picture: str, goldens: Goldens
-) -> None:
+def compare_maps(model: Any, golden: dict[str, NDArray[Any]], image: str, goldens: Goldens) -> None:
     maps: dict[str, NDArray[np.float32]] = {}
     record_maps(model, maps)
-    out = run(model, goldens(f"input__{picture}")["input"])
+    out = run(model, goldens(f"input__{image}")["input"])
     compared = 0
     for level in LEVELS:
         for key, found, tolerance in (
@@ -159,7 +157,7 @@ def test_initial_scores_are_the_prior() -> None:
         assert scores.median().item() == pytest.approx(0.01, rel=0.05)
 
 
-def test_batch_holds_independent_pictures(seeded_model: Callable[..., Any]) -> None:
+def test_batch_holds_independent_images(seeded_model: Callable[..., Any]) -> None:
     model, rng = seeded_model("tiny"), np.random.default_rng(0)
     images = rng.standard_normal((3, 3, 64, 96)).astype(np.float32)
     together = run(model, images)

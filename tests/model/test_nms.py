@@ -17,7 +17,7 @@ from tood_deploy.model.nms import BLOCK, nms
 def greedy(
     boxes: torch.Tensor, scores: torch.Tensor, labels: torch.Tensor, threshold: float, max_det: int
 ) -> list[int]:
-    """The textbook loop, on one picture's boxes in order of score."""
+    """The textbook loop, on one image's boxes in order of score."""
     overlap = box_iou(boxes, boxes) > threshold
     kept: list[int] = []
     for i in range(len(scores)):
@@ -34,10 +34,10 @@ def assert_equals_greedy(
     boxes: torch.Tensor, scores: torch.Tensor, labels: torch.Tensor, threshold: float, max_det: int
 ) -> None:
     kept, counts = nms(boxes, scores, labels, threshold, max_det)
-    for picture in range(len(boxes)):
-        expected = greedy(boxes[picture], scores[picture], labels[picture], threshold, max_det)
-        assert counts[picture].item() == len(expected)
-        assert kept[picture].tolist() == expected + [scores.shape[1]] * (max_det - len(expected))
+    for image in range(len(boxes)):
+        expected = greedy(boxes[image], scores[image], labels[image], threshold, max_det)
+        assert counts[image].item() == len(expected)
+        assert kept[image].tolist() == expected + [scores.shape[1]] * (max_det - len(expected))
 
 
 def make(

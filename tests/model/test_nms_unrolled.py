@@ -11,7 +11,7 @@ from tood_deploy.model.postprocess import Candidates, suppress, suppress_unrolle
 
 
 def agrees(found: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """For every picture, whether positions and count are the same."""
+    """For every image, whether positions and count are the same."""
     return (found[0] == expected[0]).all(1) & (found[1] == expected[1])
 
 
@@ -46,7 +46,7 @@ def test_is_never_wrong_where_it_says_exact(
 @pytest.mark.parametrize("spread", [60.0, 200.0, 800.0])
 @pytest.mark.parametrize("classes", [1, 80])
 def test_crowds_settle_within_the_rounds(spread: float, classes: int) -> None:
-    """Three thousand boxes on top of one another, as no picture has them."""
+    """Three thousand boxes on top of one another, as no image has them."""
     boxes = crowd(7, 3, 1024, classes, spread)
     found = nms_unrolled(*boxes, 0.6, 100)
     assert found.exact.all()
@@ -93,8 +93,8 @@ def test_fewer_boxes_than_places() -> None:
     assert found.num_dets.tolist() == [4, 4]
 
 
-def test_pictures_of_a_batch_have_thresholds_of_their_own() -> None:
-    """As the serving form of the graph gives them: one for each picture."""
+def test_images_of_a_batch_have_thresholds_of_their_own() -> None:
+    """As the serving form of the graph gives them: one for each image."""
     boxes, scores, labels = (part.expand(2, *part.shape[1:]) for part in crowd(5, 1, 200, 2, 100.0))
     found = nms_unrolled(boxes, scores, labels, torch.tensor([0.2, 0.7]).reshape(2, 1, 1), 50)
     for i, threshold in enumerate((0.2, 0.7)):

@@ -34,17 +34,17 @@ def random_head(seed: int, classes: int = 5, batch: int = 2) -> HeadOutput:
 
 def published_candidates(
     out: HeadOutput,
-    picture: int,
+    image: int,
     per_level: int,
     threshold: float,
     convention: str,
     hw: tuple[int, int],
 ) -> set[Any]:
-    """The candidates of one picture by the published rules, written as they read: (score, label, box)."""
+    """The candidates of one image by the published rules, written as they read: (score, label, box)."""
     found: list[tuple[float, int, tuple[float, ...]]] = []
     for scores, boxes, stride in zip(out.scores, out.boxes_strides, STRIDES, strict=True):
-        rows = scores[picture].flatten(1).T
-        flat = boxes[picture].flatten(1).T * stride
+        rows = scores[image].flatten(1).T
+        flat = boxes[image].flatten(1).T * stride
         if convention == "authors":
             limit = torch.tensor([hw[1], hw[0], hw[1], hw[0]], dtype=torch.float32)
             flat = torch.minimum(flat.clamp(min=0), limit)
@@ -72,19 +72,19 @@ def test_candidates_follow_the_published_rules(convention: Any, per_level: int) 
     out, hw = random_head(per_level), torch.tensor([[90, 120], [64, 128]])
     candidates = select_candidates(out, hw, 0.05, convention=convention, per_level=per_level)
     assert (candidates.scores[:, :-1] >= candidates.scores[:, 1:]).all()
-    for picture in range(2):
-        real = candidates.scores[picture] > 0
+    for image in range(2):
+        real = candidates.scores[image] > 0
         found = {
             (score, label, tuple(box))
             for score, label, box in zip(
-                candidates.scores[picture][real].tolist(),
-                candidates.labels[picture][real].tolist(),
-                candidates.boxes_net[picture][real].tolist(),
+                candidates.scores[image][real].tolist(),
+                candidates.labels[image][real].tolist(),
+                candidates.boxes_net[image][real].tolist(),
                 strict=True,
             )
         }
         expected = published_candidates(
-            out, picture, per_level, 0.05, convention, (int(hw[picture, 0]), int(hw[picture, 1]))
+            out, image, per_level, 0.05, convention, (int(hw[image, 0]), int(hw[image, 1]))
         )
         assert found == expected
 
@@ -102,11 +102,11 @@ def test_threshold_is_strict() -> None:
 
 def test_rows_past_the_last_detection_are_zero() -> None:
     found = detect(random_head(3, classes=1), torch.tensor([[96, 128]] * 2), 0.5, 0.3)
-    for picture, count in enumerate(found.num_dets.tolist()):
+    for image, count in enumerate(found.num_dets.tolist()):
         assert 0 < count < 100
-        assert (found.scores[picture, :count] > 0.5).all()
+        assert (found.scores[image, :count] > 0.5).all()
         for rows in found[1:]:
-            assert not rows[picture, count:].any()
+            assert not rows[image, count:].any()
 
 
 def test_one_class_and_max_det() -> None:
@@ -127,9 +127,9 @@ def to_rows(found: BatchResult, boxes: NDArray[np.float32] | None = None) -> Row
 
 
 def read_demo(shared: Any) -> NDArray[np.uint8]:
-    picture = cv2.imread(str(shared / "reference" / "images" / "demo.jpg"))
-    assert picture is not None
-    return np.asarray(picture, np.uint8)
+    image = cv2.imread(str(shared / "reference" / "images" / "demo.jpg"))
+    assert image is not None
+    return np.asarray(image, np.uint8)
 
 
 def golden_rows(golden: dict[str, NDArray[Any]], kind: str) -> Rows:
@@ -163,11 +163,11 @@ def test_detections_equal_mmdetection(
     name: str, goldens: Goldens, seeded_model: Callable[..., Any]
 ) -> None:
     model = seeded_model(name, convention="mmdet")
-    for picture, kinds in (
+    for image, kinds in (
         ("synth", ("det", "uncapped", "pre200")),
         ("demo__320", ("det", "uncapped")),
     ):
-        golden, given = goldens(f"{MMDET[name]}__{picture}"), goldens(f"input__{picture}")
+        golden, given = goldens(f"{MMDET[name]}__{image}"), goldens(f"input__{image}")
         with torch.inference_mode():
             out = model(torch.from_numpy(given["input"]))
         height, width = given["img_shape"].tolist()
@@ -232,7 +232,7 @@ def test_normalised_input_equals_the_reference_to_the_byte(
     height, width = golden["img_shape"].tolist()
     padded = np.zeros((224, 320, 3), np.uint8)
     padded[:height, :width] = resized.transpose(1, 2, 0)[:, :, ::-1]
-    padded[height:] = 77  # what lies outside the picture must not matter
+    padded[height:] = 77  # what lies outside the image must not matter
     pixels = FusedDetector(seeded_model("tiny")).normalise(
         torch.from_numpy(padded)[None], torch.tensor([[height, width]])
     )

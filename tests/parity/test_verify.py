@@ -13,7 +13,7 @@ import pytest
 from onnx import helper, numpy_helper
 from onnx_edits import all_nodes, edit_weight, maker
 
-from tood_deploy.data.image_set import synthetic_picture
+from tood_deploy.data.image_set import synthetic_image
 from tood_deploy.errors import CheckFailed, ToodError
 from tood_deploy.graph_io import MAP_NAMES, OUTPUTS
 from tood_deploy.model import load_checkpoint
@@ -176,7 +176,7 @@ class TestFloat32:
         assert 0.01 < min(ratios) <= max(ratios) <= parity["limits"]["rms_of_few"]
         assert parity["detections"]["reference"] > 200
         assert parity["detections"]["matched"] == parity["detections"]["reference"]
-        assert parity["pictures"] == 2 * len(SIZES_HW)
+        assert parity["images"] == 2 * len(SIZES_HW)
 
     @pytest.mark.parametrize(
         ("sabotage", "stage"),
@@ -254,18 +254,18 @@ class TestFloat32:
         assert "head_boxes_p7 of 64x64" in parity["ill_conditioned"]
 
     def test_own_images_take_part(self, reference: Reference, run: OnnxRunner) -> None:
-        pictures = [synthetic_picture(50, 90, 1), synthetic_picture(200, 40, 2)]
+        images = [synthetic_image(50, 90, 1), synthetic_image(200, 40, 2)]
         assert (
-            verify_float32(replace(reference, sizing=Sizing((96, 128))), run, pictures=pictures)[
-                "pictures"
+            verify_float32(replace(reference, sizing=Sizing((96, 128))), run, images=images)[
+                "images"
             ]
             == 2 * len(SIZES_HW) + 2
         )
 
 
 @pytest.fixture(scope="module")
-def pictures() -> list[np.ndarray]:
-    return [synthetic_picture(90, 120, seed) for seed in range(3)]
+def images() -> list[np.ndarray]:
+    return [synthetic_image(90, 120, seed) for seed in range(3)]
 
 
 @pytest.fixture(scope="module")
@@ -275,10 +275,10 @@ def small(reference: Reference) -> Reference:
 
 class TestDetections:
     def test_what_is_kept_is_counted_both_ways(
-        self, small: Reference, run: OnnxRunner, pictures: list[np.ndarray]
+        self, small: Reference, run: OnnxRunner, images: list[np.ndarray]
     ) -> None:
-        parity = verify_detections(small, run, pictures, LIMITS, measure_ap=lambda: (50.0, 49.75))
-        assert (parity["lost"], parity["added"], parity["pictures"]) == (0, 0, 3)
+        parity = verify_detections(small, run, images, LIMITS, measure_ap=lambda: (50.0, 49.75))
+        assert (parity["lost"], parity["added"], parity["images"]) == (0, 0, 3)
         assert parity["reference_detections"] >= module.FEWEST_DETECTIONS
         assert (
             abs(parity["reference_detections"] - parity["artefact_detections"]) <= 1
@@ -301,34 +301,34 @@ class TestDetections:
         message: str,
         small: Reference,
         run: OnnxRunner,
-        pictures: list[np.ndarray],
+        images: list[np.ndarray],
     ) -> None:
         limits = replace(LIMITS, score=0.01)
         with pytest.raises(CheckFailed, match=message):
-            verify_detections(small, Changed(run, change), pictures, limits)
+            verify_detections(small, Changed(run, change), images, limits)
 
     def test_what_only_the_artefact_finds_is_refused(
-        self, small: Reference, run: OnnxRunner, pictures: list[np.ndarray]
+        self, small: Reference, run: OnnxRunner, images: list[np.ndarray]
     ) -> None:
         with pytest.raises(CheckFailed, match="detections added"):
             verify_detections(
-                replace(small, run=Changed(run, _without_the_best)), run, pictures, LIMITS
+                replace(small, run=Changed(run, _without_the_best)), run, images, LIMITS
             )
 
     def test_a_drop_in_ap_is_refused(
-        self, small: Reference, run: OnnxRunner, pictures: list[np.ndarray]
+        self, small: Reference, run: OnnxRunner, images: list[np.ndarray]
     ) -> None:
         with pytest.raises(CheckFailed, match=r"AP drops by 1\.00 points, at most 0\.5"):
-            verify_detections(small, run, pictures, LIMITS, measure_ap=lambda: (50.0, 49.0))
+            verify_detections(small, run, images, LIMITS, measure_ap=lambda: (50.0, 49.0))
 
     def test_nothing_to_see_is_an_error(
-        self, small: Reference, run: OnnxRunner, pictures: list[np.ndarray]
+        self, small: Reference, run: OnnxRunner, images: list[np.ndarray]
     ) -> None:
         with pytest.raises(ToodError, match="--verify-images"):
             verify_detections(small, run, [], LIMITS)
         blind = Changed(run, lambda outputs: outputs[0].__imul__(0))
         with pytest.raises(ToodError, match="nothing is found"):
-            verify_detections(replace(small, run=blind), run, pictures, LIMITS)
+            verify_detections(replace(small, run=blind), run, images, LIMITS)
 
 
 def _without_the_best(outputs: Outputs) -> None:

@@ -21,7 +21,7 @@ Fit = Callable[..., Progress]
 
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten generated pictures: a folder with annotations.json and pictures/."""
+    """Ten generated images: a folder with annotations.json and images/."""
     return write_scenes(tmp_path_factory.mktemp("scenes"), 10, seed=3).parent
 
 
@@ -66,7 +66,7 @@ def run_fit(scenes: Path, small_preset: Preset, short_recipe: Recipe) -> Fit:
         **options: Any,
     ) -> Progress:
         recipe = recipe or short_recipe
-        annotations = read_annotations(scenes / "annotations.json", scenes / "pictures")
+        annotations = read_annotations(scenes / "annotations.json", scenes / "images")
         data = TrainingData(
             annotations.for_training(),
             Augment(

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from tood_deploy.data.coco import Annotations, read_annotations
 from tood_deploy.errors import InputError
-from tood_deploy.training.report import check_pictures, report
+from tood_deploy.training.report import check_images, report
 
 
 @pytest.fixture
@@ -22,11 +22,11 @@ def coco(scenes: Path, tmp_path: Path) -> tuple[dict[str, Any], Path]:
 
 def read_changed(scenes: Path, content: Any, path: Path) -> Annotations:
     path.write_text(content if isinstance(content, str) else json.dumps(content))
-    return read_annotations(path, scenes / "pictures")
+    return read_annotations(path, scenes / "images")
 
 
 def test_a_right_file(scenes: Path) -> None:
-    found = read_annotations(scenes / "annotations.json", scenes / "pictures")
+    found = read_annotations(scenes / "annotations.json", scenes / "images")
     content = json.loads((scenes / "annotations.json").read_text())
     assert len(found.records) == 10
     assert sum(len(record.boxes) for record in found.records) == len(content["annotations"])
@@ -39,22 +39,22 @@ def test_a_right_file(scenes: Path) -> None:
 
 
 def test_class_order_can_be_chosen(scenes: Path) -> None:
-    found = read_annotations(scenes / "annotations.json", scenes / "pictures", ["ring", "disc"])
+    found = read_annotations(scenes / "annotations.json", scenes / "images", ["ring", "disc"])
     assert found.category_ids == (5, 1)
     assert found.problems.counts["category not listed, left out"] > 0
     with pytest.raises(InputError, match="has no category cat; it has disc, square"):
-        read_annotations(scenes / "annotations.json", scenes / "pictures", ["cat"])
+        read_annotations(scenes / "annotations.json", scenes / "images", ["cat"])
 
 
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ({"image_id": 999}, "annotation without a picture, left out"),
+        ({"image_id": 999}, "annotation without a image, left out"),
         ({"category_id": 77}, "category not listed, left out"),
         ({"bbox": [10, 10, 0, 5]}, "box of zero size, left out"),
         ({"bbox": [float("nan"), 10, 5, 5]}, "box of zero size, left out"),
-        ({"bbox": [400, 10, 20, 20]}, "box outside the picture, left out"),
-        ({"bbox": [-10, 10, 50, 50]}, "box reaching out of the picture, clipped"),
+        ({"bbox": [400, 10, 20, 20]}, "box outside the image, left out"),
+        ({"bbox": [-10, 10, 50, 50]}, "box reaching out of the image, clipped"),
         ({"iscrowd": 1}, "crowd box, left out"),
         ({"id": 2}, "annotation id given twice, the first counts"),
     ],
@@ -80,13 +80,13 @@ def test_bad_images_are_counted(scenes: Path, coco: tuple[dict[str, Any], Path])
     content["images"][2]["id"] = content["images"][3]["id"]
     found = read_changed(scenes, content, path)
     assert len(found.records) == 7
-    assert found.problems.counts["picture missing, left out"] == 1
-    assert found.problems.counts["picture of no size, left out"] == 1
+    assert found.problems.counts["image missing, left out"] == 1
+    assert found.problems.counts["image of no size, left out"] == 1
     assert found.problems.counts["image id given twice, the first counts"] == 1
-    assert "1 x picture missing, left out (gone.jpg)" in found.problems.lines()
+    assert "1 x image missing, left out (gone.jpg)" in found.problems.lines()
 
 
-def test_pictures_without_boxes_are_not_trained_on(
+def test_images_without_boxes_are_not_trained_on(
     scenes: Path, coco: tuple[dict[str, Any], Path]
 ) -> None:
     content, path = coco
@@ -95,9 +95,7 @@ def test_pictures_without_boxes_are_not_trained_on(
     found = read_changed(scenes, content, path)
     assert {record.image_id for record in found.for_training()} == set(range(10)) - {4, 5}
     content["annotations"] = []
-    with pytest.raises(
-        InputError, match="no picture can be trained on; 10 x picture without boxes"
-    ):
+    with pytest.raises(InputError, match="no image can be trained on; 10 x image without boxes"):
         read_changed(scenes, content, path).for_training()
 
 
@@ -144,22 +142,22 @@ def test_report_names_problems_and_counts(
     scenes: Path, coco: tuple[dict[str, Any], Path], tmp_path: Path
 ) -> None:
     content, path = coco
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
+    images = tmp_path / "images"
+    images.mkdir()
     for entry in content["images"]:
-        (pictures / entry["file_name"]).write_bytes(
-            (scenes / "pictures" / entry["file_name"]).read_bytes()
+        (images / entry["file_name"]).write_bytes(
+            (scenes / "images" / entry["file_name"]).read_bytes()
         )
-    (pictures / "00003.jpg").write_text("no picture")
+    (images / "00003.jpg").write_text("no image")
     content["annotations"][0]["iscrowd"] = 1
     path.write_text(json.dumps(content))
-    annotations = read_annotations(path, pictures)
-    check_pictures(annotations)
+    annotations = read_annotations(path, images)
+    check_images(annotations)
     console = Console(width=120, file=io.StringIO())
     console.print(report(annotations, "training"))
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "1 x crowd box, left out (1)" in text
-    assert "1 x picture unreadable or of another size than annotated (00003.jpg)" in text
+    assert "1 x image unreadable or of another size than annotated (00003.jpg)" in text
     counts = np.bincount(
         np.concatenate([record.labels for record in annotations.records]), minlength=5
     )

@@ -22,7 +22,7 @@ from tood_deploy.training.data import (
     load_batches,
     mirror,
     mirror_vertically,
-    read_picture,
+    read_image,
     recolour,
     scale,
 )
@@ -89,7 +89,7 @@ def records(shapes: list[tuple[int, int]]) -> list[Record]:
     by_aspect=st.booleans(),
     epoch=st.integers(0, 3),
 )
-def test_every_picture_comes_once_an_epoch(
+def test_every_image_comes_once_an_epoch(
     count: int, batch: int, by_aspect: bool, epoch: int
 ) -> None:
     data = records([(10, 20) if i % 3 else (20, 10) for i in range(count)])
@@ -116,7 +116,7 @@ def test_batches_hold_one_kind_of_aspect_but_for_the_last() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 3, 5])
-def test_a_step_has_a_picture_for_every_worker(count: int) -> None:
+def test_a_step_has_a_image_for_every_worker(count: int) -> None:
     batches = epoch_batches(
         records([(10, 20)] * count), 4, seed=0, epoch=0, by_aspect=True, at_least=4
     )
@@ -145,7 +145,7 @@ def test_collate_pads_to_multiples_of_32() -> None:
 
 
 def test_worker_processes_change_nothing(scenes: Path) -> None:
-    annotations = read_annotations(scenes / "annotations.json", scenes / "pictures")
+    annotations = read_annotations(scenes / "annotations.json", scenes / "images")
     data = TrainingData(annotations.records, Augment((64, 96), (48, 64), 0.5, 0.5, 0.2), seed=1)
     steps = epoch_batches(data.records, 4, seed=1, epoch=2, by_aspect=True)
     alone, shared_out = (
@@ -156,7 +156,7 @@ def test_worker_processes_change_nothing(scenes: Path) -> None:
         assert torch.equal(first, second)
 
 
-def test_an_unreadable_picture_is_replaced_by_the_next(tmp_path: Path) -> None:
+def test_an_unreadable_image_is_replaced_by_the_next(tmp_path: Path) -> None:
     good = records([(10, 12)] * 2)
     paths = [tmp_path / "bad.jpg", tmp_path / "good.png"]
     paths[0].write_bytes(b"\xff\xd8 cut")
@@ -172,12 +172,12 @@ def test_an_unreadable_picture_is_replaced_by_the_next(tmp_path: Path) -> None:
     sample = data[0, 0]
     assert sample.image_id == 1
     assert sample.unreadable == ("bad.jpg",)
-    with pytest.raises(InputError, match=r"2 pictures in a row cannot be read \(bad.jpg"):
+    with pytest.raises(InputError, match=r"2 images in a row cannot be read \(bad.jpg"):
         _ = TrainingData([data.records[0]] * 2, Augment((32, 40)), seed=0)[0, 0]
 
 
-def test_a_picture_of_another_size_than_annotated_is_not_read(tmp_path: Path) -> None:
+def test_a_image_of_another_size_than_annotated_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     cv2.imwrite(str(path), np.zeros((10, 12, 3), np.uint8))
     record = Record(0, path, (10, 13), np.zeros((0, 4), np.float32), np.zeros(0, np.int64))
-    assert read_picture(record) is None
+    assert read_image(record) is None

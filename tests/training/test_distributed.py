@@ -1,4 +1,4 @@
-"""Two gloo processes of batch 2 learn what one process of batch 4 learns; evaluation counts every picture once."""
+"""Two gloo processes of batch 2 learn what one process of batch 4 learns; evaluation counts every image once."""
 
 import json
 import os
@@ -48,7 +48,7 @@ from tood_deploy.training.config import Recipe
 preset, recipe, scenes, output, weights = (json.loads(text) for text in sys.argv[1:])
 preset, recipe, scenes, output = Preset.from_dict(preset), Recipe.from_dict(recipe), Path(scenes), Path(output)
 with process_group("cpu") as device:
-    annotations = read_annotations(scenes / "annotations.json", scenes / "pictures")
+    annotations = read_annotations(scenes / "annotations.json", scenes / "images")
     data = TrainingData(annotations.for_training(), Augment(preset.imgsz), recipe.seed)
     journal = Journal(None if rank() else output, quiet=True, every=1)
     fit(new_model(preset, recipe.seed), data, recipe, RunOptions(output, device), journal=journal)
@@ -82,7 +82,7 @@ def train(workers: int, output: Path, preset: Preset, recipe: Recipe, scenes: Pa
 def test_two_workers_learn_as_one(
     scenes: Path, small_preset: Preset, short_recipe: Recipe, tmp_path: Path, accumulate: int
 ) -> None:
-    # One size of pictures and fixed statistics: what a worker sees of its own half alone cannot matter.
+    # One size of images and fixed statistics: what a worker sees of its own half alone cannot matter.
     batch = 4 * accumulate
     recipe = replace(
         short_recipe,

@@ -23,7 +23,7 @@ WEIGHTS = Path(__file__).resolve().parents[2] / "tood_deploy" / "weights" / "tin
 
 def test_trained_weights_find_what_is_there(scenes: Path) -> None:
     evaluator = CocoEvaluator(
-        read_annotations(scenes / "annotations.json", scenes / "pictures"), batch=4
+        read_annotations(scenes / "annotations.json", scenes / "images"), batch=4
     )
     found = evaluator(load_checkpoint(WEIGHTS))
     assert evaluator.latest is found
@@ -33,12 +33,12 @@ def test_trained_weights_find_what_is_there(scenes: Path) -> None:
     assert found.precision.shape == (10, 101)
     assert found.precision.mean() == pytest.approx(found.metrics["AP"], abs=1e-6)
     assert set(found.class_ap) == {"disc", "square", "triangle", "star", "ring"}
-    assert [picture.shape for picture in found.pictures] == [(240, 320, 3)] * 4
+    assert [image.shape for image in found.images] == [(240, 320, 3)] * 4
 
 
 def test_category_ids_of_any_kind_and_bare_annotations(scenes: Path, tmp_path: Path) -> None:
     content = json.loads((scenes / "annotations.json").read_text())
-    plain = CocoEvaluator(read_annotations(scenes / "annotations.json", scenes / "pictures"))(
+    plain = CocoEvaluator(read_annotations(scenes / "annotations.json", scenes / "images"))(
         load_checkpoint(WEIGHTS)
     )
     content["categories"] = [entry | {"id": entry["id"] * 7} for entry in content["categories"]][
@@ -54,22 +54,22 @@ def test_category_ids_of_any_kind_and_bare_annotations(scenes: Path, tmp_path: P
     ]
     (tmp_path / "odd.json").write_text(json.dumps(content))
     names = ("disc", "square", "triangle", "star", "ring")
-    odd = CocoEvaluator(read_annotations(tmp_path / "odd.json", scenes / "pictures", names))(
+    odd = CocoEvaluator(read_annotations(tmp_path / "odd.json", scenes / "images", names))(
         load_checkpoint(WEIGHTS)
     )
     assert odd.metrics == plain.metrics
 
 
-def test_an_unreadable_picture_counts_as_missed(scenes: Path, tmp_path: Path) -> None:
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
-    for path in (scenes / "pictures").iterdir():
-        (pictures / path.name).write_bytes(path.read_bytes())
-    (pictures / "00002.jpg").write_bytes(b"cut")
-    found = CocoEvaluator(read_annotations(scenes / "annotations.json", pictures))(
+def test_an_unreadable_image_counts_as_missed(scenes: Path, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    for path in (scenes / "images").iterdir():
+        (images / path.name).write_bytes(path.read_bytes())
+    (images / "00002.jpg").write_bytes(b"cut")
+    found = CocoEvaluator(read_annotations(scenes / "annotations.json", images))(
         load_checkpoint(WEIGHTS)
     )
-    whole = CocoEvaluator(read_annotations(scenes / "annotations.json", scenes / "pictures"))(
+    whole = CocoEvaluator(read_annotations(scenes / "annotations.json", scenes / "images"))(
         load_checkpoint(WEIGHTS)
     )
     assert found.unreadable == ("00002.jpg",)
@@ -77,7 +77,7 @@ def test_an_unreadable_picture_counts_as_missed(scenes: Path, tmp_path: Path) ->
 
 
 def test_a_network_that_finds_nothing(scenes: Path, small_preset: Preset) -> None:
-    evaluator = CocoEvaluator(read_annotations(scenes / "annotations.json", scenes / "pictures"))
+    evaluator = CocoEvaluator(read_annotations(scenes / "annotations.json", scenes / "images"))
     found = evaluator(new_model(small_preset, 0))
     assert found.metrics == dict.fromkeys(found.metrics, 0.0)
     assert len(found.metrics) == 6
@@ -85,7 +85,7 @@ def test_a_network_that_finds_nothing(scenes: Path, small_preset: Preset) -> Non
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_report_and_plots(scenes: Path, small_preset: Preset, tmp_path: Path) -> None:
-    evaluator = CocoEvaluator(read_annotations(scenes / "annotations.json", scenes / "pictures"))
+    evaluator = CocoEvaluator(read_annotations(scenes / "annotations.json", scenes / "images"))
     found = evaluator(load_checkpoint(WEIGHTS))
     history = [
         {"epoch": float(i + 1), "cls": 1.0 / (i + 1), "box": 0.5, **found.metrics, "AP": 0.1 * i}
@@ -101,9 +101,9 @@ def test_report_and_plots(scenes: Path, small_preset: Preset, tmp_path: Path) ->
         == f"next: tood-export {tmp_path}/model.safetensors --output {tmp_path}/model.onnx"
     )
     for name in ("learning.png", "precision_recall.png"):
-        picture = cv2.imread(str(tmp_path / name))
-        assert picture is not None
-        assert len(np.unique(picture)) > 50
+        image = cv2.imread(str(tmp_path / name))
+        assert image is not None
+        assert len(np.unique(image)) > 50
     assert finish_report(
         tmp_path, small_preset, Recipe(), Progress(9, history, 0.2), found
     ).endswith("go on with --resume")
@@ -119,7 +119,7 @@ def test_journal_writes_tensorboard_and_json_lines(
         journal.step(values | {"step": 1})
         journal.step(values)
         journal.write("epoch", {"step": 2, "epoch": 1, "AP": 0.25})
-        journal.pictures([np.zeros((8, 8, 3), np.uint8)], 2)
+        journal.images([np.zeros((8, 8, 3), np.uint8)], 2)
     assert [entry["step"] for entry in read_log(tmp_path, "step")] == [2]
     assert "step 2: cls 1.000 box 2.000 lr 0.1 3.0 images/s" in capsys.readouterr().err
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))

@@ -46,7 +46,7 @@ def test_batch_scales_the_rate_and_says_so() -> None:
     recipe, notes = choose_recipe("r50-1x", {"batch": 64})
     assert recipe.lr == pytest.approx(0.04)
     assert notes == [
-        "the learning rate is 0.04, scaled with the batch: 0.01 is for 16 pictures a step"
+        "the learning rate is 0.04, scaled with the batch: 0.01 is for 16 images a step"
     ]
     recipe, notes = choose_recipe("r50-1x", {"batch": 64, "lr": 0.02})
     assert (recipe.lr, notes) == (0.02, [])

@@ -128,7 +128,7 @@ def test_best_is_kept(run_fit: Fit, short_recipe: Recipe, tmp_path: Path) -> Non
     def evaluate(model: Tood) -> SimpleNamespace:
         assert not model.training
         weights.append(model.state_dict()["bbox_head.tood_reg.weight"].clone())
-        return SimpleNamespace(metrics={"AP": next(aps)}, pictures=[])
+        return SimpleNamespace(metrics={"AP": next(aps)}, images=[])
 
     progress = run_fit(tmp_path / "run", evaluate=evaluate)
     assert progress.best_ap == 0.5
@@ -145,7 +145,7 @@ def test_evaluation_may_be_rarer_but_comes_last(run_fit: Fit, tmp_path: Path) ->
 
     def evaluate(_: Tood) -> SimpleNamespace:
         epochs.append(1)
-        return SimpleNamespace(metrics={"AP": 0.1}, pictures=[])
+        return SimpleNamespace(metrics={"AP": 0.1}, images=[])
 
     progress = run_fit(tmp_path / "run", evaluate=evaluate, evaluate_every=3)
     assert ["AP" in row for row in progress.history] == [False, False, True, True]
@@ -321,7 +321,7 @@ from tood_deploy.training.config import Recipe
 import json, os
 preset, recipe, scenes, output = (json.loads(text) for text in sys.argv[1:])
 preset, recipe, scenes = Preset.from_dict(preset), Recipe.from_dict(recipe), Path(scenes)
-records = read_annotations(scenes / "annotations.json", scenes / "pictures").for_training()
+records = read_annotations(scenes / "annotations.json", scenes / "images").for_training()
 print("ready", flush=True)
 for line in sys.stdin:  # each line asks for one more life of the run
     child = os.fork()

@@ -1,6 +1,6 @@
 """The reports of evaluation and benchmark: one self-contained HTML page, the same in Markdown, the numbers as JSON.
 
-Tables, figures and pictures come in; files come out. It knows nothing of detectors, metrics or what is reported.
+Tables, figures and images come in; files come out. It knows nothing of detectors, metrics or what is reported.
 Fractions stay fractions in JSON; whoever makes a table chooses its units.
 """
 
@@ -32,7 +32,7 @@ from tood_deploy import __version__
 from tood_deploy.files import write_text
 
 NOTHING = "-"
-LARGEST_PICTURE_PX = 1280
+LARGEST_IMAGE_PX = 1280
 JPEG_QUALITY = 82
 
 Cell = str | int | float | None
@@ -85,11 +85,11 @@ class Table:
 
 @dataclass(frozen=True)
 class Card:
-    """One picture or figure of a gallery.
+    """One image or figure of a gallery.
 
     Attributes:
         caption: a line above it.
-        body: what `embed_figure` or `picture` gave.
+        body: what `embed_figure` or `image` gave.
     """
 
     caption: str
@@ -102,7 +102,7 @@ class Section:
 
     Attributes:
         title: the heading.
-        body: HTML from `Table.html`, `gallery`, `embed_figure`, `picture` or `paragraph`; several are joined with +.
+        body: HTML from `Table.html`, `gallery`, `embed_figure`, `image` or `paragraph`; several are joined with +.
         lead: a sentence or two that say what is to be seen.
     """
 
@@ -171,7 +171,7 @@ def gallery(cards: Sequence[Card], columns: Literal["one", "two", "many"] = "two
 
 
 def pair(left: Markup, right: Markup) -> Markup:
-    """Two pictures beside one another, the right one below the left where the screen is narrow."""
+    """Two images beside one another, the right one below the left where the screen is narrow."""
     return Markup('<div class="pair">{}{}</div>\n').format(left, right)
 
 
@@ -180,15 +180,15 @@ def fold(summary: str, body: Markup) -> Markup:
     return Markup("<details><summary>{}</summary>{}</details>\n").format(summary, body)
 
 
-def picture(image_bgr: NDArray[np.uint8], description: str) -> Markup:
-    """An `<img>` with the picture, (H, W, 3) uint8 BGR, inside; `description` is for those who cannot see it."""
+def image(image_bgr: NDArray[np.uint8], description: str) -> Markup:
+    """An `<img>` with the image, (H, W, 3) uint8 BGR, inside; `description` is for those who cannot see it."""
     return Markup('<img src="{}" alt="{}" loading="lazy">\n').format(
-        embed_picture(image_bgr), description
+        embed_image(image_bgr), description
     )
 
 
-def embed_picture(image_bgr: NDArray[np.uint8], largest_px: int = LARGEST_PICTURE_PX) -> str:
-    """A data URI of the picture, (H, W, 3) uint8 BGR, as JPEG, scaled down where a side is longer than `largest_px`."""
+def embed_image(image_bgr: NDArray[np.uint8], largest_px: int = LARGEST_IMAGE_PX) -> str:
+    """A data URI of the image, (H, W, 3) uint8 BGR, as JPEG, scaled down where a side is longer than `largest_px`."""
     scale = largest_px / max(image_bgr.shape[:2])
     if scale < 1:
         size_wh = (

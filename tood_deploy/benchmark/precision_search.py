@@ -28,7 +28,7 @@ from tood_deploy.engines import Engine, open_engine
 from tood_deploy.errors import ArtefactError, InputError, ToodError
 from tood_deploy.export.config import EngineOptions, Profiles
 from tood_deploy.export.precision.calibrate import Calibration, calibrate
-from tood_deploy.export.precision.convert import Int8Options, Lowered, QualityOf, prepare_pictures
+from tood_deploy.export.precision.convert import Int8Options, Lowered, QualityOf, prepare_images
 from tood_deploy.export.precision.half import DATA_TYPES, LowPrecision, emulate_low_precision
 from tood_deploy.export.precision.quantize import all_layers, calibrated_values, quantize
 from tood_deploy.export.precision.search import Hands, Mixture, Tuned, autotune
@@ -54,7 +54,7 @@ class ApDrop:
         """Pairs classes and categories; runs nothing yet.
 
         Args:
-            data: annotations with their pictures.
+            data: annotations with their images.
             reference: the float32 artefact.
             quiet: say nothing of how far a measurement is.
 
@@ -69,12 +69,12 @@ class ApDrop:
         """AP of the float32 graph in points, 0 to 100; measured once.
 
         Raises:
-            InputError: it is 0, so that nothing could be lost; or pictures cannot be read.
+            InputError: it is 0, so that nothing could be lost; or images cannot be read.
         """
         if (ap := self._measured_ap) <= 0:
             raise InputError(
-                f"{self.data.truth.path}: the float32 network has no AP on its {len(self.data.files)} pictures, so none can be lost; "
-                "give annotated pictures of what is to be found"
+                f"{self.data.truth.path}: the float32 network has no AP on its {len(self.data.files)} images, so none can be lost; "
+                "give annotated images of what is to be found"
             )
         return ap
 
@@ -159,7 +159,7 @@ class Opener:
             load_openvino()
 
     def __call__(self, path: Path, net_hw: tuple[int, int]) -> Engine:
-        """The runtime, for pictures of one padded size.
+        """The runtime, for images of one padded size.
 
         Raises:
             ToodError: it cannot be built or opened.
@@ -183,28 +183,28 @@ class Opener:
 
 
 class LatencyBench:
-    """Measures graphs on one picture; a context manager that holds the reference open meanwhile."""
+    """Measures graphs on one image; a context manager that holds the reference open meanwhile."""
 
     def __init__(
         self,
         reference: onnx.ModelProto,
         open_file: Open,
-        picture: Prepared,
+        source_image: Prepared,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """Opens the reference and warms it up.
 
         Args:
             reference: what all others take turns with; artefacts' metadata inside, as in those.
-            open_file: opens an .onnx file for pictures of one padded size.
-            picture: to measure on.
+            open_file: opens an .onnx file for images of one padded size.
+            image: to measure on.
             clock: in seconds.
 
         Raises:
             ToodError: the reference cannot be opened.
         """
         self.reference, self._open_file, self._clock = reference, open_file, clock
-        image, valid_hw = picture
+        image, valid_hw = source_image
         self._net_hw = (image.shape[0], image.shape[1])
         self._inputs = image[None], np.array([valid_hw], np.int32)
         with ExitStack() as resources:
@@ -279,7 +279,7 @@ class PrecisionSearch:
 
     Attributes:
         opener: opens graphs in the runtime that they are made for.
-        calib_data: a folder of pictures to calibrate on; the first is also what latency is measured on.
+        calib_data: a folder of images to calibrate on; the first is also what latency is measured on.
         int8: how 8-bit layers are made; its `max_drop` is the most that quality may drop.
         half: the half precision that takes part, of what is not 8-bit, too; None for none.
         quality: makes what tells how much worse a graph is; per cent of mismatched detections where not given.
@@ -313,14 +313,14 @@ class PrecisionSearch:
         """Searches; `tell` is given a line for every trial, and the table of all.
 
         Raises:
-            ToodError: pictures cannot be read, classes and categories differ, or a graph cannot be built or run.
+            ToodError: images cannot be read, classes and categories differ, or a graph cannot be built or run.
         """
-        pictures = prepare_pictures(self.calib_data, artefact.manifest.preset.sizing)
-        evaluate, unit = self._quality(artefact, pictures)
+        images = prepare_images(self.calib_data, artefact.manifest.preset.sizing)
+        evaluate, unit = self._quality(artefact, images)
         calibration = self._calibrate(artefact, tell)
         mixer = Mixer(artefact, calibration, self.int8, self.half)
         assert self.int8.max_drop is not None
-        with LatencyBench(artefact.model, self.opener, pictures[0]) as bench:
+        with LatencyBench(artefact.model, self.opener, images[0]) as bench:
             hands = Hands(build=mixer, measure=bench, evaluate=evaluate, say=tell)
             tuned = autotune(
                 tuple(mixer.parts), self.precisions, hands, max_drop=self.int8.max_drop
@@ -336,18 +336,18 @@ class PrecisionSearch:
         return Lowered(model, graph_precision(model), {"autotune": told})
 
     def _quality(
-        self, artefact: OnnxArtefact, pictures: Sequence[Prepared]
+        self, artefact: OnnxArtefact, images: Sequence[Prepared]
     ) -> tuple[Callable[[onnx.ModelProto], float], str]:
         """How much worse a graph is, and in which unit."""
         if self.quality is not None:
             return self.quality(artefact), "points of AP"
-        mismatch = DetectionMismatch(artefact.model, pictures)
+        mismatch = DetectionMismatch(artefact.model, images)
         return lambda model: mismatch(emulate_low_precision(model)), "per cent of detections"
 
     def _calibrate(self, artefact: OnnxArtefact, tell: Tell) -> Calibration:
         model, sizing = artefact.model, artefact.manifest.preset.sizing
         with progress_bar("calibrating", self.quiet) as progress:
-            most = self.int8.most_pictures
+            most = self.int8.max_images
             return calibrate(
                 model,
                 calibrated_values(model),
@@ -367,9 +367,7 @@ class PrecisionSearch:
             "precisions": self.precisions,
         }
         return (
-            how
-            | {"pictures": calibration.pictures, "calibration": calibration.key}
-            | tuned.to_dict()
+            how | {"images": calibration.images, "calibration": calibration.key} | tuned.to_dict()
         )
 
 

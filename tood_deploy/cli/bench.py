@@ -43,7 +43,7 @@ go with the artefact's precision. A limit that is passed makes the exit code 1. 
 
 LATENCY_EPILOG = """\
 Each model runs in a process of its own; rounds are interleaved, so that drift hits all alike. Ratios are against the baseline, or
-against the first model. Pictures are real, also without --images. Times of a busy machine mean little: what other processes took is
+against the first model. Images are real, also without --images. Times of a busy machine mean little: what other processes took is
 measured and said.
 """
 
@@ -86,7 +86,7 @@ def _add_latency(parser: argparse.ArgumentParser) -> None:
         "--images",
         type=Path,
         metavar="DIR",
-        help="pictures to run on, the first 8 (default: 8 crops of a photograph)",
+        help="images to run on, the first 8 (default: 8 crops of a photograph)",
     )
     parser.add_argument(
         "--batch",
@@ -94,7 +94,7 @@ def _add_latency(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[1],
         metavar="N",
-        help="pictures of one call, one or several numbers (default: 1)",
+        help="images of one call, one or several numbers (default: 1)",
     )
     parser.add_argument(
         "--rounds", type=int, default=10, metavar="N", help="turns of every model (default: 10)"
@@ -171,7 +171,7 @@ def _add_parity(parser: argparse.ArgumentParser) -> None:
         "--images",
         type=Path,
         metavar="DIR",
-        help="folder of pictures (default: built-in synthetic ones)",
+        help="folder of images (default: built-in synthetic ones)",
     )
     parser.add_argument(
         "--annotations",
@@ -185,7 +185,7 @@ def _add_parity(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="JSON object: category name, or null to leave out, by class name",
     )
-    parser.add_argument("--limit", type=int, metavar="N", help="take the first N pictures only")
+    parser.add_argument("--limit", type=int, metavar="N", help="take the first N images only")
     parser.add_argument(
         "--conf", type=float, default=0.05, help="score that detections must exceed (default: 0.05)"
     )
@@ -212,7 +212,7 @@ def _add_parity(parser: argparse.ArgumentParser) -> None:
         nargs=2,
         type=int,
         metavar=("H", "W"),
-        help="also pad every picture to this canvas: what that costs",
+        help="also pad every image to this canvas: what that costs",
     )
     parser.add_argument(
         "--no-verdict", action="store_true", help="leave the artefacts' manifests as they are"
@@ -247,7 +247,7 @@ def _add_shared(parser: argparse.ArgumentParser, name: str) -> None:
         nargs=2,
         type=int,
         metavar=("H", "W"),
-        help="short and long side to fit pictures to (default: the first model's)",
+        help="short and long side to fit images to (default: the first model's)",
     )
     parser.add_argument(
         "--device", default="cpu", choices=("cpu", "cuda"), help="where to run (default: cpu)"
@@ -365,7 +365,7 @@ def ap_from(text: str, models: Sequence[str], names: Sequence[str]) -> tuple[str
 def parity_command(args: argparse.Namespace, command: str) -> int:
     """Runs tood-bench parity; errors pass through."""
     if args.annotations is not None and args.images is None:
-        raise ToodError(f"{args.annotations}: annotations without their pictures; add --images DIR")
+        raise ToodError(f"{args.annotations}: annotations without their images; add --images DIR")
     sizes_hw = tuple(size_from(text) for text in args.sizes)
 
     from tood_deploy.benchmark.parity.report import verdict_line

@@ -89,12 +89,12 @@ def add_runtime_options(parser: argparse._ActionsContainer) -> None:
 
 
 def add_fast_decode(parser: argparse._ActionsContainer) -> None:
-    """The option of commands that read many pictures; None where not given."""
+    """The option of commands that read many images; None where not given."""
     parser.add_argument(
         "--fast-decode",
         action="store_true",
         default=None,
-        help="decode JPEG pictures at 1/2, 1/4 or 1/8 of their size where the network takes no more; scores change a little",
+        help="decode JPEG images at 1/2, 1/4 or 1/8 of their size where the network takes no more; scores change a little",
     )
 
 

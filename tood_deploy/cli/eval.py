@@ -68,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--images",
         type=Path,
         metavar="DIR",
-        help="folder of the pictures; for a results file only to draw the worst",
+        help="folder of the images; for a results file only to draw the worst",
     )
     parser.add_argument(
         "--output",
@@ -99,17 +99,17 @@ def build_parser() -> argparse.ArgumentParser:
         "--max-det",
         type=int,
         metavar="N",
-        help="the most detections a picture (default: what the model gives, 100)",
+        help="the most detections a image (default: what the model gives, 100)",
     )
     group.add_argument(
         "--imgsz",
         nargs=2,
         type=int,
         metavar=("H", "W"),
-        help="short and long side to fit pictures to (default: the model's)",
+        help="short and long side to fit images to (default: the model's)",
     )
     group.add_argument(
-        "--batch", type=int, metavar="N", help="the most pictures of one engine call (default: 1)"
+        "--batch", type=int, metavar="N", help="the most images of one engine call (default: 1)"
     )
     group.add_argument("--device", choices=("cpu", "cuda"), help="where to run (default: cpu)")
     group.add_argument(
@@ -165,11 +165,11 @@ def check_options(args: argparse.Namespace) -> None:
     """Refuses what would be without effect.
 
     Raises:
-        ToodError: no annotations, options of detection beside a results file, or a model without pictures.
+        ToodError: no annotations, options of detection beside a results file, or a model without images.
     """
     if args.annotations is None:
         raise ToodError(
-            "--annotations is missing: AP needs the truth; expected a COCO JSON of the pictures"
+            "--annotations is missing: AP needs the truth; expected a COCO JSON of the images"
         )
     given = [f"--{name.replace('_', '-')}" for name in OF_MODELS if getattr(args, name) is not None]
     if of_results(args) and given:
@@ -178,14 +178,14 @@ def check_options(args: argparse.Namespace) -> None:
         )
     if not of_results(args) and args.images is None:
         raise ToodError(
-            "--images is missing: a model needs the pictures; expected the folder that the annotations' file names start from"
+            "--images is missing: a model needs the images; expected the folder that the annotations' file names start from"
         )
 
 
 def evaluate_detector(
     args: argparse.Namespace, data: Any, folder: Path, command: str
 ) -> "Evaluation":
-    """Opens the model and runs it over the pictures."""
+    """Opens the model and runs it over the images."""
     from tood_deploy.benchmark.evaluation.evaluate import evaluate_model
     from tood_deploy.inference.detector import Detector
     from tood_deploy.manifest import doubts

@@ -60,7 +60,7 @@ what comes out:
 precision:
   bf16 and fp16 keep normalisation, decoding, scores and suppression in float32. In OpenVINO bf16 is a property of the run. ONNX Runtime
   on CPUs does not open an .onnx in bf16 and only emulates fp16: they are for engines, OpenVINO (bf16) and GPUs (fp16). int8 needs
-  pictures like those to come (--calib-data); --max-ap-drop with --annotations and --images, or --max-drop without annotations, keeps
+  images like those to come (--calib-data); --max-ap-drop with --annotations and --images, or --max-drop without annotations, keeps
   layers that cost too much in float32. --autotune-precision measures instead which mixture of precisions is fastest within that.
 
 checkpoints:
@@ -124,10 +124,10 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         nargs=2,
         metavar=("H", "W"),
-        help="the artefact's default picture size: short and long side",
+        help="the artefact's default image size: short and long side",
     )
     result.add_argument(
-        "--max-det", type=int, metavar="N", help="the most detections a picture (default: 100)"
+        "--max-det", type=int, metavar="N", help="the most detections a image (default: 100)"
     )
     result.add_argument(
         "--deform",
@@ -138,7 +138,7 @@ def parser() -> argparse.ArgumentParser:
         "--verify-images",
         type=Path,
         metavar="DIR",
-        help="pictures to verify on, in addition to the built-in ones (the first 16)",
+        help="images to verify on, in addition to the built-in ones (the first 16)",
     )
     result.add_argument("--quiet", action="store_true", help="print nothing but errors")
     _add_int8_options(result.add_argument_group("int8"))
@@ -153,7 +153,7 @@ def _add_int8_options(group: argparse._ArgumentGroup) -> None:
         "--calib-data",
         type=Path,
         metavar="DIR",
-        help="pictures to calibrate on, 64 or more; for fp16: to find what it cannot hold",
+        help="images to calibrate on, 64 or more; for fp16: to find what it cannot hold",
     )
     group.add_argument(
         "--target-cpu",
@@ -175,13 +175,13 @@ def _add_int8_options(group: argparse._ArgumentGroup) -> None:
         "--max-ap-drop",
         type=float,
         metavar="D",
-        help="the same in points of AP, 0 to 100, on annotated pictures",
+        help="the same in points of AP, 0 to 100, on annotated images",
     )
     group.add_argument(
         "--annotations",
         type=Path,
         metavar="FILE",
-        help="of --max-ap-drop: COCO annotations of the pictures in --images",
+        help="of --max-ap-drop: COCO annotations of the images in --images",
     )
     group.add_argument(
         "--calib-pictures",
@@ -200,13 +200,13 @@ def _add_engine_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--shapes",
         metavar="HxW,...",
-        help="padded picture sizes, 1 to 6, or auto with --images (default: landscape and portrait of --imgsz)",
+        help="padded image sizes, 1 to 6, or auto with --images (default: landscape and portrait of --imgsz)",
     )
     group.add_argument(
         "--images",
         type=Path,
         metavar="DIR",
-        help="pictures of --annotations, and whose sizes --shapes auto is chosen by; one folder for both",
+        help="images of --annotations, and whose sizes --shapes auto is chosen by; one folder for both",
     )
     group.add_argument(
         "--shapes-plot",
@@ -249,7 +249,7 @@ def _add_engine_options(group: argparse._ArgumentGroup) -> None:
         "--nms-rounds",
         type=int,
         metavar="N",
-        help="how many; a picture for which they are too few is an error (default: 16)",
+        help="how many; a image for which they are too few is an error (default: 16)",
     )
     group.add_argument(
         "--list-layers", action="store_true", help="print every layer with its precision"
@@ -269,7 +269,7 @@ def _add_triton_options(group: argparse._ArgumentGroup) -> None:
         "--queue-delay",
         type=int,
         metavar="US",
-        help="microseconds a picture waits for others (default: 1000)",
+        help="microseconds a image waits for others (default: 1000)",
     )
     group.add_argument(
         "--device", choices=("gpu", "cpu"), help="what the instances run on (default: gpu)"
@@ -386,7 +386,7 @@ def order_from(arguments: argparse.Namespace, command: str, data: DataSet | None
 
 
 def _precision_order(arguments: argparse.Namespace, data: DataSet | None) -> PrecisionOrder:
-    from tood_deploy.data.images import ImageSet
+    from tood_deploy.data.images import ImagesToCheck
 
     values = {
         name: getattr(arguments, name)
@@ -396,7 +396,7 @@ def _precision_order(arguments: argparse.Namespace, data: DataSet | None) -> Pre
     annotated = (
         None
         if data is None
-        else ImageSet("--images", tuple(data.files.values()), _decode_annotated)
+        else ImagesToCheck("--images", tuple(data.files.values()), _decode_annotated)
     )
     return PrecisionOrder(tuned=arguments.autotune_precision, annotated=annotated, **_given(values))
 
@@ -476,7 +476,7 @@ def precision_from(
     values = {
         "method": arguments.calib_method,
         "max_drop": _max_drop(arguments),
-        "most_pictures": arguments.calib_pictures,
+        "max_images": arguments.calib_pictures,
     }
     scheme = (
         "s8s8" if order.builds_engine else "u8s8" if arguments.target_cpu == "native" else "u8s7"

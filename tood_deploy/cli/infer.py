@@ -1,4 +1,4 @@
-"""tood-infer: runs a detector on pictures, videos, cameras and streams."""
+"""tood-infer: runs a detector on images, videos, cameras and streams."""
 
 import argparse
 import os
@@ -22,7 +22,7 @@ from tood_deploy.cli.common import (
 from tood_deploy.errors import ToodError
 
 EPILOG = """\
-A single picture or video that cannot be read ends the run with exit code 2. Among several, one that cannot be read is told and
+A single image or video that cannot be read ends the run with exit code 2. Among several, one that cannot be read is told and
 the rest goes on; the exit code is then 1, as it is for a video that is cut or has broken frames. Ctrl-C completes the outputs so
 far (exit code 130). A camera or stream gives the latest frame whenever the model is free, and counts those it drops.
 """
@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The options of tood-infer."""
     parser = argparse.ArgumentParser(
         prog="tood-infer",
-        description="Find objects in pictures, videos, cameras and streams.",
+        description="Find objects in images, videos, cameras and streams.",
         epilog=EPILOG,
     )
     parser.add_argument(
@@ -45,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
         "source",
         metavar="SOURCE",
         nargs="+",
-        help="a picture, folder, glob, text file with one path a line, video, camera (0 or /dev/video0), rtsp:// or http(s):// address",
+        help="a image, folder, glob, text file with one path a line, video, camera (0 or /dev/video0), rtsp:// or http(s):// address",
     )
     parser.add_argument(
         "--device", default="cpu", choices=("cpu", "cuda"), help="where to run (default: cpu)"
@@ -55,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
         nargs=2,
         type=int,
         metavar=("H", "W"),
-        help="short and long side to fit pictures to (default: the model's)",
+        help="short and long side to fit images to (default: the model's)",
     )
     parser.add_argument(
         "--conf",
@@ -72,7 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--max-det",
         type=int,
         metavar="N",
-        help="the most detections a picture (default: what the model gives, 100)",
+        help="the most detections a image (default: what the model gives, 100)",
     )
     parser.add_argument(
         "--batch", type=int, default=1, metavar="N", help="frames of one engine call (default: 1)"
@@ -87,7 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=int,
         default=200_000_000,
         metavar="N",
-        help="refuse larger pictures (default: 200000000)",
+        help="refuse larger images (default: 200000000)",
     )
     add_output_options(parser)
     add_model_options(parser)
@@ -101,7 +101,7 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
         "--output",
         type=Path,
         metavar="PLACE",
-        help="annotated pictures and videos: a folder, or a file for a single source",
+        help="annotated images and videos: a folder, or a file for a single source",
     )
     group.add_argument(
         "--json",
@@ -119,7 +119,7 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
         "--jsonl", metavar="FILE", help="one JSON object a frame, as they come; - for stdout"
     )
     group.add_argument(
-        "--crops", type=Path, metavar="DIR", help="every object as a picture of its own"
+        "--crops", type=Path, metavar="DIR", help="every object as a image of its own"
     )
     group.add_argument("--show", action="store_true", help="show the frames in a window; q ends")
     group.add_argument(
@@ -168,7 +168,7 @@ def infer_command(argv: Sequence[str] | None = None) -> int:
             print(f"warning: {doubt}", file=sys.stderr)
         run_inference(detector, source, outputs, args.batch)
     if source.skipped and source.kind != "live":  # a lost connection has been told
-        print(f"failed: {source.skipped} pictures or frames could not be read", file=sys.stderr)
+        print(f"failed: {source.skipped} images or frames could not be read", file=sys.stderr)
     return FAILED_CHECK if source.skipped else DONE
 
 

@@ -30,7 +30,7 @@ NUMBERS = {
     "batch": (
         int,
         "N",
-        "pictures a step, of all workers together; the learning rate scales along unless given",
+        "images a step, of all workers together; the learning rate scales along unless given",
     ),
     "lr": (float, "RATE", "learning rate"),
     "momentum": (float, "M", "of SGD"),
@@ -39,8 +39,8 @@ NUMBERS = {
     "clip": (float, "NORM", "largest norm of the whole gradient"),
     "accumulate": (int, "N", "compute a step in this many parts, which saves memory"),
     "atss_epochs": (int, "N", "epochs of ATSS before task-aligned assignment"),
-    "flip": (float, "SHARE", "of pictures mirrored left to right"),
-    "flip_vertical": (float, "SHARE", "of pictures mirrored top to bottom"),
+    "flip": (float, "SHARE", "of images mirrored left to right"),
+    "flip_vertical": (float, "SHARE", "of images mirrored top to bottom"),
     "colour": (float, "STRENGTH", "of random brightness, contrast and saturation, 0 to 1"),
     "frozen_stages": (int, "N", "backbone stages that do not learn; 0 the stem alone, -1 none"),
     "seed": (int, "N", "of weights, order and augmentation"),
@@ -89,7 +89,7 @@ def _add_data_options(group: Any) -> None:
             f"--{part}-json",
             type=Path,
             metavar="FILE",
-            help=f"COCO annotations of the {part} pictures",
+            help=f"COCO annotations of the {part} images",
         )
         group.add_argument(
             f"--{part}-images",
@@ -113,7 +113,7 @@ def _add_data_options(group: Any) -> None:
         type=int,
         nargs=2,
         metavar=("H", "W"),
-        help="short and long side that pictures are scaled to fit",
+        help="short and long side that images are scaled to fit",
     )
     group.add_argument(
         "--check-data",
@@ -171,12 +171,12 @@ def _add_recipe_options(group: Any) -> None:
         type=int,
         nargs=2,
         metavar=("MIN", "MAX"),
-        help="draw each picture's short side from these",
+        help="draw each image's short side from these",
     )
     group.add_argument(
         "--group-by-aspect",
         action=argparse.BooleanOptionalAction,
-        help="batches of either wide or tall pictures",
+        help="batches of either wide or tall images",
     )
     group.add_argument(
         "--freeze-norm",
@@ -230,7 +230,7 @@ def _add_run_options(group: Any) -> None:
         type=int,
         default=8,
         metavar="N",
-        help="pictures at once in evaluation (default: 8)",
+        help="images at once in evaluation (default: 8)",
     )
     group.add_argument(
         "--stop-after",
@@ -346,7 +346,7 @@ def _check_data(paths: "DataPaths", class_names: list[str] | None) -> int:
     from rich.console import Console
 
     from tood_deploy.data.coco import read_annotations
-    from tood_deploy.training.report import check_pictures, report
+    from tood_deploy.training.report import check_images, report
 
     console = Console(width=None if sys.stdout.isatty() else 120)
     train = read_annotations(paths.train_json, paths.train_images, class_names)
@@ -356,7 +356,7 @@ def _check_data(paths: "DataPaths", class_names: list[str] | None) -> int:
             ("validation", read_annotations(paths.val_json, paths.val_images, train.class_names))
         )
     for title, annotations in parts:
-        check_pictures(annotations, progress=sys.stdout.isatty())
+        check_images(annotations, progress=sys.stdout.isatty())
         console.print(report(annotations, title))
     return DONE
 

@@ -1,6 +1,6 @@
 """COCO annotation files: read, checked, every doubtful entry counted. Knows no pixels and no torch.
 
-Pictures and boxes that cannot be used are left out and named in the report; a file that is not COCO at all is an error.
+Images and boxes that cannot be used are left out and named in the report; a file that is not COCO at all is an error.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from tood_deploy.errors import InputError, ToodError
 
-SMALLEST_PICTURE = (
+MIN_IMAGE_SIDE = (
     32  # pixels of the shorter side; smaller ones are not trained on, as in the published recipes
 )
 EXAMPLES = 3  # named per problem
@@ -25,13 +25,13 @@ EXAMPLES = 3  # named per problem
 
 @dataclass(frozen=True, eq=False)
 class Record:
-    """One picture and its boxes.
+    """One image and its boxes.
 
     Attributes:
         image_id: as in the file.
-        path: of the picture.
+        path: of the image.
         size_hw: as the file says.
-        boxes: (G, 4) float32 xyxy in pixels, clipped to the picture.
+        boxes: (G, 4) float32 xyxy in pixels, clipped to the image.
         labels: (G,) int64 class numbers.
     """
 
@@ -69,7 +69,7 @@ class Annotations:
 
     Attributes:
         path: the JSON file.
-        records: the pictures that can be used.
+        records: the images that can be used.
         class_names: in the order of the class numbers.
         category_ids: the file's id of every class.
         problems: what was left out, and why.
@@ -82,40 +82,40 @@ class Annotations:
     problems: Problems
 
     def for_training(self) -> list[Record]:
-        """The pictures one can learn from: with boxes, and not tiny; the others are counted as problems."""
+        """The images one can learn from: with boxes, and not tiny; the others are counted as problems."""
         kept = []
         for record in self.records:
             if not len(record.boxes):
-                self.problems.add("picture without boxes, left out", record.path.name)
-            elif min(record.size_hw) < SMALLEST_PICTURE:
+                self.problems.add("image without boxes, left out", record.path.name)
+            elif min(record.size_hw) < MIN_IMAGE_SIDE:
                 self.problems.add(
-                    f"picture under {SMALLEST_PICTURE} pixels, left out", record.path.name
+                    f"image under {MIN_IMAGE_SIDE} pixels, left out", record.path.name
                 )
             else:
                 kept.append(record)
         if not kept:
             raise InputError(
-                f"{self.path}: no picture can be trained on; {'; '.join(self.problems.lines()) or 'it lists none'}"
+                f"{self.path}: no image can be trained on; {'; '.join(self.problems.lines()) or 'it lists none'}"
             )
         return kept
 
 
 def read_annotations(
-    path: Path, pictures: Path, class_names: Iterable[str] | None = None
+    path: Path, source_images: Path, class_names: Iterable[str] | None = None
 ) -> Annotations:
     """Reads a COCO JSON.
 
     Args:
         path: the file.
-        pictures: the folder that its file names are relative to.
+        images: the folder that its file names are relative to.
         class_names: order of classes, by their names in the file; the file's own order where not given.
 
     Raises:
         InputError: not COCO, a class is missing, or the folder is not there.
     """
     content = _load(path)
-    if not pictures.is_dir():
-        raise InputError(f"{pictures}: no such folder; expected the pictures of {path}")
+    if not source_images.is_dir():
+        raise InputError(f"{source_images}: no such folder; expected the images of {path}")
     categories = _categories(content, path)
     names = tuple(categories) if class_names is None else tuple(class_names)
     if missing := [name for name in names if name not in categories]:
@@ -124,7 +124,7 @@ def read_annotations(
         )
     ids = tuple(categories[name] for name in names)
     problems = Problems()
-    images = _images(content["images"], pictures, path, problems)
+    images = _images(content["images"], source_images, path, problems)
     boxes = _boxes(
         content["annotations"],
         images,
@@ -191,15 +191,15 @@ def _categories(content: Mapping[str, Any], path: Path) -> dict[str, int]:
 
 
 def _images(
-    entries: Iterable[Any], pictures: Path, path: Path, problems: Problems
+    entries: Iterable[Any], source_images: Path, path: Path, problems: Problems
 ) -> dict[int, tuple[Path, tuple[int, int]]]:
-    """File and (rows, columns) of every usable picture by its id."""
+    """File and (rows, columns) of every usable image by its id."""
     images: dict[int, tuple[Path, tuple[int, int]]] = {}
     for entry in entries:
         try:
             key, file, size = (
                 int(entry["id"]),
-                pictures / str(entry["file_name"]),
+                source_images / str(entry["file_name"]),
                 (int(entry["height"]), int(entry["width"])),
             )
         except (KeyError, TypeError, ValueError) as error:
@@ -209,9 +209,9 @@ def _images(
         if key in images:
             problems.add("image id given twice, the first counts", key)
         elif not file.is_file():
-            problems.add("picture missing, left out", file.name)
+            problems.add("image missing, left out", file.name)
         elif min(size) < 1:
-            problems.add("picture of no size, left out", file.name)
+            problems.add("image of no size, left out", file.name)
         else:
             images[key] = file, size
     return images
@@ -224,7 +224,7 @@ def _boxes(
     problems: Problems,
     path: Path,
 ) -> dict[int, list[tuple[list[float], int]]]:
-    """Every usable box and its class number, by picture."""
+    """Every usable box and its class number, by image."""
     boxes: dict[int, list[tuple[list[float], int]]] = {key: [] for key in images}
     seen: set[Any] = set()
     for position, entry in enumerate(entries):
@@ -247,12 +247,12 @@ def _boxes(
         ):
             problem = "box of zero size, left out"
         elif problem is None and box is None:
-            problem = "box outside the picture, left out"
+            problem = "box outside the image, left out"
         if problem:
             problems.add(problem, name)
         elif box is not None:
             if box != [x, y, x + width, y + height]:
-                problems.add("box reaching out of the picture, clipped", name)
+                problems.add("box reaching out of the image, clipped", name)
             boxes[image].append((box, labels[category]))
     return boxes
 
@@ -264,7 +264,7 @@ def _problem(
     if name in seen:
         return "annotation id given twice, the first counts"
     if not has_image:
-        return "annotation without a picture, left out"
+        return "annotation without a image, left out"
     if not has_category:
         return "category not listed, left out"
     if entry.get("iscrowd"):
@@ -273,7 +273,7 @@ def _problem(
 
 
 def _clip(box: tuple[float, float, float, float], size_hw: tuple[int, int]) -> list[float] | None:
-    """The box inside the picture; None where nothing of it is."""
+    """The box inside the image; None where nothing of it is."""
     height, width = size_hw
     x1, y1, x2, y2 = (
         max(box[0], 0.0),
@@ -286,12 +286,12 @@ def _clip(box: tuple[float, float, float, float], size_hw: tuple[int, int]) -> l
 
 @dataclass(frozen=True, eq=False)
 class Boxes:
-    """N boxes; those of one picture stand together, in the order they came in.
+    """N boxes; those of one image stand together, in the order they came in.
 
     Attributes:
         image_ids: (N,) int64, ascending.
         category_ids: (N,) int64.
-        boxes_xywh: (N, 4) float64, left, top, width, height in pixels of the picture.
+        boxes_xywh: (N, 4) float64, left, top, width, height in pixels of the image.
     """
 
     image_ids: NDArray[np.int64]
@@ -308,11 +308,11 @@ class Boxes:
         )
 
     def by_image(self) -> Self:
-        """The same in ascending order of the picture ids."""
+        """The same in ascending order of the image ids."""
         return self.pick(np.argsort(self.image_ids, kind="stable"))
 
     def span(self, first_id: int, last_id: int) -> slice:
-        """Where the boxes of the pictures from `first_id` to `last_id`, both included, stand."""
+        """Where the boxes of the images from `first_id` to `last_id`, both included, stand."""
         start, stop = np.searchsorted(self.image_ids, [first_id, last_id + 1])
         return slice(int(start), int(stop))
 
@@ -335,7 +335,7 @@ class TruthBoxes(Boxes):
 
 @dataclass(frozen=True)
 class TruthImage:
-    """A picture of the annotations: file name, and (rows, columns) where the file tells them."""
+    """A image of the annotations: file name, and (rows, columns) where the file tells them."""
 
     file_name: str
     size_hw: tuple[int, int] | None
@@ -349,7 +349,7 @@ class Truth:
         path: the annotation file.
         images: by id, ascending.
         categories: name by id, ascending.
-        boxes: of all pictures.
+        boxes: of all images.
     """
 
     path: Path
@@ -358,7 +358,7 @@ class Truth:
     boxes: TruthBoxes
 
     def only(self, category_ids: Collection[int]) -> Truth:
-        """The same pictures with these categories alone."""
+        """The same images with these categories alone."""
         kept = {key: name for key, name in self.categories.items() if key in category_ids}
         return replace(
             self,
@@ -376,17 +376,17 @@ def read_truth(path: Path) -> Truth:
     content = _load_of_truth(path)
     images = _by_id(path, "image", content["images"], "file_name")
     categories = _by_id(path, "category", content["categories"], "name")
-    pictures = {
+    source_images = {
         key: TruthImage(str(image["file_name"]), _size_hw(image)) for key, image in images.items()
     }
-    _once(path, "pictures", (picture.file_name for picture in pictures.values()))
+    _once(path, "images", (source_image.file_name for source_image in source_images.values()))
     names = {key: str(category["name"]) for key, category in categories.items()}
     _once(path, "categories", names.values())
     return Truth(
         path,
-        pictures,
+        source_images,
         names,
-        _boxes_of_truth(path, content["annotations"], pictures, names).by_image(),
+        _boxes_of_truth(path, content["annotations"], source_images, names).by_image(),
     )
 
 
@@ -573,18 +573,18 @@ def _list(names: Sequence[str]) -> str:
 def read_coco_ids(
     path: Path, names: Sequence[str], class_names: Sequence[str]
 ) -> tuple[dict[str, int], list[int]]:
-    """The ids that an annotation file gives to these pictures and classes.
+    """The ids that an annotation file gives to these images and classes.
 
     Args:
         path: COCO annotations, JSON.
-        names: paths of the pictures; matched by the end of the path, as long as the file's `file_name`.
+        names: paths of the images; matched by the end of the path, as long as the file's `file_name`.
         class_names: of the detector, in the order of its class numbers.
 
     Returns:
         Image id of every name, and category id of every class.
 
     Raises:
-        InputError: not such a file, or a picture or class is not in it.
+        InputError: not such a file, or a image or class is not in it.
     """
     try:
         annotations = json.loads(path.read_text(encoding="utf-8"))
@@ -613,7 +613,7 @@ def _image_id(path: Path, image_ids: dict[PurePath, int], name: str) -> int:
         if (found := image_ids.get(PurePath(*parts[start:]))) is not None:
             return found
     raise InputError(
-        f"{path}: does not list the picture {name}; expected one of its {len(image_ids)} file names"
+        f"{path}: does not list the image {name}; expected one of its {len(image_ids)} file names"
     )
 
 

@@ -1,4 +1,4 @@
-"""The pictures of a benchmark, read one at a time: annotated ones, a folder's, or built-in synthetic ones."""
+"""The images of a benchmark, read one at a time: annotated ones, a folder's, or built-in synthetic ones."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tood_deploy.data.coco import Truth
-from tood_deploy.data.images import PICTURE_SUFFIXES, decode_image
+from tood_deploy.data.images import IMAGE_SUFFIXES, decode_image
 from tood_deploy.errors import InputError, ToodError
 from tood_deploy.files import absolute_path
 from tood_deploy.preprocess import fit_size, pad_size
@@ -25,7 +25,7 @@ PHOTOGRAPH = Path(
 )  # an official portrait, in the public domain
 
 
-def synthetic_picture(height: int, width: int, seed: int) -> NDArray[np.uint8]:
+def synthetic_image(height: int, width: int, seed: int) -> NDArray[np.uint8]:
     """Draw coloured blocks, rectangles and grain: (height, width, 3) uint8 BGR, the same for the same seed."""
     rng = np.random.default_rng(seed)
     blocks = rng.integers(64, 192, (-(-height // BLOCK), -(-width // BLOCK), 3))
@@ -100,12 +100,12 @@ def photograph_crops(count: int) -> list[NDArray[np.uint8]]:
     return [crop_evenly(photograph, CROP_HW, number, count) for number in range(count)]
 
 
-SYNTHETIC, SYNTHETIC_COUNT = "built-in synthetic pictures", 8
+SYNTHETIC, SYNTHETIC_COUNT = "built-in synthetic images", 8
 
 
 @dataclass(frozen=True, eq=False)
-class Picture:
-    """One picture.
+class ImageEntry:
+    """One image.
 
     Attributes:
         name: for reports.
@@ -119,47 +119,47 @@ class Picture:
 
 
 @dataclass(frozen=True, eq=False)
-class PictureSet:
-    """Pictures in a fixed order.
+class ImageSet:
+    """Images in a fixed order.
 
     Attributes:
         description: what they are, for reports.
-        pictures: all of them.
-        truth: their annotations, of these pictures alone.
+        images: all of them.
+        truth: their annotations, of these images alone.
     """
 
     description: str
-    pictures: tuple[Picture, ...]
+    images: tuple[ImageEntry, ...]
     truth: Truth | None = None
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
-    def __iter__(self) -> Iterator[Picture]:
-        return iter(self.pictures)
+    def __iter__(self) -> Iterator[ImageEntry]:
+        return iter(self.images)
 
 
-def open_pictures(
+def open_image_set(
     folder: Path | None, truth: Truth | None, imgsz: tuple[int, int], most: int | None = None
-) -> PictureSet:
-    """The pictures to run on.
+) -> ImageSet:
+    """The images to run on.
 
     Args:
-        folder: of pictures; synthetic ones of `imgsz` where not given.
-        truth: annotations of pictures in that folder.
+        folder: of images; synthetic ones of `imgsz` where not given.
+        truth: annotations of images in that folder.
         imgsz: (short side, long side).
         most: take the first of them only.
 
     Raises:
-        InputError: no such folder, nothing in it, or an annotated picture is missing.
+        InputError: no such folder, nothing in it, or an annotated image is missing.
         ToodError: annotations without a folder, or `most` is not positive.
     """
     if most is not None and most < 1:
-        raise ToodError(f"--limit is {most}; expected a positive number of pictures")
+        raise ToodError(f"--limit is {most}; expected a positive number of images")
     if folder is None:
         if truth is not None:
-            raise ToodError(f"{truth.path}: annotations without their pictures; add --images DIR")
-        return PictureSet(
+            raise ToodError(f"{truth.path}: annotations without their images; add --images DIR")
+        return ImageSet(
             f"{SYNTHETIC}, seeds 0 to {(most or SYNTHETIC_COUNT) - 1}",
             _synthetic(imgsz, most or SYNTHETIC_COUNT),
         )
@@ -167,22 +167,22 @@ def open_pictures(
         files = dict(enumerate(_files(folder)[:most], 1))
     else:
         truth = _first(truth, most)
-        files = picture_files(truth, folder)
-    pictures = tuple(
-        Picture(path.name, key, lambda path=path: _read(path)) for key, path in files.items()
+        files = list_image_files(truth, folder)
+    images = tuple(
+        ImageEntry(path.name, key, lambda path=path: _read(path)) for key, path in files.items()
     )
-    return PictureSet(f"{len(pictures)} pictures of {folder}", pictures, truth)
+    return ImageSet(f"{len(images)} images of {folder}", images, truth)
 
 
-def _synthetic(imgsz: tuple[int, int], count: int) -> tuple[Picture, ...]:
+def _synthetic(imgsz: tuple[int, int], count: int) -> tuple[ImageEntry, ...]:
     return tuple(
-        Picture(f"synthetic {seed}", seed + 1, lambda seed=seed: synthetic_picture(*imgsz, seed))
+        ImageEntry(f"synthetic {seed}", seed + 1, lambda seed=seed: synthetic_image(*imgsz, seed))
         for seed in range(count)
     )
 
 
 def _first(truth: Truth, most: int | None) -> Truth:
-    """The first pictures of the annotations, in order of their ids, and what is annotated on them."""
+    """The first images of the annotations, in order of their ids, and what is annotated on them."""
     images = dict(list(truth.images.items())[:most])
     return replace(
         truth, images=images, boxes=truth.boxes.pick(np.isin(truth.boxes.image_ids, list(images)))
@@ -191,11 +191,11 @@ def _first(truth: Truth, most: int | None) -> Truth:
 
 def _files(folder: Path) -> list[Path]:
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; expected a folder of pictures")
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES)
+        raise InputError(f"{folder}: no such folder; expected a folder of images")
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
         raise InputError(
-            f"{folder}: no picture in it; expected files such as {', '.join(sorted(PICTURE_SUFFIXES)[:4])}"
+            f"{folder}: no image in it; expected files such as {', '.join(sorted(IMAGE_SUFFIXES)[:4])}"
         )
     return files
 
@@ -204,15 +204,13 @@ def _read(path: Path) -> NDArray[np.uint8]:
     try:
         return decode_image(path.read_bytes(), str(path))
     except OSError as error:
-        raise InputError(
-            f"{path}: cannot be read ({error.strerror}); expected a picture"
-        ) from error
+        raise InputError(f"{path}: cannot be read ({error.strerror}); expected a image") from error
 
 
-def photograph_set(imgsz: tuple[int, int], count: int) -> PictureSet:
+def photograph_set(imgsz: tuple[int, int], count: int) -> ImageSet:
     """Different parts of the photograph, every second one mirrored.
 
-    Pre-processing scales them to the padded size that a picture of `imgsz` has, landscape.
+    Pre-processing scales them to the padded size that a image of `imgsz` has, landscape.
 
     Args:
         imgsz: (short side, long side).
@@ -223,29 +221,27 @@ def photograph_set(imgsz: tuple[int, int], count: int) -> PictureSet:
     """
     photograph, origin = read_photograph()
     size_hw = crop_size(photograph.shape[:2], imgsz)
-    pictures = tuple(
-        Picture(f"crop {i}", i + 1, lambda i=i: crop_evenly(photograph, size_hw, i, count))
+    images = tuple(
+        ImageEntry(f"crop {i}", i + 1, lambda i=i: crop_evenly(photograph, size_hw, i, count))
         for i in range(count)
     )
-    return PictureSet(
-        f"{count} crops, {size_hw[0]}x{size_hw[1]}, of a photograph, {origin}", pictures
-    )
+    return ImageSet(f"{count} crops, {size_hw[0]}x{size_hw[1]}, of a photograph, {origin}", images)
 
 
-def picture_files(truth: Truth, folder: Path) -> dict[int, Path]:
-    """The file of every picture of the annotations, by image id.
+def list_image_files(truth: Truth, folder: Path) -> dict[int, Path]:
+    """The file of every image of the annotations, by image id.
 
     Raises:
-        InputError: no such folder, or a picture is not in it.
+        InputError: no such folder, or a image is not in it.
     """
     if not folder.is_dir():
         raise InputError(
-            f"{folder}: no such folder; expected the {len(truth.images)} pictures of {truth.path}"
+            f"{folder}: no such folder; expected the {len(truth.images)} images of {truth.path}"
         )
     files = {key: absolute_path(folder / image.file_name) for key, image in truth.images.items()}
     if missing := [path for path in files.values() if not path.is_file()]:
         raise InputError(
-            f"{folder}: {len(missing)} of the {len(files)} pictures of {truth.path} are missing, the first is {missing[0]}; "
+            f"{folder}: {len(missing)} of the {len(files)} images of {truth.path} are missing, the first is {missing[0]}; "
             "give the folder that the annotations' file names start from"
         )
     return files

@@ -1,4 +1,4 @@
-"""Pictures from files: 8-bit BGR, upright, whatever their depth, palette, colour space or orientation. OpenCV decodes."""
+"""Images from files: 8-bit BGR, upright, whatever their depth, palette, colour space or orientation. OpenCV decodes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tood_deploy.data import FEWEST_CALIBRATION_IMAGES
 from tood_deploy.errors import InputError
 from tood_deploy.preprocess import ImageSize, fit_size
 
-PICTURE_SUFFIXES = frozenset(
+IMAGE_SUFFIXES = frozenset(
     ".avif .bmp .dib .gif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tif .tiff .webp".split()
 )
 MAX_PIXELS = 200_000_000
@@ -32,7 +32,7 @@ DECODING = {
 
 
 def decode_image(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
-    """The picture (H, W, 3) uint8 BGR in a file's bytes; depths above 8 bits are scaled down, EXIF orientation is applied.
+    """The image (H, W, 3) uint8 BGR in a file's bytes; depths above 8 bits are scaled down, EXIF orientation is applied.
 
     Args:
         data: the whole file.
@@ -40,7 +40,7 @@ def decode_image(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> NDArra
         max_pixels: refuse more, by the header, before anything is decoded.
 
     Raises:
-        InputError: not a picture, cut, damaged, or too large.
+        InputError: not a image, cut, damaged, or too large.
     """
     return decode_to_fit(data, name, None, max_pixels)[0]
 
@@ -48,23 +48,23 @@ def decode_image(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> NDArra
 def decode_to_fit(
     data: bytes, name: str, fit: ImageSize | None, max_pixels: int = MAX_PIXELS
 ) -> tuple[NDArray[np.uint8], tuple[int, int] | None]:
-    """The picture as `decode_image` gives it; of a JPEG file smaller, where that is enough: libjpeg-turbo leaves out what is not needed.
+    """The image as `decode_image` gives it; of a JPEG file smaller, where that is enough: libjpeg-turbo leaves out what is not needed.
 
     At 1/2, 1/4 or 1/8 a pixel is about the mean of 2 x 2, 4 x 4 or 8 x 8 pixels of the file: the low frequencies of JPEG's blocks.
 
     Args:
         data, name, max_pixels: as `decode_image` takes them.
-        fit: (short side, long side) that the picture will be scaled to fit; None: all of its pixels.
+        fit: (short side, long side) that the image will be scaled to fit; None: all of its pixels.
 
     Returns:
         (H, W, 3) uint8 BGR, no smaller than what it will be scaled to unless the file's is; and the file's rows and columns, turned as
-        EXIF says, where the picture is smaller than that.
+        EXIF says, where the image is smaller than that.
 
     Raises:
         InputError: as `decode_image`.
     """
     if not data:
-        raise InputError(f"{name}: empty file; expected a picture")
+        raise InputError(f"{name}: empty file; expected a image")
     header_hw = _header_size(data, name)
     pixels = header_hw[0] * header_hw[1]
     if pixels > max_pixels:
@@ -84,7 +84,7 @@ def decode_to_fit(
         ) from error
     if image is None:
         raise InputError(
-            f"{name}: cut, damaged or of an unusual form: the header is a picture's, decoding fails; copy or convert it again"
+            f"{name}: cut, damaged or of an unusual form: the header is a image's, decoding fails; copy or convert it again"
         )
     upright_hw = (
         header_hw
@@ -95,9 +95,9 @@ def decode_to_fit(
 
 
 def reduction(image_hw: tuple[int, int], fit: ImageSize) -> int:
-    """By how much a picture of these rows and columns may be decoded smaller and not be smaller than scaled to `fit`: 1, 2, 4 or 8.
+    """By how much a image of these rows and columns may be decoded smaller and not be smaller than scaled to `fit`: 1, 2, 4 or 8.
 
-    Less where rows and columns would become equal that are not: nothing would tell then whether decoding has turned the picture.
+    Less where rows and columns would become equal that are not: nothing would tell then whether decoding has turned the image.
     """
     fitted_hw, best = fit_size(image_hw, fit), 1
     for factor in DECODING:
@@ -121,7 +121,7 @@ def _header_size(data: bytes, name: str) -> tuple[int, int]:
     width, height = imagesize.get(io.BytesIO(data), exif_rotation=False)
     if width < 1 or height < 1:
         raise InputError(
-            f"{name}: not a picture; expected one of {', '.join(sorted(suffix[1:] for suffix in PICTURE_SUFFIXES))}"
+            f"{name}: not a image; expected one of {', '.join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))}"
         )
     return int(height), int(width)
 
@@ -135,59 +135,59 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 # to calibrate on; of fewer a warning is given, of more some are taken
 
 
-def picture_paths(folder: Path, most: int | None = None) -> list[Path]:
-    """The first pictures of a folder in order of their names; all where `most` is not given.
+def image_paths(folder: Path, most: int | None = None) -> list[Path]:
+    """The first images of a folder in order of their names; all where `most` is not given.
 
     Raises:
-        InputError: no such folder, or no picture in it.
+        InputError: no such folder, or no image in it.
     """
     if not folder.is_dir():
         raise InputError(
-            f"{folder}: no such folder; expected a folder of pictures ({', '.join(SUFFIXES)})"
+            f"{folder}: no such folder; expected a folder of images ({', '.join(SUFFIXES)})"
         )
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)[:most]
     if not paths:
         raise InputError(
-            f"{folder}: no pictures in it; expected files ending in {', '.join(SUFFIXES)}"
+            f"{folder}: no images in it; expected files ending in {', '.join(SUFFIXES)}"
         )
     return paths
 
 
-def choose_pictures(folder: Path, most: int) -> list[Path]:
-    """At most so many pictures of a folder, evenly spread over it.
+def choose_images(folder: Path, most: int) -> list[Path]:
+    """At most so many images of a folder, evenly spread over it.
 
     Raises:
         InputError: fewer than two.
     """
-    paths = picture_paths(folder)
+    paths = image_paths(folder)
     if min(len(paths), most) < 2:
         raise InputError(
-            f"{folder}: {min(len(paths), most)} picture to calibrate on; expected {FEWEST_CALIBRATION_IMAGES} or more, like those to come"
+            f"{folder}: {min(len(paths), most)} image to calibrate on; expected {FEWEST_CALIBRATION_IMAGES} or more, like those to come"
         )
     return [
         paths[i] for i in np.linspace(0, len(paths) - 1, min(most, len(paths))).round().astype(int)
     ]
 
 
-def read_pictures(folder: Path, most: int) -> list[NDArray[np.uint8]]:
-    """The first pictures of a folder in order of their names, (H, W, 3) uint8 BGR.
+def read_images(folder: Path, most: int) -> list[NDArray[np.uint8]]:
+    """The first images of a folder in order of their names, (H, W, 3) uint8 BGR.
 
     Raises:
-        InputError: no such folder, no picture in it, or one that cannot be read.
+        InputError: no such folder, no image in it, or one that cannot be read.
     """
-    return [read_picture(path) for path in picture_paths(folder, most)]
+    return [read_image(path) for path in image_paths(folder, most)]
 
 
-def read_picture(path: Path) -> NDArray[np.uint8]:
-    """One picture, (H, W, 3) uint8 BGR.
+def read_image(path: Path) -> NDArray[np.uint8]:
+    """One image, (H, W, 3) uint8 BGR.
 
     Raises:
         InputError: it cannot be read.
     """
-    picture = cv2.imread(str(path), cv2.IMREAD_COLOR)
-    if picture is None:
-        raise InputError(f"{path}: cannot be read as a picture; remove or replace it")
-    return np.asarray(picture, np.uint8)
+    image = cv2.imread(str(path), cv2.IMREAD_COLOR)
+    if image is None:
+        raise InputError(f"{path}: cannot be read as a image; remove or replace it")
+    return np.asarray(image, np.uint8)
 
 
 BUDGET_S = 1.0
@@ -195,7 +195,7 @@ MOST_NAMED = 3
 
 
 @dataclass(frozen=True, eq=False)
-class ImageSet:
+class ImagesToCheck:
     """Images that one option has named.
 
     Attributes:
@@ -206,10 +206,10 @@ class ImageSet:
 
     option: str
     paths: Sequence[Path]
-    decode: Callable[[Path], object] | None = read_picture
+    decode: Callable[[Path], object] | None = read_image
 
 
-def check_images(sets: Sequence[ImageSet], seconds: float = BUDGET_S) -> None:
+def check_images(sets: Sequence[ImagesToCheck], seconds: float = BUDGET_S) -> None:
     """Look at headers first and then at whole images, spread evenly over each set.
 
     Args:
@@ -250,7 +250,7 @@ def _has_header(path: Path) -> bool:
         return False
 
 
-def _undecoded(images: ImageSet, deadline: float) -> Iterator[Path]:
+def _undecoded(images: ImagesToCheck, deadline: float) -> Iterator[Path]:
     """Yield those that cannot be decoded, while there is time."""
     assert images.decode is not None
     for number in spread_evenly(len(images.paths)):
@@ -262,7 +262,7 @@ def _undecoded(images: ImageSet, deadline: float) -> Iterator[Path]:
             return
 
 
-def _complaint(images: ImageSet, unread: Sequence[Path]) -> str:
+def _complaint(images: ImagesToCheck, unread: Sequence[Path]) -> str:
     named = ", ".join(map(str, sorted(unread)[:MOST_NAMED]))
     more = f" and {len(unread) - MOST_NAMED} more" if len(unread) > MOST_NAMED else ""
     return (

@@ -1,1 +1,1 @@
-"""What `make demo` runs, and the pictures it makes."""
+"""What `make demo` runs, and the images it makes."""

@@ -1,4 +1,4 @@
-"""`python -m tood_deploy.demo`: from shipped weights to a verified artefact, detections, AP and latency, on generated pictures."""
+"""`python -m tood_deploy.demo`: from shipped weights to a verified artefact, detections, AP and latency, on generated images."""
 
 import argparse
 import shlex
@@ -9,7 +9,7 @@ from pathlib import Path
 from tood_deploy.cli.common import DONE, run_command
 
 WEIGHTS = Path(__file__).parents[1] / "weights" / "tiny-demo.safetensors"
-PICTURES, SEED = 40, 2026
+IMAGES, SEED = 40, 2026
 
 
 def demo_command(argv: Sequence[str] | None) -> int:
@@ -28,17 +28,17 @@ def demo_command(argv: Sequence[str] | None) -> int:
     from tood_deploy.cli.eval import main as evaluate
     from tood_deploy.demo.scenes import write_scenes
 
-    say(f"generating {PICTURES} pictures of textured shapes with known boxes in {folder}/scenes")
-    annotations = write_scenes(folder / "scenes", PICTURES, SEED)
-    pictures, model = folder / "scenes" / "pictures", folder / "tiny.onnx"
+    say(f"generating {IMAGES} images of textured shapes with known boxes in {folder}/scenes")
+    annotations = write_scenes(folder / "scenes", IMAGES, SEED)
+    images, model = folder / "scenes" / "images", folder / "tiny.onnx"
     steps: list[tuple[str, Callable[[Sequence[str]], int], list[object]]] = [
-        ("tood-export", export.main, [WEIGHTS, "--output", model, "--verify-images", pictures]),
+        ("tood-export", export.main, [WEIGHTS, "--output", model, "--verify-images", images]),
         (
             "tood-infer",
             infer.main,
             [
                 model,
-                pictures,
+                images,
                 "--output",
                 folder / "found",
                 "--json",
@@ -49,15 +49,7 @@ def demo_command(argv: Sequence[str] | None) -> int:
         (
             "tood-eval",
             evaluate,
-            [
-                model,
-                "--annotations",
-                annotations,
-                "--images",
-                pictures,
-                "--output",
-                folder / "eval",
-            ],
+            [model, "--annotations", annotations, "--images", images, "--output", folder / "eval"],
         ),
         (
             "tood-bench",
@@ -68,7 +60,7 @@ def demo_command(argv: Sequence[str] | None) -> int:
                 "--baseline",
                 WEIGHTS,
                 "--images",
-                pictures,
+                images,
                 "--rounds",
                 3,
                 "--turn-seconds",

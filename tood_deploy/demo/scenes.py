@@ -1,6 +1,6 @@
-"""Generated pictures with known contents: textured shapes of five classes over clutter, as COCO data. NumPy and OpenCV alone.
+"""Generated images with known contents: textured shapes of five classes over clutter, as COCO data. NumPy and OpenCV alone.
 
-A picture follows from its seed alone: scale, turn, colour, texture and overlap are drawn at random. Hundreds are made in a second.
+A image follows from its seed alone: scale, turn, colour, texture and overlap are drawn at random. Hundreds are made in a second.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tood_deploy.files import write_text
 
 SCENE_CLASSES = ("disc", "square", "triangle", "star", "ring")
 SIZE_HW = (240, 320)
-OBJECTS = (2, 9)  # fewest and most that are tried in a picture
+OBJECTS = (2, 9)  # fewest and most that are tried in a image
 RADII = (13.0, 60.0)  # pixels; drawn evenly in their logarithm
 MOST_COVERED = 0.3  # share of an object that later ones may hide
 CLUTTER = 8  # thin lines and small outlines behind the objects
@@ -32,7 +32,7 @@ JPEG_QUALITY = 92
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """One generated picture.
+    """One generated image.
 
     Attributes:
         image_bgr: (H, W, 3) uint8.
@@ -46,7 +46,7 @@ class Scene:
 
 
 def make_scene(seed: int | Sequence[int], size_hw: tuple[int, int] = SIZE_HW) -> Scene:
-    """The picture of a seed."""
+    """The image of a seed."""
     rng = np.random.default_rng(seed)
     image = _background(rng, size_hw)
     owner = np.full(size_hw, -1, np.int32)  # which object each pixel shows
@@ -74,12 +74,12 @@ def make_scene(seed: int | Sequence[int], size_hw: tuple[int, int] = SIZE_HW) ->
 def write_scenes(
     folder: Path, count: int, seed: int = 0, size_hw: tuple[int, int] = SIZE_HW
 ) -> Path:
-    """Writes pictures into `folder/pictures` and their annotations beside it.
+    """Writes images into `folder/images` and their annotations beside it.
 
     Args:
         folder: made if it is not there.
-        count: pictures.
-        seed: of the whole set; sets of other seeds share no picture.
+        count: images.
+        seed: of the whole set; sets of other seeds share no image.
         size_hw: rows and columns of each.
 
     Returns:
@@ -88,12 +88,12 @@ def write_scenes(
     Raises:
         OutputError: the folder cannot be written.
     """
-    pictures = folder / "pictures"
+    source_images = folder / "images"
     images, annotations = [], []
     for number in range(count):
         scene = make_scene((seed, number), size_hw)
         name = f"{number:05d}.jpg"
-        _write_picture(pictures / name, scene.image_bgr)
+        _write_image(source_images / name, scene.image_bgr)
         images.append({"id": number, "file_name": name, "height": size_hw[0], "width": size_hw[1]})
         for (x1, y1, x2, y2), label in zip(
             scene.boxes.tolist(), scene.labels.tolist(), strict=True
@@ -114,7 +114,7 @@ def write_scenes(
     return path
 
 
-def _write_picture(path: Path, image_bgr: NDArray[np.uint8]) -> None:
+def _write_image(path: Path, image_bgr: NDArray[np.uint8]) -> None:
     encoded = cv2.imencode(".jpg", image_bgr, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -154,7 +154,7 @@ def _background(rng: np.random.Generator, size_hw: tuple[int, int]) -> NDArray[n
 def _random_shape(
     label: int, rng: np.random.Generator, size_hw: tuple[int, int]
 ) -> tuple[NDArray[np.uint8], tuple[int, int, int, int]]:
-    """The mask (h, w) of a shape, 0 to 255, and where it lies (xyxy), wholly inside the picture."""
+    """The mask (h, w) of a shape, 0 to 255, and where it lies (xyxy), wholly inside the image."""
     radius = float(np.exp(rng.uniform(*np.log(RADII))))
     points = _outline(SCENE_CLASSES[label], float(rng.uniform(0, 2 * np.pi))) * radius
     points -= points.min(axis=0)
@@ -169,7 +169,7 @@ def _random_shape(
 
 
 def _with_noise(image: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.uint8]:
-    """The picture as a camera of some noise would give it."""
+    """The image as a camera of some noise would give it."""
     height, width = image.shape[:2]
     noise = _noise((2 * height, 2 * width))
     top, left = int(rng.integers(height)), int(rng.integers(width))
@@ -179,7 +179,7 @@ def _with_noise(image: NDArray[np.float32], rng: np.random.Generator) -> NDArray
 
 @functools.cache
 def _noise(size_hw: tuple[int, int]) -> NDArray[np.float32]:
-    """Standard normal noise, drawn once: a picture takes a part of it."""
+    """Standard normal noise, drawn once: a image takes a part of it."""
     return np.random.default_rng(0).standard_normal(size_hw, np.float32)
 
 
@@ -252,24 +252,22 @@ def _textures() -> tuple[NDArray[np.float32], ...]:
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m tood_deploy.demo.scenes`: writes a set."""
     parser = argparse.ArgumentParser(
-        "python -m tood_deploy.demo.scenes", description="Writes generated pictures as COCO data."
+        "python -m tood_deploy.demo.scenes", description="Writes generated images as COCO data."
     )
-    parser.add_argument("folder", type=Path, help="where to: gets annotations.json and pictures/")
-    parser.add_argument(
-        "--count", type=int, default=100, metavar="N", help="pictures (default: 100)"
-    )
+    parser.add_argument("folder", type=Path, help="where to: gets annotations.json and images/")
+    parser.add_argument("--count", type=int, default=100, metavar="N", help="images (default: 100)")
     parser.add_argument(
         "--seed",
         type=int,
         default=0,
         metavar="N",
-        help="sets of different seeds share no picture (default: 0)",
+        help="sets of different seeds share no image (default: 0)",
     )
     arguments = parser.parse_args(argv)
     try:
         if arguments.count < 1 or arguments.seed < 0:
             raise ToodError(
-                f"--count {arguments.count} --seed {arguments.seed}; expected at least 1 picture and a seed of at least 0"
+                f"--count {arguments.count} --seed {arguments.seed}; expected at least 1 image and a seed of at least 0"
             )
         print(write_scenes(arguments.folder, arguments.count, arguments.seed))
     except ToodError as error:

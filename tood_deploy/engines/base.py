@@ -1,4 +1,4 @@
-"""The one face of every runtime: a batch of padded pictures in, detections in network pixels out. NumPy alone."""
+"""The one face of every runtime: a batch of padded images in, detections in network pixels out. NumPy alone."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ class Engine(ABC):
         """Does now what would else be done after many batches of one shape; nothing, for most runtimes.
 
         Args:
-            batch: pictures in a batch.
+            batch: images in a batch.
             net_hw: their padded rows and columns.
 
         Raises:

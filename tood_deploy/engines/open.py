@@ -75,7 +75,7 @@ def open_engine(
     try:
         if "serving" in engine.manifest.options:
             raise ArtefactError(
-                f"{path}: has the form that Triton serves, with thresholds for every picture; open what it was made from"
+                f"{path}: has the form that Triton serves, with thresholds for every image; open what it was made from"
             )
         if self_test:
             check_self_test(engine, path)

@@ -73,7 +73,7 @@ class Form:
             request.wait()
         except RuntimeError as error:
             raise DeviceError(
-                f"OpenVINO: an inference failed ({reason_of(error)}); give smaller pictures or a smaller --batch"
+                f"OpenVINO: an inference failed ({reason_of(error)}); give smaller images or a smaller --batch"
             ) from error
         found = [
             np.array(request.get_tensor(name).data) for name in OUTPUTS

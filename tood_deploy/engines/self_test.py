@@ -1,4 +1,4 @@
-"""The golden self-test: a stored picture must give the stored answer, alone and in every slot of a batch.
+"""The golden self-test: a stored image must give the stored answer, alone and in every slot of a batch.
 
 Runs when an artefact is first opened on a machine; that it passed is kept, so that later openings cost a hash of the file.
 """
@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from tood_deploy.data.image_set import synthetic_picture
+from tood_deploy.data.image_set import synthetic_image
 from tood_deploy.engines.base import BatchDetections, Engine
 from tood_deploy.errors import ArtefactError, OutputError
 from tood_deploy.files import home_folder, write_text
@@ -68,16 +68,16 @@ class GoldenCase:
 
 @dataclass(frozen=True, eq=False)
 class Golden:
-    """A picture and its answers.
+    """A image and its answers.
 
     Attributes:
-        picture: (rows, columns, 3) uint8 RGB, lies at the top left of every canvas.
+        image: (rows, columns, 3) uint8 RGB, lies at the top left of every canvas.
         iou_threshold: of the suppression.
         reference: what gave the answers, for reports.
         cases: an answer for each canvas.
     """
 
-    picture: NDArray[np.uint8]
+    image: NDArray[np.uint8]
     iou_threshold: float
     reference: str
     cases: tuple[GoldenCase, ...]
@@ -85,15 +85,15 @@ class Golden:
     def inputs(
         self, net_hw: tuple[int, int], batch: int = 1
     ) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
-        """The picture in every slot of a batch on a canvas: `images` and `valid_hw` as an engine takes them."""
-        rows, columns, _ = self.picture.shape
+        """The image in every slot of a batch on a canvas: `images` and `valid_hw` as an engine takes them."""
+        rows, columns, _ = self.image.shape
         images = np.zeros((batch, *net_hw, 3), np.uint8)
-        images[:, :rows, :columns] = self.picture
+        images[:, :rows, :columns] = self.image
         return images, np.array([[rows, columns]] * batch, np.int32)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for the manifest; the picture as PNG, whose pixels every decoder gives alike."""
-        _, png = cv2.imencode(".png", self.picture[..., ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 9])
+        """Plain values for the manifest; the image as PNG, whose pixels every decoder gives alike."""
+        _, png = cv2.imencode(".png", self.image[..., ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 9])
         return {
             "picture_png": base64.b64encode(png.tobytes()).decode("ascii"),
             "iou_threshold": self.iou_threshold,
@@ -110,11 +110,11 @@ class Golden:
         """
         try:
             png = np.frombuffer(base64.b64decode(values["picture_png"], validate=True), np.uint8)
-            picture = np.ascontiguousarray(
+            image = np.ascontiguousarray(
                 np.asarray(cv2.imdecode(png, cv2.IMREAD_COLOR), np.uint8)[..., ::-1]
             )
             cases = tuple(GoldenCase.from_dict(case) for case in values["cases"])
-            return cls(picture, float(values["iou_threshold"]), str(values["reference"]), cases)
+            return cls(image, float(values["iou_threshold"]), str(values["reference"]), cases)
         except (KeyError, TypeError, ValueError, IndexError, cv2.error) as error:
             reason = f"{type(error).__name__}: {error}"
             raise ArtefactError(
@@ -248,7 +248,7 @@ def processor() -> str:
 
 
 def self_test_from(run: Runner, canvases_hw: Sequence[tuple[int, int]] = ()) -> dict[str, Any]:
-    """A built-in picture and the answers to it, for `Manifest.self_test`.
+    """A built-in image and the answers to it, for `Manifest.self_test`.
 
     Args:
         run: the reference: the network in PyTorch, or an artefact in float32 that was proven equal to it.
@@ -259,10 +259,10 @@ def self_test_from(run: Runner, canvases_hw: Sequence[tuple[int, int]] = ()) -> 
         min(IMAGE_HW[axis], min(canvas[axis] for canvas in canvases) - PADDING_HW[axis])
         for axis in (0, 1)
     )
-    picture = np.bitwise_and(synthetic_picture(height, width, SEED), COARSE, dtype=np.uint8)
-    golden = Golden(picture, IOU_THRESHOLD, run.name, ())
+    image = np.bitwise_and(synthetic_image(height, width, SEED), COARSE, dtype=np.uint8)
+    golden = Golden(image, IOU_THRESHOLD, run.name, ())
     cases = tuple(_answer(run, golden, canvas) for canvas in canvases)
-    return Golden(picture, IOU_THRESHOLD, run.name, cases).to_dict()
+    return Golden(image, IOU_THRESHOLD, run.name, cases).to_dict()
 
 
 def _answer(run: Runner, golden: Golden, net_hw: tuple[int, int]) -> GoldenCase:

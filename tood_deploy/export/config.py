@@ -18,7 +18,7 @@ from tood_deploy.export.option_rules import ENGINES
 from tood_deploy.presets import SIZE_DIVISOR
 
 if TYPE_CHECKING:
-    from tood_deploy.data.images import ImageSet
+    from tood_deploy.data.images import ImagesToCheck
 
 Nms = Literal["unrolled", "loop"]
 
@@ -124,7 +124,7 @@ class Profiles:
     """The optimisation profiles of one engine.
 
     Attributes:
-        shapes_hw: rows and columns of every padded picture size, one profile each, in this order; multiples of 32.
+        shapes_hw: rows and columns of every padded image size, one profile each, in this order; multiples of 32.
         batch: the smallest batch, the one to be fast at, and the largest; of every profile.
     """
 
@@ -162,7 +162,7 @@ class Profiles:
 
 
 def default_shapes(imgsz: Sequence[int]) -> tuple[Shape, ...]:
-    """Landscape and portrait for pictures that are scaled to fit (short side, long side): 800, 1333 gives 800x1344 and 1344x800."""
+    """Landscape and portrait for images that are scaled to fit (short side, long side): 800, 1333 gives 800x1344 and 1344x800."""
     short, long = (-(-side // SIZE_DIVISOR) * SIZE_DIVISOR for side in sorted(imgsz))
     return ((short, long),) if short == long else ((short, long), (long, short))
 
@@ -211,7 +211,7 @@ class TritonOptions:
     Attributes:
         name: of the model on the server; its file's name where empty.
         backend: what runs it; by the file's ending where not given. "tensorrt" for an .onnx file builds a plan for the GPU of this machine.
-        queue_delay_us: how long a picture waits for others to form a batch, microseconds.
+        queue_delay_us: how long a image waits for others to form a batch, microseconds.
         device: what the instances run on.
         gpus: numbers of the GPUs that get instances; all where empty.
         instances: on each GPU, or on the CPU.
@@ -268,8 +268,8 @@ class CheckpointOptions:
 
     Attributes:
         load: what `load_checkpoint` takes beside the file.
-        imgsz: (short side, long side) that the artefact's pictures are scaled to fit; the preset's own where not given.
-        max_det: the most detections a picture; the preset's own where not given.
+        imgsz: (short side, long side) that the artefact's images are scaled to fit; the preset's own where not given.
+        max_det: the most detections a image; the preset's own where not given.
         deform: deformable convolutions as ONNX's operator or as gathers; what the target has where not given.
     """
 
@@ -303,7 +303,7 @@ class PrecisionOrder:
     calib_data: Path | None = None
     most_images: int = MOST_CALIBRATION_IMAGES
     annotations: Path | None = None
-    annotated: ImageSet | None = None
+    annotated: ImagesToCheck | None = None
 
     @property
     def changes_graph(self) -> bool:
@@ -318,7 +318,7 @@ class SizeOptions:
     Attributes:
         shapes: "800x1344,1344x800" or "auto"; landscape and portrait of the model's own size where not given.
         batch: "1,8,32" or "8"; 1 to 8 where not given.
-        images: the folder whose pictures "auto" is chosen by.
+        images: the folder whose images "auto" is chosen by.
         plot: a file for the plot of what "auto" proposes.
     """
 
@@ -374,7 +374,7 @@ class Order:
         checkpoint: how a checkpoint is taken.
         sizes, engine, flavour: of engines and served models.
         triton: how a model is served; its name is that of the source where empty.
-        verify_images: a folder of pictures to verify on, in addition to the built-in ones.
+        verify_images: a folder of images to verify on, in addition to the built-in ones.
         check_classes: raises ToodError for class names that the annotations do not go with; None where there are none.
         command: that makes the same again, for the manifest.
         quiet: no progress bars.

@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 from tood_deploy import __version__
-from tood_deploy.data.images import read_pictures
+from tood_deploy.data.images import read_images
 from tood_deploy.engines.precision_support import RUNTIMES, half_precision_of
 from tood_deploy.engines.self_test import self_test_from
 from tood_deploy.engines.tensorrt.library import load_flavour
@@ -37,7 +37,7 @@ from tood_deploy.export.precision.convert import (
     lower_onnx,
 )
 from tood_deploy.export.precision.half import emulate_low_precision
-from tood_deploy.export.preflight import MOST_VERIFY_PICTURES, check_deform
+from tood_deploy.export.preflight import MOST_VERIFY_IMAGES, check_deform
 from tood_deploy.export.result import Made, describe
 from tood_deploy.export.tensorrt.to_tensorrt import engine_from_onnx
 from tood_deploy.export.to_onnx import OPSET, onnx_from_model
@@ -62,7 +62,7 @@ def export_onnx(
     *,
     deform: DeformForm = "op",
     max_det: int | None = None,
-    verify_pictures: Sequence[NDArray[np.uint8]] = (),
+    verify_images: Sequence[NDArray[np.uint8]] = (),
     say: Callable[[str], None] = lambda line: None,
 ) -> Manifest:
     """Writes `output` (.onnx) and the manifest beside it, after proving the former equal to the network.
@@ -72,7 +72,7 @@ def export_onnx(
         output: where to; an artefact that is there already is replaced in one step.
         deform: the form of deformable convolutions: ONNX's operator, or gathers for runtimes that lack it.
         max_det: rows D of the outputs; the preset's where not given.
-        verify_pictures: (H, W, 3) uint8 BGR, to verify on in addition to the built-in ones.
+        verify_images: (H, W, 3) uint8 BGR, to verify on in addition to the built-in ones.
         say: told what goes on, a line each.
 
     Raises:
@@ -100,7 +100,7 @@ def export_onnx(
         say("making the graph, which takes a minute or so")
         save_onnx(onnx_from_model(model, deform=deform, max_det=max_det), manifest, temporary)
         reference = torch_reference(model, max_det)
-        parity = verify_float32(reference, OnnxRunner(temporary), pictures=verify_pictures, say=say)
+        parity = verify_float32(reference, OnnxRunner(temporary), images=verify_images, say=say)
         say("making its self-test")
         manifest = replace(
             manifest, parity=parity, self_test=self_test_from(reference.run)
@@ -134,14 +134,14 @@ class Ready:
         path: the .onnx artefact in its final precision.
         reference: what an artefact is compared with.
         profiles: sizes and batches; None where none were asked for.
-        pictures: (H, W, 3) uint8 BGR, to verify on in addition to the built-in ones.
+        images: (H, W, 3) uint8 BGR, to verify on in addition to the built-in ones.
         ap: measures AP for the verdict; None without annotations.
     """
 
     path: Path
     reference: Reference
     profiles: Profiles | None
-    pictures: Sequence[NDArray[np.uint8]]
+    images: Sequence[NDArray[np.uint8]]
     ap: AnnotatedAp | None = None
 
 
@@ -177,15 +177,15 @@ def _deliver_openvino(order: Order, ready: Ready, say: Say) -> Made:
     rest: Any = {"bf16": "bf16", "int8": wanted.rest}.get(
         wanted.precision
     )  # else what the .onnx says
-    pictures = ready.pictures
+    images = ready.images
     if wanted.precision != "fp32" or read_onnx(ready.path).manifest.precision != "fp32":
-        pictures = images_to_verify(wanted.calib_data, pictures)
+        images = images_to_verify(wanted.calib_data, images)
     manifest = openvino_from_onnx(
         ready.path,
         order.output,
         reference=ready.reference,
         rest=rest,
-        pictures=pictures,
+        images=images,
         ap=ready.ap,
         say=say,
     )
@@ -208,7 +208,7 @@ def _deliver_engine(order: Order, ready: Ready, say: Say) -> Made:
 
 
 def _self_test(ready: Ready, profiles: Profiles) -> dict[str, Any]:
-    """None for the form that servers batch: it has thresholds for every picture, which no engine of ours is given."""
+    """None for the form that servers batch: it has thresholds for every image, which no engine of ours is given."""
     if "serving" in read_onnx(ready.path).manifest.options:
         return {}
     return self_test_from(ready.reference.run, profiles.shapes_hw)
@@ -263,11 +263,9 @@ def carry_out(
     if order.from_engine:
         say(f"{order.source}: copying the engine into {order.output}")
         return serve(order, Path(order.source))
-    pictures = (
-        read_pictures(order.verify_images, MOST_VERIFY_PICTURES) if order.verify_images else []
-    )
+    images = read_images(order.verify_images, MOST_VERIFY_IMAGES) if order.verify_images else []
     with _working_folder(order.output) as folder:
-        float_onnx, reference = _float_onnx(order, lowering, folder, pictures, say)
+        float_onnx, reference = _float_onnx(order, lowering, folder, images, say)
         profiles = order.sizes.profiles(
             reference.sizing.imgsz, tell
         )  # before the long work, as it may be wrong
@@ -286,12 +284,12 @@ def carry_out(
                 folder,
                 options,
                 reference,
-                pictures=pictures,
+                images=images,
                 ap=own_ap,
                 tell=tell,
                 quiet=order.quiet,
             )
-        return deliver(order, Ready(path, reference, profiles, pictures, ap), say)
+        return deliver(order, Ready(path, reference, profiles, images, ap), say)
 
 
 @contextmanager
@@ -322,7 +320,7 @@ def _float_onnx(
     order: Order,
     lowering: PrecisionOptions,
     folder: Path,
-    pictures: Sequence[NDArray[np.uint8]],
+    images: Sequence[NDArray[np.uint8]],
     say: Say,
 ) -> tuple[Path, Reference]:
     """The float32 .onnx with its manifest, and what everything made from it is compared with."""
@@ -342,7 +340,7 @@ def _float_onnx(
         )
     path = folder / "float32.onnx"
     deform = options.deform or _deform_form(order)
-    export_onnx(model, path, deform=deform, max_det=max_det, verify_pictures=pictures, say=say)
+    export_onnx(model, path, deform=deform, max_det=max_det, verify_images=images, say=say)
     return path, torch_reference(model, max_det)
 
 

@@ -26,7 +26,7 @@ OF_CHECKPOINTS = ("imgsz", "max_det", "deform", "preset", "classes", "convention
 OF_GRAPHS = ("precision", "autotune_precision", "keep", "calib_data", "verify_images")
 ENGINES = (".engine", ".plan")
 
-CALIBRATION = "DIR: a folder of 64 or more pictures like those to come"
+CALIBRATION = "DIR: a folder of 64 or more images like those to come"
 
 
 @dataclass(frozen=True)
@@ -145,16 +145,13 @@ def _needs(options: Mapping[str, Any], given: set[str]) -> Iterator[Need]:
         "FILE: COCO annotations (--max-drop does without)",
     )
     yield Need(
-        "annotations" in given,
-        "--annotations",
-        "images",
-        "DIR: the folder of the annotated pictures",
+        "annotations" in given, "--annotations", "images", "DIR: the folder of the annotated images"
     )
     yield Need(
         options["shapes"] == "auto",
         "--shapes auto",
         "images",
-        "DIR: a folder of pictures like those to come",
+        "DIR: a folder of images like those to come",
     )
 
 

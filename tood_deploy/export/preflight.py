@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from tood_deploy.data.images import ImageSet, check_images, choose_pictures, picture_paths
+from tood_deploy.data.images import ImagesToCheck, check_images, choose_images, image_paths
 from tood_deploy.engines import openvino_runtime as openvino_model
 from tood_deploy.engines.precision_support import (
     half_precision_of,
@@ -154,7 +154,7 @@ def check_space(folder: Path, needed_bytes: int) -> None:
         )
 
 
-MOST_VERIFY_PICTURES = 16
+MOST_VERIFY_IMAGES = 16
 ELSEWHERE = "choose another --output"
 # How often the float32 weights lie in the output's folder at a time: the float32 .onnx first, then what is made from it.
 COPIES = {"onnx": 1, "openvino": 2, "engine": 3, "triton": 2}
@@ -410,7 +410,7 @@ def _check_folders(order: Order) -> None:
         check_writable(home_folder("calibration"), "name another folder in TOOD_HOME")
 
 
-def _image_sets(order: Order) -> Iterator[ImageSet]:
+def _image_sets(order: Order) -> Iterator[ImagesToCheck]:
     """Yield the images that the export will read, by the option that names them.
 
     Raises:
@@ -418,11 +418,11 @@ def _image_sets(order: Order) -> Iterator[ImageSet]:
     """
     wanted = order.precision
     if wanted.calib_data is not None:
-        yield ImageSet("--calib-data", choose_pictures(wanted.calib_data, wanted.most_images))
+        yield ImagesToCheck("--calib-data", choose_images(wanted.calib_data, wanted.most_images))
     if order.verify_images is not None:
-        yield ImageSet("--verify-images", picture_paths(order.verify_images, MOST_VERIFY_PICTURES))
+        yield ImagesToCheck("--verify-images", image_paths(order.verify_images, MOST_VERIFY_IMAGES))
     if wanted.annotated is not None:
         yield wanted.annotated
     if order.sizes.shapes == "auto":
         assert order.sizes.images is not None
-        yield ImageSet("--images", picture_paths(order.sizes.images), decode=None)
+        yield ImagesToCheck("--images", image_paths(order.sizes.images), decode=None)

@@ -45,7 +45,7 @@ class Made:
             yield from lines
             return
         device = " --device cuda" if self.layers is not None else ""
-        yield f"next: tood-infer {self.path} PICTURES --output DIR{device}"
+        yield f"next: tood-infer {self.path} IMAGES --output DIR{device}"
 
 
 def describe(preset: Preset) -> str:
@@ -110,9 +110,7 @@ def describe_sizes(manifest: Manifest) -> str:
     if not profiles:
         return "dynamic batch and size"
     shapes = ", ".join(f"{profile['size_hw'][0]} x {profile['size_hw'][1]}" for profile in profiles)
-    return (
-        f"pictures of {shapes}, batches of {profiles[0]['batch'][0]} to {profiles[0]['batch'][-1]}"
-    )
+    return f"images of {shapes}, batches of {profiles[0]['batch'][0]} to {profiles[0]['batch'][-1]}"
 
 
 def describe_parity(parity: dict[str, Any]) -> Iterator[str]:
@@ -130,7 +128,7 @@ def describe_parity(parity: dict[str, Any]) -> Iterator[str]:
 
 def _compared(parity: dict[str, Any]) -> str:
     of = f" (of {parity['compared']})" if "compared" in parity else ""
-    return f"parity with {parity['reference']} on {parity['pictures']} images{of}: "
+    return f"parity with {parity['reference']} on {parity['images']} images{of}: "
 
 
 def _describe_float32(parity: dict[str, Any]) -> Iterator[str]:
@@ -168,7 +166,7 @@ def _describe_detections(parity: dict[str, Any]) -> str:
 def layers_table(layers: Sequence[Layer]) -> Table:
     """Every layer with its precision and arithmetic."""
     name = Column("layer", overflow="fold")  # whole, in a file of 80 columns too
-    table = Table(name, "kind", "precision", "GMAC a picture", title="layers")
+    table = Table(name, "kind", "precision", "GMAC a image", title="layers")
     for layer in layers:
         table.add_row(
             Text(layer.name),

@@ -72,7 +72,7 @@ def openvino_from_onnx(
     *,
     reference: Reference,
     rest: Rest | None = None,
-    pictures: Sequence[NDArray[np.uint8]] = (),
+    images: Sequence[NDArray[np.uint8]] = (),
     ap: AnnotatedAp | None = None,
     say: Callable[[str], None] = lambda line: None,
     options: Mapping[str, Any] | None = None,
@@ -86,7 +86,7 @@ def openvino_from_onnx(
         output: where to; what is there already is replaced.
         reference: the network that the .onnx was made from, or an .onnx that was proven equal to it.
         rest: precision of all that is not quantised; as the .onnx file's manifest says where not given.
-        pictures: (H, W, 3) uint8 BGR, to verify on: in float32 in addition to the built-in ones, in lower precision alone.
+        images: (H, W, 3) uint8 BGR, to verify on: in float32 in addition to the built-in ones, in lower precision alone.
         ap: measures AP for the verdict; None without annotations.
         say: told what goes on, a line each.
         options: more to note in the manifest.
@@ -116,7 +116,7 @@ def openvino_from_onnx(
         in_float32 = manifest.precision == "fp32"
         run = OpenVinoRunner(xml, manifest.options["rest"], maps=in_float32)
         if in_float32:
-            parity = verify_float32(reference, run, pictures=pictures, say=say)
+            parity = verify_float32(reference, run, images=images, say=say)
         else:
             described.write_text(
                 manifest.to_json(), encoding="utf-8"
@@ -125,7 +125,7 @@ def openvino_from_onnx(
             parity = verify_detections(
                 reference,
                 run,
-                pictures,
+                images,
                 DETECTION_LIMITS[manifest.precision],
                 measure_ap=measure_ap,
                 say=say,

@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """A picture ready for the network: (rows, columns, 3) uint8 RGB, and the way back."""
+    """A image ready for the network: (rows, columns, 3) uint8 RGB, and the way back."""
 
     image: NDArray[np.uint8]
     transform: ImageTransform
 
 
 class Detector:
-    """Finds objects in pictures with any model that `open_engine` takes."""
+    """Finds objects in images with any model that `open_engine` takes."""
 
     def __init__(
         self,
@@ -59,14 +59,14 @@ class Detector:
             conf: score that a detection must exceed, 0 to 1.
             iou: overlap above which the lower-scored of two boxes of one class goes, 0 to 1; the model's own (0.6 in the published
                 configurations) where not given.
-            max_det: the most detections a picture; as many as the model gives (100) where not said.
-            imgsz: (short side, long side) in pixels that pictures are scaled to fit, (rows, columns) for a model that stretches them;
+            max_det: the most detections a image; as many as the model gives (100) where not said.
+            imgsz: (short side, long side) in pixels that images are scaled to fit, (rows, columns) for a model that stretches them;
                 the model's own where not given.
             device: "cpu" or "cuda".
             color: order of the channels of the arrays that are given to the detector, "bgr" or "rgb"; a call may say
                 otherwise. Frames of `stream` are BGR whatever it is.
-            fast_decode: whether `stream` may decode JPEG pictures at 1/2, 1/4 or 1/8 of their size where `imgsz` needs no more. Results
-                then differ a little; `Frame.image_bgr` is smaller, boxes stay in pixels of the whole picture (`Frame.size_hw`).
+            fast_decode: whether `stream` may decode JPEG images at 1/2, 1/4 or 1/8 of their size where `imgsz` needs no more. Results
+                then differ a little; `Frame.image_bgr` is smaller, boxes stay in pixels of the whole image (`Frame.size_hw`).
             **engine_options: passed on to `open_engine`.
 
         Raises:
@@ -141,10 +141,10 @@ class Detector:
         )
 
     def infer(self, batch: Sequence[Prepared]) -> list[Detections]:
-        """The second half: the network and the way back, for pictures of one padded size.
+        """The second half: the network and the way back, for images of one padded size.
 
-        The head pools over the whole padded input (reference/SPEC.md section 2), so a picture that is padded further for the
-        sake of its neighbours gives other results: batch pictures of the same `transform.net_hw` only.
+        The head pools over the whole padded input (reference/SPEC.md section 2), so a image that is padded further for the
+        sake of its neighbours gives other results: batch images of the same `transform.net_hw` only.
 
         Raises:
             ToodError: the padded sizes differ.
@@ -152,7 +152,7 @@ class Detector:
         return self.to_detections(batch, self.run_engine(batch))
 
     def submit(self, batch: Sequence[Prepared]) -> Any:
-        """Starts the network on pictures of one padded size; `collect` takes what comes back. See `Engine.submit`.
+        """Starts the network on images of one padded size; `collect` takes what comes back. See `Engine.submit`.
 
         Raises:
             ToodError: the padded sizes differ.
@@ -164,7 +164,7 @@ class Detector:
         return self.engine.collect(ticket)
 
     def run_engine(self, batch: Sequence[Prepared]) -> BatchDetections:
-        """The network alone, for pictures of one padded size.
+        """The network alone, for images of one padded size.
 
         Raises:
             ToodError: the padded sizes differ.
@@ -174,7 +174,7 @@ class Detector:
     def _inputs(self, batch: Sequence[Prepared]) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
         if len({prepared.transform.net_hw for prepared in batch}) != 1:
             raise ToodError(
-                f"a batch of {len(batch)} pictures of different padded sizes; expected one size (group by transform.net_hw)"
+                f"a batch of {len(batch)} images of different padded sizes; expected one size (group by transform.net_hw)"
             )
         images = (
             batch[0].image[None]
@@ -185,7 +185,7 @@ class Detector:
         return images, valid_hw
 
     def to_detections(self, batch: Sequence[Prepared], found: BatchDetections) -> list[Detections]:
-        """What the network found, one `Detections` a picture, with boxes in the picture's own pixels."""
+        """What the network found, one `Detections` a image, with boxes in the image's own pixels."""
         results = []
         for i, prepared in enumerate(batch):
             count = min(int(found.num_dets[i]), self.max_det)
@@ -200,14 +200,14 @@ class Detector:
     def stream(
         self, source: Spec | Sequence[Spec], batch: int = 1, max_pixels: int | None = None
     ) -> Generator[tuple[Frame, Detections], None, None]:
-        """Every frame of pictures, folders, videos, a camera or a stream with its detections, in order.
+        """Every frame of images, folders, videos, a camera or a stream with its detections, in order.
 
         Reading, scaling and inference run at the same time, in bounded queues. Close the iterator to stop early.
 
         Args:
             source: one or several of what `open_source` takes.
             batch: the most frames of one engine call; results do not depend on it.
-            max_pixels: refuse larger pictures; 200 million where not given.
+            max_pixels: refuse larger images; 200 million where not given.
 
         Raises:
             ToodError: the source cannot be opened; later, while iterating: cannot be read at all.

@@ -1,4 +1,4 @@
-"""One decoded picture and where it came from; and what gives such pictures, one after another. Knows no files."""
+"""One decoded image and where it came from; and what gives such images, one after another. Knows no files."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ Kind = Literal["images", "video", "live"]
 
 @dataclass(frozen=True, eq=False)
 class Frame:
-    """One picture of a source.
+    """One image of a source.
 
     Attributes:
         image_bgr: (H, W, 3) uint8 BGR, upright.
         name: path or address of what it came from.
         index: its number in that file or stream, from 0; a live stream counts the frames that were dropped, too.
-        pts, time_base: its time is pts * time_base seconds, as the file has it; None for a picture.
+        pts, time_base: its time is pts * time_base seconds, as the file has it; None for a image.
         decoded_s: when it was decoded, in seconds of `time.perf_counter`.
-        original_hw: rows and columns of the picture in its file, where it was decoded smaller; None where it was not.
+        original_hw: rows and columns of the image in its file, where it was decoded smaller; None where it was not.
     """
 
     image_bgr: NDArray[np.uint8]
@@ -41,12 +41,12 @@ class Frame:
 
     @property
     def size_hw(self) -> tuple[int, int]:
-        """Rows and columns of the picture in its file, which boxes are in pixels of."""
+        """Rows and columns of the image in its file, which boxes are in pixels of."""
         return self.original_hw or (self.image_bgr.shape[0], self.image_bgr.shape[1])
 
     @property
     def timestamp_s(self) -> float | None:
-        """Seconds, as the file has them (live: since the first frame came); None for a picture."""
+        """Seconds, as the file has them (live: since the first frame came); None for a image."""
         return (
             None if self.pts is None or self.time_base is None else float(self.pts * self.time_base)
         )
@@ -63,10 +63,10 @@ class Source(ABC):
         kind: "images", "video" (every frame, in time) or "live" (the latest frame wins).
         names: the files or addresses it reads.
         length: how many frames it will give, as far as its header tells; None where unknown.
-        skipped: pictures and frames that could not be read.
+        skipped: images and frames that could not be read.
         dropped: frames of a live source that nobody had time for.
         problems: what was lost, one line each, in the order it happened.
-        fit: the size that pictures will be scaled to fit: JPEG pictures may then be decoded at 1/2, 1/4 or 1/8 of
+        fit: the size that images will be scaled to fit: JPEG images may then be decoded at 1/2, 1/4 or 1/8 of
             their size where that is enough; None, as at first: all of their pixels.
     """
 
@@ -83,14 +83,14 @@ class Source(ABC):
     def __iter__(self) -> Iterator[Frame]: ...
 
     def decode_to_fit(self, imgsz: ImageSize) -> None:
-        """Lets JPEG pictures be decoded smaller, as `fit` says.
+        """Lets JPEG images be decoded smaller, as `fit` says.
 
         Raises:
-            InputError: the source is no pictures.
+            InputError: the source is no images.
         """
         if self.kind != "images":
             raise InputError(
-                f"{self.names[0]}: a video or stream has no smaller decoding, JPEG pictures have; leave --fast-decode out"
+                f"{self.names[0]}: a video or stream has no smaller decoding, JPEG images have; leave --fast-decode out"
             )
         self.fit = imgsz
 

@@ -10,16 +10,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path, PurePath
 from urllib.parse import urlsplit
 
-from tood_deploy.data.images import PICTURE_SUFFIXES
+from tood_deploy.data.images import IMAGE_SUFFIXES
 from tood_deploy.errors import OutputError
 from tood_deploy.files import absolute_path
 from tood_deploy.inference.video import VIDEO_SUFFIXES
 
-PICTURE_OUTPUTS = frozenset(
+IMAGE_OUTPUTS = frozenset(
     ".bmp .dib .jpe .jpeg .jpg .png .ppm .tif .tiff .webp".split()
 )  # OpenCV writes them in full colour
 VIDEO_OUTPUTS = frozenset((".mkv", ".mov", ".mp4"))
-DEFAULT_PICTURE, DEFAULT_VIDEO = ".png", ".mp4"
+DEFAULT_IMAGE, DEFAULT_VIDEO = ".png", ".mp4"
 
 
 def check_writable(path: Path) -> None:
@@ -37,7 +37,7 @@ def check_writable(path: Path) -> None:
 
 
 def plan_outputs(names: Sequence[str], output: Path) -> dict[str, Path]:
-    """The annotated picture's or video's file for each input.
+    """The annotated image's or video's file for each input.
 
     Args:
         names: paths and addresses of the inputs.
@@ -47,7 +47,7 @@ def plan_outputs(names: Sequence[str], output: Path) -> dict[str, Path]:
         OutputError: one file for several inputs, a kind of file that cannot be written, or an input would be overwritten.
     """
     suffix = output.suffix.lower()
-    if suffix in PICTURE_SUFFIXES | VIDEO_SUFFIXES and not output.is_dir():
+    if suffix in IMAGE_SUFFIXES | VIDEO_SUFFIXES and not output.is_dir():
         planned = {names[0]: _single_file(names, output)}
     else:
         planned = plan_names(names, output, lambda name: _output_suffix(PurePath(name)))
@@ -104,16 +104,16 @@ def _relative_parts(name: str, names: Sequence[str]) -> tuple[str, ...]:
 
 def _output_suffix(name: PurePath) -> str:
     suffix = name.suffix.lower()
-    if suffix in PICTURE_SUFFIXES:
-        return name.suffix if suffix in PICTURE_OUTPUTS else DEFAULT_PICTURE
+    if suffix in IMAGE_SUFFIXES:
+        return name.suffix if suffix in IMAGE_OUTPUTS else DEFAULT_IMAGE
     return name.suffix if suffix in VIDEO_OUTPUTS else DEFAULT_VIDEO
 
 
 def _single_file(names: Sequence[str], output: Path) -> Path:
     if len(names) > 1:
         raise OutputError(f"{output}: one file for {len(names)} inputs; expected a folder")
-    is_picture = PurePath(names[0]).suffix.lower() in PICTURE_SUFFIXES
-    allowed = PICTURE_OUTPUTS if is_picture else VIDEO_OUTPUTS
+    is_image = PurePath(names[0]).suffix.lower() in IMAGE_SUFFIXES
+    allowed = IMAGE_OUTPUTS if is_image else VIDEO_OUTPUTS
     if output.suffix.lower() not in allowed:
         raise OutputError(
             f"{output}: cannot hold this input; expected a folder, or a file ending in {', '.join(sorted(allowed))}"

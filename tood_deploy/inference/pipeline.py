@@ -87,7 +87,7 @@ def detect_frames(
         timings: where to note what each stage took.
 
     Raises:
-        ToodError: batch is not positive, fast decoding of what is no pictures, or whatever the source or the engine raised.
+        ToodError: batch is not positive, fast decoding of what is no images, or whatever the source or the engine raised.
     """
     if batch < 1:
         raise ToodError(f"batch is {batch}; expected a positive number")

@@ -106,11 +106,11 @@ class Outputs:
     """What a run writes.
 
     Attributes:
-        annotated: folder, or for a single input a file, for pictures or videos with the detections drawn on them.
+        annotated: folder, or for a single input a file, for images or videos with the detections drawn on them.
         coco_json: file for COCO results.
         coco_annotations: file that gives the COCO results their image and category ids.
         json_lines: file for one JSON object a frame; "-" for stdout.
-        crops: folder for every object as a picture.
+        crops: folder for every object as a image.
         show: whether to show the frames in a window.
         quiet: print no line a frame, no progress and no closing line.
     """
@@ -130,7 +130,7 @@ class Outputs:
             )
 
     def needing_pixels(self) -> list[str]:
-        """Options given that show or cut out pictures, and so need all of their pixels."""
+        """Options given that show or cut out images, and so need all of their pixels."""
         given = {
             "--output": self.annotated is not None,
             "--crops": self.crops is not None,
@@ -175,7 +175,7 @@ def _coco_results(
         return CocoResults(path, numbers, None)
     if source.kind != "images":
         raise InputError(
-            f"{annotations}: --coco-annotations gives ids to pictures, the source is a video; leave the option out"
+            f"{annotations}: --coco-annotations gives ids to images, the source is a video; leave the option out"
         )
     return CocoResults(path, *read_coco_ids(annotations, source.names, class_names))
 
@@ -184,12 +184,12 @@ def run_inference(detector: Detector, source: Source, outputs: Outputs, batch: i
     """Runs the detector over a source and writes what was asked for. Ctrl-C completes the outputs so far.
 
     Raises:
-        ToodError: the source cannot be read at all, an output cannot be written, or the engine failed; or pictures shall be decoded
+        ToodError: the source cannot be read at all, an output cannot be written, or the engine failed; or images shall be decoded
             smaller than they are, and drawn on.
     """
     if detector.fast_decode and (shown := outputs.needing_pixels()):
         raise ToodError(
-            f"--fast-decode reads pictures smaller than they are, whole ones are needed for {' and '.join(shown)}; leave one out"
+            f"--fast-decode reads images smaller than they are, whole ones are needed for {' and '.join(shown)}; leave one out"
         )
     sinks = open_sinks(outputs, source, detector.class_names)
     timings = Timings()

@@ -127,7 +127,7 @@ JPEG_QUALITY = [cv2.IMWRITE_JPEG_QUALITY, 95]
 
 
 def write_image(path: Path, image_bgr: NDArray[np.uint8]) -> None:
-    """Writes a picture (H, W, 3) uint8 BGR, whole or not at all, in the format its suffix names.
+    """Writes a image (H, W, 3) uint8 BGR, whole or not at all, in the format its suffix names.
 
     Raises:
         OutputError: the format cannot hold it, the folder cannot be written, or the disk is full.
@@ -147,7 +147,7 @@ def write_image(path: Path, image_bgr: NDArray[np.uint8]) -> None:
 
 
 class Annotated(Sink):
-    """One annotated file per input: a picture for a picture, an H.264 video with the same frame times for a video."""
+    """One annotated file per input: a image for a image, an H.264 video with the same frame times for a video."""
 
     def __init__(self, files: Mapping[str, Path]) -> None:
         """Takes the file of each input's name.
@@ -192,7 +192,7 @@ UNSAFE = re.compile(r"[^\w-]+")  # in a class name that becomes part of a file n
 
 
 class Crops(Sink):
-    """JPEG files `<input>_<frame>_<number>_<class>.jpg`, the best object of a frame first; pictures have no frame number."""
+    """JPEG files `<input>_<frame>_<number>_<class>.jpg`, the best object of a frame first; images have no frame number."""
 
     def __init__(self, folder: Path, names: Sequence[str]) -> None:
         """Takes the folder and the names of all inputs.
@@ -207,7 +207,7 @@ class Crops(Sink):
         }
 
     def write(self, frame: Frame, found: Detections) -> None:
-        """Cuts out what lies inside the picture."""
+        """Cuts out what lies inside the image."""
         stem = self.stems[frame.name]
         number = "" if frame.pts is None else f"_{frame.index:06d}"
         for i, (box, name) in enumerate(zip(found.boxes, found.names(), strict=True)):
@@ -219,7 +219,7 @@ class Crops(Sink):
 
 
 def crop_box(image_bgr: NDArray[np.uint8], box: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """The part (h, w, 3) of the picture that a box, xyxy in pixels, touches; no rows or columns where it lies outside."""
+    """The part (h, w, 3) of the image that a box, xyxy in pixels, touches; no rows or columns where it lies outside."""
     height, width = image_bgr.shape[:2]
     left, top = np.clip(np.floor(box[:2]), 0, (width, height)).astype(int)
     right, bottom = np.clip(np.ceil(box[2:]), 0, (width, height)).astype(int)

@@ -1,4 +1,4 @@
-"""What to read: turns what a user names (pictures, folders, globs, lists, videos, cameras, addresses) into a source of frames."""
+"""What to read: turns what a user names (images, folders, globs, lists, videos, cameras, addresses) into a source of frames."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import imagesize
 from av.container import InputContainer
 from av.video.frame import VideoFrame
 
-from tood_deploy.data.images import MAX_PIXELS, PICTURE_SUFFIXES, decode_to_fit
+from tood_deploy.data.images import IMAGE_SUFFIXES, MAX_PIXELS, decode_to_fit
 from tood_deploy.errors import InputError, ToodError
 from tood_deploy.files import absolute_path
 from tood_deploy.inference.frame import Frame, Kind, Source
@@ -125,9 +125,9 @@ def open_source(specs: Spec | Sequence[Spec], max_pixels: int = MAX_PIXELS) -> S
     """Opens what a user named.
 
     Args:
-        specs: one or several of: a picture; a folder (its own files, not its subfolders'); a glob; a text file with one path a
+        specs: one or several of: a image; a folder (its own files, not its subfolders'); a glob; a text file with one path a
             line (relative to that file's folder); a video; a camera ("0" or /dev/video0); an rtsp:// or http(s):// address.
-        max_pixels: refuse pictures and frames with more.
+        max_pixels: refuse images and frames with more.
 
     Raises:
         InputError: nothing there, nothing that can be read, or a camera or stream that is not alone.
@@ -147,13 +147,13 @@ def open_source(specs: Spec | Sequence[Spec], max_pixels: int = MAX_PIXELS) -> S
     )  # each file once
     if not paths:
         raise InputError(
-            "no source given; expected pictures, a folder, a video, a camera or an address"
+            "no source given; expected images, a folder, a video, a camera or an address"
         )
     return _open_file(paths[0], max_pixels) if len(paths) == 1 else FileSources(paths, max_pixels)
 
 
 class FileSources(Source):
-    """Several pictures and videos, one after another; one that cannot be read is told, and the rest goes on."""
+    """Several images and videos, one after another; one that cannot be read is told, and the rest goes on."""
 
     def __init__(self, paths: Sequence[Path], max_pixels: int = MAX_PIXELS) -> None:
         super().__init__(tuple(map(str, paths)), len(paths))
@@ -174,7 +174,7 @@ class FileSources(Source):
                 self.skip(str(error))
         if not given:
             raise InputError(
-                f"none of the {len(self.paths)} pictures and videos can be read; the first: {self.problems[0]}"
+                f"none of the {len(self.paths)} images and videos can be read; the first: {self.problems[0]}"
             )
 
     def _frames_of(self, path: Path) -> Iterator[Frame]:
@@ -204,12 +204,12 @@ def _open_address(address: str, max_pixels: int) -> Source:
 
 def _open_file(path: Path, max_pixels: int) -> Source:
     suffix = path.suffix.lower()
-    if suffix in PICTURE_SUFFIXES or (suffix not in VIDEO_SUFFIXES and _looks_like_picture(path)):
+    if suffix in IMAGE_SUFFIXES or (suffix not in VIDEO_SUFFIXES and _looks_like_image(path)):
         return ImageSource(path, max_pixels)
     return VideoSource(str(path), max_pixels)
 
 
-def _looks_like_picture(path: Path) -> bool:
+def _looks_like_image(path: Path) -> bool:
     return path.is_file() and min(imagesize.get(path)) > 0
 
 
@@ -223,18 +223,18 @@ def _expand(spec: Spec) -> list[Path]:
             return _files_of_list(path) if path.suffix.lower() == LIST_SUFFIX else [path]
     except OSError as error:
         raise InputError(
-            f"{spec}: cannot be read ({error.strerror}); expected a picture, folder, glob, list or video"
+            f"{spec}: cannot be read ({error.strerror}); expected a image, folder, glob, list or video"
         ) from error
     if glob.has_magic(str(spec)):
         names = sorted(glob.glob(str(spec), recursive=True))  # noqa: PTH207 - Path.glob takes no absolute pattern
         found = [Path(name) for name in names if Path(name).is_file()]
         if not found:
             raise InputError(
-                f"{spec}: no file has such a name; expected a glob that finds pictures or videos"
+                f"{spec}: no file has such a name; expected a glob that finds images or videos"
             )
         return found
     raise InputError(
-        f"{spec}: no such file or folder; expected a picture, folder, glob, list, video, camera number or address"
+        f"{spec}: no such file or folder; expected a image, folder, glob, list, video, camera number or address"
     )
 
 
@@ -242,10 +242,10 @@ def _files_of_folder(folder: Path) -> list[Path]:
     files = sorted(
         path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")
     )
-    wanted = [path for path in files if path.suffix.lower() in PICTURE_SUFFIXES | VIDEO_SUFFIXES]
+    wanted = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES]
     if not wanted:
         raise InputError(
-            f"{folder}: holds {len(files)} files, but no picture or video; "
+            f"{folder}: holds {len(files)} files, but no image or video; "
             f"subfolders are searched only by a glob, such as '{folder}/**/*.jpg'"
         )
     return wanted
@@ -265,7 +265,7 @@ def _files_of_list(path: Path) -> list[Path]:
 
 
 class ImageSource(Source):
-    """One picture file."""
+    """One image file."""
 
     kind = "images"
 
@@ -274,12 +274,12 @@ class ImageSource(Source):
         self.path, self.max_pixels = path, max_pixels
 
     def __iter__(self) -> Iterator[Frame]:
-        """Raises InputError where the picture cannot be read."""
+        """Raises InputError where the image cannot be read."""
         try:
             data = self.path.read_bytes()
         except OSError as error:
             raise InputError(
-                f"{self.path}: cannot be read ({error.strerror}); expected a picture"
+                f"{self.path}: cannot be read ({error.strerror}); expected a image"
             ) from error
         image, original_hw = decode_to_fit(data, str(self.path), self.fit, self.max_pixels)
         yield Frame(image, str(self.path), original_hw=original_hw)

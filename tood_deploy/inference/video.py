@@ -49,18 +49,18 @@ def open_container(name: str, timeout_s: float = TIMEOUT_S) -> InputContainer:
         return av.open(name, format=camera_format, options=options, timeout=timeout_s)
     except FFmpegError as error:
         raise InputError(
-            f"{name}: cannot be opened as a video ({error.strerror or error}); expected a picture, video, camera or stream"
+            f"{name}: cannot be opened as a video ({error.strerror or error}); expected a image, video, camera or stream"
         ) from error
     except (OSError, ValueError) as error:
         raise InputError(
-            f"{name}: cannot be opened ({error}); expected a picture, video, camera or stream"
+            f"{name}: cannot be opened ({error}); expected a image, video, camera or stream"
         ) from error
 
 
 def find_video_stream(
     container: InputContainer, name: str, max_pixels: int = MAX_PIXELS
 ) -> VideoStream:
-    """The video of a container, its decoder set up; a cover picture does not count.
+    """The video of a container, its decoder set up; a cover image does not count.
 
     Raises:
         InputError: there is none, or its frames are too large.

@@ -122,7 +122,7 @@ def _repeat_while(
 
 
 UNROLLED_BLOCK = 1280  # three of them hold all candidates
-ROUNDS = 16  # pictures were seen to need 12 at most (docs/tensorrt.md)
+ROUNDS = 16  # images were seen to need 12 at most (docs/tensorrt.md)
 
 
 class UnrolledKept(NamedTuple):

@@ -77,7 +77,7 @@ def detect(
 def suppress(
     candidates: Candidates, iou_threshold: Tensor | float, max_det: int = MAX_DET
 ) -> BatchResult:
-    """Detections from candidates: class-wise suppression, at most `max_det` a picture."""
+    """Detections from candidates: class-wise suppression, at most `max_det` a image."""
     return take_kept(candidates, *nms(*candidates, iou_threshold, max_det))
 
 
@@ -105,7 +105,7 @@ def select_candidates(
     """The candidates of all levels, best first, at most `MAX_CANDIDATES`.
 
     MMDetection keeps the best `per_level` (anchor, class) pairs of each level and drops boxes without area; the authors keep all pairs
-    of the best `per_level` anchors and clamp boxes to the picture.
+    of the best `per_level` anchors and clamp boxes to the image.
     """
     pairs = per_level if convention == "mmdet" else MAX_CANDIDATES
     levels = [
@@ -157,6 +157,6 @@ def _select_level(
 def suppress_unrolled(
     candidates: Candidates, iou_threshold: Tensor | float, max_det: int = MAX_DET
 ) -> tuple[BatchResult, Tensor]:
-    """As `suppress`, and whether each picture's detections are those of `suppress`, (B,) bool."""
+    """As `suppress`, and whether each image's detections are those of `suppress`, (B,) bool."""
     found = nms_unrolled(*candidates, iou_threshold, max_det)
     return take_kept(candidates, found.kept, found.num_dets), found.exact

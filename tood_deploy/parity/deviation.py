@@ -1,4 +1,4 @@
-"""How far arrays of numbers are from a reference, gathered over any number of pictures in flat memory. NumPy alone."""
+"""How far arrays of numbers are from a reference, gathered over any number of images in flat memory. NumPy alone."""
 
 from __future__ import annotations
 
@@ -217,7 +217,7 @@ class StageDeviations:
                     rows.box_px.tolerance = max(rows.box_px.tolerance, largest * strides[name])
 
     def add(self, stage: Stage, reference: Values, found: Values) -> NDArray[np.intp] | None:
-        """Adds what a stage gave for one picture; for candidates and detections, gives the pairs of rows."""
+        """Adds what a stage gave for one image; for candidates and detections, gives the pairs of rows."""
         if stage.name in ROW_STAGES:
             return self.rows[stage.name].add(rows_of(stage, reference), rows_of(stage, found))
         for name in stage.gives:
@@ -324,7 +324,7 @@ def _sum(deviations: list[Deviation]) -> Deviation:
 
 
 def rows_of(stage: Stage, values: Values) -> Rows:
-    """The candidates or detections of the one picture in a batch, without the rows that hold none."""
+    """The candidates or detections of the one image in a batch, without the rows that hold none."""
     if stage.name == "candidates":
         boxes, scores, labels = (values[name][0] for name in stage.gives)
         real = ~(scores <= 0)  # a NaN stays, to be told
@@ -335,7 +335,7 @@ def rows_of(stage: Stage, values: Values) -> Rows:
 
 @dataclass
 class RowDeviation:
-    """What became of the reference's boxes, over all pictures.
+    """What became of the reference's boxes, over all images.
 
     Attributes:
         score, box_px: shifts of the paired boxes' scores and coordinates (pixels).
@@ -353,7 +353,7 @@ class RowDeviation:
     not_numbers: int = 0
 
     def add(self, reference: Rows, found: Rows) -> NDArray[np.intp]:
-        """Adds one picture; gives the pairs, as `pair_rows` does."""
+        """Adds one image; gives the pairs, as `pair_rows` does."""
         self.not_numbers += int(
             (~np.isfinite(found.scores) | ~np.isfinite(found.boxes).all(axis=1)).sum()
         )

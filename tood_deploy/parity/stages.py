@@ -1,4 +1,4 @@
-"""The stages of a detector, from padded pictures to detections, and the one face of whatever runs them.
+"""The stages of a detector, from padded images to detections, and the one face of whatever runs them.
 
 A runner runs all stages at once, as deployed, or one alone from given values: so the deviation of a stage can be told apart from what
 it was handed. Knows no runtime.

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tood_deploy.data.image_set import synthetic_picture
+from tood_deploy.data.image_set import synthetic_image
 from tood_deploy.errors import CheckFailed, ToodError
 from tood_deploy.graph_io import MAP_NAMES, OUTPUTS, STAGE_OF_MAP
 from tood_deploy.matching import Match, Rows, batch_rows, match_detections, match_overlapping
@@ -70,7 +70,7 @@ class Float32Verdict:
         detections: reference against artefact.
         most_exchanges, float32_exchanges: in the worst image, by the artefact and by the valid float32 computations among themselves.
         batch_slots: the same image alone against in every slot of a batch.
-        pictures: how many there were; and the SHA-256 of all their pixels.
+        images: how many there were; and the SHA-256 of all their pixels.
     """
 
     maps: dict[str, MapVerdict] = field(
@@ -82,8 +82,8 @@ class Float32Verdict:
     most_exchanges: int = 0
     float32_exchanges: int = 0
     batch_slots: Match = field(default_factory=Match)
-    pictures: int = 0
-    pictures_sha256: str = ""
+    images: int = 0
+    images_sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -213,13 +213,13 @@ class Float32Verifier:
         for first, second in zip(batch_rows(expected), batch_rows(found), strict=True):
             match = allowance.match(first, second)
             self.verdict.detections += match
-            self.verdict.pictures += 1
+            self.verdict.images += 1
             self.verdict.most_exchanges = max(self.verdict.most_exchanges, match.exchanged)
             if match.exchanged > allowance.exchanges:
                 self.verdict.failed.append(
                     f"detections: {match.exchanged} of {match.reference} of one image exchanged, at most {allowance.exchanges} allowed"
                 )
-        self.verdict.pictures_sha256 = self._pixels.hexdigest()
+        self.verdict.images_sha256 = self._pixels.hexdigest()
 
     def to_dict(self) -> dict[str, Any]:
         """The verdict as plain values for the manifest."""
@@ -243,7 +243,7 @@ def verify_float32(
     reference: Reference,
     run: Runner,
     *,
-    pictures: Sequence[NDArray[np.uint8]] = (),
+    images: Sequence[NDArray[np.uint8]] = (),
     say: Say = lambda line: None,
 ) -> dict[str, Any]:
     """Compare a float32 artefact with its reference: at three sizes, alone and in batches, and on the user's images.
@@ -251,7 +251,7 @@ def verify_float32(
     Args:
         reference: the network that was exported, or an artefact that was proven equal to it.
         run: the shipped artefact in a runtime, with its maps.
-        pictures: (H, W, 3) uint8 BGR, compared at the model's own image size in addition to the built-in ones: of the first the maps, of
+        images: (H, W, 3) uint8 BGR, compared at the model's own image size in addition to the built-in ones: of the first the maps, of
             all the detections.
         say: told what is being compared, a line each.
 
@@ -266,17 +266,17 @@ def verify_float32(
         say(f"comparing with {reference.run.name} on images of {height}x{width}")
         # A few rows and columns fewer than the padded size, so that padding takes part.
         batch = [
-            synthetic_picture(height - 10, width - 6, seed=BATCH * number + i)
+            synthetic_image(height - 10, width - 6, seed=BATCH * number + i)
             for i in range(DIFFERENT)
         ]
         imgsz = min(height - 10, width - 6), max(height - 10, width - 6)
         allowance = verifier.compare(batch, imgsz)
         verifier.compare_slots(batch[0], imgsz, allowance)
-    if len(pictures):
-        say(f"comparing with {reference.run.name} on {len(pictures)} images of your own")
-        allowance = verifier.compare(pictures[:1], reference.sizing)
-        for picture in pictures[1:]:
-            verifier.compare_detections(picture, reference.sizing, allowance)
+    if len(images):
+        say(f"comparing with {reference.run.name} on {len(images)} images of your own")
+        allowance = verifier.compare(images[:1], reference.sizing)
+        for image in images[1:]:
+            verifier.compare_detections(image, reference.sizing, allowance)
     if failures := verifier.verdict.failed:
         raise CheckFailed(
             f"the artefact is not equal to its reference, {reference.run.name}: {'; '.join(failures[:3])}{_more(failures)}"
@@ -301,7 +301,7 @@ class DetectionVerdict:
         least_iou: smallest overlap of a pair.
         batch_slots: the same image alone against in every slot of a batch.
         ap: points of AP of both and the drop, where there are annotations.
-        pictures: how many there were.
+        images: how many there were.
     """
 
     score_threshold: float
@@ -314,8 +314,8 @@ class DetectionVerdict:
     least_iou: float = 1.0
     batch_slots: Match = field(default_factory=Match)
     ap: dict[str, float] | None = None
-    pictures: int = 0
-    pictures_sha256: str = ""
+    images: int = 0
+    images_sha256: str = ""
 
     @property
     def lost_share(self) -> float:
@@ -348,7 +348,7 @@ class DetectionVerdict:
         self.score_deviation = max(self.score_deviation, float(scores.max(initial=0)))
         self.box_deviation_px = max(self.box_deviation_px, float(boxes.max(initial=0)))
         self.least_iou = min(self.least_iou, float(overlaps[seen].min(initial=1)))
-        self.pictures += 1
+        self.images += 1
 
     def failures(self, limits: DetectionLimits) -> list[str]:
         """A sentence for every limit that was passed; one detection is never too many."""
@@ -388,7 +388,7 @@ class DetectionVerdict:
 def verify_detections(
     reference: Reference,
     run: Runner,
-    pictures: Sequence[NDArray[np.uint8]],
+    source_images: Sequence[NDArray[np.uint8]],
     limits: DetectionLimits,
     *,
     measure_ap: Callable[[], tuple[float, float]] | None = None,
@@ -399,7 +399,7 @@ def verify_detections(
     Args:
         reference: the network that was exported, or an artefact that was proven equal to it.
         run: the shipped artefact in the runtime that will run it, or the nearest thing to it.
-        pictures: (H, W, 3) uint8 BGR, like those to come.
+        images: (H, W, 3) uint8 BGR, like those to come.
         limits: of its precision.
         measure_ap: gives points of AP of reference and artefact on annotated images.
         say: told what is being compared, a line each.
@@ -411,12 +411,12 @@ def verify_detections(
         ToodError: there is no image, or the reference finds nothing in any.
         CheckFailed: the artefact is outside a limit; the message names it.
     """
-    if not len(pictures):
+    if not len(source_images):
         raise ToodError(
             "no images to verify on; give --verify-images a folder of images like those to come"
         )
-    say(f"comparing detections with {reference.run.name} on {len(pictures)} images")
-    batches = [prepare([picture], reference.sizing) for picture in pictures]
+    say(f"comparing detections with {reference.run.name} on {len(source_images)} images")
+    batches = [prepare([image], reference.sizing) for image in source_images]
     expected = [_rows(reference.run, batch, 0.0) for batch in batches]
     verdict = DetectionVerdict(_score_threshold(expected))
     lowest = max(0.0, verdict.score_threshold - limits.score)
@@ -435,7 +435,7 @@ def verify_detections(
     for slot in slots:
         pairs, _ = match_overlapping(alone, slot, limits.score, limits.iou)
         verdict.batch_slots += Match(len(alone), len(pairs), len(slot) - len(pairs))
-    verdict.pictures_sha256 = hashlib.sha256(
+    verdict.images_sha256 = hashlib.sha256(
         b"".join(batch[0].tobytes() for batch in batches)
     ).hexdigest()
     if measure_ap is not None:

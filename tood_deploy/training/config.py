@@ -33,10 +33,10 @@ class Recipe:
         clip: largest norm of the whole gradient; None leaves it alone.
         accumulate: parts a step is computed in; averaging factors are those of a part.
         atss_epochs: epochs of ATSS before task-aligned assignment.
-        short_sides: smallest and largest short side that pictures are scaled to, drawn per picture; None: the preset's size.
-        flip, flip_vertical: share of pictures mirrored.
+        short_sides: smallest and largest short side that images are scaled to, drawn per image; None: the preset's size.
+        flip, flip_vertical: share of images mirrored.
         colour: strength of random brightness, contrast and saturation, 0 to 1.
-        group_by_aspect: a batch holds either wide or tall pictures, which saves padding.
+        group_by_aspect: a batch holds either wide or tall images, which saves padding.
         frozen_stages: backbone stages that do not learn, 0 for the stem alone, -1 for none.
         freeze_norm: batch norms keep their statistics.
         precision: of the network's arithmetic; losses are always float32.
@@ -185,7 +185,7 @@ BACKBONES: dict[tuple[int, int], PublishedWeights] = {
 
 
 class Verdict(Protocol):
-    """What an evaluation gives: numbers by name, "AP" among them, and pictures to look at."""
+    """What an evaluation gives: numbers by name, "AP" among them, and images to look at."""
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -193,7 +193,7 @@ class Verdict(Protocol):
         ...
 
     @property
-    def pictures(self) -> Sequence[NDArray[Any]]:
+    def images(self) -> Sequence[NDArray[Any]]:
         """(H, W, 3) uint8 RGB."""
         ...
 

@@ -1,4 +1,4 @@
-"""Pictures into batches. The order and every random choice follow from seed, epoch and position alone.
+"""Images into batches. The order and every random choice follow from seed, epoch and position alone.
 
 So nothing needs to be stored to go on with a broken run exactly, with any number of loading processes and workers.
 """
@@ -24,12 +24,12 @@ from tood_deploy.training.assign import Targets
 
 @dataclass(frozen=True)
 class Augment:
-    """What is done to a training picture.
+    """What is done to a training image.
 
     Attributes:
         imgsz: (short side, long side) in pixels to fit.
-        short_sides: smallest and largest short side, drawn per picture in place of `imgsz`'s.
-        flip, flip_vertical: share of pictures mirrored left to right, and top to bottom.
+        short_sides: smallest and largest short side, drawn per image in place of `imgsz`'s.
+        flip, flip_vertical: share of images mirrored left to right, and top to bottom.
         colour: strength of brightness, contrast and saturation, 0 for none.
     """
 
@@ -42,7 +42,7 @@ class Augment:
     def __call__(
         self, image_bgr: NDArray[np.uint8], boxes: NDArray[np.float32], rng: np.random.Generator
     ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-        """The changed picture (H', W', 3) uint8 BGR and its boxes (G, 4) xyxy in pixels of it."""
+        """The changed image (H', W', 3) uint8 BGR and its boxes (G, 4) xyxy in pixels of it."""
         short = (
             self.imgsz[0]
             if self.short_sides is None
@@ -100,12 +100,12 @@ def recolour(
 
 
 ORDER, AUGMENT = 0, 1  # streams of random numbers
-ATTEMPTS = 20  # pictures tried in place of unreadable ones
+ATTEMPTS = 20  # images tried in place of unreadable ones
 
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One augmented picture.
+    """One augmented image.
 
     Attributes:
         image: (H, W, 3) uint8 RGB.
@@ -142,7 +142,7 @@ class Batch:
 
 
 class TrainingData(Dataset[Sample]):
-    """The augmented pictures of an epoch, by (epoch, position)."""
+    """The augmented images of an epoch, by (epoch, position)."""
 
     def __init__(self, records: Sequence[Record], augment: Augment, seed: int) -> None:
         self.records, self.augment, self.seed = records, augment, seed
@@ -151,12 +151,12 @@ class TrainingData(Dataset[Sample]):
         return len(self.records)
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
-        """The picture at a position, as this epoch changes it; the next readable one where it cannot be read."""
+        """The image at a position, as this epoch changes it; the next readable one where it cannot be read."""
         epoch, index = key
         unreadable: list[str] = []
         for attempt in range(min(ATTEMPTS, len(self.records))):
             record = self.records[(index + attempt) % len(self.records)]
-            image = read_picture(record)
+            image = read_image(record)
             if image is not None:
                 rng = np.random.default_rng((self.seed, AUGMENT, epoch, index))
                 image, boxes = self.augment(image, record.boxes, rng)
@@ -169,12 +169,12 @@ class TrainingData(Dataset[Sample]):
                 )
             unreadable.append(record.path.name)
         raise InputError(
-            f"{len(unreadable)} pictures in a row cannot be read ({', '.join(unreadable[:3])}, ...); check the folder with --check-data"
+            f"{len(unreadable)} images in a row cannot be read ({', '.join(unreadable[:3])}, ...); check the folder with --check-data"
         )
 
 
-def read_picture(record: Record) -> NDArray[np.uint8] | None:
-    """The picture, (H, W, 3) uint8 BGR; None if it cannot be read, or has another size than its annotations say.
+def read_image(record: Record) -> NDArray[np.uint8] | None:
+    """The image, (H, W, 3) uint8 BGR; None if it cannot be read, or has another size than its annotations say.
 
     Stored as it is or turned upright by its EXIF data, whichever of the two has the annotated size.
     """
@@ -188,7 +188,7 @@ def read_picture(record: Record) -> NDArray[np.uint8] | None:
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """Pictures padded at the right and bottom to one size, a multiple of 32."""
+    """Images padded at the right and bottom to one size, a multiple of 32."""
     sizes = [sample.image.shape[:2] for sample in samples]
     height, width = pad_size((max(h for h, _ in sizes), max(w for _, w in sizes)))
     images = np.zeros((len(samples), height, width, 3), np.uint8)
@@ -218,14 +218,14 @@ def epoch_batches(
     by_aspect: bool,
     at_least: int = 1,
 ) -> list[list[int]]:
-    """Positions of the pictures of each step of an epoch, every picture once.
+    """Positions of the images of each step of an epoch, every image once.
 
     Args:
-        records: the pictures.
-        batch: pictures a step; the last steps may have fewer.
+        records: the images.
+        batch: images a step; the last steps may have fewer.
         seed, epoch: decide the order.
-        by_aspect: a batch holds either wide or tall pictures, but for the last.
-        at_least: pictures that a step has in any case: the first ones again if need be.
+        by_aspect: a batch holds either wide or tall images, but for the last.
+        at_least: images that a step has in any case: the first ones again if need be.
     """
     order = np.random.default_rng((seed, ORDER, epoch)).permutation(len(records)).tolist()
     batches: list[list[int]] = []
@@ -249,8 +249,8 @@ def load_batches(
     """The batches of these steps, in order.
 
     Args:
-        data: the pictures.
-        steps: positions of the pictures of each step.
+        data: the images.
+        steps: positions of the images of each step.
         epoch: decides the augmentation.
         workers: loading processes; 0 loads in this one.
         pin: into memory that a GPU copies from fast.

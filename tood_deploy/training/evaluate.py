@@ -1,4 +1,4 @@
-"""AP of a network on COCO-format pictures, by pycocotools. Shared out among workers; every picture counts once."""
+"""AP of a network on COCO-format images, by pycocotools. Shared out among workers; every image counts once."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from tood_deploy.detections import Detections
 from tood_deploy.model.tood import FusedDetector, Tood
 from tood_deploy.preprocess import ImageTransform, resize_and_pad
 from tood_deploy.presets import Sizing
-from tood_deploy.training.data import read_picture
+from tood_deploy.training.data import read_image
 from tood_deploy.training.distributed import gather_objects, is_main, rank, world_size
 
 METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 SCORE_THRESHOLD, IOU_THRESHOLD = 0.05, 0.6
-PICTURES, SHOWN_ABOVE = 4, 0.3
+IMAGES, SHOWN_ABOVE = 4, 0.3
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,14 +35,14 @@ class Evaluation:
         metrics: `METRICS`, 0 to 1; NaN where there is no such object; empty on all workers but the main one.
         precision: (T, 101) precision at recalls 0 to 1, the mean over classes, at overlaps of 0.50 to 0.95.
         class_ap: AP of every class.
-        pictures: a few with detections drawn on them, (H, W, 3) uint8 RGB.
-        unreadable: pictures that could not be read, and count as without detections.
+        images: a few with detections drawn on them, (H, W, 3) uint8 RGB.
+        unreadable: images that could not be read, and count as without detections.
     """
 
     metrics: dict[str, float]
     precision: NDArray[np.float64] | None = None
     class_ap: dict[str, float] = field(default_factory=dict)
-    pictures: list[NDArray[np.uint8]] = field(default_factory=list)
+    images: list[NDArray[np.uint8]] = field(default_factory=list)
     unreadable: tuple[str, ...] = ()
 
 
@@ -65,7 +65,7 @@ class CocoEvaluator:
         Args:
             annotations: the validation set.
             device: to run on.
-            batch: pictures at once, where they have one padded size.
+            batch: images at once, where they have one padded size.
             precision: autocast to it; None for float32.
         """
         self.annotations, self.device, self.batch, self.precision = (
@@ -91,7 +91,7 @@ class CocoEvaluator:
     def _detect_share(
         self, detector: FusedDetector
     ) -> tuple[list[dict[str, Any]], list[NDArray[np.uint8]], list[str]]:
-        """COCO results of this worker's pictures; the first few drawn; the unreadable ones."""
+        """COCO results of this worker's images; the first few drawn; the unreadable ones."""
         results: list[dict[str, Any]] = []
         drawn: list[NDArray[np.uint8]] = []
         share, unreadable = self.annotations.records[rank() :: world_size()], []
@@ -100,7 +100,7 @@ class CocoEvaluator:
                 group, self._detect(detector, group), strict=True
             ):
                 results += found.to_coco(record.image_id, self.annotations.category_ids)
-                if len(drawn) < PICTURES:
+                if len(drawn) < IMAGES:
                     drawn.append(
                         np.asarray(
                             cv2.cvtColor(found.filter(SHOWN_ABOVE).plot(image), cv2.COLOR_BGR2RGB),
@@ -112,10 +112,10 @@ class CocoEvaluator:
     def _batches(
         self, records: Sequence[Record], sizing: Sizing, unreadable: list[str]
     ) -> Iterator[list[Any]]:
-        """Neighbouring pictures of one padded size: (record, picture, network input, transform) each."""
+        """Neighbouring images of one padded size: (record, image, network input, transform) each."""
         group: list[Any] = []
         for record in records:
-            image = read_picture(record)
+            image = read_image(record)
             if image is None:
                 unreadable.append(record.path.name)
                 continue
@@ -163,7 +163,7 @@ class CocoEvaluator:
             return Evaluation(
                 dict.fromkeys(METRICS, 0.0),
                 class_ap=dict.fromkeys(names, 0.0),
-                pictures=drawn,
+                images=drawn,
                 unreadable=unreadable,
             )
         with contextlib.redirect_stdout(io.StringIO()):

@@ -116,10 +116,10 @@ class Journal:
             if name != "step" and isinstance(value, (int, float)):
                 self.board.add_scalar(f"{kind}/{name}", value, int(values.get("step", 0)))  # type: ignore[union-attr]
 
-    def pictures(self, pictures: Sequence[NDArray[np.uint8]], step: int) -> None:
-        """Validation pictures, (H, W, 3) uint8 RGB, with what was found drawn on them, for TensorBoard."""
-        for i, picture in enumerate(pictures if self.board is not None else ()):
-            self.board.add_image(f"validation/{i}", picture, step, dataformats="HWC")  # type: ignore[union-attr]
+    def images(self, images: Sequence[NDArray[np.uint8]], step: int) -> None:
+        """Validation images, (H, W, 3) uint8 RGB, with what was found drawn on them, for TensorBoard."""
+        for i, image in enumerate(images if self.board is not None else ()):
+            self.board.add_image(f"validation/{i}", image, step, dataformats="HWC")  # type: ignore[union-attr]
 
 
 def read_log(output: Path, kind: str) -> list[dict[str, Any]]:

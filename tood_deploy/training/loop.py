@@ -79,7 +79,7 @@ def fit(
 
     Args:
         model: with its first weights; it is changed.
-        data: the augmented pictures.
+        data: the augmented images.
         recipe: what is learnt how.
         options: where and how it runs.
         evaluate: AP of a network; called on all workers.
@@ -183,7 +183,7 @@ class _Run:
             start = time.perf_counter()
             verdict = self.evaluate(self.deployed())
             row |= verdict.metrics | {"evaluation_s": time.perf_counter() - start}
-            self.journal.pictures(verdict.pictures, self.progress.step)
+            self.journal.images(verdict.images, self.progress.step)
         self.progress.history.append(row)
         self.journal.write("epoch", row)
         if "AP" in row:
@@ -269,7 +269,7 @@ class _Run:
             ) from error
         self.progress.step += 1
         for name in (name for part in parts for name in part.unreadable):
-            self.journal.say(f"warning: {name} cannot be read, another picture took its place")
+            self.journal.say(f"warning: {name} cannot be read, another image took its place")
             self.journal.write("unreadable", {"step": self.progress.step, "file": name})
         seconds = time.perf_counter() - start
         speed = sum(len(part.image_ids) for part in parts) * world_size() / seconds

@@ -13,24 +13,24 @@ from rich.console import Group, RenderableType
 from rich.progress import track
 from rich.table import Table
 
-from tood_deploy.data.coco import SMALLEST_PICTURE, Annotations
-from tood_deploy.training.data import read_picture
+from tood_deploy.data.coco import MIN_IMAGE_SIDE, Annotations
+from tood_deploy.training.data import read_image
 
 SIDES = (0, 8, 16, 32, 64, 96, 128, 256, 512)  # pixels: square root of a box's area
 BAR = 30
 
 
-def check_pictures(annotations: Annotations, progress: bool = False) -> None:
-    """Decodes every picture; those that fail join the problems."""
-    for record in track(annotations.records, "reading pictures", disable=not progress):
-        if read_picture(record) is None:
+def check_images(annotations: Annotations, progress: bool = False) -> None:
+    """Decodes every image; those that fail join the problems."""
+    for record in track(annotations.records, "reading images", disable=not progress):
+        if read_image(record) is None:
             annotations.problems.add(
-                "picture unreadable or of another size than annotated", record.path.name
+                "image unreadable or of another size than annotated", record.path.name
             )
 
 
 def report(annotations: Annotations, title: str) -> RenderableType:
-    """Counts, problems, and histograms of classes, box sizes, box shapes and picture shapes."""
+    """Counts, problems, and histograms of classes, box sizes, box shapes and image shapes."""
     boxes = (
         np.concatenate([record.boxes for record in annotations.records])
         if annotations.records
@@ -43,11 +43,11 @@ def report(annotations: Annotations, title: str) -> RenderableType:
     )
     width, height = (boxes[:, 2:] - boxes[:, :2]).T
     without = sum(not len(record.boxes) for record in annotations.records)
-    small = sum(min(record.size_hw) < SMALLEST_PICTURE for record in annotations.records)
+    small = sum(min(record.size_hw) < MIN_IMAGE_SIDE for record in annotations.records)
     head = Table(title=f"{title}: {annotations.path}", show_header=False, title_justify="left")
-    head.add_row("pictures that can be used", str(len(annotations.records)))
+    head.add_row("images that can be used", str(len(annotations.records)))
     head.add_row("  of these without boxes (not trained on)", str(without))
-    head.add_row(f"  of these under {SMALLEST_PICTURE} pixels (not trained on)", str(small))
+    head.add_row(f"  of these under {MIN_IMAGE_SIDE} pixels (not trained on)", str(small))
     head.add_row("boxes", str(len(boxes)))
     for line in annotations.problems.lines() or ["none"]:
         head.add_row("problem", line)
@@ -65,7 +65,7 @@ def report(annotations: Annotations, title: str) -> RenderableType:
             "box shape (width / height)",
             _binned(width / np.maximum(height, 1e-6), (0, 0.25, 0.5, 0.8, 1.25, 2, 4)),
         ),
-        _histogram("picture size", dict(shapes.most_common(8))),
+        _histogram("image size", dict(shapes.most_common(8))),
     )
 
 

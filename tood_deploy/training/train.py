@@ -99,7 +99,7 @@ def choose_recipe(preset: str, changes: Mapping[str, Any]) -> tuple[Recipe, list
     if "batch" in changes and "lr" not in changes and changes["batch"] != recipe.batch:
         before, recipe = recipe, recipe.with_batch(changes["batch"])
         notes.append(
-            f"the learning rate is {recipe.lr:g}, scaled with the batch: {before.lr:g} is for {before.batch} pictures a step"
+            f"the learning rate is {recipe.lr:g}, scaled with the batch: {before.lr:g} is for {before.batch} images a step"
         )
     return replace(recipe, **changes), notes
 
@@ -127,9 +127,9 @@ def train(
         options: where and how; its device is "cpu" or "cuda".
         first: where the first weights come from.
         notes: lines to say first.
-        imgsz: (short side, long side) of pictures, in place of the preset's.
+        imgsz: (short side, long side) of images, in place of the preset's.
         class_names: order of classes, in place of the file's.
-        evaluation_batch: pictures at once in evaluation.
+        evaluation_batch: images at once in evaluation.
         threads: of the CPU; PyTorch's own choice where not given.
         quiet: say nothing.
 
@@ -197,7 +197,7 @@ def _describe(
     rate = f"{recipe.optimiser} with learning rate {recipe.lr:g}, {recipe.schedule} schedule"
     workers = f"{world_size()} workers" if world_size() > 1 else "1 worker"
     return [
-        f"{preset.name}: {preset.num_classes} classes ({names}), {usable} pictures of {annotations.path}",
+        f"{preset.name}: {preset.num_classes} classes ({names}), {usable} images of {annotations.path}",
         *(f"left out or mended: {line}" for line in annotations.problems.lines()),
         f"{recipe.epochs} epochs of batch {recipe.batch}, {rate}, {recipe.precision}, seed {recipe.seed}, {workers} on {device.type}",
     ]

@@ -1,4 +1,4 @@
-"""Inner values of a graph, picture by picture: the same numbers as from the whole graph at once, and not all at the same time."""
+"""Inner values of a graph, image by image: the same numbers as from the whole graph at once, and not all at the same time."""
 
 from pathlib import Path
 from typing import Any
@@ -35,9 +35,9 @@ def names(model: onnx.ModelProto) -> list[str]:
 
 @pytest.mark.parametrize("together", [1, 7, 10_000])
 def test_equal_to_the_whole_graph(
-    model: onnx.ModelProto, names: list[str], synth_picture: Any, together: int
+    model: onnx.ModelProto, names: list[str], synth_image_bgr: Any, together: int
 ) -> None:
-    image = synth_picture(*SIZE_HW)
+    image = synth_image_bgr(*SIZE_HW)
     reader = ActivationReader(model, names, threads=1, together=together)
     found, largest = {}, 0
     for values in reader.read(image, (60, 90)):
@@ -66,20 +66,20 @@ def test_equal_to_the_whole_graph(
 
 
 def test_nothing_is_computed_beyond_the_last_wanted_value(
-    model: onnx.ModelProto, synth_picture: Any
+    model: onnx.ModelProto, synth_image_bgr: Any
 ) -> None:
     reader = ActivationReader(model, ["c3"], threads=1)
     (segment,) = reader._segments
     assert segment.reads == ("images", "valid_hw")
-    (values,) = reader.read(synth_picture(*SIZE_HW), SIZE_HW)
+    (values,) = reader.read(synth_image_bgr(*SIZE_HW), SIZE_HW)
     assert values["c3"].shape[2:] == (8, 12)
 
 
 def test_folders_in_order_of_names(
-    model: onnx.ModelProto, synth_picture: Any, tmp_path: Path
+    model: onnx.ModelProto, synth_image_bgr: Any, tmp_path: Path
 ) -> None:
     for name, size in (("b.png", (40, 80)), ("a.png", (64, 64)), ("c.png", (90, 60))):
-        cv2.imwrite(str(tmp_path / name), synth_picture(*size))
+        cv2.imwrite(str(tmp_path / name), synth_image_bgr(*size))
     shapes = [
         values["pixels"].shape[2:]
         for values in iterate_activations(model, tmp_path, (64, 96), ["pixels"], most=2)
@@ -90,5 +90,5 @@ def test_folders_in_order_of_names(
 def test_bad_input(model: onnx.ModelProto, tmp_path: Path) -> None:
     with pytest.raises(ArtefactError, match="makes no values conv_of_another_graph"):
         ActivationReader(model, ["c3", "conv_of_another_graph"])
-    with pytest.raises(InputError, match="no pictures in it"):
+    with pytest.raises(InputError, match="no images in it"):
         next(iterate_activations(model, tmp_path, (64, 96), ["c3"]))

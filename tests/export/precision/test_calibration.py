@@ -1,4 +1,4 @@
-"""Calibration on pictures: against the activations themselves, interrupted and resumed, kept and refused."""
+"""Calibration on images: against the activations themselves, interrupted and resumed, kept and refused."""
 
 import shutil
 from collections.abc import Callable
@@ -9,22 +9,22 @@ import numpy as np
 import onnx
 import pytest
 
-from tood_deploy.data.image_set import synthetic_picture
+from tood_deploy.data.image_set import synthetic_image
 from tood_deploy.errors import ArtefactError, InputError
 from tood_deploy.export.precision import calibrate as calibration_module
 from tood_deploy.export.precision.activations import iterate_activations
-from tood_deploy.export.precision.calibrate import Calibration, calibrate, choose_pictures
+from tood_deploy.export.precision.calibrate import Calibration, calibrate, choose_images
 
 IMGSZ = (64, 96)
 VALUES = ("pixels", "c3", "p5")
-PICTURES = 5
+IMAGES = 5
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
-    for seed in range(PICTURES):
-        cv2.imwrite(str(folder / f"{seed}.png"), synthetic_picture(50 + 20 * seed, 90, seed))
+    folder = tmp_path_factory.mktemp("images")
+    for seed in range(IMAGES):
+        cv2.imwrite(str(folder / f"{seed}.png"), synthetic_image(50 + 20 * seed, 90, seed))
     return folder
 
 
@@ -54,7 +54,7 @@ class TestGathering:
         found = list(iterate_activations(model, folder, IMGSZ, VALUES))
         for name, (low, high) in whole.ranges("minmax").items():
             arrays = [some[name] for some in found if name in some]
-            assert len(arrays) == PICTURES
+            assert len(arrays) == IMAGES
             assert (low, high) == (
                 min(array.min() for array in arrays),
                 max(array.max() for array in arrays),
@@ -66,17 +66,17 @@ class TestGathering:
         assert -2.2 < low < -1.5
         assert 1.5 < high < 2.7  # normalised, not 0 to 255
 
-    def test_pictures_are_spread_over_the_folder(self, folder: Path) -> None:
-        assert [path.name for path in choose_pictures(folder, 3)] == ["0.png", "2.png", "4.png"]
-        assert len(choose_pictures(folder, 99)) == PICTURES
+    def test_images_are_spread_over_the_folder(self, folder: Path) -> None:
+        assert [path.name for path in choose_images(folder, 3)] == ["0.png", "2.png", "4.png"]
+        assert len(choose_images(folder, 99)) == IMAGES
 
-    def test_few_pictures_are_a_warning(
+    def test_few_images_are_a_warning(
         self, model: onnx.ModelProto, folder: Path, tmp_path: Path
     ) -> None:
         said: list[str] = []
         calibrate(model, VALUES[:1], folder, IMGSZ, cache=tmp_path, most=2, say=said.append)
         assert len(said) == 1
-        assert "2 pictures to calibrate on; with fewer than 64" in said[0]
+        assert "2 images to calibrate on; with fewer than 64" in said[0]
 
     def test_numbers_that_are_none_are_refused(
         self, model: onnx.ModelProto, folder: Path, tmp_path: Path
@@ -136,11 +136,11 @@ class TestKept:
         monkeypatch.setattr(calibration_module, "ActivationReader", None)
         assert_equal(calibrate(model, VALUES, folder, IMGSZ, cache=tmp_path), whole)
 
-    def test_another_picture_size_or_graph_is_another_calibration(
+    def test_another_image_size_or_graph_is_another_calibration(
         self, whole: Calibration, model: onnx.ModelProto, folder: Path, tmp_path: Path
     ) -> None:
         changed = shutil.copytree(folder, tmp_path / "changed")
-        cv2.imwrite(str(changed / "3.png"), synthetic_picture(40, 90, 99))
+        cv2.imwrite(str(changed / "3.png"), synthetic_image(40, 90, 99))
         other = onnx.ModelProto()
         other.CopyFrom(model)
         other.graph.initializer[0].doc_string = "another"
@@ -170,17 +170,17 @@ class TestKept:
 
 class TestBadInput:
     def test_an_empty_folder(self, model: onnx.ModelProto, tmp_path: Path) -> None:
-        with pytest.raises(InputError, match="no pictures in it"):
+        with pytest.raises(InputError, match="no images in it"):
             calibrate(model, VALUES, tmp_path, IMGSZ, cache=tmp_path)
 
-    def test_one_picture(self, model: onnx.ModelProto, folder: Path, tmp_path: Path) -> None:
+    def test_one_image(self, model: onnx.ModelProto, folder: Path, tmp_path: Path) -> None:
         shutil.copy(folder / "0.png", tmp_path)
-        with pytest.raises(InputError, match="1 picture to calibrate on; expected 64 or more"):
+        with pytest.raises(InputError, match="1 image to calibrate on; expected 64 or more"):
             calibrate(model, VALUES, tmp_path, IMGSZ, cache=tmp_path)
-        with pytest.raises(InputError, match="1 picture"):
-            choose_pictures(folder, 1)
+        with pytest.raises(InputError, match="1 image"):
+            choose_images(folder, 1)
 
-    def test_a_picture_that_is_none(
+    def test_a_image_that_is_none(
         self, model: onnx.ModelProto, folder: Path, tmp_path: Path
     ) -> None:
         broken = shutil.copytree(folder, tmp_path / "broken")

@@ -9,7 +9,7 @@ import cv2
 import onnx
 import pytest
 
-from tood_deploy.data.image_set import synthetic_picture
+from tood_deploy.data.image_set import synthetic_image
 from tood_deploy.errors import InputError, ToodError
 from tood_deploy.export.precision import convert as int8_module
 from tood_deploy.export.precision.convert import Int8Options, int8_from_onnx
@@ -20,10 +20,10 @@ OPTIONS = Int8Options(method="minmax")
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
     for seed in range(2):
-        cv2.imwrite(str(folder / f"{seed}.png"), synthetic_picture(90, 120, seed))
+        cv2.imwrite(str(folder / f"{seed}.png"), synthetic_image(90, 120, seed))
     return folder
 
 
@@ -33,9 +33,7 @@ def manifest_inside(path: Path) -> Manifest:
     )
 
 
-def test_writes_the_graph_and_tells_how(
-    tiny_artefact: Path, pictures: Path, tmp_path: Path
-) -> None:
+def test_writes_the_graph_and_tells_how(tiny_artefact: Path, images: Path, tmp_path: Path) -> None:
     said: list[str] = []
     seen: list[tuple[int, int]] = []
     output = tmp_path / "int8.onnx"
@@ -43,7 +41,7 @@ def test_writes_the_graph_and_tells_how(
     told = int8_from_onnx(
         tiny_artefact,
         output,
-        pictures,
+        images,
         options,
         progress=lambda *done: seen.append(done),
         say=said.append,
@@ -54,8 +52,8 @@ def test_writes_the_graph_and_tells_how(
         "method": "minmax",
         "keep": ("backbone.conv1",),
         "max_drop": None,
-        "most_pictures": 128,
-        "pictures": 2,
+        "max_images": 128,
+        "images": 2,
         "calibration": "",
     }
     assert seen == [(0, 2), (1, 2), (2, 2)]
@@ -71,7 +69,7 @@ def test_writes_the_graph_and_tells_how(
 
 
 def test_keeps_as_many_layers_as_quality_asks_for(
-    tiny_artefact: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_artefact: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ranked = [Sensitivity(f"backbone.layer{i}.*", 1 / i) for i in range(1, 5)]
     monkeypatch.setattr(int8_module, "measure_sensitivity", lambda *args, **kwargs: ranked)
@@ -92,7 +90,7 @@ def test_keeps_as_many_layers_as_quality_asks_for(
     told = int8_from_onnx(
         tiny_artefact,
         tmp_path / "int8.onnx",
-        pictures,
+        images,
         Int8Options(method="minmax", keep=("neck.*",), max_drop=75.0),
         quality=share_of_8_bits,
     )["int8"]
@@ -108,16 +106,13 @@ def test_keeps_as_many_layers_as_quality_asks_for(
 
 
 def test_without_annotations_detections_are_compared(
-    tiny_artefact: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_artefact: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
         int8_module, "DetectionMismatch", partial(DetectionMismatch, score_threshold=0.05)
     )
     told = int8_from_onnx(
-        tiny_artefact,
-        tmp_path / "int8.onnx",
-        pictures,
-        Int8Options(method="minmax", max_drop=100.0),
+        tiny_artefact, tmp_path / "int8.onnx", images, Int8Options(method="minmax", max_drop=100.0)
     )["int8"]
     assert 0 < told["drop"] <= 100
     assert told["keep"] == ()
@@ -138,24 +133,24 @@ class TestBadInput:
             Int8Options(**wrong)  # pyright: ignore[reportArgumentType]
 
     def test_an_artefact_in_int8_already(
-        self, tiny_artefact: Path, pictures: Path, tmp_path: Path
+        self, tiny_artefact: Path, images: Path, tmp_path: Path
     ) -> None:
-        int8_from_onnx(tiny_artefact, tmp_path / "int8.onnx", pictures, OPTIONS)
+        int8_from_onnx(tiny_artefact, tmp_path / "int8.onnx", images, OPTIONS)
         with pytest.raises(ToodError, match="is in int8 already; start from the float32 artefact"):
-            int8_from_onnx(tmp_path / "int8.onnx", tmp_path / "again.onnx", pictures, OPTIONS)
+            int8_from_onnx(tmp_path / "int8.onnx", tmp_path / "again.onnx", images, OPTIONS)
 
     def test_a_failure_leaves_what_was_there(
-        self, tiny_artefact: Path, pictures: Path, tmp_path: Path
+        self, tiny_artefact: Path, images: Path, tmp_path: Path
     ) -> None:
         output = tmp_path / "int8.onnx"
         output.write_bytes(b"before")
         (tmp_path / "empty").mkdir()
         (tmp_path / "one").mkdir()
-        shutil.copy(pictures / "0.png", tmp_path / "one")
+        shutil.copy(images / "0.png", tmp_path / "one")
         for folder in ("empty", "one", "absent"):
             with pytest.raises(InputError):
                 int8_from_onnx(tiny_artefact, output, tmp_path / folder, OPTIONS)
         with pytest.raises(ToodError, match="no 8-bit layer is called nothing"):
-            int8_from_onnx(tiny_artefact, output, pictures, Int8Options(keep=("nothing",)))
+            int8_from_onnx(tiny_artefact, output, images, Int8Options(keep=("nothing",)))
         assert output.read_bytes() == b"before"
         assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "int8.onnx", "one"]

@@ -394,12 +394,12 @@ class TestNetwork:
         assert types["pixels"] == TensorProto.FLOAT
 
     def test_head_maps_are_close(
-        self, network: tuple[onnx.ModelProto, onnx.ModelProto], synth_picture: Any
+        self, network: tuple[onnx.ModelProto, onnx.ModelProto], synth_image_bgr: Any
     ) -> None:
         precision = "bf16" if network[1].opset_import[0].version == 22 else "fp16"
         runnable = emulate_low_precision(network[1]) if precision == "bf16" else network[1]
         feed = {
-            "images": synth_picture(96, 128)[None],
+            "images": synth_image_bgr(96, 128)[None],
             "valid_hw": np.array([[96, 128]], np.int32),
             "score_threshold": np.array(0.05, np.float32),
             "iou_threshold": np.array(0.6, np.float32),

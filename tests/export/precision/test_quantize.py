@@ -16,7 +16,7 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from tood_deploy.data.image_set import synthetic_picture
+from tood_deploy.data.image_set import synthetic_image
 from tood_deploy.engines.openvino_runtime import shared_core
 from tood_deploy.errors import ToodError
 from tood_deploy.export.precision.quantize import (
@@ -68,7 +68,7 @@ def head_maps(model: onnx.ModelProto) -> list[NDArray[np.float32]]:
         options,
         providers=["CPUExecutionProvider"],
     )
-    images = synthetic_picture(*IMGSZ, 7)[None]
+    images = synthetic_image(*IMGSZ, 7)[None]
     found: Any = session.run(
         list(HEAD_OUTPUTS), graph_inputs(images, np.array([IMGSZ], np.int32), 0.05, 0.6)
     )

@@ -1,4 +1,4 @@
-"""Ranges of values over pictures, and what fp16 cannot hold: found, kept in float32, and reported."""
+"""Ranges of values over images, and what fp16 cannot hold: found, kept in float32, and reported."""
 
 from pathlib import Path
 from typing import Any
@@ -26,21 +26,21 @@ TOWER = "detector.model.bbox_head.inter_convs.0.conv.weight"
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory, synth_picture: Any) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory: pytest.TempPathFactory, synth_image_bgr: Any) -> Path:
+    folder = tmp_path_factory.mktemp("images")
     for i, size in enumerate([(48, 64), (64, 64), (64, 40)]):
-        cv2.imwrite(str(folder / f"{i}.png"), synth_picture(*size))
+        cv2.imwrite(str(folder / f"{i}.png"), synth_image_bgr(*size))
     return folder
 
 
 @pytest.fixture(scope="module")
 def small_artefact(tiny_artefact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The exported network, for small pictures, without a manifest beside it."""
+    """The exported network, for small images, without a manifest beside it."""
     return rewritten(tiny_artefact, tmp_path_factory.mktemp("small") / "small.onnx")
 
 
 def rewritten(source: Path, path: Path, factor: float = 1.0) -> Path:
-    """A copy for pictures of 64 x 96, the kernel of whose tower's first stage is `factor` times as large."""
+    """A copy for images of 64 x 96, the kernel of whose tower's first stage is `factor` times as large."""
     model = onnx.load(source)
     weight = next(tensor for tensor in model.graph.initializer if tensor.name == TOWER)
     weight.CopyFrom(
@@ -102,17 +102,17 @@ def test_risk(found: ValueRange, word: str) -> None:
     assert word in found.risk
 
 
-def test_ranges_over_a_folder(small_artefact: Path, pictures: Path) -> None:
+def test_ranges_over_a_folder(small_artefact: Path, images: Path) -> None:
     told = []
     found = measure_ranges(
         small_artefact,
         ["c3", "p3"],
-        pictures,
+        images,
         (64, 96),
         progress=lambda done, total: told.append((done, total)),
     )
     assert told == [(1, 3), (2, 3), (3, 3)]
-    once = measure_ranges(small_artefact, ["c3", "p3"], pictures, (64, 96), most=2)
+    once = measure_ranges(small_artefact, ["c3", "p3"], images, (64, 96), most=2)
     for name in ("c3", "p3"):
         assert found[name].largest >= once[name].largest >= once[name].p9999 > 0
         assert found[name].nonzero > once[name].nonzero
@@ -134,12 +134,12 @@ class TestHalfPrecisionArtefact:
 
     @pytest.mark.slow
     def test_overflow_is_found_kept_and_reported(
-        self, tiny_artefact: Path, pictures: Path, tmp_path: Path, synth_picture: Any
+        self, tiny_artefact: Path, images: Path, tmp_path: Path, synth_image_bgr: Any
     ) -> None:
         wild = rewritten(
             tiny_artefact, tmp_path / "wild.onnx", 1e5
         )  # normalisation behind it takes the factor out again
-        image, valid_hw = synth_picture(64, 96)[None], np.array([[64, 96]], np.int32)
+        image, valid_hw = synth_image_bgr(64, 96)[None], np.array([[64, 96]], np.int32)
         low_precision_onnx(wild, tmp_path / "blind.onnx", "fp16")
         with (
             open_engine(rounded(tmp_path / "blind.onnx")) as engine,
@@ -148,9 +148,9 @@ class TestHalfPrecisionArtefact:
             engine.infer(image, valid_hw, 0.05, 0.6)
         said: list[str] = []
         options = low_precision_onnx(
-            wild, tmp_path / "careful.onnx", "fp16", calib_data=pictures, say=said.append
+            wild, tmp_path / "careful.onnx", "fp16", calib_data=images, say=said.append
         )
-        assert "3 pictures to calibrate on; with fewer than 64" in said[0]
+        assert "3 images to calibrate on; with fewer than 64" in said[0]
         assert "fp16 cannot hold" in said[1]
         assert any("stays float32: " in line and "reaches" in line for line in said[2:])
         report = options["half_precision"]

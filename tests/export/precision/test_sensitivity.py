@@ -7,7 +7,7 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 
-from tood_deploy.data.image_set import synthetic_picture
+from tood_deploy.data.image_set import synthetic_image
 from tood_deploy.errors import InputError
 from tood_deploy.export.precision import sensitivity as sensitivity_module
 from tood_deploy.export.precision.quantize import Ranges, quantize
@@ -24,7 +24,7 @@ from tood_deploy.export.precision.sensitivity import (
 IMGSZ = (96, 128)
 LEVELS_HW = ((4, 6), (2, 3), (1, 2), (1, 1), (1, 1))
 CLASSES = 3
-PICTURES: list[Prepared] = [(synthetic_picture(*IMGSZ, 40 + seed), IMGSZ) for seed in range(2)]
+IMAGES: list[Prepared] = [(synthetic_image(*IMGSZ, 40 + seed), IMGSZ) for seed in range(2)]
 
 
 def random_maps(seed: int) -> list[NDArray[np.float32]]:
@@ -94,7 +94,7 @@ class TestList:
         seen: list[tuple[int, int]] = []
         bad, good = (
             measure_sensitivity(
-                model, found, PICTURES[:1], scheme="u8s8", progress=lambda *done: seen.append(done)
+                model, found, IMAGES[:1], scheme="u8s8", progress=lambda *done: seen.append(done)
             )
             for found in (spoilt, ranges)
         )
@@ -134,18 +134,18 @@ class TestSearch:
 
 class TestMismatch:
     def test_the_reference_equals_itself(self, model: onnx.ModelProto) -> None:
-        assert DetectionMismatch(model, PICTURES, 0.05)(model) == 0
+        assert DetectionMismatch(model, IMAGES, 0.05)(model) == 0
 
     def test_8_bits_cost_some_and_bad_ranges_more(
         self, model: onnx.ModelProto, ranges: Ranges
     ) -> None:
-        mismatch = DetectionMismatch(model, PICTURES, 0.05)
+        mismatch = DetectionMismatch(model, IMAGES, 0.05)
         good = mismatch(quantize(model, ranges, scheme="u8s8"))
         bad = mismatch(quantize(model, dict(ranges) | {"pixels": (0.0, 0.1)}, scheme="u8s8"))
         assert 0 <= good < bad <= 100
 
     def test_nothing_to_find(self, model: onnx.ModelProto) -> None:
         with pytest.raises(
-            InputError, match=r"nothing is found with a score above 0\.99 in 2 calibration pictures"
+            InputError, match=r"nothing is found with a score above 0\.99 in 2 calibration images"
         ):
-            DetectionMismatch(model, PICTURES, 0.99)
+            DetectionMismatch(model, IMAGES, 0.99)

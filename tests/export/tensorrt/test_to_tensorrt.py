@@ -89,13 +89,11 @@ class TestArtefact:
     def test_parity_of_the_onnx_is_named_as_such(self, tmp_path: Path) -> None:
         source = save_small(tmp_path / "a.onnx")
         assert build(source, tmp_path / "b.engine").manifest.parity == {}
-        verified = replace(read_onnx(source).manifest, parity={"pictures": 12}).with_artefact(
-            source
-        )
+        verified = replace(read_onnx(source).manifest, parity={"images": 12}).with_artefact(source)
         manifest_path(source).write_text(verified.to_json())
         parity = build(source, tmp_path / "b.engine").manifest.parity
         assert parity == {
-            "pictures": 12,
+            "images": 12,
             "compared": "the ONNX artefact that this engine was built from",
         }
 

@@ -13,7 +13,7 @@ from export.small_graph import save_small
 from model.crowds import Boxes, chain, crowd
 from numpy.typing import NDArray
 
-from tood_deploy.data.image_set import synthetic_picture
+from tood_deploy.data.image_set import synthetic_image
 from tood_deploy.errors import ArtefactError
 from tood_deploy.export.precision.half import emulate_low_precision, lower_precision
 from tood_deploy.export.precision.quantize import calibrated_values, quantize
@@ -47,8 +47,8 @@ def opened(model: onnx.ModelProto) -> ort.InferenceSession:
 
 
 def run(model: onnx.ModelProto, score: Any = 0.05, iou: Any = 0.6) -> Found:
-    """Detections in three pictures, of which two are partly padding."""
-    images = np.stack([synthetic_picture(*NET_HW, seed) for seed in range(3)])
+    """Detections in three images, of which two are partly padding."""
+    images = np.stack([synthetic_image(*NET_HW, seed) for seed in range(3)])
     valid_hw = np.array([NET_HW, (60, 128), (90, 31)], np.int32)
     feeds = {
         "images": images,
@@ -118,7 +118,7 @@ class TestEqualsTheLoop:
         assert with_loop[0].tolist() == [count]
         assert_same(without, with_loop)
 
-    def test_on_pictures(self, loop: OnnxArtefact, unrolled: OnnxArtefact) -> None:
+    def test_on_images(self, loop: OnnxArtefact, unrolled: OnnxArtefact) -> None:
         expected = run(loop.model)
         assert expected[0].min() > 0
         assert_same(run(unrolled.model), expected)
@@ -144,7 +144,7 @@ class TestEqualsTheLoop:
         assert expected[0].min() > 0
         assert_same(run(lowered, score=0.0), expected)
 
-    def test_with_thresholds_for_each_picture(self, loop: OnnxArtefact) -> None:
+    def test_with_thresholds_for_each_image(self, loop: OnnxArtefact) -> None:
         model, column = serving_form(loop.model), lambda *values: np.array(values).reshape(3, 1)
         thresholds = column(0.05, 0.0, 0.1), column(0.6, 0.3, 0.8)
         assert_same(
@@ -154,7 +154,7 @@ class TestEqualsTheLoop:
 
 @pytest.fixture(scope="module")
 def chained() -> Boxes:
-    """Two pictures: a chain of 40 boxes that each cover the next, and the first three of it."""
+    """Two images: a chain of 40 boxes that each cover the next, and the first three of it."""
     boxes, scores, labels = (part.repeat(2, *[1] * (part.dim() - 1)) for part in chain(40))
     scores[1, 3:] = 0
     return boxes, scores, labels

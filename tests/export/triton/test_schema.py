@@ -18,7 +18,7 @@ def test_text_and_back() -> None:
     assert again == config
     assert again.output[0].HasField(
         "reshape"
-    )  # empty, and yet said: a number for each picture, without an axis of its own
+    )  # empty, and yet said: a number for each image, without an axis of its own
     assert again.parameters["classes"].string_value == 'größer "x"\n'
 
 

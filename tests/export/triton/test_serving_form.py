@@ -1,4 +1,4 @@
-"""The form of the graph that servers batch gives what the shipped graph gives, picture by picture."""
+"""The form of the graph that servers batch gives what the shipped graph gives, image by image."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
 
-from tood_deploy.data.image_set import synthetic_picture
+from tood_deploy.data.image_set import synthetic_image
 from tood_deploy.errors import CheckFailed
 from tood_deploy.export.triton.serving_graph import check_serving_form, serving_form
 from tood_deploy.manifest import INPUTS, OUTPUTS
@@ -54,10 +54,10 @@ def test_equals_the_shipped_graph_in_batches(
     size_hw: tuple[int, int],
     batch: int,
 ) -> None:
-    """Each picture has thresholds of its own; the shipped graph runs the same batch once with each."""
+    """Each image has thresholds of its own; the shipped graph runs the same batch once with each."""
     shipped, serving = sessions
     height, width = size_hw
-    images = np.stack([synthetic_picture(height, width, seed) for seed in range(batch)])
+    images = np.stack([synthetic_image(height, width, seed) for seed in range(batch)])
     feeds = {"images": images, "valid_hw": np.array([[height - 7, width - 3]] * batch, np.int32)}
     scores = np.linspace(0.0, 0.3, batch, dtype=np.float32)
     ious = np.linspace(0.8, 0.2, batch, dtype=np.float32)
@@ -89,7 +89,7 @@ def test_check_passes_on_the_true_form(shipped: onnx.ModelProto) -> None:
 
 
 def test_check_finds_another_graph(shipped: onnx.ModelProto) -> None:
-    """As if every picture had the thresholds of the first."""
+    """As if every image had the thresholds of the first."""
     serving = serving_form(shipped)
     for node in serving.graph.node:
         if node.op_type == "Greater" and "score_threshold" in node.input:

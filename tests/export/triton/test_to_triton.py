@@ -116,7 +116,7 @@ class TestRepository:
             ("96x128, batch 1", 1), ("96x128, batch 4", 4), ("128x96, batch 1", 1), ("128x96, batch 4", 4)
         ]  # fmt: skip
 
-    def test_warm_up_files_hold_one_picture_each(self, served: ServedModel) -> None:
+    def test_warm_up_files_hold_one_image_each(self, served: ServedModel) -> None:
         sizes = {"TYPE_UINT8": np.uint8, "TYPE_INT32": np.int32, "TYPE_FP32": np.float32}
         for warm_up in config_of(served).model_warmup:
             assert set(warm_up.inputs) == set(INPUTS)
@@ -206,7 +206,7 @@ class TestOptions:
         with pytest.raises(ToodError, match=message):
             quick(**options)
 
-    def test_single_pictures_must_fit(self, tmp_path: Path) -> None:
+    def test_single_images_must_fit(self, tmp_path: Path) -> None:
         with pytest.raises(ToodError, match="batch is at least 2"):
             triton_repository(
                 save_small(tmp_path / "a.onnx"),
@@ -235,11 +235,11 @@ class TestFolder:
     def test_folder_of_something_else_is_refused(
         self, quick: Callable[..., ServedModel], tmp_path: Path
     ) -> None:
-        (tmp_path / "pictures").mkdir()
-        (tmp_path / "pictures" / "a.jpg").touch()
+        (tmp_path / "images").mkdir()
+        (tmp_path / "images" / "a.jpg").touch()
         with pytest.raises(OutputError, match="holds files, but no model"):
-            quick(tmp_path / "pictures")
-        assert files_below(tmp_path / "pictures") == ["a.jpg"]
+            quick(tmp_path / "images")
+        assert files_below(tmp_path / "images") == ["a.jpg"]
 
     def test_file_is_refused(self, quick: Callable[..., ServedModel], tmp_path: Path) -> None:
         (tmp_path / "file").touch()
@@ -357,7 +357,7 @@ class TestTensorRT:
             manifest_path(engine),
             replace(served.manifest, options={}).with_artefact(engine).to_json(),
         )
-        with pytest.raises(ArtefactError, match="one threshold for all pictures"):
+        with pytest.raises(ArtefactError, match="one threshold for all images"):
             triton_repository(engine, tmp_path / "repo")
         manifest_path(engine).unlink()
         with pytest.raises(ArtefactError, match=r"tood\.json is missing"):

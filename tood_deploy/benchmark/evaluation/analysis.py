@@ -134,7 +134,7 @@ def f1_curve(
 
 
 def suppress(results: Results, ious: Sequence[float]) -> list[NDArray[np.bool_]]:
-    """Which detections remain, (N,) bool, after greedy suppression within picture and class at each of these thresholds."""
+    """Which detections remain, (N,) bool, after greedy suppression within image and class at each of these thresholds."""
     masks = [np.ones(len(results), bool) for _ in ious]
     order = np.lexsort((-results.scores, results.category_ids, results.image_ids))
     ids = np.stack([results.image_ids[order], results.category_ids[order]])
@@ -244,7 +244,7 @@ WRONG, IGNORED, RIGHT = 0, 1, 2  # class numbers whose colours are red, blue, gr
 
 @dataclass(frozen=True)
 class Mistakes:
-    """How many objects of a picture were missed, and how many detections in it are false."""
+    """How many objects of a image were missed, and how many detections in it are false."""
 
     image_id: int
     missed: int
@@ -272,7 +272,7 @@ class MistakeFinder:
         self.found_kind[rows[counted]] = kind[counted]
 
     def all(self) -> list[Mistakes]:
-        """Of every picture, in order of the ids."""
+        """Of every image, in order of the ids."""
         ids = np.array(list(self.truth.images))
         missed = np.bincount(
             np.searchsorted(ids, self.truth.boxes.image_ids[self.truth_kind == WRONG]),
@@ -290,7 +290,7 @@ class MistakeFinder:
     def draw(
         self, image_id: int, image_bgr: NDArray[np.uint8]
     ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-        """The picture with the truth, red where missed, and with the detections, red where false; crowds are blue.
+        """The image with the truth, red where missed, and with the detections, red where false; crowds are blue.
 
         What is right has no label, so that mistakes stand out.
         """

@@ -1,7 +1,7 @@
 """COCO metrics by pycocotools, exactly: the 12 numbers, AP of every class, precision-recall curves, and what matched what.
 
-Pictures are matched in chunks and only what the metrics need is kept, so memory grows by some hundred bytes a detection;
-accumulating is pycocotools's own, over all pictures in ascending order of their ids, so the numbers are those of one run.
+Images are matched in chunks and only what the metrics need is kept, so memory grows by some hundred bytes a detection;
+accumulating is pycocotools's own, over all images in ascending order of their ids, so the numbers are those of one run.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ NUMBERS: tuple[str, ...] = (
 AREAS = ("all", "small", "medium", "large")
 OVERLAPS = tuple(Params("bbox").iouThrs.tolist())  # 0.50, 0.55 ... 0.95
 RECALLS = tuple(Params("bbox").recThrs.tolist())  # 0.00, 0.01 ... 1.00
-CHUNK_PICTURES = 250
+CHUNK_IMAGES = 250
 
 
 @dataclass(frozen=True, eq=False)
 class Matches:
-    """What matched what, over all pictures and objects of all sizes; crowds and what lies on them are ignored.
+    """What matched what, over all images and objects of all sizes; crowds and what lies on them are ignored.
 
     Attributes:
-        rows: (D,) positions in the results; at most the 100 best of a class and picture.
+        rows: (D,) positions in the results; at most the 100 best of a class and image.
         found: (D, T) bool, whether it matches an object, at T overlaps.
         ignored: (D, T) bool, whether it counts as neither right nor false.
         truth_scores: (G,) score of the detection that an object is found by at the first overlap; -1 where missed.
@@ -68,7 +68,7 @@ class CocoMetrics:
     Attributes:
         numbers: the 12 of `NUMBERS`.
         class_names: K names, in ascending order of the category ids.
-        precision: (T, R, K, A) at the overlaps `OVERLAPS`, recalls `RECALLS`, classes, sizes `AREAS`; 100 detections a picture.
+        precision: (T, R, K, A) at the overlaps `OVERLAPS`, recalls `RECALLS`, classes, sizes `AREAS`; 100 detections a image.
         recall: (T, K, A) the highest reached.
         matches: what matched what.
     """
@@ -122,7 +122,7 @@ def evaluate(annotations: Truth | Path, results: Results | Sequence[dict[str, An
 
     Args:
         annotations: the truth, or its file.
-        results: of these pictures, at most the 100 best a picture count; `Results`, or rows as in a COCO results file.
+        results: of these images, at most the 100 best a image count; `Results`, or rows as in a COCO results file.
 
     Raises:
         InputError: the annotations or rows cannot be read or do not fit each other.
@@ -161,7 +161,7 @@ def match(truth: Truth, results: Results, overlap: float = 0.5) -> Matches:
 
 
 class _Collected:
-    """What is kept of the matched pictures: entries by class and size, for accumulating; matches at all sizes."""
+    """What is kept of the matched images: entries by class and size, for accumulating; matches at all sizes."""
 
     def __init__(self, columns: int) -> None:
         self.columns: list[list[dict[str, Any] | None]] = [[] for _ in range(columns)]
@@ -173,10 +173,10 @@ class _Collected:
 
     def add(self, chunk: Any, start: int, truth_start: int) -> None:
         """Takes a chunk whose detections and objects begin at these positions."""
-        pictures, sizes = len(chunk.params.imgIds), len(chunk.params.areaRng)
+        images, sizes = len(chunk.params.imgIds), len(chunk.params.areaRng)
         self.overlaps = len(chunk.params.iouThrs)
         for column, kept in enumerate(self.columns):
-            entries = chunk.evalImgs[column * pictures : (column + 1) * pictures]
+            entries = chunk.evalImgs[column * images : (column + 1) * images]
             kept.extend(_compact(entry) for entry in entries)
             for entry in entries if column % sizes == 0 else ():
                 if entry is not None:
@@ -208,7 +208,7 @@ class _Collected:
 
 
 def _compact(entry: dict[str, Any] | None) -> dict[str, Any] | None:
-    """What `COCOeval.accumulate` reads of a picture, class and size, in a tenth of the memory."""
+    """What `COCOeval.accumulate` reads of a image, class and size, in a tenth of the memory."""
     if entry is None:
         return None
     values = {
@@ -219,10 +219,10 @@ def _compact(entry: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _match_chunks(truth: Truth, results: Results, params: Params) -> Iterator[tuple[Any, int, int]]:
-    """Some pictures at a time, matched; with the positions at which their detections and objects begin."""
+    """Some images at a time, matched; with the positions at which their detections and objects begin."""
     ids = list(truth.images)
-    for first in range(0, len(ids), CHUNK_PICTURES):
-        chunk_ids = ids[first : first + CHUNK_PICTURES]
+    for first in range(0, len(ids), CHUNK_IMAGES):
+        chunk_ids = ids[first : first + CHUNK_IMAGES]
         boxes, found = (table.span(chunk_ids[0], chunk_ids[-1]) for table in (truth.boxes, results))
         with contextlib.redirect_stdout(io.StringIO()):
             chunk = _new_eval(params, truth, chunk_ids)
@@ -330,7 +330,7 @@ class Scoring:
         return cls(truth.only([key for key in ids if key is not None]), ids)
 
     def rows(self, found: Detections, image_id: int) -> CocoRows:
-        """COCO results of one picture."""
+        """COCO results of one image."""
         scored = [number for number, key in enumerate(self.category_ids) if key is not None]
         chosen = found[np.isin(found.class_ids, scored)]
         return chosen.to_coco(image_id, [0 if key is None else key for key in self.category_ids])

@@ -23,8 +23,8 @@ from tood_deploy.benchmark.evaluation.analysis import (
 from tood_deploy.benchmark.evaluation.coco_metrics import CocoMetrics, evaluate
 from tood_deploy.benchmark.evaluation.predict import PredictionFile, predict, prediction_key
 from tood_deploy.data.coco import Truth, map_categories, read_truth
-from tood_deploy.data.image_set import picture_files
-from tood_deploy.data.images import PICTURE_SUFFIXES
+from tood_deploy.data.image_set import list_image_files
+from tood_deploy.data.images import IMAGE_SUFFIXES
 from tood_deploy.data.results import Results, read_results, write_results
 from tood_deploy.files import file_sha256
 from tood_deploy.inference.detector import Detector
@@ -50,8 +50,8 @@ class Evaluation:
         thresholds: where F1 is highest.
         calibration: what scores mean; None where they are no probabilities.
         conf: by category id, the score above which detections count as shown, for `mistakes`.
-        mistakes: of every picture, at `conf`.
-        files: pictures by image id; empty where they were not given.
+        mistakes: of every image, at `conf`.
+        files: images by image id; empty where they were not given.
         facts: what was run: name and value.
         notes: what a reader must know, a sentence each.
     """
@@ -69,7 +69,7 @@ class Evaluation:
     notes: Sequence[str] = ()
 
     def mistake_finder(self) -> MistakeFinder:
-        """Draws the mistakes of a picture."""
+        """Draws the mistakes of a image."""
         return MistakeFinder(self.truth, self.results, self.metrics.matches, self.conf)
 
     def size_counts(self) -> dict[str, int]:
@@ -99,7 +99,7 @@ def evaluate_results(
         truth: the annotations.
         results: the detections.
         conf, iou: the thresholds they were made with; 0 and None where unknown.
-        files: pictures by image id, to draw the worst of them.
+        files: images by image id, to draw the worst of them.
         facts: what was run, for the report.
         notes: what the reader must know; what is found out here is added.
     """
@@ -129,7 +129,7 @@ def evaluate_results(
 
 
 def size_notes(truth: Truth, sizes_hw: Mapping[int, tuple[int, int]]) -> list[str]:
-    """Says where pictures are not of the size that the annotations tell: boxes do not fit there."""
+    """Says where images are not of the size that the annotations tell: boxes do not fit there."""
     wrong = [
         (key, size)
         for key, size in sizes_hw.items()
@@ -139,24 +139,24 @@ def size_notes(truth: Truth, sizes_hw: Mapping[int, tuple[int, int]]) -> list[st
         return []
     (key, (height, width)), told = wrong[0], truth.images[wrong[0][0]].size_hw or (0, 0)
     return [
-        f"{len(wrong)} of {len(sizes_hw)} pictures are not of the size that the annotations tell, so their boxes do not fit: "
+        f"{len(wrong)} of {len(sizes_hw)} images are not of the size that the annotations tell, so their boxes do not fit: "
         f"{truth.images[key].file_name} is {width} x {height}, the annotations say {told[1]} x {told[0]}."
     ]
 
 
 def unlisted_notes(truth: Truth, files: Mapping[int, Path]) -> list[str]:
-    """Says where the folders of the pictures hold others, which are not evaluated."""
+    """Says where the folders of the images hold others, which are not evaluated."""
     folders = {path.parent for path in files.values()}
     there = {
         path
         for folder in folders
         for path in folder.iterdir()
-        if path.suffix.lower() in PICTURE_SUFFIXES
+        if path.suffix.lower() in IMAGE_SUFFIXES
     }
     extra = sorted(there - set(files.values()))
     return (
         [
-            f"{len(extra)} pictures beside the {len(files)} of {truth.path} are not in it and were left out, such as {extra[0]}."
+            f"{len(extra)} images beside the {len(files)} of {truth.path} are not in it and were left out, such as {extra[0]}."
         ]
         if extra
         else []
@@ -185,7 +185,7 @@ def _own_notes(truth: Truth, results: Results, metrics: CocoMetrics) -> list[str
         notes.append("There are no detections at all: every AP is 0.")
     elif metrics.numbers["AP"] == 0:
         notes.append(
-            "Not one detection is right: AP is 0. Are the categories, the picture size and the colours those of the model?"
+            "Not one detection is right: AP is 0. Are the categories, the image size and the colours those of the model?"
         )
     without = [name for name in metrics.class_names if name not in metrics.class_ap]
     if without:
@@ -201,11 +201,11 @@ MANY_DETECTIONS = 50_000
 
 @dataclass(frozen=True, eq=False)
 class DataSet:
-    """Annotations with their pictures.
+    """Annotations with their images.
 
     Attributes:
         truth: the annotations.
-        files: pictures by image id; empty where none were given.
+        files: images by image id; empty where none were given.
     """
 
     truth: Truth
@@ -213,13 +213,13 @@ class DataSet:
 
 
 def open_data_set(annotations: Path, images: Path | None) -> DataSet:
-    """Reads the annotations and finds every picture.
+    """Reads the annotations and finds every image.
 
     Raises:
-        InputError: the annotations cannot be read, or a picture is missing.
+        InputError: the annotations cannot be read, or a image is missing.
     """
     truth = read_truth(annotations)
-    return DataSet(truth, {} if images is None else picture_files(truth, images))
+    return DataSet(truth, {} if images is None else list_image_files(truth, images))
 
 
 def evaluate_file(path: Path, data: DataSet, command: str, *, quiet: bool = False) -> Evaluation:
@@ -248,20 +248,20 @@ def evaluate_model(
     batch: int = 1,
     quiet: bool = False,
 ) -> Evaluation:
-    """Runs a detector over the pictures and evaluates what it finds.
+    """Runs a detector over the images and evaluates what it finds.
 
     Args:
         model: what the detector was opened from.
         detector: with its thresholds set.
-        data: with pictures.
+        data: with images.
         folder: where detections are kept as they come, and the COCO results in the end.
         command: for the report.
         mapping: file that maps class names to category names; equal names where not given.
-        batch: the most pictures of one engine call.
+        batch: the most images of one engine call.
         quiet: no progress bar.
 
     Raises:
-        ToodError: classes and categories differ, pictures cannot be read, the folder cannot be written, or the model gives no numbers.
+        ToodError: classes and categories differ, images cannot be read, the folder cannot be written, or the model gives no numbers.
     """
     category_ids = map_categories(detector.class_names, data.truth, mapping)
     truth = data.truth.only({key for key in category_ids if key is not None})
@@ -270,7 +270,7 @@ def evaluate_model(
     earlier = len(kept)
     if earlier and not quiet:
         print(
-            f"{earlier} of {len(data.files)} pictures were done by an earlier run, kept in {kept.path}",
+            f"{earlier} of {len(data.files)} images were done by an earlier run, kept in {kept.path}",
             file=sys.stderr,
         )
     predict(detector, truth, data.files, kept, batch, quiet)
@@ -280,7 +280,7 @@ def evaluate_model(
     facts = _model_facts(model, detector) | {"batch": str(batch)} | _common_facts(truth, command)
     if earlier:
         facts["resumed"] = (
-            f"{earlier} of {len(data.files)} pictures were done by an earlier run, kept in {kept.path}"
+            f"{earlier} of {len(data.files)} images were done by an earlier run, kept in {kept.path}"
         )
     notes = [
         *category_notes(data.truth, detector.class_names, category_ids),
@@ -307,10 +307,10 @@ def _model_facts(model: str, detector: Detector) -> dict[str, str]:
         "model": f"{model}, SHA-256 {artefact_sha256(path)}" if path.is_file() else model,
         "network": f"{network}, {detector.engine.precision}",
         "runtime": f"{detector.engine.name}, {detector.engine.device}",
-        "detection": f"conf {detector.conf:g}, iou {detector.iou:g}, at most {detector.max_det} a picture, "
+        "detection": f"conf {detector.conf:g}, iou {detector.iou:g}, at most {detector.max_det} a image, "
         f"{preset.candidates_per_level} candidates a level",
         "imgsz": str(detector.sizing),
-        "decoding": "JPEG pictures only as large as needed (--fast-decode)"
+        "decoding": "JPEG images only as large as needed (--fast-decode)"
         if detector.fast_decode
         else "all pixels",
     }
@@ -318,7 +318,7 @@ def _model_facts(model: str, detector: Detector) -> dict[str, str]:
 
 def _common_facts(truth: Truth, command: str) -> dict[str, str]:
     return {
-        "annotations": f"{truth.path}, SHA-256 {file_sha256(truth.path)}: {len(truth.images)} pictures, {len(truth.boxes)} boxes",
+        "annotations": f"{truth.path}, SHA-256 {file_sha256(truth.path)}: {len(truth.images)} images, {len(truth.boxes)} boxes",
         "command": command,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": f"tood_deploy {__version__}, pycocotools {version('pycocotools')}",

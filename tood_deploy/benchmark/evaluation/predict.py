@@ -1,4 +1,4 @@
-"""Runs a detector over the pictures of an annotation file; memory does not grow with the pictures, and what is done is kept."""
+"""Runs a detector over the images of an annotation file; memory does not grow with the images, and what is done is kept."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class PredictionFile:
 
     Attributes:
         path: of the file.
-        sizes_hw: rows and columns of every picture that has its line, by image id.
+        sizes_hw: rows and columns of every image that has its line, by image id.
     """
 
     def __init__(self, path: Path, key: Key) -> None:
@@ -80,7 +80,7 @@ class PredictionFile:
         return len(self.sizes_hw)
 
     def add(self, image_id: int, size_hw: tuple[int, int], found: Detections) -> None:
-        """Writes a picture's line, at once.
+        """Writes a image's line, at once.
 
         Raises:
             OutputError: it cannot be written.
@@ -172,11 +172,11 @@ def _as_results(
 
 
 def prediction_key(detector: Detector, model: str, truth: Truth, files: Mapping[int, Path]) -> Key:
-    """Everything that detections depend on: model, thresholds, runtime, annotations, pictures."""
-    pictures = hashlib.sha256()
+    """Everything that detections depend on: model, thresholds, runtime, annotations, images."""
+    images = hashlib.sha256()
     for key, path in files.items():
         status = path.stat()
-        pictures.update(f"{key} {path} {status.st_size} {status.st_mtime_ns}\n".encode())
+        images.update(f"{key} {path} {status.st_size} {status.st_mtime_ns}\n".encode())
     engine = detector.engine
     return Key(
         {
@@ -189,7 +189,7 @@ def prediction_key(detector: Detector, model: str, truth: Truth, files: Mapping[
             "imgsz": str(detector.sizing),
             "fast_decode": detector.fast_decode,
             "annotations": file_sha256(truth.path),
-            "pictures": pictures.hexdigest(),
+            "images": images.hexdigest(),
         }
     )
 
@@ -203,19 +203,19 @@ def predict(
     quiet: bool,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Timings:
-    """Detects in every picture that has no line yet. Interrupted, it loses at most the pictures in work.
+    """Detects in every image that has no line yet. Interrupted, it loses at most the images in work.
 
     Args:
         detector: to run.
-        truth: the annotations; tell the pictures' sizes, by which they are put in order so that batches fill.
-        files: of the pictures, by image id.
+        truth: the annotations; tell the images' sizes, by which they are put in order so that batches fill.
+        files: of the images, by image id.
         kept: where detections go.
-        batch: the most pictures of one engine call.
+        batch: the most images of one engine call.
         quiet: no progress bar.
-        progress: called after every picture with how many are done and how many there are.
+        progress: called after every image with how many are done and how many there are.
 
     Raises:
-        InputError: pictures cannot be read; the others are done.
+        InputError: images cannot be read; the others are done.
         ArtefactError: the model gave values that are not numbers.
     """
     timings = Timings()
@@ -239,11 +239,11 @@ def predict(
     except ArtefactError as error:
         others = f" or one of the {batch - 1} after it" if batch > 1 else ""
         raise ArtefactError(
-            f"{error} (picture {files[todo[min(done, len(todo) - 1)]]}{others})"
+            f"{error} (image {files[todo[min(done, len(todo) - 1)]]}{others})"
         ) from error
     if source.skipped:
         raise InputError(
-            f"{source.skipped} of {len(files)} pictures cannot be read, the first: {source.problems[0]}. "
+            f"{source.skipped} of {len(files)} images cannot be read, the first: {source.problems[0]}. "
             f"Mend them, or take them out of {truth.path}; the others are done and kept"
         )
     return timings

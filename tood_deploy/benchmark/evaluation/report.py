@@ -31,10 +31,10 @@ from tood_deploy.benchmark.html_report import (
     embed_figure,
     fold,
     gallery,
+    image,
     new_figure,
     pair,
     paragraph,
-    picture,
     render_page,
     show,
     write_json,
@@ -160,7 +160,7 @@ MEANINGS = {
     "APs": "objects under 32 x 32 pixels",
     "APm": "32 x 32 to 96 x 96 pixels",
     "APl": "over 96 x 96 pixels",
-    "AR1": "recall with 1 detection a picture",
+    "AR1": "recall with 1 detection a image",
     "AR10": "recall with 10",
     "AR100": "recall with 100",
     "ARs": "recall of objects under 32 x 32",
@@ -277,7 +277,7 @@ def _threshold_row(name: str, best: Cut | None, as_run: Cut | None) -> tuple[Cel
 
 
 HTML, MARKDOWN, JSON = "report.html", "report.md", "report.json"
-SHOWN_PICTURES = 8
+SHOWN_IMAGES = 8
 OPEN_CLASSES = 12  # more small figures than this are folded away
 LEGEND_CLASSES = 8
 
@@ -303,7 +303,7 @@ def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
                 f"of all classes, at conf {together.conf:.2f}",
             )
         )
-    lead = f"{len(evaluation.results)} detections against {len(evaluation.truth.boxes)} objects in {len(evaluation.truth.images)} pictures."
+    lead = f"{len(evaluation.results)} detections against {len(evaluation.truth.boxes)} objects in {len(evaluation.truth.images)} images."
     extras = {"lead": lead, "tiles": tiles, "facts": evaluation.facts, "warnings": evaluation.notes}
     render_page(f"Evaluation of {evaluation.name}", _sections(evaluation), folder / HTML, **extras)
 
@@ -396,15 +396,12 @@ def _markdown(evaluation: Evaluation) -> list[str]:
     if calibration is not None:
         parts += ["## Scores", _calibration_text(evaluation)]
     most = sorted(evaluation.mistakes, key=lambda each: (-each.missed - each.false, each.image_id))[
-        :SHOWN_PICTURES
+        :SHOWN_IMAGES
     ]
     rows = [
         (evaluation.truth.images[each.image_id].file_name, each.missed, each.false) for each in most
     ]
-    parts += [
-        "## Pictures with most mistakes",
-        Table(("picture", "missed", "false"), rows).markdown(),
-    ]
+    parts += ["## Images with most mistakes", Table(("image", "missed", "false"), rows).markdown()]
     return [*parts, "## What was run", Table(("", ""), list(evaluation.facts.items())).markdown()]
 
 
@@ -506,17 +503,17 @@ def _category_id(evaluation: Evaluation, name: str) -> int:
 
 
 def _worst(evaluation: Evaluation, mistakes_of: Callable[[Mistakes], int]) -> Markup:
-    """The pictures with most of one kind of mistake, the truth beside the detections."""
+    """The images with most of one kind of mistake, the truth beside the detections."""
     most = sorted(
         evaluation.mistakes,
         key=lambda each: (-mistakes_of(each), -each.missed - each.false, each.image_id),
     )
-    shown = [each for each in most if mistakes_of(each)][:SHOWN_PICTURES]
+    shown = [each for each in most if mistakes_of(each)][:SHOWN_IMAGES]
     if not shown:
         return paragraph("There are none.")
     if not evaluation.files:
         return _mistake_list(evaluation, shown).html() + paragraph(
-            "The pictures were not given (--images), so they are not drawn."
+            "The images were not given (--images), so they are not drawn."
         )
     finder = evaluation.mistake_finder()
     return gallery([_mistake_card(evaluation, finder, each) for each in shown], "one")
@@ -527,12 +524,12 @@ def _mistake_list(evaluation: Evaluation, shown: Sequence[Mistakes]) -> Table:
         (evaluation.truth.images[each.image_id].file_name, each.missed, each.false)
         for each in shown
     ]
-    return Table(("picture", "missed", "false"), rows)
+    return Table(("image", "missed", "false"), rows)
 
 
 def _mistake_card(evaluation: Evaluation, finder: MistakeFinder, each: Mistakes) -> Card:
     path = evaluation.files[each.image_id]
     left, right = finder.draw(each.image_id, decode_image(path.read_bytes(), str(path)))
     name = evaluation.truth.images[each.image_id].file_name
-    both = pair(picture(left, f"{name}: the truth"), picture(right, f"{name}: the detections"))
+    both = pair(image(left, f"{name}: the truth"), image(right, f"{name}: the detections"))
     return Card(f"{name}: {each.missed} missed, {each.false} false", both)

@@ -27,7 +27,7 @@ class Plan:
 
     Attributes:
         cases: models, at batch 1 and no size; the first is what the others are compared with.
-        batches: pictures of one call.
+        batches: images of one call.
         sizes: (short side, long side); None for each model's own.
         rounds: how often every model has its turn.
         turn_s: seconds of each kind of call in a turn.
@@ -63,7 +63,7 @@ class Measurement:
         case: what was measured.
         opened: start-up and warm-up.
         rounds: the turns, in order.
-        joules, images: energy and pictures of all turns; joules are 0 without a GPU's meter.
+        joules, images: energy and images of all turns; joules are 0 without a GPU's meter.
         device_mib: memory that opening took on the GPU; None on the CPU.
     """
 
@@ -215,7 +215,7 @@ def describe(measurement: Measurement) -> dict[str, Any]:
         "threads": case.threads,
         "batch": case.batch,
         "net_hw": opened.net_hw,
-        "pictures": opened.pictures,
+        "images": opened.images,
         "detections_in_first_batch": opened.detections,
         "load_s": opened.load_s,
         "first_result_s": opened.first_result_s,

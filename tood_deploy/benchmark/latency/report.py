@@ -101,7 +101,7 @@ def summary_of(measurement: Measurement, kind: str, part: str = "total") -> Summ
 
 
 def fps(measurement: Measurement) -> float:
-    """Pictures a second, end to end, one call after another."""
+    """Images a second, end to end, one call after another."""
     found = summary_of(measurement, END_TO_END)
     assert found is not None
     return 1000 * measurement.case.batch / found.mean

@@ -116,7 +116,7 @@ def _facts(
         "memory": f"{machine.memory_gib} GiB",
         "software": f"tood_deploy {__version__}, Python {machine.python}, {machine.system}; "
         + "; ".join(dict.fromkeys(each.opened.engine for each in measurements)),
-        "pictures": "; ".join(dict.fromkeys(each.opened.pictures for each in measurements)),
+        "images": "; ".join(dict.fromkeys(each.opened.images for each in measurements)),
         "method": f"{plan.rounds} rounds; in each, every model in turn, in random order, {plan.turn_s:g} s of each kind of call",
     }
     return facts | {name: str(value) for name, value in account.items()}
@@ -136,7 +136,7 @@ def _warnings(measurements: Sequence[Measurement], load: Load) -> list[str]:
             )
         if not each.opened.detections:
             found.append(
-                f"{each.case.name}, batch {each.case.batch}: found nothing in the pictures, so post-processing had little to do"
+                f"{each.case.name}, batch {each.case.batch}: found nothing in the images, so post-processing had little to do"
             )
     return found
 

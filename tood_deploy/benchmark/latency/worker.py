@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 ENGINE, END_TO_END = "engine only", "end to end"
-MOST_PICTURES = 8
+MAX_IMAGES = 8
 Calls = list[dict[str, float]]
 
 
@@ -34,9 +34,9 @@ class Case:
     Attributes:
         model: as `open_engine` takes it.
         name: for reports.
-        batch: pictures of one call.
+        batch: images of one call.
         imgsz: (short side, long side); the model's own where None.
-        images: folder of pictures; crops of a photograph where None.
+        images: folder of images; crops of a photograph where None.
         device, threads: to run on.
         conf, iou: thresholds.
         warmup_s: the longest warm-up of each kind of call.
@@ -65,7 +65,7 @@ class Opened:
         load_s: importing the runtime and opening the model.
         first_result_s: the first call after that.
         warm_ups: of each kind of call.
-        pictures: what was run on.
+        images: what was run on.
         net_hw: rows and columns of the network's input.
         detections: found in one batch, so that it is seen that something was.
     """
@@ -75,7 +75,7 @@ class Opened:
     load_s: float
     first_result_s: float
     warm_ups: dict[str, WarmUp]
-    pictures: str
+    images: str
     net_hw: tuple[int, int]
     detections: int
 
@@ -131,7 +131,7 @@ def _open(case: Case) -> Bench:
 
 
 class Bench:
-    """A detector and the pictures it is timed on; a context manager that closes the detector."""
+    """A detector and the images it is timed on; a context manager that closes the detector."""
 
     def __init__(self, case: Case, detector: Detector, load_s: float) -> None:
 
@@ -188,7 +188,7 @@ class Bench:
         return ms | {"total": sum(ms.values())}
 
     def _batch(self) -> list[int]:
-        """Positions of the next pictures, round and round."""
+        """Positions of the next images, round and round."""
         positions = [(self._next + i) % len(self.frames) for i in range(self.case.batch)]
         self._next = (self._next + self.case.batch) % len(self.frames)
         return positions
@@ -224,25 +224,25 @@ class Bench:
 
 
 def read_frames(detector: Detector, case: Case) -> tuple[list[Any], str]:
-    """Decoded pictures (H, W, 3) uint8 BGR of one padded size, the commonest of the folder, and what they are.
+    """Decoded images (H, W, 3) uint8 BGR of one padded size, the commonest of the folder, and what they are.
 
-    Without a folder, parts of a photograph: of zeros and other plain pictures the times would come out too good.
+    Without a folder, parts of a photograph: of zeros and other plain images the times would come out too good.
     """
     from collections import Counter
 
-    from tood_deploy.data.image_set import open_pictures, photograph_set
+    from tood_deploy.data.image_set import open_image_set, photograph_set
     from tood_deploy.preprocess import padded_size
 
     if case.images is None:
-        pictures = photograph_set(detector.imgsz, MOST_PICTURES)
+        images = photograph_set(detector.imgsz, MAX_IMAGES)
     else:
-        pictures = open_pictures(case.images, None, detector.imgsz, MOST_PICTURES)
-    frames = [picture.read() for picture in pictures]
+        images = open_image_set(case.images, None, detector.imgsz, MAX_IMAGES)
+    frames = [image.read() for image in images]
     sizes = [padded_size((frame.shape[0], frame.shape[1]), detector.sizing) for frame in frames]
     commonest = Counter(sizes).most_common(1)[0][0]
     chosen = [frame for frame, size in zip(frames, sizes, strict=True) if size == commonest]
     left_out = len(frames) - len(chosen)
-    return chosen, f"{pictures.description}" + (
+    return chosen, f"{images.description}" + (
         f", {left_out} of another padded size left out" if left_out else ""
     )
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from tood_deploy.benchmark.evaluation.coco_metrics import CocoRows, Scoring
 from tood_deploy.benchmark.parity.stage_runners import REDUCED, TorchStages, network_inputs
-from tood_deploy.data.image_set import Picture
+from tood_deploy.data.image_set import ImageEntry
 from tood_deploy.detections import Detections
 from tood_deploy.matching import Rows
 from tood_deploy.parity.deviation import RowDeviation, rows_of
@@ -40,7 +40,7 @@ class Swaps:
         alone: Mapping[str, Values],
         to_rows: Callable[[Values], list[dict[str, Any]]],
     ) -> None:
-        """Adds one picture.
+        """Adds one image.
 
         Args:
             values: the reference's, of all stages.
@@ -67,11 +67,11 @@ class Canvas:
     """Runs a detector once more, with the other padding than it is compared with: canvases, or as little as needed.
 
     Attributes:
-        canvases_hw: rows and columns of every canvas; a picture goes to the one that shrinks it least.
+        canvases_hw: rows and columns of every canvas; a image goes to the one that shrinks it least.
         fixed: whether it is compared on the canvases, since an artefact takes nothing else. Then the detector here is the reference.
         rows: COCO rows with the other padding.
-        change: from as little padding as needed to the canvases, in the picture's pixels.
-        shrunk: pictures that were too tall or too wide for every canvas and were scaled down further to fit.
+        change: from as little padding as needed to the canvases, in the image's pixels.
+        shrunk: images that were too tall or too wide for every canvas and were scaled down further to fit.
     """
 
     def __init__(
@@ -95,9 +95,9 @@ class Canvas:
         """The canvases as text, such as "800x1344, 1344x800"."""
         return ", ".join(f"{height}x{width}" for height, width in self.canvases_hw)
 
-    def add(self, picture: Picture, usual: Detections) -> None:
-        """Adds one picture; `usual` is what the detector finds in it with the padding that it is compared with."""
-        image_bgr = picture.read()
+    def add(self, source_image: ImageEntry, usual: Detections) -> None:
+        """Adds one image; `usual` is what the detector finds in it with the padding that it is compared with."""
+        image_bgr = source_image.read()
         net_hw = choose_canvas(image_bgr.shape, self.imgsz, self.canvases_hw)
         fitting = fit_imgsz(image_bgr.shape, self.imgsz, net_hw)
         self.shrunk += fitting != self.imgsz
@@ -118,37 +118,37 @@ class Canvas:
             Rows(padded.boxes, padded.scores, padded.class_ids),
         )
         if self.scoring is not None:
-            self.rows += self.scoring.rows(other, picture.image_id)
+            self.rows += self.scoring.rows(other, source_image.image_id)
 
 
-MOST_PICTURES = 20
+MAX_IMAGES = 20
 MOST_SCORES = 50_000
 
 
 @dataclass(frozen=True, order=True)
 class Difference:
-    """One picture and what the two runs made of it; ordered by how much they differ.
+    """One image and what the two runs made of it; ordered by how much they differ.
 
     Attributes:
         exchanged: boxes that only one of the two has.
         shift: the largest difference of a paired box's scores.
-        number: of the picture, negative, so that of equals the first counts as the more different.
-        picture: the picture.
-        reference, found: detections, boxes in the picture's pixels.
+        number: of the image, negative, so that of equals the first counts as the more different.
+        image: the image.
+        reference, found: detections, boxes in the image's pixels.
         pairs: (P, 2) positions of paired boxes.
     """
 
     exchanged: int
     shift: float
     number: int
-    picture: Picture = field(compare=False)
+    image: ImageEntry = field(compare=False)
     reference: Detections = field(compare=False)
     found: Detections = field(compare=False)
     pairs: NDArray[np.intp] = field(compare=False)
 
 
 class Differences:
-    """Keeps the most different pictures, and the first many scores."""
+    """Keeps the most different images, and the first many scores."""
 
     def __init__(self) -> None:
         self._heap: list[Difference] = []
@@ -157,17 +157,17 @@ class Differences:
         self._seen = 0
 
     def add(
-        self, picture: Picture, reference: Detections, found: Detections, pairs: NDArray[np.intp]
+        self, image: ImageEntry, reference: Detections, found: Detections, pairs: NDArray[np.intp]
     ) -> None:
-        """Adds one picture; `pairs` are positions of paired boxes in both."""
+        """Adds one image; `pairs` are positions of paired boxes in both."""
         both = np.stack([reference.scores[pairs[:, 0]], found.scores[pairs[:, 1]]], axis=1)
         lost, added = np.delete(reference.scores, pairs[:, 0]), np.delete(found.scores, pairs[:, 1])
         shift = float(np.abs(both[:, 0] - both[:, 1]).max(initial=0))
         difference = Difference(
-            len(lost) + len(added), shift, -self._seen, picture, reference, found, pairs
+            len(lost) + len(added), shift, -self._seen, image, reference, found, pairs
         )
         self._seen += 1
-        push = heapq.heappush if len(self._heap) < MOST_PICTURES else heapq.heappushpop
+        push = heapq.heappush if len(self._heap) < MAX_IMAGES else heapq.heappushpop
         push(self._heap, difference)
         if self._kept_scores < MOST_SCORES:
             zeros = np.zeros_like
@@ -179,8 +179,8 @@ class Differences:
             self._kept_scores += len(both) + len(lost) + len(added)
 
     @property
-    def pictures(self) -> list[Difference]:
-        """The most different pictures, most different first."""
+    def images(self) -> list[Difference]:
+        """The most different images, most different first."""
         return sorted(self._heap, reverse=True)
 
     @property

@@ -1,4 +1,4 @@
-"""Runs one reference and one or several artefacts on the same pictures, and judges every artefact."""
+"""Runs one reference and one or several artefacts on the same images, and judges every artefact."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from tood_deploy.benchmark.parity.stage_runners import (
     Subject,
     TorchStages,
     network_inputs,
-    repeat_pictures,
+    repeat_images,
 )
-from tood_deploy.data.image_set import Picture, PictureSet, synthetic_picture
+from tood_deploy.data.image_set import ImageEntry, ImageSet, synthetic_image
 from tood_deploy.detections import Detections
 from tood_deploy.errors import ToodError
 from tood_deploy.parity.deviation import Failure, RowDeviation, StageDeviations, rows_of
@@ -48,9 +48,9 @@ class Comparison:
         alone: deviations of each stage by itself; None where the runtime does not give stages.
         swaps: runs with one part exchanged; None without annotations.
         rows: COCO rows of the artefact.
-        differences: the most different pictures.
-        slots: the first picture in every slot of a batch, against itself alone.
-        sizes: by rows and columns of the input, deviations as deployed on a synthetic picture.
+        differences: the most different images.
+        slots: the first image in every slot of a batch, against itself alone.
+        sizes: by rows and columns of the input, deviations as deployed on a synthetic image.
         canvas: what padding to a fixed canvas changes; None where it was not asked for and the artefact takes every size.
         reference_rows: COCO rows of the reference on the same inputs, no more than the artefact gives.
     """
@@ -73,20 +73,20 @@ class Comparison:
         self.rows: CocoRows = []
         self.reference_rows: CocoRows = []
 
-    def add(self, picture: Picture, transform: ImageTransform, reference: Values) -> None:
-        """Adds one picture; `reference` holds the network's inputs and everything the reference made of them."""
+    def add(self, image: ImageEntry, transform: ImageTransform, reference: Values) -> None:
+        """Adds one image; `reference` holds the network's inputs and everything the reference made of them."""
         reference = self._cut(reference)
         found = self.subject.runner.run_all(only_inputs(reference))
         pairs = add_stages(self.carried, self.subject.runner, reference, found)
         first, second = (self._detections(values, transform) for values in (reference, found))
-        self.differences.add(picture, first, second, pairs)
-        self.rows += self._coco_rows(second, picture)
-        self.reference_rows += self._coco_rows(first, picture)
-        self._add_alone(picture, transform, reference)
+        self.differences.add(image, first, second, pairs)
+        self.rows += self._coco_rows(second, image)
+        self.reference_rows += self._coco_rows(first, image)
+        self._add_alone(image, transform, reference)
         if self.canvas is not None:
-            self.canvas.add(picture, first if self.canvas.fixed else second)
+            self.canvas.add(image, first if self.canvas.fixed else second)
 
-    def _add_alone(self, picture: Picture, transform: ImageTransform, reference: Values) -> None:
+    def _add_alone(self, image: ImageEntry, transform: ImageTransform, reference: Values) -> None:
         alone: dict[str, Values] = {}
         if self.alone is not None:
             for stage in STAGES:
@@ -97,14 +97,14 @@ class Comparison:
                 reference,
                 alone,
                 lambda values: self._coco_rows(
-                    self._detections(self._cut(values), transform), picture
+                    self._detections(self._cut(values), transform), image
                 ),
             )
 
     def add_slots(self, reference: Values) -> None:
-        """Runs one picture alone and in every slot of a batch, as large as the artefact takes: its rows must be the same."""
+        """Runs one image alone and in every slot of a batch, as large as the artefact takes: its rows must be the same."""
         slots = min(SLOTS, self.subject.most_batch(reference) or SLOTS)
-        batch = repeat_pictures(only_inputs(reference), slots)
+        batch = repeat_images(only_inputs(reference), slots)
         alone = rows_of(DETECTIONS, self.subject.runner.run_all(only_inputs(reference)))
         found = self.subject.runner.run_all(batch)
         for slot in range(slots):
@@ -116,7 +116,7 @@ class Comparison:
             )
 
     def add_size(self, net_hw: tuple[int, int], reference: Values, noise: Conditioning) -> None:
-        """Adds a synthetic picture of one input size, where float32 may be noisier than on pictures of the usual size."""
+        """Adds a synthetic image of one input size, where float32 may be noisier than on images of the usual size."""
         self.sizes[net_hw] = StageDeviations(self.gates, carried=True)
         self.sizes[net_hw].allow_noise(noise)
         reference = self._cut(reference)
@@ -155,8 +155,8 @@ class Comparison:
         names = self.subject.manifest.preset.class_names
         return Detections(transform.boxes_to_image(rows.boxes), rows.scores, rows.labels, names)
 
-    def _coco_rows(self, found: Detections, picture: Picture) -> CocoRows:
-        return [] if self.scoring is None else self.scoring.rows(found, picture.image_id)
+    def _coco_rows(self, found: Detections, image: ImageEntry) -> CocoRows:
+        return [] if self.scoring is None else self.scoring.rows(found, image.image_id)
 
 
 def add_stages(
@@ -171,7 +171,7 @@ def add_stages(
 
 
 SHOWN_AP = 0.0005  # points; less is the rounding of a score between two others, and shown as 0.000
-Track = Callable[[Iterable[Picture]], Iterable[Picture]]
+Track = Callable[[Iterable[ImageEntry]], Iterable[ImageEntry]]
 
 
 @dataclass(frozen=True)
@@ -179,9 +179,9 @@ class Settings:
     """How to compare.
 
     Attributes:
-        imgsz: (short side, long side) that pictures are scaled to fit.
+        imgsz: (short side, long side) that images are scaled to fit.
         conf, iou: thresholds of all detectors.
-        sizes_hw: input sizes that are tried with one synthetic picture each.
+        sizes_hw: input sizes that are tried with one synthetic image each.
         net_hw: the canvas to try, None for none.
     """
 
@@ -222,7 +222,7 @@ class Result:
         reference_metrics, metrics: COCO metrics of both; None without annotations, or where numbers were not numbers.
         swap_costs: points of AP that each part costs when it alone is swapped into the reference.
         canvas_ap: points of AP of one detector padded as little as needed, and on the canvas; None without annotations or canvas.
-        pictures_sha256: of all pictures as they are scaled and padded no further than needed.
+        images_sha256: of all images as they are scaled and padded no further than needed.
     """
 
     comparison: Comparison
@@ -231,7 +231,7 @@ class Result:
     metrics: CocoMetrics | None
     swap_costs: dict[str, float]
     canvas_ap: tuple[float, float] | None
-    pictures_sha256: str
+    images_sha256: str
 
     @property
     def passed(self) -> bool:
@@ -274,7 +274,7 @@ def check_subjects(reference: Subject, subjects: Sequence[Subject]) -> None:
 def compare(
     reference: Subject,
     subjects: Sequence[tuple[Subject, Gates]],
-    pictures: PictureSet,
+    images: ImageSet,
     settings: Settings,
     scoring: Scoring | None = None,
     track: Track = iter,
@@ -284,13 +284,13 @@ def compare(
     Args:
         reference: a checkpoint in PyTorch.
         subjects: artefacts and their limits.
-        pictures: to run on.
+        images: to run on.
         settings: how.
         scoring: for AP.
-        track: passes the pictures on, and may show progress.
+        track: passes the images on, and may show progress.
 
     Raises:
-        ToodError: they cannot be compared, or a picture cannot be read.
+        ToodError: they cannot be compared, or a image cannot be read.
     """
     check_subjects(reference, [subject for subject, _ in subjects])
     runner = reference.runner
@@ -300,7 +300,7 @@ def compare(
         Comparison(runner, subject, gates, scoring, _canvas(runner, subject, settings, scoring))
         for subject, gates in subjects
     ]
-    digest = _run_pictures(runner, comparisons, pictures, settings, track)
+    digest = _run_images(runner, comparisons, images, settings, track)
     _run_sizes(runner, comparisons, settings)
     return [
         _judge(comparison, metrics, digest)
@@ -318,7 +318,7 @@ def _canvas(
     if canvases:
         if settings.net_hw is not None:
             raise ToodError(
-                f"{subject.name}: takes pictures of {len(canvases)} fixed sizes alone; leave --net-size out: what its padding costs is told"
+                f"{subject.name}: takes images of {len(canvases)} fixed sizes alone; leave --net-size out: what its padding costs is told"
             )
         return Canvas(runner, canvases, True, *common)
     return Canvas(subject.runner, [settings.net_hw], False, *common) if settings.net_hw else None
@@ -342,17 +342,17 @@ def _reference_key(subject: Subject) -> Any:
     return subject.engine.canvases_hw, subject.manifest.max_det
 
 
-def _run_pictures(
+def _run_images(
     runner: TorchStages,
     comparisons: Sequence[Comparison],
-    pictures: PictureSet,
+    images: ImageSet,
     settings: Settings,
     track: Track,
 ) -> str:
-    """The hash of all pictures as they are scaled and padded no further than needed."""
+    """The hash of all images as they are scaled and padded no further than needed."""
     pixels = hashlib.sha256()
-    for number, picture in enumerate(track(pictures)):
-        image_bgr = picture.read()
+    for number, source_image in enumerate(track(images)):
+        image_bgr = source_image.read()
         pixels.update(resize_and_pad(image_bgr, settings.imgsz)[0].tobytes())
         made: dict[
             tuple[int, int], Values
@@ -363,20 +363,20 @@ def _run_pictures(
                 made[transform.net_hw] = runner.run_all(
                     network_inputs(image, transform, settings.conf, settings.iou)
                 )
-            comparison.add(picture, transform, made[transform.net_hw])
+            comparison.add(source_image, transform, made[transform.net_hw])
             if number == 0:
                 comparison.add_slots(made[transform.net_hw])
     return pixels.hexdigest()
 
 
 def _run_sizes(runner: TorchStages, comparisons: Sequence[Comparison], settings: Settings) -> None:
-    """One synthetic picture of every size that was asked for; of its own sizes where an artefact takes no others."""
+    """One synthetic image of every size that was asked for; of its own sizes where an artefact takes no others."""
     wanted = [
         comparison.subject.engine.canvases_hw or settings.sizes_hw for comparison in comparisons
     ]
     for seed, net_hw in enumerate(dict.fromkeys(size for sizes in wanted for size in sizes)):
         image, transform = resize_and_pad(
-            synthetic_picture(*net_hw, seed), (min(net_hw), max(net_hw))
+            synthetic_image(*net_hw, seed), (min(net_hw), max(net_hw))
         )
         inputs = network_inputs(image, transform, settings.conf, settings.iou)
         values, noise = runner.run_all(inputs), runner.measure_noise(inputs)

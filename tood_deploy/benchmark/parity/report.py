@@ -21,10 +21,10 @@ from tood_deploy.benchmark.html_report import (
     Tile,
     embed_figure,
     gallery,
+    image,
     new_figure,
     pair,
     paragraph,
-    picture,
     render_page,
     write_json,
     write_markdown,
@@ -99,8 +99,8 @@ BOTH_BGR = (200, 140, 40)
 
 
 def draw_difference(difference: Difference) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """The picture with what the reference found and with what the artefact found, (H, W, 3) uint8 BGR; small ones are enlarged."""
-    image_bgr = difference.picture.read()
+    """The image with what the reference found and with what the artefact found, (H, W, 3) uint8 BGR; small ones are enlarged."""
+    image_bgr = difference.image.read()
     scale = max(1, -(-SMALLEST_PX // max(image_bgr.shape[:2])))
     image_bgr = image_bgr.repeat(scale, axis=0).repeat(scale, axis=1)
     left = _draw_side(image_bgr, difference.reference, difference.pairs[:, 0], scale)
@@ -183,7 +183,7 @@ def matching_table(result: Result) -> Table:
         if found.reference + found.added
     ]
     note = (
-        f"Matched: same class, IoU above {PAIR_IOU}, each box once. Batch slots: the first picture in every slot of a batch, "
+        f"Matched: same class, IoU above {PAIR_IOU}, each box once. Batch slots: the first image in every slot of a batch, "
         "against itself alone. Padded: on a canvas, as an engine of fixed shape does it, against padded as little as needed."
     )
     return Table(
@@ -233,8 +233,8 @@ def _canvas_note(result: Result) -> str:
     if canvas is None:
         return ""
     if canvas.fixed:
-        return "The artefact takes pictures of fixed sizes alone, so both run on these; the last row is what that costs PyTorch in AP."
-    return "The last row is what it costs the artefact to pad every picture that far."
+        return "The artefact takes images of fixed sizes alone, so both run on these; the last row is what that costs PyTorch in AP."
+    return "The last row is what it costs the artefact to pad every image that far."
 
 
 def class_table(result: Result) -> Table:
@@ -281,7 +281,7 @@ def sizes_table(result: Result) -> Table:
         "verdict",
     )
     fixed = " The artefact takes no others." if result.comparison.subject.engine.canvases_hw else ""
-    return Table(headers, rows, f"One synthetic picture each, as deployed.{fixed}")
+    return Table(headers, rows, f"One synthetic image each, as deployed.{fixed}")
 
 
 SHOWN_FAILURES = 3
@@ -442,10 +442,10 @@ def _sections(result: Result, several: bool) -> list[Section]:
         Section(
             f"{prefix}Scores",
             _scores(result),
-            "Every box of the first pictures: its score on both sides.",
+            "Every box of the first images: its score on both sides.",
         )
     )
-    return [*sections, _picture_section(result, prefix)]
+    return [*sections, _image_section(result, prefix)]
 
 
 def _scores(result: Result) -> Markup:
@@ -457,15 +457,15 @@ def _scores(result: Result) -> Markup:
     )
 
 
-def _picture_section(result: Result, prefix: str) -> Section:
+def _image_section(result: Result, prefix: str) -> Section:
     cards = []
-    for each in result.comparison.differences.pictures:
-        caption = f"{each.picture.name}: {each.exchanged} boxes found by one alone, scores differ by {each.shift:.1e} at most"
+    for each in result.comparison.differences.images:
+        caption = f"{each.image.name}: {each.exchanged} boxes found by one alone, scores differ by {each.shift:.1e} at most"
         left, right = draw_difference(each)
         sides = pair(
-            picture(left, f"{each.picture.name}: PyTorch"),
-            picture(right, f"{each.picture.name}: the artefact"),
+            image(left, f"{each.image.name}: PyTorch"),
+            image(right, f"{each.image.name}: the artefact"),
         )
         cards.append(Card(caption, sides))
     lead = f"First PyTorch, then the artefact. Blue: both found it (score above {SHOWN_ABOVE}). With its name: found by this one alone."
-    return Section(f"{prefix}Most different pictures", gallery(cards, "one"), lead)
+    return Section(f"{prefix}Most different images", gallery(cards, "one"), lead)

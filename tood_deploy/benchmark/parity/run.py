@@ -20,7 +20,7 @@ from tood_deploy.benchmark.parity.compare import Result, Settings, check_subject
 from tood_deploy.benchmark.parity.report import write_reports
 from tood_deploy.benchmark.parity.stage_runners import Subject, is_checkpoint, open_subject
 from tood_deploy.data.coco import read_truth
-from tood_deploy.data.image_set import Picture, PictureSet, open_pictures
+from tood_deploy.data.image_set import ImageSet, open_image_set
 from tood_deploy.errors import ToodError
 from tood_deploy.files import write_text
 from tood_deploy.manifest import manifest_path
@@ -31,7 +31,7 @@ KEY = "benchmark"  # in the manifest's `parity`, beside what tood-export found
 
 
 def describe(
-    result: Result, reference: Subject, pictures: PictureSet, settings: Settings
+    result: Result, reference: Subject, images: ImageSet, settings: Settings
 ) -> dict[str, Any]:
     """Everything that was found out about an artefact, as plain values; AP and its differences in points."""
     comparison = result.comparison
@@ -44,10 +44,10 @@ def describe(
             "precision": comparison.subject.engine.precision,
         },
         "reference": {"sha256": reference.sha256, "runtime": reference.engine.name},
-        "pictures": {
-            "description": pictures.description,
-            "count": len(pictures),
-            "sha256": result.pictures_sha256,
+        "images": {
+            "description": images.description,
+            "count": len(images),
+            "sha256": result.images_sha256,
         },
         "settings": asdict(settings),
         "gates": asdict(comparison.gates),
@@ -125,7 +125,7 @@ class ParityOrder:
     Attributes:
         reference: a checkpoint or preset.
         models: artefacts.
-        images, annotations, mapping, limit: the pictures, their truth, and class names in terms of its categories.
+        images, annotations, mapping, limit: the images, their truth, and class names in terms of its categories.
         imgsz: (short side, long side); the first artefact's own where not given.
         conf, iou: thresholds of all detectors.
         sizes_hw, net_hw: further input sizes and the canvas to try.
@@ -182,14 +182,14 @@ def run_parity(order: ParityOrder) -> list[Result]:
         imgsz = check_imgsz(order.imgsz) if order.imgsz else subjects[0].manifest.preset.imgsz
         settings = Settings(imgsz, order.conf, order.iou, order.sizes_hw, order.net_hw)
         truth = read_truth(order.annotations) if order.annotations else None
-        pictures = open_pictures(order.images, truth, imgsz, order.limit)
+        images = open_image_set(order.images, truth, imgsz, order.limit)
         names = reference.manifest.preset.class_names
-        scoring = Scoring.of(pictures.truth, names, order.mapping) if pictures.truth else None
+        scoring = Scoring.of(images.truth, names, order.mapping) if images.truth else None
         gated = [(subject, gates_of(subject, order.gates)) for subject in subjects]
         results = compare(
-            reference, gated, pictures, settings, scoring, lambda each: _track(each, order.quiet)
+            reference, gated, images, settings, scoring, lambda each: _track(each, order.quiet)
         )
-        _report(order, results, reference, pictures, settings)
+        _report(order, results, reference, images, settings)
     return results
 
 
@@ -212,10 +212,10 @@ def gates_of(subject: Subject, given: dict[str, float]) -> Gates:
     return replace(PRECISION_GATES[subject.engine.precision.split(",")[0]], **given)
 
 
-def _track(pictures: Iterable[Picture], quiet: bool) -> Iterable[Picture]:
+def _track(images: Iterable[ImageEntry], quiet: bool) -> Iterable[ImageEntry]:
     console = Console(stderr=True)
     return track(
-        pictures,
+        images,
         "comparing",
         console=console,
         disable=quiet or not console.is_terminal,
@@ -227,10 +227,10 @@ def _report(
     order: ParityOrder,
     results: Sequence[Result],
     reference: Subject,
-    pictures: PictureSet,
+    images: ImageSet,
     settings: Settings,
 ) -> None:
-    descriptions = [describe(result, reference, pictures, settings) for result in results]
+    descriptions = [describe(result, reference, images, settings) for result in results]
     facts = {
         "command": order.command,
         "date": descriptions[0]["date"],
@@ -239,7 +239,7 @@ def _report(
             f"{result.comparison.subject.name}, {result.comparison.subject.engine.name}"
             for result in results
         ),
-        "pictures": f"{pictures.description}, scaled to fit {settings.imgsz[0]} x {settings.imgsz[1]}",
+        "images": f"{images.description}, scaled to fit {settings.imgsz[0]} x {settings.imgsz[1]}",
         "thresholds": f"score above {settings.conf:g}, suppression at {settings.iou:g}",
         "software": f"tood_deploy {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}",
     }

@@ -58,12 +58,12 @@ class Subject:
     def prepare(
         self, image_bgr: NDArray[np.uint8], imgsz: tuple[int, int]
     ) -> tuple[NDArray[np.uint8], ImageTransform]:
-        """The network's input for a picture, padded as this model takes it, and the transform that leads back."""
+        """The network's input for a image, padded as this model takes it, and the transform that leads back."""
         prepared = Detector(self.engine, imgsz=imgsz).prepare(image_bgr)
         return prepared.image, prepared.transform
 
     def most_batch(self, inputs: Values) -> int | None:
-        """The largest batch that it takes of pictures of this size; None where there is no bound."""
+        """The largest batch that it takes of images of this size; None where there is no bound."""
         return self.engine.batches_at(net_size(inputs))[1]
 
 
@@ -76,9 +76,9 @@ class DetectionsOnly(StageRunner):
         self.engine, self.name = engine, engine.name
 
     def run_all(self, inputs: Values) -> Values:
-        """The detections; where the engine takes no batch as small, of the first pictures of one that holds them several times."""
+        """The detections; where the engine takes no batch as small, of the first images of one that holds them several times."""
         count, least = len(inputs["images"]), self.engine.batches_at(net_size(inputs))[0]
-        filled = repeat_pictures(inputs, -(-least // count)) if count < least else inputs
+        filled = repeat_images(inputs, -(-least // count)) if count < least else inputs
         thresholds = float(inputs["score_threshold"]), float(inputs["iou_threshold"])
         found = self.engine.infer(filled["images"], filled["valid_hw"], *thresholds)
         outputs = (found.num_dets, found.boxes_net, found.scores, found.labels)
@@ -148,12 +148,12 @@ def _open_stages(engine: Engine, path: Path | None) -> StageRunner:
 
 
 def net_size(inputs: Values) -> tuple[int, int]:
-    """Rows and columns of the pictures in the graph's inputs."""
+    """Rows and columns of the images in the graph's inputs."""
     return inputs["images"].shape[1], inputs["images"].shape[2]
 
 
-def repeat_pictures(inputs: Values, times: int) -> Values:
-    """The graph's inputs with every picture of the batch so many times, in turn."""
+def repeat_images(inputs: Values, times: int) -> Values:
+    """The graph's inputs with every image of the batch so many times, in turn."""
     return inputs | {
         name: np.concatenate([inputs[name]] * times) for name in ("images", "valid_hw")
     }
@@ -162,7 +162,7 @@ def repeat_pictures(inputs: Values, times: int) -> Values:
 def network_inputs(
     image: NDArray[np.uint8], transform: ImageTransform, conf: float, iou: float
 ) -> Values:
-    """The exported graph's inputs for one prepared picture (H, W, 3) uint8 RGB."""
+    """The exported graph's inputs for one prepared image (H, W, 3) uint8 RGB."""
     values = (
         image[None],
         np.array([transform.resized_hw], np.int32),

@@ -158,7 +158,7 @@ class TensorRTEngine(Engine):
     ) -> BatchDetections:
         """As every engine; and arrays may be of any library that speaks DLPack or `__cuda_array_interface__`, on the CPU or on this GPU.
 
-        Pictures on the GPU are read where they lie if they begin at a multiple of 256 bytes and no CUDA graph is replayed, whose addresses
+        Images on the GPU are read where they lie if they begin at a multiple of 256 bytes and no CUDA graph is replayed, whose addresses
         are fixed; otherwise they are copied within the GPU.
         """
         return super().infer(images, valid_hw, score_threshold, iou_threshold)
@@ -225,7 +225,7 @@ class TensorRTEngine(Engine):
         *,
         timed: bool = False,
     ) -> int:
-        """Puts a batch into a slot, and the GPU to work on it; how many pictures it holds."""
+        """Puts a batch into a slot, and the GPU to work on it; how many images it holds."""
         views: tuple[Any, Any] = (
             view_array(images, "images", gpu=self._gpu.ordinal, stream=slot.stream.handle),
             view_array(valid_hw, "valid_hw", gpu=self._gpu.ordinal, stream=slot.stream.handle),
@@ -250,10 +250,10 @@ class TensorRTEngine(Engine):
 
 
 def choose_profile(profiles: Sequence[Profile], shape: tuple[int, ...]) -> int:
-    """The number of the profile that is tuned best for pictures of a shape (B, H, W, 3).
+    """The number of the profile that is tuned best for images of a shape (B, H, W, 3).
 
     Raises:
-        InputError: none takes so many pictures of that size.
+        InputError: none takes so many images of that size.
     """
     batch, size_hw = shape[0], shape[1:3]
     sized = [
@@ -276,9 +276,9 @@ def choose_profile(profiles: Sequence[Profile], shape: tuple[int, ...]) -> int:
 def _unsettled(num_dets: Sequence[int], manifest: Manifest) -> str:
     """What to say where suppression in a fixed number of rounds did not come to its end, for which a count is negative."""
     rounds = manifest.options.get("nms_rounds", "a fixed number of")
-    pictures = ", ".join(str(number) for number, count in enumerate(num_dets, 1) if count < 0)
+    images = ", ".join(str(number) for number, count in enumerate(num_dets, 1) if count < 0)
     return (
-        f"{rounds} rounds of suppression were too few for picture {pictures} of a batch of {len(num_dets)} (num_dets is {min(num_dets)}); "
+        f"{rounds} rounds of suppression were too few for image {images} of a batch of {len(num_dets)} (num_dets is {min(num_dets)}); "
         "build the engine with more --nms-rounds, or with --nms loop, which takes as many as it needs"
     )
 

@@ -94,7 +94,7 @@ class Execution:
         """Gives the stream the work. The first time, runs and then records.
 
         Args:
-            images: another address to read the pictures from, where it does not replay.
+            images: another address to read the images from, where it does not replay.
 
         Raises:
             CudaError: TensorRT could not give it.

@@ -1,6 +1,6 @@
 """A TensorRT plan, deserialised: what it takes and gives, and new execution contexts of it.
 
-Comes in: the bytes of a plan that was checked against its manifest. In a block of `Gpu.current`, all of it. Knows no pictures.
+Comes in: the bytes of a plan that was checked against its manifest. In a block of `Gpu.current`, all of it. Knows no images.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ class Plan:
             )
         if len(self._engine.get_tensor_shape("score_threshold")):
             raise ArtefactError(
-                f"{self.path}: takes thresholds for each picture, the form for Triton; make one to be run here with tood-export --to engine"
+                f"{self.path}: takes thresholds for each image, the form for Triton; make one to be run here with tood-export --to engine"
             )
         on_host = [
             name

@@ -20,7 +20,7 @@ class Profile:
 
     Attributes:
         size_hw: rows and columns.
-        least, best, most: pictures of the smallest batch it takes, the batch it is fastest at, the largest it takes.
+        least, best, most: images of the smallest batch it takes, the batch it is fastest at, the largest it takes.
     """
 
     size_hw: tuple[int, int]

@@ -73,7 +73,7 @@ class Slot:
         self._cuda_graph: CudaGraph = cuda_graph
         most = max(profile.most for profile in plan.profiles)
         pixels = max(profile.most * prod(profile.size_hw) for profile in plan.profiles) * 3
-        # The pictures come last: what precedes them is copied even where they are on the GPU already.
+        # The images come last: what precedes them is copied even where they are on the GPU already.
         self._inputs = Tensors(
             {
                 "valid_hw": ((most, 2), np.int32),
@@ -111,9 +111,9 @@ class Slot:
         self._marks: list[Event] = [
             own(Event(timed=True)) for _ in range(3)
         ]  # begun, inputs on the GPU, computed
-        self._host_in: PinnedBuffer = own(PinnedBuffer(self._inputs.size, "pictures"))
+        self._host_in: PinnedBuffer = own(PinnedBuffer(self._inputs.size, "images"))
         self._host_out: PinnedBuffer = own(PinnedBuffer(self._outputs.size, "detections"))
-        self._device_in: DeviceBuffer = own(DeviceBuffer(self._inputs.size, "pictures"))
+        self._device_in: DeviceBuffer = own(DeviceBuffer(self._inputs.size, "images"))
         self._device_out: DeviceBuffer = own(DeviceBuffer(self._outputs.size, "detections"))
         self._resources.callback(self._close_executions)
         self._resources.callback(self.stream.drain)
@@ -143,7 +143,7 @@ class Slot:
 
         Args:
             profile: the number of the optimisation profile.
-            shape: of the pictures, (B, H, W, 3).
+            shape: of the images, (B, H, W, 3).
             others: marks of other slots; computing begins after them, since all use the same scratch memory.
             timed: whether `seconds` will be asked for.
 
@@ -210,7 +210,7 @@ class Slot:
         return execution
 
     def _copy_in(self, execution: Execution, pixels: int) -> int | None:
-        """Brings the inputs to the GPU; the address of the pictures where they can be read where they lie."""
+        """Brings the inputs to the GPU; the address of the images where they can be read where they lie."""
         addresses = self._inputs.addresses(self._device_in.address)
         images = self._on_device.get("images")
         in_place = images is not None and not execution.replays and images.address % ALIGNMENT == 0
@@ -263,7 +263,7 @@ class Ticket:
 
     Attributes:
         index: the slot it lies in.
-        batch: how many pictures it holds.
+        batch: how many images it holds.
         thread: the thread that submitted it.
     """
 
@@ -287,7 +287,7 @@ class Slots(Generic[Item]):
 
     @contextmanager
     def take(self) -> Iterator[tuple[Item, Callable[[int], Ticket]]]:
-        """A free slot for the block, and a function that keeps it for a batch of so many pictures beyond the block.
+        """A free slot for the block, and a function that keeps it for a batch of so many images beyond the block.
 
         Raises:
             ToodError: all slots hold batches that this thread submitted and did not collect; or the engine was closed.

@@ -1,7 +1,7 @@
-"""What an ONNX graph computes on pictures: named inner values, picture by picture, in ONNX Runtime. Knows nothing of what for.
+"""What an ONNX graph computes on images: named inner values, image by image, in ONNX Runtime. Knows nothing of what for.
 
-A network's inner values together take gigabytes a picture. So the graph is cut, in the order of its nodes, into segments that give a few
-of the wanted values each; every node runs once a picture, and only what later segments read stays in memory.
+A network's inner values together take gigabytes a image. So the graph is cut, in the order of its nodes, into segments that give a few
+of the wanted values each; every node runs once a image, and only what later segments read stays in memory.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx_ir.analysis import analyze_implicit_usage
 
-from tood_deploy.data.images import picture_paths, read_picture
+from tood_deploy.data.images import image_paths, read_image
 from tood_deploy.errors import ArtefactError
 from tood_deploy.graph_io import INPUTS
 from tood_deploy.onnx_file import open_session
@@ -83,7 +83,7 @@ class ActivationReader:
         )
 
     def read(self, image: NDArray[np.uint8], valid_hw: tuple[int, int]) -> Iterator[Values]:
-        """The wanted values of one picture, some at a time: take from each dictionary what is needed before asking for the next.
+        """The wanted values of one image, some at a time: take from each dictionary what is needed before asking for the next.
 
         Args:
             image: (rows, columns, 3) uint8 RGB, padded, as `resize_and_pad` gives it.
@@ -106,28 +106,28 @@ class ActivationReader:
 
 def iterate_activations(
     model: Path | onnx.ModelProto,
-    pictures: Path,
+    images: Path,
     sizing: ImageSize,
     names: Sequence[str],
     *,
     most: int | None = None,
 ) -> Iterator[Values]:
-    """Inner values over the pictures of a folder, in order of their file names, some at a time and in flat memory.
+    """Inner values over the images of a folder, in order of their file names, some at a time and in flat memory.
 
     Args:
         model: an exported graph, or its file.
-        pictures: the folder.
-        sizing: how pictures are brought to the size of the network's input.
-        names: the wanted values. Each is given once a picture.
-        most: at most so many pictures; all where not given.
+        images: the folder.
+        sizing: how images are brought to the size of the network's input.
+        names: the wanted values. Each is given once a image.
+        most: at most so many images; all where not given.
 
     Raises:
-        InputError: no such folder, no picture in it, or one that cannot be read.
+        InputError: no such folder, no image in it, or one that cannot be read.
         ArtefactError: the graph holds no value of such a name.
     """
     reader = ActivationReader(model, names)
-    for path in picture_paths(pictures, most):
-        image, transform = resize_and_pad(read_picture(path), sizing)
+    for path in image_paths(images, most):
+        image, transform = resize_and_pad(read_image(path), sizing)
         yield from reader.read(image, transform.resized_hw)
 
 

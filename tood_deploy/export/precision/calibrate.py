@@ -1,7 +1,7 @@
-"""Which numbers the activations of a graph take on calibration pictures: histograms, gathered picture by picture in flat memory.
+"""Which numbers the activations of a graph take on calibration images: histograms, gathered image by image in flat memory.
 
-Pictures go through the detector's own pre-processing. What is gathered is kept on disk, so that an interrupted run goes on where it stopped
-and the same pictures are never run twice through the same graph. Knows nothing of 8-bit numbers but their ranges.
+Images go through the detector's own pre-processing. What is gathered is kept on disk, so that an interrupted run goes on where it stopped
+and the same images are never run twice through the same graph. Knows nothing of 8-bit numbers but their ranges.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from onnxruntime.quantization.calibrate import HistogramCollector
 
 from tood_deploy.data import FEWEST_CALIBRATION_IMAGES, MOST_CALIBRATION_IMAGES
-from tood_deploy.data.images import choose_pictures, read_picture
+from tood_deploy.data.images import choose_images, read_image
 from tood_deploy.errors import ArtefactError
 from tood_deploy.export.precision.activations import ActivationReader
 from tood_deploy.files import atomic_path, file_sha256, home_folder
@@ -120,25 +120,25 @@ def _pairs_joined(counts: NDArray[np.int64]) -> NDArray[np.int64]:
     return counts.reshape(-1, 2).sum(axis=1)
 
 
-SAVE_EVERY = 8  # pictures; more are never lost
+SAVE_EVERY = 8  # images; more are never lost
 HELD_BYTES, BYTES_A_PIXEL = (
     2**28,
     64,
-)  # activations in memory at a time; the largest of one activation, for each pixel of the picture
+)  # activations in memory at a time; the largest of one activation, for each pixel of the image
 
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """What calibration pictures told.
+    """What calibration images told.
 
     Attributes:
         histograms: of every activation, by name.
-        pictures: how many there were.
-        key: SHA-256 of all it depends on: graph, pictures, their size.
+        images: how many there were.
+        key: SHA-256 of all it depends on: graph, images, their size.
     """
 
     histograms: Mapping[str, Histogram]
-    pictures: int
+    images: int
     key: str
 
     def ranges(self, method: Method) -> dict[str, tuple[float, float]]:
@@ -149,7 +149,7 @@ class Calibration:
 def calibrate(
     model: onnx.ModelProto,
     values: Collection[str],
-    pictures: Path,
+    images: Path,
     sizing: ImageSize,
     *,
     most: int = MOST_CALIBRATION_IMAGES,
@@ -157,24 +157,24 @@ def calibrate(
     progress: Callable[[int, int], None] = lambda done, total: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Calibration:
-    """Runs pictures through a graph and gathers how its inner values are distributed.
+    """Runs images through a graph and gathers how its inner values are distributed.
 
     Args:
         model: an exported float32 graph.
         values: names of the inner values.
-        pictures: a folder.
-        sizing: how pictures are brought to the size of the network's input.
-        most: at most so many pictures, evenly spread over the folder in order of its names.
+        images: a folder.
+        sizing: how images are brought to the size of the network's input.
+        most: at most so many images, evenly spread over the folder in order of its names.
         cache: the folder that keeps what was gathered; the package's own where not given.
-        progress: called with how many pictures are done and how many there are.
+        progress: called with how many images are done and how many there are.
         say: told warnings, a line each.
 
     Raises:
-        InputError: fewer than two pictures, or one that cannot be read.
+        InputError: fewer than two images, or one that cannot be read.
         ArtefactError: the graph gives values that are not numbers.
     """
-    paths = choose_pictures(pictures, most)
-    warn_of_few(pictures, len(paths), say)
+    paths = choose_images(images, most)
+    warn_of_few(images, len(paths), say)
     names = sorted(values)
     key = _key(model, names, paths, sizing)
     state = (home_folder("calibration") if cache is None else cache) / f"{key[:32]}.npz"
@@ -184,7 +184,7 @@ def calibrate(
     reader = ActivationReader(model, names, together=together) if done < len(paths) else None
     for number, path in enumerate(paths[done:], start=done + 1):
         assert reader is not None
-        _add_picture(histograms, reader, path, sizing)
+        _add_image(histograms, reader, path, sizing)
         if number % SAVE_EVERY == 0 or number == len(paths):
             _save(state, histograms, number)
         progress(number, len(paths))
@@ -196,18 +196,18 @@ def _pixels(sizing: ImageSize) -> int:
     return height * width
 
 
-def warn_of_few(folder: Path, pictures: int, say: Callable[[str], None]) -> None:
-    """Says so where what is seen on so many pictures may not be all that there is."""
-    if pictures < FEWEST_CALIBRATION_IMAGES:
+def warn_of_few(folder: Path, images: int, say: Callable[[str], None]) -> None:
+    """Says so where what is seen on so many images may not be all that there is."""
+    if images < FEWEST_CALIBRATION_IMAGES:
         say(
-            f"warning: {folder}: {pictures} pictures to calibrate on; with fewer than {FEWEST_CALIBRATION_IMAGES} ranges may be too narrow"
+            f"warning: {folder}: {images} images to calibrate on; with fewer than {FEWEST_CALIBRATION_IMAGES} ranges may be too narrow"
         )
 
 
-def _add_picture(
+def _add_image(
     histograms: Mapping[str, Histogram], reader: ActivationReader, path: Path, sizing: ImageSize
 ) -> None:
-    image, transform = resize_and_pad(read_picture(path), sizing)
+    image, transform = resize_and_pad(read_image(path), sizing)
     for some in reader.read(image, transform.resized_hw):
         for name, array in some.items():
             if not np.isfinite(array).all():
@@ -238,7 +238,7 @@ def _save(path: Path, histograms: Mapping[str, Histogram], done: int) -> None:
 def _load(
     path: Path, names: Sequence[str], say: Callable[[str], None]
 ) -> tuple[dict[str, Histogram], int]:
-    """What was gathered before, and from how many pictures."""
+    """What was gathered before, and from how many images."""
     if not path.is_file():
         return {name: Histogram() for name in names}, 0
     try:
@@ -257,7 +257,7 @@ def _load(
 
 FP16_MOST = float(np.finfo(np.float16).max)
 FP16_LEAST_NORMAL = float(np.finfo(np.float16).smallest_normal)
-HEADROOM = 4.0  # other pictures give larger values than the calibration's
+HEADROOM = 4.0  # other images give larger values than the calibration's
 MOST_SUBNORMAL = 0.05
 QUANTILE = 0.9999
 RANGE_IMAGES = 64
@@ -266,11 +266,11 @@ QUANTILE_SAMPLES = 2**20  # of one value, from which its quantile is taken
 
 @dataclass(frozen=True)
 class ValueRange:
-    """Magnitudes of one value over all pictures.
+    """Magnitudes of one value over all images.
 
     Attributes:
         largest: the largest.
-        p9999: the 99.99th percentile of a picture, the largest over all.
+        p9999: the 99.99th percentile of a image, the largest over all.
         nonzero: how many numbers are not zero.
         subnormal: of these, how many are below the smallest normal number of fp16.
     """
@@ -281,7 +281,7 @@ class ValueRange:
     subnormal: int = 0
 
     def __or__(self, other: ValueRange) -> ValueRange:
-        """Over the pictures of both."""
+        """Over the images of both."""
         return ValueRange(
             max(self.largest, other.largest),
             max(self.p9999, other.p9999),
@@ -298,7 +298,7 @@ class ValueRange:
     def risk(self) -> str:
         """Why fp16 cannot hold the value, in a few words; "" where it can."""
         if not self.largest * HEADROOM <= FP16_MOST:  # not a number counts, too
-            return f"reaches {self.largest:.4g}, fp16 ends at {FP16_MOST:.0f} and other pictures may give {HEADROOM:.0f} times as much"
+            return f"reaches {self.largest:.4g}, fp16 ends at {FP16_MOST:.0f} and other images may give {HEADROOM:.0f} times as much"
         if self.subnormal_share > MOST_SUBNORMAL:
             return f"{self.subnormal_share:.0%} of its numbers are below {FP16_LEAST_NORMAL:.1e}, where fp16 loses digits"
         return ""
@@ -307,31 +307,31 @@ class ValueRange:
 def measure_ranges(
     model: Path | onnx.ModelProto,
     names: Sequence[str],
-    pictures: Path,
+    images: Path,
     sizing: ImageSize,
     *,
     most: int = RANGE_IMAGES,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, ValueRange]:
-    """The ranges of inner values over the pictures of a folder, one picture at a time, in memory that does not grow.
+    """The ranges of inner values over the images of a folder, one image at a time, in memory that does not grow.
 
     Args:
         model: an exported float32 graph, or its file.
         names: of the values.
-        pictures: the folder.
-        sizing: how pictures are brought to the size of the network's input.
-        most: at most so many pictures, evenly spread over the folder in order of its names.
-        progress: called after every picture with how many are done and how many there are.
+        images: the folder.
+        sizing: how images are brought to the size of the network's input.
+        most: at most so many images, evenly spread over the folder in order of its names.
+        progress: called after every image with how many are done and how many there are.
 
     Raises:
-        InputError: no such folder, fewer than two pictures in it, or one that cannot be read.
+        InputError: no such folder, fewer than two images in it, or one that cannot be read.
         ArtefactError: the graph holds no value of such a name.
     """
-    paths = choose_pictures(pictures, most)
+    paths = choose_images(images, most)
     reader = ActivationReader(model, names)
     ranges = dict.fromkeys(names, ValueRange())
     for done, path in enumerate(paths, start=1):
-        image, transform = resize_and_pad(read_picture(path), sizing)
+        image, transform = resize_and_pad(read_image(path), sizing)
         for values in reader.read(image, transform.resized_hw):
             for name, array in values.items():
                 ranges[name] |= array_range(array)

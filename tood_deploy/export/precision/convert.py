@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from tood_deploy.data import MOST_CALIBRATION_IMAGES
 from tood_deploy.data.image_set import photograph_crops
-from tood_deploy.data.images import choose_pictures, read_picture
+from tood_deploy.data.images import choose_images, read_image
 from tood_deploy.engines.precision_support import half_precision_of
 from tood_deploy.engines.self_test import self_test_from
 from tood_deploy.errors import ToodError
@@ -66,8 +66,8 @@ NEEDS: dict[Scheme, str] = {
     "u8s8": "a CPU with VNNI instructions",
     "s8s8": "TensorRT",
 }
-RANKING_PICTURES = 3
-QUALITY_PICTURES = 16
+RANKING_IMAGES = 3
+QUALITY_IMAGES = 16
 
 Progress = Callable[[int, int], None]
 Quality = Callable[[onnx.ModelProto], float]
@@ -83,14 +83,14 @@ class Int8Options:
         keep: patterns (as of file names) of layers that stay float32.
         max_drop: the most that quality may drop: the most sensitive layers then stay float32, as many as it takes. None: all that can
             become 8-bit do.
-        most_pictures: to calibrate on, evenly spread over the folder.
+        max_images: to calibrate on, evenly spread over the folder.
     """
 
     scheme: Scheme = "u8s7"
     method: Method = "percentile"
     keep: tuple[str, ...] = ()
     max_drop: float | None = None
-    most_pictures: int = MOST_CALIBRATION_IMAGES
+    max_images: int = MOST_CALIBRATION_IMAGES
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
@@ -119,10 +119,10 @@ def int8_from_onnx(
     Args:
         onnx_path: an .onnx artefact of tood-export in float32.
         output: where to; a file that is there already is replaced in one step.
-        calib_data: a folder of pictures like those to come, 64 or more.
+        calib_data: a folder of images like those to come, 64 or more.
         options: how.
         quality: for `max_drop`: how much worse than the float32 graph another one is, such as in points of AP; per cent of mismatched
-            detections on some of the calibration pictures where not given.
+            detections on some of the calibration images where not given.
         cache: the folder that keeps calibrations; the package's own where not given.
         progress: called with how much of the present step is done and how much there is.
         say: told warnings and what was tried, a line each.
@@ -131,7 +131,7 @@ def int8_from_onnx(
         What the manifest's options should say: those of the float32 artefact, and "int8".
 
     Raises:
-        ToodError: not such an artefact, a pattern that fits nothing, or pictures that cannot be read.
+        ToodError: not such an artefact, a pattern that fits nothing, or images that cannot be read.
     """
     artefact = read_onnx(onnx_path)
     if artefact.manifest.precision != "fp32":
@@ -141,25 +141,25 @@ def int8_from_onnx(
     model, sizing = artefact.model, artefact.manifest.preset.sizing
     choose_layers(
         ir.from_proto(model).graph, options.keep
-    )  # a wrong pattern is told before the pictures are run
-    names, most = calibrated_values(model), options.most_pictures
+    )  # a wrong pattern is told before the images are run
+    names, most = calibrated_values(model), options.max_images
     calibration = calibrate(
         model, names, calib_data, sizing, most=most, cache=cache, progress=progress, say=say
     )
     told = asdict(options) | {
         "needs": NEEDS[options.scheme],
-        "pictures": calibration.pictures,
+        "images": calibration.images,
         "calibration": calibration.key,
     }
     ranges = calibration.ranges(options.method)
     if options.max_drop is not None:
-        pictures = prepare_pictures(calib_data, sizing)
+        images = prepare_images(calib_data, sizing)
         found = _find_kept(
             model,
             ranges,
-            pictures,
+            images,
             options,
-            quality or DetectionMismatch(model, pictures),
+            quality or DetectionMismatch(model, images),
             progress,
             say,
         )
@@ -180,15 +180,14 @@ def int8_from_onnx(
     return manifest.options
 
 
-def prepare_pictures(folder: Path, sizing: ImageSize) -> list[Prepared]:
-    """Some pictures of a folder to measure quality on, scaled and padded as for the network.
+def prepare_images(folder: Path, sizing: ImageSize) -> list[Prepared]:
+    """Some images of a folder to measure quality on, scaled and padded as for the network.
 
     Raises:
-        InputError: fewer than two pictures, or one that cannot be read.
+        InputError: fewer than two images, or one that cannot be read.
     """
     prepared = (
-        resize_and_pad(read_picture(path), sizing)
-        for path in choose_pictures(folder, QUALITY_PICTURES)
+        resize_and_pad(read_image(path), sizing) for path in choose_images(folder, QUALITY_IMAGES)
     )
     return [(image, transform.resized_hw) for image, transform in prepared]
 
@@ -196,7 +195,7 @@ def prepare_pictures(folder: Path, sizing: ImageSize) -> list[Prepared]:
 def _find_kept(
     model: onnx.ModelProto,
     ranges: Ranges,
-    pictures: Sequence[Prepared],
+    images: Sequence[Prepared],
     options: Int8Options,
     quality: Quality,
     progress: Progress,
@@ -214,7 +213,7 @@ def _find_kept(
         say(f"all layers in 8 bits: {drop:.3f} worse, at most {options.max_drop:g} allowed")
         return KeptLayers((), drop, ((0, drop),))
     ranked = measure_sensitivity(
-        model, ranges, pictures[:RANKING_PICTURES], scheme=options.scheme, progress=progress
+        model, ranges, images[:RANKING_IMAGES], scheme=options.scheme, progress=progress
     )
     return choose_kept(ranked, drop_of, options.max_drop, say)
 
@@ -231,7 +230,7 @@ def low_precision_onnx(
     *,
     keep: Collection[str] = (),
     calib_data: Path | None = None,
-    most_pictures: int = RANGE_IMAGES,
+    max_images: int = RANGE_IMAGES,
     progress: Progress = lambda done, total: None,
     say: Say = lambda line: None,
 ) -> dict[str, Any]:
@@ -242,16 +241,16 @@ def low_precision_onnx(
         output: where to; a file that is there already is replaced in one step.
         precision: "fp16" or "bf16".
         keep: patterns of what stays float32, see `lower_precision`.
-        calib_data: a folder of pictures. For fp16, values that it cannot hold on them stay float32; bf16 holds all.
-        most_pictures: of the folder, evenly spread over it.
-        progress: called after every picture with how many are done and how many there are.
+        calib_data: a folder of images. For fp16, values that it cannot hold on them stay float32; bf16 holds all.
+        max_images: of the folder, evenly spread over it.
+        progress: called after every image with how many are done and how many there are.
         say: told warnings, and what fp16 cannot hold, a line each.
 
     Returns:
         What the manifest's options should say: "half_precision" with the report, and the opset.
 
     Raises:
-        ToodError: not such an artefact, a pattern that fits nothing, or pictures that cannot be read.
+        ToodError: not such an artefact, a pattern that fits nothing, or images that cannot be read.
     """
     artefact = read_onnx(onnx_path)
     if artefact.manifest.precision not in ("fp32", "int8"):
@@ -261,8 +260,8 @@ def low_precision_onnx(
     wishes, found = dict.fromkeys(keep, "asked for"), {}
     if precision == "fp16" and calib_data is not None:
         if artefact.manifest.precision == "fp32":  # that of 8 bits has been told
-            warn_of_few(calib_data, len(choose_pictures(calib_data, most_pictures)), say)
-        risks, found = _find_risks(artefact, keep, calib_data, most_pictures, progress)
+            warn_of_few(calib_data, len(choose_images(calib_data, max_images)), say)
+        risks, found = _find_risks(artefact, keep, calib_data, max_images, progress)
         _tell_risks(risks, found["values_measured"], say)
         wishes |= risks
     model, report = lower_precision(artefact.model, precision, keep=wishes)
@@ -289,17 +288,12 @@ def low_precision_onnx(
 
 
 def _find_risks(
-    artefact: OnnxArtefact, keep: Collection[str], pictures: Path, most: int, progress: Progress
+    artefact: OnnxArtefact, keep: Collection[str], images: Path, most: int, progress: Progress
 ) -> tuple[dict[str, str], dict[str, Any]]:
     """Patterns of the values that fp16 cannot hold, with the reasons; and what the manifest says of the ranges."""
     names = half_values(artefact.model, keep=keep)
     ranges = measure_ranges(
-        artefact.model,
-        names,
-        pictures,
-        artefact.manifest.preset.sizing,
-        most=most,
-        progress=progress,
+        artefact.model, names, images, artefact.manifest.preset.sizing, most=most, progress=progress
     )
     risks = values_at_risk(ranges)
     largest = sorted(ranges, key=lambda name: -ranges[name].largest)[:LARGEST_REPORTED]
@@ -314,7 +308,7 @@ def _find_risks(
 
 def _tell_risks(risks: Mapping[str, str], measured: int, say: Say) -> None:
     if not risks:
-        say(f"fp16 holds all {measured} values that it is given on these pictures")
+        say(f"fp16 holds all {measured} values that it is given on these images")
         return
     say(
         f"fp16 cannot hold {len(risks)} of {measured} values, which stay float32; the manifest has the whole list"
@@ -375,12 +369,12 @@ class PrecisionOptions:
         precision: of convolutions and matrix products.
         rest: int8 alone: of what is not 8-bit.
         keep: patterns of layers that stay float32.
-        calib_data: pictures to calibrate on; for fp16 to find values that it cannot hold.
+        calib_data: images to calibrate on; for fp16 to find values that it cannot hold.
         int8: how 8-bit layers are made; what stays float32 is in `keep`.
         quality: int8 alone: makes from the float32 artefact what tells how much worse another graph is; per cent of mismatched
             detections where not given.
         measure_ap: makes from the float32 artefact what measures AP for the verdict; None without annotations.
-        lower: chooses precisions itself, in place of all of the above but the pictures; gives lines and tables to its second argument.
+        lower: chooses precisions itself, in place of all of the above but the images; gives lines and tables to its second argument.
     """
 
     precision: Precision = "fp32"
@@ -395,7 +389,7 @@ class PrecisionOptions:
     def __post_init__(self) -> None:
         if self.precision == "int8" and self.calib_data is None:
             raise ToodError(
-                "precision int8 needs pictures to calibrate on; give --calib-data a folder of 64 or more like those to come"
+                "precision int8 needs images to calibrate on; give --calib-data a folder of 64 or more like those to come"
             )
 
     @property
@@ -412,7 +406,7 @@ def lower_onnx(
     options: PrecisionOptions,
     reference: Reference,
     *,
-    pictures: Sequence[NDArray[np.uint8]] = (),
+    images: Sequence[NDArray[np.uint8]] = (),
     ap: AnnotatedAp | None = None,
     tell: Tell = lambda part: None,
     quiet: bool = False,
@@ -424,20 +418,20 @@ def lower_onnx(
         folder: exists, and is the caller's.
         options: what to make.
         reference: what the result is compared with.
-        pictures: (H, W, 3) uint8 BGR, to verify on in addition to the built-in ones.
+        images: (H, W, 3) uint8 BGR, to verify on in addition to the built-in ones.
         ap: measures AP for the verdict; None without annotations.
         tell: given warnings and what was tried, a line each, and tables to print.
         quiet: no progress bars.
 
     Raises:
-        ToodError: an option out of range, or pictures that cannot be read.
+        ToodError: an option out of range, or images that cannot be read.
         CheckFailed: it deviates from the reference by more than its precision explains.
     """
     if options.lower is not None:
         path = _write(options.lower(read_onnx(float_onnx), tell), float_onnx, folder / "mixed.onnx")
     else:
         path = _to_precision(float_onnx, folder, options, tell, quiet)
-    _describe(path, float_onnx, reference, images_to_verify(options.calib_data, pictures), ap, tell)
+    _describe(path, float_onnx, reference, images_to_verify(options.calib_data, images), ap, tell)
     return path
 
 
@@ -475,7 +469,7 @@ def _to_precision(
                 half,
                 keep=options.keep,
                 calib_data=options.calib_data,
-                most_pictures=options.int8.most_pictures,
+                max_images=options.int8.max_images,
                 progress=progress,
                 say=say,
             )
@@ -525,7 +519,7 @@ def _describe(
         None if ap is None else lambda: (ap.reference_ap, ap.reference_ap - ap(lowered.model))
     )
     if precision == "fp32":  # what a search of mixtures may come to
-        parity = verify_float32(reference, OnnxRunner(lowered.model), pictures=images, say=say)
+        parity = verify_float32(reference, OnnxRunner(lowered.model), images=images, say=say)
     else:
         parity = verify_detections(
             reference, run, images, DETECTION_LIMITS[precision], measure_ap=measure_ap, say=say
@@ -536,12 +530,12 @@ def _describe(
 
 
 def images_to_verify(
-    calib_data: Path | None, pictures: Sequence[NDArray[np.uint8]] = ()
+    calib_data: Path | None, images: Sequence[NDArray[np.uint8]] = ()
 ) -> Sequence[NDArray[np.uint8]]:
     """Images of the user's kind, (H, W, 3) uint8 BGR: of calibration, and those given to verify on; crops of a photograph without any."""
     calibrated = (
-        [read_picture(path) for path in choose_pictures(calib_data, QUALITY_PICTURES)]
+        [read_image(path) for path in choose_images(calib_data, QUALITY_IMAGES)]
         if calib_data is not None
         else []
     )
-    return [*calibrated, *pictures] or photograph_crops(QUALITY_PICTURES)
+    return [*calibrated, *images] or photograph_crops(QUALITY_IMAGES)

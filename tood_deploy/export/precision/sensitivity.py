@@ -34,7 +34,7 @@ MOST_TOLD = 5
 Maps = list[NDArray[Any]]
 Prepared = tuple[
     NDArray[np.uint8], tuple[int, int]
-]  # a padded picture (rows, columns, 3) RGB, and what of it holds real pixels
+]  # a padded image (rows, columns, 3) RGB, and what of it holds real pixels
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def layer_groups(model: onnx.ModelProto) -> tuple[str, ...]:
 def measure_sensitivity(
     model: onnx.ModelProto,
     ranges: Ranges,
-    pictures: Sequence[Prepared],
+    images: Sequence[Prepared],
     *,
     scheme: Scheme,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -91,16 +91,16 @@ def measure_sensitivity(
     Args:
         model: an exported float32 graph.
         ranges: of its activations.
-        pictures: to measure on; two or three will do for the order.
+        images: to measure on; two or three will do for the order.
         scheme: see `quantize`.
         progress: called with how many groups are done and how many there are.
     """
     groups = layer_groups(model)
-    references = _head_maps(model, pictures)
+    references = _head_maps(model, images)
     found = []
     for done, group in enumerate(groups, start=1):
         others = [other for other in groups if other != group]
-        maps = _head_maps(quantize(model, ranges, scheme=scheme, keep=others), pictures)
+        maps = _head_maps(quantize(model, ranges, scheme=scheme, keep=others), images)
         damages = [
             map_damage(reference, moved) for reference, moved in zip(references, maps, strict=True)
         ]
@@ -147,7 +147,7 @@ def choose_kept(
 
 
 def map_damage(reference: Maps, found: Maps) -> float:
-    """How far the maps of one picture are from the reference: see `Sensitivity.damage`."""
+    """How far the maps of one image are from the reference: see `Sensitivity.damage`."""
     total, weights = 0.0, 0.0
     half = len(HEAD_OUTPUTS) // 2
     for i in range(half):
@@ -165,8 +165,8 @@ def _by_cell(values: NDArray[Any]) -> NDArray[np.float64]:
     return values[0].reshape(values.shape[1], -1).T.astype(np.float64)
 
 
-def _head_maps(model: onnx.ModelProto, pictures: Sequence[Prepared]) -> list[Maps]:
-    """What the head says of every picture; candidates and suppression are left out."""
+def _head_maps(model: onnx.ModelProto, images: Sequence[Prepared]) -> list[Maps]:
+    """What the head says of every image; candidates and suppression are left out."""
     whole = ir.from_proto(model)
     made = {value.name: value for node in whole.graph for value in node.outputs}
     part = ir.convenience.extract(
@@ -176,7 +176,7 @@ def _head_maps(model: onnx.ModelProto, pictures: Sequence[Prepared]) -> list[Map
     session = open_session(proto.SerializeToString())
     inputs = [
         dict(zip(INPUTS, (image[None], np.array([valid_hw], np.int32)), strict=False))
-        for image, valid_hw in pictures
+        for image, valid_hw in images
     ]
     found: Any = [session.run(list(HEAD_OUTPUTS), values) for values in inputs]
     return found
@@ -247,7 +247,7 @@ def mix_precisions(
     if quantized := set(layers_in("int8")):
         if quantize is None:
             raise ToodError(
-                "int8 is part of the mixture and there is nothing to quantise with; give calibration pictures"
+                "int8 is part of the mixture and there is nothing to quantise with; give calibration images"
             )
         possible = dict.fromkeys(layer.name for layer in all_layers(ir.from_proto(model).graph))
         model = quantize(model, [name for name in possible if name not in quantized])
@@ -262,25 +262,25 @@ SCORE_TOLERANCE = 0.1
 
 
 class DetectionMismatch:
-    """Compares graphs with one reference, on the same pictures."""
+    """Compares graphs with one reference, on the same images."""
 
     def __init__(
         self,
         reference: onnx.ModelProto,
-        pictures: Sequence[Prepared],
+        images: Sequence[Prepared],
         score_threshold: float = SCORE_THRESHOLD,
     ) -> None:
         """Runs the reference; detections have a score above the threshold.
 
         Raises:
-            InputError: it finds nothing in the pictures.
+            InputError: it finds nothing in the images.
         """
-        self.pictures, self.score_threshold = pictures, score_threshold
+        self.images, self.score_threshold = images, score_threshold
         self.expected = self._detect(reference)
         if not any(map(len, self.expected)):
             raise InputError(
-                f"nothing is found with a score above {score_threshold} in {len(pictures)} calibration pictures, so quality cannot be "
-                "measured; give pictures of what is to be found"
+                f"nothing is found with a score above {score_threshold} in {len(images)} calibration images, so quality cannot be "
+                "measured; give images of what is to be found"
             )
 
     def __call__(self, model: onnx.ModelProto) -> float:
@@ -296,7 +296,7 @@ class DetectionMismatch:
     def _detect(self, model: onnx.ModelProto) -> list[Rows]:
         session = open_session(model.SerializeToString())
         rows = []
-        for image, valid_hw in self.pictures:
+        for image, valid_hw in self.images:
             inputs = graph_inputs(
                 image[None], np.array([valid_hw], np.int32), self.score_threshold, IOU_THRESHOLD
             )

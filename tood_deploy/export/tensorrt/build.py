@@ -294,7 +294,7 @@ def known_capabilities(flavour: Flavour) -> dict[str, Any]:
 
 
 def _add_profiles(parsed: ParsedNetwork, config: Any, profiles: Profiles) -> None:
-    """One optimisation profile a size. Inputs beside the pictures have the batch first, or, as numbers, no shape at all."""
+    """One optimisation profile a size. Inputs beside the images have the batch first, or, as numbers, no shape at all."""
     inputs = [parsed.network.get_input(i) for i in range(parsed.network.num_inputs)]
     for size_hw in profiles.shapes_hw:
         profile = parsed.builder.create_optimization_profile()

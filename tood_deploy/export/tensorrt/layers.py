@@ -47,7 +47,7 @@ class Layer:
         name: the network's.
         kind: such as "CONVOLUTION".
         precision: one of `PRECISIONS`; "" for whole numbers, shapes and conversions.
-        macs: multiplications of a convolution or matrix product for one picture; 0 for others. The body of a loop counts once.
+        macs: multiplications of a convolution or matrix product for one image; 0 for others. The body of a loop counts once.
     """
 
     name: str
@@ -117,7 +117,7 @@ def shares(layers: Sequence[Layer]) -> dict[str, Share]:
 
 
 def network_layers(flavour: Flavour, network: Any, shape_hw: Shape) -> tuple[Layer, ...]:
-    """The layers of a parsed network, for one picture of `shape_hw`. Fixes the network's inputs to that: parse it again to build it."""
+    """The layers of a parsed network, for one image of `shape_hw`. Fixes the network's inputs to that: parse it again to build it."""
     for tensor in (network.get_input(i) for i in range(network.num_inputs)):
         if rest := tuple(tensor.shape)[1:]:
             tensor.shape = (1, *shape_hw, rest[-1]) if tensor.name == "images" else (1, *rest)
@@ -212,7 +212,7 @@ def _precision(tensor: dict[str, Any]) -> str:
 def shares_table(report: LayerReport) -> Table:
     """The shares as a table to print."""
     table = Table(title="precision of the network's layers")
-    for column in ("precision", "layers", "share", "GMAC a picture", "share of arithmetic"):
+    for column in ("precision", "layers", "share", "GMAC a image", "share of arithmetic"):
         table.add_column(column, justify="left" if column == "precision" else "right")
     for name, share in shares(report.network).items():
         table.add_row(

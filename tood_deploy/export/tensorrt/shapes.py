@@ -1,8 +1,8 @@
-"""Which few padded sizes an engine should take for the pictures of a folder: those that waste the fewest pixels on padding.
+"""Which few padded sizes an engine should take for the images of a folder: those that waste the fewest pixels on padding.
 
-Every picture goes to the smallest size that holds it, as the detector does; none is scaled down for want of room. The best set is searched
-among the sizes that hold one picture or two of them together, by exchanging two at a time until no exchange gains anything (k-medoids):
-one or two sizes are the very best, more are within some percent of it. The same pictures always give the same plan.
+Every image goes to the smallest size that holds it, as the detector does; none is scaled down for want of room. The best set is searched
+among the sizes that hold one image or two of them together, by exchanging two at a time until no exchange gains anything (k-medoids):
+one or two sizes are the very best, more are within some percent of it. The same images always give the same plan.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
 
-from tood_deploy.data.images import picture_paths
+from tood_deploy.data.images import image_paths
 from tood_deploy.errors import InputError, ToodError, naming_extras
 from tood_deploy.export.config import MOST_SHAPES, Shape
 from tood_deploy.files import atomic_path
@@ -38,12 +38,12 @@ class ShapePlan:
 
     Attributes:
         shapes_hw: rows and columns, the smallest first.
-        pictures: how many pictures go to each of them.
+        images: how many images go to each of them.
         padding: share of the engine's input pixels that is padding, 0 to 1.
     """
 
     shapes_hw: tuple[Shape, ...]
-    pictures: tuple[int, ...]
+    images: tuple[int, ...]
     padding: float
 
 
@@ -54,7 +54,7 @@ class ShapeProposal:
     Attributes:
         plans: one for each number of sizes, while a further size saves anything; at most six.
         chosen: the position in `plans` of the proposed one: the first after which a further size saves less than 2% of all pixels.
-        sizes_hw: rows and columns of every picture as scaled, before padding.
+        sizes_hw: rows and columns of every image as scaled, before padding.
         least: the padding that multiples of 32 cost in any case.
     """
 
@@ -70,40 +70,38 @@ class ShapeProposal:
 
 
 def propose_shapes(folder: Path, imgsz: tuple[int, int], count: int | None = None) -> ShapeProposal:
-    """Sizes for the pictures of a folder.
+    """Sizes for the images of a folder.
 
     Args:
-        folder: of pictures; only their headers are read.
-        imgsz: (short side, long side) in pixels that pictures are scaled to fit.
+        folder: of images; only their headers are read.
+        imgsz: (short side, long side) in pixels that images are scaled to fit.
         count: how many sizes to propose; chosen by what each further one saves where not given.
 
     Raises:
-        InputError: no such folder, no pictures, or one whose size cannot be read.
+        InputError: no such folder, no images, or one whose size cannot be read.
     """
-    return plan_shapes([picture_hw(path) for path in picture_paths(folder)], imgsz, count)
+    return plan_shapes([image_hw(path) for path in image_paths(folder)], imgsz, count)
 
 
-def picture_hw(path: Path) -> Shape:
-    """Rows and columns of a picture by its header, turned as its EXIF orientation says.
+def image_hw(path: Path) -> Shape:
+    """Rows and columns of a image by its header, turned as its EXIF orientation says.
 
     Raises:
-        InputError: not a picture.
+        InputError: not a image.
     """
     width, height = imagesize.get(path)
     if width < 1 or height < 1:
-        raise InputError(
-            f"{path}: its size cannot be read; expected a picture: remove or replace it"
-        )
+        raise InputError(f"{path}: its size cannot be read; expected a image: remove or replace it")
     return int(height), int(width)
 
 
 def plan_shapes(
-    pictures_hw: Sequence[Shape], imgsz: tuple[int, int], count: int | None = None
+    images_hw: Sequence[Shape], imgsz: tuple[int, int], count: int | None = None
 ) -> ShapeProposal:
-    """Sizes for pictures of these rows and columns; see `propose_shapes`."""
-    sizes = tuple(fit_size(picture, imgsz) for picture in pictures_hw)
+    """Sizes for images of these rows and columns; see `propose_shapes`."""
+    sizes = tuple(fit_size(image, imgsz) for image in images_hw)
     needed = Counter(pad_size(size) for size in sizes)
-    plans = [_weigh(shapes, pictures_hw, imgsz, sizes) for shapes in _best_sets(needed)]
+    plans = [_weigh(shapes, images_hw, imgsz, sizes) for shapes in _best_sets(needed)]
     savings = [before.padding - after.padding for before, after in pairwise(plans)]
     small = next((i for i, saved in enumerate(savings) if saved < SMALL_GAIN), len(plans) - 1)
     chosen = small if count is None else min(count, len(plans)) - 1
@@ -119,7 +117,7 @@ def _area(sizes_hw: Sequence[Shape]) -> int:
 
 def _weigh(
     shapes: Sequence[Shape],
-    pictures_hw: Sequence[Shape],
+    images_hw: Sequence[Shape],
     imgsz: tuple[int, int],
     sizes: Sequence[Shape],
 ) -> ShapePlan:
@@ -127,7 +125,7 @@ def _weigh(
     in_order = sorted(
         shapes, key=lambda shape: (shape[0] * shape[1], shape)
     )  # of sizes that do equally well the detector takes the first
-    used = Counter(choose_canvas(picture, imgsz, in_order) for picture in pictures_hw)
+    used = Counter(choose_canvas(image, imgsz, in_order) for image in images_hw)
     kept = tuple(shape for shape in in_order if used[shape])
     padded = sum(height * width * used[height, width] for height, width in kept)
     return ShapePlan(kept, tuple(used[shape] for shape in kept), 1 - _area(sizes) / padded)
@@ -152,7 +150,7 @@ def _best_sets(needed: Counter[Shape]) -> list[list[Shape]]:
 def _costs(
     items: list[Shape], candidates: list[Shape], needed: Counter[Shape]
 ) -> NDArray[np.float64]:
-    """(items, candidates): pixels that the pictures of one padded size take in one candidate; infinite where they do not fit."""
+    """(items, candidates): pixels that the images of one padded size take in one candidate; infinite where they do not fit."""
     sides, rooms = np.array(items, float), np.array(candidates, float)
     fits = (sides[:, None, :] <= rooms[None, :, :]).all(2)
     numbers = np.array([needed[item] for item in items], float)
@@ -200,16 +198,16 @@ STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "tood",
 }  # the same proposal gives the same file
-LARGEST_DOT = 400.0  # area of the dot where most pictures lie, in square points
+LARGEST_DOT = 400.0  # area of the dot where most images lie, in square points
 
 
 def proposal_table(proposal: ShapeProposal) -> Table:
     """One row for each number of sizes, the proposed one marked."""
-    table = Table(title=f"padded sizes for {len(proposal.sizes_hw)} pictures")
-    for column in ("", "sizes", "padding", "rows x columns: pictures"):
+    table = Table(title=f"padded sizes for {len(proposal.sizes_hw)} images")
+    for column in ("", "sizes", "padding", "rows x columns: images"):
         table.add_column(column, justify="right" if column in ("sizes", "padding") else "left")
     for i, plan in enumerate(proposal.plans):
-        uses = zip(plan.shapes_hw, plan.pictures, strict=True)
+        uses = zip(plan.shapes_hw, plan.images, strict=True)
         text = ", ".join(f"{height}x{width}: {number}" for (height, width), number in uses)
         table.add_row(
             "*" if i == proposal.chosen else "",
@@ -218,14 +216,12 @@ def proposal_table(proposal: ShapeProposal) -> Table:
             text,
         )
     least = f"Padding to multiples of 32 alone takes {proposal.least:.1%}."
-    table.caption = (
-        f"* proposed. {least} Pictures of other forms are scaled down to fit one of them."
-    )
+    table.caption = f"* proposed. {least} Images of other forms are scaled down to fit one of them."
     return table
 
 
 def plot_proposal(proposal: ShapeProposal, path: Path) -> None:
-    """Writes a figure: the pictures with the proposed sizes around them, and the padding by number of sizes.
+    """Writes a figure: the images with the proposed sizes around them, and the padding by number of sizes.
 
     Args:
         proposal: the sizes.
@@ -241,8 +237,8 @@ def plot_proposal(proposal: ShapeProposal, path: Path) -> None:
         import matplotlib as mpl
         from matplotlib.figure import Figure
     figure = Figure((10, 4.4), layout="constrained")
-    pictures, padding = figure.subplots(1, 2)
-    _plot_pictures(pictures, proposal)
+    images, padding = figure.subplots(1, 2)
+    _plot_images(images, proposal)
     counts = [len(plan.shapes_hw) for plan in proposal.plans]
     padding.plot(counts, [100 * plan.padding for plan in proposal.plans], marker="o")
     padding.plot(
@@ -270,8 +266,8 @@ def plot_proposal(proposal: ShapeProposal, path: Path) -> None:
         )
 
 
-def _plot_pictures(axes: Axes, proposal: ShapeProposal) -> None:
-    """Every picture as a dot at its width and height as scaled, every proposed size as the rectangle from the origin."""
+def _plot_images(axes: Axes, proposal: ShapeProposal) -> None:
+    """Every image as a dot at its width and height as scaled, every proposed size as the rectangle from the origin."""
     numbers = Counter(proposal.sizes_hw)
     widths, heights = [width for _, width in numbers], [height for height, _ in numbers]
     largest = max(numbers.values())
@@ -291,6 +287,6 @@ def _plot_pictures(axes: Axes, proposal: ShapeProposal) -> None:
         xlim=(0, None),
         ylim=(0, None),
         aspect="equal",
-        title="pictures as scaled, and their sizes",
+        title="images as scaled, and their sizes",
     )
     axes.legend(loc="lower left", title="rows x columns")

@@ -112,7 +112,7 @@ def engine_from_onnx(
         profiles: the sizes and batches it takes; landscape and portrait of the model's own size, batches of 1 to 8 where not given.
         options: of the builder.
         flavour: "tensorrt" or "tensorrt_rtx"; the one that is installed where not given.
-        self_test: a stored picture and the answers to it on every size of `profiles`, for the manifest; see `self_test_from`.
+        self_test: a stored image and the answers to it on every size of `profiles`, for the manifest; see `self_test_from`.
         rebuild: the command that builds this engine again, for the manifest.
         quiet: no progress bar, on a terminal neither.
 

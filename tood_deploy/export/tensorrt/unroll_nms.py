@@ -1,7 +1,7 @@
 """Puts suppression without a loop in the place of the loops that an exported graph has, so that TensorRT can record it as a CUDA graph.
 
-Works on every graph of tood-export, in whatever precision and with thresholds for each picture too: suppression is float32 in all of them.
-A picture for which the fixed number of rounds is too few gets -1 as its count and no detections.
+Works on every graph of tood-export, in whatever precision and with thresholds for each image too: suppression is float32 in all of them.
+A image for which the fixed number of rounds is too few gets -1 as its count and no detections.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ class UnrolledSuppression(nn.Module):
 
 @lru_cache(maxsize=4)
 def suppression_graph(count: int, max_det: int, rounds: int) -> onnx.ModelProto:
-    """The graph for `count` candidates a picture, dynamic in the batch; not to be changed, as further calls give the same."""
+    """The graph for `count` candidates a image, dynamic in the batch; not to be changed, as further calls give the same."""
     batch = torch.export.Dim("batch", min=1)
     shape = (EXAMPLE_BATCH, count)
     example = (

@@ -16,7 +16,7 @@ from google.protobuf.message import Message
 from numpy.typing import NDArray
 
 from tood_deploy import __version__
-from tood_deploy.data.image_set import synthetic_picture
+from tood_deploy.data.image_set import synthetic_image
 from tood_deploy.export.config import Backend, Profiles, Shape, TritonOptions
 from tood_deploy.manifest import INPUTS, OUTPUTS, Manifest
 from tood_deploy.preprocess import resize_and_pad
@@ -157,10 +157,10 @@ def _warm_up(shape: Shape, batch: int) -> dict[str, Any]:
 
 
 def warm_up_arrays(shape: Shape) -> dict[str, NDArray[Any]]:
-    """A synthetic picture that fills a padded size, as one request of batch 1 without the batch axis: name to array."""
+    """A synthetic image that fills a padded size, as one request of batch 1 without the batch axis: name to array."""
     height, width = shape
     image, transform = resize_and_pad(
-        synthetic_picture(height, width, seed=0), (min(shape), max(shape)), shape
+        synthetic_image(height, width, seed=0), (min(shape), max(shape)), shape
     )
     thresholds = (np.array([value], np.float32) for value in (WARM_UP_CONF, WARM_UP_IOU))
     return dict(

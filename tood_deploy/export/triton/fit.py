@@ -146,7 +146,7 @@ def check_batches(batch: tuple[int, int, int], options: TritonOptions) -> None:
     smallest, _, largest = batch
     if smallest > 1:
         raise ToodError(
-            f"batch is at least {smallest}; a server also gets pictures one by one: give a --batch from 1"
+            f"batch is at least {smallest}; a server also gets images one by one: give a --batch from 1"
         )
     if options.warm_up_batches and max(options.warm_up_batches) > largest:
         raise ToodError(
@@ -182,7 +182,7 @@ def read_engine_manifest(engine: Path) -> Manifest:
         )
     if "serving" not in manifest.options:
         raise ArtefactError(
-            f"{engine}: has one threshold for all pictures, and Triton batches only what has one for each; give the .onnx artefact"
+            f"{engine}: has one threshold for all images, and Triton batches only what has one for each; give the .onnx artefact"
         )
     if manifest.target.get("flavour") != SERVED_FLAVOUR:
         raise ArtefactError(

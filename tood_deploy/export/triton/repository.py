@@ -254,7 +254,7 @@ def _write_serving_onnx(model: Path, output: Path) -> Manifest:
     serving = serving_form(artefact.model)
     compared = check_serving_form(artefact.model, serving, source.precision)
     note = {
-        "thresholds": "one of each for every picture",
+        "thresholds": "one of each for every image",
         "onnx_sha256": artefact.sha256,
         "equal_detections": compared,
     }

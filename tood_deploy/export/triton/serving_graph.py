@@ -1,4 +1,4 @@
-"""The exported graph in the form that servers batch: thresholds have a batch axis, one of each for every picture.
+"""The exported graph in the form that servers batch: thresholds have a batch axis, one of each for every image.
 
 A server that joins requests to batches wants every input to have that axis, and so two clients may ask for different thresholds
 within one batch. Nothing else changes; `check_serving_form` runs both graphs and compares.
@@ -13,18 +13,16 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from tood_deploy.data.image_set import synthetic_picture
+from tood_deploy.data.image_set import synthetic_image
 from tood_deploy.errors import CheckFailed
 from tood_deploy.export.precision.half import emulate_low_precision
 from tood_deploy.manifest import INPUTS, OUTPUTS
 from tood_deploy.onnx_file import open_session
 
 SCORE, IOU = INPUTS[2:]
-PAIRS = (
-    f"{IOU}_of_pairs"  # (B, 1, 1), to be compared with the overlap of each two boxes of a picture
-)
+PAIRS = f"{IOU}_of_pairs"  # (B, 1, 1), to be compared with the overlap of each two boxes of a image
 CHECK_HW, CHECK_VALID_HW = (96, 160), (90, 150)
-CHECK_THRESHOLDS = ((0.05, 0.6), (0.2, 0.3), (0.0, 0.9))  # a picture each
+CHECK_THRESHOLDS = ((0.05, 0.6), (0.2, 0.3), (0.0, 0.9))  # a image each
 
 
 def serving_form(shipped: onnx.ModelProto) -> onnx.ModelProto:
@@ -59,7 +57,7 @@ def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
 
 
 def check_serving_form(shipped: onnx.ModelProto, serving: onnx.ModelProto, precision: str) -> int:
-    """Runs both in ONNX Runtime on a batch whose pictures have different thresholds.
+    """Runs both in ONNX Runtime on a batch whose images have different thresholds.
 
     Args:
         shipped: the graph with one threshold for all.
@@ -70,12 +68,12 @@ def check_serving_form(shipped: onnx.ModelProto, serving: onnx.ModelProto, preci
         How many detections were compared.
 
     Raises:
-        CheckFailed: a picture's detections are not, to the bit, those that the shipped graph gives with its thresholds.
+        CheckFailed: a image's detections are not, to the bit, those that the shipped graph gives with its thresholds.
     """
     height, width = CHECK_VALID_HW
     images = np.zeros((len(CHECK_THRESHOLDS), *CHECK_HW, 3), np.uint8)
     images[:, :height, :width] = [
-        synthetic_picture(height, width, seed) for seed in range(len(images))
+        synthetic_image(height, width, seed) for seed in range(len(images))
     ]
     feeds = {"images": images, "valid_hw": np.array([CHECK_VALID_HW] * len(images), np.int32)}
     scores, ious = np.array(CHECK_THRESHOLDS, np.float32).T[:, :, None]
