@@ -176,7 +176,7 @@ class TestVerification:
         tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        monkeypatch.setattr(artefact_module, "onnx_from_model", lambda *args, **kwargs: "unused")
+        monkeypatch.setattr(artefact_module, "graph_of", lambda *args, **kwargs: "unused")
         broken = edit(tiny_artefact, tmp_path / "broken.onnx", scale_constant("tood_cls.bias", 2.0))
         monkeypatch.setattr(
             artefact_module, "save_onnx", lambda exported, manifest, path: shutil.copy(broken, path)
@@ -195,7 +195,7 @@ class TestVerification:
         def full_disk(*args: Any) -> None:
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(artefact_module, "onnx_from_model", lambda *args, **kwargs: "unused")
+        monkeypatch.setattr(artefact_module, "graph_of", lambda *args, **kwargs: "unused")
         monkeypatch.setattr(artefact_module, "save_onnx", full_disk)
         with pytest.raises(OutputError, match="No space left"):
             export_onnx(load_checkpoint(tiny_checkpoint), tmp_path / "model.onnx")
@@ -207,7 +207,7 @@ class TestVerification:
         def interrupt(*args: Any, **kwargs: Any) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(artefact_module, "onnx_from_model", interrupt)
+        monkeypatch.setattr(artefact_module, "graph_of", interrupt)
         assert (
             main([str(tiny_checkpoint), "--output", str(tmp_path / "model.onnx"), "--quiet"]) == 130
         )
@@ -260,7 +260,7 @@ class TestCommand:
         def fail(*args: Any, **kwargs: Any) -> None:
             raise CheckFailed("head scores deviate")
 
-        monkeypatch.setattr(artefact_module, "onnx_from_model", lambda *args, **kwargs: "unused")
+        monkeypatch.setattr(artefact_module, "graph_of", lambda *args, **kwargs: "unused")
         monkeypatch.setattr(artefact_module, "save_onnx", lambda *args: None)
         monkeypatch.setattr(artefact_module, "OnnxRunner", lambda path: None)
         monkeypatch.setattr(artefact_module, "verify_float32", fail)
@@ -280,7 +280,7 @@ class TestCommand:
         monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str],
     ) -> None:
-        monkeypatch.setattr(artefact_module, "onnx_from_model", lambda *args, **kwargs: "unused")
+        monkeypatch.setattr(artefact_module, "graph_of", lambda *args, **kwargs: "unused")
         monkeypatch.setattr(
             artefact_module,
             "save_onnx",

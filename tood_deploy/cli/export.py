@@ -140,6 +140,9 @@ def parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="images to verify on, in addition to the built-in ones (the first 16)",
     )
+    result.add_argument(
+        "--timings", action="store_true", help="print where the time went, step by step"
+    )
     result.add_argument("--quiet", action="store_true", help="print nothing but errors")
     _add_int8_options(result.add_argument_group("int8"))
     _add_engine_options(result.add_argument_group("engine and triton"))
@@ -308,8 +311,13 @@ def export_command(argv: Sequence[str] | None) -> int:
     check_order(order)
     console.print(f"{order.source}: checked all that its export needs; starting PyTorch")
     from tood_deploy.export.export import carry_out
+    from tood_deploy.export.timings import record_timings
 
-    made = carry_out(order, precision_from(arguments, order, data), console.print, console.print)
+    with record_timings() as timings:
+        precision = precision_from(arguments, order, data)
+        made = carry_out(order, precision, console.print, console.print)
+    if arguments.timings:
+        console.print(timings.table())
     out = Console(soft_wrap=True, highlight=False, markup=False, quiet=arguments.quiet)
     for part in made.report(list_layers=arguments.list_layers):
         out.print(part)

@@ -30,6 +30,7 @@ from tood_deploy.engines.tensorrt.library import load_flavour
 from tood_deploy.errors import OutputError, ToodError
 from tood_deploy.export.config import Order, Profiles, default_shapes
 from tood_deploy.export.graph import DeformForm
+from tood_deploy.export.graph_cache import graph_of
 from tood_deploy.export.precision.convert import (
     AnnotatedAp,
     PrecisionOptions,
@@ -40,7 +41,8 @@ from tood_deploy.export.precision.half import emulate_low_precision
 from tood_deploy.export.preflight import MOST_VERIFY_IMAGES, check_deform
 from tood_deploy.export.result import Made, describe
 from tood_deploy.export.tensorrt.to_tensorrt import engine_from_onnx
-from tood_deploy.export.to_onnx import OPSET, onnx_from_model
+from tood_deploy.export.timings import timed
+from tood_deploy.export.to_onnx import OPSET
 from tood_deploy.export.to_openvino import openvino_from_onnx
 from tood_deploy.export.triton.fit import plan_serving
 from tood_deploy.export.triton.repository import triton_repository
@@ -97,14 +99,16 @@ def export_onnx(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
     with atomic_path(output) as temporary:
-        say("making the graph, which takes a minute or so")
-        save_onnx(onnx_from_model(model, deform=deform, max_det=max_det), manifest, temporary)
+        graph = graph_of(model, deform=deform, max_det=max_det, say=say)
+        with timed("check"):
+            save_onnx(graph, manifest, temporary)
         reference = torch_reference(model, max_det)
-        parity = verify_float32(reference, OnnxRunner(temporary), images=verify_images, say=say)
-        say("making its self-test")
-        manifest = replace(
-            manifest, parity=parity, self_test=self_test_from(reference.run)
-        ).with_artefact(temporary)
+        with timed("verify"):
+            parity = verify_float32(reference, OnnxRunner(temporary), images=verify_images, say=say)
+            say("making its self-test")
+            manifest = replace(
+                manifest, parity=parity, self_test=self_test_from(reference.run)
+            ).with_artefact(temporary)
         write_text(manifest_path(output), manifest.to_json())
     return manifest
 
@@ -279,17 +283,19 @@ def carry_out(
             own_ap = (
                 None if order.to == "openvino" else ap
             )  # what is made in the end is measured in its own runtime
-            path = lower_onnx(
-                float_onnx,
-                folder,
-                options,
-                reference,
-                images=images,
-                ap=own_ap,
-                tell=tell,
-                quiet=order.quiet,
-            )
-        return deliver(order, Ready(path, reference, profiles, images, ap), say)
+            with timed("precision"):
+                path = lower_onnx(
+                    float_onnx,
+                    folder,
+                    options,
+                    reference,
+                    images=images,
+                    ap=own_ap,
+                    tell=tell,
+                    quiet=order.quiet,
+                )
+        with timed("target"):
+            return deliver(order, Ready(path, reference, profiles, images, ap), say)
 
 
 @contextmanager
@@ -328,7 +334,8 @@ def _float_onnx(
         return Path(order.source), _given_reference(Path(order.source))
     options = order.checkpoint
     say(f"{order.source}: loading the checkpoint")
-    model = load_checkpoint(order.source, **options.load)
+    with timed("checkpoint"):
+        model = load_checkpoint(order.source, **options.load)
     model.preset = with_imgsz(model.preset, options.imgsz)
     say(f"{order.source}: {describe(model.preset)}")
     max_det = model.preset.max_det if options.max_det is None else options.max_det
