@@ -20,7 +20,7 @@ from tood_deploy.benchmark.parity.compare import Result, Settings, check_subject
 from tood_deploy.benchmark.parity.report import write_reports
 from tood_deploy.benchmark.parity.stage_runners import Subject, is_checkpoint, open_subject
 from tood_deploy.data.coco import read_truth
-from tood_deploy.data.image_set import ImageSet, open_image_set
+from tood_deploy.data.image_set import ImageEntry, ImageSet, open_image_set
 from tood_deploy.errors import ToodError
 from tood_deploy.files import write_text
 from tood_deploy.manifest import manifest_path
