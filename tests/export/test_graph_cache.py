@@ -18,6 +18,7 @@ from tood_deploy.export.graph_cache import (
     keep_skeleton,
     path_of,
     read_skeleton,
+    with_stand_in_classes,
 )
 from tood_deploy.export.to_onnx import onnx_from_model
 from tood_deploy.model import build_model, load_checkpoint
@@ -38,8 +39,8 @@ VARIANTS = {
         },
         "op",
     ),
-    "one class, ResNeXt": (
-        {"depth": 50, "base_channels": 16, "groups": 4, "class_names": ("a",)},
+    "seven classes, ResNeXt": (
+        {"depth": 50, "base_channels": 16, "groups": 4, "class_names": tuple("abcdefg")},
         "op",
     ),
 }
@@ -104,10 +105,10 @@ class TestFilling:
     def test_another_kind_of_number_is_refused(self) -> None:
         graph = onnx.ModelProto()
         graph.graph.initializer.add(name="w", dims=[3], data_type=onnx.TensorProto.FLOAT)
-        skeleton = Skeleton(graph, {"w": Source("detector.mean")})
+        skeleton = Skeleton(graph, {"w": Source("detector.mean")}, 80)
         assert skeleton.filled(build_model("tiny"), "op", 100).graph.initializer[0].raw_data
         with pytest.raises(AssertionError, match="float64"):
-            Skeleton(graph, {"w": Source("detector.model.bbox_head.scales.0.scale")}).filled(
+            Skeleton(graph, {"w": Source("detector.model.bbox_head.scales.0.scale")}, 80).filled(
                 build_model("tiny").double(), "op", 100
             )
 
@@ -116,7 +117,6 @@ class TestKey:
     @pytest.mark.parametrize(
         "fields",
         [
-            {"class_names": ("a", "b")},
             {"convention": "authors"},
             {"candidates_per_level": 500},
             {"norm_eps": 1e-3},
@@ -133,6 +133,14 @@ class TestKey:
         assert describe(TINY, "op", 100) != describe(TINY, "op", 99)
         assert describe(deformable, "op", 100) != describe(deformable, "gather", 100)
         assert describe(TINY, "op", 100) == describe(TINY, "gather", 100)
+
+    def test_differs_by_classes_only_where_their_number_decides_how_many_candidates_there_are(
+        self,
+    ) -> None:
+        few, authors = {"class_names": ("a", "b")}, replace(TINY, convention="authors")
+        assert with_stand_in_classes(replace(TINY, **few)) == with_stand_in_classes(TINY)
+        assert with_stand_in_classes(authors).num_classes == graph_cache.CLASSES
+        assert with_stand_in_classes(replace(authors, **few)).num_classes == 2
 
     def test_is_the_same_for_what_does_not_reach_the_graph(self) -> None:
         other = replace(
@@ -210,7 +218,7 @@ class TestKeeping:
 
     def test_a_graph_of_another_description_is_not_used(self, home: Path) -> None:
         skeleton, said = (
-            Skeleton(onnx.ModelProto(ir_version=10), {"w": Source("a", "b", True, 0.5)}),
+            Skeleton(onnx.ModelProto(ir_version=10), {"w": Source("a", "b", True, 0.5)}, 7),
             [],
         )
         path = path_of("one")
@@ -232,7 +240,7 @@ class TestKeeping:
     def test_only_so_many_are_kept(self, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert MOST_FILES >= 20  # all published configurations in both forms
         monkeypatch.setattr(graph_cache, "MOST_FILES", 2)
-        skeleton = Skeleton(onnx.ModelProto(ir_version=10), {})
+        skeleton = Skeleton(onnx.ModelProto(ir_version=10), {}, 7)
         for number, name in enumerate(("first", "second", "third")):
             keep_skeleton(path_of(name), name, skeleton, print)
             if path_of(name).exists():

@@ -4,6 +4,7 @@ What PyTorch's exporter makes of a network depends on its configuration alone, s
 nothing that happens to be zero, one or the same in a checkpoint changes the graph. A kept graph is an ONNX model whose weights
 have names and shapes but no values, and a record of where every value comes from. It lies in `$TOOD_HOME/graphs` under a hash
 of all that decides: configuration, versions, and our own sources. It is data, read and compared with its checksum, never run.
+The number of classes is a stand-in too, where it decides nothing but sizes.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import zlib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -32,9 +33,11 @@ from tood_deploy.export.timings import timed
 from tood_deploy.export.to_onnx import OPSET, onnx_from_model
 from tood_deploy.files import atomic_path, home_folder
 from tood_deploy.model.tood import Tood, build_model
-from tood_deploy.presets import Preset
+from tood_deploy.presets import MAX_CANDIDATES, Preset
 
 FORMAT = 1
+CLASSES = 1009  # in place of the real number: a prime, so that sizes which hold it as a factor can be told
+NO_SIZE = 2**40  # "to the end" of a slice and the like are beyond
 MOST_FILES = 100  # of 60 to 200 KB; the least recently used go
 RECORD = "tood_graph"  # metadata of a kept graph
 PACKAGES = ("torch", "onnx", "onnxscript", "onnx-ir", "numpy", "sympy")
@@ -107,16 +110,20 @@ class Skeleton:
     Attributes:
         graph: the exported graph, the values of all stages among its outputs.
         sources: of every weight, by its name in the graph.
+        classes: of the network that was exported.
     """
 
     graph: onnx.ModelProto
     sources: Mapping[str, Source]
+    classes: int
 
     def filled(self, model: Tood, deform: DeformForm, max_det: int) -> onnx.ModelProto:
         """Return the graph with the weights of a network of its configuration."""
         weights = weights_of(ExportedGraph(model, deform, max_det))
         result = onnx.ModelProto()
         result.CopyFrom(self.graph)
+        if self.classes != model.preset.num_classes:
+            _set_classes(result.graph, model.preset.num_classes)
         for tensor in result.graph.initializer:
             if source := self.sources.get(tensor.name):
                 values = source.values(weights)
@@ -126,6 +133,25 @@ class Skeleton:
                     )
                 tensor.raw_data = values.tobytes()
         return result
+
+
+def _set_classes(graph: onnx.GraphProto, classes: int) -> None:
+    """Put a number of classes in the place of the stand-in, wherever a size holds it."""
+
+    def real(size: int) -> int:
+        return size // CLASSES * classes if size % CLASSES == 0 and size < NO_SIZE else size
+
+    for tensor in graph.initializer:
+        tensor.dims[:] = map(real, tensor.dims)
+        if tensor.data_type == onnx.TensorProto.INT64:
+            values = numpy_helper.to_array(tensor)
+            tensor.raw_data = np.array(
+                [real(int(value)) for value in values.flat], np.int64
+            ).tobytes()
+    for value in (*graph.output, *graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.HasField("dim_value"):
+                dim.dim_value = real(dim.dim_value)
 
 
 def graph_of(
@@ -150,6 +176,7 @@ def graph_of(
 
 def _kept_or_new(preset: Preset, deform: DeformForm, max_det: int, say: Say) -> Skeleton | None:
     """Return the graph of a configuration without weights; None, which is said, where it cannot be had without them."""
+    preset = with_stand_in_classes(preset)
     description = describe(preset, deform, max_det)
     path = path_of(description)
     if skeleton := read_skeleton(path, description, say):
@@ -164,6 +191,22 @@ def _kept_or_new(preset: Preset, deform: DeformForm, max_det: int, say: Say) -> 
         return None
     keep_skeleton(path, description, skeleton, say)
     return skeleton
+
+
+def with_stand_in_classes(preset: Preset) -> Preset:
+    """Return the preset with `CLASSES` classes; as it is where their number decides how many candidates there are."""
+    sizes = (
+        preset.candidates_per_level,
+        preset.channels,
+        preset.base_channels,
+        preset.base_width * preset.groups,
+    )
+    pairs = preset.candidates_per_level * min(preset.num_classes, CLASSES)
+    if (preset.convention == "authors" and pairs < MAX_CANDIDATES) or any(
+        size % CLASSES == 0 for size in sizes
+    ):
+        return preset
+    return replace(preset, class_names=tuple(map(str, range(CLASSES))))
 
 
 def describe(preset: Preset, deform: DeformForm, max_det: int) -> str:
@@ -228,13 +271,14 @@ def read_skeleton(path: Path, description: str, say: Say) -> Skeleton | None:
     del graph.metadata_props[:]
     with suppress(OSError):
         path.touch()  # the least recently used go first
-    return Skeleton(graph, sources)
+    return Skeleton(graph, sources, record["classes"])
 
 
 def keep_skeleton(path: Path, description: str, skeleton: Skeleton, say: Say) -> None:
     """Write a graph for the next export, whole or not at all; where that cannot be, it is said."""
     record = {
         "description": description,
+        "classes": skeleton.classes,
         "sources": {name: vars(source) for name, source in skeleton.sources.items()},
     }
     graph = onnx.ModelProto()
@@ -268,7 +312,7 @@ def make_skeleton(preset: Preset, deform: DeformForm, max_det: int) -> Skeleton:
     for tensor in graph.graph.initializer:
         if tensor.name in sources:
             tensor.ClearField("raw_data")
-    return Skeleton(graph, sources)
+    return Skeleton(graph, sources, preset.num_classes)
 
 
 def weights_of(network: ExportedGraph) -> dict[str, NDArray[np.float32]]:

@@ -36,11 +36,14 @@ EXCHANGED = {
 }
 # Operators that PyTorch has no kernel of, which the exporter can write all the same, or takes out.
 WRITTEN = {
+    aten.chunk.default,
     aten.contiguous.default,
     aten.conv2d.default,
     aten.group_norm.default,
+    aten.matmul.default,
     aten.max_pool2d.default,
     aten.pad.default,
+    aten.repeat_interleave.self_int,
     aten.upsample_nearest2d.vec,
     aten.where.ScalarOther,
     aten._assert_scalar.default,
@@ -156,7 +159,9 @@ def _graph_modules(program: ExportedProgram) -> list[GraphModule]:
 
 def _is_known(node: Node, table: Mapping[Any, Callable[..., Any]]) -> bool:
     target: Any = node.target
-    if not isinstance(target, torch._ops.OpOverload) or target in EXCHANGED or target in WRITTEN:
+    if not (isinstance(target, torch._ops.OpOverload) and node.users):
+        return True
+    if target in EXCHANGED or target in WRITTEN:
         return True
     return not (
         target in table
