@@ -4,7 +4,7 @@ MARKS ?= not slow
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint format
+.PHONY: demo test lint format metrics
 .DELETE_ON_ERROR:
 
 demo: .venv/installed-export  ## export a small model, verify it, find objects with it
@@ -17,6 +17,9 @@ lint: .venv/installed-dev  ## what every commit must pass
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+metrics: .venv/installed-dev  ## sizes, import lines, typing, documentation, counted
+	$(BIN)/python .ci/metrics.py
 
 format: .venv/installed-dev  ## format the code, and mend what can be mended automatically
 	$(BIN)/ruff check --fix .
