@@ -23,7 +23,7 @@ format: .venv/installed-dev  ## format the code, and mend what can be mended aut
 	$(BIN)/ruff format .
 
 docs: .venv/installed-docs  ## the documentation site in site/; a broken link is an error
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 .venv/installed-export: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
@@ -35,6 +35,7 @@ docs: .venv/installed-docs  ## the documentation site in site/; a broken link is
 	$(PIP_INSTALL) --editable '.[export,eval,train,dev]'
 	touch $@
 
-.venv/installed-docs: .venv/installed-export
+.venv/installed-docs: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP_INSTALL) --editable '.[docs]'
 	touch $@

@@ -1,4 +1,7 @@
-"""Print the parameters and multiply-adds of every preset, as docs/presets.md has them. Needs torch, no weights and no memory."""
+"""Print the parameters and multiply-adds of every preset, as docs/presets.md has them.
+
+Needs torch, and neither weights nor memory.
+"""
 
 import argparse
 
@@ -27,7 +30,7 @@ def main() -> None:
 def preset_cost(name: str, size_hw: tuple[int, int]) -> tuple[int, float]:
     """Return the number of parameters of a preset's network and its multiply-adds in billions.
 
-    Counted are convolutions and matrix products, on the meta device: shapes alone, nothing is computed.
+    Counted are convolutions and matrix products, on the meta device: nothing is computed.
 
     Args:
         name: of the preset.
