@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from tood_deploy.errors import CheckpointError
-from tood_deploy.model.checkpoint import LANDMARK
-from tood_deploy.model.checkpoint_file import choose_weights
+from tood_deploy.model.checkpoint_file import LANDMARK, choose_weights
 
 FILE = Path("a.pth")
 

@@ -34,7 +34,7 @@ from tood_deploy.export.triton.fit import (
     plan_serving,
     read_engine_manifest,
 )
-from tood_deploy.export.triton.repository import read_present
+from tood_deploy.export.triton.folder import read_present
 from tood_deploy.files import home_folder
 from tood_deploy.manifest import ARTEFACT_SUFFIXES, Manifest, manifest_path, neighbour
 from tood_deploy.onnx_file import read_onnx

@@ -5,7 +5,6 @@ Every key of the configuration's model, preprocessing, test pipeline and test se
 Layouts: reference/SPEC.md section 5.
 """
 
-import ast
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -21,114 +20,9 @@ from tood_deploy.model.config_rules import (
     refuse,
     without_scope,
 )
+from tood_deploy.model.config_text import TextError, Unreadable, parse_config, plain
 from tood_deploy.model.resnet import STAGE_BLOCKS
 from tood_deploy.presets import PRESETS, Anchor, Preset
-
-
-class TextError(Exception):
-    """The text is no Python."""
-
-
-@dataclass(frozen=True)
-class Unreadable:
-    """Stands in for a value that is no literal; `source` is how it was written."""
-
-    source: str
-
-    def __repr__(self) -> str:
-        return self.source
-
-
-def parse_config(text: str) -> dict[str, Any]:
-    """Read the top-level assignments of a configuration; lists come as tuples.
-
-    Raises:
-        TextError: not Python; says where.
-    """
-    try:
-        body = ast.parse(text).body
-    except SyntaxError as error:
-        raise TextError(f"{error.msg}, line {error.lineno}") from error
-    except (ValueError, RecursionError, MemoryError) as error:
-        raise TextError(str(error) or type(error).__name__) from error
-    names: dict[str, Any] = {}
-    for node in body:
-        match node:
-            case ast.Assign(targets=[ast.Name(id=name)], value=value):
-                names[name] = _value(value, names)
-            case ast.Import() | ast.ImportFrom() | ast.Expr(value=ast.Constant()):
-                pass
-            case _:  # a statement may change whatever it mentions
-                names |= {
-                    part.id: Unreadable(_source(node))
-                    for part in ast.walk(node)
-                    if isinstance(part, ast.Name)
-                }
-    return names
-
-
-def plain(value: Any) -> Any:
-    """Return containers that were stored as such in the form that `parse_config` gives: lists as tuples."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    return tuple(plain(item) for item in value) if isinstance(value, (list, tuple)) else value
-
-
-def unreadable_parts(value: Any) -> Iterator[Unreadable]:
-    """Go through everything in a value that could not be read."""
-    if isinstance(value, Unreadable):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from unreadable_parts(item)
-    elif isinstance(value, tuple):
-        for item in value:
-            yield from unreadable_parts(item)
-
-
-def _value(node: ast.expr, names: Mapping[str, Any]) -> Any:
-    match node:
-        case ast.Call(func=ast.Name(id="dict"), args=[], keywords=keywords):
-            return _merge([(keyword.arg, keyword.value) for keyword in keywords], names)
-        case ast.Dict(keys=keys, values=values):
-            return _merge(
-                [(_key(key), value) for key, value in zip(keys, values, strict=True)], names
-            )
-        case ast.List(elts=items) | ast.Tuple(elts=items):
-            return tuple(_value(item, names) for item in items)
-        case ast.Constant(value=value):
-            return value
-        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as number)):
-            return -number
-        case ast.Name(id=name) if name in names:
-            return names[name]
-    return Unreadable(_source(node))
-
-
-def _merge(items: list[tuple[str | None, ast.expr]], names: Mapping[str, Any]) -> dict[str, Any]:
-    """Make a dictionary; the key None stands for `**value`."""
-    merged: dict[str, Any] = {}
-    for key, node in items:
-        value = _value(node, names)
-        if key is not None:
-            merged[key] = value
-        elif isinstance(value, Mapping):
-            merged |= value
-        else:
-            merged[f"**{_source(node)}"] = Unreadable(_source(node))
-    return merged
-
-
-def _key(node: ast.expr | None) -> str | None:
-    if node is None:
-        return None
-    return str(node.value) if isinstance(node, ast.Constant) else _source(node)
-
-
-def _source(node: ast.AST) -> str:
-    text = " ".join(ast.unparse(node).split())
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
 
 WRAPPERS = ("RepeatDataset", "ConcatDataset", "ClassBalancedDataset")
 DATA_SETS = ("test_dataloader.dataset", "data.test", "val_dataloader.dataset", "data.val")

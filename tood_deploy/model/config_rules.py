@@ -11,7 +11,7 @@ from math import isfinite
 from typing import Any, NoReturn, TypeGuard
 
 from tood_deploy.errors import CheckpointError
-from tood_deploy.model.checkpoint_metadata import unreadable_parts
+from tood_deploy.model.config_text import unreadable_parts
 from tood_deploy.presets import MAX_CANDIDATES, STRIDES, Preset
 
 OUR_SCOPES = ("mmdet", "mmcv", "mmengine")

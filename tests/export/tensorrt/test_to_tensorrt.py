@@ -24,7 +24,7 @@ from tood_deploy.export.precision.quantize import calibrated_values, quantize
 from tood_deploy.export.tensorrt.layers import shares
 from tood_deploy.export.tensorrt.to_tensorrt import BuiltEngine, engine_from_onnx
 from tood_deploy.export.to_onnx import onnx_from_model
-from tood_deploy.export.triton.serving_graph import serving_form
+from tood_deploy.export.triton.repository import serving_form
 from tood_deploy.files import file_sha256
 from tood_deploy.manifest import Manifest, manifest_path, read_manifest
 from tood_deploy.onnx_file import read_onnx, save_onnx

@@ -11,7 +11,7 @@ from tood_deploy.errors import ArtefactError, ToodError
 from tood_deploy.export.config import Backend, Profiles, TritonOptions, default_shapes
 from tood_deploy.export.option_rules import ENGINES
 from tood_deploy.export.triton.config import triton_config
-from tood_deploy.export.triton.repository import next_version
+from tood_deploy.export.triton.folder import next_version
 from tood_deploy.manifest import Manifest, artefact_sha256, manifest_path, read_manifest
 
 SERVED_FLAVOUR = "tensorrt"  # Triton has no backend for plans of TensorRT-RTX

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from google.protobuf import text_format
+import numpy as np
+import onnx
+from numpy.typing import NDArray
 
-from tood_deploy.errors import OutputError
+from tood_deploy.data.image_set import synthetic_image
+from tood_deploy.errors import CheckFailed
 from tood_deploy.export.config import Backend, EngineOptions, Profiles, TritonOptions
+from tood_deploy.export.precision.half import emulate_low_precision
 from tood_deploy.export.tensorrt.to_tensorrt import engine_from_onnx
 from tood_deploy.export.triton.config import (
     LABELS_FILE,
     MODEL_FILES,
-    OURS,
     WARM_UP_FOLDER,
     config_text,
-    read_config,
     triton_config,
     write_warm_up,
 )
@@ -33,119 +33,13 @@ from tood_deploy.export.triton.fit import (
     plan_serving,
     read_engine_manifest,
 )
-from tood_deploy.export.triton.serving_graph import check_serving_form, serving_form
+from tood_deploy.export.triton.folder import CONFIG_FILE, FIRST_VERSION, new_model_folder
 from tood_deploy.files import write_text
-from tood_deploy.manifest import Manifest, manifest_path
-from tood_deploy.onnx_file import read_onnx, save_onnx
+from tood_deploy.manifest import INPUTS, OUTPUTS, Manifest, manifest_path
+from tood_deploy.onnx_file import open_session, read_onnx, save_onnx
 
-CONFIG_FILE = "config.pbtxt"
-FIRST_VERSION = "1"
-
-
-def next_version(repository: Path, config: Any) -> int:
-    """The version that a model of this configuration gets in a repository.
-
-    Raises:
-        OutputError: the folder holds something else than a model repository, the model is not of tood-export, or its clients would break.
-    """
-    folder, present = repository / config.name, read_present(repository, config.name)
-    if present is None:
-        return int(FIRST_VERSION)
-    if differing := [
-        part
-        for part in ("backend", "input", "output")
-        if getattr(present, part) != getattr(config, part)
-    ]:
-        raise OutputError(
-            f"{folder}: the model there has another {differing[0]}; give another --name, or delete the folder"
-        )
-    if present.parameters["class_names"] != config.parameters["class_names"]:
-        raise OutputError(
-            f"{folder}: the model there has other classes, which its clients count on; give another --name, or delete the folder"
-        )
-    return 1 + max(
-        (int(path.name) for path in folder.iterdir() if path.name.isdecimal()), default=0
-    )
-
-
-def read_present(repository: Path, name: str) -> Any:
-    """Return the configuration of the model of that name in a repository; None where there is none yet.
-
-    Raises:
-        OutputError: the folder holds something else than a model repository, or the model is not of tood-export.
-    """
-    if repository.exists() and not repository.is_dir():
-        raise OutputError(f"{repository}: is a file; expected a folder, the model repository")
-    if (
-        repository.is_dir()
-        and any(repository.iterdir())
-        and not any(repository.glob(f"*/{CONFIG_FILE}"))
-    ):
-        raise OutputError(
-            f"{repository}: holds files, but no model with a {CONFIG_FILE}; give a new folder or a Triton model repository"
-        )
-    folder = repository / name
-    return _read_ours(folder) if folder.exists() else None
-
-
-def _read_ours(folder: Path) -> Any:
-    try:
-        config = read_config((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, text_format.ParseError) as error:
-        reason = str(error).splitlines()[0]
-        raise OutputError(
-            f"{folder}: holds no {CONFIG_FILE} that can be read ({reason}); give another --name, or delete the folder"
-        ) from error
-    if OURS not in config.parameters:
-        raise OutputError(
-            f"{folder}: the model there was not written by tood-export; give another --name, or delete the folder"
-        )
-    return config
-
-
-@contextmanager
-def new_model_folder(folder: Path, version: int) -> Iterator[Path]:
-    """A model's folder to fill, its version's files in `FIRST_VERSION`: becomes `folder`, or part of it, if the block succeeds.
-
-    Raises:
-        OutputError: the place cannot be written, or the disk is full; nothing is left behind.
-    """
-    parent = folder if folder.exists() else folder.parent
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(
-            tempfile.mkdtemp(prefix=f".{folder.name}-", dir=parent)
-        )  # no number, so no version to Triton
-    except OSError as error:
-        raise OutputError(
-            f"{folder}: cannot be written ({error.strerror}); choose another --output"
-        ) from error
-    try:
-        made = (
-            staging / folder.name
-        )  # unlike its parent readable for all: the server may be another user
-        (made / FIRST_VERSION).mkdir(parents=True)
-        yield made
-        if folder.exists():
-            _add_version(made, folder, version)
-        else:
-            made.rename(folder)
-    except OSError as error:
-        raise OutputError(
-            f"{folder}: writing failed ({error.strerror or error}); nothing was left behind"
-        ) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _add_version(made: Path, folder: Path, version: int) -> None:
-    """Moves files in, the configuration last: it names the others."""
-    (made / FIRST_VERSION).rename(folder / str(version))
-    files = [path for path in made.rglob("*") if path.is_file()]
-    for path in sorted(files, key=lambda path: path.name == CONFIG_FILE):
-        place = folder / path.relative_to(made)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        path.replace(place)
+SCORE, IOU = INPUTS[2:]
+CHECK_HW, CHECK_VALID_HW = (96, 160), (90, 150)
 
 
 @dataclass(frozen=True)
@@ -270,3 +164,85 @@ def _write_serving_onnx(model: Path, output: Path) -> Manifest:
     )
     save_onnx(serving, manifest, output)
     return manifest.with_artefact(output)
+
+
+PAIRS = f"{IOU}_of_pairs"  # (B, 1, 1), to be compared with the overlap of each two boxes of a image
+
+
+CHECK_THRESHOLDS = ((0.05, 0.6), (0.2, 0.3), (0.0, 0.9))  # a image each
+
+
+def serving_form(shipped: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy of a shipped graph whose `score_threshold` and `iou_threshold` are (B, 1)."""
+    model = onnx.ModelProto()
+    model.CopyFrom(shipped)
+    inputs = {value.name: value for value in model.graph.input}
+    batch = inputs["images"].type.tensor_type.shape.dim[0]
+    for name in (SCORE, IOU):
+        shape = inputs[name].type.tensor_type.shape
+        shape.dim.add().CopyFrom(batch)
+        shape.dim.add().dim_value = 1
+    for node in _nodes(model.graph):
+        for i, name in enumerate(node.input):
+            if name == IOU:
+                node.input[i] = PAIRS
+    axis = onnx.numpy_helper.from_array(np.array([2], np.int64), f"{PAIRS}_axis")
+    model.graph.initializer.append(axis)
+    model.graph.node.insert(
+        0, onnx.helper.make_node("Unsqueeze", [IOU, axis.name], [PAIRS], name=f"node_{PAIRS}")
+    )
+    return model
+
+
+def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """The nodes of a graph, those in the bodies of loops too."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from _nodes(attribute.g)
+
+
+def check_serving_form(shipped: onnx.ModelProto, serving: onnx.ModelProto, precision: str) -> int:
+    """Runs both in ONNX Runtime on a batch whose images have different thresholds.
+
+    Args:
+        shipped: the graph with one threshold for all.
+        serving: its serving form.
+        precision: of both. ONNX Runtime lacks bf16 on the CPU, so such graphs are emulated.
+
+    Returns:
+        How many detections were compared.
+
+    Raises:
+        CheckFailed: a image's detections are not, to the bit, those that the shipped graph gives with its thresholds.
+    """
+    height, width = CHECK_VALID_HW
+    images = np.zeros((len(CHECK_THRESHOLDS), *CHECK_HW, 3), np.uint8)
+    images[:, :height, :width] = [
+        synthetic_image(height, width, seed) for seed in range(len(images))
+    ]
+    feeds = {"images": images, "valid_hw": np.array([CHECK_VALID_HW] * len(images), np.int32)}
+    scores, ious = np.array(CHECK_THRESHOLDS, np.float32).T[:, :, None]
+    found = _run(serving, precision, [feeds | {SCORE: scores, IOU: ious}])[0]
+    one_each = [
+        feeds | {SCORE: np.array(score, np.float32), IOU: np.array(iou, np.float32)}
+        for score, iou in CHECK_THRESHOLDS
+    ]
+    for i, expected in enumerate(_run(shipped, precision, one_each)):
+        if not all(
+            np.array_equal(one[i], other[i]) for one, other in zip(expected, found, strict=True)
+        ):
+            raise CheckFailed(
+                f"the serving form does not give what the graph gives with the thresholds {CHECK_THRESHOLDS[i]}"
+            )
+    return int(found[0].sum())
+
+
+def _run(
+    model: onnx.ModelProto, precision: str, feeds: list[dict[str, NDArray]]
+) -> list[list[NDArray]]:
+    runnable = emulate_low_precision(model) if precision == "bf16" else model
+    session = open_session(runnable.SerializeToString())
+    found: Any = [session.run(list(OUTPUTS), feed) for feed in feeds]
+    return found
