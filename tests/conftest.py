@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def own_home(
     tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
 ) -> Iterator[None]:
-    """Caches and passed self-tests of the tests stay theirs; graphs also serve later sessions, as their keys hold our sources."""
+    """Caches of the tests stay theirs; graphs, whose keys hold our sources, serve later sessions."""
     home = tmp_path_factory.mktemp("home")
     if pytestconfig.cache is not None:
         (home / "graphs").symlink_to(pytestconfig.cache.mkdir("graphs"))

@@ -99,6 +99,7 @@ def export_onnx(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
     with atomic_path(output) as temporary:
+        say("making the graph")
         graph = graph_of(model, deform=deform, max_det=max_det, say=say)
         with timed("check"):
             save_onnx(graph, manifest, temporary)

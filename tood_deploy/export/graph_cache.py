@@ -1,10 +1,12 @@
-"""Graphs without weights, made once per configuration and kept; weights are filled in, and batch norms folded, by ourselves.
+"""Graphs without weights, made once per configuration and kept; weights are filled in by ourselves.
 
-What PyTorch's exporter makes of a network depends on its configuration alone, so it is given stand-in weights, no two alike: then
-nothing that happens to be zero, one or the same in a checkpoint changes the graph. A kept graph is an ONNX model whose weights
-have names and shapes but no values, and a record of where every value comes from. It lies in `$TOOD_HOME/graphs` under a hash
-of all that decides: configuration, versions, and our own sources. It is data, read and compared with its checksum, never run.
-The number of classes is a stand-in too, where it decides nothing but sizes.
+What PyTorch's exporter makes of a network depends on its configuration alone, so it is given
+stand-in weights, no two alike: nothing that happens to be zero, one or the same in a checkpoint
+changes the graph. A kept graph is an ONNX model whose weights have names and shapes but no values,
+and a record of where every value comes from, a folded batch norm among them. It lies in
+`$TOOD_HOME/graphs` under a hash of all that decides: configuration, versions, and our own sources.
+It is data, compared with its checksum and never run. The number of classes is a stand-in too, where
+it decides nothing but sizes.
 """
 
 from __future__ import annotations
@@ -26,7 +28,6 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 from torch import nn
 
-import tood_deploy
 from tood_deploy.errors import OutputError
 from tood_deploy.export.graph import DeformForm, ExportedGraph
 from tood_deploy.export.timings import timed
@@ -36,9 +37,9 @@ from tood_deploy.model.tood import Tood, build_model
 from tood_deploy.presets import MAX_CANDIDATES, Preset
 
 FORMAT = 1
-CLASSES = 1009  # in place of the real number: a prime, so that sizes which hold it as a factor can be told
+CLASSES = 1009  # in place of the real number: a prime, to be known in the sizes that it is part of
 NO_SIZE = 2**40  # "to the end" of a slice and the like are beyond
-MOST_FILES = 100  # of 60 to 200 KB; the least recently used go
+MAX_FILES = 100  # of 60 to 200 KB; the least recently used go
 RECORD = "tood_graph"  # metadata of a kept graph
 PACKAGES = ("torch", "onnx", "onnxscript", "onnx-ir", "numpy", "sympy")
 SOURCES = (
@@ -49,7 +50,7 @@ SOURCES = (
     "export/graph_cache.py",
     "graph_io.py",
 )
-# Fields of a preset that do not reach the graph, or reach it as values that are filled in as weights are.
+# Fields of a preset that do not reach the graph, or reach it as values that are filled in.
 OUTSIDE = {
     *(
         "name",
@@ -77,7 +78,7 @@ class Source:
     """Where the values of one weight of a graph come from.
 
     Attributes:
-        weight: the network's weight; of a bias that a batch norm left, the weight that it was folded into.
+        weight: the network's weight; of a bias that a batch norm left, that which it went into.
         norm: the batch norm that is folded into it; "" where there is none.
         bias: whether this is the bias that the batch norm leaves.
         eps: of the batch norm.
@@ -128,9 +129,8 @@ class Skeleton:
             if source := self.sources.get(tensor.name):
                 values = source.values(weights)
                 if values.size != np.prod(tensor.dims, dtype=int) or values.dtype != np.float32:
-                    raise AssertionError(
-                        f"{tensor.name}: {values.dtype} {values.shape} for a weight of {list(tensor.dims)}"
-                    )
+                    found, expected = f"{values.dtype} {values.shape}", list(tensor.dims)
+                    raise AssertionError(f"{tensor.name} is {found}; expected {expected}")
                 tensor.raw_data = values.tobytes()
         return result
 
@@ -157,7 +157,7 @@ def _set_classes(graph: onnx.GraphProto, classes: int) -> None:
 def graph_of(
     model: Tood, *, deform: DeformForm, max_det: int, say: Say = lambda line: None
 ) -> onnx.ModelProto:
-    """Return the exported graph of a network, as `onnx_from_model` does, from a kept graph where there is one.
+    """Return what `onnx_from_model` does, from a kept graph where there is one.
 
     Args:
         model: the network, in eval mode.
@@ -175,14 +175,16 @@ def graph_of(
 
 
 def _kept_or_new(preset: Preset, deform: DeformForm, max_det: int, say: Say) -> Skeleton | None:
-    """Return the graph of a configuration without weights; None, which is said, where it cannot be had without them."""
+    """Return a configuration's graph without weights; None, which is said, where none can be."""
     preset = with_stand_in_classes(preset)
     description = describe(preset, deform, max_det)
     path = path_of(description)
     if skeleton := read_skeleton(path, description, say):
+        say("filling the one that an earlier export made of this configuration")
         return skeleton
     say(
-        "making the graph of this configuration, which takes half a minute or so; it is kept for the next export"
+        "the first of this configuration on this machine takes half a minute or so; it is kept "
+        "for the next export"
     )
     try:
         skeleton = make_skeleton(preset, deform, max_det)
@@ -194,7 +196,7 @@ def _kept_or_new(preset: Preset, deform: DeformForm, max_det: int, say: Say) -> 
 
 
 def with_stand_in_classes(preset: Preset) -> Preset:
-    """Return the preset with `CLASSES` classes; as it is where their number decides how many candidates there are."""
+    """Return the preset with `CLASSES` classes; as it is where they decide more than sizes."""
     sizes = (
         preset.candidates_per_level,
         preset.channels,
@@ -231,7 +233,7 @@ def describe(preset: Preset, deform: DeformForm, max_det: int) -> str:
 
 def _sources_sha256() -> str:
     """Hash our own files that make graphs."""
-    package = Path(tood_deploy.__file__).parent
+    package = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for pattern in SOURCES:
         files = sorted(package.glob(pattern))
@@ -290,11 +292,12 @@ def keep_skeleton(path: Path, description: str, skeleton: Skeleton, say: Say) ->
             temporary.write_bytes(hashlib.sha256(packed).hexdigest().encode() + b"\n" + packed)
         for old in sorted(
             path.parent.glob("*.graph"), key=lambda file: file.stat().st_mtime, reverse=True
-        )[MOST_FILES:]:
+        )[MAX_FILES:]:
             old.unlink(missing_ok=True)
     except (OutputError, OSError) as error:
         say(
-            f"the graph is not kept for the next export: {path.parent} cannot be written ({error}); name another folder in TOOD_HOME"
+            f"the graph is not kept: {path.parent} cannot be written ({error}); "
+            "name another folder in TOOD_HOME"
         )
 
 
@@ -326,7 +329,7 @@ def weights_of(network: ExportedGraph) -> dict[str, NDArray[np.float32]]:
 
 
 def _stand_in(preset: Preset) -> Tood:
-    """Return the network of a preset with random weights, no two alike and no variance near zero."""
+    """Return a preset's network with random weights, no two alike, no variance near zero."""
     with torch.device("meta"):
         model = build_model(preset)
     model = model.to_empty(device="cpu").requires_grad_(False)
@@ -340,7 +343,7 @@ def _stand_in(preset: Preset) -> Tood:
 def _find_sources(
     graph: onnx.ModelProto, network: ExportedGraph, weights: Weights
 ) -> dict[str, Source]:
-    """Find out what every weight of a graph was made from, by comparing bytes: stand-in weights are all different.
+    """Find out what every weight of a graph was made from, by comparing bytes.
 
     Raises:
         UnknownWeight: a weight of the network is not in the graph in any known way.
@@ -380,5 +383,5 @@ def _find_sources(
 
 
 def _unused(network: ExportedGraph) -> set[str]:
-    """Return the names of weights that the exported network holds in another shape instead: kernels cut into those of stages."""
+    """Return the names of kernels that the exported network holds in pieces instead."""
     return {name for name, _ in network.named_parameters() if ".layer.reduction_conv.conv." in name}

@@ -1,9 +1,10 @@
 """Shortcuts through PyTorch's exporter: the same graph in a third of the time.
 
-`ExportedProgram.run_decompositions` traces a program twice more to break up a handful of operators, and reasons about every
-shape again. Nothing in our graph writes in place, so these few can be exchanged one by one. Likewise the search for types to
-promote need not compute every value again, and the optimiser need not try a rule on a node that the rule cannot be about.
-Programs that hold any other operator go PyTorch's own way.
+`ExportedProgram.run_decompositions` traces a program twice more to break up a handful of operators,
+and reasons about every shape again. Nothing in our graph writes in place, so these few can be
+exchanged one by one. Likewise the search for types to promote need not compute every value again,
+and the optimiser need not try a rule on a node that the rule cannot be about. Programs that hold
+any other operator go PyTorch's own way.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from typing import Any
 
 import sympy
 import torch
+from onnxscript import rewriter
 from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.utils._sympy.functions import FloorDiv
-from onnxscript import rewriter
 
 aten: Any = torch.ops.aten
 RENAMED = {
@@ -63,7 +64,8 @@ def quick_exporter() -> Iterator[None]:
 def _quick_rewriting() -> Iterator[None]:
     """Let every rule of the optimiser be tried on nodes of its own operator alone.
 
-    A rule compares its last operator with a node first; but one that ends in several nodes gathers all nodes of the graph before.
+    A rule compares its last operator with a node's; but rules that end in several nodes gather all
+    nodes of the graph before, for every node.
     """
     with ExitStack() as stack:
         for rule in getattr(rewriter, "_DEFAULT_REWRITE_RULES", ()):
@@ -90,7 +92,7 @@ def _on_own_operator(rule: Any) -> Iterator[None]:
 
 @contextmanager
 def _quick_decompositions() -> Iterator[None]:
-    """Let programs be decomposed by `decompose` inside the block, where it knows every operator of theirs."""
+    """Let `decompose` take programs apart inside the block, where it knows every operator."""
     slow = ExportedProgram.run_decompositions
     with ExitStack() as stack:
 
@@ -109,7 +111,7 @@ def _quick_decompositions() -> Iterator[None]:
 
 @contextmanager
 def _known_values(program: ExportedProgram) -> Iterator[None]:
-    """Let a program that is only looked through, for types to promote, be computed again no more than where it was changed."""
+    """Let a program that is looked through, for types to promote, be computed where it changed."""
     compute = Interpreter.run_node
     nodes = (
         node
@@ -134,7 +136,9 @@ def _known_values(program: ExportedProgram) -> Iterator[None]:
 
 
 def decompose(program: ExportedProgram, table: Mapping[Any, Callable[..., Any]]) -> bool:
-    """Exchange, in place, the operators that cannot be written as ONNX; return False and change nothing where there is an unknown one.
+    """Exchange, in place, the operators that cannot be written as ONNX.
+
+    Returns False, and changes nothing, where there is an operator that it does not know.
 
     Args:
         program: a traced network of which nothing writes in place.
@@ -173,7 +177,8 @@ def _is_known(node: Node, table: Mapping[Any, Callable[..., Any]]) -> bool:
 class Sizes:
     """Sizes of a graph's maps as arithmetic on the sizes of its inputs, each worked out once.
 
-    Read off a map in the middle, a size would be one more reader of that map, and stand in the way of fusing what makes it.
+    Read off a map in the middle, a size would be one more reader of that map, and stand in the way
+    of fusing what makes it.
     """
 
     def __init__(self, graph: Graph) -> None:
@@ -271,7 +276,7 @@ def _exchange_batch_norm(node: Node) -> None:
 
 
 def _exchange_flatten(node: Node, sizes: Sizes) -> None:
-    """Exchange the flattening of the last axes for a view whose last size follows from the others."""
+    """Exchange a flattening of the last axes for a view; the others tell its last size."""
     x, start = node.args[:2]
     assert isinstance(start, int)
     kept, last = node.meta["val"].shape[:start], node.meta["val"].shape[start]

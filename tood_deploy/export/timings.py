@@ -13,7 +13,7 @@ from rich.table import Table
 
 @dataclass
 class Timings:
-    """Seconds of every step so far, of the wall clock and of all threads' CPU time, in the order of their first use."""
+    """Wall clock and CPU seconds of every step so far, in the order of their first use."""
 
     steps: dict[str, tuple[float, float]] = field(default_factory=dict)
 
