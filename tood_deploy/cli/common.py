@@ -110,7 +110,7 @@ def runtime_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def is_artefact(model: str) -> bool:
     """Whether a model argument names an exported artefact, not a checkpoint or preset."""
-    from tood_deploy.engines.open import ARTEFACT_SUFFIXES
+    from tood_deploy.graph_io import ARTEFACT_SUFFIXES
 
     return Path(model).suffix.lower() in ARTEFACT_SUFFIXES
 
