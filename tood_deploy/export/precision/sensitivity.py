@@ -24,10 +24,9 @@ from tood_deploy.export.precision.half import (
     lower_precision,
 )
 from tood_deploy.export.precision.quantize import Ranges, Scheme, all_layers, quantize
-from tood_deploy.graph_io import HEAD_OUTPUTS, INPUTS, OUTPUTS
+from tood_deploy.graph_io import HEAD_OUTPUTS, INPUTS, OUTPUTS, graph_feeds
 from tood_deploy.matching import Rows, batch_rows, match_overlapping, row_iou
 from tood_deploy.onnx_file import open_session
-from tood_deploy.parity.stages import graph_inputs
 
 MOST_TOLD = 5
 
@@ -297,7 +296,7 @@ class DetectionMismatch:
         session = open_session(model.SerializeToString())
         rows = []
         for image, valid_hw in self.images:
-            inputs = graph_inputs(
+            inputs = graph_feeds(
                 image[None], np.array([valid_hw], np.int32), self.score_threshold, IOU_THRESHOLD
             )
             found: Any = session.run(list(OUTPUTS), inputs)
