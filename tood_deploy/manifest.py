@@ -9,18 +9,11 @@ from typing import Any
 
 from tood_deploy.errors import ArtefactError, ToodError
 from tood_deploy.files import file_sha256
+from tood_deploy.graph_io import ARTEFACT_SUFFIXES, OPENVINO_SUFFIX, OPENVINO_WEIGHTS_SUFFIX
 from tood_deploy.presets import Preset
 
 FORMAT = 1
 METADATA_KEY = "tood_deploy"
-ARTEFACT_SUFFIXES = (".onnx", ".xml", ".engine", ".plan")
-INPUTS = (
-    "images",
-    "valid_hw",
-    "score_threshold",
-    "iou_threshold",
-)  # of every artefact (DESIGN section 4)
-OUTPUTS = ("num_dets", "boxes", "scores", "labels")
 
 
 @dataclass(frozen=True)
@@ -123,8 +116,8 @@ def read_manifest(artefact: Path) -> Manifest | None:
 def artefact_files(artefact: Path) -> tuple[Path, ...]:
     """The files an artefact consists of, its manifest left out: one, but an OpenVINO .xml has its weights in a .bin beside it."""
     return (
-        (artefact, artefact.with_suffix(".bin"))
-        if artefact.suffix.lower() == ".xml"
+        (artefact, artefact.with_suffix(OPENVINO_WEIGHTS_SUFFIX))
+        if artefact.suffix.lower() == OPENVINO_SUFFIX
         else (artefact,)
     )
 

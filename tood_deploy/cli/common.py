@@ -108,7 +108,9 @@ class _OldName(argparse.Action):
         option_string: str | None = None,
     ) -> None:
         name = self.now.option_strings[-1]
-        Reporter().note(f"{option_string} is called {name} now; the next release drops the old name")
+        Reporter().note(
+            f"{option_string} is called {name} now; the next release drops the old name"
+        )
         self.now(parser, namespace, values, option_string)
 
 
@@ -224,7 +226,7 @@ def runtime_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def is_artefact(model: str) -> bool:
     """Return whether a model argument names an exported artefact, no checkpoint or preset."""
-    from tood_deploy.engines.open import ARTEFACT_SUFFIXES
+    from tood_deploy.graph_io import ARTEFACT_SUFFIXES
 
     return Path(model).suffix.lower() in ARTEFACT_SUFFIXES
 

@@ -10,6 +10,7 @@ from typing import Any
 from tood_deploy.engines.base import Engine
 from tood_deploy.engines.self_test import check_self_test
 from tood_deploy.errors import ArtefactError, InputError, ToodError, naming_extras
+from tood_deploy.graph_io import ARTEFACT_SUFFIXES, ENGINE_SUFFIXES, ONNX_SUFFIX, OPENVINO_SUFFIX
 from tood_deploy.presets import PRESETS
 
 CHECKPOINT_SUFFIXES = (".pth", ".pt", ".safetensors")
@@ -26,13 +27,10 @@ class Runtime:
 
 
 RUNTIMES = {  # the first that opens a suffix is its default
-    "onnxruntime": Runtime("onnx_engine", "OnnxEngine", (".onnx",)),
-    "openvino": Runtime("openvino_engine", "OpenVinoEngine", (".xml", ".onnx")),
-    "tensorrt": Runtime("tensorrt.engine", "TensorRTEngine", (".engine", ".plan")),
+    "onnxruntime": Runtime("onnx_engine", "OnnxEngine", (ONNX_SUFFIX,)),
+    "openvino": Runtime("openvino_engine", "OpenVinoEngine", (OPENVINO_SUFFIX, ONNX_SUFFIX)),
+    "tensorrt": Runtime("tensorrt.engine", "TensorRTEngine", ENGINE_SUFFIXES),
 }
-ARTEFACT_SUFFIXES = tuple(
-    dict.fromkeys(suffix for runtime in RUNTIMES.values() for suffix in runtime.suffixes)
-)
 
 
 def open_engine(

@@ -33,7 +33,8 @@ from tood_deploy.engines.precision_support import saturates_in_openvino
 from tood_deploy.engines.self_test import deviation, tolerance_of
 from tood_deploy.errors import ArtefactError, DeviceError, ToodError
 from tood_deploy.files import home_folder
-from tood_deploy.manifest import INPUTS, OUTPUTS, Manifest, artefact_files, read_manifest
+from tood_deploy.graph_io import INPUTS, OUTPUTS
+from tood_deploy.manifest import Manifest, artefact_files, read_manifest
 from tood_deploy.matching import split_batch
 from tood_deploy.parity.tolerances import AnswerTolerance
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tood_deploy.data import MOST_CALIBRATION_IMAGES
 from tood_deploy.engines.tensorrt.library import TITLES, Flavour
 from tood_deploy.errors import ToodError
-from tood_deploy.export.option_rules import ENGINES
+from tood_deploy.graph_io import ENGINE_SUFFIXES
 from tood_deploy.presets import SIZE_DIVISOR
 
 if TYPE_CHECKING:
@@ -257,7 +257,7 @@ Target = Literal["onnx", "openvino", "engine", "triton"]
 SUFFIXES: dict[Target, tuple[str, ...]] = {
     "onnx": (".onnx",),
     "openvino": (".xml",),
-    "engine": ENGINES,
+    "engine": ENGINE_SUFFIXES,
     "triton": ("",),
 }
 
@@ -404,7 +404,7 @@ class Order:
     @property
     def from_engine(self) -> bool:
         """Tell whether the source is an engine, which can be served alone."""
-        return self.source.lower().endswith(ENGINES)
+        return self.source.lower().endswith(ENGINE_SUFFIXES)
 
     @property
     def from_onnx(self) -> bool:

@@ -36,7 +36,8 @@ from tood_deploy.export.triton.fit import (
 )
 from tood_deploy.export.triton.folder import read_present
 from tood_deploy.files import home_folder
-from tood_deploy.manifest import ARTEFACT_SUFFIXES, Manifest, manifest_path, neighbour
+from tood_deploy.graph_io import ARTEFACT_SUFFIXES
+from tood_deploy.manifest import Manifest, manifest_path, neighbour
 from tood_deploy.onnx_file import read_onnx
 from tood_deploy.preprocess import check_imgsz
 from tood_deploy.presets import MAX_CANDIDATES, PRESETS, SIZE_DIVISOR, get_preset

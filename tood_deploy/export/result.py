@@ -12,7 +12,8 @@ from rich.text import Text
 
 from tood_deploy.engines.precision_support import advise_on
 from tood_deploy.export.tensorrt.layers import Layer, LayerReport, shares_table
-from tood_deploy.manifest import ARTEFACT_SUFFIXES, Manifest, artefact_files, manifest_path
+from tood_deploy.graph_io import ARTEFACT_SUFFIXES
+from tood_deploy.manifest import Manifest, artefact_files, manifest_path
 from tood_deploy.presets import Preset
 
 

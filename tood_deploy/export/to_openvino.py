@@ -23,10 +23,9 @@ from tood_deploy.engines.self_test import self_test_from
 from tood_deploy.errors import ArtefactError, ToodError
 from tood_deploy.export.precision.convert import AnnotatedAp
 from tood_deploy.files import atomic_paths
-from tood_deploy.graph_io import MAP_NAMES, OUTPUTS
+from tood_deploy.graph_io import MAP_NAMES, OUTPUTS, graph_feeds
 from tood_deploy.manifest import Manifest, manifest_path, read_manifest
 from tood_deploy.parity.reference import Outputs, Reference
-from tood_deploy.parity.stages import graph_inputs
 from tood_deploy.parity.tolerances import DETECTION_LIMITS
 from tood_deploy.parity.verify import verify_detections, verify_float32
 
@@ -62,7 +61,7 @@ class OpenVinoRunner:
         iou_threshold: float,
     ) -> Outputs:
         """See `Runner`."""
-        self._request.infer(graph_inputs(images, valid_hw, score_threshold, iou_threshold))
+        self._request.infer(graph_feeds(images, valid_hw, score_threshold, iou_threshold))
         return [np.array(self._request.get_tensor(name).data) for name in self.outputs]
 
 

@@ -19,8 +19,7 @@ from tood_deploy.export.precision.half import emulate_low_precision, lower_preci
 from tood_deploy.export.precision.quantize import calibrated_values, quantize
 from tood_deploy.export.tensorrt.unroll_nms import unroll_nms
 from tood_deploy.export.triton.repository import serving_form
-from tood_deploy.graph_io import STAGE_VALUES
-from tood_deploy.manifest import OUTPUTS
+from tood_deploy.graph_io import OUTPUTS, STAGE_VALUES
 from tood_deploy.model.nms import ROUNDS
 from tood_deploy.onnx_file import OnnxArtefact, read_onnx
 

@@ -20,7 +20,8 @@ from tood_deploy.export.triton import repository as triton_folder
 from tood_deploy.export.triton.config import read_config
 from tood_deploy.export.triton.repository import ServedModel, triton_repository
 from tood_deploy.files import file_sha256, write_text
-from tood_deploy.manifest import INPUTS, OUTPUTS, manifest_path, read_manifest
+from tood_deploy.graph_io import INPUTS, OUTPUTS
+from tood_deploy.manifest import manifest_path, read_manifest
 from tood_deploy.onnx_file import read_onnx
 from tood_deploy.presets import COCO_CLASSES
 

@@ -26,7 +26,8 @@ from tood_deploy.benchmark.latency.measure import Measurement, Plan, measure
 from tood_deploy.benchmark.latency.report import overview_table, write_latency_reports
 from tood_deploy.benchmark.latency.worker import END_TO_END, Case
 from tood_deploy.files import file_sha256
-from tood_deploy.manifest import ARTEFACT_SUFFIXES, read_manifest
+from tood_deploy.graph_io import ARTEFACT_SUFFIXES
+from tood_deploy.manifest import read_manifest
 
 WIDE = 160
 FEWEST_ROUNDS = 6

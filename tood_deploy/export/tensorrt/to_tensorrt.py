@@ -25,6 +25,7 @@ from tood_deploy.export.tensorrt.build import (
 from tood_deploy.export.tensorrt.layers import LayerReport, inspect_plan, network_layers
 from tood_deploy.export.tensorrt.unroll_nms import unroll_nms
 from tood_deploy.files import atomic_paths
+from tood_deploy.graph_io import ENGINE_SUFFIXES
 from tood_deploy.manifest import Manifest, manifest_path, neighbour
 from tood_deploy.onnx_file import OnnxArtefact, read_onnx
 
@@ -71,9 +72,6 @@ def _gpu_here(options: EngineOptions) -> dict[str, Any]:
         "gpu": name,
         "driver": f"CUDA {version // 1000}.{version % 1000 // 10}",
     }
-
-
-SUFFIXES = (".engine", ".plan")
 
 
 @dataclass(frozen=True)
@@ -153,8 +151,10 @@ def _in_engine_form(artefact: OnnxArtefact, options: EngineOptions) -> OnnxArtef
 
 
 def _check_output(output: Path) -> None:
-    if output.suffix.lower() not in SUFFIXES:
-        raise ToodError(f"output is {output}; expected a name ending in {' or '.join(SUFFIXES)}")
+    if output.suffix.lower() not in ENGINE_SUFFIXES:
+        raise ToodError(
+            f"output is {output}; expected a name ending in {' or '.join(ENGINE_SUFFIXES)}"
+        )
     if other := neighbour(output):
         raise OutputError(
             f"{output}: its manifest {manifest_path(output).name} would replace that of {other.name}; "

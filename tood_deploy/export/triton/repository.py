@@ -35,7 +35,8 @@ from tood_deploy.export.triton.fit import (
 )
 from tood_deploy.export.triton.folder import CONFIG_FILE, FIRST_VERSION, new_model_folder
 from tood_deploy.files import write_text
-from tood_deploy.manifest import INPUTS, OUTPUTS, Manifest, manifest_path
+from tood_deploy.graph_io import INPUTS, OUTPUTS
+from tood_deploy.manifest import Manifest, manifest_path
 from tood_deploy.onnx_file import open_session, read_onnx, save_onnx
 
 SCORE, IOU = INPUTS[2:]
