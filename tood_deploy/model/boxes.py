@@ -67,7 +67,12 @@ def decode_deltas(
 
 
 def _denormalise(values: Tensor, means: Sequence[float], stds: Sequence[float]) -> Tensor:
-    """Return values (B, C, H, W) times the standard deviation plus the mean of their channel."""
+    """Return every value times the standard deviation plus the mean of its channel.
+
+    Args:
+        values: (B, C, H, W).
+        means, stds: of each of the C channels.
+    """
     if len(set(stds)) == 1 and not any(means):  # one node in the exported graph, not a dozen
         return values * stds[0]
     return torch.cat(

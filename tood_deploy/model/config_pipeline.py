@@ -120,6 +120,13 @@ def read_steps(pipeline: object, path: str, weights: Preset) -> list[Step]:
 
 
 def _read_step(entry: object, path: str, weights: Preset) -> Iterator[Step]:
+    """Yield the step of an entry: none that changes no pixel, several of MultiScaleFlipAug.
+
+    Args:
+        entry: of the configuration's list.
+        path: where it stands, with dots.
+        weights: the preset that the shapes of the weights show.
+    """
     if not isinstance(entry, Mapping) or "type" not in entry:
         refuse(path, entry, "a dictionary with a type is expected there")
     kind = without_scope(entry["type"])

@@ -122,6 +122,14 @@ def apply_rules(table: Table, section: object, path: str, weights: Preset) -> Se
 
 
 def _apply_rule(rule: Rule | None, value: object, path: str, weights: Preset) -> Settings:
+    """Return the fields that one key sets.
+
+    Args:
+        rule: of the key; None where no table names it.
+        value: of the key.
+        path: where it stands, with dots.
+        weights: the preset that the shapes of the weights show.
+    """
     if isinstance(rule, Harmless):
         return {}
     if rule is None:
@@ -173,7 +181,12 @@ def is_number(value: object) -> TypeGuard[int | float]:
 
 
 def _number(low: float, high: float, *, above: bool = False) -> Callable[[object], float]:
-    """Return the reader of a number from `low` to `high`; `above`: `low` itself is not allowed."""
+    """Return the reader of a number in a range.
+
+    Args:
+        low, high: the range.
+        above: leave `low` itself out.
+    """
 
     def read(value: object) -> float:
         if not is_number(value) or not low <= value <= high or (above and value == low):

@@ -182,6 +182,14 @@ class DeformConv2d(nn.Module):
         groups: int = 1,
         offset_groups: int = 1,
     ) -> None:
+        """Build it, with random weights and offsets of zero.
+
+        Args:
+            in_channels, out_channels: C and C'.
+            kernel_size: rows and columns of the kernel.
+            stride, padding, groups: as of an ordinary convolution.
+            offset_groups: G, groups of input channels that share offsets.
+        """
         super().__init__()
         self.stride, self.padding, self.groups = stride, padding, groups
         self.offset_groups = offset_groups

@@ -126,6 +126,13 @@ class Alignment(nn.Sequential):
     """The predictor of alignment maps: 1x1 convolution of all stages, ReLU, 3x3 convolution."""
 
     def __init__(self, in_channels: int, hidden: int, out_channels: int) -> None:
+        """Build it, with random initial weights.
+
+        Args:
+            in_channels: of all stages together.
+            hidden: channels between the two convolutions.
+            out_channels: C'.
+        """
         super().__init__(
             nn.Conv2d(in_channels, hidden, 1),
             nn.ReLU(),
@@ -226,6 +233,13 @@ class TaskAlignedHead(nn.Module):
 
 
 def _init_convs(module: nn.Module, std: float, bias: float = 0.0) -> None:
+    """Give all convolutions of a module normal weights and constant biases.
+
+    Args:
+        module: with convolutions.
+        std: of the weights, whose mean is zero.
+        bias: of every output channel.
+    """
     for conv in module.modules():
         if isinstance(conv, nn.Conv2d):
             nn.init.normal_(conv.weight, std=std)

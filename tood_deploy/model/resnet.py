@@ -30,6 +30,15 @@ class BasicBlock(nn.Module):
     def __init__(
         self, in_channels: int, planes: int, stride: int, preset: Preset, deform: bool
     ) -> None:
+        """Build it, with random initial weights.
+
+        Args:
+            in_channels: of the input.
+            planes: channels of the convolutions.
+            stride: of the first convolution.
+            preset: whose batch norms it has.
+            deform: refused if True: there is no deformable block of this kind.
+        """
         super().__init__()
         if deform or preset.groups != 1:
             raise ToodError(
@@ -57,6 +66,15 @@ class Bottleneck(nn.Module):
     def __init__(
         self, in_channels: int, planes: int, stride: int, preset: Preset, deform: bool
     ) -> None:
+        """Build it, with random initial weights.
+
+        Args:
+            in_channels: of the input.
+            planes: channels of the stage before the expansion by four.
+            stride: of the 3x3 convolution.
+            preset: whose groups, widths and batch norms it has.
+            deform: make the 3x3 convolution a deformable one.
+        """
         super().__init__()
         width = planes
         if preset.groups > 1:
