@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tood_deploy.cli.common import DONE, add_model_options, load_options, run_command
+from tood_deploy.cli.common import DONE, CommandParser, add_model_options, load_options, run_command
 from tood_deploy.errors import DeviceError, InputError, ToodError, not_installed
 from tood_deploy.export.config import (
     CheckpointOptions,
@@ -79,11 +79,8 @@ anchor-free or anchor-based:
 
 def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    result = argparse.ArgumentParser(
-        "tood-export",
-        description="Turns a TOOD checkpoint into an artefact with pre- and post-processing inside, and proves it equal to PyTorch.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    result = CommandParser(
+        prog="tood-export", epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     result.add_argument(
         "checkpoint",

@@ -48,6 +48,7 @@ from tood_deploy.export.triton.fit import plan_serving
 from tood_deploy.export.triton.repository import triton_repository
 from tood_deploy.files import atomic_path, atomic_paths, write_text
 from tood_deploy.manifest import Manifest, manifest_path, read_manifest
+from tood_deploy.manifest_sections import Build, Parity, SelfTest
 from tood_deploy.model.checkpoint import load_checkpoint
 from tood_deploy.model.tood import Tood
 from tood_deploy.onnx_file import read_onnx, save_onnx
@@ -90,11 +91,7 @@ def export_onnx(
         model.preset,
         max_det=max_det,
         checkpoint_sha256=model.checkpoint_sha256,
-        options={
-            "format": "onnx",
-            "opset": OPSET,
-            "deform": deform if _is_deformable(model) else "none",
-        },
+        build=Build(format="onnx", opset=OPSET, deform=deform if _is_deformable(model) else "none"),
         versions=_versions(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
@@ -108,7 +105,7 @@ def export_onnx(
             parity = verify_float32(reference, OnnxRunner(temporary), images=verify_images, say=say)
             say("making its self-test")
             manifest = replace(
-                manifest, parity=parity, self_test=self_test_from(reference.run)
+                manifest, parity=Parity.from_dict(parity), self_test=self_test_from(reference.run)
             ).with_artefact(temporary)
         write_text(manifest_path(output), manifest.to_json())
     return manifest
@@ -170,7 +167,7 @@ def _deliver_onnx(order: Order, ready: Ready, say: Say) -> Made:
     manifest = read_manifest(ready.path)
     assert manifest is not None
     if half := half_precision_of(manifest):
-        manifest = replace(manifest, options=manifest.options | {"runtimes": list(RUNTIMES[half])})
+        manifest = replace(manifest, build=replace(manifest.build, runtimes=RUNTIMES[half]))
     with atomic_paths(order.output, manifest_path(order.output)) as (onnx_file, manifest_file):
         shutil.move(ready.path, onnx_file)
         manifest_file.write_text(manifest.to_json(), encoding="utf-8")
@@ -212,10 +209,10 @@ def _deliver_engine(order: Order, ready: Ready, say: Say) -> Made:
     return Made(order.output, built.manifest, built.layers)
 
 
-def _self_test(ready: Ready, profiles: Profiles) -> dict[str, Any]:
+def _self_test(ready: Ready, profiles: Profiles) -> SelfTest | None:
     """None for the form that servers batch: it has thresholds for every image, which no engine of ours is given."""
-    if "serving" in read_onnx(ready.path).manifest.options:
-        return {}
+    if read_onnx(ready.path).manifest.build.serving:
+        return None
     return self_test_from(ready.reference.run, profiles.shapes_hw)
 
 
