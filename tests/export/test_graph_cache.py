@@ -239,6 +239,7 @@ class TestKeeping:
         said: list[str] = []
         graph_of(build_model("tiny"), deform="op", max_det=100, say=said.append)
         assert "TOOD_HOME" in said[-1]
+        assert "--output" not in said[-1]
 
     def test_only_so_many_are_kept(self, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert MAX_FILES >= 20  # all published configurations in both forms

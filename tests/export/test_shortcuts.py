@@ -15,7 +15,7 @@ from torch.fx import Interpreter
 
 from tood_deploy.export import shortcuts
 from tood_deploy.export.graph import DeformForm
-from tood_deploy.export.shortcuts import decompose, quick_exporter
+from tood_deploy.export.shortcuts import decompose, take_shortcuts
 from tood_deploy.export.to_onnx import onnx_from_model
 from tood_deploy.graph_io import MAP_NAMES, OUTPUTS
 from tood_deploy.model.tood import Tood
@@ -68,7 +68,7 @@ class TestDecomposition:
         module = EveryOperator().eval()
         nn.init.uniform_(module.norm.weight)
         nn.init.uniform_(module.norm.running_mean)  # type: ignore[arg-type]
-        with quick_exporter():
+        with take_shortcuts():
             graph = export_small(module)
         assert decomposed == [True]
         session = onnxruntime.InferenceSession(graph.SerializeToString())
@@ -78,7 +78,7 @@ class TestDecomposition:
             np.testing.assert_allclose(np.asarray(found), module(x).detach().numpy(), atol=1e-5)
 
     def test_sizes_are_read_off_the_inputs_alone(self) -> None:
-        with quick_exporter():
+        with take_shortcuts():
             graph = export_small(EveryOperator().eval())
         inputs = {value.name for value in graph.graph.input}
         assert all(node.input[0] in inputs for node in graph.graph.node if node.op_type == "Shape")
@@ -90,7 +90,7 @@ class TestDecomposition:
                 y.mul_(2)
                 return y
 
-        with quick_exporter():
+        with take_shortcuts():
             graph = export_small(Writing().eval())
         assert decomposed == [False]
         (found,) = onnxruntime.InferenceSession(graph.SerializeToString()).run(
@@ -101,7 +101,7 @@ class TestDecomposition:
     def test_nothing_of_it_stays(self) -> None:
         rules = rewriter._DEFAULT_REWRITE_RULES
         before = ExportedProgram.run_decompositions, Interpreter.run_node
-        with quick_exporter():
+        with take_shortcuts():
             assert ExportedProgram.run_decompositions is not before[0]
             assert all("try_rewrite" in vars(rule) for rule in rules)
         assert (ExportedProgram.run_decompositions, Interpreter.run_node) == before

@@ -290,15 +290,18 @@ def keep_skeleton(path: Path, description: str, skeleton: Skeleton, say: Say) ->
     try:
         with atomic_path(path) as temporary:
             temporary.write_bytes(hashlib.sha256(packed).hexdigest().encode() + b"\n" + packed)
-        for old in sorted(
-            path.parent.glob("*.graph"), key=lambda file: file.stat().st_mtime, reverse=True
-        )[MAX_FILES:]:
-            old.unlink(missing_ok=True)
-    except (OutputError, OSError) as error:
+    except OutputError as error:
+        reason = error.__cause__.strerror if isinstance(error.__cause__, OSError) else error
         say(
-            f"the graph is not kept: {path.parent} cannot be written ({error}); "
+            f"the graph is not kept: {path.parent} cannot be written ({reason}); "
             "name another folder in TOOD_HOME"
         )
+        return
+    with suppress(OSError):  # another process may be clearing up as well
+        kept = [file for file in path.parent.glob("*.graph") if not file.name.startswith(".")]
+        kept.sort(key=lambda file: file.stat().st_mtime, reverse=True)
+        for old in kept[MAX_FILES:]:
+            old.unlink(missing_ok=True)
 
 
 def make_skeleton(preset: Preset, deform: DeformForm, max_det: int) -> Skeleton:

@@ -54,7 +54,7 @@ COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 
 
 @contextmanager
-def quick_exporter() -> Iterator[None]:
+def take_shortcuts() -> Iterator[None]:
     """Let the exporter take the shortcuts inside the block."""
     with _quick_decompositions(), _quick_rewriting():
         yield
