@@ -146,21 +146,21 @@ def fit_imgsz(image_hw: tuple[int, ...], imgsz: ImageSize, net_hw: tuple[int, in
 
 
 def choose_canvas(
-    image_hw: tuple[int, ...], imgsz: ImageSize, canvases_hw: Sequence[tuple[int, int]]
+    image_hw: tuple[int, ...], imgsz: ImageSize, input_shapes_hw: Sequence[tuple[int, int]]
 ) -> tuple[int, int]:
     """Of the padded sizes that an engine takes, the one that shrinks a image least, then the one with the fewest pixels.
 
     Args:
         image_hw: rows and columns of the image.
         imgsz: the size to fit where there is room.
-        canvases_hw: rows and columns of every padded size, at least one.
+        input_shapes_hw: rows and columns of every padded size, at least one.
     """
 
     def shrinkage_and_area(canvas_hw: tuple[int, int]) -> tuple[float, int]:
         resized_hw = fit_size((image_hw[0], image_hw[1]), fit_imgsz(image_hw, imgsz, canvas_hw))
         return -float(resized_hw[0] * resized_hw[1]), canvas_hw[0] * canvas_hw[1]
 
-    return min(canvases_hw, key=shrinkage_and_area)
+    return min(input_shapes_hw, key=shrinkage_and_area)
 
 
 def resize(

@@ -167,7 +167,7 @@ def _open(way: Way, frames: Sequence[NDArray[np.uint8]], session: Session) -> Op
 
 
 def _prepare(row: Row, engine: Engine, resident: Any, frames: Sequence[NDArray[np.uint8]]) -> Open:
-    detector = Detector(engine, conf=CONF, iou=IOU, imgsz=engine.canvases_hw[0])
+    detector = Detector(engine, conf=CONF, iou=IOU, imgsz=engine.input_shapes_hw[0])
     batch = [detector.prepare(frame) for frame in frames]
     images = np.stack([each.image for each in batch])
     valid_hw = np.array([each.transform.resized_hw for each in batch], np.int32)

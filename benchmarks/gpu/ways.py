@@ -91,7 +91,7 @@ def _torch_way(
 def _onnx_way(settings: Settings, artefacts: Artefacts, cell: Cell, precision: Precision) -> Way:
     def open_way() -> tuple[Engine, Resident]:
         engine = open_onnx(artefacts.onnx(precision), settings.device)
-        engine.canvases_hw = (cell.size_hw,)
+        engine.input_shapes_hw = (cell.size_hw,)
         return engine, lambda *inputs: resident_onnx(engine, *inputs)
 
     return Way(
@@ -106,7 +106,7 @@ def _tensorrt_way(artefacts: Artefacts, cell: Cell, precision: Precision) -> Way
 
             raise DeviceError(f"device is {artefacts.settings.device}; TensorRT runs on GPUs")
         engine = open_tensorrt(artefacts.engine(precision))
-        engine.canvases_hw = (cell.size_hw,)
+        engine.input_shapes_hw = (cell.size_hw,)
         return engine, lambda *inputs: resident_tensorrt(engine, *inputs)
 
     return Way(Row(cell, "TensorRT", "engine", precision), "tensorrt", open_way)

@@ -71,7 +71,7 @@ class Recited(Engine):
         assert manifest is not None
         stored = manifest.self_test
         assert stored is not None
-        self.manifest, self.change, self.most_batch = (
+        self.manifest, self.change, self.max_batch = (
             replace(manifest, precision=precision),
             change,
             slots,
@@ -222,7 +222,7 @@ class TestOutcome:
 
     def test_no_answer_for_the_engines_sizes(self, artefact: Path) -> None:
         engine = Recited(artefact)
-        engine.canvases_hw = ((320, 320),)
+        engine.input_shapes_hw = ((320, 320),)
         with pytest.raises(
             ArtefactError, match=r"no answer for any of its input sizes \(\(320, 320\),\)"
         ):
@@ -230,7 +230,7 @@ class TestOutcome:
 
     def test_sizes_that_the_engine_does_not_take_are_left_out(self, artefact: Path) -> None:
         engine = Recited(artefact)
-        engine.canvases_hw = (CANVASES[1],)
+        engine.input_shapes_hw = (CANVASES[1],)
         check_self_test(engine, artefact)
         assert {shape[1:3] for shape in engine.calls} == {CANVASES[1]}
 

@@ -144,7 +144,7 @@ def test_images_of_one_canvas_share_a_batch(batch: int) -> None:
     sizes_hw = [(48, 64), (40, 64), (64, 48), (64, 40), (60, 64), (48, 64), (33, 40)]
     images = [red_image(*size_hw, left=2 * i) for i, size_hw in enumerate(sizes_hw)]
     engine = RedEngine()
-    engine.canvases_hw = ((96, 128), (128, 96))
+    engine.input_shapes_hw = ((96, 128), (128, 96))
     results = list(detect_frames(detector(engine), Images(images), batch))
     assert [frame.index for frame, _ in results] == list(range(7))
     for i, (_, found) in enumerate(results):

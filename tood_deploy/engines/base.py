@@ -43,8 +43,8 @@ class Engine(ABC):
         manifest: what the model says of itself.
         device: where it runs: "cpu" or "cuda".
         name: the runtime and its version, for reports.
-        canvases_hw: the padded sizes it takes, rows and columns; empty where every multiple of 32 will do.
-        most_batch: the largest batch it takes; None where there is no bound.
+        input_shapes_hw: the padded sizes it takes, rows and columns; empty where every multiple of 32 will do.
+        max_batch: the largest batch it takes; None where there is no bound.
         notes: remarks of the runtime for the user, in the order they came up; more may come while it runs.
         in_flight: how many batches should be submitted before the first is collected, for throughput.
         loaded_from: what it was made of: "artefact", or "cache" where the runtime kept what it had compiled; for the self-test.
@@ -53,8 +53,8 @@ class Engine(ABC):
     manifest: Manifest
     device: str
     name: str
-    canvases_hw: tuple[tuple[int, int], ...] = ()
-    most_batch: int | None = None
+    input_shapes_hw: tuple[tuple[int, int], ...] = ()
+    max_batch: int | None = None
     notes: Sequence[str] = ()
     in_flight: int = 1
     loaded_from: str = "artefact"
@@ -144,7 +144,7 @@ class Engine(ABC):
 
     def batches_at(self, net_hw: tuple[int, int]) -> tuple[int, int | None]:
         """The smallest and the largest batch it takes at a padded size; None where there is no bound."""
-        return 1, self.most_batch
+        return 1, self.max_batch
 
     def settle(self, batch: int, net_hw: tuple[int, int]) -> None:  # noqa: B027 - most do nothing
         """Does now what would else be done after many batches of one shape; nothing, for most runtimes.
@@ -159,14 +159,14 @@ class Engine(ABC):
 
     def _check_profile(self, images: NDArray[np.uint8]) -> None:
         batch, height, width, _ = images.shape
-        if self.canvases_hw and (height, width) not in self.canvases_hw:
-            takes = ", ".join(f"{rows} x {columns}" for rows, columns in self.canvases_hw)
+        if self.input_shapes_hw and (height, width) not in self.input_shapes_hw:
+            takes = ", ".join(f"{rows} x {columns}" for rows, columns in self.input_shapes_hw)
             raise InputError(
                 f"images are {height} x {width}, this model takes {takes}; pad to one of these, or export with --shapes {height}x{width}"
             )
-        if self.most_batch is not None and batch > self.most_batch:
+        if self.max_batch is not None and batch > self.max_batch:
             raise InputError(
-                f"a batch of {batch}, this model takes at most {self.most_batch}; give a smaller --batch, or export with a larger one"
+                f"a batch of {batch}, this model takes at most {self.max_batch}; give a smaller --batch, or export with a larger one"
             )
 
     @abstractmethod

@@ -152,11 +152,13 @@ def check_self_test(engine: Engine, artefact: Path) -> None:
         return
     golden = Golden.from_manifest(stored, str(artefact))
     cases = [
-        case for case in golden.cases if not engine.canvases_hw or case.net_hw in engine.canvases_hw
+        case
+        for case in golden.cases
+        if not engine.input_shapes_hw or case.net_hw in engine.input_shapes_hw
     ]
     if not cases:
         raise ArtefactError(
-            f"{artefact}: its self-test has no answer for any of its input sizes {engine.canvases_hw}; export it again"
+            f"{artefact}: its self-test has no answer for any of its input sizes {engine.input_shapes_hw}; export it again"
         )
     for case in cases:
         _check_case(engine, artefact, golden, case)
@@ -246,14 +248,14 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def self_test_from(run: Runner, canvases_hw: Sequence[tuple[int, int]] = ()) -> SelfTest:
+def self_test_from(run: Runner, input_shapes_hw: Sequence[tuple[int, int]] = ()) -> SelfTest:
     """A built-in image and the answers to it, for `Manifest.self_test`.
 
     Args:
         run: the reference: the network in PyTorch, or an artefact in float32 that was proven equal to it.
-        canvases_hw: the padded sizes that the artefact takes; empty where every multiple of 32 will do.
+        input_shapes_hw: the padded sizes that the artefact takes; empty where every multiple of 32 will do.
     """
-    canvases = tuple(canvases_hw) or ANY_SIZE
+    canvases = tuple(input_shapes_hw) or ANY_SIZE
     height, width = (
         min(IMAGE_HW[axis], min(canvas[axis] for canvas in canvases) - PADDING_HW[axis])
         for axis in (0, 1)

@@ -132,7 +132,7 @@ class Detector:
             InputError: not such an image.
         """
         image_bgr = bgr_from(image, self.color if color is None else color)
-        canvases, size_hw = self.engine.canvases_hw, image_hw or image_bgr.shape
+        canvases, size_hw = self.engine.input_shapes_hw, image_hw or image_bgr.shape
         if not canvases:
             return Prepared(*resize_and_pad(image_bgr, self.sizing, image_hw=image_hw))
         net_hw = choose_canvas(size_hw, self.sizing, canvases)

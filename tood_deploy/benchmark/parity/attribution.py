@@ -67,7 +67,7 @@ class Canvas:
     """Runs a detector once more, with the other padding than it is compared with: canvases, or as little as needed.
 
     Attributes:
-        canvases_hw: rows and columns of every canvas; a image goes to the one that shrinks it least.
+        input_shapes_hw: rows and columns of every canvas; a image goes to the one that shrinks it least.
         fixed: whether it is compared on the canvases, since an artefact takes nothing else. Then the detector here is the reference.
         rows: COCO rows with the other padding.
         change: from as little padding as needed to the canvases, in the image's pixels.
@@ -77,14 +77,14 @@ class Canvas:
     def __init__(
         self,
         runner: StageRunner,
-        canvases_hw: Sequence[tuple[int, int]],
+        input_shapes_hw: Sequence[tuple[int, int]],
         fixed: bool,
         imgsz: tuple[int, int],
         conf: float,
         iou: float,
         scoring: Scoring | None,
     ) -> None:
-        self.runner, self.canvases_hw, self.fixed = runner, tuple(canvases_hw), fixed
+        self.runner, self.input_shapes_hw, self.fixed = runner, tuple(input_shapes_hw), fixed
         self.imgsz, self.conf, self.iou, self.scoring = imgsz, conf, iou, scoring
         self.rows: CocoRows = []
         self.change = RowDeviation()
@@ -93,12 +93,12 @@ class Canvas:
     @property
     def title(self) -> str:
         """The canvases as text, such as "800x1344, 1344x800"."""
-        return ", ".join(f"{height}x{width}" for height, width in self.canvases_hw)
+        return ", ".join(f"{height}x{width}" for height, width in self.input_shapes_hw)
 
     def add(self, source_image: ImageEntry, usual: Detections) -> None:
         """Adds one image; `usual` is what the detector finds in it with the padding that it is compared with."""
         image_bgr = source_image.read()
-        net_hw = choose_canvas(image_bgr.shape, self.imgsz, self.canvases_hw)
+        net_hw = choose_canvas(image_bgr.shape, self.imgsz, self.input_shapes_hw)
         fitting = fit_imgsz(image_bgr.shape, self.imgsz, net_hw)
         self.shrunk += fitting != self.imgsz
         image, transform = (

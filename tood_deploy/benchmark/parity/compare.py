@@ -103,7 +103,7 @@ class Comparison:
 
     def add_slots(self, reference: Values) -> None:
         """Runs one image alone and in every slot of a batch, as large as the artefact takes: its rows must be the same."""
-        slots = min(SLOTS, self.subject.most_batch(reference) or SLOTS)
+        slots = min(SLOTS, self.subject.max_batch(reference) or SLOTS)
         batch = repeat_images(only_inputs(reference), slots)
         alone = rows_of(DETECTIONS, self.subject.runner.run_all(only_inputs(reference)))
         found = self.subject.runner.run_all(batch)
@@ -312,7 +312,7 @@ def _canvas(
     runner: TorchStages, subject: Subject, settings: Settings, scoring: Scoring | None
 ) -> Canvas | None:
     canvases, common = (
-        subject.engine.canvases_hw,
+        subject.engine.input_shapes_hw,
         (settings.imgsz, settings.conf, settings.iou, scoring),
     )
     if canvases:
@@ -339,7 +339,7 @@ def _reference_metrics(comparisons: Sequence[Comparison]) -> list[CocoMetrics | 
 
 
 def _reference_key(subject: Subject) -> Any:
-    return subject.engine.canvases_hw, subject.manifest.max_det
+    return subject.engine.input_shapes_hw, subject.manifest.max_det
 
 
 def _run_images(
@@ -372,7 +372,7 @@ def _run_images(
 def _run_sizes(runner: TorchStages, comparisons: Sequence[Comparison], settings: Settings) -> None:
     """One synthetic image of every size that was asked for; of its own sizes where an artefact takes no others."""
     wanted = [
-        comparison.subject.engine.canvases_hw or settings.sizes_hw for comparison in comparisons
+        comparison.subject.engine.input_shapes_hw or settings.sizes_hw for comparison in comparisons
     ]
     for seed, net_hw in enumerate(dict.fromkeys(size for sizes in wanted for size in sizes)):
         image, transform = resize_and_pad(

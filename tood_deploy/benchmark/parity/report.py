@@ -280,7 +280,9 @@ def sizes_table(result: Result) -> Table:
         "added",
         "verdict",
     )
-    fixed = " The artefact takes no others." if result.comparison.subject.engine.canvases_hw else ""
+    fixed = (
+        " The artefact takes no others." if result.comparison.subject.engine.input_shapes_hw else ""
+    )
     return Table(headers, rows, f"One synthetic image each, as deployed.{fixed}")
 
 

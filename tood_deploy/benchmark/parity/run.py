@@ -85,7 +85,7 @@ def _describe_canvas(result: Result) -> dict[str, Any] | None:
         return None
     least, padded = result.canvas_ap or (float("nan"), float("nan"))
     return {
-        "canvases_hw": canvas.canvases_hw,
+        "canvases_hw": canvas.input_shapes_hw,
         "fixed": canvas.fixed,
         "shrunk": canvas.shrunk,
         "change": canvas.change.to_dict(),

@@ -62,7 +62,7 @@ class Subject:
         prepared = Detector(self.engine, imgsz=imgsz).prepare(image_bgr)
         return prepared.image, prepared.transform
 
-    def most_batch(self, inputs: Values) -> int | None:
+    def max_batch(self, inputs: Values) -> int | None:
         """The largest batch that it takes of images of this size; None where there is no bound."""
         return self.engine.batches_at(net_size(inputs))[1]
 

@@ -143,8 +143,8 @@ class TensorRTEngine(Engine):
                 f"{path}: its manifest states profiles and detections {stated}, the plan has {found}; {remedy}"
             )
         self._profiles = plan.profiles
-        self.canvases_hw = tuple(dict.fromkeys(profile.size_hw for profile in plan.profiles))
-        self.most_batch = max(profile.max_batch for profile in plan.profiles)
+        self.input_shapes_hw = tuple(dict.fromkeys(profile.size_hw for profile in plan.profiles))
+        self.max_batch = max(profile.max_batch for profile in plan.profiles)
         scratch = DeviceBuffer(plan.scratch_bytes, "scratch memory")
         resources.callback(scratch.close)
         self._buffers: list[Slot] = []
