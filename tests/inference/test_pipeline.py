@@ -212,7 +212,7 @@ def test_a_slow_consumer_holds_the_source_back(batch: int) -> None:
 
 
 def test_large_images_are_held_back_by_their_bytes() -> None:
-    in_flight = InFlight(least=1, most=10, most_bytes=5 * 48 * 64 * 3)
+    in_flight = InFlight(min_frames=1, max_frames=10, max_bytes=5 * 48 * 64 * 3)
     frame = Frame(red_image(), "memory")
     for _ in range(4):
         in_flight.enter(frame)

@@ -7,6 +7,7 @@ from inference.fakes import fill_disk, found, red_image, video_frame, write_all
 from tood_deploy.errors import OutputError
 from tood_deploy.inference.frame import Frame
 from tood_deploy.inference.sinks import CocoResults, JsonLines, TextLines
+from tood_deploy.reporter import Reporter
 
 ONE = found((8, 8, 24, 24))
 
@@ -112,7 +113,7 @@ class TestJsonLines:
 
 def test_text_lines(capsys: pytest.CaptureFixture[str]) -> None:
     write_all(
-        TextLines(),
+        TextLines(Reporter()),
         (video_frame(0, 1240), found(*[(0, 0, 1, 1)] * 3)),
         (Frame(red_image(), "a.png"), found()),
     )

@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from tood_deploy.cli.common import (
     takes_hint,
 )
 from tood_deploy.errors import ToodError
+from tood_deploy.reporter import Reporter
 
 EPILOG = """\
 A single image or video that cannot be read ends the run with exit code 2. Among several, one that cannot be read is told and
@@ -141,8 +141,9 @@ def infer_command(argv: Sequence[str] | None = None) -> int:
     cv2.utils.logging.setLogLevel(
         cv2.utils.logging.LOG_LEVEL_SILENT
     )  # what fails is said once, by us
+    reporter = Reporter(args.quiet)
     outputs = Outputs(
-        args.output, args.json, args.coco_annotations, args.jsonl, args.crops, args.show, args.quiet
+        args.output, args.json, args.coco_annotations, args.jsonl, args.crops, args.show
     )
     source = open_source(args.source, args.max_pixels)
     options = {
@@ -161,10 +162,10 @@ def infer_command(argv: Sequence[str] | None = None) -> int:
         if is_artefact(args.model) and (
             doubt := doubts(Path(args.model), detector.engine.manifest)
         ):
-            print(f"warning: {doubt}", file=sys.stderr)
-        run_inference(detector, source, outputs, args.batch)
+            reporter.warn(doubt)
+        run_inference(detector, source, outputs, reporter, args.batch)
     if source.skipped and source.kind != "live":  # a lost connection has been told
-        print(f"failed: {source.skipped} images or frames could not be read", file=sys.stderr)
+        reporter.problem(f"failed: {source.skipped} images or frames could not be read")
     return FAILED_CHECK if source.skipped else DONE
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
 from os import PathLike
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -14,26 +13,13 @@ from numpy.typing import NDArray
 from tood_deploy.detections import Detections
 from tood_deploy.engines import BatchDetections, Engine, open_engine
 from tood_deploy.errors import ToodError
+from tood_deploy.inference.frame import Prepared
 from tood_deploy.inference.image_input import Color, ImageInput, bgr_from, check_color
-from tood_deploy.preprocess import (
-    ImageTransform,
-    choose_canvas,
-    fit_imgsz,
-    resize_and_pad,
-    with_imgsz,
-)
+from tood_deploy.preprocess import choose_canvas, fit_imgsz, resize_and_pad, with_imgsz
 
 if TYPE_CHECKING:
     from tood_deploy.inference.frame import Frame
     from tood_deploy.inference.source import Spec
-
-
-@dataclass(frozen=True, eq=False)
-class Prepared:
-    """A image ready for the network: (rows, columns, 3) uint8 RGB, and the way back."""
-
-    image: NDArray[np.uint8]
-    transform: ImageTransform
 
 
 class Detector:
@@ -59,7 +45,8 @@ class Detector:
             conf: score that a detection must exceed, 0 to 1.
             iou: overlap above which the lower-scored of two boxes of one class goes, 0 to 1; the model's own (0.6 in the published
                 configurations) where not given.
-            max_det: the most detections a image; as many as the model gives (100) where not said.
+            max_det: largest number of detections in an image; as many as the model gives (100) where
+                not given.
             imgsz: (short side, long side) in pixels that images are scaled to fit, (rows, columns) for a model that stretches them;
                 the model's own where not given.
             device: "cpu" or "cuda".
@@ -81,15 +68,15 @@ class Detector:
             if isinstance(model, Engine)
             else open_engine(model, device=device, **engine_options)
         )
-        most = self.engine.manifest.max_det
-        if max_det is not None and not 1 <= max_det <= most:
-            raise ToodError(f"max_det is {max_det}; expected 1 to {most}, what this model gives")
+        given = self.engine.manifest.max_det
+        if max_det is not None and not 1 <= max_det <= given:
+            raise ToodError(f"max_det is {max_det}; expected 1 to {given}, what this model gives")
         self.color, self.fast_decode = color, fast_decode
         preset = with_imgsz(self.engine.manifest.preset, imgsz)
         self.conf, self.iou, self.max_det = (
             conf,
             preset.iou_threshold if iou is None else iou,
-            max_det or most,
+            max_det or given,
         )
         self.sizing, self.imgsz = preset.sizing, preset.imgsz
 
@@ -184,15 +171,20 @@ class Detector:
         valid_hw = np.array([prepared.transform.resized_hw for prepared in batch], np.int32)
         return images, valid_hw
 
-    def to_detections(self, batch: Sequence[Prepared], found: BatchDetections) -> list[Detections]:
+    def to_detections(
+        self, batch: Sequence[Prepared], detections: BatchDetections
+    ) -> list[Detections]:
         """What the network found, one `Detections` a image, with boxes in the image's own pixels."""
         results = []
         for i, prepared in enumerate(batch):
-            count = min(int(found.num_dets[i]), self.max_det)
-            boxes = prepared.transform.boxes_to_image(found.boxes_net[i, :count])
+            count = min(int(detections.num_dets[i]), self.max_det)
+            boxes = prepared.transform.boxes_to_image(detections.boxes_net[i, :count])
             results.append(
                 Detections(
-                    boxes, found.scores[i, :count], found.labels[i, :count], self.class_names
+                    boxes,
+                    detections.scores[i, :count],
+                    detections.labels[i, :count],
+                    self.class_names,
                 )
             )
         return results

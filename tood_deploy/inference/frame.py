@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tood_deploy.errors import InputError
-from tood_deploy.preprocess import ImageSize
+from tood_deploy.preprocess import ImageSize, ImageTransform
 
 Kind = Literal["images", "video", "live"]
 
@@ -54,6 +54,14 @@ class Frame:
     def age_s(self) -> float:
         """Seconds since it was decoded."""
         return time.perf_counter() - self.decoded_s
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """An image ready for the network: (rows, columns, 3) uint8 RGB, and the way back."""
+
+    image: NDArray[np.uint8]
+    transform: ImageTransform
 
 
 class Source(ABC):

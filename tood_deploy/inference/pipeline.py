@@ -8,21 +8,20 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tood_deploy.detections import Detections
+from tood_deploy.engines import BatchDetections, Engine
 from tood_deploy.errors import ToodError
-from tood_deploy.inference.frame import Frame, Source
-
-if TYPE_CHECKING:
-    from tood_deploy.inference.detector import Detector, Prepared
-
+from tood_deploy.inference.frame import Frame, Prepared, Source
+from tood_deploy.preprocess import ImageSize
 
 STAGES = {"pre": "pre", "infer": "infer", "post": "post", "end_to_end": "end-to-end"}
 KEPT_FRAMES = 100_000
@@ -73,8 +72,47 @@ MAX_BYTES_IN_FLIGHT = 256 * 2**20
 Item = TypeVar("Item")
 
 
+class BatchDetector(Protocol):
+    """What the pipeline needs of a detector; `Detector` is one."""
+
+    @property
+    def engine(self) -> Engine:
+        """The model."""
+        ...
+
+    @property
+    def sizing(self) -> ImageSize:
+        """The size that images are scaled to fit."""
+        ...
+
+    @property
+    def fast_decode(self) -> bool:
+        """Whether JPEG images may be decoded smaller than they are."""
+        ...
+
+    def prepare(
+        self, image: NDArray[np.uint8], image_hw: tuple[int, int] | None, *, color: Literal["bgr"]
+    ) -> Prepared:
+        """Scale and pad an image."""
+        ...
+
+    def submit(self, batch: Sequence[Prepared]) -> Any:
+        """Start the network on images of one padded size."""
+        ...
+
+    def collect(self, ticket: Any) -> BatchDetections:
+        """Wait for what was submitted."""
+        ...
+
+    def to_detections(
+        self, batch: Sequence[Prepared], detections: BatchDetections
+    ) -> list[Detections]:
+        """Return the detections of each image, in its own pixels."""
+        ...
+
+
 def detect_frames(
-    detector: Detector, source: Source, batch: int = 1, timings: Timings | None = None
+    detector: BatchDetector, source: Source, batch: int = 1, timings: Timings | None = None
 ) -> Generator[tuple[Frame, Detections], None, None]:
     """Every frame of a source with what the detector found in it, in order.
 
@@ -83,8 +121,8 @@ def detect_frames(
     Args:
         detector: runs in a thread of its own.
         source: is read in a thread of its own; its errors come out here, after the frames before them.
-        batch: the most frames of one engine call.
-        timings: where to note what each stage took.
+        batch: largest number of frames in an engine call.
+        timings: gets what every stage took.
 
     Raises:
         ToodError: batch is not positive, fast decoding of what is no images, or whatever the source or the engine raised.
@@ -99,8 +137,10 @@ def detect_frames(
 class InFlight:
     """Bounds the frames between reading and the consumer, by number and bytes, but always lets one batch through."""
 
-    def __init__(self, least: int, most: int, most_bytes: int = MAX_BYTES_IN_FLIGHT) -> None:
-        self.least, self.most, self.most_bytes = least, most, most_bytes
+    def __init__(
+        self, min_frames: int, max_frames: int, max_bytes: int = MAX_BYTES_IN_FLIGHT
+    ) -> None:
+        self.min_frames, self.max_frames, self.max_bytes = min_frames, max_frames, max_bytes
         self.frames = self.bytes = 0
         self.stopped = False
         self._changed = threading.Condition()
@@ -112,8 +152,8 @@ class InFlight:
             return not self.stopped
 
     def _has_room(self) -> bool:
-        return self.frames < self.least or (
-            self.frames < self.most and self.bytes < self.most_bytes
+        return self.frames < self.min_frames or (
+            self.frames < self.max_frames and self.bytes < self.max_bytes
         )
 
     def enter(self, frame: Frame) -> None:
@@ -143,7 +183,7 @@ class _End:
     error: BaseException | None = None
 
 
-_Decoded = tuple[Frame, "Prepared"]
+_Decoded = tuple[Frame, Prepared]
 _Result = tuple[Frame, Detections]
 
 
@@ -157,7 +197,9 @@ class _Running:
 
 
 class _Pipeline:
-    def __init__(self, detector: Detector, source: Source, batch: int, timings: Timings) -> None:
+    def __init__(
+        self, detector: BatchDetector, source: Source, batch: int, timings: Timings
+    ) -> None:
         self.detector, self.source, self.batch, self.timings = detector, source, batch, timings
         # Live: one batch in the engine, one waiting, so that no result is older than it must be.
         self.at_once = 1 if source.kind == "live" else detector.engine.in_flight
@@ -184,9 +226,9 @@ class _Pipeline:
         for thread in threads:
             thread.start()
         try:
-            for frame, found in _items(self.results):
+            for frame, detections in _items(self.results):
                 self.in_flight.leave(frame)
-                yield frame, found
+                yield frame, detections
         finally:
             self.in_flight.stop()
             self.source.close()
@@ -245,9 +287,9 @@ class _Pipeline:
         """Waits for the batch that was started first, and hands its results on."""
         running = self.running.popleft()
         batch = [prepared for _, prepared in running.decoded]
-        found = self.detector.collect(running.ticket)
+        collected = self.detector.collect(running.ticket)
         inferred = time.perf_counter()
-        detections = self.detector.to_detections(batch, found)
+        detections = self.detector.to_detections(batch, collected)
         self.timings.add(
             "infer", inferred - max(running.started_s, self.collected_s), len(batch)
         )  # while the one before ran, it waited

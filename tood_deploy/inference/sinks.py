@@ -26,6 +26,7 @@ from tood_deploy.files import atomic_path
 from tood_deploy.inference.frame import Frame
 from tood_deploy.inference.output_paths import check_writable, plan_names
 from tood_deploy.inference.video import VideoWriter
+from tood_deploy.reporter import Reporter
 
 WAITING_FRAMES = 2
 
@@ -38,8 +39,8 @@ class Sink(ABC):
     """Takes results one after another. A context manager: left with an error, it leaves no half-written file behind."""
 
     @abstractmethod
-    def write(self, frame: Frame, found: Detections) -> None:
-        """Takes one frame and what was found in it.
+    def write(self, frame: Frame, detections: Detections) -> None:
+        """Takes one frame and its detections.
 
         Raises:
             OutputError: it cannot be written.
@@ -78,7 +79,7 @@ class SinkThread:
         self._files = ExitStack()
         self._error: BaseException | None = None
 
-    def put(self, frame: Frame, found: Detections) -> None:
+    def put(self, frame: Frame, detections: Detections) -> None:
         """Hands over one result; waits while two others wait.
 
         Raises:
@@ -87,7 +88,7 @@ class SinkThread:
         """
         if self._error is not None:
             raise self._error
-        self._waiting.put((frame, found))
+        self._waiting.put((frame, detections))
 
     def _run(self) -> None:
         while (item := self._waiting.get()) is not None:
@@ -160,9 +161,9 @@ class Annotated(Sink):
         for folder in {path.parent for path in files.values()}:
             check_writable(folder)
 
-    def write(self, frame: Frame, found: Detections) -> None:
+    def write(self, frame: Frame, detections: Detections) -> None:
         """Draws a frame and adds it to its file."""
-        path, drawn = self.files[frame.name], found.plot(frame.image_bgr)
+        path, drawn = self.files[frame.name], detections.plot(frame.image_bgr)
         if frame.pts is None or frame.time_base is None:
             self._close(None)
             write_image(path, drawn)
@@ -206,11 +207,11 @@ class Crops(Sink):
             for name, path in plan_names(names, folder, lambda _: ".jpg").items()
         }
 
-    def write(self, frame: Frame, found: Detections) -> None:
+    def write(self, frame: Frame, detections: Detections) -> None:
         """Cuts out what lies inside the image."""
         stem = self.stems[frame.name]
         number = "" if frame.pts is None else f"_{frame.index:06d}"
-        for i, (box, name) in enumerate(zip(found.boxes, found.names(), strict=True)):
+        for i, (box, name) in enumerate(zip(detections.boxes, detections.names(), strict=True)):
             crop = crop_box(frame.image_bgr, box)
             if crop.size:
                 write_image(
@@ -251,13 +252,13 @@ class CocoResults(Sink):
         self._file: TextIO | None = None
         self._frames = self._rows = 0
 
-    def write(self, frame: Frame, found: Detections) -> None:
+    def write(self, frame: Frame, detections: Detections) -> None:
         """Adds a frame's rows."""
         with output_errors(self.path):
             file = self._file or self._open()
             self._frames += 1
             image_id = self._frames if self.image_ids is None else self.image_ids[frame.name]
-            for row in found.to_coco(image_id, self.category_ids):
+            for row in detections.to_coco(image_id, self.category_ids):
                 file.write(("[\n" if not self._rows else ",\n") + json.dumps(row))
                 self._rows += 1
 
@@ -292,7 +293,7 @@ class JsonLines(Sink):
         if target != STDOUT:
             check_writable(Path(target).parent)
 
-    def write(self, frame: Frame, found: Detections) -> None:
+    def write(self, frame: Frame, detections: Detections) -> None:
         """Writes one line."""
         with output_errors("stdout" if self.target == STDOUT else self.target):
             if self._file is None:
@@ -300,7 +301,7 @@ class JsonLines(Sink):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self._file = path.open("w", encoding="utf-8")
             self._file.write(
-                json.dumps(frame_record(frame, found, self.live), ensure_ascii=False) + "\n"
+                json.dumps(frame_record(frame, detections, self.live), ensure_ascii=False) + "\n"
             )
             self._file.flush()
 
@@ -315,13 +316,13 @@ class JsonLines(Sink):
                 self._file.close()
 
 
-def frame_record(frame: Frame, found: Detections, live: bool) -> dict[str, Any]:
+def frame_record(frame: Frame, detections: Detections, live: bool) -> dict[str, Any]:
     """A frame as plain values: where it is from, its size, and its objects with boxes xyxy in pixels."""
     rows = zip(
-        found.boxes.tolist(),
-        found.scores.tolist(),
-        found.class_ids.tolist(),
-        found.names(),
+        detections.boxes.tolist(),
+        detections.scores.tolist(),
+        detections.class_ids.tolist(),
+        detections.names(),
         strict=True,
     )
     record: dict[str, Any] = {
@@ -341,14 +342,18 @@ def frame_record(frame: Frame, found: Detections, live: bool) -> dict[str, Any]:
 class TextLines(Sink):
     """One readable line a frame on stdout: "street.mp4 1.240 s: 3 car, 1 person"."""
 
-    def write(self, frame: Frame, found: Detections) -> None:
+    def __init__(self, reporter: Reporter) -> None:
+        """Take what prints the lines."""
+        self.reporter = reporter
+
+    def write(self, frame: Frame, detections: Detections) -> None:
         """Prints one line."""
         counts = ", ".join(
-            f"{count} {name}" for name, count in Counter(found.names()).most_common()
+            f"{count} {name}" for name, count in Counter(detections.names()).most_common()
         )
         moment = "" if frame.timestamp_s is None else f" {frame.timestamp_s:.3f} s"
         with output_errors("stdout"):
-            print(f"{frame.name}{moment}: {counts or 'nothing'}", flush=True)
+            self.reporter.result(f"{frame.name}{moment}: {counts or 'nothing'}")
 
 
 TITLE = "tood-infer: q or Esc ends"
@@ -375,9 +380,9 @@ class Window(Sink):
                 "--show: no display (neither DISPLAY nor WAYLAND_DISPLAY is set); use --output"
             )
 
-    def write(self, frame: Frame, found: Detections) -> None:
+    def write(self, frame: Frame, detections: Detections) -> None:
         """Shows a frame, and asks for keys."""
-        cv2.imshow(TITLE, found.plot(frame.image_bgr))
+        cv2.imshow(TITLE, detections.plot(frame.image_bgr))
         closed = (
             cv2.waitKey(1) & 0xFF in CLOSING_KEYS
             or cv2.getWindowProperty(TITLE, cv2.WND_PROP_VISIBLE) < 1

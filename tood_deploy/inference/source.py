@@ -227,12 +227,12 @@ def _expand(spec: Spec) -> list[Path]:
         ) from error
     if glob.has_magic(str(spec)):
         names = sorted(glob.glob(str(spec), recursive=True))  # noqa: PTH207 - Path.glob takes no absolute pattern
-        found = [Path(name) for name in names if Path(name).is_file()]
-        if not found:
+        files = [Path(name) for name in names if Path(name).is_file()]
+        if not files:
             raise InputError(
                 f"{spec}: no file has such a name; expected a glob that finds images or videos"
             )
-        return found
+        return files
     raise InputError(
         f"{spec}: no such file or folder; expected a image, folder, glob, list, video, camera number or address"
     )
@@ -242,13 +242,13 @@ def _files_of_folder(folder: Path) -> list[Path]:
     files = sorted(
         path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")
     )
-    wanted = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES]
-    if not wanted:
+    readable = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES]
+    if not readable:
         raise InputError(
             f"{folder}: holds {len(files)} files, but no image or video; "
             f"subfolders are searched only by a glob, such as '{folder}/**/*.jpg'"
         )
-    return wanted
+    return readable
 
 
 def _files_of_list(path: Path) -> list[Path]:

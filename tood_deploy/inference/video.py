@@ -72,7 +72,7 @@ def find_video_stream(
     ]
     if not streams:
         raise InputError(f"{name}: holds no video; expected a file with a video stream")
-    stream = max(streams, key=lambda one: one.codec_context.width * one.codec_context.height)
+    stream = max(streams, key=lambda other: other.codec_context.width * other.codec_context.height)
     pixels = stream.codec_context.width * stream.codec_context.height
     if pixels > max_pixels:
         raise InputError(

@@ -23,11 +23,12 @@ from tood_deploy.files import file_sha256
 from tood_deploy.inference.detector import Detector
 from tood_deploy.inference.output_paths import check_writable
 from tood_deploy.inference.pipeline import Timings, detect_frames
-from tood_deploy.inference.run import Talk
+from tood_deploy.inference.run import RunProgress
 from tood_deploy.inference.sinks import output_errors
 from tood_deploy.inference.source import open_source
 from tood_deploy.manifest import artefact_sha256
 from tood_deploy.preprocess import padded_size
+from tood_deploy.reporter import Reporter
 
 FORMAT = "tood-eval predictions 1"
 
@@ -230,10 +231,10 @@ def predict(
     results = detect_frames(detector, source, batch, timings)
     done = 0
     try:
-        with kept, Talk(source, timings, quiet) as talk, closing(results):
+        with kept, RunProgress(source, timings, Reporter(quiet)) as shown, closing(results):
             for frame, found in results:
                 kept.add(ids[frame.name], frame.size_hw, found)
-                talk.advance()
+                shown.advance()
                 done += 1
                 progress(done, len(todo))
     except ArtefactError as error:
