@@ -13,8 +13,8 @@ from manifest_values import changed, plain
 from tood_deploy.engines import BatchDetections, Engine, open_engine
 from tood_deploy.engines import self_test as module
 from tood_deploy.engines.self_test import (
-    FEWEST,
-    MOST,
+    MAX_DETECTIONS,
+    MIN_DETECTIONS,
     Golden,
     check_self_test,
     self_test_from,
@@ -107,7 +107,7 @@ class TestMaking:
     def test_answers_lie_in_a_gap_between_the_scores(self, reference: TorchRunner) -> None:
         golden = Golden.from_manifest(self_test_from(reference), "made")
         (case,) = golden.cases
-        assert FEWEST <= len(case.expected) <= MOST
+        assert MIN_DETECTIONS <= len(case.expected) <= MAX_DETECTIONS
         everything = reference(*golden.inputs(case.net_hw), 0.0, golden.iou_threshold)[2][0]
         assert (
             everything[len(case.expected) - 1]

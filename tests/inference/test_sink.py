@@ -16,7 +16,7 @@ class Memory(Sink):
         self.indices: list[int] = []
         self.error, self.left_with = error, "nothing yet"
 
-    def write(self, frame: Frame, found: Detections) -> None:
+    def write(self, frame: Frame, detections: Detections) -> None:
         if self.error is not None and frame.index == 3:
             raise self.error
         self.indices.append(frame.index)

@@ -38,22 +38,23 @@ class Detector:
         fast_decode: bool = False,
         **engine_options: Any,
     ) -> None:
-        """Opens the model.
+        """Open the model.
 
         Args:
             model: an artefact, a checkpoint, a preset's name, or an engine that is open already.
             conf: score that a detection must exceed, 0 to 1.
-            iou: overlap above which the lower-scored of two boxes of one class goes, 0 to 1; the model's own (0.6 in the published
-                configurations) where not given.
-            max_det: largest number of detections in an image; as many as the model gives (100) where
-                not given.
-            imgsz: (short side, long side) in pixels that images are scaled to fit, (rows, columns) for a model that stretches them;
-                the model's own where not given.
+            iou: overlap above which the lower-scored of two boxes of one class goes, 0 to 1; the
+                model's own (0.6 in the published configurations) where not given.
+            max_det: largest number of detections in an image; as many as the model gives (100)
+                where not given.
+            imgsz: (short side, long side) in pixels that images are scaled to fit, (rows, columns)
+                for a model that stretches them; the model's own where not given.
             device: "cpu" or "cuda".
-            color: order of the channels of the arrays that are given to the detector, "bgr" or "rgb"; a call may say
-                otherwise. Frames of `stream` are BGR whatever it is.
-            fast_decode: whether `stream` may decode JPEG images at 1/2, 1/4 or 1/8 of their size where `imgsz` needs no more. Results
-                then differ a little; `Frame.image_bgr` is smaller, boxes stay in pixels of the whole image (`Frame.size_hw`).
+            color: order of the channels of the arrays that are given to the detector, "bgr" or
+                "rgb"; a call may say otherwise. Frames of `stream` are BGR whatever it is.
+            fast_decode: whether `stream` may decode JPEG images at 1/2, 1/4 or 1/8 of their size
+                where `imgsz` needs no more. Results then differ a little; `Frame.image_bgr` is
+                smaller, boxes stay in pixels of the whole image (`Frame.size_hw`).
             **engine_options: passed on to `open_engine`.
 
         Raises:
@@ -89,12 +90,13 @@ class Detector:
         """Find the objects in one image, with boxes in its own pixels.
 
         Args:
-            image: (H, W, 3) uint8, as OpenCV reads it; or (H, W, 4) with alpha, which is left out; or grey, (H, W) or
-                (H, W, 1); or an image of Pillow, in modes 1, L, LA, P, PA, RGB, RGBA, CMYK and YCbCr. Pillow does not turn
-                an image by the orientation in its EXIF data, and nor does this: `PIL.ImageOps.exif_transpose` does.
-                `cv2.imread` has turned it already.
-            color: order of an array's channels, "bgr" or "rgb"; what the detector was made with where not given. Of no
-                effect on Pillow's images and on grey ones.
+            image: (H, W, 3) uint8, as OpenCV reads it; or (H, W, 4) with alpha, which is left out;
+                or grey, (H, W) or (H, W, 1); or an image of Pillow, in modes 1, L, LA, P, PA, RGB,
+                RGBA, CMYK and YCbCr. Pillow does not turn an image by the orientation in its EXIF
+                data, and nor does this: `PIL.ImageOps.exif_transpose` does. `cv2.imread` has turned
+                it already.
+            color: order of an array's channels, "bgr" or "rgb"; what the detector was made with
+                where not given. Of no effect on Pillow's images and on grey ones.
 
         Raises:
             InputError: not such an image.
@@ -112,7 +114,8 @@ class Detector:
 
         Args:
             image: as a call takes it.
-            image_hw: rows and columns of the original, where `image` was decoded smaller; boxes will be in its pixels.
+            image_hw: rows and columns of the original, where `image` was decoded smaller; boxes
+                will be in its pixels.
             color: as a call takes it.
 
         Raises:
@@ -128,10 +131,11 @@ class Detector:
         )
 
     def infer(self, batch: Sequence[Prepared]) -> list[Detections]:
-        """The second half: the network and the way back, for images of one padded size.
+        """Return the second half: the network and the way back, for images of one padded size.
 
-        The head pools over the whole padded input (reference/SPEC.md section 2), so a image that is padded further for the
-        sake of its neighbours gives other results: batch images of the same `transform.net_hw` only.
+        The head pools over the whole padded input (reference/SPEC.md section 2), so an image that
+        is padded further for the sake of its neighbours gives other results: batch images of the
+        same `transform.net_hw` only.
 
         Raises:
             ToodError: the padded sizes differ.
@@ -139,7 +143,9 @@ class Detector:
         return self.to_detections(batch, self.run_engine(batch))
 
     def submit(self, batch: Sequence[Prepared]) -> Any:
-        """Starts the network on images of one padded size; `collect` takes what comes back. See `Engine.submit`.
+        """Start the network on images of one padded size; `collect` takes what comes back.
+
+        See `Engine.submit`.
 
         Raises:
             ToodError: the padded sizes differ.
@@ -147,11 +153,11 @@ class Detector:
         return self.engine.submit(*self._inputs(batch), self.conf, self.iou)
 
     def collect(self, ticket: Any) -> BatchDetections:
-        """Waits for what was submitted."""
+        """Wait for what was submitted."""
         return self.engine.collect(ticket)
 
     def run_engine(self, batch: Sequence[Prepared]) -> BatchDetections:
-        """The network alone, for images of one padded size.
+        """Return the network alone, for images of one padded size.
 
         Raises:
             ToodError: the padded sizes differ.
@@ -161,7 +167,8 @@ class Detector:
     def _inputs(self, batch: Sequence[Prepared]) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
         if len({prepared.transform.net_hw for prepared in batch}) != 1:
             raise ToodError(
-                f"a batch of {len(batch)} images of different padded sizes; expected one size (group by transform.net_hw)"
+                f"a batch of {len(batch)} images of different padded sizes; expected one size "
+                "(group by transform.net_hw)"
             )
         images = (
             batch[0].image[None]
@@ -174,7 +181,7 @@ class Detector:
     def to_detections(
         self, batch: Sequence[Prepared], detections: BatchDetections
     ) -> list[Detections]:
-        """What the network found, one `Detections` a image, with boxes in the image's own pixels."""
+        """Return the detections of each image, with boxes in its own pixels."""
         results = []
         for i, prepared in enumerate(batch):
             count = min(int(detections.num_dets[i]), self.max_det)
@@ -192,9 +199,12 @@ class Detector:
     def stream(
         self, source: Spec | Sequence[Spec], batch: int = 1, max_pixels: int | None = None
     ) -> Generator[tuple[Frame, Detections], None, None]:
-        """Every frame of images, folders, videos, a camera or a stream with its detections, in order.
+        """Yield every frame of what is named, with its detections, in order.
 
-        Reading, scaling and inference run at the same time, in bounded queues. Close the iterator to stop early.
+        Images, folders, videos, a camera or a stream.
+
+        Reading, scaling and inference run at the same time, in bounded queues. Close the iterator
+        to stop early.
 
         Args:
             source: one or several of what `open_source` takes.
@@ -213,7 +223,7 @@ class Detector:
         )
 
     def close(self) -> None:
-        """Frees what the runtime holds."""
+        """Free what the runtime holds."""
         self.engine.close()
 
     def __enter__(self) -> Self:

@@ -1,6 +1,7 @@
 """Overlaps reading, scaling and inference: three threads, with a bound on what lies between them.
 
-A source of frames and a detector come in; frames with their detections come out, in order. It knows no files and draws nothing.
+A source of frames and a detector come in; frames with their detections come out, in order. It knows
+no files and draws nothing.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ KEPT_FRAMES = 100_000
 
 
 class Timings:
-    """Milliseconds per frame of every stage: scaling, engine, boxes back, and from the decoded frame to its result."""
+    """Milliseconds per frame of every stage.
+
+    Scaling, engine, boxes back, and from the decoded frame to its result.
+    """
 
     def __init__(self) -> None:
         self.frames = 0
@@ -36,21 +40,21 @@ class Timings:
         self._ms: dict[str, deque[float]] = {stage: deque(maxlen=KEPT_FRAMES) for stage in STAGES}
 
     def add(self, stage: str, seconds: float, frames: int = 1) -> None:
-        """Notes what a stage took for so many frames together."""
+        """Note what a stage took for so many frames together."""
         self._ms[stage].extend([seconds * 1000 / frames] * frames)
 
     def finish_frame(self, decoded_s: float) -> None:
-        """Notes that a frame that was decoded then has its result now."""
+        """Note that a frame that was decoded then has its result now."""
         self.ended_s = time.perf_counter()
         self.frames += 1
         self.add("end_to_end", self.ended_s - decoded_s)
 
     def percentile_ms(self, stage: str, percent: float) -> float:
-        """Of a stage, per frame; 0 where nothing ran."""
+        """Return a percentile of a stage's time per frame; 0 where nothing ran."""
         return float(np.percentile(list(self._ms[stage]), percent)) if self._ms[stage] else 0.0
 
     def mean_ms(self, stage: str) -> float:
-        """Of a stage, per frame; 0 where nothing ran."""
+        """Return the mean of a stage's time per frame; 0 where nothing ran."""
         return float(np.mean(list(self._ms[stage]))) if self._ms[stage] else 0.0
 
     @property
@@ -59,12 +63,15 @@ class Timings:
         return self.frames / max(self.ended_s - self.started_s, 1e-9)
 
     def summary(self) -> str:
-        """All of it in one line: medians, 95th percentiles, frames a second."""
+        """Return all of it in one line: medians, 95th percentiles, frames a second."""
         stages = (
             f"{name} {self.percentile_ms(stage, 50):.1f} (p95 {self.percentile_ms(stage, 95):.1f})"
             for stage, name in STAGES.items()
         )
-        return f"{self.frames} frames in {self.ended_s - self.started_s:.1f} s, {self.fps:.1f} fps; ms per frame: {', '.join(stages)}"
+        return (
+            f"{self.frames} frames in {self.ended_s - self.started_s:.1f} s, {self.fps:.1f} fps; "
+            f"ms per frame: {', '.join(stages)}"
+        )
 
 
 MAX_BYTES_IN_FLIGHT = 256 * 2**20
@@ -114,18 +121,21 @@ class BatchDetector(Protocol):
 def detect_frames(
     detector: BatchDetector, source: Source, batch: int = 1, timings: Timings | None = None
 ) -> Generator[tuple[Frame, Detections], None, None]:
-    """Every frame of a source with what the detector found in it, in order.
+    """Yield every frame of a source with what the detector found in it, in order.
 
-    Frames of one padded size are batched; results do not depend on the batch. Closing the iterator early stops all threads.
+    Frames of one padded size are batched; results do not depend on the batch. Closing the iterator
+    early stops all threads.
 
     Args:
         detector: runs in a thread of its own.
-        source: is read in a thread of its own; its errors come out here, after the frames before them.
+        source: is read in a thread of its own; its errors come out here, after the frames before
+            them.
         batch: largest number of frames in an engine call.
         timings: gets what every stage took.
 
     Raises:
-        ToodError: batch is not positive, fast decoding of what is no images, or whatever the source or the engine raised.
+        ToodError: batch is not positive, fast decoding of what is no images, or whatever the source
+            or the engine raised.
     """
     if batch < 1:
         raise ToodError(f"batch is {batch}; expected a positive number")
@@ -135,7 +145,10 @@ def detect_frames(
 
 
 class InFlight:
-    """Bounds the frames between reading and the consumer, by number and bytes, but always lets one batch through."""
+    """The frames between reading and the consumer, bounded by number and bytes.
+
+    One batch is always let through.
+    """
 
     def __init__(
         self, min_frames: int, max_frames: int, max_bytes: int = MAX_BYTES_IN_FLIGHT
@@ -146,7 +159,7 @@ class InFlight:
         self._changed = threading.Condition()
 
     def wait_for_room(self) -> bool:
-        """Waits until another frame may be read; False once stopped."""
+        """Wait until another frame may be read; False once stopped."""
         with self._changed:
             self._changed.wait_for(lambda: self.stopped or self._has_room())
             return not self.stopped
@@ -157,15 +170,15 @@ class InFlight:
         )
 
     def enter(self, frame: Frame) -> None:
-        """Counts a frame in."""
+        """Count a frame in."""
         self._change(1, frame.image_bgr.nbytes)
 
     def leave(self, frame: Frame) -> None:
-        """Counts a frame out."""
+        """Count a frame out."""
         self._change(-1, -frame.image_bgr.nbytes)
 
     def stop(self) -> None:
-        """Lets nothing more in."""
+        """Let nothing more in."""
         self.stopped = True
         self._change(0, 0)
 
@@ -265,13 +278,13 @@ class _Pipeline:
                     self.detector.collect(running.ticket)
 
     def _finish(self, waiting: list[_Decoded]) -> None:
-        """Runs what still waits, and hands all results on."""
+        """Run what still waits, and hands all results on."""
         self._submit(waiting)
         while self.running:
             self._collect()
 
     def _submit(self, waiting: list[_Decoded]) -> None:
-        """Starts what waits, leaves nothing waiting, and hands on what must be done before more may be started."""
+        """Start all that waits, and hand on what must be done before more may be started."""
         decoded = list(waiting)
         waiting.clear()
         if not decoded or self.in_flight.stopped:
@@ -284,7 +297,7 @@ class _Pipeline:
             self._collect()
 
     def _collect(self) -> None:
-        """Waits for the batch that was started first, and hands its results on."""
+        """Wait for the batch that was started first, and hands its results on."""
         running = self.running.popleft()
         batch = [prepared for _, prepared in running.decoded]
         collected = self.detector.collect(running.ticket)
@@ -301,7 +314,7 @@ class _Pipeline:
 
 
 def _run_stage(work: Callable[[], None], results: SimpleQueue) -> None:
-    """A thread's work; however it ends, the next stage is told."""
+    """Return a thread's work; however it ends, the next stage is told."""
     try:
         work()
     except BaseException as error:  # raised again in the consumer's thread
@@ -313,7 +326,7 @@ def _run_stage(work: Callable[[], None], results: SimpleQueue) -> None:
 def _items(
     queue: SimpleQueue[Item | _End], at_end: Callable[[], None] = lambda: None
 ) -> Iterator[Item]:
-    """What a queue holds, to its end; raises the error it ended with, after `at_end`."""
+    """Yield what a queue holds, to its end; raises the error it ended with, after `at_end`."""
     while not isinstance(item := queue.get(), _End):
         yield item
     at_end()

@@ -29,7 +29,7 @@ from tood_deploy.reporter import Reporter
 
 
 class RunProgress:
-    """Shows one run: how far it is, what could not be read, the engine's remarks, a closing line."""
+    """Progress of one run, what could not be read, the engine's remarks, and a closing line."""
 
     def __init__(
         self, source: Source, timings: Timings, reporter: Reporter, notes: Sequence[str] = ()
@@ -89,11 +89,12 @@ class Outputs:
     """What a run writes.
 
     Attributes:
-        annotated: folder, or for a single input a file, for images or videos with the detections drawn on them.
+        annotated: folder, or for a single input a file, for images or videos with the detections
+            drawn on them.
         coco_json: file for COCO results.
         coco_annotations: file that gives the COCO results their image and category ids.
         json_lines: file for one JSON object a frame; "-" for stdout.
-        crops: folder for every object as a image.
+        crops: folder for every object as an image.
         show: whether to show the frames in a window.
     """
 
@@ -107,11 +108,12 @@ class Outputs:
     def __post_init__(self) -> None:
         if self.coco_annotations is not None and self.coco_json is None:
             raise ToodError(
-                "--coco-annotations gives ids to COCO results, and none are asked for; add --json FILE"
+                "--coco-annotations gives ids to COCO results, and none are asked for; add --json "
+                "FILE"
             )
 
     def needing_pixels(self) -> list[str]:
-        """Options given that show or cut out images, and so need all of their pixels."""
+        """Return the options given that draw on images or cut them, and need all pixels."""
         given = {
             "--output": self.annotated is not None,
             "--crops": self.crops is not None,
@@ -132,7 +134,8 @@ def open_sinks(
         reporter: prints the lines of the frames, unless JSON takes stdout.
 
     Raises:
-        ToodError: a place cannot be written, an input would be overwritten, ids are missing, or there is no display.
+        ToodError: a place cannot be written, an input would be overwritten, ids are missing, or
+            there is no display.
     """
     sinks: list[Sink] = []
     if outputs.json_lines is not None:
@@ -164,7 +167,8 @@ def _coco_results(
         return CocoResults(path, numbers, None)
     if source.kind != "images":
         raise InputError(
-            f"{annotations}: --coco-annotations gives ids to images, the source is a video; leave the option out"
+            f"{annotations}: --coco-annotations gives ids to images, the source is a video; leave "
+            "the option out"
         )
     return CocoResults(path, *read_coco_ids(annotations, source.names, class_names))
 
