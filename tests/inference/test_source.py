@@ -81,7 +81,7 @@ def test_one_bad_image_is_told_and_the_rest_goes_on(folder: Path) -> None:
     assert source.skipped == 2
     assert [problem.split(": ")[1] for problem in source.problems] == [
         "not a image; expected one of " + problem_kinds(),
-        "empty file; expected a image",
+        "empty file; expected an image",
     ]
 
 
