@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from inference.fakes import RedEngine, moving_images, red_image, write_image, write_video
-from inference.test_images import CMYK_JPEG, THIRDS_BGR, encode, png_bomb, with_orientation
+from data.test_images import CMYK_JPEG, THIRDS_BGR, encode, png_bomb, with_orientation
 from numpy.typing import NDArray
 
 from tood_deploy import Detector

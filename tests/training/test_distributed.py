@@ -35,7 +35,7 @@ import torch
 torch.set_num_threads(1)
 from tood_deploy.model import load_checkpoint
 from tood_deploy.presets import Preset
-from tood_deploy.data.coco import read_annotations
+from tood_deploy.training.records import read_labelled_images
 from tood_deploy.training.data import Augment
 from tood_deploy.training.data import TrainingData
 from tood_deploy.training.distributed import process_group, rank
@@ -48,7 +48,7 @@ from tood_deploy.training.config import Recipe
 preset, recipe, scenes, output, weights = (json.loads(text) for text in sys.argv[1:])
 preset, recipe, scenes, output = Preset.from_dict(preset), Recipe.from_dict(recipe), Path(scenes), Path(output)
 with process_group("cpu") as device:
-    annotations = read_annotations(scenes / "annotations.json", scenes / "images")
+    annotations = read_labelled_images(scenes / "annotations.json", scenes / "images")
     data = TrainingData(annotations.for_training(), Augment(preset.imgsz), recipe.seed)
     journal = Journal(None if rank() else output, quiet=True, every=1)
     fit(new_model(preset, recipe.seed), data, recipe, RunOptions(output, device), journal=journal)

@@ -9,13 +9,13 @@ import cv2
 import numpy as np
 import pytest
 
-from tood_deploy.data.coco import read_annotations
 from tood_deploy.model import load_checkpoint
 from tood_deploy.presets import Preset
 from tood_deploy.training.config import Progress, Recipe
 from tood_deploy.training.evaluate import CocoEvaluator
 from tood_deploy.training.init import new_model
 from tood_deploy.training.logger import Journal, read_log
+from tood_deploy.training.records import read_labelled_images
 from tood_deploy.training.train import finish_report
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "tood_deploy" / "weights" / "tiny-demo.safetensors"
@@ -23,7 +23,7 @@ WEIGHTS = Path(__file__).resolve().parents[2] / "tood_deploy" / "weights" / "tin
 
 def test_trained_weights_find_what_is_there(scenes: Path) -> None:
     evaluator = CocoEvaluator(
-        read_annotations(scenes / "annotations.json", scenes / "images"), batch=4
+        read_labelled_images(scenes / "annotations.json", scenes / "images"), batch=4
     )
     found = evaluator(load_checkpoint(WEIGHTS))
     assert evaluator.latest is found
@@ -38,7 +38,7 @@ def test_trained_weights_find_what_is_there(scenes: Path) -> None:
 
 def test_category_ids_of_any_kind_and_bare_annotations(scenes: Path, tmp_path: Path) -> None:
     content = json.loads((scenes / "annotations.json").read_text())
-    plain = CocoEvaluator(read_annotations(scenes / "annotations.json", scenes / "images"))(
+    plain = CocoEvaluator(read_labelled_images(scenes / "annotations.json", scenes / "images"))(
         load_checkpoint(WEIGHTS)
     )
     content["categories"] = [entry | {"id": entry["id"] * 7} for entry in content["categories"]][
@@ -54,7 +54,7 @@ def test_category_ids_of_any_kind_and_bare_annotations(scenes: Path, tmp_path: P
     ]
     (tmp_path / "odd.json").write_text(json.dumps(content))
     names = ("disc", "square", "triangle", "star", "ring")
-    odd = CocoEvaluator(read_annotations(tmp_path / "odd.json", scenes / "images", names))(
+    odd = CocoEvaluator(read_labelled_images(tmp_path / "odd.json", scenes / "images", names))(
         load_checkpoint(WEIGHTS)
     )
     assert odd.metrics == plain.metrics
@@ -66,10 +66,10 @@ def test_an_unreadable_image_counts_as_missed(scenes: Path, tmp_path: Path) -> N
     for path in (scenes / "images").iterdir():
         (images / path.name).write_bytes(path.read_bytes())
     (images / "00002.jpg").write_bytes(b"cut")
-    found = CocoEvaluator(read_annotations(scenes / "annotations.json", images))(
+    found = CocoEvaluator(read_labelled_images(scenes / "annotations.json", images))(
         load_checkpoint(WEIGHTS)
     )
-    whole = CocoEvaluator(read_annotations(scenes / "annotations.json", scenes / "images"))(
+    whole = CocoEvaluator(read_labelled_images(scenes / "annotations.json", scenes / "images"))(
         load_checkpoint(WEIGHTS)
     )
     assert found.unreadable == ("00002.jpg",)
@@ -77,7 +77,7 @@ def test_an_unreadable_image_counts_as_missed(scenes: Path, tmp_path: Path) -> N
 
 
 def test_a_network_that_finds_nothing(scenes: Path, small_preset: Preset) -> None:
-    evaluator = CocoEvaluator(read_annotations(scenes / "annotations.json", scenes / "images"))
+    evaluator = CocoEvaluator(read_labelled_images(scenes / "annotations.json", scenes / "images"))
     found = evaluator(new_model(small_preset, 0))
     assert found.metrics == dict.fromkeys(found.metrics, 0.0)
     assert len(found.metrics) == 6
@@ -85,7 +85,7 @@ def test_a_network_that_finds_nothing(scenes: Path, small_preset: Preset) -> Non
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_report_and_plots(scenes: Path, small_preset: Preset, tmp_path: Path) -> None:
-    evaluator = CocoEvaluator(read_annotations(scenes / "annotations.json", scenes / "images"))
+    evaluator = CocoEvaluator(read_labelled_images(scenes / "annotations.json", scenes / "images"))
     found = evaluator(load_checkpoint(WEIGHTS))
     history = [
         {"epoch": float(i + 1), "cls": 1.0 / (i + 1), "box": 0.5, **found.metrics, "AP": 0.1 * i}

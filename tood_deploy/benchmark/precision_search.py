@@ -19,11 +19,11 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from tood_deploy.benchmark.evaluation.coco_metrics import evaluate
 from tood_deploy.benchmark.evaluation.evaluate import DataSet
 from tood_deploy.benchmark.evaluation.predict import Key, PredictionFile, predict
 from tood_deploy.benchmark.latency.worker import warm_up
-from tood_deploy.data.coco import map_categories
+from tood_deploy.data.categories import map_categories
+from tood_deploy.data.coco_metrics import evaluate
 from tood_deploy.engines import Engine, open_engine
 from tood_deploy.errors import ArtefactError, InputError, ToodError
 from tood_deploy.export.config import EngineOptions, Profiles

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tood_deploy.benchmark.evaluation.evaluate import Evaluation
 
 
-RESULTS_SUFFIX = ".json"
+RESULTS_SUFFIXES = (".json", ".json.gz")
 MOST_CLASSES = 10  # named on stdout; the report has all
 OF_MODELS = (
     *(
@@ -99,7 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--max-det",
         type=int,
         metavar="N",
-        help="the most detections a image (default: what the model gives, 100)",
+        help="the most detections an image (default: what the model gives, 100)",
     )
     group.add_argument(
         "--imgsz",
@@ -158,7 +158,7 @@ def eval_command(argv: Sequence[str] | None = None) -> int:
 
 def of_results(args: argparse.Namespace) -> bool:
     """Whether MODEL is a results file."""
-    return args.model.lower().endswith(RESULTS_SUFFIX)
+    return args.model.lower().endswith(RESULTS_SUFFIXES)
 
 
 def check_options(args: argparse.Namespace) -> None:

@@ -345,19 +345,18 @@ def _recipe_changes(arguments: argparse.Namespace) -> dict[str, Any]:
 def _check_data(paths: "DataPaths", class_names: list[str] | None) -> int:
     from rich.console import Console
 
-    from tood_deploy.data.coco import read_annotations
-    from tood_deploy.training.report import check_images, report
+    from tood_deploy.training.records import read_labelled_images
+    from tood_deploy.training.report import check_images, data_report
 
     console = Console(width=None if sys.stdout.isatty() else 120)
-    train = read_annotations(paths.train_json, paths.train_images, class_names)
+    train = read_labelled_images(paths.train_json, paths.train_images, class_names)
     parts = [("training", train)]
     if paths.val_json is not None and paths.val_images is not None:
-        parts.append(
-            ("validation", read_annotations(paths.val_json, paths.val_images, train.class_names))
-        )
-    for title, annotations in parts:
-        check_images(annotations, progress=sys.stdout.isatty())
-        console.print(report(annotations, title))
+        validation = read_labelled_images(paths.val_json, paths.val_images, train.class_names)
+        parts.append(("validation", validation))
+    for title, labelled in parts:
+        check_images(labelled, progress=sys.stdout.isatty())
+        console.print(data_report(labelled, title))
     return DONE
 
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from tood_deploy.data.coco import Truth
-from tood_deploy.data.images import IMAGE_SUFFIXES, decode_image
+from tood_deploy.data.coco import Annotations
+from tood_deploy.data.images import (
+    decode_image,
+    find_image,
+    image_paths,
+    missing_image_cure,
+    read_image,
+)
 from tood_deploy.errors import InputError, ToodError
 from tood_deploy.files import absolute_path
 from tood_deploy.preprocess import fit_size, pad_size
@@ -51,11 +56,10 @@ def read_photograph() -> tuple[NDArray[np.uint8], str]:
         data = Path(str(package.locate_file(PHOTOGRAPH))).read_bytes()
     except (PackageNotFoundError, OSError) as error:
         raise InputError(
-            f"{PHOTOGRAPH.name}: the photograph of matplotlib, which is used by default, cannot be read ({error}); give images of your own"
+            f"{PHOTOGRAPH.name}: the photograph of matplotlib, which is used by default, "
+            f"cannot be read ({error}); give images of your own"
         ) from error
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-    assert image is not None
-    return np.asarray(image, np.uint8), f"{PHOTOGRAPH.name} of matplotlib {package.version}"
+    return decode_image(data, PHOTOGRAPH.name), f"{PHOTOGRAPH.name} of matplotlib {package.version}"
 
 
 def crop_size(image_hw: tuple[int, ...], imgsz: tuple[int, int]) -> tuple[int, int]:
@@ -74,7 +78,8 @@ def crop_size(image_hw: tuple[int, ...], imgsz: tuple[int, int]) -> tuple[int, i
         if 0 < size[0] <= image_hw[0] and pad_size(fit_size(size, imgsz)) == pad_size(imgsz):
             return size
     raise InputError(
-        f"imgsz is {short} {long}: no part of {PHOTOGRAPH.name} has that shape; give images of your own"
+        f"imgsz is {short} {long}: no part of {PHOTOGRAPH.name} has that shape; "
+        "give images of your own"
     )
 
 
@@ -130,7 +135,7 @@ class ImageSet:
 
     description: str
     images: tuple[ImageEntry, ...]
-    truth: Truth | None = None
+    truth: Annotations | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -140,7 +145,7 @@ class ImageSet:
 
 
 def open_image_set(
-    folder: Path | None, truth: Truth | None, imgsz: tuple[int, int], most: int | None = None
+    folder: Path | None, truth: Annotations | None, imgsz: tuple[int, int], limit: int | None = None
 ) -> ImageSet:
     """The images to run on.
 
@@ -148,28 +153,29 @@ def open_image_set(
         folder: of images; synthetic ones of `imgsz` where not given.
         truth: annotations of images in that folder.
         imgsz: (short side, long side).
-        most: take the first of them only.
+        limit: take the first of them only.
 
     Raises:
         InputError: no such folder, nothing in it, or an annotated image is missing.
-        ToodError: annotations without a folder, or `most` is not positive.
+        ToodError: annotations without a folder, or `limit` is not positive.
     """
-    if most is not None and most < 1:
-        raise ToodError(f"--limit is {most}; expected a positive number of images")
+    if limit is not None and limit < 1:
+        raise ToodError(f"--limit is {limit}; expected a positive number of images")
     if folder is None:
         if truth is not None:
             raise ToodError(f"{truth.path}: annotations without their images; add --images DIR")
         return ImageSet(
-            f"{SYNTHETIC}, seeds 0 to {(most or SYNTHETIC_COUNT) - 1}",
-            _synthetic(imgsz, most or SYNTHETIC_COUNT),
+            f"{SYNTHETIC}, seeds 0 to {(limit or SYNTHETIC_COUNT) - 1}",
+            _synthetic(imgsz, limit or SYNTHETIC_COUNT),
         )
     if truth is None:
-        files = dict(enumerate(_files(folder)[:most], 1))
+        files = dict(enumerate(image_paths(folder, limit), 1))
     else:
-        truth = _first(truth, most)
+        truth = truth.first(limit)
         files = list_image_files(truth, folder)
     images = tuple(
-        ImageEntry(path.name, key, lambda path=path: _read(path)) for key, path in files.items()
+        ImageEntry(path.name, key, lambda path=path: read_image(path))
+        for key, path in files.items()
     )
     return ImageSet(f"{len(images)} images of {folder}", images, truth)
 
@@ -181,36 +187,10 @@ def _synthetic(imgsz: tuple[int, int], count: int) -> tuple[ImageEntry, ...]:
     )
 
 
-def _first(truth: Truth, most: int | None) -> Truth:
-    """The first images of the annotations, in order of their ids, and what is annotated on them."""
-    images = dict(list(truth.images.items())[:most])
-    return replace(
-        truth, images=images, boxes=truth.boxes.pick(np.isin(truth.boxes.image_ids, list(images)))
-    )
-
-
-def _files(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; expected a folder of images")
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
-    if not files:
-        raise InputError(
-            f"{folder}: no image in it; expected files such as {', '.join(sorted(IMAGE_SUFFIXES)[:4])}"
-        )
-    return files
-
-
-def _read(path: Path) -> NDArray[np.uint8]:
-    try:
-        return decode_image(path.read_bytes(), str(path))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); expected a image") from error
-
-
 def photograph_set(imgsz: tuple[int, int], count: int) -> ImageSet:
     """Different parts of the photograph, every second one mirrored.
 
-    Pre-processing scales them to the padded size that a image of `imgsz` has, landscape.
+    Pre-processing scales them to the padded size that an image of `imgsz` has, landscape.
 
     Args:
         imgsz: (short side, long side).
@@ -228,20 +208,27 @@ def photograph_set(imgsz: tuple[int, int], count: int) -> ImageSet:
     return ImageSet(f"{count} crops, {size_hw[0]}x{size_hw[1]}, of a photograph, {origin}", images)
 
 
-def list_image_files(truth: Truth, folder: Path) -> dict[int, Path]:
-    """The file of every image of the annotations, by image id.
+def list_image_files(truth: Annotations, folder: Path) -> dict[int, Path]:
+    """Find the file of every image of the annotations, by image id.
 
     Raises:
-        InputError: no such folder, or a image is not in it.
+        InputError: no such folder, or an image is not in it.
     """
     if not folder.is_dir():
         raise InputError(
             f"{folder}: no such folder; expected the {len(truth.images)} images of {truth.path}"
         )
-    files = {key: absolute_path(folder / image.file_name) for key, image in truth.images.items()}
-    if missing := [path for path in files.values() if not path.is_file()]:
+    files: dict[int, Path] = {}
+    missing: list[str] = []
+    for key, image in truth.images.items():
+        if (path := find_image(folder, image.file_name)) is None:
+            missing.append(image.file_name)
+        else:
+            files[key] = absolute_path(path)
+    if missing:
         raise InputError(
-            f"{folder}: {len(missing)} of the {len(files)} images of {truth.path} are missing, the first is {missing[0]}; "
-            "give the folder that the annotations' file names start from"
+            f"{folder}: {len(missing)} of the {len(truth.images)} images of {truth.path} are "
+            "missing, "
+            f"the first is {missing[0]}; {missing_image_cure(folder, missing[0])}"
         )
     return files

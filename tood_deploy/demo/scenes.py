@@ -1,13 +1,12 @@
 """Generated images with known contents: textured shapes of five classes over clutter, as COCO data. NumPy and OpenCV alone.
 
-A image follows from its seed alone: scale, turn, colour, texture and overlap are drawn at random. Hundreds are made in a second.
+An image follows from its seed alone: scale, turn, colour, texture and overlap are drawn at random. Hundreds are made in a second.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,12 +16,12 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from tood_deploy.data.coco import AnnotatedImage, write_annotations
 from tood_deploy.errors import OutputError, ToodError
-from tood_deploy.files import write_text
 
 SCENE_CLASSES = ("disc", "square", "triangle", "star", "ring")
 SIZE_HW = (240, 320)
-OBJECTS = (2, 9)  # fewest and most that are tried in a image
+OBJECTS = (2, 9)  # fewest and most that are tried in an image
 RADII = (13.0, 60.0)  # pixels; drawn evenly in their logarithm
 MOST_COVERED = 0.3  # share of an object that later ones may hide
 CLUTTER = 8  # thin lines and small outlines behind the objects
@@ -88,29 +87,18 @@ def write_scenes(
     Raises:
         OutputError: the folder cannot be written.
     """
-    source_images = folder / "images"
-    images, annotations = [], []
+    images: dict[int, AnnotatedImage] = {}
+    boxes: list[tuple[int, int, Sequence[float]]] = []
     for number in range(count):
         scene = make_scene((seed, number), size_hw)
-        name = f"{number:05d}.jpg"
-        _write_image(source_images / name, scene.image_bgr)
-        images.append({"id": number, "file_name": name, "height": size_hw[0], "width": size_hw[1]})
+        images[number] = AnnotatedImage(f"{number:05d}.jpg", size_hw)
+        _write_image(folder / "images" / images[number].file_name, scene.image_bgr)
         for (x1, y1, x2, y2), label in zip(
             scene.boxes.tolist(), scene.labels.tolist(), strict=True
         ):
-            width, height = x2 - x1, y2 - y1
-            entry = {
-                "id": len(annotations) + 1,
-                "image_id": number,
-                "category_id": label + 1,
-                "iscrowd": 0,
-            }
-            annotations.append(entry | {"bbox": [x1, y1, width, height], "area": width * height})
-    categories = [{"id": k, "name": name} for k, name in enumerate(SCENE_CLASSES, start=1)]
+            boxes.append((number, label, (x1, y1, x2 - x1, y2 - y1)))
     path = folder / "annotations.json"
-    write_text(
-        path, json.dumps({"images": images, "annotations": annotations, "categories": categories})
-    )
+    write_annotations(path, images, boxes, SCENE_CLASSES)
     return path
 
 
@@ -179,7 +167,7 @@ def _with_noise(image: NDArray[np.float32], rng: np.random.Generator) -> NDArray
 
 @functools.cache
 def _noise(size_hw: tuple[int, int]) -> NDArray[np.float32]:
-    """Standard normal noise, drawn once: a image takes a part of it."""
+    """Standard normal noise, drawn once: an image takes a part of it."""
     return np.random.default_rng(0).standard_normal(size_hw, np.float32)
 
 

@@ -1,7 +1,7 @@
 """Which anchor points learn which box: ATSS for the warm-up, then task-aligned assignment. Knows no loss.
 
 Source: reference/SPEC.md section 3; the paper's section 3.2. Results are lists of pairs, so that memory grows with the positives and
-not with anchor points times boxes: 500 boxes in a image of 800x1344 are 11 million pairs, of which some thousands matter.
+not with anchor points times boxes: 500 boxes in an image of 800x1344 are 11 million pairs, of which some thousands matter.
 """
 
 from __future__ import annotations

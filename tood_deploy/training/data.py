@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from tood_deploy.data.coco import Record
 from tood_deploy.errors import InputError
 from tood_deploy.preprocess import pad_size, resize
 from tood_deploy.training.assign import Targets
+from tood_deploy.training.records import Record, read_image
 
 
 @dataclass(frozen=True)
@@ -171,20 +171,6 @@ class TrainingData(Dataset[Sample]):
         raise InputError(
             f"{len(unreadable)} images in a row cannot be read ({', '.join(unreadable[:3])}, ...); check the folder with --check-data"
         )
-
-
-def read_image(record: Record) -> NDArray[np.uint8] | None:
-    """The image, (H, W, 3) uint8 BGR; None if it cannot be read, or has another size than its annotations say.
-
-    Stored as it is or turned upright by its EXIF data, whichever of the two has the annotated size.
-    """
-    for flags in (cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION, cv2.IMREAD_COLOR):
-        image = cv2.imread(str(record.path), flags)
-        if image is None:
-            return None
-        if image.shape[:2] == record.size_hw:
-            return np.asarray(image, np.uint8)
-    return None
 
 
 def collate(samples: Sequence[Sample]) -> Batch:

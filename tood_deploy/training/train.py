@@ -7,12 +7,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import torch
 
-from tood_deploy.data.coco import Annotations, read_annotations
 from tood_deploy.errors import ToodError, not_installed
 from tood_deploy.model.tood import Tood
 from tood_deploy.presets import Preset, get_preset
@@ -20,12 +19,15 @@ from tood_deploy.training.checkpoints import BEST, FINAL, LAST
 from tood_deploy.training.config import ONE_X, RECIPES, TWO_X, Progress, Recipe, RunOptions
 from tood_deploy.training.data import Augment, TrainingData
 from tood_deploy.training.distributed import is_main, process_group, world_size
-from tood_deploy.training.evaluate import CocoEvaluator, Evaluation
 from tood_deploy.training.init import load_backbone, load_pretrained, new_model
 from tood_deploy.training.learner import AUTOCAST
 from tood_deploy.training.logger import Journal
 from tood_deploy.training.loop import fit
+from tood_deploy.training.records import LabelledImages, read_labelled_images
 from tood_deploy.training.report import plot_learning, plot_precision_recall
+
+if TYPE_CHECKING:
+    from tood_deploy.training.evaluate import CocoEvaluator, Evaluation
 
 SCHEDULES = {"1x": ONE_X, "2x": TWO_X}
 LEARNING_CURVE, PRECISION_RECALL = "learning.png", "precision_recall.png"
@@ -140,17 +142,17 @@ def train(
     with process_group(str(options.device)) as device:
         options = replace(options, device=device)
         journal = Journal(options.output if is_main() else None, quiet)
-        annotations, evaluator = _open_data(paths, class_names, device, evaluation_batch, recipe)
+        labelled, evaluator = _open_data(paths, class_names, device, evaluation_batch, recipe)
         preset = get_preset(preset_name)
         preset = replace(
             preset,
-            class_names=annotations.class_names,
+            class_names=labelled.class_names,
             imgsz=imgsz or preset.imgsz,
             weights=None,
             published_ap=None,
         )
-        records = annotations.for_training()
-        for line in (*notes, *_describe(preset, recipe, annotations, len(records), device)):
+        records = labelled.for_training()
+        for line in (*notes, *_describe(preset, recipe, labelled, len(records), device)):
             journal.say(line)
         model = new_model(preset, recipe.seed)
         if not (options.resume and (options.output / LAST).is_file()):
@@ -181,24 +183,27 @@ def _open_data(
     device: torch.device,
     batch: int,
     recipe: Recipe,
-) -> tuple[Annotations, CocoEvaluator | None]:
-    annotations = read_annotations(paths.train_json, paths.train_images, class_names)
+) -> tuple[LabelledImages, CocoEvaluator | None]:
+    labelled = read_labelled_images(paths.train_json, paths.train_images, class_names)
     if paths.val_json is None or paths.val_images is None:
-        return annotations, None
-    validation = read_annotations(paths.val_json, paths.val_images, annotations.class_names)
-    return annotations, CocoEvaluator(validation, device, batch, AUTOCAST[recipe.precision])
+        return labelled, None
+    # Only here, so that training without validation data needs no pycocotools.
+    from tood_deploy.training.evaluate import CocoEvaluator
+
+    validation = read_labelled_images(paths.val_json, paths.val_images, labelled.class_names)
+    return labelled, CocoEvaluator(validation, device, batch, AUTOCAST[recipe.precision])
 
 
 def _describe(
-    preset: Preset, recipe: Recipe, annotations: Annotations, usable: int, device: torch.device
+    preset: Preset, recipe: Recipe, labelled: LabelledImages, usable: int, device: torch.device
 ) -> list[str]:
     """What is about to happen, in a few lines."""
     names = ", ".join(preset.class_names[:4]) + (", ..." if preset.num_classes > 4 else "")
     rate = f"{recipe.optimiser} with learning rate {recipe.lr:g}, {recipe.schedule} schedule"
     workers = f"{world_size()} workers" if world_size() > 1 else "1 worker"
     return [
-        f"{preset.name}: {preset.num_classes} classes ({names}), {usable} images of {annotations.path}",
-        *(f"left out or mended: {line}" for line in annotations.problems.lines()),
+        f"{preset.name}: {preset.num_classes} classes ({names}), {usable} images of {labelled.path}",
+        *(f"left out or mended: {line}" for line in labelled.problems.lines()),
         f"{recipe.epochs} epochs of batch {recipe.batch}, {rate}, {recipe.precision}, seed {recipe.seed}, {workers} on {device.type}",
     ]
 

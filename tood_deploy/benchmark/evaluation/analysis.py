@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
-from tood_deploy.benchmark.evaluation.coco_metrics import OVERLAPS, Matches, match
-from tood_deploy.data.coco import Boxes, Truth
+from tood_deploy.data.coco import Annotations, Boxes
+from tood_deploy.data.coco_metrics import OVERLAPS, Matches, match
 from tood_deploy.data.results import Results
 from tood_deploy.draw import class_colour, draw_boxes, line_width
 
@@ -78,7 +78,7 @@ class Thresholds:
 
 
 def find_thresholds(
-    truth: Truth, results: Results, conf: float = 0.0, iou: float | None = None
+    truth: Annotations, results: Results, conf: float = 0.0, iou: float | None = None
 ) -> Thresholds:
     """The best cuts of detections that were made with `conf` and `iou`; None where that is unknown."""
     tries: dict[float | None, tuple[Results, Matches]] = {iou: (results, match(truth, results))}
@@ -112,7 +112,7 @@ def lower_ious(iou: float | None) -> list[float]:
 
 
 def f1_curve(
-    truth: Truth, results: Results, matches: Matches, category: int | None
+    truth: Annotations, results: Results, matches: Matches, category: int | None
 ) -> F1Curve | None:
     """Precision and recall over the score of one category, or of all together; None where it has no objects."""
     objects = np.count_nonzero(
@@ -123,7 +123,7 @@ def f1_curve(
     counted = ~matches.ignored[:, 0] & (
         (results.category_ids[matches.rows] == category) | (category is None)
     )
-    scores, found = results.scores[matches.rows[counted]], matches.found[counted, 0]
+    scores, found = results.scores[matches.rows[counted]], matches.matched[counted, 0]
     order = np.argsort(-scores, kind="stable")
     scores, right = scores[order], np.cumsum(found[order])
     last = np.append(np.diff(scores) != 0, True)[
@@ -222,7 +222,7 @@ def calibrate(results: Results, matches: Matches) -> Calibration | None:
     sums = [_bin_sums(scores, ~matches.ignored[:, 0], scores)]
     for overlap in (0.50, 0.75):
         at = int(np.argmin(np.abs(np.array(OVERLAPS) - overlap)))
-        sums.append(_bin_sums(scores, ~matches.ignored[:, 0], matches.found[:, at]))
+        sums.append(_bin_sums(scores, ~matches.ignored[:, 0], matches.matched[:, at]))
     counts = _bin_sums(scores, ~matches.ignored[:, 0], np.ones_like(scores))
     means = (np.where(counts > 0, total / np.maximum(counts, 1), np.nan) for total in sums)
     return Calibration(counts.astype(np.int64), *means)
@@ -244,7 +244,7 @@ WRONG, IGNORED, RIGHT = 0, 1, 2  # class numbers whose colours are red, blue, gr
 
 @dataclass(frozen=True)
 class Mistakes:
-    """How many objects of a image were missed, and how many detections in it are false."""
+    """How many objects of an image were missed, and how many detections in it are false."""
 
     image_id: int
     missed: int
@@ -255,7 +255,7 @@ class MistakeFinder:
     """Mistakes at a score threshold for each category; right is what overlaps by 0.5 (IoU)."""
 
     def __init__(
-        self, truth: Truth, results: Results, matches: Matches, conf: Mapping[int, float]
+        self, truth: Annotations, results: Results, matches: Matches, conf: Mapping[int, float]
     ) -> None:
         """Takes what was matched, and the score by category id above which detections count."""
         self.truth, self.results = truth, results
@@ -267,7 +267,9 @@ class MistakeFinder:
         counted = results.scores[rows] > np.array(
             [conf[key] for key in results.category_ids[rows].tolist()]
         )
-        kind = np.where(matches.ignored[:, 0], IGNORED, np.where(matches.found[:, 0], RIGHT, WRONG))
+        kind = np.where(
+            matches.ignored[:, 0], IGNORED, np.where(matches.matched[:, 0], RIGHT, WRONG)
+        )
         self.found_kind = np.full(len(results), -1)
         self.found_kind[rows[counted]] = kind[counted]
 

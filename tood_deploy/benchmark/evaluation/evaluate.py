@@ -20,9 +20,10 @@ from tood_deploy.benchmark.evaluation.analysis import (
     calibrate,
     find_thresholds,
 )
-from tood_deploy.benchmark.evaluation.coco_metrics import CocoMetrics, evaluate
 from tood_deploy.benchmark.evaluation.predict import PredictionFile, predict, prediction_key
-from tood_deploy.data.coco import Truth, map_categories, read_truth
+from tood_deploy.data.categories import map_categories
+from tood_deploy.data.coco import Annotations, read_annotations
+from tood_deploy.data.coco_metrics import CocoMetrics, evaluate
 from tood_deploy.data.image_set import list_image_files
 from tood_deploy.data.images import IMAGE_SUFFIXES
 from tood_deploy.data.results import Results, read_results, write_results
@@ -57,7 +58,7 @@ class Evaluation:
     """
 
     name: str
-    truth: Truth
+    truth: Annotations
     results: Results
     metrics: CocoMetrics
     thresholds: Thresholds
@@ -69,7 +70,7 @@ class Evaluation:
     notes: Sequence[str] = ()
 
     def mistake_finder(self) -> MistakeFinder:
-        """Draws the mistakes of a image."""
+        """Draws the mistakes of an image."""
         return MistakeFinder(self.truth, self.results, self.metrics.matches, self.conf)
 
     def size_counts(self) -> dict[str, int]:
@@ -83,7 +84,7 @@ class Evaluation:
 
 def evaluate_results(
     name: str,
-    truth: Truth,
+    truth: Annotations,
     results: Results,
     *,
     conf: float = 0.0,
@@ -111,7 +112,8 @@ def evaluate_results(
         for key, name in truth.categories.items()
     }
     mistakes = MistakeFinder(truth, results, metrics.matches, chosen).all()
-    every_note = [*notes, *_own_notes(truth, results, metrics)]
+    left_out = [f"In the annotations: {line}." for line in truth.problems.lines()]
+    every_note = [*left_out, *notes, *_own_notes(truth, results, metrics)]
     calibration = calibrate(results, metrics.matches)
     return Evaluation(
         name,
@@ -128,7 +130,7 @@ def evaluate_results(
     )
 
 
-def size_notes(truth: Truth, sizes_hw: Mapping[int, tuple[int, int]]) -> list[str]:
+def size_notes(truth: Annotations, sizes_hw: Mapping[int, tuple[int, int]]) -> list[str]:
     """Says where images are not of the size that the annotations tell: boxes do not fit there."""
     wrong = [
         (key, size)
@@ -144,7 +146,7 @@ def size_notes(truth: Truth, sizes_hw: Mapping[int, tuple[int, int]]) -> list[st
     ]
 
 
-def unlisted_notes(truth: Truth, files: Mapping[int, Path]) -> list[str]:
+def unlisted_notes(truth: Annotations, files: Mapping[int, Path]) -> list[str]:
     """Says where the folders of the images hold others, which are not evaluated."""
     folders = {path.parent for path in files.values()}
     there = {
@@ -164,7 +166,7 @@ def unlisted_notes(truth: Truth, files: Mapping[int, Path]) -> list[str]:
 
 
 def category_notes(
-    truth: Truth, class_names: Sequence[str], category_ids: Sequence[int | None]
+    truth: Annotations, class_names: Sequence[str], category_ids: Sequence[int | None]
 ) -> list[str]:
     """Says which classes and categories a mapping leaves out of the score."""
     classes = [name for name, key in zip(class_names, category_ids, strict=True) if key is None]
@@ -179,7 +181,7 @@ def category_notes(
     )
 
 
-def _own_notes(truth: Truth, results: Results, metrics: CocoMetrics) -> list[str]:
+def _own_notes(truth: Annotations, results: Results, metrics: CocoMetrics) -> list[str]:
     notes = []
     if not len(results):
         notes.append("There are no detections at all: every AP is 0.")
@@ -208,7 +210,7 @@ class DataSet:
         files: images by image id; empty where none were given.
     """
 
-    truth: Truth
+    truth: Annotations
     files: Mapping[int, Path]
 
 
@@ -216,9 +218,9 @@ def open_data_set(annotations: Path, images: Path | None) -> DataSet:
     """Reads the annotations and finds every image.
 
     Raises:
-        InputError: the annotations cannot be read, or a image is missing.
+        InputError: the annotations cannot be read, or an image is missing.
     """
-    truth = read_truth(annotations)
+    truth = read_annotations(annotations)
     return DataSet(truth, {} if images is None else list_image_files(truth, images))
 
 
@@ -307,7 +309,7 @@ def _model_facts(model: str, detector: Detector) -> dict[str, str]:
         "model": f"{model}, SHA-256 {artefact_sha256(path)}" if path.is_file() else model,
         "network": f"{network}, {detector.engine.precision}",
         "runtime": f"{detector.engine.name}, {detector.engine.device}",
-        "detection": f"conf {detector.conf:g}, iou {detector.iou:g}, at most {detector.max_det} a image, "
+        "detection": f"conf {detector.conf:g}, iou {detector.iou:g}, at most {detector.max_det} an image, "
         f"{preset.candidates_per_level} candidates a level",
         "imgsz": str(detector.sizing),
         "decoding": "JPEG images only as large as needed (--fast-decode)"
@@ -316,7 +318,7 @@ def _model_facts(model: str, detector: Detector) -> dict[str, str]:
     }
 
 
-def _common_facts(truth: Truth, command: str) -> dict[str, str]:
+def _common_facts(truth: Annotations, command: str) -> dict[str, str]:
     return {
         "annotations": f"{truth.path}, SHA-256 {file_sha256(truth.path)}: {len(truth.images)} images, {len(truth.boxes)} boxes",
         "command": command,

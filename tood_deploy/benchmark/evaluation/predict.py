@@ -14,7 +14,7 @@ from typing import Any, Self, TextIO
 import numpy as np
 
 from tood_deploy import __version__
-from tood_deploy.data.coco import Truth
+from tood_deploy.data.coco import Annotations
 from tood_deploy.data.images import MAX_PIXELS
 from tood_deploy.data.results import Results, empty_results
 from tood_deploy.detections import Detections
@@ -80,7 +80,7 @@ class PredictionFile:
         return len(self.sizes_hw)
 
     def add(self, image_id: int, size_hw: tuple[int, int], found: Detections) -> None:
-        """Writes a image's line, at once.
+        """Writes an image's line, at once.
 
         Raises:
             OutputError: it cannot be written.
@@ -171,7 +171,9 @@ def _as_results(
     return rows.pick(categories >= 0)
 
 
-def prediction_key(detector: Detector, model: str, truth: Truth, files: Mapping[int, Path]) -> Key:
+def prediction_key(
+    detector: Detector, model: str, truth: Annotations, files: Mapping[int, Path]
+) -> Key:
     """Everything that detections depend on: model, thresholds, runtime, annotations, images."""
     images = hashlib.sha256()
     for key, path in files.items():
@@ -196,7 +198,7 @@ def prediction_key(detector: Detector, model: str, truth: Truth, files: Mapping[
 
 def predict(
     detector: Detector,
-    truth: Truth,
+    truth: Annotations,
     files: Mapping[int, Path],
     kept: PredictionFile,
     batch: int,
@@ -249,6 +251,6 @@ def predict(
     return timings
 
 
-def _net_hw(truth: Truth, key: int, detector: Detector) -> tuple[int, int]:
+def _net_hw(truth: Annotations, key: int, detector: Detector) -> tuple[int, int]:
     size_hw = truth.images[key].size_hw
     return (0, 0) if size_hw is None or min(size_hw) < 1 else padded_size(size_hw, detector.sizing)

@@ -19,7 +19,6 @@ from tood_deploy.benchmark.evaluation.analysis import (
     MistakeFinder,
     Mistakes,
 )
-from tood_deploy.benchmark.evaluation.coco_metrics import AREAS, OVERLAPS, RECALLS, CocoMetrics
 from tood_deploy.benchmark.evaluation.evaluate import Evaluation
 from tood_deploy.benchmark.html_report import (
     SERIES,
@@ -40,6 +39,7 @@ from tood_deploy.benchmark.html_report import (
     write_json,
     write_markdown,
 )
+from tood_deploy.data.coco_metrics import AREAS, OVERLAPS, RECALLS, CocoMetrics
 from tood_deploy.data.images import decode_image
 
 SHOWN_OVERLAPS = (0.50, 0.60, 0.70, 0.75, 0.80, 0.90)
@@ -160,7 +160,7 @@ MEANINGS = {
     "APs": "objects under 32 x 32 pixels",
     "APm": "32 x 32 to 96 x 96 pixels",
     "APl": "over 96 x 96 pixels",
-    "AR1": "recall with 1 detection a image",
+    "AR1": "recall with 1 detection an image",
     "AR10": "recall with 10",
     "AR100": "recall with 100",
     "ARs": "recall of objects under 32 x 32",

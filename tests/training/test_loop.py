@@ -311,7 +311,7 @@ import cv2, torch
 torch.set_num_threads(1)
 cv2.setNumThreads(1)
 from tood_deploy.presets import Preset
-from tood_deploy.data.coco import read_annotations
+from tood_deploy.training.records import read_labelled_images
 from tood_deploy.training.data import Augment
 from tood_deploy.training.data import TrainingData
 from tood_deploy.training.loop import fit
@@ -321,7 +321,7 @@ from tood_deploy.training.config import Recipe
 import json, os
 preset, recipe, scenes, output = (json.loads(text) for text in sys.argv[1:])
 preset, recipe, scenes = Preset.from_dict(preset), Recipe.from_dict(recipe), Path(scenes)
-records = read_annotations(scenes / "annotations.json", scenes / "images").for_training()
+records = read_labelled_images(scenes / "annotations.json", scenes / "images").for_training()
 print("ready", flush=True)
 for line in sys.stdin:  # each line asks for one more life of the run
     child = os.fork()
