@@ -28,7 +28,7 @@ class Runtime:
 RUNTIMES = {  # the first that opens a suffix is its default
     "onnxruntime": Runtime("onnx_engine", "OnnxEngine", (".onnx",)),
     "openvino": Runtime("openvino_engine", "OpenVinoEngine", (".xml", ".onnx")),
-    "tensorrt": Runtime("tensorrt_engine", "TensorRTEngine", (".engine", ".plan")),
+    "tensorrt": Runtime("tensorrt.engine", "TensorRTEngine", (".engine", ".plan")),
 }
 ARTEFACT_SUFFIXES = tuple(
     dict.fromkeys(suffix for runtime in RUNTIMES.values() for suffix in runtime.suffixes)
