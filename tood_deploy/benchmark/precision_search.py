@@ -42,7 +42,7 @@ from tood_deploy.export.tensorrt.to_tensorrt import engine_from_onnx
 from tood_deploy.inference.detector import Detector
 from tood_deploy.manifest import METADATA_KEY
 from tood_deploy.onnx_file import OnnxArtefact
-from tood_deploy.reporter import progress_bar
+from tood_deploy.reporter import Reporter, progress_bar
 
 SCORE_THRESHOLD, IOU_THRESHOLD = 0.05, 0.6
 
@@ -108,16 +108,15 @@ class ApDrop:
 
     def _predict(self, detector: Detector, kept: PredictionFile) -> None:
         try:
-            with progress_bar("measuring AP", self.quiet) as progress:
-                predict(
-                    detector,
-                    self.data.truth,
-                    self.data.files,
-                    kept,
-                    1,
-                    quiet=True,
-                    progress=progress,
-                )
+            predict(
+                detector,
+                self.data.truth,
+                self.data.files,
+                kept,
+                1,
+                Reporter(self.quiet),
+                "measuring AP",
+            )
         except ArtefactError as error:  # which this raises for nothing else
             raise _NotNumbersError(str(error)) from error
 

@@ -15,6 +15,7 @@ from tood_deploy.detections import Detections
 from tood_deploy.engines import BatchDetections
 from tood_deploy.errors import ArtefactError, InputError
 from tood_deploy.inference.detector import Detector
+from tood_deploy.reporter import Reporter
 
 Pixels, Sizes = NDArray[np.uint8], NDArray[np.int32]
 Open = Callable[..., PredictionFile]
@@ -71,7 +72,7 @@ def test_every_image_is_detected_in(
 ) -> None:
     detector = detector_of(RedEngine())
     kept = kept_by(detector)
-    predict(detector, truth, list_image_files(truth, folder), kept, batch, quiet=True)
+    predict(detector, truth, list_image_files(truth, folder), kept, batch, Reporter.silent())
     results = kept.results([1, 2])
     assert results.image_ids.tolist() == [1, 2, 3, 4, 5, 6]
     assert results.boxes_xywh.tolist() == [[4 * i, 8, 16, 16] for i in range(1, 7)]
@@ -81,14 +82,14 @@ def test_an_interrupted_run_goes_on(truth: Annotations, folder: Path, kept_by: O
     files = list_image_files(truth, folder)
     interrupted = detector_of(RedEngine(fail_at_call=3))
     with pytest.raises(RuntimeError, match="the engine broke"):
-        predict(interrupted, truth, files, kept_by(interrupted), 1, quiet=True)
+        predict(interrupted, truth, files, kept_by(interrupted), 1, Reporter.silent())
     engine = RedEngine()
     kept = kept_by(detector_of(engine))
     assert len(kept) == 3
-    predict(detector_of(engine), truth, files, kept, 1, quiet=True)
+    predict(detector_of(engine), truth, files, kept, 1, Reporter.silent())
     assert len(engine.batches) == 3
     assert kept.results([1, 2]).image_ids.tolist() == [1, 2, 3, 4, 5, 6]
-    predict(detector_of(engine), truth, files, kept_by(detector_of(engine)), 1, quiet=True)
+    predict(detector_of(engine), truth, files, kept_by(detector_of(engine)), 1, Reporter.silent())
     assert len(engine.batches) == 3
 
 
@@ -123,7 +124,7 @@ def test_images_decoded_smaller_keep_their_size(tmp_path: Path) -> None:
     detector = detector_of(RedEngine(), fast_decode=True)
     key = prediction_key(detector, "red", truth, files)
     kept = PredictionFile(key.file_in(tmp_path), key)
-    predict(detector, truth, files, kept, 1, quiet=True)
+    predict(detector, truth, files, kept, 1, Reporter.silent())
     assert kept.sizes_hw == {1: (192, 256), 2: (192, 256)}
     np.testing.assert_allclose(kept.results([1, 2]).boxes_xywh, [[64, 8, 96, 96]] * 2, atol=8)
 
@@ -134,7 +135,7 @@ def test_values_that_are_no_numbers_name_the_image(
     detector = detector_of(BrokenEngine(2))
     kept = kept_by(detector)
     with pytest.raises(ArtefactError, match=r"NaN or infinite.*image .*3\.png\)"):
-        predict(detector, truth, list_image_files(truth, folder), kept, 1, quiet=True)
+        predict(detector, truth, list_image_files(truth, folder), kept, 1, Reporter.silent())
     assert list(kept.sizes_hw) == [1, 2]
 
 
@@ -145,7 +146,7 @@ def test_a_damaged_image_ends_the_run_after_the_others(
     detector = detector_of(RedEngine())
     kept = kept_by(detector)
     with pytest.raises(InputError, match=r"1 of 6 images cannot be read, the first: .*2\.png"):
-        predict(detector, truth, list_image_files(truth, folder), kept, 2, quiet=True)
+        predict(detector, truth, list_image_files(truth, folder), kept, 2, Reporter.silent())
     assert sorted(kept.sizes_hw) == [1, 3, 4, 5, 6]
 
 
@@ -169,7 +170,9 @@ def test_images_of_one_size_are_put_together(tmp_path: Path) -> None:
     files = list_image_files(truth, tmp_path / "mixed")
     detector = Detector(RedEngine(), imgsz=(48, 96), conf=0.05)
     key = prediction_key(detector, "red", truth, files)
-    predict(detector, truth, files, PredictionFile(key.file_in(tmp_path), key), 3, quiet=True)
+    predict(
+        detector, truth, files, PredictionFile(key.file_in(tmp_path), key), 3, Reporter.silent()
+    )
     assert isinstance(detector.engine, RedEngine)
     assert detector.engine.batches == [3, 3]
 
