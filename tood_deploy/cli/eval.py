@@ -1,11 +1,14 @@
-"""`tood-eval`: COCO AP of any model or results file, and a report on where it is wrong. Parses arguments, no more."""
+"""`tood-eval`: COCO AP of any model or results file, and a report on where it is wrong.
+
+Parses arguments, no more.
+"""
 
 import argparse
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tood_deploy.cli.common import (
     DONE,
@@ -32,9 +35,10 @@ MODEL_OPTIONS = tuple(  # without effect on a results file
 )
 
 EPILOG = """\
-The model's own evaluation is the default, as its training configuration has it; the published one is a score above 0.05, suppression
-at 0.6, 100 detections an image, 1000 candidates a level.
-Detections are kept in the output folder as they come: run the same command again after an interruption, and it goes on from there.
+The model's own evaluation is the default, as its training configuration has it; the published one
+is a score above 0.05, suppression at 0.6, 100 detections an image, 1000 candidates a level.
+Detections are kept in the output folder as they come: run the same command again after an
+interruption, and it goes on from there.
 """
 
 
@@ -73,7 +77,12 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="no progress, no notes, no result on stdout: the files alone",
     )
-    group = parser.add_argument_group("detection (not for results files)")
+    _add_detection_options(parser.add_argument_group("detection (not for results files)"))
+    add_model_options(parser)
+    return parser
+
+
+def _add_detection_options(group: Any) -> None:
     group.add_argument(
         "--conf",
         type=float,
@@ -82,7 +91,8 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--iou",
         type=float,
-        help="overlap above which the weaker of two boxes goes, 0 to 1 (default: the model's, 0.6 as published)",
+        help="overlap above which the weaker of two boxes goes, 0 to 1 "
+        "(default: the model's, 0.6 as published)",
     )
     group.add_argument(
         "--max-det",
@@ -112,8 +122,6 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="JSON object: category name, or null to leave out, by class name",
     )
-    add_model_options(parser)
-    return parser
 
 
 def eval_command(argv: Sequence[str] | None = None) -> int:
@@ -153,7 +161,8 @@ def check_options(args: argparse.Namespace) -> None:
     """Refuse what would be without effect.
 
     Raises:
-        ToodError: no annotations, options of detection beside a results file, or a model without images.
+        ToodError: no annotations, options of detection beside a results file, or a model without
+            images.
     """
     if args.annotations is None:
         raise ToodError(
@@ -164,11 +173,13 @@ def check_options(args: argparse.Namespace) -> None:
     ]
     if of_results(args) and given:
         raise ToodError(
-            f"{args.model}: a results file is scored as it is; leave {', '.join(given)} out, or give the model"
+            f"{args.model}: a results file is scored as it is; "
+            f"leave {', '.join(given)} out, or give the model"
         )
     if not of_results(args) and args.images is None:
         raise ToodError(
-            "--images is missing: a model needs the images; expected the folder that the annotations' file names start from"
+            "--images is missing: a model needs the images; "
+            "expected the folder that the annotations' file names start from"
         )
 
 

@@ -1,4 +1,7 @@
-"""Images, annotations and results in files: every reader and writer of them. Imports nothing heavy."""
+"""Images, annotations and results in files: every reader and writer of them.
+
+Imports nothing heavy.
+"""
 
 # To calibrate on: a warning is given of fewer than the first, of more than the second so many are
 # taken.

@@ -1,4 +1,8 @@
-"""Which category of the annotations each class of a model stands for: by equal names, or as a user's file maps them."""
+"""Which category of the annotations each class of a model stands for.
+
+Class names and annotations in, category ids out: by equal names, or as a user's file maps them.
+Knows no detections.
+"""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""COCO JSON: the one reader of annotation files, and their writer. Images and boxes in, checked arrays out.
+"""COCO JSON: the one reader of annotation files, and their writer.
 
-A file may be compressed (gzip) and begin with a byte-order mark; ids may be texts of digits;
-`area`, `iscrowd`, `width` and `height` may be absent or null. Entries that cannot be used are left
-out and counted; a file that is not COCO at all is an error. Knows no pixels: whether the images are
-there and what size they have is asked elsewhere.
+A file in, checked arrays out. It may be compressed (gzip) and begin with a byte-order mark; ids may
+be texts of digits; `area`, `iscrowd`, `width` and `height` may be absent or null. Entries that
+cannot be used are left out and counted; a file that is not COCO at all is an error. Knows no
+pixels: whether the images are there and what size they have is asked elsewhere.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Boxes:
         return self.pick(np.argsort(self.image_ids, kind="stable"))
 
     def span(self, first_id: int, last_id: int) -> slice:
-        """Return where the boxes of the images from `first_id` to `last_id`, both included, stand."""
+        """Return where the boxes of images `first_id` to `last_id`, both included, stand."""
         start, stop = np.searchsorted(self.image_ids, [first_id, last_id + 1])
         return slice(int(start), int(stop))
 
@@ -152,7 +152,9 @@ class Annotations:
 
 
 def read_annotations(path: Path) -> Annotations:
-    """Read COCO annotations. A box without `area` has width times height, one without `iscrowd` is no crowd.
+    """Read COCO annotations.
+
+    A box without `area` has width times height, one without `iscrowd` is no crowd.
 
     Raises:
         InputError: not such a file, nothing annotated, or nothing that can be used.
@@ -184,7 +186,9 @@ def read_annotations(path: Path) -> Annotations:
 
 
 def load_json(path: Path, expected: str) -> object:
-    """Return what a JSON file holds; one compressed by gzip is known by its first bytes, whatever its name.
+    """Return what a JSON file holds.
+
+    A file compressed by gzip is known by its first bytes, whatever its name.
 
     Args:
         path: of the file.
@@ -417,7 +421,9 @@ def _reason(error: Exception) -> str:
 def read_coco_ids(
     path: Path, names: Sequence[str], class_names: Sequence[str]
 ) -> tuple[dict[str, int], list[int]]:
-    """Return the ids that an annotation file gives to these images and classes; it need not have annotations.
+    """Return the ids that a COCO file gives to these images and classes.
+
+    A list of images suffices; nothing need be annotated.
 
     Args:
         path: COCO JSON with the lists images and categories.

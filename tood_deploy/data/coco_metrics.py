@@ -1,9 +1,10 @@
-"""COCO metrics by pycocotools, exactly: annotations and detections in; 12 numbers, AP by class, curves and matches out.
+"""COCO metrics by pycocotools, exactly: the only computation of AP.
 
-The only computation of AP, used by training, evaluation, parity and the precision search. Images
-are matched in chunks and only what the metrics need is kept, so memory grows by some hundred bytes
-a detection; accumulating is pycocotools's own, over all images in ascending order of their ids, so
-the numbers are those of one run. Knows no models and no images.
+Annotations and detections in; 12 numbers, AP by class, curves and matches out, for training,
+evaluation, parity and the precision search. Images are matched in chunks and only what the metrics
+need is kept, so memory grows by some hundred bytes a detection; accumulating is pycocotools's own,
+over all images in ascending order of their ids, so the numbers are those of one run. Knows no
+models and no images.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ CHUNK_IMAGES = 250
 
 @dataclass(frozen=True, eq=False)
 class Matches:
-    """What matched what, over all images and objects of all sizes; crowds and what lies on them are ignored.
+    """What matched what, over all images and objects of all sizes.
+
+    Crowds, and what lies on them are ignored.
 
     Attributes:
         rows: (D,) positions in the results; at most the 100 best of a class and image.
@@ -54,7 +57,9 @@ class Matches:
 
 @dataclass(frozen=True, eq=False)
 class CocoMetrics:
-    """How good detections are. Fractions 0 to 1; -1, as in pycocotools, where the truth has no such object.
+    """How good detections are.
+
+    Fractions 0 to 1; -1, as in pycocotools, where the truth has no such object.
 
     Attributes:
         numbers: the 12 of `NUMBERS`.
@@ -88,7 +93,7 @@ class CocoMetrics:
         return _mean(self._at(self.precision, overlap)[..., k, AREAS.index(area)])
 
     def recall_of(self, k: int) -> float:
-        """Return average recall of class number `k`, over all overlaps; -1 where it has no object."""
+        """Return average recall of class number `k`; -1 where it has no object."""
         return _mean(self.recall[:, k, 0])
 
     def ap_at(self, overlap: float | None = None, area: str = "all") -> float:
@@ -96,7 +101,12 @@ class CocoMetrics:
         return _mean(self._at(self.precision, overlap)[..., AREAS.index(area)])
 
     def curve(self, overlap: float | None = None, k: int | None = None) -> NDArray[np.float64]:
-        """Return (R,) precision at `RECALLS`, the mean over classes with objects, or of one; NaN where there is none."""
+        """Return (R,) precision at `RECALLS`; NaN where there are no objects.
+
+        Args:
+            overlap: one of `OVERLAPS`; None: the mean over all.
+            k: position in `class_names`; None: the mean over the classes with objects.
+        """
         chosen = self._at(self.precision, overlap)[..., 0]
         if k is not None:
             chosen = chosen[:, :, [k]]
@@ -164,7 +174,7 @@ def match(truth: Annotations, results: Results, overlap: float = 0.5) -> Matches
 
 
 class _Collected:
-    """Keeps of the matched images what is needed: entries by class and size for accumulating, and the matches."""
+    """Keeps what is needed of the matched images: entries to accumulate, and the matches."""
 
     def __init__(self, columns: int) -> None:
         self.columns: list[list[dict[str, Any] | None]] = [[] for _ in range(columns)]
@@ -217,7 +227,7 @@ class _Collected:
 
 
 def _compact(entry: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Return what `COCOeval.accumulate` reads of an image, class and size, in a tenth of the memory."""
+    """Return what `COCOeval.accumulate` reads of an entry, in a tenth of the memory."""
     if entry is None:
         return None
     values = {
@@ -230,7 +240,10 @@ def _compact(entry: dict[str, Any] | None) -> dict[str, Any] | None:
 def _match_chunks(
     truth: Annotations, results: Results, params: Params
 ) -> Iterator[tuple[Any, int, int]]:
-    """Match some images at a time; yield them with the positions at which their detections and objects begin."""
+    """Match some images at a time.
+
+    Yields the chunks, each with the positions at which their detections and objects begin.
+    """
     ids = list(truth.images)
     for first in range(0, len(ids), CHUNK_IMAGES):
         chunk_ids = ids[first : first + CHUNK_IMAGES]
@@ -265,7 +278,10 @@ def _coco(truth: Annotations, image_ids: Sequence[int], rows: list[dict[str, Any
 
 
 def _truth_rows(truth: Annotations, span: slice) -> list[dict[str, Any]]:
-    """Return annotations as pycocotools takes them, numbered from 1: an object with id 0 counts there as never matched."""
+    """Return annotations as pycocotools takes them.
+
+    They are numbered from 1: an object with id 0 would count as never matched.
+    """
     part = truth.boxes.pick(span)
     columns = (
         part.image_ids.tolist(),
@@ -350,7 +366,10 @@ class Scoring:
         return chosen.to_coco(image_id, [0 if key is None else key for key in self.category_ids])
 
     def metrics(self, rows: CocoRows) -> CocoMetrics | None:
-        """Return COCO metrics; None where a row holds what is not a number, which no metric can be computed of."""
+        """Return COCO metrics.
+
+        Return None where a row holds what is not a number: no metric can be computed of it.
+        """
         if not all(np.isfinite((*row["bbox"], row["score"])).all() for row in rows):
             return None
         return evaluate(self.truth, rows)

@@ -1,4 +1,8 @@
-"""The images of a benchmark, read one at a time: annotated ones, a folder's, or built-in synthetic ones."""
+"""The images of a benchmark, read one at a time, and images that need no files.
+
+A folder, annotations or nothing in; annotated images, a folder's, crops of a photograph or
+synthetic images out. Knows no detector.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +29,20 @@ from tood_deploy.preprocess import fit_size, pad_size
 BLOCK = 16
 RECTANGLES = 12
 CROP_HW = (384, 480)
-PHOTOGRAPH = Path(
-    "matplotlib/mpl-data/sample_data/grace_hopper.jpg"
-)  # an official portrait, in the public domain
+# An official portrait, in the public domain.
+PHOTOGRAPH = Path("matplotlib/mpl-data/sample_data/grace_hopper.jpg")
 
 
 def synthetic_image(height: int, width: int, seed: int) -> NDArray[np.uint8]:
-    """Draw coloured blocks, rectangles and grain: (height, width, 3) uint8 BGR, the same for the same seed."""
+    """Draw coloured blocks, rectangles and grain, the same for the same seed.
+
+    Args:
+        height, width: in pixels.
+        seed: of the random numbers.
+
+    Returns:
+        (height, width, 3) uint8 BGR.
+    """
     rng = np.random.default_rng(seed)
     blocks = rng.integers(64, 192, (-(-height // BLOCK), -(-width // BLOCK), 3))
     image = blocks.repeat(BLOCK, 0).repeat(BLOCK, 1)[:height, :width]
@@ -46,7 +57,10 @@ def synthetic_image(height: int, width: int, seed: int) -> NDArray[np.uint8]:
 
 
 def read_photograph() -> tuple[NDArray[np.uint8], str]:
-    """Read the photograph that matplotlib brings along, without importing it: (H, W, 3) uint8 BGR, and where it is from.
+    """Read the photograph that matplotlib brings along, without importing it.
+
+    Returns:
+        (H, W, 3) uint8 BGR, and where it is from.
 
     Raises:
         InputError: it is not there.
@@ -63,7 +77,7 @@ def read_photograph() -> tuple[NDArray[np.uint8], str]:
 
 
 def crop_size(image_hw: tuple[int, ...], imgsz: tuple[int, int]) -> tuple[int, int]:
-    """Return rows and columns of the widest part of an image that pre-processing brings to the padded size of `imgsz`.
+    """Return rows and columns of the widest part that is padded as an image of `imgsz` is.
 
     Args:
         image_hw: rows and columns of the image.
@@ -86,7 +100,16 @@ def crop_size(image_hw: tuple[int, ...], imgsz: tuple[int, int]) -> tuple[int, i
 def crop_evenly(
     image: NDArray[np.uint8], size_hw: tuple[int, int], number: int, count: int
 ) -> NDArray[np.uint8]:
-    """Return one of `count` parts of a size, spread evenly from the upper left to the lower right, every second one mirrored."""
+    """Return one of several parts, spread evenly from the upper left to the lower right.
+
+    Every second one is mirrored.
+
+    Args:
+        image: (H, W, 3) uint8.
+        size_hw: rows and columns of a part.
+        number: of the part, from 0.
+        count: of all parts.
+    """
     place = number / max(count - 1, 1)
     top, left = (
         int(place * (whole - part)) for whole, part in zip(image.shape[:2], size_hw, strict=True)
@@ -147,7 +170,7 @@ class ImageSet:
 def open_image_set(
     folder: Path | None, truth: Annotations | None, imgsz: tuple[int, int], limit: int | None = None
 ) -> ImageSet:
-    """The images to run on.
+    """Open the images to run on.
 
     Args:
         folder: of images; synthetic ones of `imgsz` where not given.
@@ -188,7 +211,7 @@ def _synthetic(imgsz: tuple[int, int], count: int) -> tuple[ImageEntry, ...]:
 
 
 def photograph_set(imgsz: tuple[int, int], count: int) -> ImageSet:
-    """Different parts of the photograph, every second one mirrored.
+    """Return different parts of the photograph, every second one mirrored.
 
     Pre-processing scales them to the padded size that an image of `imgsz` has, landscape.
 

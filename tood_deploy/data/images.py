@@ -1,7 +1,7 @@
-"""Image files in, 8-bit BGR images out, upright, whatever their depth, palette, colour space or orientation.
+"""Image files: which files of a folder are images, what their headers say, and their pixels.
 
-The only reader of image files: which files of a folder are images, what the headers say, and the
-pixels. OpenCV decodes. Knows no annotations, no videos and no models.
+The only reader of them. Files in; 8-bit BGR images out, upright, whatever their depth, palette,
+colour space or orientation. OpenCV decodes. Knows no annotations, no videos and no models.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def decode_image(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> NDArra
 def decode_to_fit(
     data: bytes, name: str, fit: ImageSize | None, max_pixels: int = MAX_PIXELS
 ) -> tuple[NDArray[np.uint8], tuple[int, int] | None]:
-    """Decode as `decode_image` does; a JPEG file smaller, where that is enough for what it will be scaled to.
+    """Decode as `decode_image` does, but a JPEG file no larger than it will be needed.
 
     At 1/2, 1/4 or 1/8 libjpeg-turbo leaves out what is not needed: a pixel is about the mean of 2 x
     2, 4 x 4 or 8 x 8 pixels of the file, the low frequencies of JPEG's blocks.
@@ -96,7 +96,7 @@ def read_image(path: Path) -> NDArray[np.uint8]:
 
 
 def read_image_of_size(path: Path, size_hw: tuple[int, int]) -> NDArray[np.uint8]:
-    """Read one image as stored, or turned upright by its EXIF data, whichever has the rows and columns that are expected.
+    """Read one image as stored, or turned upright by EXIF, whichever has the annotated size.
 
     Some annotation tools draw boxes on the image as stored, others on the upright one; the
     annotated size tells which.
@@ -109,7 +109,7 @@ def read_image_of_size(path: Path, size_hw: tuple[int, int]) -> NDArray[np.uint8
         (H, W, 3) uint8 BGR.
 
     Raises:
-        InputError: it cannot be read, or has neither way that size.
+        InputError: it cannot be read, or has that size in neither way.
     """
     data, name = _read_bytes(path), str(path)
     header_hw = _check_header(data, name, MAX_PIXELS)
@@ -151,7 +151,9 @@ def read_image_size(path: Path) -> tuple[int, int]:
 
 
 def reduction(image_hw: tuple[int, int], fit: ImageSize) -> int:
-    """Return by how much an image may be decoded smaller and not be smaller than scaled to fit: 1, 2, 4 or 8.
+    """Return by how many times smaller an image may be decoded: 1, 2, 4 or 8.
+
+    It is no smaller then than scaled to fit.
 
     Less where rows and columns would become equal that are not: nothing would tell then whether
     decoding has turned the image.
@@ -182,7 +184,9 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def _check_header(data: bytes, name: str, max_pixels: int) -> tuple[int, int]:
-    """Return rows and columns by the header alone, not turned; raise InputError where there are none, or too many pixels.
+    """Return rows and columns by the header alone, not turned.
+
+    Raise InputError where there are none, or too many pixels.
 
     OpenCV tells them only after decoding, when a decompression bomb has gone off.
     """
@@ -262,12 +266,13 @@ def find_image(folder: Path, file_name: str) -> Path | None:
 
 
 def missing_image_cure(folder: Path, file_name: str) -> str:
-    """Return what to do where `find_image` finds nothing: which folder to give, or which part of the names to take out."""
+    """Return what to do about an image that `find_image` does not find, for an error."""
     parts = Path(file_name.replace("\\", "/")).parts
     for start in range(1, len(parts)):
         if folder.joinpath(*parts[start:]).is_file():
             leading = file_name[: len("/".join(parts[:start])) + 1]
-            return f"{Path(*parts[start:])} is there: take {leading} out of the annotations' file names"
+            there = Path(*parts[start:])
+            return f"{there} is there: take {leading} out of the annotations' file names"
     return "give the folder that the annotations' file names start from"
 
 
@@ -308,7 +313,7 @@ def check_images(sets: Sequence[ImagesToCheck], seconds: float = CHECK_SECONDS) 
 
 
 def spread_evenly(count: int) -> list[int]:
-    """Return the numbers below `count` in an order whose every beginning is spread over all of them."""
+    """Return the numbers below `count`, in an order whose every beginning is spread evenly."""
     return sorted(range(count), key=lambda number: f"{number:032b}"[::-1])
 
 

@@ -1,4 +1,7 @@
-"""Detections of a whole data set: from a COCO results file or rows of one, and back. Knows no images and no metrics."""
+"""Detections of a whole data set: a COCO results file, or its rows, in; arrays out, and back.
+
+Knows no images and no metrics.
+"""
 
 from __future__ import annotations
 

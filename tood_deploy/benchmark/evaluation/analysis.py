@@ -1,9 +1,10 @@
-"""What metrics do not say: the best thresholds, what scores mean, and which images hold the mistakes.
+"""The best thresholds, what scores mean, and which images hold the mistakes.
 
-Annotations, detections and their matches in; cuts, calibration and mistakes out. A detection is right where it overlaps an
-object of its class by 0.5 or more (IoU). Lower suppression thresholds than the run's are tried by suppressing its detections
-once more: what a run at that threshold gives, but for the rare box that was suppressed by one that would itself be gone. The
-matching is pycocotools's. Knows no detector and writes nothing.
+Annotations, detections and their matches in; cuts, calibration and mistakes out. A detection is
+right where it overlaps an object of its class by 0.5 or more (IoU). Lower suppression thresholds
+than the run's are tried by suppressing its detections once more: what a run at that threshold
+gives, but for the rare box that was suppressed by one that would itself be gone. The matching is
+pycocotools's. Knows no detector and writes nothing.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ class Cut:
     """The best thresholds, and what they give.
 
     Attributes:
-        conf: keep detections above this score: halfway between the last one kept and the first one not.
+        conf: keep detections above this score: halfway between the last one kept and the first one
+            not.
         iou: suppression threshold; None for results whose own is unknown and best left as it is.
         f1, precision, recall: fractions.
     """
@@ -202,7 +204,8 @@ class Calibration:
     Attributes:
         counts: (N,) detections in each bin; crowds' are not counted.
         scores: (N,) mean score; NaN in empty bins.
-        right50, right75: (N,) share that overlaps an object by 0.50 and 0.75 (IoU); NaN in empty bins.
+        right50, right75: (N,) share that overlaps an object by 0.50 and 0.75 (IoU); NaN in empty
+            bins.
     """
 
     counts: NDArray[np.int64]
@@ -227,7 +230,7 @@ class Calibration:
 
 
 def calibrate(results: Results, matches: Matches) -> Calibration | None:
-    """Return the calibration of all classes; None where scores are no probabilities (outside 0 to 1)."""
+    """Return the calibration of all classes; None where scores are not between 0 and 1."""
     scores = results.scores[matches.rows]
     if len(scores) and (scores.min() < 0 or scores.max() > 1):
         return None
@@ -264,7 +267,7 @@ class Mistakes:
 
 
 class MistakeFinder:
-    """Finds mistakes at a score threshold for each category; right is what overlaps by 0.5 (IoU)."""
+    """Finds mistakes at a score threshold for each category; an overlap of 0.5 (IoU) is right."""
 
     def __init__(
         self, truth: Annotations, results: Results, matches: Matches, conf: Mapping[int, float]
@@ -313,7 +316,9 @@ class MistakeFinder:
     def draw(
         self, image_id: int, image_bgr: NDArray[np.uint8]
     ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-        """Draw the truth, red where missed, and beside it the detections, red where false; crowds are blue.
+        """Draw the truth, red where missed, and beside it the detections, red where false.
+
+        Crowds are blue.
 
         What is right has no label, so that mistakes stand out.
 

@@ -1,6 +1,9 @@
-"""One evaluation: annotations and a detector, or its results, in; metrics, thresholds and mistakes out.
+"""One evaluation.
 
-Keeps a detector's results in the output folder; the report is written elsewhere. Knows no command line.
+Annotations and a detector, or its results, in; metrics, thresholds and mistakes out.
+
+Keeps a detector's results in the output folder; the report is written elsewhere. Knows no command
+line.
 """
 
 from __future__ import annotations
@@ -192,12 +195,14 @@ def _own_notes(truth: Annotations, results: Results, metrics: CocoMetrics) -> li
         notes.append("There are no detections at all: every AP is 0.")
     elif metrics.numbers["AP"] == 0:
         notes.append(
-            "Not one detection is right: AP is 0. Are the categories, the image size and the colours those of the model?"
+            "Not one detection is right: AP is 0. Are the categories, "
+            "the image size and the colours those of the model?"
         )
     without = [name for name in metrics.class_names if name not in metrics.class_ap]
     if without:
         notes.append(
-            f"Classes without objects in the annotations have no AP and do not count in the mean: {', '.join(without)}."
+            "Classes without objects in the annotations have no AP and do not count in the mean: "
+            f"{', '.join(without)}."
         )
     return notes
 
@@ -274,8 +279,8 @@ def evaluate_model(
         batch: the most images of one engine call.
 
     Raises:
-        ToodError: classes and categories differ, images cannot be read, the folder cannot be written, or the model gives no
-            numbers.
+        ToodError: classes and categories differ, images cannot be read, the folder cannot be
+            written, or the model gives no numbers.
     """
     category_ids = map_categories(detector.class_names, data.truth, mapping)
     truth = data.truth.only({key for key in category_ids if key is not None})
@@ -283,7 +288,8 @@ def evaluate_model(
     kept = PredictionFile(key.file_in(folder), key)
     resumed = ""
     if len(kept):
-        resumed = f"{len(kept)} of {len(data.files)} images were done by an earlier run, kept in {kept.path}"
+        counts = f"{len(kept)} of {len(data.files)} images"
+        resumed = f"{counts} were done by an earlier run, kept in {kept.path}"
         reporter.info(resumed)
     timings = predict(detector, truth, data.files, kept, batch, reporter)
     if timings.frames:
@@ -306,7 +312,7 @@ def evaluate_model(
 
 
 def _announce_scoring(results: Results, reporter: Reporter) -> None:
-    """Tell of what takes long enough to wonder: pycocotools matches some thousand detections a second."""
+    """Announce what takes minutes: pycocotools matches some thousand detections a second."""
     if len(results) >= MANY_DETECTIONS:
         reporter.info(f"scoring {len(results)} detections, which may take minutes")
 

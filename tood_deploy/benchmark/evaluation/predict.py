@@ -1,4 +1,4 @@
-"""A detector run over annotated images: a line of a file for each image, so that an interrupted run goes on.
+"""A detector run over annotated images, of which an interrupted run loses little.
 
 A detector, annotations and image files in; detections in a file out. Knows no metrics.
 """
@@ -106,7 +106,7 @@ class PredictionFile:
         self._keep(json.loads(line))
 
     def results(self, category_ids: Sequence[int | None]) -> Results:
-        """Return all detections, ids of categories for class numbers; classes without one are left out."""
+        """Return all detections, with category ids for class numbers; None leaves a class out."""
         ids = np.array(
             [-1 if category is None else category for category in category_ids], np.int64
         )
@@ -194,11 +194,12 @@ def prediction_key(
         status = path.stat()
         images.update(f"{key} {path} {status.st_size} {status.st_mtime_ns}\n".encode())
     engine = detector.engine
+    runtime = f"{engine.name}, {engine.precision}, {engine.device}, tood_deploy {__version__}"
     return Key(
         {
             "model": artefact_sha256(Path(model)) if Path(model).is_file() else model,
             "manifest": hashlib.sha256(engine.manifest.to_json().encode()).hexdigest(),
-            "runtime": f"{engine.name}, {engine.precision}, {engine.device}, tood_deploy {__version__}",
+            "runtime": runtime,
             "conf": detector.conf,
             "iou": detector.iou,
             "max_det": detector.max_det,
@@ -223,7 +224,8 @@ def predict(
 
     Args:
         detector: to run.
-        truth: the annotations; the images are put in order of the sizes that they give, so that batches fill.
+        truth: the annotations; the images are put in order of the sizes that they give, so that
+            batches fill.
         files: of the images, by image id.
         kept: where detections go.
         batch: the most images of one engine call.
@@ -266,7 +268,7 @@ def predict(
 
 
 def _warn_of_problems(source: Source, warned: int, reporter: Reporter) -> int:
-    """Warn of the images that could not be read since the last call; return how many there are now."""
+    """Warn of unreadable images beyond the first `warned`; return how many there are now."""
     for problem in source.problems[warned:]:
         reporter.warn(problem)
     return len(source.problems)
