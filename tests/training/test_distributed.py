@@ -41,6 +41,7 @@ from tood_deploy.training.data import TrainingData
 from tood_deploy.training.distributed import process_group, rank
 from tood_deploy.training.evaluate import CocoEvaluator
 from tood_deploy.training.logger import Journal
+from tood_deploy.reporter import Reporter
 from tood_deploy.training.loop import fit
 from tood_deploy.training.config import RunOptions
 from tood_deploy.training.init import new_model
@@ -50,7 +51,7 @@ preset, recipe, scenes, output = Preset.from_dict(preset), Recipe.from_dict(reci
 with process_group("cpu") as device:
     annotations = read_labelled_images(scenes / "annotations.json", scenes / "images")
     data = TrainingData(annotations.for_training(), Augment(preset.imgsz), recipe.seed)
-    journal = Journal(None if rank() else output, quiet=True, every=1)
+    journal = Journal(None if rank() else output, Reporter.silent(), every=1)
     fit(new_model(preset, recipe.seed), data, recipe, RunOptions(output, device), journal=journal)
     found = CocoEvaluator(annotations, device, batch=3)(load_checkpoint(weights))
     (output / f"evaluation{rank()}.json").write_text(json.dumps(found.metrics))

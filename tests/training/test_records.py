@@ -1,15 +1,14 @@
 """Annotated images as training takes them: what is left out is counted, and the report names it."""
 
-import io
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 from tood_deploy.errors import InputError
+from tood_deploy.reporter import Reporter
 from tood_deploy.training.records import LabelledImages, read_labelled_images
 from tood_deploy.training.report import check_images, data_report
 
@@ -142,7 +141,10 @@ def test_a_missing_folder_is_an_error(scenes: Path, tmp_path: Path) -> None:
 
 
 def test_report_names_problems_and_counts(
-    scenes: Path, coco: tuple[dict[str, Any], Path], tmp_path: Path
+    scenes: Path,
+    coco: tuple[dict[str, Any], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     content, path = coco
     images = tmp_path / "images"
@@ -155,10 +157,9 @@ def test_report_names_problems_and_counts(
     content["annotations"][0]["iscrowd"] = 1
     path.write_text(json.dumps(content))
     labelled = read_labelled_images(path, images)
-    check_images(labelled)
-    console = Console(width=120, file=io.StringIO())
-    console.print(data_report(labelled, "training"))
-    text = console.file.getvalue()  # type: ignore[attr-defined]
+    check_images(labelled, Reporter.silent())
+    Reporter().table(data_report(labelled, "training"))
+    text = capsys.readouterr().out
     assert "1 x crowd box, left out (1)" in text
     assert "1 x image unreadable or of another size than annotated (00003.jpg)" in text
     counts = np.bincount(

@@ -1,7 +1,7 @@
 """AP of a network while it is trained: a network in, COCO metrics and a few drawn images out.
 
-The images are shared out among workers; every one counts once. Detects as a deployed model does; the metric is
-`data.coco_metrics`. Knows no losses and no checkpoints.
+The images are shared out among workers; every one counts once. Detects as a deployed model does;
+the metric is `data.coco_metrics`. Knows no losses and no checkpoints.
 """
 
 from __future__ import annotations
@@ -40,8 +40,10 @@ class Evaluation:
     """How good a network is.
 
     Attributes:
-        metrics: `METRICS`, 0 to 1; NaN where there is no such object; empty on all workers but the main one.
-        precision: (T, 101) precision at recalls 0 to 1, the mean over classes, at overlaps of 0.50 to 0.95.
+        metrics: `METRICS`, 0 to 1; NaN where there is no such object; empty on all workers but the
+            main one.
+        precision: (T, 101) precision at recalls 0 to 1, the mean over classes, at overlaps of 0.50
+            to 0.95.
         class_ap: AP of every class; NaN where it has no object.
         images: a few with detections drawn on them, (H, W, 3) uint8 RGB.
         unreadable: images that could not be read, and count as without detections.
@@ -150,7 +152,8 @@ class CocoEvaluator:
         with torch.autocast(self.device.type, self.precision, enabled=self.precision is not None):
             output = detector(images, valid_hw, SCORE_THRESHOLD, IOU_THRESHOLD).detections
         counts, boxes, scores, labels = (part.cpu().numpy() for part in output)
-        # A box that overflowed in half precision covers nothing: it counts as false, and the run goes on.
+        # A box that overflowed in half precision covers nothing: it counts as false, and the run
+        # goes on.
         boxes = np.nan_to_num(boxes, nan=0.0, posinf=0.0, neginf=0.0)
         return [
             Detections(

@@ -1,7 +1,8 @@
-"""Annotated images as training takes them: annotations and a folder in, images with clipped boxes and class numbers out.
+"""Annotated images as training takes them.
 
-What cannot be learnt from (crowds, boxes outside their image, images that are not there) is left out and counted. Knows no
-torch and no augmentation.
+Annotations and a folder in; images with clipped boxes and class numbers out. What cannot be learnt
+from (crowds, boxes outside their image, images that are not there) is left out and counted. Knows
+no torch and no augmentation.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class LabelledImages:
         return self.annotations.path
 
     def for_training(self) -> list[Record]:
-        """Return the images one can learn from: with boxes, and not tiny; the others are counted as problems.
+        """Return the images to learn from: with boxes, and not tiny; the others are problems.
 
         Raises:
             InputError: there are none.
@@ -104,7 +105,8 @@ def read_labelled_images(
     Args:
         path: the annotations.
         folder: that their file names are relative to.
-        class_names: order of classes, by their names in the file; the file's own order where not given.
+        class_names: order of classes, by their names in the file; the file's own order where not
+            given.
 
     Raises:
         InputError: not COCO, a class is missing, or the folder or all of its images are not there.
@@ -201,7 +203,7 @@ def _usable_boxes(
     category_ids: tuple[int, ...],
     problems: Problems,
 ) -> tuple[AnnotatedBoxes, NDArray[np.float64]]:
-    """Return the boxes that can be learnt from, and these (N, 4) xyxy in pixels, clipped to their images.
+    """Return the boxes to learn from, and these (N, 4) xyxy in pixels, clipped to their images.
 
     Args:
         boxes: of all images.

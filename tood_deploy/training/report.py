@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Group, RenderableType
-from rich.progress import track
 from rich.table import Table
 
+from tood_deploy.reporter import Reporter
 from tood_deploy.training.records import MIN_IMAGE_SIDE, LabelledImages, read_image
 
 SIDES = (0, 8, 16, 32, 64, 96, 128, 256, 512)  # pixels: square root of a box's area
@@ -25,9 +25,9 @@ SHOWN_OVERLAPS = (0, 5, 9)  # positions among 0.50, 0.55, ... 0.95
 BAR = 30  # characters of the longest
 
 
-def check_images(labelled: LabelledImages, progress: bool = False) -> None:
+def check_images(labelled: LabelledImages, reporter: Reporter) -> None:
     """Decode every image; those that fail join the problems."""
-    for record in track(labelled.records, "reading images", disable=not progress):
+    for record in reporter.track(labelled.records, "reading images"):
         if read_image(record) is None:
             labelled.problems.add(
                 "image unreadable or of another size than annotated", record.path.name
