@@ -25,5 +25,9 @@ def pytest_runtest_makereport(
         if first != item.nodeid:
             report.outcome = "skipped"
             # Of one place, so that the summary counts them in one line.
-            report.longrepr = (str(Path(__file__)), 1, f"a fixture failed, see the error of {first}")
+            report.longrepr = (
+                str(Path(__file__)),
+                1,
+                f"a fixture failed, see the error of {first}",
+            )
     return report

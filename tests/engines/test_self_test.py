@@ -1,9 +1,11 @@
-"""The golden self-test: what passes, what does not, and that a pass is remembered for exactly these circumstances."""
+"""The stored image must give the stored answer; the stored answer survives JSON."""
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,12 +18,15 @@ from tood_deploy.engines.self_test import (
     MAX_DETECTIONS,
     MIN_DETECTIONS,
     Golden,
+    GoldenCase,
     check_self_test,
     self_test_from,
     tolerance_of,
 )
 from tood_deploy.errors import ArtefactError
 from tood_deploy.manifest import Manifest, manifest_path, read_manifest
+from tood_deploy.manifest_sections import SelfTest, SelfTestCase
+from tood_deploy.matching import NetDetections
 from tood_deploy.model import FusedDetector, load_checkpoint
 from tood_deploy.parity.reference import TorchRunner
 from tood_deploy.parity.tolerances import LOW_PRECISION, SAME_FLOAT32, SAME_INT8, SAME_TF32
@@ -324,3 +329,63 @@ class TestOpening:
     def test_unless_asked_not_to_look(self, broken: Path, fresh_home: Path) -> None:
         open_engine(broken, threads=1, self_test=False).close()
         assert not fresh_home.exists()
+
+
+RNG = np.random.default_rng(7)
+
+
+@pytest.fixture
+def golden() -> Golden:
+    rows = NetDetections(
+        RNG.random((3, 4), np.float32) * 100,
+        RNG.random(3, np.float32),
+        np.array([0, 5, 79], np.int32),
+    )
+    nothing = NetDetections(
+        np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int32)
+    )
+    image = RNG.integers(0, 256, (21, 33, 3)).astype(np.uint8)
+    return Golden(
+        image,
+        0.6,
+        "PyTorch",
+        (GoldenCase((32, 64), 0.25, rows), GoldenCase((64, 64), 0.0, nothing)),
+    )
+
+
+def test_json_keeps_every_bit(golden: Golden) -> None:
+    stored = SelfTest.from_dict(json.loads(json.dumps(golden.for_manifest().to_dict())))
+    again = Golden.from_manifest(stored, "a.onnx")
+    assert np.array_equal(again.image, golden.image)
+    assert (again.iou_threshold, again.reference) == (0.6, "PyTorch")
+    for old, new in zip(golden.cases, again.cases, strict=True):
+        assert (old.net_hw, old.score_threshold) == (new.net_hw, new.score_threshold)
+        for name in ("boxes", "scores", "labels"):
+            before, after = getattr(old.expected, name), getattr(new.expected, name)
+            assert before.dtype == after.dtype
+            assert np.array_equal(before, after)
+
+
+def test_the_image_lies_in_every_slot(golden: Golden) -> None:
+    images, valid_hw = golden.inputs((64, 96), batch=3)
+    assert images.shape == (3, 64, 96, 3)
+    assert valid_hw.tolist() == [[21, 33]] * 3
+    for image in images:
+        assert np.array_equal(image[:21, :33], golden.image)
+        assert image.sum() == golden.image.sum(dtype=int)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"image_png": "?"},
+        {"image_png": "aGFsbG8="},
+        {"cases": (SelfTestCase((32, 64), 0.0, ((1.0, 2.0),), (1.0,), (1,)),)},
+    ],
+)
+def test_damage_is_one_clear_line(damage: dict[str, Any], golden: Golden) -> None:
+    with pytest.raises(
+        ArtefactError,
+        match=r"a\.onnx: the self-test in its manifest is damaged.*export the model again",
+    ):
+        Golden.from_manifest(replace(golden.for_manifest(), **damage), "a.onnx")

@@ -1,4 +1,4 @@
-"""What a run says on stderr."""
+"""What a run prints on stderr."""
 
 from pathlib import Path
 from typing import Any
