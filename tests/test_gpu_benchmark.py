@@ -20,13 +20,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # the benchmarks are no part of the package
 
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import static_detector, torch_ways, ways
+from benchmarks.gpu import static_detector, torch_variants, variants
 from benchmarks.gpu.facts import network_gflop
 from benchmarks.gpu.failures import note_of, status_of
 from benchmarks.gpu.parity import Reference, verdict
 from benchmarks.gpu.settings import PRECISIONS, Cell, Settings, cells
-from benchmarks.gpu.static_detector import EagerDetector, StaticDetector, lower_network, unpack
-from benchmarks.gpu.torch_ways import Recorded, TorchWay
+from benchmarks.gpu.static_detector import EagerDetector, StaticDetector, convert_network, unpack
+from benchmarks.gpu.torch_variants import Recorded, TorchVariant
 from tood_deploy.data.image_set import synthetic_image
 from tood_deploy.errors import ArtefactError, DeviceError, ToodError
 from tood_deploy.model import build_model, load_checkpoint
@@ -141,7 +141,7 @@ class TestFlow:
         for how in ("exact loop", "unrolled"):
             assert rows[how, 2]["times_ms"][0]
             assert rows[how, 2]["images_that_differ"] == 0
-        assert rows["torchvision, a image at a time", 1]["status"] in ("ok", "absent")
+        assert rows["torchvision, an image at a time", 1]["status"] in ("ok", "absent")
 
     def test_markdown(self, report: dict[str, Any]) -> None:
         text = report["text"]
@@ -180,7 +180,7 @@ class TestFailures:
         def fail(*_: Any) -> None:
             raise RuntimeError("broken\nin two lines")
 
-        monkeypatch.setattr(ways, "open_onnx", fail)
+        monkeypatch.setattr(variants, "open_onnx", fail)
         assert run(tmp_path / "gpu", "--precisions", "fp32") == 1
         report = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
         assert (row_of(report, "CPU", "fp32")["status"], row_of(report, "CPU", "fp32")["note"]) == (
@@ -199,8 +199,8 @@ class TestFailures:
     ) -> None:
         original = static_detector.pack
 
-        def shifted(found: Any, exact: torch.Tensor) -> torch.Tensor:
-            return original(found._replace(boxes_net=found.boxes_net + 8), exact)
+        def shifted(result: Any, exact: torch.Tensor) -> torch.Tensor:
+            return original(result._replace(boxes_net=result.boxes_net + 8), exact)
 
         monkeypatch.setattr(static_detector, "pack", shifted)
         assert (
@@ -265,8 +265,8 @@ class TestStaticDetector:
         self, model: Tood, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         images, valid_hw, conf, iou = (tensor.numpy() for tensor in self.inputs())
-        way = TorchWay(model, "static", "fp32", Cell(SIZE_HW, 2), "cpu")
-        expected = way.infer(images, valid_hw, float(conf), float(iou))
+        variant = TorchVariant(model, "static", "fp32", Cell(SIZE_HW, 2), "cpu")
+        expected = variant.infer(images, valid_hw, float(conf), float(iou))
         original = static_detector.suppress_unrolled
 
         def unsettled(*arguments: Any) -> Any:
@@ -276,8 +276,8 @@ class TestStaticDetector:
             )
 
         monkeypatch.setattr(static_detector, "suppress_unrolled", unsettled)
-        found = way.infer(images, valid_hw, float(conf), float(iou))
-        assert way.repeated == 1
+        found = variant.infer(images, valid_hw, float(conf), float(iou))
+        assert variant.repeated == 1
         np.testing.assert_array_equal(found.boxes_net, expected.boxes_net)
         np.testing.assert_array_equal(found.num_dets, expected.num_dets)
 
@@ -289,10 +289,10 @@ class TestStaticDetector:
         assert not any(parameter.is_meta for parameter in model.parameters())
 
     def test_half_precision_keeps_what_it_must(self, model: Tood) -> None:
-        lowered: Any = lower_network(model, torch.bfloat16)
-        for layer in (lowered.backbone.conv1, lowered.bbox_head.inter_convs[0].gn):
+        converted: Any = convert_network(model, torch.bfloat16)
+        for layer in (converted.backbone.conv1, converted.bbox_head.inter_convs[0].gn):
             assert layer.weight.dtype == torch.bfloat16
-        for kept in (lowered.backbone.bn1.running_var, lowered.bbox_head.scales[0].scale):
+        for kept in (converted.backbone.bn1.running_var, converted.bbox_head.scales[0].scale):
             assert kept.dtype == torch.float32
         assert model.backbone.conv1.weight.dtype == torch.float32
 
@@ -300,7 +300,7 @@ class TestStaticDetector:
         with torch.device("meta"):
             model = build_model(PRESETS["r101-dcn-2x"])
         with pytest.raises(ToodError, match="deformable"):
-            lower_network(model, torch.float16)
+            convert_network(model, torch.float16)
 
     @pytest.mark.slow
     @torch.no_grad()
@@ -317,7 +317,7 @@ def test_replay_with_a_stand_in_for_cuda_graphs(monkeypatch: pytest.MonkeyPatch)
 
     class Graph:
         def replay(self) -> None:
-            recorded.found.copy_(double(*recorded.inputs))
+            recorded.outputs.copy_(double(*recorded.inputs))
 
     class Block:
         def __init__(self, *_: Any) -> None: ...
@@ -335,7 +335,7 @@ def test_replay_with_a_stand_in_for_cuda_graphs(monkeypatch: pytest.MonkeyPatch)
         "current_stream": Block,
         "CUDAGraph": Graph,
     }.items():
-        monkeypatch.setattr(torch_ways.torch.cuda, name, fake)
+        monkeypatch.setattr(torch_variants.torch.cuda, name, fake)
     calls = []
 
     def double(value: torch.Tensor) -> torch.Tensor:
@@ -344,14 +344,14 @@ def test_replay_with_a_stand_in_for_cuda_graphs(monkeypatch: pytest.MonkeyPatch)
 
     given = torch.tensor([1.0])
     recorded = Recorded(double, (given,))
-    assert len(calls) == torch_ways.WARM_UPS + 1
+    assert len(calls) == torch_variants.WARM_UPS + 1
     assert recorded(torch.tensor([5.0])).item() == 10
     assert given.item() == 1, "the caller's tensor stays as it is"
     assert recorded(*recorded.inputs).item() == 10
 
 
 def test_parity_tells_damage_and_slots(model: Tood) -> None:
-    class Shifted(TorchWay):
+    class Shifted(TorchVariant):
         shift = np.zeros((2, 1, 1), np.float32)
 
         def _run(
@@ -360,13 +360,13 @@ def test_parity_tells_damage_and_slots(model: Tood) -> None:
             found = super()._run(images, valid_hw, score_threshold, iou_threshold)
             return replace(found, boxes_net=found.boxes_net + self.shift)
 
-    way = Shifted(model, "eager", "fp32", Cell(SIZE_HW, 2), "cpu")
+    variant = Shifted(model, "eager", "fp32", Cell(SIZE_HW, 2), "cpu")
     reference = Reference(model, [synthetic_image(*SIZE_HW, 0)], SIZE_HW)
-    assert verdict(reference.compare(way, 2, "fp32")) == ""
-    way.shift = np.array([0, 9], np.float32).reshape(2, 1, 1)
-    assert "depend on the batch slot" in verdict(reference.compare(way, 2, "fp32"))
-    way.shift = np.full((2, 1, 1), 9, np.float32)
-    assert "outside the tolerance" in verdict(reference.compare(way, 2, "fp32"))
+    assert verdict(reference.compare(variant, 2, "fp32")) == ""
+    variant.shift = np.array([0, 9], np.float32).reshape(2, 1, 1)
+    assert "depend on the batch slot" in verdict(reference.compare(variant, 2, "fp32"))
+    variant.shift = np.full((2, 1, 1), 9, np.float32)
+    assert "outside the tolerance" in verdict(reference.compare(variant, 2, "fp32"))
 
 
 def test_floor_counts_the_networks_arithmetic() -> None:

@@ -1,4 +1,7 @@
-"""How far each way is from PyTorch in float32 on the CPU, on the same padded images."""
+"""Compare every variant with PyTorch in float32 on the CPU, on the same padded images.
+
+Images and open engines in, plain numbers out.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from tood_deploy.matching import Match, Rows, batch_rows, match_detections, matc
 from tood_deploy.model.tood import FusedDetector, Tood
 from tood_deploy.parity.tolerances import DETECTION_LIMITS
 
-EXCHANGES = 2  # detections of a image that a decision on the very edge of a threshold may exchange
+EXCHANGES = 2  # detections of an image that decisions on the very edge of a threshold may exchange
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,8 @@ class Tolerances:
         scores: of a pair.
         boxes_px: of a pair's coordinates; None where boxes match that overlap by `iou`.
         iou: see there.
-        exchanged_share: share of a image's detections that may be exchanged, if that is more than `EXCHANGES`.
+        exchanged_share: share of an image's detections that may be exchanged, where that is more
+            than `EXCHANGES`.
     """
 
     scores: float
@@ -37,7 +41,7 @@ class Tolerances:
     exchanged_share: float
 
     def match(self, reference: Rows, found: Rows) -> Match:
-        """The detections of both that agree."""
+        """Return how many detections of both agree."""
         if self.boxes_px is not None:
             return match_detections(reference, found, self.scores, self.boxes_px)
         pairs, _ = match_overlapping(reference, found, self.scores, self.iou)
@@ -47,11 +51,11 @@ class Tolerances:
         return Match(len(reference), len(pairs), len(found) - len(pairs), *deviations)
 
     def allowed_exchanges(self, match: Match) -> float:
-        """How many detections of a image may be exchanged."""
+        """Return how many detections of an image may be exchanged."""
         return max(EXCHANGES, self.exchanged_share * match.reference)
 
 
-# On a GPU float32 is summed up in other orders, by other algorithms of convolution, than on the CPU.
+# On a GPU float32 is summed up in other orders, by other convolution algorithms, than on the CPU.
 GPU_FP32 = Tolerances(1e-3, 0.5, 0.0, 0.02)
 
 
@@ -64,7 +68,7 @@ def tolerances_of(precision: str) -> Tolerances:
 
 
 class Reference:
-    """The network in PyTorch, float32, on the CPU, and what it finds."""
+    """The network in PyTorch, float32, on the CPU, and its detections."""
 
     def __init__(
         self, model: Tood, images: Sequence[NDArray[np.uint8]], size_hw: tuple[int, int]
@@ -74,29 +78,35 @@ class Reference:
         self._expected: list[Rows] | None = None
 
     def compare(self, engine: Engine, batch: int, precision: str) -> dict[str, Any]:
-        """Runs every image through an engine, in all slots of a batch.
+        """Run every image through an engine, in all slots of a batch, and compare detections.
+
+        Args:
+            engine: open.
+            batch: images of a call.
+            precision: of the engine, which the tolerances depend on.
 
         Returns:
-            The correspondence of the detections, what was allowed, the images on which it was not kept, and slots that differ.
+            The counts of matched detections, the tolerances, the images outside them, and the
+            images whose first and last slot differ.
         """
         prepared = self._prepare(engine)
         if self._expected is None:
-            self._expected = [self._run(each) for each in prepared]
+            self._expected = [self._run(image) for image in prepared]
         tolerances = tolerances_of(precision)
         total, worst, outside, slots = Match(), 0, 0, 0
-        for each, expected in zip(prepared, self._expected, strict=True):
-            first, last = _ends(_infer(engine, each, batch))
+        for image, expected in zip(prepared, self._expected, strict=True):
+            first, last = _ends(_infer(engine, image, batch))
             match = tolerances.match(expected, first)
             total, worst = total + match, max(worst, match.exchanged)
             outside += match.exchanged > tolerances.allowed_exchanges(match)
             slots += _differ(first, last, tolerances)
-        found = {
+        return asdict(total) | {
             "images": len(prepared),
             "images_outside": outside,
             "worst_exchanges": worst,
             "slots_that_differ": slots,
+            "tolerances": asdict(tolerances),
         }
-        return asdict(total) | found | {"tolerances": asdict(tolerances)}
 
     def _prepare(self, engine: Engine) -> list[Prepared]:
         detector = Detector(engine, imgsz=self.size_hw)
@@ -112,6 +122,7 @@ class Reference:
 
 
 def _infer(engine: Engine, prepared: Prepared, batch: int) -> BatchDetections:
+    """Run one image in all slots of a batch."""
     images = prepared.image[None].repeat(batch, 0)
     return engine.infer(
         images, np.array([prepared.transform.resized_hw], np.int32).repeat(batch, 0), CONF, IOU
@@ -129,11 +140,9 @@ def _differ(first: Rows, last: Rows, tolerances: Tolerances) -> bool:
 
 
 def verdict(parity: dict[str, Any]) -> str:
-    """Why a comparison fails; "" where it does not."""
-    if parity.get("images_outside"):
-        return (
-            f"parity: {parity['images_outside']} of {parity['images']} images outside the tolerance"
-        )
-    if parity.get("slots_that_differ"):
-        return f"parity: {parity['slots_that_differ']} of {parity['images']} images depend on the batch slot"
+    """Return why a comparison fails; "" where it does not."""
+    if outside := parity.get("images_outside"):
+        return f"parity: {outside} of {parity['images']} images outside the tolerance"
+    if differing := parity.get("slots_that_differ"):
+        return f"parity: {differing} of {parity['images']} images depend on the batch slot"
     return ""
