@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -159,7 +160,7 @@ def time_stream(detector: Detector, clip: Path, frames: int) -> float:
 
 
 def peak_memory(
-    artefact: Path, options: dict[str, object], result: "multiprocessing.Queue[float]"
+    artefact: Path, options: dict[str, Any], result: "multiprocessing.Queue[float]"
 ) -> None:
     """Open the artefact in this process, run three images, and put its highest resident size.
 

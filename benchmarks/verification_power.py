@@ -4,8 +4,8 @@
 
 Every structure is exported once, without folding, and its graph filled with the weights of every
 random network, so that ONNX Runtime computes each of them by itself. A sound network that is
-refused is a false alarm; a fault counts as caught if any size refuses it. The sizes are smaller than
-an export's, which leaves less to see a fault by, and takes minutes in place of an hour.
+refused is a false alarm; a fault counts as caught if any size refuses it. The sizes are smaller
+than an export's, which leaves less to see a fault by, and takes minutes in place of an hour.
 """
 
 from __future__ import annotations

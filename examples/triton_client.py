@@ -52,10 +52,9 @@ def read_model(client: Any, name: str) -> ServedModel:
     """Ask the server for a model's configuration."""
     config = client.get_model_config(name).config
     parameters = {key: value.string_value for key, value in config.parameters.items()}
-    sizing = {
-        key: tuple(value) if isinstance(value, list) else value
-        for key, value in json.loads(parameters["sizing"]).items()
-    }
+    sizing: dict[str, Any] = json.loads(parameters["sizing"])
+    for key, value in sizing.items():
+        sizing[key] = tuple(value) if isinstance(value, list) else value
     return ServedModel(name, Sizing(**sizing), tuple(json.loads(parameters["class_names"])))
 
 
