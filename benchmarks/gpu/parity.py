@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from benchmarks.gpu.settings import CONF, IOU
 from tood_deploy.engines.base import BatchDetections, Engine
 from tood_deploy.inference.detector import Detector, Prepared
-from tood_deploy.matching import Match, Rows, batch_rows, match_detections, match_overlapping
+from tood_deploy.matching import MatchCounts, NetDetections, match_boxes, split_batch
 from tood_deploy.model.tood import FusedDetector, Tood
 from tood_deploy.parity.tolerances import DETECTION_LIMITS
 
@@ -40,17 +40,17 @@ class Tolerances:
     iou: float
     exchanged_share: float
 
-    def match(self, reference: Rows, found: Rows) -> Match:
+    def match(self, reference: NetDetections, other: NetDetections) -> MatchCounts:
         """Return how many detections of both agree."""
-        if self.boxes_px is not None:
-            return match_detections(reference, found, self.scores, self.boxes_px)
-        pairs, _ = match_overlapping(reference, found, self.scores, self.iou)
-        scores = np.abs(reference.scores[pairs[:, 0]] - found.scores[pairs[:, 1]])
-        boxes = np.abs(reference.boxes[pairs[:, 0]] - found.boxes[pairs[:, 1]])
-        deviations = float(scores.max(initial=0)), float(boxes.max(initial=0))
-        return Match(len(reference), len(pairs), len(found) - len(pairs), *deviations)
+        return match_boxes(
+            reference,
+            other,
+            min_iou=self.iou,
+            max_score_difference=self.scores,
+            max_box_difference_px=np.inf if self.boxes_px is None else self.boxes_px,
+        ).counts
 
-    def allowed_exchanges(self, match: Match) -> float:
+    def allowed_exchanges(self, match: MatchCounts) -> float:
         """Return how many detections of an image may be exchanged."""
         return max(EXCHANGES, self.exchanged_share * match.reference)
 
@@ -75,7 +75,7 @@ class Reference:
     ) -> None:
         self.detector, self.size_hw = FusedDetector(model).eval(), size_hw
         self.images = images
-        self._expected: list[Rows] | None = None
+        self._expected: list[NetDetections] | None = None
 
     def compare(self, engine: Engine, batch: int, precision: str) -> dict[str, Any]:
         """Run every image through an engine, in all slots of a batch, and compare detections.
@@ -93,7 +93,7 @@ class Reference:
         if self._expected is None:
             self._expected = [self._run(image) for image in prepared]
         tolerances = tolerances_of(precision)
-        total, worst, outside, slots = Match(), 0, 0, 0
+        total, worst, outside, slots = MatchCounts(), 0, 0, 0
         for image, expected in zip(prepared, self._expected, strict=True):
             first, last = _ends(_infer(engine, image, batch))
             match = tolerances.match(expected, first)
@@ -113,28 +113,27 @@ class Reference:
         return [detector.prepare(image) for image in self.images]
 
     @torch.no_grad()
-    def _run(self, prepared: Prepared) -> Rows:
+    def _run(self, prepared: Prepared) -> NetDetections:
         valid_hw = torch.tensor([prepared.transform.resized_hw], dtype=torch.int32)
-        found = self.detector(
-            torch.from_numpy(prepared.image)[None], valid_hw, CONF, IOU
-        ).detections
-        return batch_rows([tensor.numpy() for tensor in found])[0]
+        images = torch.from_numpy(prepared.image)[None]
+        detections = self.detector(images, valid_hw, CONF, IOU).detections
+        return split_batch([tensor.numpy() for tensor in detections])[0]
 
 
 def _infer(engine: Engine, prepared: Prepared, batch: int) -> BatchDetections:
-    """Run one image in all slots of a batch."""
+    """Run one image in all `batch` slots of an engine."""
     images = prepared.image[None].repeat(batch, 0)
-    return engine.infer(
-        images, np.array([prepared.transform.resized_hw], np.int32).repeat(batch, 0), CONF, IOU
-    )
+    valid_hw = np.array([prepared.transform.resized_hw], np.int32).repeat(batch, 0)
+    return engine.infer(images, valid_hw, CONF, IOU)
 
 
-def _ends(found: BatchDetections) -> tuple[Rows, Rows]:
-    rows = batch_rows((found.num_dets, found.boxes_net, found.scores, found.labels))
-    return rows[0], rows[-1]
+def _ends(batch: BatchDetections) -> tuple[NetDetections, NetDetections]:
+    """Return the detections in the first and in the last slot."""
+    images = split_batch((batch.num_dets, batch.boxes_net, batch.scores, batch.labels))
+    return images[0], images[-1]
 
 
-def _differ(first: Rows, last: Rows, tolerances: Tolerances) -> bool:
+def _differ(first: NetDetections, last: NetDetections, tolerances: Tolerances) -> bool:
     match = tolerances.match(first, last)
     return match.exchanged > tolerances.allowed_exchanges(match)
 

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from tood_deploy.engines.base import BatchDetections, Engine
-from tood_deploy.manifest import INPUTS, OUTPUTS
+from tood_deploy.graph_io import INPUTS, OUTPUTS
 
 Call = Callable[[], BatchDetections]
 

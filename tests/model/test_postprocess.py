@@ -12,7 +12,7 @@ import torch
 from model.crowds import crowd
 from numpy.typing import NDArray
 
-from tood_deploy.matching import Rows, match_detections
+from tood_deploy.matching import NetDetections, match_boxes
 from tood_deploy.model import FusedDetector, HeadOutput
 from tood_deploy.model.postprocess import (
     MAX_CANDIDATES,
@@ -122,10 +122,10 @@ def test_unrolled_suppression_gives_the_same_detections() -> None:
     assert all(torch.equal(first, second) for first, second in pairs)
 
 
-def rows_of(result: BatchResult, boxes: NDArray[np.float32]) -> Rows:
+def rows_of(result: BatchResult, boxes: NDArray[np.float32]) -> NetDetections:
     """Return the first image's detections with boxes in its own pixels."""
     count = int(result.num_dets[0])
-    return Rows(boxes, result.scores[0, :count].numpy(), result.labels[0, :count].numpy())
+    return NetDetections(boxes, result.scores[0, :count].numpy(), result.labels[0, :count].numpy())
 
 
 def net_boxes(result: BatchResult) -> NDArray[np.float32]:
@@ -139,15 +139,17 @@ def read_demo(shared: Path) -> NDArray[np.uint8]:
 
 
 def assert_equals_golden(
-    golden: dict[str, NDArray[Any]], kind: str, rows: Rows, exchanges: int = 1
+    golden: dict[str, NDArray[Any]], kind: str, rows: NetDetections, exchanges: int = 1
 ) -> None:
     """Every detection is matched, save some exchanges at the very edge of a threshold.
 
     Equally right runs of the reference exchange these too.
     """
     boxes, scores, labels = (golden[f"{kind}_{part}"] for part in ("bboxes", "scores", "labels"))
-    expected = Rows(boxes, scores, labels.astype(np.int32))
-    match = match_detections(expected, rows, score_tolerance=1e-5, box_tolerance_px=0.05)
+    expected = NetDetections(boxes, scores, labels.astype(np.int32))
+    match = match_boxes(
+        expected, rows, min_iou=0, max_score_difference=1e-5, max_box_difference_px=0.05
+    ).counts
     assert match.exchanged <= exchanges, match
     assert len(expected) > 50
 

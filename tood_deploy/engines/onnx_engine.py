@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from tood_deploy.engines.base import BatchDetections, Engine, Hint, check_hint
 from tood_deploy.engines.precision_support import saturates_in_onnxruntime, why_not_on_cpus
 from tood_deploy.errors import ArtefactError, DeviceError, ToodError
-from tood_deploy.manifest import INPUTS, METADATA_KEY, OUTPUTS, Manifest, read_manifest
+from tood_deploy.graph_io import INPUTS, OUTPUTS
+from tood_deploy.manifest import METADATA_KEY, Manifest, read_manifest
 from tood_deploy.onnx_file import CPU, open_session
 
 STREAMS = 2  # more would hold more memory and keep a pair of cores no busier

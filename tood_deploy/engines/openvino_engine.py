@@ -33,8 +33,9 @@ from tood_deploy.engines.precision_support import saturates_in_openvino
 from tood_deploy.engines.self_test import deviation, tolerance_of
 from tood_deploy.errors import ArtefactError, DeviceError, ToodError
 from tood_deploy.files import home_folder
-from tood_deploy.manifest import INPUTS, OUTPUTS, Manifest, artefact_files, read_manifest
-from tood_deploy.matching import batch_rows
+from tood_deploy.graph_io import INPUTS, OUTPUTS
+from tood_deploy.manifest import Manifest, artefact_files, read_manifest
+from tood_deploy.matching import split_batch
 from tood_deploy.parity.tolerances import AnswerTolerance
 
 MOST_STATIC = 4  # shapes with a form of their own at a time
@@ -193,7 +194,7 @@ class Forms:
             np.array([shape[1:3]] * shape[0], np.int32),
             *(np.array(threshold, np.float32) for threshold in PROOF),
         )
-        answers = (batch_rows(each.collect(each.submit(values))) for each in (self._dynamic, form))
+        answers = (split_batch(each.collect(each.submit(values))) for each in (self._dynamic, form))
         for expected, found in zip(*answers, strict=True):
             if wrong := deviation(expected, found, self._tolerance):
                 raise ArtefactError(
@@ -354,10 +355,9 @@ def _check_options(threads: int | None, precision: str | None, hint: str) -> Non
 
 def _own_precision(manifest: Manifest) -> str:
     """What the artefact was made to run in, beside its quantised part."""
-    wanted = (
-        manifest.options.get("rest", "fp32") if manifest.precision == "int8" else manifest.precision
-    )
-    return "bf16" if wanted == "bf16" else "fp32"
+    if manifest.precision == "int8":
+        return "bf16" if manifest.build.fallback_precision == "bf16" else "fp32"
+    return "bf16" if manifest.precision == "bf16" else "fp32"
 
 
 def _static_after(path: Path, calls: int | None) -> int | None:

@@ -9,7 +9,8 @@ from types import ModuleType
 from typing import Any
 
 from tood_deploy.errors import ArtefactError, DeviceError, OutputError, naming_extras
-from tood_deploy.manifest import INPUTS, METADATA_KEY, OUTPUTS, Manifest, artefact_files
+from tood_deploy.graph_io import INPUTS, OUTPUTS
+from tood_deploy.manifest import METADATA_KEY, Manifest, artefact_files
 
 CPU = "CPU"
 TELEMETRY = "openvino_telemetry"

@@ -24,7 +24,7 @@ OF_TRITON = ("name", "backend", "queue_delay", "device", "gpus", "instances", "w
 OF_CHECKPOINTS = ("imgsz", "max_det", "deform", "preset", "classes", "convention", "weights_key")
 
 OF_GRAPHS = ("precision", "autotune_precision", "keep", "calib_data", "verify_images")
-ENGINES = (".engine", ".plan")
+from tood_deploy.graph_io import ENGINE_SUFFIXES
 
 CALIBRATION = "DIR: a folder of 64 or more images like those to come"
 
@@ -127,11 +127,11 @@ def _conditions(options: Mapping[str, Any], given: set[str]) -> Iterator[Conditi
     yield Condition(options["shapes"] == "auto", ("shapes_plot",), "--shapes auto")
     source = options["checkpoint"].lower()
     yield Condition(
-        not source.endswith(ENGINES),
+        not source.endswith(ENGINE_SUFFIXES),
         (*OF_PROFILES, *OF_BUILDS, *OF_GRAPHS),
         "a checkpoint or an .onnx; an engine is served as it is",
     )
-    from_checkpoint = not source.endswith((".onnx", *ENGINES))
+    from_checkpoint = not source.endswith((".onnx", *ENGINE_SUFFIXES))
     yield Condition(from_checkpoint, OF_CHECKPOINTS, "a checkpoint, the .onnx has them inside")
 
 

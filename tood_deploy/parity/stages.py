@@ -18,7 +18,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from tood_deploy.graph_io import INPUTS, MAP_NAMES, OUTPUTS, STAGE_VALUES
+from tood_deploy.graph_io import INPUTS, MAP_NAMES, OUTPUTS, STAGE_VALUES, graph_feeds
 from tood_deploy.onnx_file import OnnxArtefact, open_session, with_outputs
 from tood_deploy.parity.reference import (
     INVERSION_EDGE,
@@ -130,7 +130,7 @@ class OnnxRunner:
     ) -> Outputs:
         """See `Runner`."""
         found: Any = self.session.run(
-            list(self.outputs), graph_inputs(images, valid_hw, score_threshold, iou_threshold)
+            list(self.outputs), graph_feeds(images, valid_hw, score_threshold, iou_threshold)
         )
         return found
 
@@ -198,19 +198,3 @@ def _rounded_weights(model: onnx.ModelProto, seed: int) -> onnx.ModelProto:
                 numpy_helper.from_array((values * (1 + noise)).astype(np.float32), tensor.name)
             )
     return copy
-
-
-def graph_inputs(
-    images: NDArray[np.uint8],
-    valid_hw: NDArray[np.int32],
-    score_threshold: float,
-    iou_threshold: float,
-) -> dict[str, NDArray[Any]]:
-    """The graph's inputs by name."""
-    values = (
-        images,
-        valid_hw,
-        np.array(score_threshold, np.float32),
-        np.array(iou_threshold, np.float32),
-    )
-    return dict(zip(INPUTS, values, strict=True))

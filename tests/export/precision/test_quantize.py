@@ -31,9 +31,8 @@ from tood_deploy.export.precision.quantize import (
     quantize,
     weight_parameters,
 )
-from tood_deploy.graph_io import HEAD_OUTPUTS, INNER_VALUES
+from tood_deploy.graph_io import HEAD_OUTPUTS, INNER_VALUES, graph_feeds
 from tood_deploy.onnx_file import with_outputs
-from tood_deploy.parity.stages import graph_inputs
 
 IMGSZ = (96, 128)
 BLOCK = "backbone.layer1.1"
@@ -70,7 +69,7 @@ def head_maps(model: onnx.ModelProto) -> list[NDArray[np.float32]]:
     )
     images = synthetic_image(*IMGSZ, 7)[None]
     found: Any = session.run(
-        list(HEAD_OUTPUTS), graph_inputs(images, np.array([IMGSZ], np.int32), 0.05, 0.6)
+        list(HEAD_OUTPUTS), graph_feeds(images, np.array([IMGSZ], np.int32), 0.05, 0.6)
     )
     return found
 

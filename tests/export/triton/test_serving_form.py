@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from tood_deploy.data.image_set import synthetic_image
 from tood_deploy.errors import CheckFailed
 from tood_deploy.export.triton.repository import check_serving_form, serving_form
-from tood_deploy.manifest import INPUTS, OUTPUTS
+from tood_deploy.graph_io import INPUTS, OUTPUTS
 
 
 @pytest.fixture(scope="module")

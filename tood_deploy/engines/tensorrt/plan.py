@@ -12,9 +12,10 @@ from typing import Any
 
 from tood_deploy.engines.tensorrt.cuda import CudaError, OutOfDeviceMemory
 from tood_deploy.engines.tensorrt.library import Flavour, Messages
-from tood_deploy.engines.tensorrt.plan_check import Profile
 from tood_deploy.errors import ArtefactError, DeviceError, OutputError, ToodError
 from tood_deploy.files import atomic_path
+from tood_deploy.graph_io import INPUTS, OUTPUTS
+from tood_deploy.manifest_sections import OptimizationProfile
 
 
 class KernelCache:
@@ -46,13 +47,8 @@ class KernelCache:
 
 Note = Callable[[str], None]
 OTHER_GPU = "TensorRT-RTX has no kernels in it for this GPU: build it with this GPU's --compute-capability, or by TensorRT"
-INPUTS = {
-    "images": "UINT8",
-    "valid_hw": "INT32",
-    "score_threshold": "FLOAT",
-    "iou_threshold": "FLOAT",
-}
-OUTPUTS = {"num_dets": "INT32", "boxes": "FLOAT", "scores": "FLOAT", "labels": "INT32"}
+INPUT_TYPES = dict(zip(INPUTS, ("UINT8", "INT32", "FLOAT", "FLOAT"), strict=True))
+OUTPUT_TYPES = dict(zip(OUTPUTS, ("INT32", "FLOAT", "FLOAT", "INT32"), strict=True))
 
 
 class Plan:
@@ -152,9 +148,9 @@ class Plan:
         names = list(map(self._engine.get_tensor_name, range(self._engine.num_io_tensors)))
         inputs = {name: self._type_of(name) for name in names if self._is_input(name)}
         outputs = {name: self._type_of(name) for name in names if not self._is_input(name)}
-        if (inputs, outputs) != (INPUTS, OUTPUTS):
+        if (inputs, outputs) != (INPUT_TYPES, OUTPUT_TYPES):
             raise ArtefactError(
-                f"{self.path}: a plan, but not one of tood_deploy (inputs {inputs}, outputs {outputs}, expected {INPUTS} and {OUTPUTS}); "
+                f"{self.path}: a plan, but not one of tood_deploy (inputs {inputs}, outputs {outputs}, expected {INPUT_TYPES} and {OUTPUT_TYPES}); "
                 "make it from the checkpoint with tood-export --to engine"
             )
         if len(self._engine.get_tensor_shape("score_threshold")):
@@ -177,15 +173,16 @@ class Plan:
     def _is_input(self, name: str) -> bool:
         return self._engine.get_tensor_mode(name) == self._trt.TensorIOMode.INPUT
 
-    def _profile(self, index: int) -> Profile:
-        least, best, most = (
+    def _profile(self, index: int) -> OptimizationProfile:
+        smallest, best, largest = (
             tuple(shape) for shape in self._engine.get_tensor_profile_shape("images", index)
         )
-        if least[1:3] != most[1:3]:
+        if smallest[1:3] != largest[1:3]:
             raise ArtefactError(
-                f"{self.path}: profile {index} takes {least} to {most}; expected one height and width; {self._remedy}"
+                f"{self.path}: profile {index} takes {smallest} to {largest}; expected one height "
+                f"and width; {self._remedy}"
             )
-        return Profile((most[1], most[2]), least[0], best[0], most[0])
+        return OptimizationProfile((largest[1], largest[2]), smallest[0], best[0], largest[0])
 
     def new_context(self) -> Any:
         """A new IExecutionContext, without scratch memory of its own.

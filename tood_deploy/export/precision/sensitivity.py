@@ -24,10 +24,9 @@ from tood_deploy.export.precision.half import (
     lower_precision,
 )
 from tood_deploy.export.precision.quantize import Ranges, Scheme, all_layers, quantize
-from tood_deploy.graph_io import HEAD_OUTPUTS, INPUTS, OUTPUTS
-from tood_deploy.matching import Rows, batch_rows, match_overlapping, row_iou
-from tood_deploy.onnx_file import open_session
-from tood_deploy.parity.stages import graph_inputs
+from tood_deploy.graph_io import HEAD_OUTPUTS, INPUTS, OUTPUTS, graph_feeds
+from tood_deploy.matching import NetDetections, box_iou, match_boxes, split_batch
+from tood_deploy.onnx_file import needs_float_arithmetic, open_session
 
 MOST_TOLD = 5
 
@@ -154,7 +153,7 @@ def map_damage(reference: Maps, found: Maps) -> float:
         scores, moved = (_by_cell(maps[i]) for maps in (reference, found))
         boxes, moved_boxes = (_by_cell(maps[half + i]) for maps in (reference, found))
         weight = np.square(scores.max(axis=1))
-        damage = np.abs(scores - moved).max(axis=1) + 1 - row_iou(boxes, moved_boxes)
+        damage = np.abs(scores - moved).max(axis=1) + 1 - box_iou(boxes, moved_boxes)
         total += float((weight * damage).sum())
         weights += float(weight.sum())
     return total / weights if weights else 0.0
@@ -173,7 +172,9 @@ def _head_maps(model: onnx.ModelProto, images: Sequence[Prepared]) -> list[Maps]
         whole.graph, whole.graph.inputs[:2], [made[name] for name in HEAD_OUTPUTS]
     )
     proto = ir.to_proto(ir.Model(part, ir_version=whole.ir_version))
-    session = open_session(proto.SerializeToString())
+    session = open_session(
+        proto.SerializeToString(), float_arithmetic=needs_float_arithmetic(proto)
+    )
     inputs = [
         dict(zip(INPUTS, (image[None], np.array([valid_hw], np.int32)), strict=False))
         for image, valid_hw in images
@@ -288,18 +289,20 @@ class DetectionMismatch:
         found = self._detect(model)
         total = sum(map(len, self.expected)) + sum(map(len, found))
         matched = sum(
-            len(match_overlapping(*rows, SCORE_TOLERANCE)[0])
+            match_boxes(*rows, max_score_difference=SCORE_TOLERANCE).counts.matched
             for rows in zip(self.expected, found, strict=True)
         )
         return 100 * (1 - 2 * matched / total)
 
-    def _detect(self, model: onnx.ModelProto) -> list[Rows]:
-        session = open_session(model.SerializeToString())
+    def _detect(self, model: onnx.ModelProto) -> list[NetDetections]:
+        session = open_session(
+            model.SerializeToString(), float_arithmetic=needs_float_arithmetic(model)
+        )
         rows = []
         for image, valid_hw in self.images:
-            inputs = graph_inputs(
+            inputs = graph_feeds(
                 image[None], np.array([valid_hw], np.int32), self.score_threshold, IOU_THRESHOLD
             )
             found: Any = session.run(list(OUTPUTS), inputs)
-            rows += batch_rows(found)
+            rows += split_batch(found)
         return rows
