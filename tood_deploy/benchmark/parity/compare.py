@@ -10,12 +10,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tood_deploy.benchmark.evaluation.coco_metrics import (
-    CocoMetrics,
-    CocoRows,
-    Scoring,
-    average_precision,
-)
 from tood_deploy.benchmark.parity.attribution import Canvas, Differences, Swaps
 from tood_deploy.benchmark.parity.stage_runners import (
     Subject,
@@ -23,6 +17,7 @@ from tood_deploy.benchmark.parity.stage_runners import (
     network_inputs,
     repeat_images,
 )
+from tood_deploy.data.coco_metrics import CocoMetrics, CocoRows, Scoring, average_precision
 from tood_deploy.data.image_set import ImageEntry, ImageSet, synthetic_image
 from tood_deploy.detections import Detections
 from tood_deploy.errors import ToodError

@@ -14,12 +14,12 @@ from rich.console import Console
 from rich.progress import track
 
 from tood_deploy import __version__
-from tood_deploy.benchmark.evaluation.coco_metrics import Scoring, average_precision
 from tood_deploy.benchmark.html_report import plain
 from tood_deploy.benchmark.parity.compare import Result, Settings, check_subjects, compare
 from tood_deploy.benchmark.parity.report import write_reports
 from tood_deploy.benchmark.parity.stage_runners import Subject, is_checkpoint, open_subject
-from tood_deploy.data.coco import read_truth
+from tood_deploy.data.coco import read_annotations
+from tood_deploy.data.coco_metrics import Scoring, average_precision
 from tood_deploy.data.image_set import ImageEntry, ImageSet, open_image_set
 from tood_deploy.errors import ToodError
 from tood_deploy.files import write_text
@@ -182,7 +182,7 @@ def run_parity(order: ParityOrder) -> list[Result]:
         reference, subjects = _open_models(order, opened)
         imgsz = check_imgsz(order.imgsz) if order.imgsz else subjects[0].manifest.preset.imgsz
         settings = Settings(imgsz, order.conf, order.iou, order.sizes_hw, order.net_hw)
-        truth = read_truth(order.annotations) if order.annotations else None
+        truth = read_annotations(order.annotations) if order.annotations else None
         images = open_image_set(order.images, truth, imgsz, order.limit)
         names = reference.manifest.preset.class_names
         scoring = Scoring.of(images.truth, names, order.mapping) if images.truth else None
