@@ -280,7 +280,7 @@ class TestStaticDetector:
 
 
 def test_replay_with_a_stand_in_for_cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a GPU: the graph is a fake that runs the recorded function on the recorded tensors."""
+    """Without a GPU: the graph is a fake that runs the function again on the recorded tensors."""
 
     class Graph:
         def replay(self) -> None:
