@@ -27,7 +27,7 @@ from tood_deploy.export.precision.search import Tuned
 from tood_deploy.export.precision.sensitivity import network_parts
 from tood_deploy.manifest import read_manifest
 from tood_deploy.onnx_file import OnnxArtefact, read_onnx
-from tood_deploy.parity.stages import onnx_reference
+from tood_deploy.parity.onnx_reference import onnx_reference
 
 pytestmark = pytest.mark.usefixtures("stand_in_limits")
 

@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import cv2
 import matplotlib as mpl
@@ -30,6 +30,9 @@ from numpy.typing import NDArray
 
 from tood_deploy import __version__
 from tood_deploy.files import write_text
+
+if TYPE_CHECKING:
+    from rich.table import Table as RichTable
 
 NOTHING = "-"
 LARGEST_IMAGE_PX = 1280
@@ -81,6 +84,17 @@ class Table:
             for line in lines
         )
         return f"{text}\n\n{self.note}" if self.note else text
+
+    def rich(self) -> RichTable:
+        """Return the table for a terminal."""
+        from rich.table import Table as RichTable
+
+        shown = RichTable(caption=self.note, caption_justify="left")
+        for number, header in enumerate(self.headers):
+            shown.add_column(header, justify="right" if number else "left")
+        for row in self.rows:
+            shown.add_row(*(show(cell) for cell in row))
+        return shown
 
 
 @dataclass(frozen=True)

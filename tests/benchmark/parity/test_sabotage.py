@@ -16,7 +16,7 @@ from onnx_edits import edit_weight, maker
 
 from tood_deploy.benchmark.evaluation.coco_metrics import Scoring
 from tood_deploy.benchmark.parity.compare import Result, Settings, compare
-from tood_deploy.benchmark.parity.stage_runners import Subject, open_subject
+from tood_deploy.benchmark.parity.stage_runners import ComparedModel, open_compared
 from tood_deploy.data.coco import read_truth
 from tood_deploy.data.image_set import ImageSet, open_image_set
 from tood_deploy.export.to_onnx import onnx_from_model
@@ -25,7 +25,6 @@ from tood_deploy.manifest import Manifest
 from tood_deploy.model.checkpoint import load_checkpoint, save_checkpoint
 from tood_deploy.model.tood import build_model
 from tood_deploy.onnx_file import save_onnx
-from tood_deploy.parity.tolerances import Gates
 
 pytestmark = pytest.mark.slow
 
@@ -40,7 +39,7 @@ Sabotage = Callable[[onnx.ModelProto], None]
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory, seeded_fill: Callable) -> Subject:
+def reference(tmp_path_factory: pytest.TempPathFactory, seeded_fill: Callable) -> ComparedModel:
     """The trained checkpoint where it is there; otherwise `tiny` with stand-in weights, which find boxes too."""
     from conftest import SHARED
 
@@ -56,17 +55,17 @@ def reference(tmp_path_factory: pytest.TempPathFactory, seeded_fill: Callable) -
                 layer.get_parameter("bias").add_(2)  # so that scores go beyond the threshold
         checkpoint = tmp_path_factory.mktemp("checkpoint") / "tiny.safetensors"
         save_checkpoint(model, checkpoint)
-    return open_subject(str(checkpoint), device="cpu", threads=2, stages=True)
+    return open_compared(str(checkpoint), device="cpu", threads=2, stages=True)
 
 
 @pytest.fixture(scope="module")
-def exported(reference: Subject) -> onnx.ModelProto:
+def exported(reference: ComparedModel) -> onnx.ModelProto:
     return onnx_from_model(load_checkpoint(reference.name))
 
 
 @pytest.fixture(scope="module")
 def scoring(
-    reference: Subject, tmp_path_factory: pytest.TempPathFactory
+    reference: ComparedModel, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[ImageSet, Scoring]:
     """Synthetic images; the truth is what the reference itself finds in them with a score above 0.1."""
     images, names = open_image_set(None, None, IMGSZ, 3), reference.manifest.preset.class_names
@@ -85,7 +84,10 @@ def scoring(
 
 @pytest.fixture
 def judge(
-    reference: Subject, exported: onnx.ModelProto, scoring: tuple[ImageSet, Scoring], tmp_path: Path
+    reference: ComparedModel,
+    exported: onnx.ModelProto,
+    scoring: tuple[ImageSet, Scoring],
+    tmp_path: Path,
 ) -> Callable[..., Result]:
     """Breaks a copy of the artefact and compares it with the reference."""
 
@@ -94,8 +96,10 @@ def judge(
         broken.CopyFrom(exported)
         sabotage(broken)
         save_onnx(broken, Manifest(reference.manifest.preset), tmp_path / "broken.onnx")
-        subject = open_subject(str(tmp_path / "broken.onnx"), device="cpu", threads=2, stages=None)
-        return compare(reference, [(subject, Gates())], scoring[0], Settings(IMGSZ), scoring[1])[0]
+        artefact = open_compared(
+            str(tmp_path / "broken.onnx"), device="cpu", threads=2, stages=None
+        )
+        return compare(reference, [artefact], scoring[0], Settings(IMGSZ), scoring=scoring[1])[0]
 
     return run
 
@@ -186,10 +190,10 @@ def zero_head_channel(model: onnx.ModelProto) -> None:
 def test_a_sound_artefact_passes(judge: Callable[..., Result]) -> None:
     result = judge(lambda model: None)
     assert [str(failure) for failure in result.failures] == []
-    assert result.comparison.carried.rows["detections"].reference > 20
+    assert result.comparison.deployed.rows["detections"].counts.reference > 20
     assert result.comparison.alone is not None
     assert result.ap_drop == pytest.approx(0, abs=0.1)
-    assert set(result.swap_costs) == {"pre-processing", "network", "post-processing"}
+    assert set(result.part_costs) == {"pre-processing", "network", "post-processing"}
 
 
 @pytest.mark.parametrize(
@@ -210,10 +214,9 @@ def test_the_guilty_stage_is_named(
 ) -> None:
     result = judge(sabotage)
     assert result.guilty == stage
-    guilty_alone = {failure.stage for failure in result.failures if not failure.carried}
-    assert guilty_alone == {stage}
+    assert result.comparison.guilty_stages() == [stage]
     others = {
-        name for name, cost in result.swap_costs.items() if cost != pytest.approx(0, abs=1e-6)
+        name for name, cost in result.part_costs.items() if cost != pytest.approx(0, abs=1e-6)
     }
     assert others <= ({part} if part else {"network"})
     if part in ("pre-processing", "network"):

@@ -62,8 +62,8 @@ def test_own_work_is_not_others(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_load_is_noticed_above_a_twentieth_of_the_machine() -> None:
-    assert Load(0.1, 0.2, others=0.09, cores=2).noticed == ""
-    assert "1.2 of 2 cores" in Load(0.1, 0.2, others=1.2, cores=2).noticed
+    assert Load(0.1, 0.2, others=0.09, cores=2).warning == ""
+    assert "1.2 of 2 cores" in Load(0.1, 0.2, others=1.2, cores=2).warning
 
 
 class FakeNvml(SimpleNamespace):
