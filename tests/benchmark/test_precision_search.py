@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import onnx
 import pytest
+from manifest_values import plain
 
 from tood_deploy.benchmark import precision_search as search_module
 from tood_deploy.benchmark.precision_search import (
@@ -26,6 +27,7 @@ from tood_deploy.export.precision.convert import Int8Options, Lowered, Precision
 from tood_deploy.export.precision.search import Tuned
 from tood_deploy.export.precision.sensitivity import network_parts
 from tood_deploy.manifest import read_manifest
+from tood_deploy.manifest_sections import Int8Build
 from tood_deploy.onnx_file import OnnxArtefact, read_onnx
 from tood_deploy.parity.onnx_reference import onnx_reference
 
@@ -107,7 +109,8 @@ def test_finds_what_may_be_in_8_bits(
     monkeypatch: pytest.MonkeyPatch, artefact: OnnxArtefact, images: Path
 ) -> None:
     lowered, told = search(monkeypatch, artefact, images)
-    found = lowered.options["autotune"]
+    assert lowered.mixture is not None
+    found: dict[str, Any] = dict(lowered.mixture.details)
     assert found["best"]["mixture"] == {
         "backbone.conv1": "int8",
         "neck.fpn_convs": "fp32",
@@ -130,7 +133,7 @@ def test_finds_what_may_be_in_8_bits(
     assert told[-1].row_count == len(lines)
     assert json.loads(json.dumps(found))["best"] == found["best"]
     again, _ = search(monkeypatch, artefact, images)
-    assert again.options == lowered.options
+    assert again.mixture == lowered.mixture
     assert again.model.SerializeToString(deterministic=True) == lowered.model.SerializeToString(
         deterministic=True
     )
@@ -165,7 +168,7 @@ def test_a_mixture_becomes_an_artefact(artefact: OnnxArtefact, tmp_path: Path) -
 
     def lower(source: OnnxArtefact, tell: Any) -> Lowered:
         tell("looked")
-        return Lowered(source.model, "fp32", {"autotune": {"trials": [1]}})
+        return Lowered(source.model, "fp32", Int8Build(details={"trials": [1]}))
 
     path = lower_onnx(
         artefact.path,
@@ -176,9 +179,9 @@ def test_a_mixture_becomes_an_artefact(artefact: OnnxArtefact, tmp_path: Path) -
     )
     manifest = read_manifest(path)
     assert manifest is not None
-    assert manifest.options["autotune"] == {"trials": [1]}
-    assert manifest.options["deform"] == artefact.manifest.options["deform"]
-    assert manifest.parity["detections"]["reference"] > 0
+    assert plain(manifest)["options"]["autotune"]["trials"] == [1]
+    assert plain(manifest)["options"]["deform"] == plain(artefact.manifest)["options"]["deform"]
+    assert plain(manifest)["parity"]["detections"]["reference"] > 0
     assert manifest.self_test == artefact.manifest.self_test
     assert told[0] == "looked"
     with open_engine(path) as engine:
@@ -243,7 +246,7 @@ def test_drift_cancels() -> None:
 def test_runtimes_on_the_cpu(target: Target, artefact: OnnxArtefact) -> None:
     if target == "openvino":
         pytest.importorskip("openvino")
-        if artefact.manifest.options["deform"] == "op":
+        if plain(artefact.manifest)["options"]["deform"] == "op":
             pytest.skip("the fixture has deformable convolutions that OpenVINO lacks")
     Opener(target).check()
     engine = Opener(target)(artefact.path, (64, 96))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from manifest_values import plain
 
 from tood_deploy.cli.export import main
 from tood_deploy.engines import open_engine
@@ -13,6 +14,7 @@ from tood_deploy.engines.tensorrt import library as tensorrt_flavour
 from tood_deploy.errors import DeviceError, ToodError
 from tood_deploy.export import export as carry_out
 from tood_deploy.manifest import manifest_path, neighbour, read_manifest
+from tood_deploy.manifest_sections import EngineTarget, OptimizationProfile, Serving
 
 pytestmark = pytest.mark.usefixtures("stand_in_limits")
 
@@ -48,8 +50,8 @@ def test_fp16(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     manifest = read_manifest(Path("tiny-fp16.onnx"))
     assert manifest is not None
     assert manifest.precision == "fp16"
-    assert manifest.options["runtimes"] == ["onnxruntime-cuda", "tensorrt"]
-    assert manifest.parity["reference"].startswith("tiny.onnx")
+    assert plain(manifest)["options"]["runtimes"] == ["onnxruntime-cuda", "tensorrt"]
+    assert plain(manifest)["parity"]["reference"].startswith("tiny.onnx")
     assert manifest.self_test
 
 
@@ -62,7 +64,7 @@ def test_bf16(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "next: tood-infer" not in said
     manifest = read_manifest(Path("tiny-bf16.onnx"))
     assert manifest is not None
-    assert (manifest.options["runtimes"], manifest.options["opset"]) == (
+    assert (plain(manifest)["options"]["runtimes"], plain(manifest)["options"]["opset"]) == (
         ["openvino", "tensorrt"],
         22,
     )
@@ -105,7 +107,10 @@ def test_an_engine_says_how_to_run_it(source: Path, capsys: pytest.CaptureFixtur
     assert said.count("CONVOLUTION") > 50, "--list-layers lists them"
     manifest = read_manifest(Path("tiny-engine.engine"))
     assert manifest is not None
-    assert (manifest.options["nms"], manifest.options["nms_rounds"]) == ("unrolled", 16)
+    assert (plain(manifest)["options"]["nms"], plain(manifest)["options"]["nms_rounds"]) == (
+        "unrolled",
+        16,
+    )
 
 
 @pytest.mark.slow
@@ -147,22 +152,24 @@ def test_an_engine_of_what_a_server_has(source: Path) -> None:
     )
     manifest = read_manifest(Path("served.engine"))
     assert manifest is not None
-    assert (manifest.options["nms"], "serving" in manifest.options, manifest.self_test) == (
-        "unrolled",
-        True,
-        {},
-    )
+    assert (
+        plain(manifest)["options"]["nms"],
+        "serving" in plain(manifest)["options"],
+        manifest.self_test,
+    ) == ("unrolled", True, None)
 
 
 def test_an_engine_is_served_as_it_is(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A stand-in for a plan of TensorRT, which cannot be had without a GPU."""
     engine = Path("plan.engine")
     engine.write_bytes(b"a plan")
-    target = {"flavour": "tensorrt", "profiles": [{"size_hw": [64, 96], "batch": [1, 1, 4]}]}
+    target = EngineTarget(
+        "tensorrt", "10.13", "linux", ("8.9",), (OptimizationProfile((64, 96), 1, 1, 4),)
+    )
     manifest = read_manifest(source)
     assert manifest is not None
     stated = replace(
-        manifest, target=target, options=manifest.options | {"serving": {}}
+        manifest, target=target, build=replace(manifest.build, serving=Serving())
     ).with_artefact(engine)
     manifest_path(engine).write_text(stated.to_json())
     assert (

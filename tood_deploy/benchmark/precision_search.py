@@ -41,6 +41,7 @@ from tood_deploy.export.precision.sensitivity import (
 from tood_deploy.export.tensorrt.to_tensorrt import engine_from_onnx
 from tood_deploy.inference.detector import Detector
 from tood_deploy.manifest import METADATA_KEY
+from tood_deploy.manifest_sections import Int8Build
 from tood_deploy.onnx_file import OnnxArtefact
 from tood_deploy.reporter import progress_bar
 
@@ -333,7 +334,7 @@ class PrecisionSearch:
             }
         tell(tuned.table())
         model = mixer(tuned.best.mixture)
-        return Lowered(model, graph_precision(model), {"autotune": told})
+        return Lowered(model, graph_precision(model), Int8Build.from_dict(told))
 
     def _quality(
         self, artefact: OnnxArtefact, images: Sequence[Prepared]
@@ -415,8 +416,8 @@ def _stamp(model: onnx.ModelProto, artefact: OnnxArtefact) -> None:
         artefact.manifest,
         precision=graph_precision(model),
         artefact_sha256="",
-        parity={},
-        self_test={},
+        parity=None,
+        self_test=None,
     )
     onnx.helper.set_model_props(model, {METADATA_KEY: manifest.to_json()})
 

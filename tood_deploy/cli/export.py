@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tood_deploy.cli.common import DONE, add_model_options, load_options, run_command
+from tood_deploy.cli.common import DONE, CommandParser, add_model_options, load_options, run_command
 from tood_deploy.errors import DeviceError, InputError, ToodError, not_installed
 from tood_deploy.export.config import (
     CheckpointOptions,
@@ -79,11 +79,8 @@ anchor-free or anchor-based:
 
 def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    result = argparse.ArgumentParser(
-        "tood-export",
-        description="Turns a TOOD checkpoint into an artefact with pre- and post-processing inside, and proves it equal to PyTorch.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    result = CommandParser(
+        prog="tood-export", epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     result.add_argument(
         "checkpoint",
@@ -139,6 +136,9 @@ def parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="DIR",
         help="images to verify on, in addition to the built-in ones (the first 16)",
+    )
+    result.add_argument(
+        "--timings", action="store_true", help="print where the time went, step by step"
     )
     result.add_argument("--quiet", action="store_true", help="print nothing but errors")
     _add_int8_options(result.add_argument_group("int8"))
@@ -308,8 +308,13 @@ def export_command(argv: Sequence[str] | None) -> int:
     check_order(order)
     console.print(f"{order.source}: checked all that its export needs; starting PyTorch")
     from tood_deploy.export.export import carry_out
+    from tood_deploy.export.timings import record_timings
 
-    made = carry_out(order, precision_from(arguments, order, data), console.print, console.print)
+    with record_timings() as timings:
+        precision = precision_from(arguments, order, data)
+        made = carry_out(order, precision, console.print, console.print)
+    if arguments.timings:
+        console.print(timings.table())
     out = Console(soft_wrap=True, highlight=False, markup=False, quiet=arguments.quiet)
     for part in made.report(list_layers=arguments.list_layers):
         out.print(part)

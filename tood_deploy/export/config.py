@@ -15,6 +15,7 @@ from tood_deploy.data import MOST_CALIBRATION_IMAGES
 from tood_deploy.engines.tensorrt.library import TITLES, Flavour
 from tood_deploy.errors import ToodError
 from tood_deploy.graph_io import ENGINE_SUFFIXES
+from tood_deploy.manifest_sections import OptimizationProfile
 from tood_deploy.presets import SIZE_DIVISOR
 
 if TYPE_CHECKING:
@@ -102,15 +103,6 @@ class EngineOptions:
                     f"{FLAGS[name]} means nothing to {TITLES[flavour.name]}: {reason}; leave {FLAGS[name]} out"
                 )
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for the manifest: those that were set, and the form of suppression."""
-        values = {
-            "workspace_mib": self.workspace_mib,
-            "optimisation_level": self.optimisation_level,
-            "nms": self.nms,
-        }
-        return {name: value for name, value in values.items() if value is not None}
-
 
 MOST_SHAPES = 6
 DEFAULT_BATCH = (1, 1, 8)
@@ -156,9 +148,9 @@ class Profiles:
         """The shapes as the command line takes them."""
         return ",".join(f"{height}x{width}" for height, width in self.shapes_hw)
 
-    def to_list(self) -> list[dict[str, Any]]:
-        """Plain values for the manifest, one dictionary a profile."""
-        return [{"size_hw": list(shape), "batch": list(self.batch)} for shape in self.shapes_hw]
+    def for_manifest(self) -> tuple[OptimizationProfile, ...]:
+        """Return them as the manifest holds them."""
+        return tuple(OptimizationProfile(shape, *self.batch) for shape in self.shapes_hw)
 
 
 def default_shapes(imgsz: Sequence[int]) -> tuple[Shape, ...]:

@@ -30,6 +30,7 @@ from tood_deploy.engines.tensorrt.library import load_flavour
 from tood_deploy.errors import OutputError, ToodError
 from tood_deploy.export.config import Order, Profiles, default_shapes
 from tood_deploy.export.graph import DeformForm
+from tood_deploy.export.graph_cache import graph_of
 from tood_deploy.export.precision.convert import (
     AnnotatedAp,
     PrecisionOptions,
@@ -40,12 +41,14 @@ from tood_deploy.export.precision.half import emulate_low_precision
 from tood_deploy.export.preflight import MOST_VERIFY_IMAGES, check_deform
 from tood_deploy.export.result import Made, describe
 from tood_deploy.export.tensorrt.to_tensorrt import engine_from_onnx
-from tood_deploy.export.to_onnx import OPSET, onnx_from_model
+from tood_deploy.export.timings import timed
+from tood_deploy.export.to_onnx import OPSET
 from tood_deploy.export.to_openvino import openvino_from_onnx
 from tood_deploy.export.triton.fit import plan_serving
 from tood_deploy.export.triton.repository import triton_repository
 from tood_deploy.files import atomic_path, atomic_paths, write_text
 from tood_deploy.manifest import Manifest, manifest_path, read_manifest
+from tood_deploy.manifest_sections import Build, Parity, SelfTest
 from tood_deploy.model.checkpoint import load_checkpoint
 from tood_deploy.model.tood import Tood
 from tood_deploy.onnx_file import read_onnx, save_onnx
@@ -89,23 +92,22 @@ def export_onnx(
         model.preset,
         max_det=max_det,
         checkpoint_sha256=model.checkpoint_sha256,
-        options={
-            "format": "onnx",
-            "opset": OPSET,
-            "deform": deform if _is_deformable(model) else "none",
-        },
+        build=Build(format="onnx", opset=OPSET, deform=deform if _is_deformable(model) else "none"),
         versions=_versions(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
     with atomic_path(output) as temporary:
-        say("making the graph, which takes a minute or so")
-        save_onnx(onnx_from_model(model, deform=deform, max_det=max_det), manifest, temporary)
+        say("making the graph")
+        graph = graph_of(model, deform=deform, max_det=max_det, say=say)
+        with timed("check"):
+            save_onnx(graph, manifest, temporary)
         reference = torch_reference(model, max_det)
-        parity = verify_float32(reference, OnnxRunner(temporary), images=verify_images, say=say)
-        say("making its self-test")
-        manifest = replace(
-            manifest, parity=parity, self_test=self_test_from(reference.run)
-        ).with_artefact(temporary)
+        with timed("verify"):
+            parity = verify_float32(reference, OnnxRunner(temporary), images=verify_images, say=say)
+            say("making its self-test")
+            manifest = replace(
+                manifest, parity=Parity.from_dict(parity), self_test=self_test_from(reference.run)
+            ).with_artefact(temporary)
         write_text(manifest_path(output), manifest.to_json())
     return manifest
 
@@ -166,7 +168,7 @@ def _deliver_onnx(order: Order, ready: Ready, say: Say) -> Made:
     manifest = read_manifest(ready.path)
     assert manifest is not None
     if half := half_precision_of(manifest):
-        manifest = replace(manifest, options=manifest.options | {"runtimes": list(RUNTIMES[half])})
+        manifest = replace(manifest, build=replace(manifest.build, runtimes=RUNTIMES[half]))
     with atomic_paths(order.output, manifest_path(order.output)) as (onnx_file, manifest_file):
         shutil.move(ready.path, onnx_file)
         manifest_file.write_text(manifest.to_json(), encoding="utf-8")
@@ -208,10 +210,10 @@ def _deliver_engine(order: Order, ready: Ready, say: Say) -> Made:
     return Made(order.output, built.manifest, built.layers)
 
 
-def _self_test(ready: Ready, profiles: Profiles) -> dict[str, Any]:
+def _self_test(ready: Ready, profiles: Profiles) -> SelfTest | None:
     """None for the form that servers batch: it has thresholds for every image, which no engine of ours is given."""
-    if "serving" in read_onnx(ready.path).manifest.options:
-        return {}
+    if read_onnx(ready.path).manifest.build.serving:
+        return None
     return self_test_from(ready.reference.run, profiles.shapes_hw)
 
 
@@ -280,17 +282,19 @@ def carry_out(
             own_ap = (
                 None if order.to == "openvino" else ap
             )  # what is made in the end is measured in its own runtime
-            path = lower_onnx(
-                float_onnx,
-                folder,
-                options,
-                reference,
-                images=images,
-                ap=own_ap,
-                tell=tell,
-                quiet=order.quiet,
-            )
-        return deliver(order, Ready(path, reference, profiles, images, ap), say)
+            with timed("precision"):
+                path = lower_onnx(
+                    float_onnx,
+                    folder,
+                    options,
+                    reference,
+                    images=images,
+                    ap=own_ap,
+                    tell=tell,
+                    quiet=order.quiet,
+                )
+        with timed("target"):
+            return deliver(order, Ready(path, reference, profiles, images, ap), say)
 
 
 @contextmanager
@@ -329,7 +333,8 @@ def _float_onnx(
         return Path(order.source), _given_reference(Path(order.source))
     options = order.checkpoint
     say(f"{order.source}: loading the checkpoint")
-    model = load_checkpoint(order.source, **options.load)
+    with timed("checkpoint"):
+        model = load_checkpoint(order.source, **options.load)
     model.preset = with_imgsz(model.preset, options.imgsz)
     say(f"{order.source}: {describe(model.preset)}")
     max_det = model.preset.max_det if options.max_det is None else options.max_det

@@ -30,7 +30,6 @@ from tood_deploy.export.triton.fit import (
     check_batches,
     check_precision,
     choose_backend,
-    int8_scheme,
     plan_serving,
     read_engine_manifest,
 )
@@ -38,6 +37,7 @@ from tood_deploy.export.triton.folder import read_present
 from tood_deploy.files import home_folder
 from tood_deploy.graph_io import ARTEFACT_SUFFIXES
 from tood_deploy.manifest import Manifest, manifest_path, neighbour
+from tood_deploy.manifest_sections import HalfBuild, Int8Build
 from tood_deploy.onnx_file import read_onnx
 from tood_deploy.preprocess import check_imgsz
 from tood_deploy.presets import MAX_CANDIDATES, PRESETS, SIZE_DIVISOR, get_preset
@@ -273,14 +273,14 @@ def _check_given_onnx(order: Order, manifest: Manifest) -> None:
         raise ToodError(
             f"{path} is an .onnx already; give --precision or --to openvino, engine or triton"
         )
-    if "serving" in manifest.options and (changes or order.to == "openvino"):
+    if manifest.build.serving and (changes or order.to == "openvino"):
         raise ArtefactError(
             f"{path}: has the form that Triton serves, with thresholds for every image; start from what it was made from"
         )
     if (
         order.builds_engine
         and manifest.precision == "int8"
-        and int8_scheme(manifest).startswith("u8")
+        and manifest.build.int8_scheme.startswith("u8")
     ):
         raise ToodError(
             f"{path}: its 8-bit numbers have zero points, as CPUs want them and TensorRT does not; "
@@ -288,7 +288,7 @@ def _check_given_onnx(order: Order, manifest: Manifest) -> None:
         )
     if order.check_classes is not None:
         order.check_classes(manifest.preset.class_names)
-    check_deform(str(path), str(manifest.options.get("deform", "none")), order)
+    check_deform(str(path), manifest.build.deform or "none", order)
 
 
 def _check_precision(order: Order, source: Manifest | None) -> None:
@@ -362,9 +362,12 @@ def _as_ordered(order: Order, source: Manifest) -> Manifest:
     wanted = order.precision
     if not wanted.changes_graph:
         return source
-    scheme = {"int8": {"scheme": "s8s8" if order.builds_engine else "u8s7"}}
-    half = {"half_precision": {"precision": wanted.rest}} if wanted.rest != "fp32" else {}
-    return replace(source, precision=wanted.precision, options=source.options | scheme | half)
+    build = replace(
+        source.build,
+        int8=Int8Build("s8s8" if order.builds_engine else "u8s7"),
+        half=source.build.half if wanted.rest == "fp32" else HalfBuild(wanted.rest),
+    )
+    return replace(source, precision=wanted.precision, build=build)
 
 
 def _check_plot(path: Path) -> None:

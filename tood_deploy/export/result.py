@@ -30,12 +30,12 @@ class Made:
         size = sum(file.stat().st_size for file in artefact_files(self.path)) / 2**20
         yield f"{self.path}  {size:.1f} MiB, {describe_precision(self.manifest)}, {describe_sizes(self.manifest)}"
         yield f"{manifest_path(self.path)}  manifest"
-        yield from describe_parity(self.manifest.parity)
+        yield from describe_parity(self.manifest.parity.to_dict() if self.manifest.parity else {})
         if self.layers is not None:
             yield shares_table(self.layers)
             if list_layers:
                 yield layers_table(self.layers.engine or self.layers.network)
-        if self.path.suffix.lower() in ARTEFACT_SUFFIXES and "serving" not in self.manifest.options:
+        if self.path.suffix.lower() in ARTEFACT_SUFFIXES and not self.manifest.build.serving:
             yield from self._next_steps()
 
     def _next_steps(self) -> Iterator[str]:
@@ -101,17 +101,17 @@ def _text(value: object) -> str:
 
 def describe_precision(manifest: Manifest) -> str:
     """The precision, and what is not in it."""
-    kept = manifest.options.get("int8", {}).get("keep", ())
+    kept = manifest.build.int8.keep if manifest.build.int8 else ()
     return f"{manifest.precision}, {', '.join(kept)} not" if kept else manifest.precision
 
 
 def describe_sizes(manifest: Manifest) -> str:
     """The sizes and batches it takes."""
-    profiles = manifest.target.get("profiles")
-    if not profiles:
+    if manifest.target is None:
         return "dynamic batch and size"
-    shapes = ", ".join(f"{profile['size_hw'][0]} x {profile['size_hw'][1]}" for profile in profiles)
-    return f"images of {shapes}, batches of {profiles[0]['batch'][0]} to {profiles[0]['batch'][-1]}"
+    profiles = manifest.target.profiles
+    shapes = ", ".join(f"{rows} x {columns}" for rows, columns in (p.size_hw for p in profiles))
+    return f"images of {shapes}, batches of {profiles[0].min_batch} to {profiles[0].max_batch}"
 
 
 def describe_parity(parity: dict[str, Any]) -> Iterator[str]:

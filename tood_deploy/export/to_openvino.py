@@ -1,11 +1,11 @@
 """An exported .onnx file in, OpenVINO's IR out: .xml, .bin and manifest, verified, all three or none."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,7 @@ from tood_deploy.export.precision.convert import AnnotatedAp
 from tood_deploy.files import atomic_paths
 from tood_deploy.graph_io import MAP_NAMES, OUTPUTS, graph_feeds
 from tood_deploy.manifest import Manifest, manifest_path, read_manifest
+from tood_deploy.manifest_sections import Parity
 from tood_deploy.parity.reference import Outputs, Reference
 from tood_deploy.parity.tolerances import DETECTION_LIMITS
 from tood_deploy.parity.verify import verify_detections, verify_float32
@@ -74,7 +75,6 @@ def openvino_from_onnx(
     images: Sequence[NDArray[np.uint8]] = (),
     ap: AnnotatedAp | None = None,
     say: Callable[[str], None] = lambda line: None,
-    options: Mapping[str, Any] | None = None,
 ) -> Manifest:
     """Writes `output` (.xml), its .bin and the manifest beside them, after proving them equal to the network.
 
@@ -88,7 +88,6 @@ def openvino_from_onnx(
         images: (H, W, 3) uint8 BGR, to verify on: in float32 in addition to the built-in ones, in lower precision alone.
         ap: measures AP for the verdict; None without annotations.
         say: told what goes on, a line each.
-        options: more to note in the manifest.
 
     Raises:
         ToodError: an argument out of range, OpenVINO is missing or lacks an operator, or a place that cannot be written.
@@ -102,7 +101,7 @@ def openvino_from_onnx(
         raise ArtefactError(
             f"{onnx_path}: has no manifest beside it ({manifest_path(onnx_path).name}); export the checkpoint again"
         )
-    manifest = _manifest(source, rest, ov, options or {})
+    manifest = _manifest(source, rest, ov)
     graph = read_model(shared_core(), onnx_path)
     graph.set_rt_info(manifest.to_json(), PLACE)
     # The .bin becomes itself first, and the manifest, which tells whether all three belong together, last.
@@ -113,7 +112,8 @@ def openvino_from_onnx(
     ):
         ov.save_model(graph, xml, compress_to_fp16=False)
         in_float32 = manifest.precision == "fp32"
-        run = OpenVinoRunner(xml, manifest.options["rest"], maps=in_float32)
+        fallback = "bf16" if manifest.build.fallback_precision == "bf16" else "fp32"
+        run = OpenVinoRunner(xml, fallback, maps=in_float32)
         if in_float32:
             parity = verify_float32(reference, run, images=images, say=say)
         else:
@@ -131,25 +131,24 @@ def openvino_from_onnx(
             )
         if manifest.precision == "int8":  # whose right answer is what OpenVINO's own rounding gives
             manifest = replace(manifest, self_test=self_test_from(run))
-        manifest = replace(manifest, parity=parity | {"onnx": source.parity}).with_artefact(xml)
+        verdict = replace(Parity.from_dict(parity), onnx=source.parity)
+        manifest = replace(manifest, parity=verdict).with_artefact(xml)
         described.write_text(manifest.to_json(), encoding="utf-8")
     return manifest
 
 
-def _manifest(
-    source: Manifest, rest: Rest | None, ov: ModuleType, options: Mapping[str, Any]
-) -> Manifest:
+def _manifest(source: Manifest, rest: Rest | None, ov: ModuleType) -> Manifest:
     """The manifest of the IR, as yet without verdict."""
     wanted = rest or (
-        source.options.get("rest") if source.precision == "int8" else source.precision
+        source.build.fallback_precision if source.precision == "int8" else source.precision
     )
     chosen = "bf16" if wanted == "bf16" else "fp32"
     return replace(
         source,
         precision=chosen if source.precision in TYPES else source.precision,
-        options={**source.options, "format": "openvino", "rest": chosen, **options},
+        build=replace(source.build, format="openvino", fallback_precision=chosen),
         versions=source.versions | {"openvino": ov.__version__},
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         artefact_sha256="",
-        parity={},
+        parity=None,
     )

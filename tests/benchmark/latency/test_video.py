@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from inference.fakes import RedEngine, moving_images, write_image, write_video
@@ -77,7 +78,7 @@ def test_reports(clip: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     ("values", "option"),
     [({"batch": 0}, "--batch"), ({"batch": -1}, "--batch"), ({"limit": 0}, "--limit")],
 )
-def test_senseless_numbers(values: dict[str, int], option: str) -> None:
+def test_senseless_numbers(values: dict[str, Any], option: str) -> None:
     with pytest.raises(ToodError, match=option):
         VideoPlan("clip.mp4", **values)
 

@@ -71,7 +71,10 @@ class ChangedRunner:
     def __init__(self, model: Tood, change: Change) -> None:
         self.run, self.change = TorchRunner(TorchEngine(model).detector), change
 
-    def __call__(self, *inputs: Any) -> Outputs:
+    def __call__(
+        self, images: Any, valid_hw: Any, score_threshold: float, iou_threshold: float
+    ) -> Outputs:
+        inputs = images, valid_hw, score_threshold, iou_threshold
         outputs = [np.array(values) for values in self.run(*inputs)]
         self.change(outputs)
         return outputs
@@ -85,8 +88,10 @@ class ChangedEngine(TorchEngine):
         self.manifest = replace(self.manifest, precision=precision)
         self.change = change
 
-    def _run(self, *inputs: Any) -> BatchDetections:
-        batch = super()._run(*inputs)
+    def _run(
+        self, images: Any, valid_hw: Any, score_threshold: float, iou_threshold: float
+    ) -> BatchDetections:
+        batch = super()._run(images, valid_hw, score_threshold, iou_threshold)
         outputs = [batch.num_dets, batch.boxes_net, batch.scores, batch.labels]
         self.change(copies := [np.array(values) for values in outputs])
         return BatchDetections(*copies)

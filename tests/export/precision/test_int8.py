@@ -4,6 +4,7 @@ import json
 import shutil
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import cv2
 import onnx
@@ -46,11 +47,11 @@ def test_writes_the_graph_and_tells_how(tiny_artefact: Path, images: Path, tmp_p
         progress=lambda *done: seen.append(done),
         say=said.append,
     )
-    assert told["int8"] | {"calibration": ""} == {
+    assert json.loads(json.dumps(told.to_dict()))["int8"] | {"calibration": ""} == {
         "scheme": "s8s8",
         "needs": "TensorRT",
         "method": "minmax",
-        "keep": ("backbone.conv1",),
+        "keep": ["backbone.conv1"],
         "max_drop": None,
         "max_images": 128,
         "images": 2,
@@ -61,9 +62,9 @@ def test_writes_the_graph_and_tells_how(tiny_artefact: Path, images: Path, tmp_p
     assert "fewer than 64" in said[0]
     source, inside = read_manifest(tiny_artefact), manifest_inside(output)
     assert source is not None
-    assert (inside.precision, inside.parity, inside.artefact_sha256) == ("int8", {}, "")
+    assert (inside.precision, inside.parity, inside.artefact_sha256) == ("int8", None, "")
     assert (inside.preset, inside.checkpoint_sha256) == (source.preset, source.checkpoint_sha256)
-    assert inside.options == json.loads(json.dumps(told))
+    assert inside.build.to_dict() == json.loads(json.dumps(told.to_dict()))
     assert output.stat().st_size < 0.4 * tiny_artefact.stat().st_size
     assert sorted(path.name for path in tmp_path.iterdir()) == ["int8.onnx"]
 
@@ -93,16 +94,18 @@ def test_keeps_as_many_layers_as_quality_asks_for(
         images,
         Int8Options(method="minmax", keep=("neck.*",), max_drop=75.0),
         quality=share_of_8_bits,
-    )["int8"]
-    assert told["keep"] == (
+    ).int8
+    assert told is not None
+    details: Any = told.details
+    assert told.keep == (
         "neck.*",
         "backbone.layer1.*",
         "backbone.layer2.*",
     )  # 8, 4 and 5 of 58 layers
-    assert told["drop"] == pytest.approx(100 * 41 / 58)
-    assert [count for count, _ in told["trials"]] == [0, 1, 2]
+    assert details["drop"] == pytest.approx(100 * 41 / 58)
+    assert [count for count, _ in details["trials"]] == [0, 1, 2]
     assert len(asked) == 3  # nothing is measured twice
-    assert [one["group"] for one in told["ranked"]] == [one.group for one in ranked]
+    assert [one["group"] for one in details["ranked"]] == [one.group for one in ranked]
 
 
 def test_without_annotations_detections_are_compared(
@@ -113,9 +116,11 @@ def test_without_annotations_detections_are_compared(
     )
     told = int8_from_onnx(
         tiny_artefact, tmp_path / "int8.onnx", images, Int8Options(method="minmax", max_drop=100.0)
-    )["int8"]
-    assert 0 < told["drop"] <= 100
-    assert told["keep"] == ()
+    ).int8
+    assert told is not None
+    details: Any = told.details
+    assert 0 < details["drop"] <= 100
+    assert told.keep == ()
 
 
 class TestBadInput:

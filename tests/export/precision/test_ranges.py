@@ -1,5 +1,6 @@
 """Ranges of values over images, and what fp16 cannot hold: found, kept in float32, and reported."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import cv2
 import numpy as np
 import onnx
 import pytest
+from manifest_values import plain
 from onnx import numpy_helper
 
 from tood_deploy.engines import open_engine
@@ -122,11 +124,12 @@ class TestHalfPrecisionArtefact:
     @pytest.mark.parametrize("precision", ["fp16", "bf16"])
     def test_says_what_it_is(self, small_artefact: Path, tmp_path: Path, precision: Any) -> None:
         output = tmp_path / "half.onnx"
-        options = low_precision_onnx(small_artefact, output, precision, keep=["*tood_reg"])
+        build = low_precision_onnx(small_artefact, output, precision, keep=["*tood_reg"])
+        options: Any = json.loads(json.dumps(build.to_dict()))
         model = onnx.load(output)
         manifest = Manifest.from_json(model.metadata_props[0].value, "metadata")
         assert manifest.precision == precision
-        assert manifest.options == options
+        assert plain(manifest)["options"] == options
         assert options["opset"] == model.opset_import[0].version
         assert options["half_precision"]["kept"]["bbox_head.tood_reg"] == "*tood_reg: asked for"
         assert "backbone.conv1" in options["half_precision"]["lowered"]
@@ -147,9 +150,10 @@ class TestHalfPrecisionArtefact:
         ):
             engine.infer(image, valid_hw, 0.05, 0.6)
         said: list[str] = []
-        options = low_precision_onnx(
+        build = low_precision_onnx(
             wild, tmp_path / "careful.onnx", "fp16", calib_data=images, say=said.append
         )
+        options: Any = json.loads(json.dumps(build.to_dict()))
         assert "3 images to calibrate on; with fewer than 64" in said[0]
         assert "fp16 cannot hold" in said[1]
         assert any("stays float32: " in line and "reaches" in line for line in said[2:])

@@ -59,9 +59,3 @@ def test_what_both_have_passes() -> None:
 def test_values_out_of_range_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ToodError, match=message):
         EngineOptions(**values)
-
-
-def test_manifest_holds_what_was_set() -> None:
-    assert EngineOptions().to_dict() == {"nms": "unrolled"}
-    options = EngineOptions(workspace_mib=64, optimisation_level=0, nms="loop")
-    assert options.to_dict() == {"workspace_mib": 64, "optimisation_level": 0, "nms": "loop"}

@@ -15,11 +15,12 @@ PROFILES = Profiles(((64, 96),), (1, 2, 4))
 
 
 def target(name: str, **options: Any) -> dict[str, Any]:
-    return engine_target(
+    target: Any = engine_target(
         Flavour(cast(Name, name), None, "1.7.1", cast(Any, None)),
         PROFILES,
         EngineOptions(**options),
     )
+    return target.to_dict()
 
 
 def test_rtx_is_for_ampere_and_later_unless_told() -> None:

@@ -4,6 +4,7 @@ import pytest
 
 from tood_deploy.errors import ToodError
 from tood_deploy.export.config import Profiles, batch_from_text, default_shapes, shapes_from_text
+from tood_deploy.manifest_sections import OptimizationProfile
 
 
 def test_landscape_and_portrait_by_default() -> None:
@@ -25,10 +26,10 @@ def test_batches() -> None:
 
 
 def test_manifest_says_size_and_batch_of_each() -> None:
-    assert Profiles(((64, 96), (96, 64)), (1, 2, 4)).to_list() == [
-        {"size_hw": [64, 96], "batch": [1, 2, 4]},
-        {"size_hw": [96, 64], "batch": [1, 2, 4]},
-    ]
+    assert Profiles(((64, 96), (96, 64)), (1, 2, 4)).for_manifest() == (
+        OptimizationProfile((64, 96), 1, 2, 4),
+        OptimizationProfile((96, 64), 1, 2, 4),
+    )
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import onnx
 import pytest
 from export.small_graph import MACS_A_PIXEL, save_small
+from manifest_values import plain
 
 from tood_deploy.errors import ArtefactError, DeviceError, OutputError, ToodError
 from tood_deploy.export.config import EngineOptions, Nms, Profiles
@@ -27,6 +28,7 @@ from tood_deploy.export.to_onnx import onnx_from_model
 from tood_deploy.export.triton.repository import serving_form
 from tood_deploy.files import file_sha256
 from tood_deploy.manifest import Manifest, manifest_path, read_manifest
+from tood_deploy.manifest_sections import Parity, SelfTest
 from tood_deploy.onnx_file import read_onnx, save_onnx
 
 pytest.importorskip("tensorrt_rtx")
@@ -46,15 +48,16 @@ def build(onnx_path: Path, output: Path, **options: Any) -> BuiltEngine:
     return engine_from_onnx(onnx_path, output, **defaults | options)
 
 
+SELF_TEST = SelfTest("", 0.6, "a reference", ())
+
+
 class TestArtefact:
     def test_a_pristine_plan_and_its_manifest(
         self, tmp_path: Path, capfd: pytest.CaptureFixture[str]
     ) -> None:
         source = save_small(tmp_path / "a.onnx", "fp16")
         output = tmp_path / "out" / "a.engine"
-        built = build(
-            source, output, self_test={"cases": []}, rebuild="tood-export a.onnx --to engine"
-        )
+        built = build(source, output, self_test=SELF_TEST, rebuild="tood-export a.onnx --to engine")
         manifest = built.manifest
         assert read_manifest(output) == manifest
         assert sorted(path.name for path in output.parent.iterdir()) == ["a.engine", "a.json"]
@@ -68,19 +71,20 @@ class TestArtefact:
             "tiny",
             "c" * 64,
         )
-        assert manifest.self_test == {"cases": []}
-        assert manifest.options["format"] == "engine"
-        assert manifest.options["onnx_sha256"] == file_sha256(source)
-        assert manifest.options["rebuild"] == "tood-export a.onnx --to engine"
-        assert manifest.options["precisions"]["fp16"]["arithmetic"] == 1.0
+        assert manifest.self_test == SELF_TEST
+        assert plain(manifest)["options"]["format"] == "engine"
+        assert plain(manifest)["options"]["onnx_sha256"] == file_sha256(source)
+        assert plain(manifest)["options"]["rebuild"] == "tood-export a.onnx --to engine"
+        assert plain(manifest)["options"]["precisions"]["fp16"]["arithmetic"] == 1.0
         assert manifest.versions.keys() == {"onnx", "tood_deploy", "tensorrt_rtx"}
-        assert manifest.target["version"] == manifest.versions["tensorrt_rtx"]
-        assert manifest.target["profiles"] == PROFILES.to_list()
+        assert plain(manifest)["target"]["version"] == manifest.versions["tensorrt_rtx"]
+        assert manifest.target is not None
+        assert manifest.target.profiles == PROFILES.for_manifest()
         assert capfd.readouterr() == ("", "")
 
     def test_sizes_follow_the_model_where_not_given(self, tmp_path: Path) -> None:
         built = build(save_small(tmp_path / "a.onnx"), tmp_path / "a-trt.engine", profiles=None)
-        assert [profile["size_hw"] for profile in built.manifest.target["profiles"]] == [
+        assert [profile["size_hw"] for profile in plain(built.manifest)["target"]["profiles"]] == [
             [256, 320],
             [320, 256],
         ]
@@ -88,22 +92,25 @@ class TestArtefact:
 
     def test_parity_of_the_onnx_is_named_as_such(self, tmp_path: Path) -> None:
         source = save_small(tmp_path / "a.onnx")
-        assert build(source, tmp_path / "b.engine").manifest.parity == {}
-        verified = replace(read_onnx(source).manifest, parity={"images": 12}).with_artefact(source)
+        assert build(source, tmp_path / "b.engine").manifest.parity is None
+        verified = replace(read_onnx(source).manifest, parity=Parity(images=12)).with_artefact(
+            source
+        )
         manifest_path(source).write_text(verified.to_json())
         parity = build(source, tmp_path / "b.engine").manifest.parity
-        assert parity == {
-            "images": 12,
-            "compared": "the ONNX artefact that this engine was built from",
-        }
+        compared = "the ONNX artefact that this engine was built from"
+        assert parity == Parity(images=12, compared=compared)
 
     def test_options_are_remembered(self, tmp_path: Path) -> None:
         options = EngineOptions(workspace_mib=64, compute_capabilities=("8.9",), nms="loop")
         manifest = build(
             save_small(tmp_path / "a.onnx"), tmp_path / "b.plan", options=options
         ).manifest
-        assert (manifest.options["workspace_mib"], manifest.options["nms"]) == (64, "loop")
-        assert manifest.target["compute_capabilities"] == ["8.9"]
+        assert (plain(manifest)["options"]["workspace_mib"], plain(manifest)["options"]["nms"]) == (
+            64,
+            "loop",
+        )
+        assert plain(manifest)["target"]["compute_capabilities"] == ["8.9"]
 
 
 def test_torch_is_loaded_for_suppression_without_a_loop_alone() -> None:
@@ -215,8 +222,8 @@ class TestTiny:
         layers = [layer for layer in built.layers.network if layer.kind == "CONVOLUTION"]
         assert shares(layers)[precision].mac_share > 0.85
         assert built.size_bytes > 1_000_000
-        assert built.manifest.options["nms"] == nms
-        assert ("nms_rounds" in built.manifest.options) == (nms == "unrolled")
+        assert plain(built.manifest)["options"]["nms"] == nms
+        assert ("nms_rounds" in plain(built.manifest)["options"]) == (nms == "unrolled")
         assert bool(LOOP & {layer.kind for layer in built.layers.network}) == (nms == "loop")
 
     def test_fp32(self, tiny_artefact: Path, tmp_path: Path) -> None:

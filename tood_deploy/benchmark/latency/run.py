@@ -5,12 +5,10 @@ A `LatencyPlan` comes in; reports, printed tables and the measurements go out.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from tood_deploy import __version__
 from tood_deploy.benchmark.latency.machine import (
@@ -26,6 +24,7 @@ from tood_deploy.benchmark.latency.worker import END_TO_END, Case
 from tood_deploy.files import file_sha256
 from tood_deploy.graph_io import ARTEFACT_SUFFIXES
 from tood_deploy.manifest import read_manifest
+from tood_deploy.manifest_sections import BenchmarkVerdict
 from tood_deploy.reporter import Reporter
 
 MIN_ROUNDS = 6
@@ -77,29 +76,24 @@ def recorded_ap(cases: Iterable[Case]) -> dict[str, float]:
     models = {case.name: Path(case.model) for case in cases}
     verdicts = {name: _verdict(path) for name, path in models.items()}
     references = {
-        verdict["reference"]["sha256"]: _ap(verdict, "reference")
+        verdict.reference_sha256: verdict.ap("reference")
         for verdict in verdicts.values()
         if verdict
     }
-    recorded = {name: _ap(verdict, "artefact") for name, verdict in verdicts.items() if verdict}
+    recorded = {name: verdict.ap("artefact") for name, verdict in verdicts.items() if verdict}
     for name, path in models.items():
         if not verdicts[name] and path.is_file():
             recorded[name] = references.get(file_sha256(path))
     return {name: ap for name, ap in recorded.items() if ap is not None}
 
 
-def _verdict(path: Path) -> dict[str, Any]:
+def _verdict(path: Path) -> BenchmarkVerdict | None:
     """Return what a parity run left in the manifest of an artefact.
 
-    Empty for checkpoints, also where an artefact of the same name lies beside one.
+    None for checkpoints, also beside an artefact of the same name.
     """
     manifest = read_manifest(path) if path.suffix.lower() in ARTEFACT_SUFFIXES else None
-    return manifest.parity.get("benchmark", {}) if manifest else {}
-
-
-def _ap(verdict: dict[str, Any], whose: str) -> float | None:
-    ap = (verdict.get("ap") or {}).get(whose)
-    return ap if isinstance(ap, float) and math.isfinite(ap) else None
+    return manifest.parity.benchmark if manifest and manifest.parity else None
 
 
 def _facts(

@@ -25,12 +25,11 @@ from tood_deploy.data.image_set import ImageEntry, ImageSet, open_image_set, pho
 from tood_deploy.errors import ToodError
 from tood_deploy.files import write_text
 from tood_deploy.manifest import manifest_path
+from tood_deploy.manifest_sections import BenchmarkVerdict, Parity
 from tood_deploy.preprocess import check_imgsz
 from tood_deploy.reporter import Reporter
 
 PHOTOGRAPHS = 16  # crops of the built-in photograph, as tood-export takes without images
-
-KEY = "benchmark"  # in the manifest's `parity`, beside what tood-export measured
 
 
 @dataclass(frozen=True)
@@ -303,7 +302,8 @@ def write_verdict(model: ComparedModel, description: dict[str, Any]) -> Path | N
     if model.path is None or is_checkpoint(model.name):
         return None
     short = {key: value for key, value in description.items() if key != "sizes"}
-    manifest = replace(model.manifest, parity=model.manifest.parity | {KEY: plain(short)})
+    parity = replace(model.manifest.parity or Parity(), benchmark=BenchmarkVerdict(plain(short)))
+    manifest = replace(model.manifest, parity=parity)
     if not manifest.artefact_sha256:
         manifest = replace(manifest, artefact_sha256=model.sha256)
     path = manifest_path(model.path)

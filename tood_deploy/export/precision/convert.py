@@ -53,6 +53,7 @@ from tood_deploy.export.precision.sensitivity import (
 )
 from tood_deploy.files import atomic_path, write_text
 from tood_deploy.manifest import manifest_path
+from tood_deploy.manifest_sections import Build, HalfBuild, Int8Build, Parity
 from tood_deploy.onnx_file import OnnxArtefact, read_onnx, save_onnx
 from tood_deploy.parity.onnx_reference import OnnxRunner
 from tood_deploy.parity.reference import Reference
@@ -113,7 +114,7 @@ def int8_from_onnx(
     cache: Path | None = None,
     progress: Progress = lambda done, total: None,
     say: Callable[[str], None] = lambda line: None,
-) -> dict[str, Any]:
+) -> Build:
     """Writes `output` (.onnx), its metadata included, or nothing at all. No manifest beside it: parity is yet to be shown.
 
     Args:
@@ -128,7 +129,7 @@ def int8_from_onnx(
         say: told warnings and what was tried, a line each.
 
     Returns:
-        What the manifest's options should say: those of the float32 artefact, and "int8".
+        How it was built, for the manifest.
 
     Raises:
         ToodError: not such an artefact, a pattern that fits nothing, or images that cannot be read.
@@ -167,17 +168,17 @@ def int8_from_onnx(
     manifest = replace(
         artefact.manifest,
         precision="int8",
-        options=artefact.manifest.options | {"int8": told},
+        build=replace(artefact.manifest.build, int8=Int8Build.from_dict(told)),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         artefact_sha256="",
-        parity={},
-        self_test={},
+        parity=None,
+        self_test=None,
     )
     with atomic_path(output) as temporary:
         save_onnx(
             quantize(model, ranges, scheme=options.scheme, keep=told["keep"]), manifest, temporary
         )
-    return manifest.options
+    return manifest.build
 
 
 def prepare_images(folder: Path, sizing: ImageSize) -> list[Prepared]:
@@ -233,7 +234,7 @@ def low_precision_onnx(
     max_images: int = RANGE_IMAGES,
     progress: Progress = lambda done, total: None,
     say: Say = lambda line: None,
-) -> dict[str, Any]:
+) -> Build:
     """Writes `output` (.onnx), its metadata included, or nothing at all. No manifest beside it: parity is yet to be shown.
 
     Args:
@@ -247,7 +248,7 @@ def low_precision_onnx(
         say: told warnings, and what fp16 cannot hold, a line each.
 
     Returns:
-        What the manifest's options should say: "half_precision" with the report, and the opset.
+        How it was built, for the manifest.
 
     Raises:
         ToodError: not such an artefact, a pattern that fits nothing, or images that cannot be read.
@@ -266,25 +267,22 @@ def low_precision_onnx(
         wishes |= risks
     model, report = lower_precision(artefact.model, precision, keep=wishes)
     opset = next(entry.version for entry in model.opset_import if not entry.domain)
-    options = {
-        **artefact.manifest.options,
-        "opset": opset,
-        "half_precision": report.to_dict() | found,
-    }
+    half = HalfBuild.from_dict(report.to_dict() | found)
+    build = replace(artefact.manifest.build, opset=opset, half=half)
     named = artefact.manifest.precision if artefact.manifest.precision == "int8" else precision
     created = datetime.now(UTC).isoformat(timespec="seconds")
     manifest = replace(
         artefact.manifest,
         precision=named,
-        options=options,
+        build=build,
         created=created,
         artefact_sha256="",
-        parity={},
-        self_test={},
+        parity=None,
+        self_test=None,
     )
     with atomic_path(output) as temporary:
         save_onnx(model, manifest, temporary)
-    return options
+    return build
 
 
 def _find_risks(
@@ -350,12 +348,12 @@ class Lowered:
     Attributes:
         model: the graph.
         precision: what the manifest calls it.
-        options: what the manifest's options say beside those of the float32 artefact.
+        mixture: what a search of mixed precisions came to, for the manifest.
     """
 
     model: onnx.ModelProto
     precision: str
-    options: dict[str, Any]
+    mixture: Int8Build | None = None
 
 
 Lower = Callable[[OnnxArtefact, Tell], Lowered]
@@ -442,11 +440,11 @@ def _write(lowered: Lowered, float_onnx: Path, output: Path) -> Path:
     manifest = replace(
         source,
         precision=lowered.precision,
-        options={**source.options, "opset": opset, **lowered.options},
+        build=replace(source.build, opset=opset, mixture=lowered.mixture),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         artefact_sha256="",
-        parity={},
-        self_test={},
+        parity=None,
+        self_test=None,
     )
     with atomic_path(output) as temporary:
         save_onnx(lowered.model, manifest, temporary)
@@ -525,7 +523,9 @@ def _describe(
             reference, run, images, DETECTION_LIMITS[precision], measure_ap=measure_ap, say=say
         )
     self_test = self_test_from(run) if precision == "int8" else source.self_test
-    manifest = replace(lowered.manifest, parity=parity, self_test=self_test).with_artefact(path)
+    manifest = replace(
+        lowered.manifest, parity=Parity.from_dict(parity), self_test=self_test
+    ).with_artefact(path)
     write_text(manifest_path(path), manifest.to_json())
 
 

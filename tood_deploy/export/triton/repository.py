@@ -37,6 +37,7 @@ from tood_deploy.export.triton.folder import CONFIG_FILE, FIRST_VERSION, new_mod
 from tood_deploy.files import write_text
 from tood_deploy.graph_io import INPUTS, OUTPUTS
 from tood_deploy.manifest import Manifest, manifest_path
+from tood_deploy.manifest_sections import Serving
 from tood_deploy.onnx_file import open_session, read_onnx, save_onnx
 
 SCORE, IOU = INPUTS[2:]
@@ -143,25 +144,20 @@ def _write_serving_onnx(model: Path, output: Path) -> Manifest:
     """The serving form of an artefact, its manifest in its metadata; a file that has that form already stays as it is."""
     artefact = read_onnx(model)
     source = artefact.manifest
-    if "serving" in source.options:
+    if source.build.serving:
         shutil.copyfile(model, output)
         return source.with_artefact(output)
     serving = serving_form(artefact.model)
     compared = check_serving_form(artefact.model, serving, source.precision)
-    note = {
-        "thresholds": "one of each for every image",
-        "onnx_sha256": artefact.sha256,
-        "equal_detections": compared,
-    }
+    form = Serving(artefact.sha256, compared)
+    made_from = "the ONNX artefact that this was made from"
     manifest = replace(
         source,
-        options=source.options | {"serving": note},
+        build=replace(source.build, serving=form),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         artefact_sha256="",
-        parity={**source.parity, "compared": "the ONNX artefact that this was made from"}
-        if source.parity
-        else {},
-        self_test={},  # its stored answer is to one threshold for all
+        parity=replace(source.parity, compared=made_from) if source.parity else None,
+        self_test=None,  # its stored answer is to one threshold for all
     )
     save_onnx(serving, manifest, output)
     return manifest.with_artefact(output)
