@@ -42,14 +42,18 @@ from tood_deploy.export.tensorrt.to_tensorrt import engine_from_onnx
 from tood_deploy.inference.detector import Detector
 from tood_deploy.manifest import METADATA_KEY
 from tood_deploy.manifest_sections import Int8Build
-from tood_deploy.onnx_file import OnnxArtefact
+from tood_deploy.onnx_file import OnnxArtefact, needs_float_arithmetic
 from tood_deploy.reporter import progress_bar
 
 SCORE_THRESHOLD, IOU_THRESHOLD = 0.05, 0.6
 
 
 class ApDrop:
-    """Points of AP that graphs lose against a float32 one; ONNX Runtime on the CPU runs both, half precision emulated."""
+    """Points of AP that graphs lose against a float32 one.
+
+    ONNX Runtime on the CPU runs both: half precision is emulated, and what is quantised for TensorRT
+    is computed in float32 (`needs_float_arithmetic`).
+    """
 
     def __init__(self, data: DataSet, reference: OnnxArtefact, *, quiet: bool = True) -> None:
         """Pairs classes and categories; runs nothing yet.
@@ -105,7 +109,7 @@ class ApDrop:
         with tempfile.TemporaryDirectory(prefix="tood-") as folder:
             path = Path(folder) / "graph.onnx"
             onnx.save(emulate_low_precision(model), path)
-            return self.file_ap(path)
+            return self.file_ap(path, float_arithmetic=needs_float_arithmetic(model))
 
     def _predict(self, detector: Detector, kept: PredictionFile) -> None:
         try:
