@@ -12,7 +12,7 @@ from tood_deploy.onnx_file import cut_graph, needs_float_arithmetic, open_sessio
 
 @pytest.fixture
 def model() -> onnx.ModelProto:
-    """double = 2 x; tripled = double + x; then a branch that reads `tripled` from outside: y = tripled * factor, or x."""
+    """double = 2 x; tripled = double + x; a branch reads it: y = tripled * factor, or x."""
     branch = helper.make_graph(
         [helper.make_node("Mul", ["tripled", "factor"], ["inner"])], "then", [], [value("inner")]
     )

@@ -1,4 +1,4 @@
-"""tood-bench: options, exit codes, one clear line for bad input. Runs on checkpoints, so nothing is exported."""
+"""tood-bench: options, exit codes, one clear line for bad input; on checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The verdict on an artefact: what is sound passes on every size, what is broken on purpose is caught and its stage named."""
+"""The verdict on an artefact: sound ones pass on every size, broken ones are caught and named."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def two_channels_swapped(model: onnx.ModelProto) -> None:
 
 
 def half_cell_shift(model: onnx.ModelProto) -> None:
-    """Anchor points in the middle of their cells, as other detectors have them: the decoded boxes lie half a stride further."""
+    """Anchor points in the middle of their cells, as other detectors have them."""
     for level in range(3, 8):
         add_after(model, maker(model, f"head_boxes_p{level}").input[1], "Add", np.float32(0.5))
 

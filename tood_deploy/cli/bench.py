@@ -200,11 +200,15 @@ def _add_parity(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-verdict", action="store_true", help="leave the artefacts' manifests as they are"
     )
+    _add_limits(parser)
+    _add_shared(parser, "parity")
+
+
+def _add_limits(parser: argparse.ArgumentParser) -> None:
     limits = parser.add_argument_group("limits in place of those that go with the precision")
     for name, metavar, text in LIMITS:
         option = f"--{name.replace('_', '-')}"
         limits.add_argument(option, type=float, metavar=metavar, help=text)
-    _add_shared(parser, "parity")
 
 
 def _add_thresholds(parser: argparse.ArgumentParser, *, conf: float | None) -> None:

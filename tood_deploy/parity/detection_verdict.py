@@ -66,18 +66,18 @@ class DetectionVerdict:
         """Return the share of the artefact's detections that are added, 0 to 1."""
         return self.added / self.artefact_detections if self.artefact_detections else 0.0
 
-    def add(self, expected: NetDetections, found: NetDetections, limits: DetectionLimits) -> None:
+    def add(self, expected: NetDetections, actual: NetDetections, limits: DetectionLimits) -> None:
         """Count one image.
 
         Args:
             expected: the reference's detections, also those a little below the threshold.
-            found: the artefact's, likewise.
+            actual: the artefact's, likewise.
             limits: of a pair.
         """
         matches = match_boxes(
-            expected, found, min_iou=limits.iou, max_score_difference=limits.score
+            expected, actual, min_iou=limits.iou, max_score_difference=limits.score
         )
-        above = [rows.scores > self.score_threshold for rows in (expected, found)]
+        above = [rows.scores > self.score_threshold for rows in (expected, actual)]
         first, second = matches.pairs.T
         self.reference_detections += int(above[0].sum())
         self.artefact_detections += int(above[1].sum())
@@ -199,24 +199,24 @@ def choose_score_threshold(
 
 
 def answer_deviation(
-    expected: NetDetections, found: NetDetections, tolerance: AnswerTolerance
+    expected: NetDetections, actual: NetDetections, tolerance: AnswerTolerance
 ) -> str:
     """Return what is wrong with the answer to a self-test, as a clause; "" where nothing is.
 
     Args:
         expected: the stored answer.
-        found: the engine's.
+        actual: the engine's.
         tolerance: how far it may be off.
     """
-    matches = match_boxes(expected, found)
+    matches = match_boxes(expected, actual)
     score_off = matches.score_differences / expected.scores.max(initial=1e-9)
     iou = matches.iou
     matched = int(((score_off <= tolerance.score) & (iou >= tolerance.iou)).sum())
-    either = len(expected) + len(found) - matched
+    either = len(expected) + len(actual) - matched
     if matched >= tolerance.matched * either:
         return ""
     return (
-        f"of {len(expected)} stored detections {matched} came again, {len(found)} came in all; "
+        f"of {len(expected)} stored detections {matched} came again, {len(actual)} came in all; "
         f"scores are off by up to {score_off.max(initial=0):.2g} of the best one "
         f"(allowed {tolerance.score:g}), overlaps go down to {iou.min(initial=1):.2g} "
         f"(allowed {tolerance.iou:g})"

@@ -297,8 +297,8 @@ class StageDeviations:
             if stage.name in ROW_STAGES:
                 yield from self._row_excesses(stage.name)
             else:
-                found = list(self._map_excesses(stage))
-                yield from sorted(found, key=lambda excess: -excess.ratio)[:1]
+                excesses = list(self._map_excesses(stage))
+                yield from sorted(excesses, key=lambda excess: -excess.ratio)[:1]
 
     def _map_excesses(self, stage: Stage) -> Iterator[Excess]:
         for name in stage.gives:
@@ -334,11 +334,13 @@ class StageDeviations:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, by name of the graph's value or of the stage."""
-        maps = {name: each.to_dict() for name, each in self.maps.items() if each.elements}
+        maps = {
+            name: deviation.to_dict() for name, deviation in self.maps.items() if deviation.elements
+        }
         rows = {
-            name: each.to_dict()
-            for name, each in self.rows.items()
-            if each.counts.reference + each.counts.added
+            name: deviation.to_dict()
+            for name, deviation in self.rows.items()
+            if deviation.counts.reference + deviation.counts.added
         }
         return maps | rows
 

@@ -80,9 +80,9 @@ class Float32Verdict:
 
     def rows(self, limits: Float32Limits) -> Iterator[LimitRow]:
         """Yield what was measured beside its limit."""
-        if any(each.largest_ratio for each in self.maps.values()):
-            rms = max(each.rms_ratio for each in self.maps.values())
-            largest = max(each.largest_ratio for each in self.maps.values())
+        if any(verdict.largest_ratio for verdict in self.maps.values()):
+            rms = max(verdict.rms_ratio for verdict in self.maps.values())
+            largest = max(verdict.largest_ratio for verdict in self.maps.values())
             few = f"{limits.rms:g}, of maps with few cells {limits.rms_of_few:g}"
             yield LimitRow("maps, in units of float32's own noise, RMS", f"{rms:.2g}", few)
             yield LimitRow("the same, largest value", f"{largest:.2g}", f"{limits.largest:g}")
@@ -210,16 +210,16 @@ class Float32Judge:
         return Allowance(scores, boxes_px, self.limits.exchanges + slot_exchanges, slot_exchanges)
 
     def judge_detections(
-        self, expected: NetDetections, found: NetDetections, allowance: Allowance
+        self, expected: NetDetections, actual: NetDetections, allowance: Allowance
     ) -> None:
         """Judge the detections of one image.
 
         Args:
             expected: the reference's.
-            found: the artefact's.
+            actual: the artefact's.
             allowance: of images of that size.
         """
-        counts = allowance.count(expected, found)
+        counts = allowance.count(expected, actual)
         verdict = self.verdict
         verdict.detections += counts
         verdict.images += 1

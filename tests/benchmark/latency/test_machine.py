@@ -38,7 +38,8 @@ def test_the_governor_where_there_is_one(tmp_path: Path) -> None:
 def test_a_small_process_does_not_inherit_its_parents_peak() -> None:
     ballast = bytearray(300 * 2**20)
     ballast[::4096] = b"1" * len(ballast[::4096])
-    code = "from tood_deploy.benchmark.latency.machine import peak_memory_mib; print(peak_memory_mib())"
+    module = "tood_deploy.benchmark.latency.machine"
+    code = f"from {module} import peak_memory_mib; print(peak_memory_mib())"
     result = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,

@@ -1,4 +1,4 @@
-"""Parity between checkpoints, which needs no export: sound and broken networks, AP, canvases, verdicts, reports."""
+"""Parity between checkpoints, which needs no export: networks, AP, canvases, verdicts, reports."""
 
 from __future__ import annotations
 

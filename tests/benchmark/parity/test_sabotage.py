@@ -1,4 +1,4 @@
-"""Artefacts that are broken on purpose, one in each way: parity catches every one and names the guilty stage."""
+"""Artefacts that are broken on purpose: parity catches every one and names the guilty stage."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ Sabotage = Callable[[onnx.ModelProto], None]
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory, seeded_fill: Callable) -> ComparedModel:
-    """The trained checkpoint where it is there; otherwise `tiny` with stand-in weights, which find boxes too."""
+    """The trained checkpoint where it is there, else `tiny` with stand-in weights."""
     from conftest import SHARED
 
     checkpoint = SHARED / TRAINED
@@ -67,7 +67,7 @@ def exported(reference: ComparedModel) -> onnx.ModelProto:
 def scoring(
     reference: ComparedModel, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[ImageSet, Scoring]:
-    """Synthetic images; the truth is what the reference itself finds in them with a score above 0.1."""
+    """Synthetic images; the truth is what the reference finds in them with a score above 0.1."""
     images, names = open_image_set(None, None, IMGSZ, 3), reference.manifest.preset.class_names
     detector = Detector(reference.engine, conf=0.1, imgsz=IMGSZ)
     rows = [row for image in images for row in detector(image.read()).to_coco(image.image_id)]
@@ -107,7 +107,10 @@ def judge(
 def insert_after(
     model: onnx.ModelProto, name: str, *operators: tuple[str, list[str], dict]
 ) -> None:
-    """Sends a value through further nodes before anyone reads it. An operator is its type, its other inputs and its attributes."""
+    """Sends a value through further nodes before anyone reads it.
+
+    An operator is its type, its other inputs and its attributes.
+    """
     nodes, made, before = [], name, f"{name}_before"
     for number, (kind, others, attributes) in enumerate(operators):
         output = name if number == len(operators) - 1 else f"{name}_{number}"

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 
 from tood_deploy.benchmark.html_report import (
     SERIES,
@@ -27,77 +26,8 @@ from tood_deploy.benchmark.html_report import (
     write_markdown,
 )
 from tood_deploy.benchmark.latency.measure import Measurement, describe
+from tood_deploy.benchmark.latency.statistics import Ratio, Summary, speedup, summarise
 from tood_deploy.benchmark.latency.worker import END_TO_END, ENGINE, PARTS
-
-RESAMPLES = 4000
-CONFIDENCE_PERCENT = 95
-
-
-@dataclass(frozen=True)
-class Summary:
-    """Of times in milliseconds.
-
-    Attributes:
-        count: measurements.
-        median: in milliseconds, as all that follow.
-        mean: of all.
-        p90: 90th percentile.
-        p95: 95th percentile.
-        p99: 99th percentile; of few measurements that is their largest.
-        spread: distance between the first and third quartile.
-    """
-
-    count: int
-    median: float
-    mean: float
-    p90: float
-    p95: float
-    p99: float
-    spread: float
-
-
-def summarise(times_ms: Sequence[float] | NDArray[np.float64]) -> Summary:
-    """Summarise at least one measurement."""
-    values = np.asarray(times_ms, np.float64)
-    first, median, third, p90, p95, p99 = np.percentile(values, [25, 50, 75, 90, 95, 99]).tolist()
-    return Summary(len(values), median, float(values.mean()), p90, p95, p99, third - first)
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """A ratio and the interval that holds it with `CONFIDENCE_PERCENT` percent confidence."""
-
-    value: float
-    low: float
-    high: float
-
-
-def speedup(
-    baseline_ms: Sequence[Sequence[float]], times_ms: Sequence[Sequence[float]], seed: int = 0
-) -> Ratio:
-    """Return how many times faster than a baseline it is: ratio of medians, bootstrap interval.
-
-    Rounds are drawn with replacement, both sides of a round together, so that drift, which hits
-    both, cancels out.
-
-    Args:
-        baseline_ms: times of every round; rounds in order.
-        times_ms: the same rounds of what is compared.
-        seed: of the resampling.
-    """
-    both = np.array(
-        [
-            [np.median(first), np.median(second)]
-            for first, second in zip(baseline_ms, times_ms, strict=True)
-        ]
-    )
-    drawn = np.random.default_rng(seed).integers(0, len(both), (RESAMPLES, len(both)))
-    medians = np.median(both[drawn], axis=1)
-    tail = (100 - CONFIDENCE_PERCENT) / 2
-    low, high = np.percentile(medians[:, 0] / medians[:, 1], [tail, 100 - tail]).tolist()
-    middle = np.median(both, axis=0)
-    return Ratio(float(middle[0] / middle[1]), low, high)
-
 
 STAGES = ("pre", *PARTS, "post")
 
@@ -129,7 +59,7 @@ def fps(measurement: Measurement) -> float:
 def groups(measurements: Sequence[Measurement]) -> Iterator[list[Measurement]]:
     """Yield those that were measured together: the same size asked for, and batch."""
     for _, group in itertools.groupby(
-        measurements, key=lambda each: (each.case.imgsz, each.case.batch)
+        measurements, key=lambda measurement: (measurement.case.imgsz, measurement.case.batch)
     ):
         yield list(group)
 
@@ -138,9 +68,9 @@ def speedups(measurements: Sequence[Measurement], kind: str = END_TO_END) -> dic
     """Return the speed-up over the first of the same group, by position; the first has none."""
     ratios, position = {}, 0
     for group in groups(measurements):
-        for each in group:
-            if each is not group[0]:
-                ratios[position] = speedup(group[0].times_ms(kind), each.times_ms(kind))
+        for measurement in group:
+            if measurement is not group[0]:
+                ratios[position] = speedup(group[0].times_ms(kind), measurement.times_ms(kind))
             position += 1
     return ratios
 
@@ -162,18 +92,18 @@ def overview_table(measurements: Sequence[Measurement]) -> Table:
     """Return the most important numbers, narrow enough for a terminal."""
     rows = []
     faster = speedups(measurements)
-    for position, each in enumerate(measurements):
-        whole, engine = total_of(each, END_TO_END), total_of(each, ENGINE)
+    for position, measurement in enumerate(measurements):
+        whole, engine = total_of(measurement, END_TO_END), total_of(measurement, ENGINE)
         ratio = faster.get(position)
         shown = f"{ratio.value:.2f} ({ratio.low:.2f}-{ratio.high:.2f})" if ratio else "1"
-        name, _, batch, size = _case(each)
+        name, _, batch, size = _case(measurement)
         numbers = (
             f"{whole.median:.1f}",
             f"{whole.p95:.1f}",
             f"{engine.median:.1f}",
-            f"{fps(each):.2f}",
+            f"{fps(measurement):.2f}",
             shown,
-            f"{each.peak_mib:.0f}",
+            f"{measurement.peak_mib:.0f}",
         )
         rows.append([name, batch, size, *numbers])
     headers = ("model", "batch", "input", "median", "p95", "engine", "fps", "times faster", "MiB")
@@ -189,17 +119,24 @@ def latency_table(measurements: Sequence[Measurement], kind: str) -> Table:
     """Return milliseconds a call of one kind, and how many times faster than the first."""
     rows = []
     faster = speedups(measurements, kind)
-    for position, each in enumerate(measurements):
-        found = total_of(each, kind)
+    for position, measurement in enumerate(measurements):
+        summary = total_of(measurement, kind)
         ratio = faster.get(position)
         shown = f"{ratio.value:.2f} ({ratio.low:.2f} to {ratio.high:.2f})" if ratio else "1"
-        numbers = (found.median, found.mean, found.p90, found.p95, found.p99, found.spread)
+        numbers = (
+            summary.median,
+            summary.mean,
+            summary.p90,
+            summary.p95,
+            summary.p99,
+            summary.spread,
+        )
         rows.append(
             [
-                *_case(each),
+                *_case(measurement),
                 *(f"{ms:.1f}" for ms in numbers),
-                found.count,
-                f"{1000 * each.case.batch / found.mean:.2f}",
+                summary.count,
+                f"{1000 * measurement.case.batch / summary.mean:.2f}",
                 shown,
             ]
         )
@@ -224,20 +161,20 @@ def latency_table(measurements: Sequence[Measurement], kind: str) -> Table:
 
 def has_transfers(measurements: Sequence[Measurement]) -> bool:
     """Return whether an engine call has more than one part in any of them: none has on a CPU."""
-    return any(summary_of(each, ENGINE, "h2d") for each in measurements)
+    return any(summary_of(measurement, ENGINE, "h2d") for measurement in measurements)
 
 
 def stage_table(measurements: Sequence[Measurement], kind: str) -> Table:
     """Return where a call of one kind spends its time: medians."""
     rows = []
     stages = STAGES if kind == END_TO_END else PARTS
-    for each in measurements:
-        whole = total_of(each, kind).median
-        summaries = [summary_of(each, kind, stage) for stage in stages]
+    for measurement in measurements:
+        whole = total_of(measurement, kind).median
+        summaries = [summary_of(measurement, kind, stage) for stage in stages]
         shown = [
             part and f"{part.median:.2f} ({100 * part.median / whole:.1f}%)" for part in summaries
         ]
-        rows.append([*_case(each), *shown])
+        rows.append([*_case(measurement), *shown])
     note = (
         "Median milliseconds a call and share of the whole. h2d and d2h: to the GPU and back, with "
         "what the CPU does for that. A dash: on a CPU nothing is transferred."
@@ -248,22 +185,26 @@ def stage_table(measurements: Sequence[Measurement], kind: str) -> Table:
 def resource_table(measurements: Sequence[Measurement]) -> Table:
     """Return memory, start-up, warm-up, size and energy."""
     rows = []
-    for each in measurements:
-        opened, warm = each.opened, each.opened.warm_ups[END_TO_END]
+    for measurement in measurements:
+        opened, warm = measurement.opened, measurement.opened.warm_ups[END_TO_END]
         whole_start = opened.load_s + opened.first_result_s
         start = f"{whole_start:.2f} ({opened.load_s:.2f} + {opened.first_result_s:.2f})"
         warmed = f"{warm.calls} calls, {warm.seconds:.1f} s" + (
             "" if warm.stable else ", NOT stable"
         )
-        joules = f"{each.joules / each.images:.2f}" if each.device_mib is not None else None
+        joules = (
+            f"{measurement.joules / measurement.images:.2f}"
+            if measurement.device_mib is not None
+            else None
+        )
         rows.append(
             [
-                *_case(each),
-                f"{each.peak_mib:.0f}",
-                _rounded(each.device_mib),
+                *_case(measurement),
+                f"{measurement.peak_mib:.0f}",
+                _rounded(measurement.device_mib),
                 start,
                 warmed,
-                _rounded(each.artefact_mib),
+                _rounded(measurement.artefact_mib),
                 joules,
             ]
         )
@@ -292,12 +233,18 @@ def _rounded(value: float | None) -> str | None:
 def throughput_table(measurements: Sequence[Measurement]) -> Table:
     """Return frames a second at batch 1, and the best over all batches."""
     rows = []
-    keys = dict.fromkeys((each.case.name, each.opened.net_hw) for each in measurements)
+    keys = dict.fromkeys(
+        (measurement.case.name, measurement.opened.net_hw) for measurement in measurements
+    )
     for name, net_hw in keys:
         own = [
-            each for each in measurements if (each.case.name, each.opened.net_hw) == (name, net_hw)
+            measurement
+            for measurement in measurements
+            if (measurement.case.name, measurement.opened.net_hw) == (name, net_hw)
         ]
-        single = next((f"{fps(each):.2f}" for each in own if each.case.batch == 1), None)
+        single = next(
+            (f"{fps(measurement):.2f}" for measurement in own if measurement.case.batch == 1), None
+        )
         best = max(own, key=fps)
         rows.append([name, f"{net_hw[0]}x{net_hw[1]}", single, f"{fps(best):.2f}", best.case.batch])
     return Table(
@@ -310,9 +257,9 @@ def throughput_table(measurements: Sequence[Measurement]) -> Table:
 def distribution_figure(measurements: Sequence[Measurement]) -> Figure:
     """Draw the share of calls that took at most so long, of each measurement."""
     figure, axes = new_figure()
-    for i, each in enumerate(measurements):
-        times = np.sort([ms for turn in each.times_ms(END_TO_END) for ms in turn])
-        label = f"{each.case.name}, batch {each.case.batch}"
+    for i, measurement in enumerate(measurements):
+        times = np.sort([ms for turn in measurement.times_ms(END_TO_END) for ms in turn])
+        label = f"{measurement.case.name}, batch {measurement.case.batch}"
         axes.step(
             times,
             np.arange(1, len(times) + 1) / len(times) * 100,
@@ -329,16 +276,18 @@ def distribution_figure(measurements: Sequence[Measurement]) -> Figure:
 def throughput_figure(measurements: Sequence[Measurement]) -> Figure:
     """Draw frames a second over the batch, a line a model."""
     figure, axes = new_figure()
-    names = dict.fromkeys(each.case.name for each in measurements)
+    names = dict.fromkeys(measurement.case.name for measurement in measurements)
     for i, name in enumerate(names):
         points = sorted(
-            (each.case.batch, fps(each)) for each in measurements if each.case.name == name
+            (measurement.case.batch, fps(measurement))
+            for measurement in measurements
+            if measurement.case.name == name
         )
         axes.plot(*zip(*points, strict=True), marker="o", label=name, color=SERIES[i % len(SERIES)])
     axes.set(
         xlabel="batch",
         ylabel="frames a second, end to end",
-        xticks=sorted({each.case.batch for each in measurements}),
+        xticks=sorted({measurement.case.batch for measurement in measurements}),
     )
     axes.set_ylim(bottom=0)
     _legend(figure)
@@ -353,11 +302,15 @@ def accuracy_figure(measurements: Sequence[Measurement], ap: Mapping[str, float]
         ap: points of AP by model's name.
     """
     figure, axes = new_figure()
-    smallest = min(each.case.batch for each in measurements)
-    shown = [each for each in measurements if each.case.batch == smallest and each.case.name in ap]
-    for i, each in enumerate(shown):
-        name = each.case.name
-        median = total_of(each, END_TO_END).median
+    smallest = min(measurement.case.batch for measurement in measurements)
+    shown = [
+        measurement
+        for measurement in measurements
+        if measurement.case.batch == smallest and measurement.case.name in ap
+    ]
+    for i, measurement in enumerate(shown):
+        name = measurement.case.name
+        median = total_of(measurement, END_TO_END).median
         axes.scatter(median, ap[name], color=SERIES[i % len(SERIES)], label=name)
     axes.set(xlabel=f"median milliseconds a call, end to end, batch {smallest}", ylabel="AP")
     axes.set_xlim(left=0)
@@ -425,7 +378,7 @@ def write_latency_reports(folder: Path, run: LatencyRun) -> list[Path]:
     notes = [f"- {name}: {value}" for name, value in run.facts.items()]
     notes += [f"- warning: {warning}" for warning in run.warnings]
     write_markdown(paths[1], ["# Latency", "\n".join(notes), *parts])
-    names = ", ".join(dict.fromkeys(each.case.name for each in measurements))
+    names = ", ".join(dict.fromkeys(measurement.case.name for measurement in measurements))
     render_page(
         f"Latency: {names}",
         _sections(measurements, run.ap),
@@ -440,8 +393,8 @@ def write_latency_reports(folder: Path, run: LatencyRun) -> list[Path]:
 def _values(measurements: Sequence[Measurement]) -> list[dict[str, Any]]:
     ratios = speedups(measurements)
     return [
-        _measurement_values(each, asdict(ratios[i]) if i in ratios else None)
-        for i, each in enumerate(measurements)
+        _measurement_values(measurement, asdict(ratios[i]) if i in ratios else None)
+        for i, measurement in enumerate(measurements)
     ]
 
 
@@ -463,10 +416,10 @@ def _measurement_values(
 
 def _tiles(measurements: Sequence[Measurement]) -> list[Tile]:
     tiles = []
-    for each in measurements:
-        whole = total_of(each, END_TO_END)
-        name = f"{each.case.name}, batch {each.case.batch}"
-        remark = f"{fps(each):.2f} fps, p95 {whole.p95:.1f} ms"
+    for measurement in measurements:
+        whole = total_of(measurement, END_TO_END)
+        name = f"{measurement.case.name}, batch {measurement.case.batch}"
+        remark = f"{fps(measurement):.2f} fps, p95 {whole.p95:.1f} ms"
         tiles.append(Tile(name, f"{whole.median:.1f} ms", remark))
     return tiles
 
@@ -479,7 +432,7 @@ def _sections(measurements: Sequence[Measurement], ap: Mapping[str, float]) -> l
             "Share of calls that took at most so long.",
         )
     }
-    if len({each.case.batch for each in measurements}) > 1:
+    if len({measurement.case.batch for measurement in measurements}) > 1:
         figures["Throughput over batch"] = (throughput_figure(measurements), "")
     if ap:
         figures["AP over latency"] = (

@@ -58,7 +58,7 @@ def run_latency(
         | _facts(plan, machine, load, measurements)
         | {name: str(value) for name, value in account.items()},
         machine=machine.to_dict() | account | {"load": vars(load)},
-        ap=recorded_ap(each.case for each in measurements) | dict(ap),
+        ap=recorded_ap(measurement.case for measurement in measurements) | dict(ap),
         warnings=warnings,
     )
     write_latency_reports(output, run)
@@ -101,7 +101,7 @@ def _facts(
 ) -> dict[str, str]:
     threads = plan.cases[0].threads
     cores = f"{machine.cores} logical cores, {machine.usable_cores} usable"
-    engines = dict.fromkeys(each.opened.engine for each in measurements)
+    engines = dict.fromkeys(measurement.opened.engine for measurement in measurements)
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "CPU": f"{machine.cpu}, {cores}, governor {machine.governor}",
@@ -111,7 +111,9 @@ def _facts(
         "memory": f"{machine.memory_gib} GiB",
         "software": f"tood_deploy {__version__}, Python {machine.python}, {machine.system}; "
         + "; ".join(engines),
-        "images": "; ".join(dict.fromkeys(each.opened.images for each in measurements)),
+        "images": "; ".join(
+            dict.fromkeys(measurement.opened.images for measurement in measurements)
+        ),
         "method": f"{plan.rounds} rounds; in each, every model in turn, in random order, "
         f"{plan.turn_s:g} s of each kind of call",
     }

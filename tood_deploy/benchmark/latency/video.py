@@ -188,9 +188,9 @@ def run_video(detector: Detector, plan: VideoPlan) -> VideoRun:
         started = time.perf_counter()
         results = detect_frames(detector, timed, plan.batch, timings)
         with SinkThread(sinks) as writer, closing(results):
-            for frame, found in results:
-                writer.put(frame, found)
-                detections += len(found)
+            for frame, in_frame in results:
+                writer.put(frame, in_frame)
+                detections += len(in_frame)
         seconds = time.perf_counter() - started
     if not timings.frames:
         raise _no_frame(plan)

@@ -1,8 +1,8 @@
 """One model in a process of its own, so that start-up time and peak memory are its own.
 
 A `Case` and numbers of seconds come in through a pipe; what opening it took, and the times of a
-turn of calls, go out. Imports nothing heavy before it opens the model: what the runtime's import takes
-belongs to start-up.
+turn of calls, go out. Imports nothing heavy before it opens the model: what the runtime's import
+takes belongs to start-up.
 """
 
 from __future__ import annotations
@@ -220,8 +220,8 @@ class Bench:
 
     def _engine_call(self, laps: Laps) -> None:
         prepared = [self.prepared[i] for i in self._batch()]
-        images = np.stack([each.image for each in prepared])
-        valid_hw = np.array([each.transform.resized_hw for each in prepared], np.int32)
+        images = np.stack([item.image for item in prepared])
+        valid_hw = np.array([item.transform.resized_hw for item in prepared], np.int32)
         laps.restart()
         self.call(images, valid_hw, self.case.conf, self.detector.iou, laps)
 
@@ -229,13 +229,13 @@ class Bench:
         frames = [self.frames[i] for i in self._batch()]
         laps.restart()
         prepared = [self.detector.prepare(frame) for frame in frames]
-        images = np.stack([each.image for each in prepared])
-        valid_hw = np.array([each.transform.resized_hw for each in prepared], np.int32)
+        images = np.stack([item.image for item in prepared])
+        valid_hw = np.array([item.transform.resized_hw for item in prepared], np.int32)
         laps.lap("pre")
         batch = self.call(images, valid_hw, self.case.conf, self.detector.iou, laps)
         detections = self.detector.to_detections(prepared, batch)
         laps.lap("post")
-        return sum(len(each) for each in detections)
+        return sum(map(len, detections))
 
     def __enter__(self) -> Bench:
         return self

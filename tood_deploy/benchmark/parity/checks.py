@@ -112,7 +112,7 @@ class Check(ABC):
     """Gathers the verdict on one artefact."""
 
     @abstractmethod
-    def add(self, expected: NetDetections, found: NetDetections) -> None:
+    def add(self, expected: NetDetections, actual: NetDetections) -> None:
         """Add the detections of reference and artefact on one image."""
 
     @abstractmethod
@@ -173,10 +173,10 @@ class Float32Check(Check):
             self.judge.judge_maps(noise, maps, size_hw)
         self._allowance = self._own.widen(self.judge.allowance(noise))
 
-    def add(self, expected: NetDetections, found: NetDetections) -> None:
+    def add(self, expected: NetDetections, actual: NetDetections) -> None:
         """Judge the detections of one image."""
         assert self._allowance is not None
-        self.judge.judge_detections(expected, found, self._allowance)
+        self.judge.judge_detections(expected, actual, self._allowance)
 
     def add_slots(self, alone: NetDetections, slots: Sequence[NetDetections]) -> None:
         """Judge whether the detections depend on the slot."""
@@ -216,13 +216,13 @@ class DetectionCheck(Check):
         self.limits = own.detection_limits(precision)
         self.verdict = DetectionVerdict(0.0)
         self._expected: list[NetDetections] = []
-        self._found: list[NetDetections] = []
+        self._actual: list[NetDetections] = []
         self._slots: list[tuple[NetDetections, Sequence[NetDetections]]] = []
 
-    def add(self, expected: NetDetections, found: NetDetections) -> None:
+    def add(self, expected: NetDetections, actual: NetDetections) -> None:
         """Keep the detections of one image: from where on they count is known at the end."""
         self._expected.append(expected)
-        self._found.append(found)
+        self._actual.append(actual)
 
     def add_slots(self, alone: NetDetections, slots: Sequence[NetDetections]) -> None:
         """Keep the detections of one image in every slot of a batch."""
@@ -243,8 +243,8 @@ class DetectionCheck(Check):
         threshold = choose_score_threshold(self._expected, option="--images")
         lowest = max(0.0, threshold - self.limits.score)
         self.verdict = DetectionVerdict(threshold, ap=ap)
-        for expected, found in zip(self._expected, self._found, strict=True):
-            self.verdict.add(expected.above(lowest), found.above(lowest), self.limits)
+        for expected, actual in zip(self._expected, self._actual, strict=True):
+            self.verdict.add(expected.above(lowest), actual.above(lowest), self.limits)
         for alone, slots in self._slots:
             rows = [slot.above(threshold) for slot in slots]
             self.verdict.add_slots(alone.above(threshold), rows, self.limits)

@@ -291,8 +291,8 @@ def _add_low_scores(
     for number, source_image in enumerate(images):
         inputs, _ = _prepare(model, source_image.read(), replace(settings, conf=0.0))
         expected = comparison.cut(runner.run_all(inputs))
-        found = model.runner.run_all(inputs)
-        comparison.check.add(detections_of(expected), detections_of(found))
+        outputs = model.runner.run_all(inputs)
+        comparison.check.add(detections_of(expected), detections_of(outputs))
         if number == 0:
             comparison.add_slots(expected)
 

@@ -133,12 +133,12 @@ class Comparison:
             reference: what the reference gave for the same input.
         """
         values = self.cut(reference.values)
-        found = self.model.runner.run_all(only_inputs(values))
+        outputs = self.model.runner.run_all(only_inputs(values))
         if isinstance(self.check, Float32Check) and self.check.needs_noise:
             self._explain(self.check, reference)
-        self.check.add(detections_of(values), detections_of(found))
-        matches = add_stages(self.deployed, self.model.runner, values, found)
-        first, second = (self._detections(each, transform) for each in (values, found))
+        self.check.add(detections_of(values), detections_of(outputs))
+        matches = add_stages(self.deployed, self.model.runner, values, outputs)
+        first, second = (self._detections(given, transform) for given in (values, outputs))
         self.differences.add(image, first, second, matches.pairs)
         self.rows += self._coco_rows(second, image)
         self.reference_rows += self._coco_rows(first, image)
@@ -148,8 +148,8 @@ class Comparison:
 
     def _explain(self, check: Float32Check, reference: ReferenceRun) -> None:
         """Have a float32 check judge the maps of an image, and measure what float32 explains."""
-        found = self.model.runner.run_with_maps(only_inputs(reference.values))
-        maps = None if found is None else [found[name] for name in MAP_NAMES]
+        outputs = self.model.runner.run_with_maps(only_inputs(reference.values))
+        maps = None if outputs is None else [outputs[name] for name in MAP_NAMES]
         check.explain(reference.noise, maps, net_size(reference.values))
 
     def _add_alone(self, image: ImageEntry, transform: ImageTransform, reference: Values) -> None:
@@ -183,20 +183,20 @@ class Comparison:
             reference: what the reference gave for it.
         """
         values = self.cut(reference.values)
-        found = self.model.runner.run_all(only_inputs(values))
+        outputs = self.model.runner.run_all(only_inputs(values))
         deviations = StageDeviations(self.deployed.limits, deployed=True)
-        add_stages(deviations, self.model.runner, values, found)
+        add_stages(deviations, self.model.runner, values, outputs)
         failures: list[Failure] = []
         if isinstance(self.check, Float32Check):
             known = len(self.check.judge.verdict.failed)
             self._explain(self.check, reference)
-            self.check.add(detections_of(values), detections_of(found))
+            self.check.add(detections_of(values), detections_of(outputs))
             failures = self.check.judge.verdict.failed[known:]
         self.sizes[net_hw] = SizeResult(deviations, tuple(failures))
 
     def own_failures(self) -> list[Failure]:
         """Return the limits of the user's own on single stages that were passed."""
-        gathered = [each for each in (self.alone, self.deployed) if each is not None]
+        gathered = [stages for stages in (self.alone, self.deployed) if stages is not None]
         return [
             Failure(excess.stage, excess.message)
             for deviations in gathered
@@ -219,12 +219,12 @@ class Comparison:
         names = self.model.manifest.preset.class_names
         return Detections(transform.boxes_to_image(rows.boxes), rows.scores, rows.labels, names)
 
-    def _coco_rows(self, found: Detections, image: ImageEntry) -> CocoRows:
-        return [] if self.scoring is None else self.scoring.rows(found, image.image_id)
+    def _coco_rows(self, detections: Detections, image: ImageEntry) -> CocoRows:
+        return [] if self.scoring is None else self.scoring.rows(detections, image.image_id)
 
 
 def add_stages(
-    deviations: StageDeviations, runner: StageRunner, reference: Values, found: Values
+    deviations: StageDeviations, runner: StageRunner, reference: Values, outputs: Values
 ) -> BoxMatches:
     """Add all stages that the runner gives, as deployed.
 
@@ -232,13 +232,13 @@ def add_stages(
         deviations: to add to.
         runner: of the artefact.
         reference: what the reference gave.
-        found: what the artefact gave.
+        outputs: what the artefact gave.
 
     Returns:
         The pairs of detections.
     """
     for stage in STAGES[:-1] if runner.has_stages else ():
-        deviations.add(stage, reference, found)
-    matches = deviations.add(DETECTIONS, reference, found)
+        deviations.add(stage, reference, outputs)
+    matches = deviations.add(DETECTIONS, reference, outputs)
     assert matches is not None
     return matches

@@ -215,8 +215,8 @@ def matching_table(result: Result) -> Table:
     ]
     note = (
         f"Matched: same class, IoU at least {MIN_IOU}, each box once. Batch slots: the first "
-        "image in every slot of a batch, against itself alone. Padded: on a canvas, as an engine of "
-        "fixed shape does it, against padded as little as needed."
+        "image in every slot of a batch, against itself alone. Padded: on a canvas, as an engine "
+        "of fixed shape does it, against padded as little as needed."
     )
     return Table(
         ("boxes", "reference", "matched", "lost", "added", "matched of either"), rows, note
@@ -330,8 +330,8 @@ def write_reports(
         {
             "facts": facts,
             "models": {
-                result.comparison.model.name: each
-                for result, each in zip(results, descriptions, strict=True)
+                result.comparison.model.name: description
+                for result, description in zip(results, descriptions, strict=True)
             },
         },
     )
@@ -386,18 +386,18 @@ def verdict_line(result: Result) -> str:
 
 def tables(result: Result) -> dict[str, Table]:
     """Return all tables of an artefact, by their titles."""
-    found = {
+    by_title = {
         "Limits": limits_table(result),
         "Waterfall": waterfall_table(result),
         "Boxes": matching_table(result),
     }
     if result.comparison.scoring:
-        found["AP"] = ap_table(result)
+        by_title["AP"] = ap_table(result)
     if result.reference_metrics and result.metrics:
-        found["AP of every class"] = class_table(result)
+        by_title["AP of every class"] = class_table(result)
     if result.comparison.sizes:
-        found["Other input sizes"] = sizes_table(result)
-    return found
+        by_title["Other input sizes"] = sizes_table(result)
+    return by_title
 
 
 def markdown_parts(results: Sequence[Result], facts: Facts) -> list[str]:
@@ -481,15 +481,15 @@ def _scores(result: Result) -> Markup:
 
 def _image_section(result: Result, prefix: str) -> Section:
     cards = []
-    for each in result.comparison.differences.images:
+    for difference in result.comparison.differences.images:
         caption = (
-            f"{each.image.name}: {each.exchanged} boxes in one alone, "
-            f"scores differ by {each.shift:.1e} at most"
+            f"{difference.image.name}: {difference.exchanged} boxes in one alone, "
+            f"scores differ by {difference.shift:.1e} at most"
         )
-        left, right = draw_difference(each)
+        left, right = draw_difference(difference)
         sides = pair(
-            image(left, f"{each.image.name}: PyTorch"),
-            image(right, f"{each.image.name}: the artefact"),
+            image(left, f"{difference.image.name}: PyTorch"),
+            image(right, f"{difference.image.name}: the artefact"),
         )
         cards.append(Card(caption, sides))
     lead = (

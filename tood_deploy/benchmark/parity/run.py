@@ -126,7 +126,7 @@ def run_parity(config: ParityConfig, reporter: Reporter) -> list[Result]:
             settings,
             own=config.own,
             scoring=scoring,
-            track=lambda each: reporter.track(each, "comparing"),
+            track=lambda items: reporter.track(items, "comparing"),
         )
         _report(config, results, reference, images, settings)
     for result in results:
@@ -251,8 +251,8 @@ def describe(
         "stages_as_deployed": comparison.deployed.to_dict(),
         "batch_slots": asdict(comparison.check.batch_slots),
         "sizes": {
-            f"{height}x{width}": each.deviations.to_dict()
-            for (height, width), each in comparison.sizes.items()
+            f"{height}x{width}": size.deviations.to_dict()
+            for (height, width), size in comparison.sizes.items()
         },
         "ap": _describe_ap(result),
         "canvas": _describe_padding(result),
