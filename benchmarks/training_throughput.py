@@ -23,7 +23,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from tood_deploy.data.coco import read_annotations
 from tood_deploy.demo.scenes import write_scenes
 from tood_deploy.model import HeadOutput
 from tood_deploy.presets import PRESETS, SIZE_DIVISOR
@@ -32,6 +31,7 @@ from tood_deploy.training.config import RECIPES
 from tood_deploy.training.data import Augment, Batch, TrainingData, epoch_batches, load_batches
 from tood_deploy.training.init import new_model
 from tood_deploy.training.learner import AUTOCAST, Learner
+from tood_deploy.training.records import read_labelled_images
 
 BOXES = 10
 PARTS = ("forward", "assignment", "loss", "backward", "update")
@@ -108,7 +108,9 @@ def measure_pipeline(imgsz: tuple[int, int], batch: int) -> tuple[float, str]:
     with tempfile.TemporaryDirectory() as folder:
         path = write_scenes(Path(folder), 64, size_hw=(480, 640))
         data = TrainingData(
-            read_annotations(path, Path(folder) / "images").for_training(), Augment(imgsz), seed=0
+            read_labelled_images(path, Path(folder) / "images").for_training(),
+            Augment(imgsz),
+            seed=0,
         )
         plan = epoch_batches(data.records, batch, seed=0, epoch=0, by_aspect=True)
         start = time.process_time()

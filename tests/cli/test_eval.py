@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmark.truths import annotation, coco, result, write_json
+from data.small_coco import annotation, coco, result, write_json
 from inference.fakes import CLASSES, RedEngine, red_image, write_image
 
 from tood_deploy.cli.eval import main
@@ -69,7 +69,7 @@ def test_a_model(run: Run) -> None:
     assert len(json.loads(Path("model-eval/results.json").read_text())) == 3
     values = report("model-eval")
     assert values["facts"]["detection"].startswith(
-        "conf 0.05, iou 0.6, at most 4 a image, 1000 candidates"
+        "conf 0.05, iou 0.6, at most 4 an image, 1000 candidates"
     )
     assert values["facts"]["command"].startswith("tood-eval model.pth --annotations truth.json")
 
@@ -89,7 +89,7 @@ def test_the_models_own_thresholds_are_the_default(
     run("--images", "images")
     assert (
         report("model-eval")["facts"]["detection"]
-        == "conf 0.2, iou 0.3, at most 4 a image, 500 candidates a level"
+        == "conf 0.2, iou 0.3, at most 4 an image, 500 candidates a level"
     )
     run("--images", "images", "--conf", "0.1", "--iou", "0.5", "--output", "told")
     assert report("told")["facts"]["detection"].startswith("conf 0.1, iou 0.5")

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from benchmark.truths import annotation, coco, write_json
+from data.small_coco import annotation, coco, write_json
 from inference.fakes import red_image, write_image
 
 from tood_deploy.cli.export import main

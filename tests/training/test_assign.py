@@ -197,7 +197,7 @@ def test_500_boxes_at_full_size_take_little_memory() -> None:
 
 
 def crowded(kind: str) -> Callable[[], Assignment]:
-    """500 boxes of all sizes in a image of 800 x 1333."""
+    """500 boxes of all sizes in an image of 800 x 1333."""
     rng = np.random.default_rng(0)
     grid = grid_of(800, 1344)
     gt, labels = (

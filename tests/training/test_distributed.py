@@ -35,12 +35,13 @@ import torch
 torch.set_num_threads(1)
 from tood_deploy.model import load_checkpoint
 from tood_deploy.presets import Preset
-from tood_deploy.data.coco import read_annotations
+from tood_deploy.training.records import read_labelled_images
 from tood_deploy.training.data import Augment
 from tood_deploy.training.data import TrainingData
 from tood_deploy.training.distributed import process_group, rank
 from tood_deploy.training.evaluate import CocoEvaluator
 from tood_deploy.training.logger import Journal
+from tood_deploy.reporter import Reporter
 from tood_deploy.training.loop import fit
 from tood_deploy.training.config import RunOptions
 from tood_deploy.training.init import new_model
@@ -48,9 +49,9 @@ from tood_deploy.training.config import Recipe
 preset, recipe, scenes, output, weights = (json.loads(text) for text in sys.argv[1:])
 preset, recipe, scenes, output = Preset.from_dict(preset), Recipe.from_dict(recipe), Path(scenes), Path(output)
 with process_group("cpu") as device:
-    annotations = read_annotations(scenes / "annotations.json", scenes / "images")
+    annotations = read_labelled_images(scenes / "annotations.json", scenes / "images")
     data = TrainingData(annotations.for_training(), Augment(preset.imgsz), recipe.seed)
-    journal = Journal(None if rank() else output, quiet=True, every=1)
+    journal = Journal(None if rank() else output, Reporter.silent(), every=1)
     fit(new_model(preset, recipe.seed), data, recipe, RunOptions(output, device), journal=journal)
     found = CocoEvaluator(annotations, device, batch=3)(load_checkpoint(weights))
     (output / f"evaluation{rank()}.json").write_text(json.dumps(found.metrics))

@@ -19,11 +19,11 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from tood_deploy.benchmark.evaluation.coco_metrics import evaluate
 from tood_deploy.benchmark.evaluation.evaluate import DataSet
 from tood_deploy.benchmark.evaluation.predict import Key, PredictionFile, predict
 from tood_deploy.benchmark.latency.worker import warm_up
-from tood_deploy.data.coco import map_categories
+from tood_deploy.data.categories import map_categories
+from tood_deploy.data.coco_metrics import evaluate
 from tood_deploy.engines import Engine, open_engine
 from tood_deploy.errors import ArtefactError, InputError, ToodError
 from tood_deploy.export.config import EngineOptions, Profiles
@@ -43,7 +43,7 @@ from tood_deploy.inference.detector import Detector
 from tood_deploy.manifest import METADATA_KEY
 from tood_deploy.manifest_sections import Int8Build
 from tood_deploy.onnx_file import OnnxArtefact, needs_float_arithmetic
-from tood_deploy.reporter import progress_bar
+from tood_deploy.reporter import Reporter, progress_bar
 
 SCORE_THRESHOLD, IOU_THRESHOLD = 0.05, 0.6
 
@@ -113,16 +113,15 @@ class ApDrop:
 
     def _predict(self, detector: Detector, kept: PredictionFile) -> None:
         try:
-            with progress_bar("measuring AP", self.quiet) as progress:
-                predict(
-                    detector,
-                    self.data.truth,
-                    self.data.files,
-                    kept,
-                    1,
-                    quiet=True,
-                    progress=progress,
-                )
+            predict(
+                detector,
+                self.data.truth,
+                self.data.files,
+                kept,
+                1,
+                Reporter(self.quiet),
+                "measuring AP",
+            )
         except ArtefactError as error:  # which this raises for nothing else
             raise _NotNumbersError(str(error)) from error
 

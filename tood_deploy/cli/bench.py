@@ -158,25 +158,7 @@ def _add_parity(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "models", metavar="MODEL", nargs="+", help="exported artefacts, or other checkpoints"
     )
-    parser.add_argument(
-        "--images",
-        type=Path,
-        metavar="DIR",
-        help="folder of images (default: 16 crops of a built-in photograph)",
-    )
-    parser.add_argument(
-        "--annotations",
-        type=Path,
-        metavar="FILE",
-        help="their truth, COCO JSON: adds AP, and what each part costs in AP",
-    )
-    parser.add_argument(
-        "--mapping",
-        type=Path,
-        metavar="FILE",
-        help="JSON object: category name, or null to leave out, by class name",
-    )
-    parser.add_argument("--limit", type=int, metavar="N", help="take the first N images only")
+    _add_images(parser)
     _add_thresholds(parser, conf=None)
     parser.add_argument(
         "--stages",
@@ -202,6 +184,28 @@ def _add_parity(parser: argparse.ArgumentParser) -> None:
     )
     _add_limits(parser)
     _add_shared(parser, "parity")
+
+
+def _add_images(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--images",
+        type=Path,
+        metavar="DIR",
+        help="folder of images (default: 16 crops of a built-in photograph)",
+    )
+    parser.add_argument(
+        "--annotations",
+        type=Path,
+        metavar="FILE",
+        help="their truth, COCO JSON: adds AP, and what each part costs in AP",
+    )
+    parser.add_argument(
+        "--mapping",
+        type=Path,
+        metavar="FILE",
+        help="JSON object: category name, or null to leave out, by class name",
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="take the first N images only")
 
 
 def _add_limits(parser: argparse.ArgumentParser) -> None:

@@ -424,7 +424,7 @@ def _class_check(data: DataSet | None) -> Any:
     """A function of class names that raises ToodError where they are not the categories of the annotations."""
     if data is None:
         return None
-    from tood_deploy.data.coco import map_categories
+    from tood_deploy.data.categories import map_categories
 
     return partial(map_categories, truth=data.truth)
 

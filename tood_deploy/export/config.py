@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tood_deploy.data import MOST_CALIBRATION_IMAGES
+from tood_deploy.data import MAX_CALIBRATION_IMAGES
 from tood_deploy.engines.tensorrt.library import TITLES, Flavour
 from tood_deploy.errors import ToodError
 from tood_deploy.graph_io import ENGINE_SUFFIXES
@@ -293,7 +293,7 @@ class PrecisionOrder:
     tuned: bool = False
     max_drop: float | None = None
     calib_data: Path | None = None
-    most_images: int = MOST_CALIBRATION_IMAGES
+    most_images: int = MAX_CALIBRATION_IMAGES
     annotations: Path | None = None
     annotated: ImagesToCheck | None = None
 

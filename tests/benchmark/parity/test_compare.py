@@ -14,7 +14,6 @@ import torch
 from manifest_values import changed, plain
 from numpy.typing import NDArray
 
-from tood_deploy.benchmark.evaluation.coco_metrics import Scoring, average_precision
 from tood_deploy.benchmark.parity.checks import OwnLimits, check_for
 from tood_deploy.benchmark.parity.compare import Result, Settings, check_models, compare
 from tood_deploy.benchmark.parity.report import ap_table, verdict_line, write_reports
@@ -26,7 +25,8 @@ from tood_deploy.benchmark.parity.stage_runners import (
     network_inputs,
     open_compared,
 )
-from tood_deploy.data.coco import read_truth
+from tood_deploy.data.coco import read_annotations
+from tood_deploy.data.coco_metrics import Scoring, average_precision
 from tood_deploy.data.image_set import open_image_set
 from tood_deploy.engines import BatchDetections
 from tood_deploy.engines.torch_engine import TorchEngine
@@ -120,7 +120,7 @@ def scoring(model: Tood, tmp_path_factory: pytest.TempPathFactory) -> Scoring:
     }
     path = tmp_path_factory.mktemp("truth") / "truth.json"
     path.write_text(json.dumps(content))
-    return Scoring.of(read_truth(path), CLASSES, None)
+    return Scoring.of(read_annotations(path), CLASSES, None)
 
 
 def test_the_stages_one_after_another_are_the_whole(model: Tood) -> None:

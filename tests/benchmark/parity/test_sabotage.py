@@ -14,10 +14,10 @@ import torch
 from onnx import numpy_helper
 from onnx_edits import edit_weight, maker
 
-from tood_deploy.benchmark.evaluation.coco_metrics import Scoring
 from tood_deploy.benchmark.parity.compare import Result, Settings, compare
 from tood_deploy.benchmark.parity.stage_runners import ComparedModel, open_compared
-from tood_deploy.data.coco import read_truth
+from tood_deploy.data.coco import read_annotations
+from tood_deploy.data.coco_metrics import Scoring
 from tood_deploy.data.image_set import ImageSet, open_image_set
 from tood_deploy.export.to_onnx import onnx_from_model
 from tood_deploy.inference.detector import Detector
@@ -79,7 +79,9 @@ def scoring(
     }
     path = tmp_path_factory.mktemp("truth") / "truth.json"
     path.write_text(json.dumps(truth))
-    return replace(images, truth=read_truth(path)), Scoring.of(read_truth(path), names, None)
+    return replace(images, truth=read_annotations(path)), Scoring.of(
+        read_annotations(path), names, None
+    )
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from tood_deploy.benchmark.evaluation.coco_metrics import CocoRows, Scoring
 from tood_deploy.benchmark.parity.stage_runners import REDUCED, TorchStages, network_inputs
+from tood_deploy.data.coco_metrics import CocoRows, Scoring
 from tood_deploy.data.image_set import ImageEntry
 from tood_deploy.detections import Detections
 from tood_deploy.matching import NetDetections

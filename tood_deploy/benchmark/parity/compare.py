@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tood_deploy.benchmark.evaluation.coco_metrics import CocoMetrics, Scoring, average_precision
 from tood_deploy.benchmark.parity.attribution import PaddingComparison
 from tood_deploy.benchmark.parity.checks import TABLE_LIMITS, DetectionCheck, OwnLimits
 from tood_deploy.benchmark.parity.comparison import Comparison, ReferenceRun
 from tood_deploy.benchmark.parity.stage_runners import ComparedModel, TorchStages, network_inputs
+from tood_deploy.data.coco_metrics import CocoMetrics, Scoring, average_precision
 from tood_deploy.data.image_set import ImageEntry, ImageSet, synthetic_image
 from tood_deploy.errors import ToodError
 from tood_deploy.parity.stages import Values, detections_of

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from tood_deploy.benchmark.evaluation.coco_metrics import CocoRows, Scoring
 from tood_deploy.benchmark.parity.attribution import (
     Differences,
     PaddingComparison,
@@ -22,6 +21,7 @@ from tood_deploy.benchmark.parity.stage_runners import (
     net_size,
     repeat_images,
 )
+from tood_deploy.data.coco_metrics import CocoRows, Scoring
 from tood_deploy.data.image_set import ImageEntry
 from tood_deploy.detections import Detections
 from tood_deploy.graph_io import MAP_NAMES, OUTPUTS

@@ -15,7 +15,6 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from tood_deploy.benchmark.evaluation.coco_metrics import average_precision
 from tood_deploy.benchmark.html_report import (
     SERIES,
     Card,
@@ -35,6 +34,7 @@ from tood_deploy.benchmark.html_report import (
 from tood_deploy.benchmark.parity.attribution import Difference, PaddingComparison
 from tood_deploy.benchmark.parity.checks import Float32Check
 from tood_deploy.benchmark.parity.compare import Result
+from tood_deploy.data.coco_metrics import average_precision
 from tood_deploy.detections import Detections
 from tood_deploy.draw import draw_boxes, line_width
 from tood_deploy.matching import MIN_IOU

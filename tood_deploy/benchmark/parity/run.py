@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from tood_deploy import __version__
-from tood_deploy.benchmark.evaluation.coco_metrics import Scoring, average_precision
 from tood_deploy.benchmark.html_report import plain
 from tood_deploy.benchmark.parity.checks import TABLE_LIMITS, OwnLimits
 from tood_deploy.benchmark.parity.compare import Result, Settings, check_models, compare
 from tood_deploy.benchmark.parity.report import limits_table, verdict_line, write_reports
 from tood_deploy.benchmark.parity.stage_runners import ComparedModel, is_checkpoint, open_compared
-from tood_deploy.data.coco import read_truth
+from tood_deploy.data.coco import read_annotations
+from tood_deploy.data.coco_metrics import Scoring, average_precision
 from tood_deploy.data.image_set import ImageEntry, ImageSet, open_image_set, photograph_crops
 from tood_deploy.errors import ToodError
 from tood_deploy.files import write_text
@@ -111,7 +111,7 @@ def run_parity(config: ParityConfig, reporter: Reporter) -> list[Result]:
     with ExitStack() as opened:
         reference, models = _open_models(config, opened)
         settings = _settings(config, reference, models[0])
-        truth = read_truth(config.annotations) if config.annotations else None
+        truth = read_annotations(config.annotations) if config.annotations else None
         images = (
             open_image_set(config.images, truth, settings.imgsz, config.limit)
             if config.images

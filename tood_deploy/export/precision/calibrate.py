@@ -18,7 +18,7 @@ import onnx
 from numpy.typing import NDArray
 from onnxruntime.quantization.calibrate import HistogramCollector
 
-from tood_deploy.data import FEWEST_CALIBRATION_IMAGES, MOST_CALIBRATION_IMAGES
+from tood_deploy.data import MAX_CALIBRATION_IMAGES, MIN_CALIBRATION_IMAGES
 from tood_deploy.data.images import choose_images, read_image
 from tood_deploy.errors import ArtefactError
 from tood_deploy.export.precision.activations import ActivationReader
@@ -152,7 +152,7 @@ def calibrate(
     images: Path,
     sizing: ImageSize,
     *,
-    most: int = MOST_CALIBRATION_IMAGES,
+    most: int = MAX_CALIBRATION_IMAGES,
     cache: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
     say: Callable[[str], None] = lambda line: None,
@@ -198,9 +198,9 @@ def _pixels(sizing: ImageSize) -> int:
 
 def warn_of_few(folder: Path, images: int, say: Callable[[str], None]) -> None:
     """Says so where what is seen on so many images may not be all that there is."""
-    if images < FEWEST_CALIBRATION_IMAGES:
+    if images < MIN_CALIBRATION_IMAGES:
         say(
-            f"warning: {folder}: {images} images to calibrate on; with fewer than {FEWEST_CALIBRATION_IMAGES} ranges may be too narrow"
+            f"warning: {folder}: {images} images to calibrate on; with fewer than {MIN_CALIBRATION_IMAGES} ranges may be too narrow"
         )
 
 

@@ -15,7 +15,7 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from tood_deploy.data import MOST_CALIBRATION_IMAGES
+from tood_deploy.data import MAX_CALIBRATION_IMAGES
 from tood_deploy.data.image_set import photograph_crops
 from tood_deploy.data.images import choose_images, read_image
 from tood_deploy.engines.precision_support import half_precision_of
@@ -91,7 +91,7 @@ class Int8Options:
     method: Method = "percentile"
     keep: tuple[str, ...] = ()
     max_drop: float | None = None
-    max_images: int = MOST_CALIBRATION_IMAGES
+    max_images: int = MAX_CALIBRATION_IMAGES
 
     def __post_init__(self) -> None:
         for name, value, allowed in (

@@ -3,9 +3,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from benchmark.truths import annotation, result, truth_of, write_json
+from data.small_coco import annotation, result, truth_of, write_json
 
-from tood_deploy.data.coco import Truth
+from tood_deploy.data.coco import Annotations
 from tood_deploy.data.results import empty_results, read_results, results_from_rows, write_results
 from tood_deploy.errors import InputError
 
@@ -13,11 +13,11 @@ GOOD = result(1, 1, (1, 2, 3, 4), 0.5)
 
 
 @pytest.fixture
-def truth(tmp_path: Path) -> Truth:
+def truth(tmp_path: Path) -> Annotations:
     return truth_of(tmp_path, [annotation(1, 1, (1, 2, 3, 4))])
 
 
-def test_order_within_a_image_stays(truth: Truth) -> None:
+def test_order_within_an_image_stays(truth: Annotations) -> None:
     results = results_from_rows(
         [
             result(2, 1, (1, 1, 1, 1), 0.1),
@@ -30,7 +30,7 @@ def test_order_within_a_image_stays(truth: Truth) -> None:
     assert results.category_ids.tolist() == [2, 1, 2]
 
 
-def test_a_file_is_read_as_it_was_written(tmp_path: Path, truth: Truth) -> None:
+def test_a_file_is_read_as_it_was_written(tmp_path: Path, truth: Annotations) -> None:
     results = results_from_rows([result(2, 1, (0.1, 1 / 3, 5, 6), 1 / 7), GOOD], truth)
     write_results(tmp_path / "results.json", results)
     again = read_results(tmp_path / "results.json", truth)
@@ -39,7 +39,7 @@ def test_a_file_is_read_as_it_was_written(tmp_path: Path, truth: Truth) -> None:
     assert (tmp_path / "results.json").read_text().count("\n") == 4
 
 
-def test_no_results_at_all(tmp_path: Path, truth: Truth) -> None:
+def test_no_results_at_all(tmp_path: Path, truth: Annotations) -> None:
     write_results(tmp_path / "results.json", empty_results())
     with pytest.raises(
         InputError, match=r"results\.json: the list is empty.*expected COCO results"
@@ -68,19 +68,28 @@ def test_no_results_at_all(tmp_path: Path, truth: Truth) -> None:
         ([GOOD | {"bbox": [1, 2, 3, None]}], "NaN or infinite"),
         ([result(9, 1, (1, 2, 3, 4), 0.5)], "image id 9"),
         ([GOOD, result(1, 9, (1, 2, 3, 4), 0.5)], r"category id 9 \(row 1"),
-        ([GOOD | {"image_id": "1"}], "image id 1"),
+        ([GOOD | {"image_id": "one"}], "not a number"),
     ],
 )
 def test_what_are_no_results_is_refused(
-    tmp_path: Path, truth: Truth, content: Any, words: str
+    tmp_path: Path, truth: Annotations, content: Any, words: str
 ) -> None:
     with pytest.raises(InputError, match=words):
         read_results(write_json(tmp_path / "results.json", content), truth)
 
 
-def test_boxes_of_some_images(truth: Truth) -> None:
+def test_boxes_of_some_images(truth: Annotations) -> None:
     results = results_from_rows(
         [result(image, 1, (image, 1, 1, 1), 0.5) for image in (3, 1, 3, 2)], truth
     )
     assert results.pick(results.span(3, 3)).boxes_xywh[:, 0].tolist() == [3, 3]
     assert len(results.pick(np.array([True, False, False, True]))) == 2
+
+
+@pytest.mark.parametrize("change", [{"image_id": "1"}, {"category_id": "1"}, {"image_id": 1.0}])
+def test_ids_of_digits_count_as_numbers(
+    tmp_path: Path, truth: Annotations, change: dict[str, Any]
+) -> None:
+    results = read_results(write_json(tmp_path / "results.json", [GOOD, GOOD | change]), truth)
+    assert results.image_ids.tolist() == [GOOD["image_id"]] * 2
+    assert results.category_ids.tolist() == [GOOD["category_id"]] * 2

@@ -2,10 +2,9 @@ import json
 from pathlib import Path
 
 import pytest
-from benchmark.truths import annotation, random_rows, result, truth_of
+from data.small_coco import annotation, random_rows, result, truth_of
 from inference.fakes import write_image
 
-from tood_deploy.benchmark.evaluation.coco_metrics import NUMBERS
 from tood_deploy.benchmark.evaluation.evaluate import (
     category_notes,
     evaluate_results,
@@ -13,6 +12,7 @@ from tood_deploy.benchmark.evaluation.evaluate import (
     unlisted_notes,
 )
 from tood_deploy.benchmark.evaluation.report import write_evaluation
+from tood_deploy.data.coco_metrics import NUMBERS
 from tood_deploy.data.image_set import list_image_files
 from tood_deploy.data.results import empty_results, results_from_rows
 

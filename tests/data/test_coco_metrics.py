@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from benchmark.truths import annotation, coco, random_rows, result, truth_of, write_json
+from data.small_coco import annotation, coco, random_rows, result, truth_of, write_json
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from tood_deploy.benchmark.evaluation import coco_metrics as coco_ap
-from tood_deploy.benchmark.evaluation.coco_metrics import NUMBERS, evaluate, match
-from tood_deploy.data.coco import read_truth
+from tood_deploy.data import coco_metrics as coco_ap
+from tood_deploy.data.coco import read_annotations
+from tood_deploy.data.coco_metrics import NUMBERS, evaluate, match
 from tood_deploy.data.results import empty_results, read_results, results_from_rows
 
 
@@ -24,7 +24,7 @@ def test_equals_the_recorded_numbers(
 ) -> None:
     monkeypatch.setattr(coco_ap, "CHUNK_IMAGES", chunk)
     folder = shared / "data" / "eval_cases" / case
-    truth = read_truth(folder / "gt.json")
+    truth = read_annotations(folder / "gt.json")
     metrics = evaluate(truth, read_results(folder / "dt_bbox.json", truth))
     expected = json.loads((folder / "expected.json").read_text())["bbox"]
     assert metrics.numbers == pytest.approx(expected["pycocotools_full_precision"], abs=1e-9)
@@ -101,8 +101,8 @@ def test_matches_tell_found_false_missed_and_ignored(tmp_path: Path) -> None:
     assert results.image_ids.tolist() == [2, 2, 3]
     matches = evaluate(truth, results).matches
     assert matches.rows.tolist() == [0, 1, 2]
-    assert matches.found[:, 0].tolist() == [True, False, True]
-    assert matches.found[:, 3].tolist() == [
+    assert matches.matched[:, 0].tolist() == [True, False, True]
+    assert matches.matched[:, 3].tolist() == [
         False,
         False,
         True,
@@ -118,10 +118,10 @@ def test_match_is_the_first_overlap_of_evaluate(tmp_path: Path) -> None:
     results = results_from_rows(rows, truth)
     alone, full = match(truth, results), evaluate(truth, results).matches
     assert (alone.rows == full.rows).all()
-    assert (alone.found[:, 0] == full.found[:, 0]).all()
+    assert (alone.matched[:, 0] == full.matched[:, 0]).all()
     assert (alone.truth_scores == full.truth_scores).all()
-    assert alone.found.any()
-    assert not alone.found.all()
+    assert alone.matched.any()
+    assert not alone.matched.all()
 
 
 def test_matches_do_not_depend_on_the_chunks(
@@ -135,6 +135,6 @@ def test_matches_do_not_depend_on_the_chunks(
     one_by_one = match(truth, results)
     order, other = np.argsort(at_once.rows), np.argsort(one_by_one.rows)
     assert one_by_one.rows[other].tolist() == list(range(len(results)))
-    assert (at_once.found[order] == one_by_one.found[other]).all()
+    assert (at_once.matched[order] == one_by_one.matched[other]).all()
     assert (at_once.truth_scores == one_by_one.truth_scores).all()
     assert (at_once.truth_ignored == one_by_one.truth_ignored).all()

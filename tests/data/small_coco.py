@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tood_deploy.data.coco import Truth, read_truth
+from tood_deploy.data.coco import Annotations, read_annotations
 
 Box = Sequence[float]
 
@@ -41,8 +41,8 @@ def write_json(path: Path, values: Any) -> Path:
     return path
 
 
-def truth_of(folder: Path, annotations: Sequence[dict[str, Any]], **options: Any) -> Truth:
-    return read_truth(write_json(folder / "truth.json", coco(annotations, **options)))
+def truth_of(folder: Path, annotations: Sequence[dict[str, Any]], **options: Any) -> Annotations:
+    return read_annotations(write_json(folder / "truth.json", coco(annotations, **options)))
 
 
 def random_rows(

@@ -2,18 +2,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmark.truths import annotation, truth_of, write_json
+from data.small_coco import annotation, truth_of, write_json
 
-from tood_deploy.data.coco import Truth, map_categories
+from tood_deploy.data.categories import map_categories
+from tood_deploy.data.coco import Annotations
 from tood_deploy.errors import ToodError
 
 
 @pytest.fixture
-def truth(tmp_path: Path) -> Truth:
+def truth(tmp_path: Path) -> Annotations:
     return truth_of(tmp_path, [annotation(1, 1, (1, 2, 3, 4))], names=("cat", "dog", "cow"))
 
 
-def test_names_decide_not_the_order(truth: Truth) -> None:
+def test_names_decide_not_the_order(truth: Annotations) -> None:
     assert map_categories(["dog", "cow", "cat"], truth) == [2, 3, 1]
 
 
@@ -29,12 +30,12 @@ def test_names_decide_not_the_order(truth: Truth) -> None:
         ([str(i) for i in range(80)], "0, 1, 2, 3, 4 and 75 more"),
     ],
 )
-def test_other_classes_are_refused(truth: Truth, names: list[str], words: str) -> None:
+def test_other_classes_are_refused(truth: Annotations, names: list[str], words: str) -> None:
     with pytest.raises(ToodError, match=words):
         map_categories(names, truth)
 
 
-def test_a_mapping_renames_leaves_out_and_joins(tmp_path: Path, truth: Truth) -> None:
+def test_a_mapping_renames_leaves_out_and_joins(tmp_path: Path, truth: Annotations) -> None:
     mapping = write_json(tmp_path / "mapping.json", {"0": "dog", "kitten": "cat", "truck": None})
     assert map_categories(["0", "kitten", "cat", "truck"], truth, mapping) == [2, 1, 1, None]
 
@@ -50,6 +51,8 @@ def test_a_mapping_renames_leaves_out_and_joins(tmp_path: Path, truth: Truth) ->
         ({"0": None, "1": None}, "leaves out every class"),
     ],
 )
-def test_a_wrong_mapping_is_refused(tmp_path: Path, truth: Truth, content: Any, words: str) -> None:
+def test_a_wrong_mapping_is_refused(
+    tmp_path: Path, truth: Annotations, content: Any, words: str
+) -> None:
     with pytest.raises(ToodError, match=words):
         map_categories(["0", "1"], truth, write_json(tmp_path / "mapping.json", content))

@@ -28,7 +28,7 @@ def test_says_what_they_are() -> None:
 
 
 @pytest.mark.parametrize("imgsz", IMGSZ)
-def test_have_the_canvas_of_a_image_of_the_input_size(imgsz: tuple[int, int]) -> None:
+def test_have_the_canvas_of_an_image_of_the_input_size(imgsz: tuple[int, int]) -> None:
     images = [image.read() for image in photograph_set(imgsz, 3)]
     assert {pad_size(fit_size(image.shape[:2], imgsz)) for image in images} == {pad_size(imgsz)}
     assert {image.shape for image in images} == {(*crop_size((600, 512), imgsz), 3)}

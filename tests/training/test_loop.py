@@ -19,6 +19,7 @@ import torch
 
 from tood_deploy.errors import CheckFailed, CheckpointError, OutputError, ToodError
 from tood_deploy.model import Tood, load_checkpoint
+from tood_deploy.reporter import Reporter
 from tood_deploy.training import checkpoints
 from tood_deploy.training import learner as step
 from tood_deploy.training.checkpoints import read_training_state
@@ -159,12 +160,12 @@ def test_the_log_of_a_resumed_run_has_every_step_once(
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     monkeypatch.setattr("tood_deploy.training.loop._Run.close_epoch", _lose_power)
     with pytest.raises(SystemExit):
-        run_fit(output, save_every=2, journal=Journal(output, quiet=True, every=1))
+        run_fit(output, save_every=2, journal=Journal(output, Reporter.silent(), every=1))
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with (output / "log.jsonl").open("a") as file:
         file.write('{"kind": "step", "st')  # cut by the kill
-    run_fit(output, resume=True, journal=Journal(output, quiet=True, every=1))
+    run_fit(output, resume=True, journal=Journal(output, Reporter.silent(), every=1))
     assert [entry["step"] for entry in read_log(output, "step")] == list(range(1, 4 * STEPS + 1))
     assert [entry["epoch"] for entry in read_log(output, "epoch")] == [1, 2, 3, 4]
 
@@ -267,7 +268,11 @@ def test_changed_options_are_said(
     output = tmp_path / "run"
     run_fit(output, stop_after=1)
     run_fit(
-        output, replace(short_recipe, clip=1.0), resume=True, stop_after=2, journal=Journal(output)
+        output,
+        replace(short_recipe, clip=1.0),
+        resume=True,
+        stop_after=2,
+        journal=Journal(output, Reporter()),
     )
     assert "note: clip is 1.0 from here on, it was 35.0" in capsys.readouterr().err
 
@@ -311,7 +316,7 @@ import cv2, torch
 torch.set_num_threads(1)
 cv2.setNumThreads(1)
 from tood_deploy.presets import Preset
-from tood_deploy.data.coco import read_annotations
+from tood_deploy.training.records import read_labelled_images
 from tood_deploy.training.data import Augment
 from tood_deploy.training.data import TrainingData
 from tood_deploy.training.loop import fit
@@ -321,7 +326,7 @@ from tood_deploy.training.config import Recipe
 import json, os
 preset, recipe, scenes, output = (json.loads(text) for text in sys.argv[1:])
 preset, recipe, scenes = Preset.from_dict(preset), Recipe.from_dict(recipe), Path(scenes)
-records = read_annotations(scenes / "annotations.json", scenes / "images").for_training()
+records = read_labelled_images(scenes / "annotations.json", scenes / "images").for_training()
 print("ready", flush=True)
 for line in sys.stdin:  # each line asks for one more life of the run
     child = os.fork()
