@@ -110,14 +110,14 @@ def passes_export(model: Tood, change: Change, precision: str) -> bool:
     return True
 
 
-def passes_bench(model: Tood, change: Change, precision: str) -> bool:
+def passes_bench(model: Tood, change: Change, precision: str, conf: float = 0.05) -> bool:
     engine = TorchEngine(model)
     reference = ComparedModel("m.pth", None, engine, TorchStages(engine.detector), "")
     changed = ChangedEngine(model, change, precision)
     artefact = ComparedModel("m.onnx", None, changed, DetectionsOnly(changed), "")
     entries = [ImageEntry(str(i), i, lambda image=image: image) for i, image in enumerate(IMAGES)]
     images = ImageSet("three", tuple(entries))
-    return compare(reference, [artefact], images, Settings(IMGSZ))[0].passed
+    return compare(reference, [artefact], images, Settings(IMGSZ, conf))[0].passed
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -137,6 +137,14 @@ def test_both_judge_alike(
     monkeypatch.setattr(verify, "SIZES_HW", {"small": (96, 64)})
     assert passes_export(model, change, precision) is passes
     assert passes_bench(model, change, precision) is passes
+
+
+@pytest.mark.parametrize(("change", "passes"), [(nothing, True), (keep_30, False)])
+def test_a_high_score_threshold_changes_no_verdict(
+    change: Change, passes: bool, model: Tood
+) -> None:
+    """What lies between the deployment score and `conf` is looked at all the same."""
+    assert passes_bench(model, change, "int8", conf=0.9) is passes
 
 
 def test_every_precision_has_its_stages() -> None:

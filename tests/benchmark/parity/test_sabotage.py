@@ -201,6 +201,42 @@ def test_a_sound_artefact_passes(judge: Callable[..., Result]) -> None:
     assert set(result.part_costs) == {"pre-processing", "network", "post-processing"}
 
 
+def test_a_float32_xml_is_judged_by_its_maps(
+    reference: ComparedModel, exported: onnx.ModelProto, tmp_path: Path
+) -> None:
+    """OpenVINO gives no stages, so nothing but a map shows a fault that moves no detection."""
+    pytest.importorskip("openvino")
+    from tood_deploy.engines.openvino_runtime import PLACE, load_openvino, read_model, shared_core
+
+    images = open_image_set(None, None, IMGSZ, 1)
+    results = []
+    for name in ("sound", "broken"):
+        graph = onnx.ModelProto()
+        graph.CopyFrom(exported)
+        if name == "broken":
+            weaken_one_weight(graph)
+        manifest = Manifest(reference.manifest.preset)
+        save_onnx(graph, manifest, tmp_path / f"{name}.onnx")
+        model = read_model(shared_core(), tmp_path / f"{name}.onnx")
+        model.set_rt_info(manifest.to_json(), PLACE)
+        path = tmp_path / f"{name}.xml"
+        load_openvino().save_model(model, path, compress_to_fp16=False)
+        artefact = open_compared(
+            str(path), device="cpu", threads=2, stages=None, artefact_options={"self_test": False}
+        )
+        results += compare(reference, [artefact], images, Settings(IMGSZ))
+    assert [str(failure) for failure in results[0].failures] == []
+    assert results[1].guilty == "head"
+    assert "head_" in str(results[1].failures[0])
+
+
+def weaken_one_weight(model: onnx.ModelProto) -> None:
+    def edit(weight: np.ndarray) -> None:
+        weight[np.unravel_index(np.abs(weight).argmax(), weight.shape)] *= 0.99
+
+    edit_weight(model, f"{HEAD}.inter_convs.3.conv.weight", edit)
+
+
 @pytest.mark.parametrize(
     ("sabotage", "stage", "part"),
     [
