@@ -36,8 +36,10 @@ from tood_deploy.export.to_onnx import onnx_from_model
 from tood_deploy.graph_io import OUTPUTS
 from tood_deploy.model import build_model
 from tood_deploy.model.tood import Tood
-from tood_deploy.parity.reference import Conditioning, Reference, torch_reference
-from tood_deploy.parity.stages import OnnxRunner
+from tood_deploy.parity.onnx_reference import OnnxRunner
+from tood_deploy.parity.reference import Conditioning, Reference
+from tood_deploy.parity.tolerances import Failure
+from tood_deploy.parity.torch_reference import torch_reference
 from tood_deploy.parity.verify import Float32Verifier
 from tood_deploy.presets import PRESETS, Preset
 
@@ -280,7 +282,7 @@ def compare(
             if not until_caught:
                 verifier.compare_slots(images[0], imgsz, allowance)
         except CheckFailed as error:
-            verifier.verdict.failed.append(str(error))
+            verifier.verdict.failed.append(Failure("detections", str(error)))
         if until_caught and verifier.verdict.failed:
             break
     return verifier

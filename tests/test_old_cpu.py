@@ -55,9 +55,9 @@ VERIFY = """
 import sys
 from pathlib import Path
 import tood_deploy.parity.verify as module
-from tood_deploy.parity.stages import OnnxRunner
+from tood_deploy.parity.onnx_reference import OnnxRunner
 from tood_deploy.model import load_checkpoint
-from tood_deploy.parity.reference import torch_reference
+from tood_deploy.parity.torch_reference import torch_reference
 
 module.SIZES_HW = {"landscape": (64, 96), "smallest": (64, 64)}
 reference = torch_reference(load_checkpoint(sys.argv[1]), 100)
