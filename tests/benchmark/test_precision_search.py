@@ -29,7 +29,7 @@ from tood_deploy.export.precision.sensitivity import network_parts
 from tood_deploy.manifest import read_manifest
 from tood_deploy.manifest_sections import Int8Build
 from tood_deploy.onnx_file import OnnxArtefact, read_onnx
-from tood_deploy.parity.stages import onnx_reference
+from tood_deploy.parity.onnx_reference import onnx_reference
 
 pytestmark = pytest.mark.usefixtures("stand_in_limits")
 

@@ -1,4 +1,4 @@
-"""Annotation files as tools write them: one reading for training, evaluation and the ids of results."""
+"""Annotation files as tools write them: one reading for training, evaluation and results' ids."""
 
 import gzip
 import json

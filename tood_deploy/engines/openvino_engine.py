@@ -32,12 +32,13 @@ from tood_deploy.engines.openvino_runtime import (
     shared_core,
 )
 from tood_deploy.engines.precision_support import saturates_in_openvino
-from tood_deploy.engines.self_test import deviation, tolerance_of
+from tood_deploy.engines.self_test import tolerance_of
 from tood_deploy.errors import ArtefactError, DeviceError, ToodError
 from tood_deploy.files import home_folder
 from tood_deploy.graph_io import OUTPUTS, graph_feeds
 from tood_deploy.manifest import Manifest, artefact_files, read_manifest
 from tood_deploy.matching import split_batch
+from tood_deploy.parity.detection_verdict import answer_deviation
 from tood_deploy.parity.tolerances import AnswerTolerance
 
 MAX_STATIC_SHAPES = 4  # that the model is compiled for at a time
@@ -200,7 +201,7 @@ class CompiledShapes:
         feeds = graph_feeds(noise, valid_hw, *PROOF_THRESHOLDS)
         answers = (split_batch(way.collect(way.submit(feeds))) for way in (self._dynamic, compiled))
         for expected, actual in zip(*answers, strict=True):
-            if wrong := deviation(expected, actual, self._tolerance):
+            if wrong := answer_deviation(expected, actual, self._tolerance):
                 raise ArtefactError(
                     f"{self._path}: compiled for the shape {shape} OpenVINO gives another answer "
                     f"than for every shape: {wrong}; "

@@ -216,7 +216,7 @@ def test_the_self_test_passes_in_every_slot(
     from tood_deploy.engines.self_test import self_test_from
     from tood_deploy.export.config import Profiles
     from tood_deploy.export.tensorrt.to_tensorrt import engine_from_onnx
-    from tood_deploy.parity.stages import OnnxRunner
+    from tood_deploy.parity.onnx_reference import OnnxRunner
 
     monkeypatch.setenv("TOOD_HOME", str(tmp_path / "home"))
     path = tmp_path / "tiny.engine"

@@ -55,8 +55,8 @@ from tood_deploy.files import atomic_path, write_text
 from tood_deploy.manifest import manifest_path
 from tood_deploy.manifest_sections import Build, HalfBuild, Int8Build, Parity
 from tood_deploy.onnx_file import OnnxArtefact, read_onnx, save_onnx
+from tood_deploy.parity.onnx_reference import OnnxRunner
 from tood_deploy.parity.reference import Reference
-from tood_deploy.parity.stages import OnnxRunner
 from tood_deploy.parity.tolerances import DETECTION_LIMITS
 from tood_deploy.parity.verify import verify_detections, verify_float32
 from tood_deploy.preprocess import ImageSize, resize_and_pad

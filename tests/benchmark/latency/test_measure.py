@@ -11,8 +11,14 @@ import pytest
 from inference.fakes import RedEngine, red_image, write_image
 from manifest_values import stated
 
-from tood_deploy.benchmark.latency.measure import Measurement, Plan, Worker, describe
-from tood_deploy.benchmark.latency.report import fps, speedups, tables, write_latency_reports
+from tood_deploy.benchmark.latency.measure import LatencyPlan, Measurement, Worker, describe
+from tood_deploy.benchmark.latency.report import (
+    LatencyRun,
+    fps,
+    speedups,
+    tables,
+    write_latency_reports,
+)
 from tood_deploy.benchmark.latency.run import recorded_ap
 from tood_deploy.benchmark.latency.worker import (
     END_TO_END,
@@ -50,7 +56,7 @@ def measurement(name: str, total_ms: list[list[float]], batch: int = 1) -> Measu
 
 class TestPlan:
     def test_models_of_one_size_and_batch_are_measured_together(self) -> None:
-        plan = Plan((Case("a", "a"), Case("b", "b")), batches=(4, 1, 1), sizes=((64, 96),))
+        plan = LatencyPlan((Case("a", "a"), Case("b", "b")), batches=(4, 1, 1), sizes=((64, 96),))
         groups = [
             [(case.name, case.batch, case.imgsz) for case in group] for group in plan.groups()
         ]
@@ -65,7 +71,7 @@ class TestPlan:
     )
     def test_senseless_numbers(self, values: dict, option: str) -> None:
         with pytest.raises(ToodError, match=option):
-            Plan((Case("a", "a"),), **values)
+            LatencyPlan((Case("a", "a"),), **values)
 
 
 class TestBench:
@@ -189,14 +195,8 @@ class TestReports:
 
     def test_files(self, tmp_path: Path) -> None:
         both = [self.FIRST, self.SECOND, measurement("second", [[8.0]], batch=2)]
-        paths = write_latency_reports(
-            tmp_path,
-            both,
-            {"command": "tood-bench latency"},
-            {"cpu": "a"},
-            {"second": 40.0},
-            ["busy"],
-        )
+        run = LatencyRun(both, {"command": "c"}, {"cpu": "a"}, {"second": 40.0}, ["busy"])
+        paths = write_latency_reports(tmp_path, run)
         assert [path.name for path in paths] == ["latency.json", "latency.md", "latency.html"]
         values = json.loads(paths[0].read_text())
         second = values["measurements"][1]

@@ -1,13 +1,15 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from inference.fakes import RedEngine, moving_images, write_image, write_video
 
 from tood_deploy.benchmark.latency import video as video_module
-from tood_deploy.benchmark.latency.video import VideoRun, bench_video, run_video
+from tood_deploy.benchmark.latency.video import VideoPlan, VideoRun, bench_video, run_video
 from tood_deploy.errors import ToodError
 from tood_deploy.inference.detector import Detector
+from tood_deploy.reporter import Reporter
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +27,7 @@ def detector(seconds_per_image: float = 0.0) -> Detector:
 
 
 def test_every_thread_is_accounted_for(clip: str) -> None:
-    run = run_video(detector(), clip, 1, None, encode=True)
+    run = run_video(detector(), VideoPlan(clip))
     assert run.frames == run.detections == 12
     assert list(run.busy_s) == ["decode", "scale", "infer", "draw and encode"]
     assert all(seconds > 0 for seconds in run.busy_s.values())
@@ -33,13 +35,13 @@ def test_every_thread_is_accounted_for(clip: str) -> None:
 
 
 def test_without_encoding_and_with_fewer_frames(clip: str) -> None:
-    run = run_video(detector(), clip, 2, 5, encode=False)
+    run = run_video(detector(), VideoPlan(clip, 2, 5, encode=False))
     assert run.frames == 5
     assert list(run.busy_s) == ["decode", "scale", "infer"]
 
 
 def test_a_slow_engine_is_what_limits(clip: str) -> None:
-    run = run_video(detector(0.05), clip, 1, None, encode=False)
+    run = run_video(detector(0.05), VideoPlan(clip, encode=False))
     assert max(run.busy_s, key=lambda stage: run.busy_s[stage]) == "infer"
 
 
@@ -60,13 +62,10 @@ def test_reports(clip: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     bench_video(
         detector(),
         "red",
-        clip,
+        VideoPlan(clip, limit=4),
         out,
-        batch=1,
-        limit=4,
-        encode=True,
         command="tood-bench video",
-        quiet=False,
+        reporter=Reporter(),
     )
     values = json.loads((out / "video.json").read_text())
     assert values["run"]["frames"] == 4
@@ -75,17 +74,15 @@ def test_reports(clip: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "of the engine alone" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("batch", [0, -1])
-def test_a_batch_of_nothing(clip: str, batch: int) -> None:
-    with pytest.raises(ToodError, match="batch"):
-        run_video(detector(), clip, batch, None, encode=False)
+@pytest.mark.parametrize(
+    ("values", "option"),
+    [({"batch": 0}, "--batch"), ({"batch": -1}, "--batch"), ({"limit": 0}, "--limit")],
+)
+def test_senseless_numbers(values: dict[str, Any], option: str) -> None:
+    with pytest.raises(ToodError, match=option):
+        VideoPlan("clip.mp4", **values)
 
 
-def test_a_image_is_no_clip(tmp_path: Path) -> None:
+def test_an_image_is_no_clip(tmp_path: Path) -> None:
     with pytest.raises(ToodError, match="not a video"):
-        run_video(detector(), str(write_image(tmp_path / "a.png")), 1, None, encode=False)
-
-
-def test_no_frames_asked_for(clip: str) -> None:
-    with pytest.raises(ToodError, match="--limit is 0"):
-        run_video(detector(), clip, 1, 0, encode=False)
+        run_video(detector(), VideoPlan(str(write_image(tmp_path / "a.png"))))

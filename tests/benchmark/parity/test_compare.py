@@ -1,4 +1,4 @@
-"""Parity between checkpoints, which needs no export: sound and broken networks, AP, canvases, verdicts, reports."""
+"""Parity between checkpoints, which needs no export: networks, AP, canvases, verdicts, reports."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ import torch
 from manifest_values import changed, plain
 from numpy.typing import NDArray
 
-from tood_deploy.benchmark.parity.compare import Result, Settings, check_subjects, compare
+from tood_deploy.benchmark.parity.checks import OwnLimits, check_for
+from tood_deploy.benchmark.parity.compare import Result, Settings, check_models, compare
 from tood_deploy.benchmark.parity.report import ap_table, verdict_line, write_reports
 from tood_deploy.benchmark.parity.run import describe, write_verdict
 from tood_deploy.benchmark.parity.stage_runners import (
+    ComparedModel,
     DetectionsOnly,
-    Subject,
     TorchStages,
     network_inputs,
-    open_subject,
+    open_compared,
 )
 from tood_deploy.data.coco import read_annotations
 from tood_deploy.data.coco_metrics import Scoring, average_precision
@@ -34,7 +35,6 @@ from tood_deploy.inference.detector import Detector
 from tood_deploy.manifest import Manifest, doubts, manifest_path, read_manifest
 from tood_deploy.model.tood import Tood, build_model
 from tood_deploy.parity.stages import STAGES
-from tood_deploy.parity.tolerances import PRECISION_GATES, Gates
 from tood_deploy.preprocess import fit_imgsz, fit_size
 from tood_deploy.presets import PRESETS
 
@@ -76,33 +76,34 @@ class FixedEngine(TorchEngine):
         return super().infer(images, valid_hw, score_threshold, iou_threshold)
 
 
-def subject_of(model: Tood, name: str = "model.pth", path: Path | None = None) -> Subject:
+def compared(model: Tood, name: str = "model.pth", path: Path | None = None) -> ComparedModel:
     engine = TorchEngine(model)
-    return Subject(name, path, engine, TorchStages(engine.detector), "abc")
+    return ComparedModel(name, path, engine, TorchStages(engine.detector), "abc")
 
 
-def broken(model: Tood, edit: Callable[[Tood], object]) -> Subject:
+def broken(model: Tood, edit: Callable[[Tood], object]) -> ComparedModel:
     copy = build_model(model.preset)
     copy.load_state_dict(model.state_dict())
     with torch.no_grad():
         edit(copy)
-    return subject_of(copy, "broken.pth")
+    return compared(copy, "broken.pth")
 
 
 def run(
     model: Tood,
-    subject: Subject,
+    artefact: ComparedModel,
     scoring: Scoring | None = None,
-    gates: Gates | None = None,
+    own: OwnLimits | None = None,
     settings: Settings | None = None,
 ) -> Result:
     images = open_image_set(None, None, IMGSZ, 2)
     return compare(
-        subject_of(model),
-        [(subject, gates or Gates())],
+        compared(model),
+        [artefact],
         images,
         settings or Settings(IMGSZ),
-        scoring,
+        own=own or OwnLimits(),
+        scoring=scoring,
     )[0]
 
 
@@ -123,14 +124,14 @@ def scoring(model: Tood, tmp_path_factory: pytest.TempPathFactory) -> Scoring:
 
 
 def test_the_stages_one_after_another_are_the_whole(model: Tood) -> None:
-    subject = subject_of(model)
+    artefact = compared(model)
     image = np.random.default_rng(0).integers(0, 256, (1, 64, 96, 3), dtype=np.uint8)
     inputs = {"images": image, "valid_hw": np.array([[60, 90]], np.int32)}
     inputs |= {
         "score_threshold": np.array(0.05, np.float32),
         "iou_threshold": np.array(0.6, np.float32),
     }
-    whole, chained = subject.runner.run_all(inputs), subject.runner.run_chain(STAGES, inputs)
+    whole, chained = artefact.runner.run_all(inputs), artefact.runner.run_chain(STAGES, inputs)
     assert whole.keys() == chained.keys()
     for name in whole:
         np.testing.assert_array_equal(whole[name], chained[name], err_msg=name)
@@ -138,27 +139,27 @@ def test_the_stages_one_after_another_are_the_whole(model: Tood) -> None:
 
 def test_the_reference_rounds_nothing_to_tf32(model: Tood) -> None:
     assert torch.backends.cudnn.allow_tf32
-    subject, seen = subject_of(model), []
+    artefact, seen = compared(model), []
     hook = model.backbone.register_forward_hook(
         lambda *_: seen.append(torch.backends.cudnn.allow_tf32)
     )
     image = open_image_set(None, None, IMGSZ, 1).images[0].read()
-    values = subject.runner.run_all(network_inputs(*subject.prepare(image, IMGSZ), 0.05, 0.6))
-    subject.runner.run(STAGES[1], values)
+    values = artefact.runner.run_all(network_inputs(*artefact.prepare(image, IMGSZ), 0.05, 0.6))
+    artefact.runner.run(STAGES[1], values)
     hook.remove()
     assert seen == [False, False]
 
 
 def test_a_network_equals_itself(model: Tood, scoring: Scoring) -> None:
     result = run(
-        model, subject_of(model), scoring, settings=Settings(IMGSZ, sizes_hw=((64, 64), (96, 32)))
+        model, compared(model), scoring, settings=Settings(IMGSZ, sizes_hw=((64, 64), (96, 32)))
     )
     assert result.passed
     assert result.guilty == ""
-    assert result.comparison.carried.rows["detections"].reference > 10
+    assert result.comparison.deployed.rows["detections"].counts.reference > 10
     assert result.ap_drop == 0
-    assert set(result.swap_costs.values()) == {0}
-    assert result.comparison.slots.reference > 0
+    assert set(result.part_costs.values()) == {0}
+    assert result.comparison.check.batch_slots.reference > 0
     assert set(result.comparison.sizes) == {(64, 64), (96, 32)}
 
 
@@ -175,28 +176,28 @@ def test_the_guilty_stage_of_a_broken_network(
 ) -> None:
     result = run(model, broken(model, edit), scoring)
     assert result.guilty == stage
-    assert {failure.stage for failure in result.failures if not failure.carried} == {stage}
+    assert result.comparison.guilty_stages() == [stage]
     assert result.costliest in ("network", "")
     assert f"FAILED at the stage {stage}" in verdict_line(result)
 
 
-def test_looser_gates_let_it_pass(model: Tood) -> None:
-    subject = broken(model, lambda copy: copy.bbox_head.tood_reg.get_parameter("bias").add_(1e-3))
-    assert not run(model, subject).passed
+def test_wider_limits_let_it_pass(model: Tood) -> None:
+    artefact = broken(model, lambda copy: copy.bbox_head.tood_reg.get_parameter("bias").add_(1e-3))
+    assert not run(model, artefact).passed
     assert run(
-        model, subject, gates=Gates(max_box_strides=1, max_box_px=20, min_matched=0.5)
+        model, artefact, own=OwnLimits(max_box_strides=1, max_box_px=20, min_matched=0.5)
     ).passed
 
 
 def test_an_ap_drop_alone_fails(model: Tood, scoring: Scoring) -> None:
-    subject = broken(model, lambda copy: copy.bbox_head.tood_reg.get_parameter("bias").add_(0.3))
-    wide = Gates(10, 10, 10, 1e6, 1e6, 0, max_ap_drop=0.1)
-    result = run(model, subject, scoring, wide)
+    artefact = broken(model, lambda copy: copy.bbox_head.tood_reg.get_parameter("bias").add_(0.3))
+    wide = OwnLimits(10, 10, 10, 1e6, 1e6, 0, max_ap_drop=0.1)
+    result = run(model, artefact, scoring, wide)
     assert result.guilty == "AP"
     assert result.ap_drop > 0.1
     assert result.costliest == "network"
     assert "FAILED at the stage AP; in AP, its network costs most" in verdict_line(result)
-    passed = run(model, subject, scoring, replace(wide, max_ap_drop=100))
+    passed = run(model, artefact, scoring, replace(wide, max_ap_drop=100))
     assert (
         verdict_line(passed)
         == "equal to the PyTorch reference within its limits; in AP, its network costs most"
@@ -207,20 +208,20 @@ def test_an_ap_drop_alone_fails(model: Tood, scoring: Scoring) -> None:
 def test_not_a_number_is_reported_not_dropped(
     model: Tood, scoring: Scoring, branch: str, tmp_path: Path
 ) -> None:
-    subject = broken(
+    artefact = broken(
         model,
         lambda copy: getattr(copy.bbox_head, branch).get_parameter("bias").fill_(float("nan")),
     )
-    result = run(model, subject, scoring)
+    result = run(model, artefact, scoring)
     assert result.guilty == "head"
     assert "NaN" in str(result.failures[0])
     description = describe(
-        result, subject_of(model), open_image_set(None, None, IMGSZ, 2), Settings(IMGSZ)
+        result, compared(model), open_image_set(None, None, IMGSZ, 2), Settings(IMGSZ)
     )
     write_reports(tmp_path, [result], [description], {"command": "c"})
     assert "NaN" in (tmp_path / "parity.html").read_text()
     assert (
-        result.comparison.carried.to_dict()[
+        result.comparison.deployed.to_dict()[
             f"head_{'scores' if branch == 'tood_cls' else 'boxes'}_p3"
         ]["not_numbers"]
         > 0
@@ -228,12 +229,12 @@ def test_not_a_number_is_reported_not_dropped(
 
 
 def test_detections_alone(model: Tood, tmp_path: Path) -> None:
-    subject = replace(subject_of(model), runner=DetectionsOnly(TorchEngine(model)))
-    result = run(model, subject)
+    artefact = replace(compared(model), runner=DetectionsOnly(TorchEngine(model)))
+    result = run(model, artefact)
     assert result.passed
     assert result.comparison.alone is None
-    assert not result.swap_costs
-    reference = subject_of(model)
+    assert not result.part_costs
+    reference = compared(model)
     description = describe(result, reference, open_image_set(None, None, IMGSZ, 2), Settings(IMGSZ))
     assert description["stages_alone"] is None
     write_reports(tmp_path, [result], [description], {"command": "c"})
@@ -242,26 +243,26 @@ def test_detections_alone(model: Tood, tmp_path: Path) -> None:
 
 class TestCanvas:
     def test_what_padding_changes_is_counted(self, model: Tood, scoring: Scoring) -> None:
-        result = run(model, subject_of(model), scoring, settings=Settings(IMGSZ, net_hw=(128, 128)))
-        canvas = result.comparison.canvas
-        assert canvas is not None
+        result = run(model, compared(model), scoring, settings=Settings(IMGSZ, net_hw=(128, 128)))
+        padding = result.comparison.padding
+        assert padding is not None
         assert result.passed  # a canvas is looked at, not judged
-        assert canvas.change.reference > 0
-        assert canvas.change.score.worst > 1e-6
-        assert canvas.shrunk == 0
+        assert padding.change.counts.reference > 0
+        assert padding.change.score.worst > 1e-6
+        assert padding.shrunk == 0
 
     def test_a_canvas_that_fits_exactly_changes_nothing(self, model: Tood) -> None:
-        result = run(model, subject_of(model), settings=Settings(IMGSZ, net_hw=(64, 96)))
-        assert result.comparison.canvas is not None
-        assert result.comparison.canvas.change.matched_share == 1
-        assert result.comparison.canvas.change.score.worst == 0
+        result = run(model, compared(model), settings=Settings(IMGSZ, net_hw=(64, 96)))
+        assert result.comparison.padding is not None
+        assert result.comparison.padding.change.counts.matched_share == 1
+        assert result.comparison.padding.change.score.worst == 0
 
     def test_what_it_costs_in_ap_is_against_the_same_detector(
         self, model: Tood, scoring: Scoring
     ) -> None:
         found = run(
-            model, subject_of(model), scoring, settings=Settings(IMGSZ, net_hw=(128, 128))
-        ).canvas_ap
+            model, compared(model), scoring, settings=Settings(IMGSZ, net_hw=(128, 128))
+        ).padding_ap
         assert found is not None
         assert found[0] == 100  # the truth is what it finds with the least padding
         assert found[1] < 100
@@ -281,32 +282,36 @@ class TestFixedShapes:
     """Artefacts that take images of some padded sizes alone, as TensorRT engines do."""
 
     @pytest.fixture
-    def fixed(self, model: Tood) -> Subject:
+    def fixed(self, model: Tood) -> ComparedModel:
         engine = FixedEngine(model)
-        return Subject("fixed.engine", None, engine, DetectionsOnly(engine), "abc")
+        return ComparedModel("fixed.engine", None, engine, DetectionsOnly(engine), "abc")
 
     def test_both_run_on_its_canvas_and_what_that_costs_is_told(
-        self, model: Tood, scoring: Scoring, fixed: Subject
+        self, model: Tood, scoring: Scoring, fixed: ComparedModel
     ) -> None:
         result = run(model, fixed, scoring, settings=Settings(IMGSZ, sizes_hw=((64, 64),)))
         assert result.passed
         assert result.ap_drop == 0
         assert list(result.comparison.sizes) == [(128, 128)]
-        assert result.comparison.slots.matched_share == 1
-        assert result.comparison.canvas is not None
-        assert result.comparison.canvas.change.score.worst > 1e-6
-        least, padded = result.canvas_ap or (0, 0)
+        assert result.comparison.check.batch_slots.matched_share == 1
+        assert result.comparison.padding is not None
+        assert result.comparison.padding.change.score.worst > 1e-6
+        least, padded = result.padding_ap or (0, 0)
         assert least == 100  # the truth is what the reference finds with the least padding
         assert padded < 100
         assert "PyTorch, padded to 128x128" in ap_table(result).markdown()
 
     def test_beside_one_that_takes_every_size(
-        self, model: Tood, scoring: Scoring, fixed: Subject
+        self, model: Tood, scoring: Scoring, fixed: ComparedModel
     ) -> None:
         images = open_image_set(None, None, IMGSZ, 2)
-        subjects = [(fixed, Gates()), (subject_of(model), Gates())]
+        artefacts = [fixed, compared(model)]
         first, second = compare(
-            subject_of(model), subjects, images, Settings(IMGSZ, sizes_hw=((64, 64),)), scoring
+            compared(model),
+            artefacts,
+            images,
+            Settings(IMGSZ, sizes_hw=((64, 64),)),
+            scoring=scoring,
         )
         assert first.passed
         assert second.passed
@@ -314,9 +319,9 @@ class TestFixedShapes:
             second.reference_metrics
         )
         assert list(second.comparison.sizes) == [(64, 64)]
-        assert second.canvas_ap is None
+        assert second.padding_ap is None
 
-    def test_another_canvas_cannot_be_tried(self, model: Tood, fixed: Subject) -> None:
+    def test_another_canvas_cannot_be_tried(self, model: Tood, fixed: ComparedModel) -> None:
         with pytest.raises(
             ToodError,
             match=r"fixed.engine: takes images of 1 fixed sizes alone; leave --net-size out",
@@ -328,12 +333,9 @@ def test_precision_alone_is_known_without_stages(model: Tood, scoring: Scoring) 
     engine = TorchEngine(model)
     engine.manifest = replace(engine.manifest, precision="bf16")
     result = run(
-        model,
-        Subject("m.xml", None, engine, DetectionsOnly(engine), "abc"),
-        scoring,
-        PRECISION_GATES["bf16"],
+        model, ComparedModel("m.xml", None, engine, DetectionsOnly(engine), "abc"), scoring
     )
-    assert set(result.swap_costs) == {"precision"}
+    assert set(result.part_costs) == {"precision"}
     assert "run by PyTorch in bf16" in ap_table(result).note
     assert "Swapped" in ap_table(result).note
 
@@ -348,7 +350,7 @@ def test_what_is_said_of_precision_is_of_the_arithmetic_as_it_runs(
     monkeypatch.setattr(TorchEngine, "precision", precision)
     engine = TorchEngine(model)
     note = ap_table(
-        run(model, Subject("m.xml", None, engine, DetectionsOnly(engine), "abc"), scoring)
+        run(model, ComparedModel("m.xml", None, engine, DetectionsOnly(engine), "abc"), scoring)
     ).note
     assert words in note
     assert "Swapped" not in note
@@ -356,23 +358,21 @@ def test_what_is_said_of_precision_is_of_the_arithmetic_as_it_runs(
 
 class TestVerdict:
     def test_it_goes_into_the_manifest(self, model: Tood, tmp_path: Path) -> None:
-        artefact = tmp_path / "model.onnx"
-        artefact.write_bytes(b"an artefact")
-        manifest = changed(Manifest(model.preset), parity={"exported": 1}).with_artefact(artefact)
-        manifest_path(artefact).write_text(manifest.to_json())
-        subject = broken(
+        path = tmp_path / "model.onnx"
+        path.write_bytes(b"an artefact")
+        manifest = changed(Manifest(model.preset), parity={"exported": 1}).with_artefact(path)
+        manifest_path(path).write_text(manifest.to_json())
+        artefact = broken(
             model, lambda copy: copy.bbox_head.tood_reg.get_parameter("bias").add_(0.1)
         )
-        subject = replace(
-            subject, name=str(artefact), path=artefact, sha256=manifest.artefact_sha256
-        )
-        subject.engine.manifest = manifest
-        result = run(model, subject)
+        artefact = replace(artefact, name=str(path), path=path, sha256=manifest.artefact_sha256)
+        artefact.engine.manifest = manifest
+        result = run(model, artefact)
         images = open_image_set(None, None, IMGSZ, 2)
         assert write_verdict(
-            subject, describe(result, subject_of(model), images, Settings(IMGSZ))
-        ) == manifest_path(artefact)
-        found = read_manifest(artefact)
+            artefact, describe(result, compared(model), images, Settings(IMGSZ))
+        ) == manifest_path(path)
+        found = read_manifest(path)
         assert found is not None
         verdict = plain(found)["parity"]["benchmark"]
         assert plain(found)["parity"]["exported"] == 1
@@ -382,24 +382,23 @@ class TestVerdict:
         assert verdict["reference"]["sha256"] == "abc"
         assert len(verdict["images"]["sha256"]) == 64
         assert verdict["date"].endswith("+00:00")
-        assert verdict["gates"]["max_ap_drop"] == 0.1
-        assert "failed its comparison with PyTorch at the stage head" in doubts(artefact, found)
+        assert verdict["limits"]["ap_drop"] == 0.1
+        assert verdict["measured"]
+        assert "failed its comparison with PyTorch at the stage head" in doubts(path, found)
 
     def test_a_checkpoint_has_no_manifest(self, model: Tood, tmp_path: Path) -> None:
-        subject = replace(subject_of(model), path=tmp_path / "model.pth")
-        assert write_verdict(subject, {}) is None
+        artefact = replace(compared(model), path=tmp_path / "model.pth")
+        assert write_verdict(artefact, {}) is None
         assert list(tmp_path.iterdir()) == []
 
 
 def test_reports(model: Tood, scoring: Scoring, tmp_path: Path) -> None:
-    subject = broken(model, lambda copy: copy.bbox_head.tood_cls.get_parameter("bias").add_(1.0))
+    artefact = broken(model, lambda copy: copy.bbox_head.tood_cls.get_parameter("bias").add_(1.0))
     result = run(
-        model, subject, scoring, settings=Settings(IMGSZ, sizes_hw=((64, 64),), net_hw=(128, 128))
+        model, artefact, scoring, settings=Settings(IMGSZ, sizes_hw=((64, 64),), net_hw=(128, 128))
     )
     settings = Settings(IMGSZ)
-    description = describe(
-        result, subject_of(model), open_image_set(None, None, IMGSZ, 2), settings
-    )
+    description = describe(result, compared(model), open_image_set(None, None, IMGSZ, 2), settings)
     write_reports(
         tmp_path, [result, result], [description, description], {"command": "tood-bench parity"}
     )
@@ -421,38 +420,36 @@ def test_reports(model: Tood, scoring: Scoring, tmp_path: Path) -> None:
 
 class TestBadInput:
     def test_another_number_of_classes(self, model: Tood) -> None:
-        other = subject_of(build_model(replace(model.preset, class_names=("a", "b"))), "two.onnx")
+        other = compared(build_model(replace(model.preset, class_names=("a", "b"))), "two.onnx")
         with pytest.raises(ToodError, match=r"two.onnx: has 2 classes, the reference model.pth 3"):
-            check_subjects(subject_of(model), [other])
+            check_models(compared(model), [other])
 
     def test_other_names(self, model: Tood) -> None:
-        other = subject_of(
-            build_model(replace(model.preset, class_names=("a", "x", "c"))), "x.onnx"
-        )
+        other = compared(build_model(replace(model.preset, class_names=("a", "x", "c"))), "x.onnx")
         with pytest.raises(ToodError, match=r"'x' where the reference model.pth has 'b'"):
-            check_subjects(subject_of(model), [other])
+            check_models(compared(model), [other])
 
     @pytest.mark.parametrize(
         "values", [{"min_matched": 1.5}, {"max_score": -1}, {"max_ap_drop": float("nan")}]
     )
     def test_senseless_limits(self, values: dict[str, Any]) -> None:
         with pytest.raises(ToodError, match="expected a number"):
-            Gates(**values)
+            OwnLimits(**values)
 
-    def test_every_precision_has_its_limits(self) -> None:
-        assert set(PRECISION_GATES) == {"fp32", "fp16", "bf16", "int8"}
-        assert (
-            PRECISION_GATES["fp32"].max_score
-            < PRECISION_GATES["fp16"].max_score
-            < PRECISION_GATES["bf16"].max_score
-        )
+    @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8", "int8, bf16"])
+    def test_own_limits_take_the_place_of_every_precision_s(self, precision: str) -> None:
+        own = OwnLimits(max_map=0.5, max_ap_drop=7)
+        assert check_for(precision, own).limits.ap_drop == 7
+        assert own.stage_limits(precision).max_map == 0.5
 
     def test_stages_of_a_model_that_has_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from inference.fakes import RedEngine
 
-        from tood_deploy.benchmark.parity import stage_runners as subject
+        from tood_deploy.benchmark.parity import stage_runners as runners
 
-        monkeypatch.setattr(subject, "open_engine", lambda *_, **__: RedEngine())
-        assert not open_subject("m.plan", device="cpu", threads=None, stages=None).runner.has_stages
+        monkeypatch.setattr(runners, "open_engine", lambda *_, **__: RedEngine())
+        assert not open_compared(
+            "m.plan", device="cpu", threads=None, stages=None
+        ).runner.has_stages
         with pytest.raises(ToodError, match="leave --stages out"):
-            open_subject("m.plan", device="cpu", threads=None, stages=True)
+            open_compared("m.plan", device="cpu", threads=None, stages=True)

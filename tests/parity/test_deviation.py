@@ -3,7 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tood_deploy.parity.deviation import Deviation
+from tood_deploy.matching import NetDetections
+from tood_deploy.parity.deviation import BoxDeviation, Deviation
 
 
 def deviation(
@@ -76,3 +77,35 @@ def test_parts_add_up_to_the_whole(values: list[float]) -> None:
     assert whole.outside == parts.outside
     assert whole.p99 == parts.p99
     assert whole.squares == pytest.approx(parts.squares)
+
+
+def boxes(*values: tuple[float, float, float, float, float, int]) -> NetDetections:
+    """Detections of xyxy, score and label."""
+    table = np.array(values, np.float32).reshape(-1, 6)
+    return NetDetections(table[:, :4], table[:, 4], table[:, 5].astype(np.int32))
+
+
+class TestBoxes:
+    def test_lost_and_added_boxes_and_shifts(self) -> None:
+        found = BoxDeviation()
+        reference = boxes((0, 0, 10, 10, 0.9, 0), (50, 50, 70, 80, 0.5, 0))
+        found.add(reference, boxes((0, 0, 10, 10.5, 0.8, 0), (0, 0, 10, 10, 0.4, 1)))
+        counts = found.counts
+        assert (counts.reference, counts.matched, found.lost, counts.added) == (2, 1, 1, 1)
+        assert counts.matched_share == 1 / 3
+        assert found.box_px.worst == 0.5
+        assert found.score.worst == pytest.approx(0.1, abs=1e-6)
+
+    def test_no_boxes_at_all_is_full_agreement(self) -> None:
+        found = BoxDeviation()
+        found.add(boxes(), boxes())
+        assert found.counts.matched_share == 1
+
+    def test_boxes_that_are_not_numbers_are_counted(self) -> None:
+        found = BoxDeviation()
+        good = (50, 50, 70, 80, 0.5, 0)
+        found.add(
+            boxes((0, 0, 10, 10, 0.9, 0), good), boxes((0, 0, float("nan"), 10, 0.9, 0), good)
+        )
+        assert found.not_numbers == 1
+        assert (found.counts.matched, found.lost, found.counts.added) == (1, 1, 1)

@@ -7,12 +7,12 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from tood_deploy.errors import ArtefactError
-from tood_deploy.onnx_file import cut_graph, with_outputs
+from tood_deploy.onnx_file import cut_graph, needs_float_arithmetic, open_session, with_outputs
 
 
 @pytest.fixture
 def model() -> onnx.ModelProto:
-    """double = 2 x; tripled = double + x; then a branch that reads `tripled` from outside: y = tripled * factor, or x."""
+    """double = 2 x; tripled = double + x; a branch reads it: y = tripled * factor, or x."""
     branch = helper.make_graph(
         [helper.make_node("Mul", ["tripled", "factor"], ["inner"])], "then", [], [value("inner")]
     )
@@ -84,3 +84,46 @@ def test_a_variant_gives_inner_values_too(model: onnx.ModelProto) -> None:
 def test_a_value_that_is_not_there(model: onnx.ModelProto) -> None:
     with pytest.raises(ArtefactError, match=r"c3.*export it again"):
         with_outputs(model, ["double", "c3"])
+
+
+def quantised(zero_point: int, kind: type) -> onnx.ModelProto:
+    """A product of activations and weights that are quantised and restored."""
+    constants = {
+        "scale": np.array(0.5, np.float32),
+        "zero": np.array(zero_point, kind),
+        "w": np.full((2, 2), 100, np.int8),
+        "w_scale": np.array(1, np.float32),
+        "w_zero": np.array(0, np.int8),
+    }
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["d"]),
+        helper.make_node("DequantizeLinear", ["w", "w_scale", "w_zero"], ["dw"]),
+        helper.make_node("MatMul", ["d", "dw"], ["product"]),
+        helper.make_node("QuantizeLinear", ["product", "scale", "zero"], ["pq"]),
+        helper.make_node("DequantizeLinear", ["pq", "scale", "zero"], ["y"]),
+    ]
+    value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2, 2]) for name in ("x", "y")]
+    initializers = [numpy_helper.from_array(array, name) for name, array in constants.items()]
+    graph = helper.make_graph(nodes, "quantised", value[:1], value[1:], initializers)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+
+
+class TestFloatArithmetic:
+    def test_what_is_quantised_for_tensorrt_needs_it(self) -> None:
+        assert needs_float_arithmetic(quantised(0, np.int8))
+        assert not needs_float_arithmetic(quantised(128, np.uint8))
+
+    @pytest.mark.parametrize("in_float", [True, False])
+    def test_it_is_set_where_asked_for(self, in_float: bool) -> None:
+        session = open_session(quantised(0, np.int8).SerializeToString(), float_arithmetic=in_float)
+        entry = "session.disable_quant_qdq"
+        options = session.get_session_options()
+        try:
+            value = options.get_session_config_entry(entry)
+        except RuntimeError:  # not set
+            value = ""
+        assert value == ("1" if in_float else "")
+        x = np.array([[1, 2], [3, 4]], np.float32)
+        (y,) = session.run(None, {"x": x})
+        np.testing.assert_allclose(y, np.full((2, 2), 63.5))

@@ -38,7 +38,8 @@ def test_the_governor_where_there_is_one(tmp_path: Path) -> None:
 def test_a_small_process_does_not_inherit_its_parents_peak() -> None:
     ballast = bytearray(300 * 2**20)
     ballast[::4096] = b"1" * len(ballast[::4096])
-    code = "from tood_deploy.benchmark.latency.machine import peak_memory_mib; print(peak_memory_mib())"
+    module = "tood_deploy.benchmark.latency.machine"
+    code = f"from {module} import peak_memory_mib; print(peak_memory_mib())"
     result = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
@@ -62,8 +63,8 @@ def test_own_work_is_not_others(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_load_is_noticed_above_a_twentieth_of_the_machine() -> None:
-    assert Load(0.1, 0.2, others=0.09, cores=2).noticed == ""
-    assert "1.2 of 2 cores" in Load(0.1, 0.2, others=1.2, cores=2).noticed
+    assert Load(0.1, 0.2, others=0.09, cores=2).warning == ""
+    assert "1.2 of 2 cores" in Load(0.1, 0.2, others=1.2, cores=2).warning
 
 
 class FakeNvml(SimpleNamespace):
