@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-# The test whose set-up raised an error first. pytest keeps the error of a fixture that several tests
+# The test whose set-up raised an error first. pytest keeps the error of a fixture that several
+# tests
 # share, and raises that very object again for each of them.
 _first_tests: dict[BaseException, str] = {}
 

@@ -38,7 +38,10 @@ def run(
     tmp_path: Path,
     engine: RedEngine,
 ) -> Run:
-    """Runs tood-infer with a stand-in engine in an empty folder; gives exit code, stdout and stderr."""
+    """Runs tood-infer with a stand-in engine in an empty folder.
+
+    Gives exit code, stdout and stderr.
+    """
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     asked: list[dict[str, Any]] = []

@@ -1,7 +1,11 @@
-"""A CUDA driver made of Python, for tests of what no machine without a GPU can run: memory, streams, events and graphs.
+"""A CUDA driver made of Python, for tests of what no machine without a GPU can run.
 
-It is as lazy as a GPU may be: work given to a stream is done when somebody waits for it, and not before. So code that reads results too
-early, or overwrites buffers that are still to be copied, finds wrong bytes here. What is not given back is counted. Its clock stands still
+Memory, streams, events and graphs.
+
+It is as lazy as a GPU may be: work given to a stream is done when somebody waits for it, and not
+before. So code that reads results too
+early, or overwrites buffers that are still to be copied, finds wrong bytes here. What is not given
+back is counted. Its clock stands still
 but for what work is said to take.
 """
 

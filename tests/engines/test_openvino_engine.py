@@ -429,7 +429,8 @@ class TestRefusals:
             ({"device": "cuda"}, "OpenVINO runs on the CPU here"),
             (
                 {"colour": 1},
-                "openvino takes no colour; it takes threads, precision, hint, cache, calls_before_static",
+                "openvino takes no colour; it takes threads, precision, hint, cache, "
+                "calls_before_static",
             ),
             (
                 {"runtime": "onnxruntime"},

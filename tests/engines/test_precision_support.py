@@ -117,8 +117,8 @@ def test_what_runs_on_cpus(found: Manifest, half: str, runs: bool) -> None:
 def test_the_commands_name_the_file() -> None:
     lines = advise_on("a.onnx", manifest("bf16"))
     assert (
-        "next, in OpenVINO, on a CPU with bf16: tood-infer a.onnx IMAGES --output DIR --runtime openvino"
-        in lines
+        "next, in OpenVINO, on a CPU with bf16: tood-infer a.onnx IMAGES --output DIR --runtime "
+        "openvino" in lines
     )
     assert any(
         "tood-infer a.onnx IMAGES --output DIR --device cuda" in line

@@ -1,4 +1,7 @@
-"""Images as users hold them in memory, made BGR; what is no image, in one sentence with its cure."""
+"""Images as users hold them in memory, made BGR.
+
+What is no image, in one sentence with its cure.
+"""
 
 import io
 import subprocess

@@ -73,7 +73,10 @@ def test_only_images_of_one_padded_size_share_a_batch() -> None:
 
 
 class Overlapping(RedEngine):
-    """Works on several batches at a time; remembers the most that were under way, and those never collected."""
+    """Works on several batches at a time.
+
+    Remembers the most that were under way, and those never collected.
+    """
 
     def __init__(self, in_flight: int, fail_at_call: int | None = None) -> None:
         super().__init__()

@@ -283,7 +283,10 @@ def test_text_lines(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.fixture
 def shown(monkeypatch: pytest.MonkeyPatch) -> list[NDArray[np.uint8]]:
-    """A stand-in for a display: the frames it was asked to show; the third one is answered with the key q."""
+    """A stand-in for a display: the frames it was asked to show.
+
+    The third one is answered with the key q.
+    """
     images: list[NDArray[np.uint8]] = []
     monkeypatch.setattr(cv2, "getBuildInformation", lambda: "  GUI:   QT5\n")
     monkeypatch.setenv("DISPLAY", ":0")

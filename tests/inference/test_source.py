@@ -179,7 +179,10 @@ MULTIPART = "multipart/x-mixed-replace; boundary=frame"
 
 @contextmanager
 def serve(content_type: str, answer: Answer) -> Iterator[str]:
-    """A server on this machine that answers every request with what `answer` writes; gives its address."""
+    """A server on this machine that answers every request with what `answer` writes.
+
+    Gives its address.
+    """
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -294,7 +297,10 @@ def test_an_address_without_video_is_an_error() -> None:
 
 
 def test_a_live_stream_without_a_container_length(tmp_path: Path) -> None:
-    """MPEG transport stream, as cameras send it; the end of the data is the end of the connection."""
+    """MPEG transport stream, as cameras send it.
+
+    The end of the data is the end of the connection.
+    """
     data = write_video(tmp_path / "a.ts", moving_images(30)).read_bytes()
 
     def answer(client: BinaryIO) -> None:

@@ -63,7 +63,10 @@ def test_rotation_is_honoured(tmp_path: Path, rotation: int, turns: int) -> None
 
 
 def test_a_phone_held_upright_is_turned_clockwise(tmp_path: Path) -> None:
-    """Phones write the matrix [0 1; -1 0], a quarter turn clockwise; checked on the file's bytes, not by PyAV's own convention."""
+    """Phones write the matrix [0 1; -1 0], a quarter turn clockwise.
+
+    Checked on the file's bytes, not by PyAV's own convention.
+    """
     path = write_video(tmp_path / "a.mp4", moving_images(2), rotation=-90)
     data = path.read_bytes()
     matrix = data[data.index(b"tkhd") + 44 :][:20]

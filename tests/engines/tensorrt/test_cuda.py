@@ -1,4 +1,7 @@
-"""The GPU as the CUDA driver tells of it; without one, on a driver made of Python, and the names say so."""
+"""The GPU as the CUDA driver tells of it.
+
+Without one, on a driver made of Python, and the names say so.
+"""
 
 import shutil
 from contextlib import closing

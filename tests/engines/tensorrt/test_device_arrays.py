@@ -67,7 +67,8 @@ def test_dlpack_on_a_gpu_that_is_claimed(strides: tuple[int, ...] | None) -> Non
         ),
         (
             [1, 2],
-            "images: a list cannot be read .*; expected a NumPy array, or one with DLPack or __cuda_array_interface__",
+            "images: a list cannot be read .*; expected a NumPy array, or one with DLPack or "
+            "__cuda_array_interface__",
         ),
         (None, "images: a NoneType cannot be read"),
     ],

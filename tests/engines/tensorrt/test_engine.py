@@ -1,4 +1,7 @@
-"""The TensorRT engine at work. Where no GPU can be, on a CUDA driver and a TensorRT made of Python, and the names say so."""
+"""The TensorRT engine at work.
+
+Where no GPU can be, on a CUDA driver and a TensorRT made of Python, and the names say so.
+"""
 
 from __future__ import annotations
 
@@ -156,7 +159,10 @@ class TestCudaGraphs:
 
 class TestTwoInFlight:
     def test_nothing_waits_until_collected_with_a_fake_gpu(self, bench: Bench) -> None:
-        """After the first batch of each buffer, which records, submitting only queues work; and the GPU takes turns."""
+        """After the first batch of each buffer, which records, submitting only queues work.
+
+        And the GPU takes turns.
+        """
         batches = [make_images(2, seed) for seed in range(6)]
         with bench.open() as engine:
             warm = [engine.submit(*batch, 0.25, 0.5) for batch in batches[:2]]
@@ -180,7 +186,8 @@ class TestTwoInFlight:
             engine.collect(second)
             streams = [entry.split()[-1] for entry in bench.driver.history]
             kinds = [entry.split()[-2] for entry in bench.driver.history]
-            # Of the second: its images come in; then the first's whole run, since they share memory; then its own.
+            # Of the second: its images come in; then the first's whole run, since they share
+            # memory; then its own.
             assert kinds == ["in", "in", "run", "run", "out"]
             assert streams[0] == streams[3] == streams[4] != streams[1] == streams[2]
             engine.collect(first)
@@ -211,7 +218,10 @@ class TestTwoInFlight:
                     assert_answers(engine.collect(ticket), *expected)
 
     def test_the_detectors_stream_with_a_fake_gpu(self, bench: Bench, tmp_path: Path) -> None:
-        """The pipeline keeps two batches in flight; what comes out is what one image at a time gives."""
+        """The pipeline keeps two batches in flight.
+
+        What comes out is what one image at a time gives.
+        """
         generator = np.random.default_rng(0)
         images = [
             generator.integers(0, 256, (*size_hw, 3), np.uint8)
@@ -274,7 +284,10 @@ class TestTwoInFlight:
 
 
 class TestPartsOfACall:
-    """The fake GPU's clock is the only one, so that every second is known; 2 ms go in, 8 ms are computed, 1 ms goes back."""
+    """The fake GPU's clock is the only one, so that every second is known.
+
+    2 ms go in, 8 ms are computed, 1 ms goes back.
+    """
 
     @pytest.fixture
     def bench(self, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Bench:

@@ -62,7 +62,8 @@ class TestChoice:
                 {},
                 None,
                 DeviceError,
-                "neither TensorRT nor TensorRT-RTX is installed; install the Python package tensorrt-rtx",
+                "neither TensorRT nor TensorRT-RTX is installed; install the Python package "
+                "tensorrt-rtx",
             ),
             (
                 {},

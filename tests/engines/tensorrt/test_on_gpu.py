@@ -212,7 +212,10 @@ def test_images_that_lie_on_the_gpu(plan: Path, cuda_graph: Any, offered: str) -
 def test_the_self_test_passes_in_every_slot(
     plan: Path, tiny_artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the export gives an engine its self-test: from the ONNX artefact, on the engine's canvases."""
+    """As the export gives an engine its self-test.
+
+    From the ONNX artefact, on the engine's canvases.
+    """
     from tood_deploy.engines.self_test import self_test_from
     from tood_deploy.export.config import Profiles
     from tood_deploy.export.tensorrt.to_tensorrt import engine_from_onnx

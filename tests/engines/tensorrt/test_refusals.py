@@ -111,7 +111,8 @@ class TestRefusals:
 
     def test_cuda_that_fails_inside_the_library_with_a_fake_gpu(self, bench: Bench) -> None:
         bench.plan.failures["deserialize"] = (
-            "Error reading properties: (cudaError 36: API call is not supported in the installed CUDA driver)"
+            "Error reading properties: (cudaError 36: API call is not supported in the installed "
+            "CUDA driver)"
         )
         with pytest.raises(
             DeviceError,
@@ -317,7 +318,8 @@ class TestTensorRTRtx:
         bench.plan.validity = trt.EngineValidity.SUBOPTIMAL, 0
         with bench.open() as engine:
             assert engine.notes == [
-                "model.engine: runs on this GPU, but was not built for it and may be slower than it could be"
+                "model.engine: runs on this GPU, but was not built for it and may be slower than "
+                "it could be"
             ]
 
     def run(self, bench: Bench, *batches: int) -> list[str]:
@@ -344,7 +346,8 @@ class TestTensorRTRtx:
         kept.write_bytes(b"of another driver")
         assert self.run(bench, 1) == ["1x64x96x3"]
         assert self.notes == [
-            f"{kept}: holds kernels of another driver, or is damaged; they are compiled again, and it is replaced"
+            f"{kept}: holds kernels of another driver, or is damaged; they are compiled again, "
+            "and it is replaced"
         ]
         assert self.run(bench, 1) == []
 
