@@ -120,7 +120,7 @@ def seeded_model() -> Callable[..., Any]:
 def tiny_checkpoint(
     seeded_model: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """`tiny` with stand-in weights and 80 classes, which finds a hundred things in the synthetic image; our own format."""
+    """`tiny` with stand-in weights: it finds a hundred objects in the synthetic image."""
     from tood_deploy.model import save_checkpoint
 
     path = tmp_path_factory.mktemp("tiny") / "tiny.safetensors"

@@ -147,7 +147,13 @@ def pad_size(resized_hw: tuple[int, int], divisor: int = SIZE_DIVISOR) -> tuple[
 
 
 def fit_imgsz(image_hw: tuple[int, ...], imgsz: ImageSize, net_hw: tuple[int, int]) -> ImageSize:
-    """Return the size to fit: `imgsz`, or less where the canvas `net_hw` has no room for that."""
+    """Return the size to fit: `imgsz`, or less where the canvas has no room for that.
+
+    Args:
+        image_hw: rows and columns of the image.
+        imgsz: the size to fit where there is room.
+        net_hw: rows and columns of the canvas.
+    """
     height, width = image_hw[:2]
     resized = fit_size((height, width), imgsz)
     if resized[0] <= net_hw[0] and resized[1] <= net_hw[1]:
@@ -180,9 +186,12 @@ def choose_canvas(
 def resize(
     image_bgr: NDArray[np.uint8], imgsz: ImageSize, image_hw: tuple[int, int] | None = None
 ) -> NDArray[np.uint8]:
-    """Resize an image (H, W, 3) uint8 as `imgsz` says: OpenCV's bilinear.
+    """Resize an image with OpenCV's bilinear interpolation.
 
-    `image_hw`: see `resize_and_pad`.
+    Args:
+        image_bgr: (H, W, 3) uint8.
+        imgsz: the size to fit.
+        image_hw: as `resize_and_pad` takes it.
     """
     height, width = fit_size(image_hw or (image_bgr.shape[0], image_bgr.shape[1]), imgsz)
     return np.asarray(

@@ -52,7 +52,10 @@ class Mark:
 
 
 def in_context(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A call that needs a current context, may have been told to fail, and is refused while the thread records if it is unsafe then."""
+    """A call that needs a current context, and may have been told to fail.
+
+    It is refused while the thread records if it is unsafe then.
+    """
 
     @functools.wraps(function)
     def checked(self: FakeDriver, *arguments: Any) -> Any:

@@ -1,4 +1,4 @@
-"""OpenVINO: the same answers as every engine, precision that is pinned, results that stay valid, clear refusals."""
+"""OpenVINO: the answers of every engine, in the precision that was asked for; clear refusals."""
 
 import shutil
 import subprocess
@@ -302,7 +302,7 @@ class TestFormsOfTheirOwn:
     def test_that_give_other_answers_are_refused(
         self, ir: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """A form whose scores are halved on the way, as a stand-in for one that is compiled wrongly."""
+        """Scores are halved on the way, as a stand-in for a model that is compiled wrongly."""
         collect = CompiledShape.collect
 
         def halved(self: CompiledShape, ticket: Any) -> Any:
@@ -312,7 +312,9 @@ class TestFormsOfTheirOwn:
 
         monkeypatch.setattr(CompiledShape, "collect", halved)
         with OpenVinoEngine(ir, threads=1, calls_before_static=0) as engine:
-            message = r"compiled for the shape \(1, 96, 128, 3\) OpenVINO gives another answer than for every shape: of 100 .*update openvino"
+            message = (
+                r"for the shape \(1, 96, 128, 3\) OpenVINO gives another answer .*update openvino"
+            )
             with pytest.raises(ArtefactError, match=message):
                 engine.infer(*inputs(), 0.05, 0.6)
 
@@ -372,7 +374,7 @@ class TestCache:
 
     @needs_bf16
     def test_of_one_precision_is_not_used_for_another(self, ir: Path, tmp_path: Path) -> None:
-        """OpenVINO 2026.4 opens in bf16 what it compiled in float32 for one shape, and then finds nothing."""
+        """OpenVINO 2026.4 opens in bf16 what it compiled in float32, and then finds nothing."""
         found = []
         for precision in ("fp32", "bf16"):
             with OpenVinoEngine(
@@ -468,8 +470,7 @@ class TestRefusals:
         monkeypatch.syspath_prepend(tmp_path)
         monkeypatch.delitem(sys.modules, "openvino", raising=False)
         with pytest.raises(
-            DeviceError,
-            match=r"OpenVINO is installed but does not load \(libopenvino.so: .*reinstall the package openvino",
+            DeviceError, match=r"does not load \(libopenvino.so: .*reinstall the package openvino"
         ):
             open_engine(ir)
 
@@ -548,8 +549,7 @@ class TestForeignFiles:
             "DeformConv", ["x", "w", "o"], ["y"], kernel_shape=[3, 3], pads=[1] * 4
         )
         with pytest.raises(
-            ArtefactError,
-            match=r"deformable convolutions as an operator, which OpenVINO lacks; .* --deform gather",
+            ArtefactError, match=r"deformable convolutions .* OpenVINO lacks; .* --deform gather"
         ):
             open_engine(save_graph(node, tmp_path / "a.onnx"), runtime="openvino")
 

@@ -85,8 +85,7 @@ def test_bf16_without_its_manifest(tmp_path: Path) -> None:
     model.opset_import[0].version = 22
     onnx.save(model, tmp_path / "half.onnx")
     with pytest.raises(
-        ArtefactError,
-        match=r"half\.onnx: ONNX Runtime \S+ lacks an operator of it in its precision .*--runtime openvino",
+        ArtefactError, match=r"ONNX Runtime \S+ lacks an operator .*--runtime openvino"
     ):
         open_engine(tmp_path / "half.onnx")
 

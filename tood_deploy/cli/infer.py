@@ -47,6 +47,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="an image, folder, glob, text file with one path a line, video, camera (0 or "
         "/dev/video0), rtsp:// or http(s):// address",
     )
+    add_inference_options(parser)
+    add_output_options(parser)
+    add_model_options(parser)
+    return parser
+
+
+def add_inference_options(parser: argparse.ArgumentParser) -> None:
+    """Add how images are read and the model is run."""
     add_device(parser)
     parser.add_argument(
         "--imgsz",
@@ -88,13 +96,10 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="refuse larger images (default: 200000000)",
     )
-    add_output_options(parser)
-    add_model_options(parser)
-    return parser
 
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:
-    """Return what to write and where."""
+    """Add what to write and where."""
     group = parser.add_argument_group("output")
     group.add_argument(
         "--output",
@@ -195,5 +200,5 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Return the entry point of tood-infer; see `run_command` for the exit codes."""
+    """Run tood-infer as a command; see `run_command` for the exit codes."""
     return run_command(infer_command, argv)

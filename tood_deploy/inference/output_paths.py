@@ -70,9 +70,15 @@ def plan_outputs(names: Sequence[str], output: Path) -> dict[str, Path]:
 def plan_names(
     names: Sequence[str], folder: Path, suffix_of: Callable[[str], str]
 ) -> dict[str, Path]:
-    """Return a file in `folder` for each name: the input's own file name.
+    """Return a file for each input: its own file name, with its folders where two share one.
 
-    With its folders where two share one.
+    Args:
+        names: paths and addresses of the inputs.
+        folder: that the files will lie in.
+        suffix_of: gives the ending of the file for an input.
+
+    Raises:
+        OutputError: the inputs cannot have different files.
     """
     parts = {name: _relative_parts(name, names) for name in names}
     for name_of in (_bare_name, _nested_name, _numbered_suffix_name):

@@ -40,11 +40,17 @@ class Timings:
         self._ms: dict[str, deque[float]] = {stage: deque(maxlen=KEPT_FRAMES) for stage in STAGES}
 
     def add(self, stage: str, seconds: float, frames: int = 1) -> None:
-        """Note what a stage took for so many frames together."""
+        """Add what a stage took for some frames together.
+
+        Args:
+            stage: a key of `STAGES`.
+            seconds: for all of the frames.
+            frames: how many there were.
+        """
         self._ms[stage].extend([seconds * 1000 / frames] * frames)
 
     def finish_frame(self, decoded_s: float) -> None:
-        """Note that a frame that was decoded then has its result now."""
+        """Count a frame that was decoded at that moment and has its result now."""
         self.ended_s = time.perf_counter()
         self.frames += 1
         self.add("end_to_end", self.ended_s - decoded_s)
@@ -100,7 +106,13 @@ class BatchDetector(Protocol):
     def prepare(
         self, image: NDArray[np.uint8], image_hw: tuple[int, int] | None, *, color: Literal["bgr"]
     ) -> Prepared:
-        """Scale and pad an image."""
+        """Scale and pad an image.
+
+        Args:
+            image: (H, W, 3) uint8 BGR.
+            image_hw: rows and columns of the original, where it was decoded smaller.
+            color: order of the channels.
+        """
         ...
 
     def submit(self, batch: Sequence[Prepared]) -> Any:

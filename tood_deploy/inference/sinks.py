@@ -337,9 +337,12 @@ class JsonLines(Sink):
 
 
 def frame_record(frame: Frame, detections: Detections, live: bool) -> dict[str, Any]:
-    """Return a frame as plain values.
+    """Return a frame as plain values: where it is from, its size, and its objects.
 
-    Where it is from, its size, and its objects with boxes xyxy in pixels.
+    Args:
+        frame: the image.
+        detections: in it, boxes xyxy in pixels.
+        live: whether to state the age of the result, too.
     """
     rows = zip(
         detections.boxes.tolist(),

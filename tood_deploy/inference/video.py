@@ -72,6 +72,11 @@ def find_video_stream(
 ) -> VideoStream:
     """Return the video of a container, its decoder set up; a cover image does not count.
 
+    Args:
+        container: open.
+        name: of the file or address, for errors.
+        max_pixels: refuse larger frames.
+
     Raises:
         InputError: there is none, or its frames are too large.
     """

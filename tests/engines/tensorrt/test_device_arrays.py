@@ -90,7 +90,7 @@ def test_what_an_exporter_refuses_is_named() -> None:
 
 
 def test_cuda_array_interface_with_a_fake_view(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real reader asks the driver whose memory it is, so that here another stands in its place."""
+    """The real reader asks the driver whose memory it is, so another stands in its place."""
     asked: list[Any] = []
 
     class View:

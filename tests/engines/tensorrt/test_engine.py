@@ -88,7 +88,7 @@ class TestTooFewRoundsOfSuppression:
         bench.write(options={"nms": "unrolled", "nms_rounds": 16})
         return bench
 
-    MESSAGE = r"model\.engine: 16 rounds of suppression were too few for image 3 of a batch of 4 .*; build .* --nms-rounds, or .* --nms loop"
+    MESSAGE = r"16 rounds .* image 3 of a batch of 4 .* --nms-rounds, or .* --nms loop"
 
     def test_is_an_error_with_a_fake_gpu(self, unsettled: Bench) -> None:
         images, valid_hw = make_images(4)
@@ -473,7 +473,7 @@ class TestLifecycle:
                 bench.plan.failures["execute"] = "enqueueV3: Error Code 1: Myelin (something odd)"
                 with pytest.raises(
                     DeviceError,
-                    match=r"running failed \(enqueueV3: Error Code 1: Myelin \(something odd\)\); start the",
+                    match=r"running failed \(enqueueV3: .* Myelin \(something odd\)\); start the",
                 ):
                     engine.infer(*make_images(2), 0.25, 0.5)
             assert_answers(engine.infer(*batch, 0.25, 0.5), *batch)

@@ -1,4 +1,4 @@
-"""Arrays of other libraries in the TensorRT engine, on a CUDA driver and a TensorRT made of Python."""
+"""Arrays of other libraries in the TensorRT engine, on a GPU made of Python."""
 
 from __future__ import annotations
 

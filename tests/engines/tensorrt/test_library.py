@@ -1,4 +1,4 @@
-"""Which TensorRT is loaded, what is said where there is none, and that what the library says is heard."""
+"""Which TensorRT is loaded, what is said where there is none, and what the library logs."""
 
 import importlib.util
 import sys

@@ -201,7 +201,12 @@ class PinnedBuffer:
         self._bytes = memoryview((ctypes.c_uint8 * max(size, 1)).from_address(self.address))
 
     def view(self, offset: int, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
-        """Return a part of the buffer as an array; not to be used after `close`."""
+        """Return a part of the buffer as an array; not to be used after `close`.
+
+        Args:
+            offset: where it begins, in bytes.
+            shape, dtype: of the array.
+        """
         return np.ndarray(shape, dtype, buffer=self._bytes, offset=offset)
 
     def close(self) -> None:
@@ -277,15 +282,30 @@ class Stream:
         self.handle = int(self._stream)
 
     def to_device(self, target: int, source: int, size: int) -> None:
-        """Copy bytes from pinned host memory to the GPU."""
+        """Copy bytes from pinned host memory to the GPU.
+
+        Args:
+            target, source: addresses.
+            size: in bytes.
+        """
         call(driver.cuMemcpyHtoDAsync, target, source, size, self.handle)
 
     def to_host(self, target: int, source: int, size: int) -> None:
-        """Copy bytes from the GPU to pinned host memory."""
+        """Copy bytes from the GPU to pinned host memory.
+
+        Args:
+            target, source: addresses.
+            size: in bytes.
+        """
         call(driver.cuMemcpyDtoHAsync, target, source, size, self.handle)
 
     def within_device(self, target: int, source: int, size: int) -> None:
-        """Copy bytes between addresses that the GPU reaches."""
+        """Copy bytes between addresses that the GPU reaches.
+
+        Args:
+            target, source: addresses.
+            size: in bytes.
+        """
         call(driver.cuMemcpyAsync, target, source, size, self.handle)
 
     def synchronise(self) -> None:

@@ -167,6 +167,9 @@ class TensorRTEngine(Engine):
 
         Images on the GPU are read where they lie if they begin at a multiple of 256 bytes and no
         CUDA graph is replayed, whose addresses are fixed; otherwise they are copied within the GPU.
+
+        Args:
+            images, valid_hw, score_threshold, iou_threshold: as `Engine.infer` takes them.
         """
         return super().infer(images, valid_hw, score_threshold, iou_threshold)
 
@@ -176,6 +179,9 @@ class TensorRTEngine(Engine):
         """Run a batch as `infer` does, and measure how long each part took.
 
         Waiting for a batch that is in flight counts to the inference.
+
+        Args:
+            images, valid_hw, score_threshold, iou_threshold: as `infer` takes them.
         """
         begun = time.perf_counter()
         with self._slots.take() as (slot, _), self._gpu.current():
@@ -192,6 +198,9 @@ class TensorRTEngine(Engine):
         """Start a batch without waiting for it.
 
         NumPy arrays may change afterwards; arrays on the GPU must stay as they are until `collect`.
+
+        Args:
+            images, valid_hw, score_threshold, iou_threshold: as `infer` takes them.
         """
         return super().submit(images, valid_hw, score_threshold, iou_threshold)
 

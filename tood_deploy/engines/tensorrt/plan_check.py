@@ -72,7 +72,13 @@ def check_plan(
 
 
 def tuned_elsewhere(path: Path, target: EngineTarget, machine: Machine) -> str:
-    """Return a remark on a plan whose kernels were chosen on another model of GPU, else ""."""
+    """Return a remark on a plan whose kernels were chosen on another model of GPU, else "".
+
+    Args:
+        path: the plan, for the remark.
+        target: what it was built for.
+        machine: where it will run.
+    """
     if target.gpu in ("", machine.gpu_name):
         return ""
     return (

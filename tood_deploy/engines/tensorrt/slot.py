@@ -52,7 +52,13 @@ class Tensors:
         return {name: base + offset for name, offset in self.offsets.items()}
 
     def view(self, buffer: PinnedBuffer, name: str, shape: tuple[int, ...]) -> NDArray[Any]:
-        """Return a tensor of a smaller batch, or of another size, in its place."""
+        """Return a tensor of a smaller batch, or of another size, in its place.
+
+        Args:
+            buffer: of at least `size` bytes.
+            name: of the tensor.
+            shape: that it has in this batch.
+        """
         return buffer.view(self.offsets[name], shape, self.tensors[name][1])
 
 
@@ -124,7 +130,13 @@ class Slot:
     def fill(
         self, images: Array, valid_hw: Array, score_threshold: float, iou_threshold: float
     ) -> None:
-        """Take a batch, once the GPU is through with what lay here before."""
+        """Take a batch, once the GPU is through with what lay here before.
+
+        Args:
+            images: (B, H, W, 3) uint8 RGB, in host memory or on the GPU.
+            valid_hw: (B, 2) int32.
+            score_threshold, iou_threshold: 0 to 1.
+        """
         self.done.wait()
         self._on_device.clear()
         values = {
