@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from reference import seeded_weights, synth_image
+from reported_once import pytest_runtest_makereport  # noqa: F401 - a hook
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("TOOD_SHARED") or ROOT / ".." / "shared").resolve()

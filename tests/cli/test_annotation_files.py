@@ -1,4 +1,4 @@
-"""What passes `tood-train --check-data` passes `tood-eval`, and the reverse: both read a file alike."""
+"""What passes `tood-train --check-data` passes `tood-eval`, and the reverse."""
 
 import gzip
 import json

@@ -236,7 +236,7 @@ class TestBadInput:
             "cut",
         )
 
-    @pytest.mark.parametrize("data", [b"", b"plain text, not a image\n" * 20])
+    @pytest.mark.parametrize("data", [b"", b"plain text, not an image\n" * 20])
     def test_a_file_that_is_no_image(self, run: Run, tmp_path: Path, data: bytes) -> None:
         (tmp_path / "a.jpg").write_bytes(data)
         assert_one_line(run(tmp_path / "a.jpg", "--output", "out"), "a.jpg", "image")
@@ -289,7 +289,7 @@ class TestBadInput:
         assert len(out.splitlines()) == 2
         assert sorted(path.name for path in Path("out").iterdir()) == ["a.png", "c.png"]
         warning, closing_line, failure = err.splitlines()
-        assert warning.startswith(f"warning: {tmp_path / 'images' / 'b.png'}: not a image")
+        assert warning.startswith(f"warning: {tmp_path / 'images' / 'b.png'}: not an image")
         assert closing_line.startswith("2 frames in ")
         assert failure == "failed: 1 images or frames could not be read"
 

@@ -32,7 +32,7 @@ def coco(
             for i in range(1, images + 1)
         ],
         "categories": [{"id": i, "name": name} for i, name in enumerate(names, 1)],
-        "annotations": [{"id": i, **each} for i, each in enumerate(annotations, 1)],
+        "annotations": [{"id": i, **entry} for i, entry in enumerate(annotations, 1)],
     }
 
 
@@ -48,7 +48,10 @@ def truth_of(folder: Path, annotations: Sequence[dict[str, Any]], **options: Any
 def random_rows(
     seed: int, images: int = 12, categories: int = 2
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Objects, some of them crowds, and detections: jittered copies, copies of the wrong class, boxes from nowhere, tied scores."""
+    """Return objects, some of them crowds, and detections.
+
+    These are jittered copies, copies of the wrong class, boxes from nowhere, and have tied scores.
+    """
     rng = np.random.default_rng(seed)
     annotations, rows = [], []
     for image in range(1, images + 1):

@@ -23,7 +23,8 @@ def test_names_decide_not_the_order(truth: Annotations) -> None:
     [
         (
             ["cat", "dog"],
-            "3 categories are not the model's 2 classes: only the annotations have cow. .*--mapping",
+            "3 categories are not the model's 2 classes: "
+            "only the annotations have cow. .*--mapping",
         ),
         (["cat", "dog", "cow", "hen"], "only the model has hen"),
         (["0", "1", "2"], "only the model has 0, 1, 2; only the annotations have cat, dog, cow"),

@@ -1,4 +1,4 @@
-"""Annotation files as tools write them: one reading for training, evaluation and the ids of results."""
+"""Annotation files as tools write them: one reading for training, evaluation and results' ids."""
 
 import gzip
 import json
@@ -93,7 +93,7 @@ def test_ids_of_digits_and_absent_sizes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [True, None, 7.5, "7.5", "x", [], float("nan"), 2**63])
 def test_what_is_no_whole_number(value: object) -> None:
-    with pytest.raises(ValueError, match="no whole number|invalid literal"):
+    with pytest.raises(ValueError, match=r"no whole number|invalid literal"):
         whole_number(value)
 
 

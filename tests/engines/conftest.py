@@ -19,5 +19,5 @@ def bench(
     """A fake GPU and a plan on it, of either flavour, whichever is installed; in the end nothing of the GPU's may be held."""
     from engines.tensorrt_bench import fake_bench
 
-    with fake_bench(request.param, tmp_path, monkeypatch) as made:
-        yield made
+    with fake_bench(request.param, tmp_path, monkeypatch) as bench:
+        yield bench

@@ -39,7 +39,7 @@ def small_preset() -> Preset:
 
 @pytest.fixture(scope="session")
 def short_recipe() -> Recipe:
-    """Two steps of four and one of two an epoch; both kinds of assignment, both mirrors, sizes, an average."""
+    """Two steps of four and one of two an epoch; both assignments, both mirrors, an average."""
     recipe = RECIPES["tiny"]
     return replace(
         recipe,

@@ -189,7 +189,11 @@ def test_targets_of_the_score_reach_the_best_overlap() -> None:
 
 
 def test_500_boxes_at_full_size_take_little_memory() -> None:
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_assign; test_assign.print_memory_growth()"
+    folder = str(Path(__file__).parent)
+    code = (
+        f"import sys; sys.path.insert(0, {folder!r}); import test_assign; "
+        "test_assign.print_memory_growth()"
+    )
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
     )
@@ -214,7 +218,7 @@ def crowded(kind: str) -> Callable[[], Assignment]:
 
 
 def print_memory_growth() -> None:
-    """MiB by which the peak of this process grows; for a process of its own, as the peak never falls."""
+    """Print by how many MiB the peak of this process grows: of its own, as a peak never falls."""
     torch.set_num_threads(1)
     both = [crowded(kind) for kind in ("atss", "task-aligned")]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

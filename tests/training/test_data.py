@@ -1,4 +1,4 @@
-"""Augmentation and batches: boxes stay on their objects, and the order follows from seed and epoch alone."""
+"""Augmentation and batches: boxes stay on their objects, the order follows from seed and epoch."""
 
 from collections import Counter
 from pathlib import Path

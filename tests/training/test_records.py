@@ -131,7 +131,7 @@ def test_images_without_boxes_are_not_trained_on(
     assert {record.image_id for record in labelled.for_training()} == set(range(10)) - {4, 5}
     for entry in content["annotations"]:
         entry["iscrowd"] = 1
-    with pytest.raises(InputError, match="no image can be trained on; .* image without boxes"):
+    with pytest.raises(InputError, match=r"no image can be trained on; .* image without boxes"):
         read_changed(scenes, content, path).for_training()
 
 

@@ -1,4 +1,7 @@
-"""ONNX Runtime and TensorRT behind the face of an engine, with inputs that stay on the device where the runtime takes them."""
+"""Open engines of ONNX Runtime and TensorRT, and call them on inputs that stay on the device.
+
+Paths in, engines of the package and timed calls out.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ Call = Callable[[], BatchDetections]
 
 
 def open_onnx(path: Path, device: str) -> Engine:
-    """An .onnx file in ONNX Runtime."""
+    """Open an .onnx file in ONNX Runtime."""
     import onnxruntime as ort
 
     if device == "cuda" and hasattr(ort, "preload_dlls"):
@@ -28,7 +31,7 @@ def open_onnx(path: Path, device: str) -> Engine:
 
 
 def open_tensorrt(path: Path) -> Engine:
-    """A plan in TensorRT or TensorRT-RTX."""
+    """Open a plan in TensorRT or TensorRT-RTX."""
     from tood_deploy.engines.tensorrt.engine import TensorRTEngine
 
     return TensorRTEngine(path)
@@ -37,7 +40,17 @@ def open_tensorrt(path: Path) -> Engine:
 def resident_onnx(
     engine: Any, images: NDArray[np.uint8], valid_hw: NDArray[np.int32], conf: float, iou: float
 ) -> Call:
-    """A call of ONNX Runtime on images that are on the device already; detections come to the host."""
+    """Return a call of ONNX Runtime on images that are on the device already.
+
+    Args:
+        engine: open, an `OnnxEngine`.
+        images: (B, H, W, 3) uint8 RGB.
+        valid_hw: (B, 2) rows and columns that hold real pixels.
+        conf, iou: thresholds.
+
+    Returns:
+        The call, whose detections come to the host.
+    """
     binding = engine.session.io_binding()
     on_device = [torch.from_numpy(array).to(engine.device) for array in (images, valid_hw)]
     for name, tensor, array in zip(INPUTS[:2], on_device, (images, valid_hw), strict=True):
@@ -58,7 +71,10 @@ def resident_onnx(
 def resident_tensorrt(
     engine: Any, images: NDArray[np.uint8], valid_hw: NDArray[np.int32], conf: float, iou: float
 ) -> Call:
-    """A call of a TensorRT engine on images that are on the GPU already; detections come to the host."""
+    """Return a call of a TensorRT engine on images that are on the GPU already.
+
+    Arguments and result are those of `resident_onnx`.
+    """
     source_images, rows = (torch.from_numpy(array).to("cuda") for array in (images, valid_hw))
     torch.cuda.synchronize()
     return lambda: engine.infer(source_images, rows, conf, iou)

@@ -36,10 +36,13 @@ Status = real_driver.CUresult
 @pytest.mark.parametrize("cuda_graph", ["auto", False])
 def test_answers_at_every_shape_with_a_fake_gpu(bench: Bench, cuda_graph: Any) -> None:
     with bench.open(cuda_graph=cuda_graph) as engine:
-        assert engine.canvases_hw == ((64, 96), (96, 32))
-        assert [engine.batches_at(size_hw) for size_hw in engine.canvases_hw] == [(1, 4), (1, 2)]
+        assert engine.input_shapes_hw == ((64, 96), (96, 32))
+        assert [engine.batches_at(size_hw) for size_hw in engine.input_shapes_hw] == [
+            (1, 4),
+            (1, 2),
+        ]
         assert engine.name.endswith(" 10.13.3.9, Fake GPU")
-        assert (engine.most_batch, engine.in_flight, engine.device, engine.notes) == (
+        assert (engine.max_batch, engine.in_flight, engine.device, engine.notes) == (
             4,
             2,
             "cuda",

@@ -82,7 +82,7 @@ def test_agrees_with_onnx_runtime_at_every_shape(
         open_on_gpu(plan, cuda_graph=cuda_graph) as engine,
         open_engine(tiny_artefact) as reference,
     ):
-        assert engine.canvases_hw == SIZES_HW
+        assert engine.input_shapes_hw == SIZES_HW
         for size_hw in SIZES_HW:
             for batch in range(1, MOST + 1):
                 inputs = make_images(batch, size_hw, batch)

@@ -1,4 +1,4 @@
-"""OpenVINO is loaded without its telemetry, seen from a fresh interpreter; what it says of bad files becomes one line."""
+"""OpenVINO as a package, and the files it reads."""
 
 import subprocess
 import sys
