@@ -43,7 +43,7 @@ def test_the_example_gives_the_detectors_boxes(
     size_hw: tuple[int, int],
     example: str,
     tiny_artefact: Path,
-    synth_picture: Callable[[int, int], NDArray[np.uint8]],
+    synth_image_bgr: Callable[[int, int], NDArray[np.uint8]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -51,7 +51,7 @@ def test_the_example_gives_the_detectors_boxes(
     shutil.copy(tiny_artefact, tmp_path / "model.onnx")
     shutil.copy(tiny_artefact.with_suffix(".json"), tmp_path / "model.json")
     monkeypatch.chdir(tmp_path)
-    cv2.imwrite("street.jpg", synth_picture(*size_hw))
+    cv2.imwrite("street.jpg", synth_image_bgr(*size_hw))
     variables: dict[str, Any] = {}
     low = example.replace("np.array(0.3,", "np.array(0.02,")  # stand-in weights score low
     exec(compile(low, str(PAGE), "exec"), variables)
