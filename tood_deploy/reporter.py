@@ -1,105 +1,295 @@
-"""How far work is that counts what is done: a bar on a terminal, a line now and then elsewhere."""
+"""The one channel to a person: talk and progress on stderr, results on stdout.
+
+What comes in are lines, tables and counts of work done; what goes out depends on `quiet`, and on
+whether stderr is a terminal, which are decided here alone. Knows nothing of detectors. Rich is
+imported with the first bar or table, so that `--help` stays light.
+"""
 
 from __future__ import annotations
 
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal, Self, TypeVar
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.progress import Progress, TaskID
 
-LINES, PAUSE_S = (
-    4,
-    30.0,
-)  # in a pipe: a line at every fourth part, and whenever so much time has passed
+Item = TypeVar("Item")
+Unit = Literal["", "bytes"]
+
+# Where nothing can be overwritten (a pipe, a log file), work that is done sooner than FIRST_LINE_S
+# leaves no line, and longer work leaves one every PAUSE_S.
+FIRST_LINE_S, PAUSE_S = 5.0, 30.0
+WIDTH_OF_FILES = 160  # columns of a table that is written to a file or pipe
+
+
+class Reporter:
+    """Lines, tables and progress for the person at the command; `Reporter.silent()` prints none.
+
+    Attributes:
+        quiet: leave out `info`, `result`, `table` and progress; warnings and other problems are
+            printed all the same.
+    """
+
+    def __init__(self, quiet: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
+        """Print nothing yet.
+
+        Args:
+            quiet: see the class.
+            clock: in seconds; a test gives its own.
+        """
+        self.quiet, self._clock = quiet, clock
+        self._bars: Progress | None = None
+        self._tasks: list[ProgressTask] = []
+        self._next_line_s = 0.0
+        self._lock = threading.RLock()
+
+    @staticmethod
+    def silent() -> Reporter:
+        """Return a reporter that prints nothing at all, warnings neither."""
+        return _SilentReporter(quiet=True)
+
+    def info(self, line: str) -> None:
+        """Print a line on stderr, unless quiet."""
+        if not self.quiet:
+            self._print(line)
+
+    def note(self, line: str) -> None:
+        """Print a remark that a result should be read with on stderr, unless quiet."""
+        self.info(f"note: {line}")
+
+    def warn(self, line: str) -> None:
+        """Print a warning on stderr, quiet or not."""
+        self.problem(f"warning: {line}")
+
+    def problem(self, line: str) -> None:
+        """Print a line on stderr, quiet or not."""
+        self._print(line)
+
+    def result(self, line: str) -> None:
+        """Print a line of a command's result on stdout, unless quiet."""
+        if not self.quiet:
+            print(line, flush=True)
+
+    def table(self, table: RenderableType) -> None:
+        """Print a rich table, or anything that rich renders, on stdout, unless quiet."""
+        if self.quiet:
+            return
+        from rich.console import Console
+
+        width = None if sys.stdout.isatty() else WIDTH_OF_FILES
+        Console(width=width, highlight=False, markup=False, emoji=False, soft_wrap=True).print(
+            table
+        )
+
+    def track(
+        self, items: Iterable[Item], description: str, total: int | None = None
+    ) -> Iterator[Item]:
+        """Yield the items, and show how many of them are done.
+
+        Args:
+            items: what is worked on.
+            description: of the work, such as "calibrating".
+            total: number of items; where not given, their length if they have one.
+        """
+        if total is None and isinstance(items, Sized):
+            total = len(items)
+        with self.progress(description, total) as task:
+            for item in items:
+                yield item
+                task.advance()
+
+    def progress(self, description: str, total: int | None = None, unit: Unit = "") -> ProgressTask:
+        """Show how far some work is, for as long as the block runs or until `close`.
+
+        Several may be shown at the same time, from any thread.
+
+        Args:
+            description: of the work, such as "calibrating".
+            total: how much there is to do; None where that is not known, or not yet.
+            unit: of what is counted: "" for things, "bytes".
+        """
+        return ProgressTask(self, description, total, unit)
+
+    def _print(self, line: str) -> None:
+        """Print a line on stderr, above the bars where there are some."""
+        if self._bars is None:
+            print(line, file=sys.stderr, flush=True)
+        else:
+            self._bars.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def _open(self, task: ProgressTask) -> TaskID | None:
+        """Count a task as shown; return its bar on a terminal, and None elsewhere."""
+        with self._lock:
+            if not self._tasks:
+                self._next_line_s = self._clock() + FIRST_LINE_S
+                self._bars = None if self.quiet or not sys.stderr.isatty() else _start_bars()
+            self._tasks.append(task)
+            if self._bars is None:
+                return None
+            return self._bars.add_task(task.description, total=task.total, count="", state="")
+
+    def _show(self, task: ProgressTask, bar: TaskID | None) -> None:
+        """Show what a task has done: on its bar, else as a line if the last one is long ago."""
+        if self._bars is not None and bar is not None:
+            self._bars.update(
+                bar, completed=task.done, total=task.total, count=task.count("/"), state=task.state
+            )
+        elif not self.quiet and self._clock() >= self._next_line_s:
+            self._next_line_s = self._clock() + PAUSE_S
+            self._print_state(task)
+
+    def _print_state(self, task: ProgressTask) -> None:
+        if (line := task.line()) != task.last_line:
+            task.last_line = line
+            self._print(line)
+
+    def _close(self, task: ProgressTask, bar: TaskID | None) -> None:
+        """Take a task away; the bars go with the last one."""
+        with self._lock:
+            if task not in self._tasks:
+                return
+            self._tasks.remove(task)
+            if self._bars is not None and bar is not None:
+                self._bars.refresh()  # the end is seen, also that of quick work
+                self._bars.remove_task(bar)
+            elif task.last_line:  # who read that it is long work wants to know that it is done
+                self._print_state(task)
+            if not self._tasks and self._bars is not None:
+                self._bars.stop()
+                self._bars = None
+
+
+class _SilentReporter(Reporter):
+    """A reporter that prints nothing."""
+
+    def _print(self, line: str) -> None:
+        pass
+
+
+class ProgressTask:
+    """Some work that counts what is done; `Reporter.progress` makes it. A context manager.
+
+    Attributes:
+        description: of the work.
+        total: how much there is to do; None where not known.
+        done: how much of it is done.
+        state: a few words on how it goes, such as "12.3 fps".
+        last_line: what was printed last, where there is no bar.
+    """
+
+    def __init__(self, reporter: Reporter, description: str, total: int | None, unit: Unit) -> None:
+        """Begin with nothing done.
+
+        Args:
+            reporter: shows it.
+            description, total, unit: as `Reporter.progress` takes them.
+        """
+        self.description, self.total, self.unit = description, total, unit
+        self.done, self.state, self.last_line = 0, "", ""
+        self._reporter = reporter
+        self._bar = reporter._open(self)
+
+    def update(self, done: int, total: int | None = None, state: str = "") -> None:
+        """Show that so much is done.
+
+        Args:
+            done: so far, in the task's unit.
+            total: how much there is to do, if that has changed or become known.
+            state: a few words on how it goes; what they were where not given.
+        """
+        self.done = done
+        self.total = self.total if total is None else total
+        self.state = state or self.state
+        self._reporter._show(self, self._bar)
+
+    def advance(self, amount: int = 1, state: str = "") -> None:
+        """Show that so much more is done.
+
+        Args:
+            amount: since the last call, in the task's unit.
+            state: a few words on how it goes; what they were where not given.
+        """
+        self.update(self.done + amount, state=state)
+
+    def close(self) -> None:
+        """Show it no longer."""
+        self._reporter._close(self, self._bar)
+
+    def count(self, separator: str) -> str:
+        """Return what is done of what there is to do, such as "3/7" with the separator "/"."""
+        show = _megabytes if self.unit == "bytes" else str
+        return show(self.done) + (f"{separator}{show(self.total)}" if self.total else "")
+
+    def line(self) -> str:
+        """Return a line for where there are no bars."""
+        return f"{self.description}: {self.count(' of ')}{', ' if self.state else ''}{self.state}"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:.1f} MB"
+
+
+def _start_bars() -> Progress:
+    """Show bars at the end of the terminal on stderr, above which lines go."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+    bars = Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("{task.fields[count]}", markup=False),
+        TextColumn("{task.fields[state]}", markup=False),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        console=Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True),
+        transient=True,
+        redirect_stdout=sys.stdout.isatty(),  # results that go into a pipe or file must stay there
+    )
+    bars.start()
+    return bars
+
+
+# What follows goes when the last caller has a `Reporter`.
 
 
 @contextmanager
 def progress_bar(description: str, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
-    """Show how far the block is, by the function it is given: how many are done, of how many.
-
-    Args:
-        description: of the work.
-        quiet: show nothing.
-    """
-    if quiet:
-        yield lambda done, total: None
-    elif not sys.stderr.isatty():
-        yield ProgressLines(description, print_line)
-    else:
-        columns = (
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task(description, total=None)
-            yield lambda done, total: bar.update(task, completed=done, total=total)
+    """Show how far the block is, by the function that it is given."""
+    with Reporter(quiet).progress(description) as task:
+        yield task.update
 
 
 class Heartbeat:
-    """A line now and then from work that cannot tell how much of it there is."""
+    """A line now and then."""
 
-    def __init__(
-        self, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        """Begin to count the time.
-
-        Args:
-            say: given a line.
-            clock: in seconds.
-        """
-        self._say, self._clock = say, clock
-        self._started = self._said_at = clock()
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._started = self._said_at = time.monotonic()
 
     def __call__(self, line: str) -> None:
-        """Say the line, with the time since the start, if half a minute has passed since the last one."""
-        if (now := self._clock()) - self._said_at >= PAUSE_S:
+        """Print the line if half a minute has passed since the last one."""
+        if (now := time.monotonic()) - self._said_at >= PAUSE_S:
             self._say(f"{line}, for {now - self._started:.0f} s")
             self._said_at = now
 
 
 def print_line(line: str) -> None:
-    """Print a line on stderr, to be seen at once in a pipe too."""
+    """Print a line on stderr."""
     print(line, file=sys.stderr, flush=True)
-
-
-class ProgressLines:
-    """Progress where nothing can be overwritten: whole lines, few of them."""
-
-    def __init__(
-        self,
-        description: str,
-        say: Callable[[str], None],
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        """Begin with nothing done.
-
-        Args:
-            description: of the work, the beginning of every line.
-            say: given a line.
-            clock: in seconds.
-        """
-        self._description, self._say, self._clock = description, say, clock
-        self._total, self._part, self._said_at = -1, 0, -PAUSE_S
-
-    def __call__(self, done: int, total: int) -> None:
-        """Say so at the start, at every fourth part, and after every half a minute."""
-        part = LINES * done // max(1, total)
-        begins = (
-            total != self._total or part < self._part
-        )  # the next of several steps that share a description
-        if begins or part > self._part or self._clock() - self._said_at >= PAUSE_S:
-            self._say(f"{self._description}: {done} of {total}")
-            self._total, self._part, self._said_at = total, part, self._clock()
