@@ -4,7 +4,7 @@ MARKS ?= not slow
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint format
+.PHONY: demo test lint format docs metrics
 .DELETE_ON_ERROR:
 
 demo: .venv/installed-export  ## export a small model, verify it, find objects with it
@@ -18,9 +18,15 @@ lint: .venv/installed-dev  ## what every commit must pass
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+metrics: .venv/installed-dev  ## sizes, import lines, typing, documentation, counted
+	$(BIN)/python .ci/metrics.py
+
 format: .venv/installed-dev  ## format the code, and mend what can be mended automatically
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: .venv/installed-docs  ## the documentation site in site/; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 .venv/installed-export: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
@@ -30,4 +36,9 @@ format: .venv/installed-dev  ## format the code, and mend what can be mended aut
 
 .venv/installed-dev: .venv/installed-export
 	$(PIP_INSTALL) --editable '.[export,eval,train,dev]'
+	touch $@
+
+.venv/installed-docs: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP_INSTALL) --editable '.[docs]'
 	touch $@

@@ -1,4 +1,4 @@
-"""The public face as a strict type checker sees it in a user's program: README's examples, and more."""
+"""The public face as a strict type checker sees it in a user's program: the documents' examples."""
 
 import json
 import re
@@ -7,9 +7,13 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-EXAMPLES = re.findall(
-    r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL
-)
+PAGES = (
+    "README.md",
+    "docs/getting-started.md",
+    "docs/checkpoints.md",
+)  # whose examples are whole programs
+TEXT = "\n".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
+EXAMPLES = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
 PROGRAM = """
 from pathlib import Path
 from typing import assert_type

@@ -29,7 +29,7 @@ class Runtime:
 RUNTIMES = {  # the first that opens a suffix is its default
     "onnxruntime": Runtime("onnx_engine", "OnnxEngine", (ONNX_SUFFIX,)),
     "openvino": Runtime("openvino_engine", "OpenVinoEngine", (OPENVINO_SUFFIX, ONNX_SUFFIX)),
-    "tensorrt": Runtime("tensorrt_engine", "TensorRTEngine", ENGINE_SUFFIXES),
+    "tensorrt": Runtime("tensorrt.engine", "TensorRTEngine", ENGINE_SUFFIXES),
 }
 
 
