@@ -1,14 +1,21 @@
-"""What all commands share: exit codes, and the options that several of them have. Imports nothing heavy."""
+"""What all commands share: the parser, exit codes, and the options that several of them have.
+
+Comes in: arguments as text. Goes out: what the package's functions take. Imports nothing heavy, so
+that `--help` and completion stay quick.
+"""
 
 import argparse
-import sys
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from tood_deploy import __version__
 from tood_deploy.errors import CheckFailed, ToodError, naming_extras
+from tood_deploy.reporter import Reporter
 
 DONE, FAILED_CHECK, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
+DEVICES = ("cpu", "cuda")
 
 
 def run_command(
@@ -17,12 +24,13 @@ def run_command(
     *,
     extras: Sequence[str] = (),
 ) -> int:
-    """Runs a command: its errors become one line on stderr and an exit code.
+    """Run a command: its errors become one line on stderr and an exit code.
 
     Args:
         command: takes the arguments, and returns the exit code.
         argv: the arguments; those of the process where not given.
-        extras: all extras that the command always needs, to be named where one of their packages is missing.
+        extras: all extras that the command always needs, to be named where one of their packages is
+            missing.
 
     Returns:
         What the command returns; 1 for a failed check, 2 for wrong use or bad input, 130 for Ctrl-C.
@@ -31,13 +39,13 @@ def run_command(
         with naming_extras(*extras):
             return command(argv)
     except ToodError as error:
-        print(f"error: {_one_line(error)}", file=sys.stderr)
+        Reporter().problem(f"error: {_one_line(error)}")
         return WRONG_USE
     except CheckFailed as error:
-        print(f"failed: {_one_line(error)}", file=sys.stderr)
+        Reporter().problem(f"failed: {_one_line(error)}")
         return FAILED_CHECK
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        Reporter().problem("interrupted")
         return INTERRUPTED
 
 
@@ -45,11 +53,117 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
+class CommandParser(argparse.ArgumentParser):
+    """The parser of a command and of its subcommands.
+
+    Adds `--version`, answers the shell's completion, and tells wrong use in one line.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        """Take what argparse takes."""
+        super().__init__(*args, **options)
+        command = self.prog.split()[0]
+        self.add_argument(
+            "--version",
+            action="version",
+            version=f"{command} {__version__}",
+            help="show the version and leave",
+        )
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse as argparse does; where the shell asks for completions, give these and leave."""
+        if "_ARGCOMPLETE" in os.environ:
+            import argcomplete
+
+            argcomplete.autocomplete(self)
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Print wrong use as one line, and leave with its exit code."""
+        self.exit(WRONG_USE, f"error: {message}; see {self.prog} --help\n")
+
+
+class _OldName(argparse.Action):
+    """An option's former name: does what the option does, and says what it is called now."""
+
+    def __init__(self, option_strings: Sequence[str], *, now: argparse.Action) -> None:
+        super().__init__(
+            option_strings,
+            now.dest,
+            nargs=now.nargs,
+            const=now.const,
+            default=argparse.SUPPRESS,  # the option itself has the default
+            type=now.type,
+            choices=now.choices,
+            help=argparse.SUPPRESS,
+            metavar=now.metavar,
+        )
+        self.now = now
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        name = self.now.option_strings[-1]
+        Reporter().note(f"{option_string} is called {name} now; the next release drops the old name")
+        self.now(parser, namespace, values, option_string)
+
+
+def accept_old_name(
+    parser: argparse._ActionsContainer, old_name: str, option: argparse.Action
+) -> None:
+    """Take an option by its former name, too, for one release; `--help` leaves that name out.
+
+    Args:
+        parser: that has the option; a group will do.
+        old_name: such as "--rest".
+        option: what `add_argument` returned for its new name.
+    """
+    parser.add_argument(old_name, action=_OldName, now=option)
+
+
+def add_device(
+    parser: argparse._ActionsContainer, *, default: str | None = "cpu", what: str = "where to run"
+) -> None:
+    """Add `--device cpu|cuda`.
+
+    Args:
+        parser: gets the option; a group will do.
+        default: None for a command that has to know whether it was given.
+        what: of the help.
+    """
+    parser.add_argument(
+        "--device",
+        type=device_from,
+        default=default,
+        metavar="{cpu,cuda}",
+        help=f"{what} (default: {default or DEVICES[0]})",
+    )
+
+
+def device_from(text: str) -> str:
+    """Return "cpu" or "cuda"; "gpu", the former name of the latter in tood-export, with a note.
+
+    Raises:
+        ArgumentTypeError: anything else.
+    """
+    if text == "gpu":
+        Reporter().note("--device gpu is called cuda now; the next release drops the old name")
+        return "cuda"
+    if text not in DEVICES:
+        choice = "; CUDA_VISIBLE_DEVICES chooses the GPU" if text.startswith("cuda:") else ""
+        raise argparse.ArgumentTypeError(f"{text!r} is no device; expected cpu or cuda{choice}")
+    return text
+
+
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Options of every command that opens a checkpoint."""
+    """Add the options of every command that opens a checkpoint."""
     group = parser.add_argument_group("checkpoint")
     group.add_argument(
-        "--preset", metavar="NAME", help="the configuration, where the checkpoint does not tell it"
+        "--preset", metavar="NAME", help="the configuration, where the checkpoint does not state it"
     )
     group.add_argument(
         "--classes",
@@ -69,7 +183,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_runtime_options(parser: argparse._ActionsContainer) -> None:
-    """Options of every command that runs an exported artefact; all None where not given."""
+    """Add the options of every command that runs an exported artefact; None where not given."""
     parser.add_argument(
         "--runtime",
         choices=("onnxruntime", "openvino", "tensorrt"),
@@ -89,7 +203,7 @@ def add_runtime_options(parser: argparse._ActionsContainer) -> None:
 
 
 def add_fast_decode(parser: argparse._ActionsContainer) -> None:
-    """The option of commands that read many images; None where not given."""
+    """Add the option of commands that read many images; None where not given."""
     parser.add_argument(
         "--fast-decode",
         action="store_true",
@@ -99,7 +213,7 @@ def add_fast_decode(parser: argparse._ActionsContainer) -> None:
 
 
 def runtime_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What `add_runtime_options` was given, as `open_engine` takes it."""
+    """Return what `add_runtime_options` was given, as `open_engine` takes it."""
     options = {
         "runtime": args.runtime,
         "precision": args.precision,
@@ -109,14 +223,17 @@ def runtime_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def is_artefact(model: str) -> bool:
-    """Whether a model argument names an exported artefact, not a checkpoint or preset."""
+    """Return whether a model argument names an exported artefact, no checkpoint or preset."""
     from tood_deploy.graph_io import ARTEFACT_SUFFIXES
 
     return Path(model).suffix.lower() in ARTEFACT_SUFFIXES
 
 
 def takes_hint(model: str, args: argparse.Namespace) -> bool:
-    """Whether what runs a model can work on several batches at a time: OpenVINO, and ONNX Runtime on the CPU."""
+    """Return whether the runtime can work on several batches at a time.
+
+    OpenVINO can, and ONNX Runtime on the CPU.
+    """
     runtime = args.runtime or {".xml": "openvino", ".onnx": "onnxruntime"}.get(
         Path(model).suffix.lower()
     )
@@ -124,7 +241,7 @@ def takes_hint(model: str, args: argparse.Namespace) -> bool:
 
 
 def load_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What `load_checkpoint` takes beside the file, as far as given; see `add_model_options`."""
+    """Return what `add_model_options` was given, as `load_checkpoint` takes it."""
     described = {
         "preset": args.preset,
         "class_names": class_names_from(args.classes),
@@ -135,7 +252,10 @@ def load_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def class_names_from(text: str | None) -> list[str] | None:
-    """The value of --classes: names separated by commas, or the lines of a text file; None where not given.
+    """Return the names of --classes; None where not given.
+
+    Args:
+        text: names separated by commas, or a text file with one name a line.
 
     Raises:
         ToodError: names are empty or stand twice.
