@@ -27,13 +27,7 @@ from tood_deploy import __version__
 from tood_deploy.benchmark.latency.machine import describe_machine
 from tood_deploy.engines.tensorrt.library import load_flavour
 from tood_deploy.errors import ToodError
-from tood_deploy.export.config import (
-    EngineOptions,
-    Nms,
-    Profiles,
-    batch_from_text,
-    shapes_from_text,
-)
+from tood_deploy.export.tensorrt.options import EngineOptions, Nms, Profiles, batch_from_text, shapes_from_text
 from tood_deploy.export.precision.half import lower_precision
 from tood_deploy.export.precision.quantize import calibrated_values, quantize
 from tood_deploy.export.tensorrt.layers import shares

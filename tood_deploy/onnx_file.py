@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import onnxruntime as ort
 
 from tood_deploy.errors import ArtefactError, DeviceError, ToodError, not_installed
-from tood_deploy.files import file_sha256
+from tood_deploy.files import atomic_paths, file_sha256
 from tood_deploy.graph_io import INPUTS, OUTPUTS
-from tood_deploy.manifest import METADATA_KEY, Manifest, read_manifest
+from tood_deploy.manifest import METADATA_KEY, Manifest, manifest_path, read_manifest
 
 if TYPE_CHECKING:  # the runtime opens sessions without the package onnx
     import onnx
@@ -184,8 +185,16 @@ def with_outputs(shipped: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelPr
     return extended
 
 
-def save_onnx(exported: onnx.ModelProto, manifest: Manifest, path: Path) -> None:
-    """Writes the shipped graph: without the stages' values as outputs, with the manifest in its metadata, checked by ONNX's checker."""
+def artefact_in_memory(path: Path, exported: onnx.ModelProto, manifest: Manifest) -> OnnxArtefact:
+    """Return the artefact that a graph will be, checked by ONNX's checker.
+
+    It has no outputs but `OUTPUTS`, and the manifest in its metadata, without verdict and self-test.
+
+    Args:
+        path: names it in messages; nothing is written.
+        exported: the graph, with or without further outputs. Stays as it is.
+        manifest: of the artefact.
+    """
     import onnx
 
     shipped = onnx.ModelProto()
@@ -193,6 +202,28 @@ def save_onnx(exported: onnx.ModelProto, manifest: Manifest, path: Path) -> None
     outputs = [value for value in shipped.graph.output if value.name in OUTPUTS]
     del shipped.graph.output[:]
     shipped.graph.output.extend(outputs)
-    onnx.helper.set_model_props(shipped, {METADATA_KEY: manifest.to_json()})
-    onnx.save(shipped, path)
-    onnx.checker.check_model(path, full_check=True)
+    inside = replace(manifest, artefact_sha256="", parity={}, self_test={})
+    onnx.helper.set_model_props(shipped, {METADATA_KEY: inside.to_json()})
+    onnx.checker.check_model(shipped, full_check=True)
+    sha256 = hashlib.sha256(shipped.SerializeToString()).hexdigest()
+    return OnnxArtefact(path, sha256, shipped, manifest)
+
+
+def write_onnx(artefact: OnnxArtefact, output: Path) -> Manifest:
+    """Write an artefact and the manifest beside it, both or none.
+
+    Args:
+        artefact: in memory.
+        output: an .onnx file; what is there already is replaced.
+
+    Returns:
+        The manifest as it is written, with the SHA-256 of the file.
+
+    Raises:
+        OutputError: the place cannot be written.
+    """
+    with atomic_paths(output, manifest_path(output)) as (file, described):
+        file.write_bytes(artefact.model.SerializeToString())
+        manifest = artefact.manifest.with_artefact(file)
+        described.write_text(manifest.to_json(), encoding="utf-8")
+    return manifest

@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmarks.gpu.settings import BACKENDS, H200_TFLOPS, MODES, PRECISIONS, Settings
 from tood_deploy.cli.common import run_command
 from tood_deploy.errors import DeviceError, ToodError
-from tood_deploy.export.config import shapes_from_text
+from tood_deploy.export.tensorrt.options import shapes_from_text
 from tood_deploy.presets import PRESETS
 
 SMALL = {

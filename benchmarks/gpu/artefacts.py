@@ -56,7 +56,7 @@ class Artefacts:
         low_precision_onnx(self.onnx("fp32"), path, precision)
 
     def _make_engine(self, path: Path, precision: Precision) -> None:
-        from tood_deploy.export.config import Profiles
+        from tood_deploy.export.tensorrt.options import Profiles
         from tood_deploy.export.tensorrt.to_tensorrt import engine_from_onnx
 
         batches = sorted(self.settings.batches)

@@ -27,7 +27,7 @@ CONF, IOU = 0.03, 0.6
 @pytest.fixture(scope="module")
 def plan(tiny_artefact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`tiny` in float32, by the TensorRT that is installed."""
-    from tood_deploy.export.config import Profiles
+    from tood_deploy.export.tensorrt.options import Profiles
     from tood_deploy.export.tensorrt.to_tensorrt import engine_from_onnx
 
     path = tmp_path_factory.mktemp("plan") / "tiny.engine"
@@ -214,7 +214,7 @@ def test_the_self_test_passes_in_every_slot(
 ) -> None:
     """As the export gives an engine its self-test: from the ONNX artefact, on the engine's canvases."""
     from tood_deploy.engines.self_test import self_test_from
-    from tood_deploy.export.config import Profiles
+    from tood_deploy.export.tensorrt.options import Profiles
     from tood_deploy.export.tensorrt.to_tensorrt import engine_from_onnx
     from tood_deploy.parity.stages import OnnxRunner
 

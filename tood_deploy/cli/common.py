@@ -108,7 +108,9 @@ class _OldName(argparse.Action):
         option_string: str | None = None,
     ) -> None:
         name = self.now.option_strings[-1]
-        Reporter().note(f"{option_string} is called {name} now; the next release drops the old name")
+        Reporter().note(
+            f"{option_string} is called {name} now; the next release drops the old name"
+        )
         self.now(parser, namespace, values, option_string)
 
 

@@ -17,15 +17,15 @@ from tood_deploy.data import MOST_CALIBRATION_IMAGES
 from tood_deploy.engines.tensorrt.library import Name as FlavourName
 from tood_deploy.errors import ToodError
 from tood_deploy.export.options import (
+    ANNOTATED,
     AP_LIMIT,
+    AUTO_SHAPES,
     CALIBRATED,
     CHECKPOINT_SOURCE,
     CPU_TARGET,
     ENGINE,
     FALLBACK_OF_SEARCH,
     FALLBACK_TARGET,
-    ANNOTATED,
-    AUTO_SHAPES,
     GRAPH_SOURCE,
     IMAGE_USER,
     INT8,
@@ -69,11 +69,7 @@ class CheckpointOptions:
         metavar=("H", "W"),
     )
     max_det: int | None = option(
-        None,
-        "--max-det",
-        "the most detections of an image (default: 100)",
-        parse=int,
-        metavar="N",
+        None, "--max-det", "the most detections of an image (default: 100)", parse=int, metavar="N"
     )
     deform: DeformForm | None = option(
         None,
@@ -234,10 +230,7 @@ class ExportConfig:
 
     source: str
     to: Target = option(
-        "onnx",
-        "--to",
-        "what to make (default: onnx)",
-        choices=tuple(TARGET_SUFFIXES),
+        "onnx", "--to", "what to make (default: onnx)", choices=tuple(TARGET_SUFFIXES)
     )
     output: Path | None = option(
         None,

@@ -50,8 +50,7 @@ CPU_TARGET = When(
     "--to onnx, openvino, or triton with --backend onnxruntime",
 )
 GRAPH_SOURCE = When(
-    lambda config: not config.from_engine,
-    "a checkpoint or an .onnx; an engine is served as it is",
+    lambda config: not config.from_engine, "a checkpoint or an .onnx; an engine is served as it is"
 )
 CHECKPOINT_SOURCE = When(
     lambda config: not config.from_engine and not config.from_onnx,
@@ -107,6 +106,8 @@ class Option:
         never: conditions under which it contradicts another option and is refused.
         required: conditions under which it must be given.
         expected: its value in words, for the message where it is missing.
+        lacking: the flavour of TensorRT that has no such thing; "" where both have it.
+        instead: why that flavour lacks it, and what to do.
     """
 
     flag: str
@@ -122,6 +123,8 @@ class Option:
     never: tuple[When, ...] = ()
     required: tuple[When, ...] = ()
     expected: str = ""
+    lacking: str = ""
+    instead: str = ""
 
     @property
     def destination(self) -> str:
@@ -129,7 +132,7 @@ class Option:
         return self.flag.removeprefix("--").replace("-", "_")
 
 
-def option(default: Value, flag: str, help: str, **details: Any) -> Value:  # noqa: A002 - argparse's word
+def option(default: Value, flag: str, help: str, **details: Any) -> Value:
     """Return a field that is an option; see `Option` for the arguments."""
     return field(default=default, metadata={METADATA_KEY: Option(flag, help, **details)})
 
@@ -144,6 +147,11 @@ def options_of(section: type[DataclassInstance]) -> Iterator[tuple[str, Option]]
         if METADATA_KEY in one.metadata:
             own: Option = one.metadata[METADATA_KEY]
             yield one.name, replace(own, group=own.group or group, only=(*only, *own.only))
+
+
+def flag_of(section: type[DataclassInstance], field_name: str) -> str:
+    """Return how the option of a field is written, such as "--max-det"."""
+    return dict(options_of(section))[field_name].flag
 
 
 def read_options(section: type[Section], arguments: argparse.Namespace, **others: Any) -> Section:
@@ -174,9 +182,7 @@ def given_options(
     return [one for one in every if getattr(arguments, one.destination) is not None]
 
 
-def check_rules(
-    config: ExportConfig, given: Collection[Option], known: Collection[Option]
-) -> None:
+def check_rules(config: ExportConfig, given: Collection[Option], known: Collection[Option]) -> None:
     """Refuse options that mean nothing, contradict one another, or lack another one.
 
     Args:

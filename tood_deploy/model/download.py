@@ -27,7 +27,7 @@ from rich.progress import (
 
 from tood_deploy.errors import DownloadError
 from tood_deploy.files import file_sha256, home_folder
-from tood_deploy.presets import Preset, PublishedWeights
+from tood_deploy.presets import Preset, PublishedWeights, published_weights
 
 TIMEOUT_S = 30.0
 ATTEMPTS = 4
@@ -48,15 +48,14 @@ def fetch_weights(preset: Preset, cache: Path | None = None) -> Path:
     Raises:
         DownloadError: nothing is published for this preset, or it cannot be fetched or stored, or arrived with another hash.
     """
-    if preset.weights is None:
-        raise DownloadError(_no_weights(preset))
+    weights = published_weights(preset)
     folder = weights_folder() if cache is None else cache
-    target = folder / preset.weights.url.rsplit("/", 1)[1]
+    target = folder / weights.url.rsplit("/", 1)[1]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f"{target.name}.lock"):
-            if not (target.is_file() and _is_published(target, preset.weights)):
-                _fetch(preset.weights, target)
+            if not (target.is_file() and _is_published(target, weights)):
+                _fetch(weights, target)
     except OSError as error:
         reason = error.strerror or error
         raise DownloadError(
@@ -68,15 +67,6 @@ def fetch_weights(preset: Preset, cache: Path | None = None) -> Path:
 def weights_folder() -> Path:
     """Where downloads are kept; see `home_folder`."""
     return home_folder("weights")
-
-
-def _no_weights(preset: Preset) -> str:
-    if preset.published_ap is None:
-        return f"{preset.name}: no weights are published for this preset; give the path of a checkpoint"
-    return (
-        f"{preset.name}: its weights are published by the authors alone, on file-sharing sites that need a browser; "
-        "download them by hand (links: README of fcjian/TOOD) and give the path of the file"
-    )
 
 
 def _is_published(path: Path, weights: PublishedWeights) -> bool:

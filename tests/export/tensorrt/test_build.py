@@ -11,7 +11,7 @@ from onnx import helper
 
 from tood_deploy.engines.tensorrt.library import Flavour, Messages, load_flavour
 from tood_deploy.errors import ArtefactError, DeviceError, ToodError
-from tood_deploy.export.config import EngineOptions, Profiles
+from tood_deploy.export.tensorrt.options import EngineOptions, Profiles
 from tood_deploy.export.tensorrt.build import (
     ParsedNetwork,
     _failure,

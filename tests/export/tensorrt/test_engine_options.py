@@ -7,7 +7,8 @@ import pytest
 
 from tood_deploy.engines.tensorrt.library import Flavour, Name
 from tood_deploy.errors import ToodError
-from tood_deploy.export.config import FLAGS, EngineOptions
+from tood_deploy.export.config import FLAGS
+from tood_deploy.export.tensorrt.options import EngineOptions
 
 
 def flavour(name: str) -> Flavour:

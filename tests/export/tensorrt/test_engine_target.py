@@ -8,7 +8,7 @@ import pytest
 
 from tood_deploy.engines.tensorrt.library import Flavour, Name
 from tood_deploy.errors import DeviceError
-from tood_deploy.export.config import EngineOptions, Profiles
+from tood_deploy.export.tensorrt.options import EngineOptions, Profiles
 from tood_deploy.export.tensorrt.to_tensorrt import engine_target
 
 PROFILES = Profiles(((64, 96),), (1, 2, 4))

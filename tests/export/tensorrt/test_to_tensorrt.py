@@ -17,7 +17,7 @@ import pytest
 from export.small_graph import MACS_A_PIXEL, save_small
 
 from tood_deploy.errors import ArtefactError, DeviceError, OutputError, ToodError
-from tood_deploy.export.config import EngineOptions, Nms, Profiles
+from tood_deploy.export.tensorrt.options import EngineOptions, Nms, Profiles
 from tood_deploy.export.precision.convert import low_precision_onnx
 from tood_deploy.export.precision.half import lower_precision
 from tood_deploy.export.precision.quantize import calibrated_values, quantize

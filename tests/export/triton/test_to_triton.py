@@ -13,7 +13,8 @@ import pytest
 from export.small_graph import save_small
 
 from tood_deploy.errors import ArtefactError, CheckFailed, DeviceError, OutputError, ToodError
-from tood_deploy.export.config import Profiles, TritonOptions
+from tood_deploy.export.triton.options import TritonOptions
+from tood_deploy.export.tensorrt.options import Profiles
 from tood_deploy.export.tensorrt.to_tensorrt import engine_from_onnx
 from tood_deploy.export.triton import repository as to_triton
 from tood_deploy.export.triton import repository as triton_folder

@@ -357,13 +357,10 @@ def _kept_nodes(
     graph: ir.Graph, keep: Mapping[str, str], data_type: ir.DataType
 ) -> dict[ir.Node, str]:
     """The nodes that must not be lowered, and why."""
+    check_patterns(graph, keep)
     kept: dict[ir.Node, str] = {}
-    unused = set(keep)
     for node in graph:
-        names = _names(node)
-        fitting = [pattern for pattern in keep if any(fnmatchcase(name, pattern) for name in names)]
-        unused.difference_update(fitting)
-        if fitting:
+        if fitting := _fitting(node, keep):
             kept[node] = f"{fitting[0]}: {keep[fitting[0]]}"
         elif node.op_type == "DeformConv":
             kept[node] = "its sampling positions have the type of its weights"
@@ -371,11 +368,29 @@ def _kept_nodes(
             kept[node] = "works on one position alone"
         elif not _constants_fit(node, data_type):
             kept[node] = "a weight is too large for it, or the scale of 8-bit numbers too small"
-    if unused:
-        raise ToodError(
-            f"nothing in the graph is called {', '.join(sorted(unused))}; expected patterns of layers, nodes, operators or values"
-        )
     return kept
+
+
+def check_patterns(graph: ir.Graph, patterns: Collection[str]) -> None:
+    """Refuse patterns of what stays float32 that fit nothing in a graph.
+
+    Raises:
+        ToodError: there are such patterns.
+    """
+    fitting = {pattern for node in graph for pattern in _fitting(node, patterns)}
+    if unused := sorted(set(patterns) - fitting):
+        raise ToodError(
+            f"nothing in the graph is called {', '.join(unused)}; "
+            "expected patterns of layers, nodes, operators or values"
+        )
+
+
+def _fitting(node: ir.Node, patterns: Collection[str]) -> list[str]:
+    """Return the patterns that fit a node: its layer, itself, its operator, or one of its values."""
+    if not patterns:
+        return []
+    names = _names(node)
+    return [pattern for pattern in patterns if any(fnmatchcase(name, pattern) for name in names)]
 
 
 def _names(node: ir.Node) -> list[str]:

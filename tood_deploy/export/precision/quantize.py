@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import onnx
@@ -20,6 +20,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from tood_deploy.errors import ToodError
+from tood_deploy.export.config import Scheme
 from tood_deploy.export.precision.half import layer_name
 
 Reader = tuple[ir.Node, int]  # who reads a value: a node, and the position among its inputs
@@ -174,8 +175,6 @@ def _readers(value: ir.Value, layers: Collection[ir.Node]) -> dict[Reader, None]
     }
 
 
-Scheme = Literal["s8s8", "u8s8", "u8s7"]
-SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
 Ranges = Mapping[str, tuple[float, float]]
 
 WEIGHT_LEVELS = 127  # -128 stays unused, so that the range is symmetric

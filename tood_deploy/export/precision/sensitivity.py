@@ -1,4 +1,8 @@
-"""Which layers lose most when they become 8-bit, measured one by one, and the fewest that must stay float32 for a wanted quality."""
+"""Measure which layers lose most in 8 bits, and choose the fewest that must stay float32.
+
+Comes in: a float32 graph, ranges of its values, images. Goes out: layers by the damage that 8 bits
+do to them, and graphs of mixed precision. Knows neither files nor targets.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +31,9 @@ from tood_deploy.export.precision.quantize import Ranges, Scheme, all_layers, qu
 from tood_deploy.graph_io import HEAD_OUTPUTS, INPUTS, OUTPUTS, graph_feeds
 from tood_deploy.matching import Rows, batch_rows, match_overlapping, row_iou
 from tood_deploy.onnx_file import open_session
+from tood_deploy.reporter import Reporter
 
-MOST_TOLD = 5
+REPORTED = 5  # of the most sensitive groups, in a line
 
 Maps = list[NDArray[Any]]
 Prepared = tuple[
@@ -83,56 +88,60 @@ def measure_sensitivity(
     images: Sequence[Prepared],
     *,
     scheme: Scheme,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    reporter: Reporter | None = None,
 ) -> list[Sensitivity]:
-    """The damage of every group of layers, the largest first.
+    """Return the damage of every group of layers, the largest first.
 
     Args:
         model: an exported float32 graph.
         ranges: of its activations.
         images: to measure on; two or three will do for the order.
         scheme: see `quantize`.
-        progress: called with how many groups are done and how many there are.
+        reporter: of progress.
     """
     groups = layer_groups(model)
     references = _head_maps(model, images)
-    found = []
-    for done, group in enumerate(groups, start=1):
+    measured = []
+    reporter = reporter or Reporter.silent()
+    for group in reporter.track(groups, "measuring layers"):
         others = [other for other in groups if other != group]
         maps = _head_maps(quantize(model, ranges, scheme=scheme, keep=others), images)
         damages = [
             map_damage(reference, moved) for reference, moved in zip(references, maps, strict=True)
         ]
-        found.append(Sensitivity(group, float(np.mean(damages))))
-        progress(done, len(groups))
-    return sorted(found, key=lambda one: -one.damage)
+        measured.append(Sensitivity(group, float(np.mean(damages))))
+    return sorted(measured, key=lambda one: -one.damage)
 
 
 def choose_kept(
     ranked: Sequence[Sensitivity],
     drop_of: Callable[[Collection[str]], float],
     max_drop: float,
-    say: Callable[[str], None],
+    reporter: Reporter,
 ) -> KeptLayers:
-    """The fewest of the most sensitive layers that must stay float32, by doubling their number and then halving the interval.
+    """Return the fewest of the most sensitive layers that must stay float32.
+
+    Their number is doubled until it is enough, and the last interval then halved.
 
     Args:
         ranked: as `measure_sensitivity` gives them.
-        drop_of: makes all layers 8-bit but those of these patterns, and tells how much worse that is.
+        drop_of: makes all layers 8-bit but those of these patterns, and returns how much worse
+            that is.
         max_drop: the most it may be.
-        say: told the first of the list, and one line for every trial.
+        reporter: of the first of the list, and of every trial.
     """
     groups = [one.group for one in ranked]
-    say(
+    reporter.info(
         "most sensitive to 8 bits: "
-        + ", ".join(f"{one.group} {one.damage:.4f}" for one in ranked[:MOST_TOLD])
+        + ", ".join(f"{one.group} {one.damage:.4f}" for one in ranked[:REPORTED])
     )
     drops: dict[int, float] = {}
 
     def is_enough(count: int) -> bool:
         drops[count] = drop_of(tuple(groups[:count])) if count < len(groups) else 0.0
-        say(
-            f"{count} of {len(groups)} groups of layers stay float32: {drops[count]:.3f} worse, at most {max_drop:g} allowed"
+        reporter.info(
+            f"{count} of {len(groups)} groups of layers stay float32: {drops[count]:.3f} worse, "
+            f"at most {max_drop:g} allowed"
         )
         return drops[count] <= max_drop
 
@@ -145,13 +154,13 @@ def choose_kept(
     return KeptLayers(tuple(groups[:count]), drops[count], tuple(drops.items()), tuple(ranked))
 
 
-def map_damage(reference: Maps, found: Maps) -> float:
-    """How far the maps of one image are from the reference: see `Sensitivity.damage`."""
+def map_damage(reference: Maps, measured: Maps) -> float:
+    """Return how far the maps of one image are from the reference: see `Sensitivity.damage`."""
     total, weights = 0.0, 0.0
     half = len(HEAD_OUTPUTS) // 2
     for i in range(half):
-        scores, moved = (_by_cell(maps[i]) for maps in (reference, found))
-        boxes, moved_boxes = (_by_cell(maps[half + i]) for maps in (reference, found))
+        scores, moved = (_by_cell(maps[i]) for maps in (reference, measured))
+        boxes, moved_boxes = (_by_cell(maps[half + i]) for maps in (reference, measured))
         weight = np.square(scores.max(axis=1))
         damage = np.abs(scores - moved).max(axis=1) + 1 - row_iou(boxes, moved_boxes)
         total += float((weight * damage).sum())

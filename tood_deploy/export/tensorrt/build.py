@@ -1,9 +1,12 @@
-"""Runs TensorRT's builder on a parsed network: a plan in memory, or one clear error. Writes no plan."""
+"""Run TensorRT's builder on an artefact's graph.
+
+Comes in: an artefact, profiles and options. Goes out: a plan in memory, or one clear error. Writes
+no plan, and knows nothing of manifests.
+"""
 
 from __future__ import annotations
 
 import re
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,23 +16,13 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import onnx
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-)
 
 from tood_deploy.engines.tensorrt.library import Flavour, Messages
 from tood_deploy.errors import ArtefactError, DeviceError, ToodError
-from tood_deploy.export.config import EngineOptions, Profiles
+from tood_deploy.export.tensorrt.options import EngineOptions, Profiles
 from tood_deploy.files import atomic_path
 from tood_deploy.onnx_file import OnnxArtefact
-from tood_deploy.reporter import Heartbeat, print_line
+from tood_deploy.reporter import ProgressTask, Reporter
 
 Result = TypeVar("Result")
 
@@ -38,36 +31,15 @@ class Monitor(Protocol):
     """The library's `IProgressMonitor`, for a builder configuration."""
 
     def cancel(self) -> None:
-        """The build stops at the end of the step it is at."""
+        """Stop the build at the end of the step it is at."""
         ...
 
 
-@contextmanager
-def build_progress(flavour: Flavour, quiet: bool = False) -> Iterator[Monitor]:
-    """Shows, while the block runs, how far a build is that is given the monitor: bars on a terminal, elsewhere a line now and then."""
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    console = Console(stderr=True)
-    with Progress(
-        *columns, console=console, disable=quiet or not sys.stderr.isatty(), transient=True
-    ) as bar:
-        yield _new_monitor(
-            flavour.module,
-            bar,
-            Heartbeat(print_line) if not quiet and not sys.stderr.isatty() else lambda line: None,
-        )
-
-
 def run_cancellable(build: Callable[[], Result], monitor: Monitor) -> Result:
-    """Runs `build` in a thread of its own, and cancels it on Ctrl-C.
+    """Run `build` in a thread of its own, and cancel it on Ctrl-C.
 
-    Python hears of Ctrl-C between two steps of the main thread. A build is one long step, and the steps within it, where the library calls
-    back, swallow the interrupt.
+    Python handles Ctrl-C between two instructions of the main thread. A build is one long
+    instruction, and the library's calls back into Python swallow the interrupt.
     """
     with ThreadPoolExecutor(1) as pool:
         try:
@@ -77,33 +49,37 @@ def run_cancellable(build: Callable[[], Result], monitor: Monitor) -> Result:
             raise  # on leaving the block, once the builder has stopped
 
 
-def _new_monitor(module: Any, bar: Progress, say: Callable[[str], None]) -> Monitor:
-    """A subclass of that library's own IProgressMonitor. The library calls it from threads of its own."""
+def new_monitor(flavour: Flavour, reporter: Reporter) -> Monitor:
+    """Return a monitor of a build that shows its phases, each with its steps.
 
-    class BuildMonitor(module.IProgressMonitor):
+    Args:
+        flavour: the library, whose own `IProgressMonitor` is the base class; it calls the monitor
+            from threads of its own.
+        reporter: shows the phases.
+    """
+    base: Any = flavour.module.IProgressMonitor
+
+    class BuildMonitor(base):
         def __init__(self) -> None:
-            module.IProgressMonitor.__init__(self)
-            self._tasks: dict[str, TaskID] = {}
+            base.__init__(self)
+            self._tasks: dict[str, ProgressTask] = {}
             self._cancelled = threading.Event()
 
         def cancel(self) -> None:
             self._cancelled.set()
-            bar.update(
-                bar.add_task("cancelling, TensorRT stops at the end of this step", total=None)
-            )
+            reporter.info("cancelling; TensorRT stops at the end of this step")
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            self._tasks[phase_name] = bar.add_task(phase_name, total=num_steps)
+            self._tasks[phase_name] = reporter.progress(phase_name, num_steps)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
             if phase_name in self._tasks:
-                bar.update(self._tasks[phase_name], completed=step + 1)
-                say(f"building the engine: {phase_name}, step {step + 1}")
+                self._tasks[phase_name].update(step + 1)
             return not self._cancelled.is_set()
 
         def phase_finish(self, phase_name: str) -> None:
             if phase_name in self._tasks:
-                bar.remove_task(self._tasks.pop(phase_name))
+                self._tasks.pop(phase_name).close()
 
     return BuildMonitor()
 
@@ -274,14 +250,25 @@ def _configure(
 def _set_capabilities(flavour: Flavour, config: Any, capabilities: tuple[str, ...]) -> None:
     if not capabilities:
         return
+    check_capabilities(flavour, capabilities)
     known = known_capabilities(flavour)
-    if unknown := [name for name in capabilities if name not in known]:
-        raise ToodError(
-            f"compute capability {', '.join(unknown)}: {flavour.title} builds for {', '.join(known)}"
-        )
     config.num_compute_capabilities = len(capabilities)
     for i, name in enumerate(capabilities):
         config.set_compute_capability(known[name], i)
+
+
+def check_capabilities(flavour: Flavour, capabilities: tuple[str, ...]) -> None:
+    """Refuse compute capabilities that a library does not build for.
+
+    Raises:
+        ToodError: there is one; the message lists those that there are.
+    """
+    known = known_capabilities(flavour) if capabilities else {}
+    if unknown := [name for name in capabilities if name not in known]:
+        raise ToodError(
+            f"compute capability {', '.join(unknown)}: {flavour.title} builds for "
+            f"{', '.join(known)}"
+        )
 
 
 def known_capabilities(flavour: Flavour) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from tood_deploy.export.options import (
     MIN_OPT_MAX,
     PROFILES,
     comma_separated,
+    flag_of,
     option,
     options_of,
 )
@@ -207,27 +208,11 @@ class SizeOptions:
         return Profiles(chosen or default_shapes(imgsz), self.batches)
 
 
-# Found with TensorRT-RTX 1.7.1 and TensorRT's documents: what one of the two lacks, and why.
-LACKING = {
-    "tensorrt_rtx": {
-        "optimisation_level": "it chooses kernels on the GPU that runs the engine, and plans of "
-        "every level are the same",
-        "timing_cache": "it chooses kernels on the GPU that runs the engine, so there are no "
-        "timings to keep",
-        "version_compatible": "its plans run in the very version that built them",
-        "hardware_compatible": "its plans run on every GPU of their compute capabilities anyway; "
-        "name these with --compute-capability",
-    },
-    "tensorrt": {
-        "compute_capabilities": "it builds for the GPU of this machine; for Ampere and newer ones "
-        "give --hardware-compatible"
-    },
-}
-
-
 @dataclass(frozen=True)
 class EngineOptions:
     """How TensorRT's builder works; what is None or empty is left to the library.
+
+    What one of the two libraries lacks was found with TensorRT-RTX 1.7.1 and TensorRT's documents.
 
     Attributes:
         workspace_mib: MiB.
@@ -239,11 +224,7 @@ class EngineOptions:
     ONLY: ClassVar = (GRAPH_SOURCE, BUILD)
 
     workspace_mib: int | None = option(
-        None,
-        "--workspace",
-        "the most memory of one layer",
-        parse=int,
-        metavar="MIB",
+        None, "--workspace", "the most memory of one layer", parse=int, metavar="MIB"
     )
     optimisation_level: int | None = option(
         None,
@@ -251,6 +232,9 @@ class EngineOptions:
         "0 builds fast, 5 runs fast (TensorRT)",
         parse=int,
         metavar="N",
+        lacking="tensorrt_rtx",
+        instead="it chooses kernels on the GPU that runs the engine, and plans of every "
+        "level are the same",
     )
     timing_cache: Path | None = option(
         None,
@@ -258,18 +242,26 @@ class EngineOptions:
         "measured times, read and written (TensorRT)",
         parse=Path,
         metavar="FILE",
+        lacking="tensorrt_rtx",
+        instead="it chooses kernels on the GPU that runs the engine, so there are no timings "
+        "to keep",
     )
     version_compatible: bool = option(
         False,
         "--version-compatible",
         "also runs in later versions (TensorRT)",
         parse=None,
+        lacking="tensorrt_rtx",
+        instead="its plans run in the very version that built them",
     )
     hardware_compatible: bool = option(
         False,
         "--hardware-compatible",
         "also runs on other GPUs, Ampere and newer (TensorRT)",
         parse=None,
+        lacking="tensorrt_rtx",
+        instead="its plans run on every GPU of their compute capabilities anyway; name these "
+        "with --compute-capability",
     )
     compute_capabilities: tuple[str, ...] = option(
         (),
@@ -277,6 +269,9 @@ class EngineOptions:
         "the GPUs to build for (TensorRT-RTX)",
         parse=comma_separated,
         metavar="X.Y,...",
+        lacking="tensorrt",
+        instead="it builds for the GPU of this machine; for Ampere and newer ones give "
+        "--hardware-compatible",
     )
     nms: Nms = option(
         "unrolled",
@@ -303,23 +298,16 @@ class EngineOptions:
             )
         if len(set(self.compute_capabilities)) < len(self.compute_capabilities):
             names = ", ".join(self.compute_capabilities)
-            raise ToodError(
-                f"compute capabilities {names}: one stands there twice; give each once"
-            )
+            raise ToodError(f"compute capabilities {names}: one stands there twice; give each once")
         if self.nms not in get_args(Nms):
             raise ToodError(f"nms is {self.nms!r}; expected {' or '.join(get_args(Nms))}")
         if rounds is not None and self.nms == "loop":
             raise ToodError(
                 f"nms is loop, which ends by itself, and {rounds} rounds are given; "
-                f"leave {self.flag('nms_rounds')} out"
+                f"leave {flag_of(EngineOptions, 'nms_rounds')} out"
             )
         if rounds is not None and not 1 <= rounds <= MAX_NMS_ROUNDS:
             raise ToodError(f"nms rounds are {rounds}; expected 1 to {MAX_NMS_ROUNDS}")
-
-    @classmethod
-    def flag(cls, field: str) -> str:
-        """Return how the option of a field is written on the command line."""
-        return dict(options_of(cls))[field].flag
 
     def check(self, flavour: Flavour) -> None:
         """Refuse options that one of the two libraries lacks.
@@ -327,11 +315,12 @@ class EngineOptions:
         Raises:
             ToodError: there is one; the message says why, and what to do.
         """
-        for field, reason in LACKING[flavour.name].items():
-            if getattr(self, field):
-                flag = self.flag(field)
+        for name, one in options_of(EngineOptions):
+            value = getattr(self, name)  # 0 is a level, and given
+            if one.lacking == flavour.name and value not in (None, ()) and value is not False:
                 raise ToodError(
-                    f"{flag} means nothing to {flavour.title}: {reason}; leave {flag} out"
+                    f"{one.flag} means nothing to {flavour.title}: {one.instead}; "
+                    f"leave {one.flag} out"
                 )
 
     def to_dict(self) -> dict[str, Any]:

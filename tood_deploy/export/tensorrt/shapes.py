@@ -21,7 +21,7 @@ from rich.table import Table
 
 from tood_deploy.data.images import image_paths
 from tood_deploy.errors import InputError, ToodError, naming_extras
-from tood_deploy.export.config import MOST_SHAPES, Shape
+from tood_deploy.export.tensorrt.options import MAX_SHAPES, Shape
 from tood_deploy.files import atomic_path
 from tood_deploy.preprocess import choose_canvas, fit_size, pad_size
 
@@ -141,7 +141,7 @@ def _best_sets(needed: Counter[Shape]) -> list[list[Shape]]:
     )
     best: list[int] = [everything]
     sets = [[candidates[everything]]]
-    while len(best) < min(MOST_SHAPES, len(items)):
+    while len(best) < min(MAX_SHAPES, len(items)):
         best = _exchange(costs, [*best, _cheapest(costs, best)])
         sets.append([candidates[i] for i in best])
     return sets

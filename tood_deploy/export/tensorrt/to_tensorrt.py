@@ -1,4 +1,8 @@
-"""From an ONNX artefact to a TensorRT engine: a plan file that holds the plan alone, and the manifest beside it, or nothing at all."""
+"""Make a TensorRT engine of an .onnx artefact.
+
+Comes in: an artefact, in memory or its file. Goes out: a plan file that holds the plan alone, and
+the manifest beside it, or nothing at all. Knows nothing of checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -14,20 +18,21 @@ from typing import Any
 from tood_deploy import __version__
 from tood_deploy.engines.tensorrt.library import Flavour, load_flavour
 from tood_deploy.errors import OutputError, ToodError
-from tood_deploy.export.config import EngineOptions, Profiles, default_shapes
 from tood_deploy.export.tensorrt.build import (
     Monitor,
     build_plan,
-    build_progress,
+    new_monitor,
     parse_network,
     run_cancellable,
 )
 from tood_deploy.export.tensorrt.layers import LayerReport, inspect_plan, network_layers
+from tood_deploy.export.tensorrt.options import EngineOptions, Profiles, default_shapes
 from tood_deploy.export.tensorrt.unroll_nms import unroll_nms
 from tood_deploy.files import atomic_paths
 from tood_deploy.graph_io import ENGINE_SUFFIXES
 from tood_deploy.manifest import Manifest, manifest_path, neighbour
 from tood_deploy.onnx_file import OnnxArtefact, read_onnx
+from tood_deploy.reporter import Reporter
 
 # NVIDIA: "By default, an engine built by TensorRT-RTX can be run on GPU devices with compute capability 8.0, 8.6, 8.9, 12.0, and later."
 RTX_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0")
@@ -92,7 +97,7 @@ class BuiltEngine:
 
 
 def engine_from_onnx(
-    onnx_path: Path,
+    source: Path | OnnxArtefact,
     output: Path,
     *,
     profiles: Profiles | None = None,
@@ -100,38 +105,42 @@ def engine_from_onnx(
     flavour: str | None = None,
     self_test: dict[str, Any] | None = None,
     rebuild: str = "",
-    quiet: bool = False,
+    reporter: Reporter | None = None,
 ) -> BuiltEngine:
-    """Writes `output` (.engine or .plan) and the manifest beside it.
+    """Write an engine and the manifest beside it.
 
     Args:
-        onnx_path: an .onnx artefact of tood-export; its precision is the engine's.
-        output: where to; an engine that is there already is replaced in one step.
-        profiles: the sizes and batches it takes; landscape and portrait of the model's own size, batches of 1 to 8 where not given.
+        source: an .onnx artefact of tood-export, or its file; its precision is the engine's.
+        output: an .engine or .plan file; what is there already is replaced in one step.
+        profiles: the sizes and batches it takes; landscape and portrait of the model's own size,
+            batches of 1 to 8 where not given.
         options: of the builder.
         flavour: "tensorrt" or "tensorrt_rtx"; the one that is installed where not given.
-        self_test: a stored image and the answers to it on every size of `profiles`, for the manifest; see `self_test_from`.
+        self_test: a stored image and the answers to it on every size of `profiles`, for the
+            manifest; see `self_test_from`.
         rebuild: the command that builds this engine again, for the manifest.
-        quiet: no progress bar, on a terminal neither.
+        reporter: of progress.
 
     Raises:
         DeviceError: no TensorRT, no GPU where it needs one, or out of memory.
-        ArtefactError: not an ONNX of ours, an operator that TensorRT lacks, a precision that the network does not have, or suppression
-            that cannot be unrolled.
+        ArtefactError: not an ONNX of ours, an operator that TensorRT lacks, a precision that the
+            network does not have, or suppression that cannot be unrolled.
         ToodError: an argument out of range, or a place that cannot be written.
     """
     options = options or EngineOptions()
     _check_output(output)
     library = load_flavour(flavour)
     options.check(library)
-    artefact = _in_engine_form(read_onnx(onnx_path), options)
+    artefact = read_onnx(source) if isinstance(source, Path) else source
+    if options.nms == "unrolled":
+        artefact = unroll_nms(artefact, options.nms_rounds)
     profiles = profiles or Profiles(default_shapes(artefact.manifest.preset.imgsz))
     target = engine_target(library, profiles, options)
     started = time.perf_counter()
-    with build_progress(library, quiet) as monitor:
-        plan, layers = run_cancellable(
-            lambda: _build(library, artefact, profiles, options, monitor), monitor
-        )
+    monitor = new_monitor(library, reporter or Reporter.silent())
+    plan, layers = run_cancellable(
+        lambda: _build(library, artefact, profiles, options, monitor), monitor
+    )
     seconds = time.perf_counter() - started
     manifest = replace(
         _describe(artefact, library, options, layers, rebuild),
@@ -143,11 +152,6 @@ def engine_from_onnx(
         manifest = manifest.with_artefact(plan_file)
         manifest_file.write_text(manifest.to_json(), encoding="utf-8")
     return BuiltEngine(manifest, layers, seconds, output.stat().st_size)
-
-
-def _in_engine_form(artefact: OnnxArtefact, options: EngineOptions) -> OnnxArtefact:
-    """The artefact with suppression in the form that was asked for."""
-    return unroll_nms(artefact, options.nms_rounds) if options.nms == "unrolled" else artefact
 
 
 def _check_output(output: Path) -> None:

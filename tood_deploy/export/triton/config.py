@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from tood_deploy import __version__
 from tood_deploy.data.image_set import synthetic_image
-from tood_deploy.export.config import Backend, Profiles, Shape, TritonOptions
+from tood_deploy.export.tensorrt.options import Profiles, Shape
+from tood_deploy.export.triton.options import Backend, TritonOptions
 from tood_deploy.graph_io import INPUTS, OUTPUTS
 from tood_deploy.manifest import Manifest
 from tood_deploy.preprocess import resize_and_pad

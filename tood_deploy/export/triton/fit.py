@@ -8,9 +8,10 @@ from typing import Any
 
 from tood_deploy.engines.precision_support import ON_CPUS, half_precision_of, mixes_int8_and_half
 from tood_deploy.errors import ArtefactError, ToodError
-from tood_deploy.export.config import Backend, Profiles, TritonOptions, default_shapes
+from tood_deploy.export.tensorrt.options import Profiles, default_shapes
 from tood_deploy.export.triton.config import triton_config
 from tood_deploy.export.triton.folder import next_version
+from tood_deploy.export.triton.options import Backend, TritonOptions
 from tood_deploy.graph_io import ENGINE_SUFFIXES
 from tood_deploy.manifest import Manifest, artefact_sha256, manifest_path, read_manifest
 

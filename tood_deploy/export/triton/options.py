@@ -35,10 +35,7 @@ class TritonOptions:
         "", "--name", "of the model on the server (default: the file's name)", metavar="NAME"
     )
     backend: Backend | None = option(
-        None,
-        "--backend",
-        "what runs the model (default: onnxruntime)",
-        choices=get_args(Backend),
+        None, "--backend", "what runs the model (default: onnxruntime)", choices=get_args(Backend)
     )
     queue_delay_us: int = option(
         1000,
