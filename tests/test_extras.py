@@ -15,7 +15,7 @@ from tood_deploy.errors import PACKAGES, DeviceError, naming_extras, not_install
 PROJECT: dict[str, Any] = tomllib.loads(
     (PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8")
 )["project"]
-NO_EXTRAS_OF_USERS = {"dev"}
+NO_EXTRAS_OF_USERS = {"dev", "docs"}
 WITHOUT_EXTRA = {
     "supervision",
     "tensorrt",

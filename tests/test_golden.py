@@ -7,19 +7,21 @@ import pytest
 
 from tood_deploy.engines.self_test import Golden, GoldenCase
 from tood_deploy.errors import ArtefactError
-from tood_deploy.matching import Rows
+from tood_deploy.matching import NetDetections
 
 RNG = np.random.default_rng(7)
 
 
 @pytest.fixture
 def golden() -> Golden:
-    rows = Rows(
+    rows = NetDetections(
         RNG.random((3, 4), np.float32) * 100,
         RNG.random(3, np.float32),
         np.array([0, 5, 79], np.int32),
     )
-    nothing = Rows(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int32))
+    nothing = NetDetections(
+        np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int32)
+    )
     image = RNG.integers(0, 256, (21, 33, 3)).astype(np.uint8)
     return Golden(
         image,

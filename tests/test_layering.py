@@ -18,7 +18,7 @@ LAYERS = (
     {"export", "inference"},
     {"benchmark"},
     {"cli"},
-    {"demo"},
+    {"demo", "__main__"},
 )
 RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
 TORCH_FREE = LAYERS[0] | {"preprocess", "engines", "inference"}

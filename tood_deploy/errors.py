@@ -56,6 +56,7 @@ class Package:
 
 
 PACKAGES = {  # by the name that is imported
+    "argcomplete": Package("argcomplete"),
     "av": Package("av"),
     "cv2": Package("opencv-python-headless"),
     "imagesize": Package("imagesize"),

@@ -1,4 +1,7 @@
-"""Detections of one image in the network's own frame, and which of two runs belong together. NumPy alone."""
+"""Detections in pixels of the network's input, and which of two runs belong together.
+
+NumPy arrays come in, positions of pairs and their differences go out. Knows no runtime and no limits.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-PAIR_IOU = 0.75  # above every sensible threshold of suppression, so that no kept neighbour is taken for the box itself
+# Above every sensible threshold of suppression, so that a neighbour that was kept is never taken
+# for the box itself.
+MIN_IOU = 0.75
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Detections of one image: boxes (D, 4) xyxy pixels, scores (D,), labels (D,)."""
+class NetDetections:
+    """Detections of one image, in pixels of the network's input.
+
+    Attributes:
+        boxes: (D, 4) float32 xyxy.
+        scores: (D,) float32, 0 to 1.
+        labels: (D,) int32 class numbers.
+    """
 
     boxes: NDArray[np.float32]
     scores: NDArray[np.float32]
@@ -23,70 +34,34 @@ class Rows:
     def __len__(self) -> int:
         return len(self.scores)
 
+    def above(self, score: float) -> NetDetections:
+        """Return those with a score above this one."""
+        chosen = self.scores > score
+        return NetDetections(self.boxes[chosen], self.scores[chosen], self.labels[chosen])
 
-def batch_rows(outputs: Sequence[NDArray[Any]]) -> list[Rows]:
-    """Per image, the rows of `num_dets`, `boxes`, `scores`, `labels` that hold detections."""
+
+def split_batch(outputs: Sequence[NDArray[Any]]) -> list[NetDetections]:
+    """Return the detections of every image of a batch, without the rows that hold none.
+
+    Args:
+        outputs: `num_dets` (B,), `boxes` (B, D, 4), `scores` (B, D), `labels` (B, D); more is ignored.
+    """
     return [
-        Rows(boxes[:count], scores[:count], labels[:count])
+        NetDetections(boxes[:count], scores[:count], labels[:count])
         for count, boxes, scores, labels in zip(*outputs[:4], strict=True)
     ]
 
 
-def pair_rows(reference: Rows, found: Rows) -> NDArray[np.intp]:
-    """Positions (P, 2) of boxes of one class that overlap by more than `PAIR_IOU`; each is used once.
-
-    Boxes at the same place of both lists go first, then the best box of the reference takes what overlaps it most.
-    """
-    ranked = min(len(reference), len(found))
-    same = (reference.labels[:ranked] == found.labels[:ranked]) & (
-        row_iou(reference.boxes[:ranked], found.boxes[:ranked]) > PAIR_IOU
-    )
-    pairs = [(i, i) for i in np.flatnonzero(same).tolist()]
-    rest, free = (
-        np.setdiff1d(np.arange(len(reference)), np.flatnonzero(same)),
-        np.ones(len(found), bool),
-    )
-    free[:ranked] = ~same
-    for i in rest.tolist():
-        fitting = np.flatnonzero(free & (found.labels == reference.labels[i]))
-        if len(fitting):
-            overlaps = row_iou(reference.boxes[i], found.boxes[fitting])
-            if overlaps.max() > PAIR_IOU:
-                best = fitting[overlaps.argmax()]
-                free[best] = False
-                pairs.append((i, int(best)))
-    return np.array(pairs, np.intp).reshape(-1, 2)
-
-
-def row_iou(first: NDArray[np.floating], second: NDArray[np.floating]) -> NDArray[np.floating]:
-    """Overlap (N,) of boxes (N, 4) xyxy, or of one box (4,), with (N, 4); 1 for a box with itself, even one without area."""
-    sides = np.minimum(first[..., 2:], second[..., 2:]) - np.maximum(
-        first[..., :2], second[..., :2]
-    )
-    overlap = sides.clip(0).prod(axis=-1)
-    union = (
-        (first[..., 2:] - first[..., :2]).prod(axis=-1)
-        + (second[..., 2:] - second[..., :2]).prod(axis=-1)
-        - overlap
-    )
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(
-            (first == second).all(axis=-1),
-            1.0,
-            np.nan_to_num(overlap / union, nan=0.0, posinf=0.0, neginf=0.0),
-        )
-
-
 @dataclass(frozen=True)
-class Match:
-    """How the detections of two runs correspond.
+class MatchCounts:
+    """How the detections of two runs correspond, over any number of images.
 
     Attributes:
-        reference: how many the reference found.
-        matched: how many of these the other found too.
-        added: how many only the other found.
-        score_deviation: the largest difference of a matched pair's scores.
-        box_deviation_px: the largest difference of a matched pair's coordinates.
+        reference: detections of the reference.
+        matched: of these, those that the other run has too.
+        added: detections that only the other run has.
+        score_deviation: the largest difference of a pair's scores.
+        box_deviation_px: the largest difference of a pair's coordinates.
     """
 
     reference: int = 0
@@ -95,9 +70,9 @@ class Match:
     score_deviation: float = 0.0
     box_deviation_px: float = 0.0
 
-    def __add__(self, other: Match) -> Match:
-        """Both together."""
-        return Match(
+    def __add__(self, other: MatchCounts) -> MatchCounts:
+        """Return both together."""
+        return MatchCounts(
             self.reference + other.reference,
             self.matched + other.matched,
             self.added + other.added,
@@ -110,47 +85,108 @@ class Match:
         """Detections that only one of the two has, counted on the side that has more of them."""
         return max(self.reference - self.matched, self.added)
 
-
-def match_detections(
-    reference: Rows, found: Rows, score_tolerance: float, box_tolerance_px: float
-) -> Match:
-    """Pair detections of one class whose scores and coordinates agree within the tolerances; each is used once, best first."""
-    free = np.ones(len(found), bool)
-    pairs: list[tuple[float, float]] = []
-    for box, score, label in zip(reference.boxes, reference.scores, reference.labels, strict=True):
-        score_off = np.abs(found.scores - score)
-        box_off = np.abs(found.boxes - box).max(axis=1, initial=0)
-        fitting = np.flatnonzero(
-            free
-            & (found.labels == label)
-            & (score_off <= score_tolerance)
-            & (box_off <= box_tolerance_px)
-        )
-        if len(fitting):
-            best = fitting[box_off[fitting].argmin()]
-            free[best] = False
-            pairs.append((float(score_off[best]), float(box_off[best])))
-    score_deviation, box_deviation = (
-        max(values, default=0.0) for values in (zip(*pairs, strict=True) if pairs else ((), ()))
-    )
-    return Match(len(reference), len(pairs), int(free.sum()), score_deviation, box_deviation)
+    @property
+    def matched_share(self) -> float:
+        """Share of the detections of either run that both have, 0 to 1; 1 where there are none."""
+        either = self.reference + self.added
+        return self.matched / either if either else 1.0
 
 
-def match_overlapping(
-    reference: Rows, found: Rows, score_tolerance: float, least_iou: float = 0.0
-) -> tuple[NDArray[np.intp], NDArray[np.floating]]:
-    """Pair detections of one class that overlap, and whose scores agree.
+@dataclass(frozen=True, eq=False)
+class BoxMatches:
+    """The pairs of one image.
+
+    Attributes:
+        pairs: (P, 2) positions in the reference and in the other run; each is used once.
+        iou: (P,) overlap of each pair, 0 to 1.
+        score_differences: (P,) absolute.
+        box_differences_px: (P,) the largest absolute difference of a pair's four coordinates.
+        counts: how many there are.
+    """
+
+    pairs: NDArray[np.intp]
+    iou: NDArray[np.floating]
+    score_differences: NDArray[np.floating]
+    box_differences_px: NDArray[np.floating]
+    counts: MatchCounts
+
+
+def match_boxes(
+    reference: NetDetections,
+    other: NetDetections,
+    *,
+    min_iou: float = MIN_IOU,
+    max_score_difference: float = np.inf,
+    max_box_difference_px: float = np.inf,
+) -> BoxMatches:
+    """Pair detections of one class that agree within limits, each used once.
+
+    Detections at the same position of both lists go first, so that equal runs pair in place. Then,
+    best first, each of the reference takes what overlaps it most of what is left.
 
     Args:
-        reference, found: detections of one image, in one frame.
-        score_tolerance: by how much the scores of a pair may differ.
-        least_iou: overlap that a pair must have; never below `PAIR_IOU`.
+        reference: detections of one image, best first.
+        other: those of another run on the same image, in the same frame.
+        min_iou: overlap that a pair must have, 0 to 1.
+        max_score_difference: by how much the scores of a pair may differ.
+        max_box_difference_px: by how much each coordinate of a pair may differ, in pixels.
+    """
+
+    def agree(i: Any, j: Any) -> NDArray[np.bool_]:
+        boxes_off = np.abs(reference.boxes[i] - other.boxes[j]).max(axis=-1, initial=0)
+        # NaN compares false, so that what is not a number has no partner.
+        return (
+            (reference.labels[i] == other.labels[j])
+            & (np.abs(reference.scores[i] - other.scores[j]) <= max_score_difference)
+            & (boxes_off <= max_box_difference_px)
+            & (box_iou(reference.boxes[i], other.boxes[j]) >= min_iou)
+        )
+
+    shared = np.arange(min(len(reference), len(other)))
+    in_place = shared[agree(shared, shared)]
+    pairs = [(i, i) for i in in_place.tolist()]
+    free = np.ones(len(other), bool)
+    free[in_place] = False
+    for i in np.setdiff1d(np.arange(len(reference)), in_place).tolist():
+        left = np.flatnonzero(free)
+        if len(fitting := left[agree(i, left)]):
+            best = int(fitting[box_iou(reference.boxes[i], other.boxes[fitting]).argmax()])
+            free[best] = False
+            pairs.append((i, best))
+    return _measure(reference, other, np.array(pairs, np.intp).reshape(-1, 2))
+
+
+def _measure(reference: NetDetections, other: NetDetections, pairs: NDArray[np.intp]) -> BoxMatches:
+    first, second = pairs.T
+    scores = np.abs(reference.scores[first] - other.scores[second])
+    boxes_px = np.abs(reference.boxes[first] - other.boxes[second]).max(axis=1, initial=0)
+    counts = MatchCounts(
+        len(reference),
+        len(pairs),
+        len(other) - len(pairs),
+        float(scores.max(initial=0)),
+        float(boxes_px.max(initial=0)),
+    )
+    iou = box_iou(reference.boxes[first], other.boxes[second])
+    return BoxMatches(pairs, iou, scores, boxes_px, counts)
+
+
+def box_iou(first: NDArray[np.floating], second: NDArray[np.floating]) -> NDArray[np.floating]:
+    """Return the overlap of boxes, row by row.
+
+    Args:
+        first: (N, 4) xyxy, or one box (4,).
+        second: (N, 4) xyxy.
 
     Returns:
-        Positions (P, 2) in both lists, each used once, and the overlaps (P,).
+        (N,) overlaps; 1 for a box with itself, even one without area, and 0 for NaN.
     """
-    pairs = pair_rows(reference, found)
-    overlaps = row_iou(reference.boxes[pairs[:, 0]], found.boxes[pairs[:, 1]])
-    score_off = np.abs(reference.scores[pairs[:, 0]] - found.scores[pairs[:, 1]])
-    agree = (score_off <= score_tolerance) & (overlaps >= least_iou)
-    return pairs[agree], overlaps[agree]
+    sides = np.minimum(first[..., 2:], second[..., 2:]) - np.maximum(
+        first[..., :2], second[..., :2]
+    )
+    overlap = sides.clip(0).prod(axis=-1)
+    areas = [(boxes[..., 2:] - boxes[..., :2]).prod(axis=-1) for boxes in (first, second)]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        iou = overlap / (areas[0] + areas[1] - overlap)
+    equal = (first == second).all(axis=-1)
+    return np.where(equal, 1.0, np.nan_to_num(iou, nan=0.0, posinf=0.0, neginf=0.0))

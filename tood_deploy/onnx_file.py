@@ -141,14 +141,18 @@ def open_session(
     provider: str = CPU,
     threads: int | None = None,
     keeps_memory: bool = True,
+    float_arithmetic: bool = False,
 ) -> ort.InferenceSession:
-    """A session that says nothing on the terminal: what fails is raised.
+    """Open a session that prints nothing on the terminal: what fails is raised.
 
     Args:
         model: an .onnx file, or its bytes.
         provider: ONNX Runtime's name of what computes.
         threads: on the CPU; the number of cores where not given.
-        keeps_memory: whether what a call has used is kept for the next one; many sessions at a time would keep too much.
+        keeps_memory: whether what a call has used is kept for the next one; many sessions at a
+            time would keep too much.
+        float_arithmetic: compute quantised layers as their Q/DQ nodes define them, in float32, and
+            not by integer kernels; see `needs_float_arithmetic`.
 
     Raises:
         Exception: of ONNX Runtime's own types, which share no public base, where it cannot open the model.
@@ -159,10 +163,28 @@ def open_session(
     # To plan which values share memory takes half a second, seven tenths of the time to open a ResNet-50. On the CPU that gains little:
     # calls are as fast without, and the peak is 2% higher (docs/performance.md).
     options.enable_mem_reuse = provider != CPU
+    if float_arithmetic:
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
     return ort.InferenceSession(
         model if isinstance(model, bytes) else str(model), options, providers=[provider]
+    )
+
+
+def needs_float_arithmetic(model: onnx.ModelProto) -> bool:
+    """Return whether a graph quantises activations to signed int8, as TensorRT alone runs it.
+
+    ONNX Runtime's integer kernels on a CPU are no stand-in for TensorRT: without VNNI instructions
+    their sums of products saturate, and where they fuse layers they round at other places.
+    """
+    import onnx
+
+    types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    return any(
+        types.get(node.input[2]) == onnx.TensorProto.INT8
+        for node in model.graph.node
+        if node.op_type == "QuantizeLinear" and len(node.input) > 2
     )
 
 

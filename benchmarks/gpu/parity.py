@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from benchmarks.gpu.settings import CONF, IOU
 from tood_deploy.engines.base import BatchDetections, Engine
 from tood_deploy.inference.detector import Detector, Prepared
-from tood_deploy.matching import Match, Rows, batch_rows, match_detections, match_overlapping
+from tood_deploy.matching import MatchCounts, NetDetections, match_boxes, split_batch
 from tood_deploy.model.tood import FusedDetector, Tood
 from tood_deploy.parity.tolerances import DETECTION_LIMITS
 
@@ -36,17 +36,21 @@ class Tolerances:
     iou: float
     exchanged_share: float
 
-    def match(self, reference: Rows, found: Rows) -> Match:
+    def match(self, reference: NetDetections, found: NetDetections) -> MatchCounts:
         """The detections of both that agree."""
         if self.boxes_px is not None:
-            return match_detections(reference, found, self.scores, self.boxes_px)
-        pairs, _ = match_overlapping(reference, found, self.scores, self.iou)
-        scores = np.abs(reference.scores[pairs[:, 0]] - found.scores[pairs[:, 1]])
-        boxes = np.abs(reference.boxes[pairs[:, 0]] - found.boxes[pairs[:, 1]])
-        deviations = float(scores.max(initial=0)), float(boxes.max(initial=0))
-        return Match(len(reference), len(pairs), len(found) - len(pairs), *deviations)
+            return match_boxes(
+                reference,
+                found,
+                min_iou=0,
+                max_score_difference=self.scores,
+                max_box_difference_px=self.boxes_px,
+            ).counts
+        return match_boxes(
+            reference, found, min_iou=self.iou, max_score_difference=self.scores
+        ).counts
 
-    def allowed_exchanges(self, match: Match) -> float:
+    def allowed_exchanges(self, match: MatchCounts) -> float:
         """How many detections of a image may be exchanged."""
         return max(EXCHANGES, self.exchanged_share * match.reference)
 
@@ -71,7 +75,7 @@ class Reference:
     ) -> None:
         self.detector, self.size_hw = FusedDetector(model).eval(), size_hw
         self.images = images
-        self._expected: list[Rows] | None = None
+        self._expected: list[NetDetections] | None = None
 
     def compare(self, engine: Engine, batch: int, precision: str) -> dict[str, Any]:
         """Runs every image through an engine, in all slots of a batch.
@@ -83,7 +87,7 @@ class Reference:
         if self._expected is None:
             self._expected = [self._run(each) for each in prepared]
         tolerances = tolerances_of(precision)
-        total, worst, outside, slots = Match(), 0, 0, 0
+        total, worst, outside, slots = MatchCounts(), 0, 0, 0
         for each, expected in zip(prepared, self._expected, strict=True):
             first, last = _ends(_infer(engine, each, batch))
             match = tolerances.match(expected, first)
@@ -103,12 +107,12 @@ class Reference:
         return [detector.prepare(image) for image in self.images]
 
     @torch.no_grad()
-    def _run(self, prepared: Prepared) -> Rows:
+    def _run(self, prepared: Prepared) -> NetDetections:
         valid_hw = torch.tensor([prepared.transform.resized_hw], dtype=torch.int32)
         found = self.detector(
             torch.from_numpy(prepared.image)[None], valid_hw, CONF, IOU
         ).detections
-        return batch_rows([tensor.numpy() for tensor in found])[0]
+        return split_batch([tensor.numpy() for tensor in found])[0]
 
 
 def _infer(engine: Engine, prepared: Prepared, batch: int) -> BatchDetections:
@@ -118,12 +122,12 @@ def _infer(engine: Engine, prepared: Prepared, batch: int) -> BatchDetections:
     )
 
 
-def _ends(found: BatchDetections) -> tuple[Rows, Rows]:
-    rows = batch_rows((found.num_dets, found.boxes_net, found.scores, found.labels))
+def _ends(found: BatchDetections) -> tuple[NetDetections, NetDetections]:
+    rows = split_batch((found.num_dets, found.boxes_net, found.scores, found.labels))
     return rows[0], rows[-1]
 
 
-def _differ(first: Rows, last: Rows, tolerances: Tolerances) -> bool:
+def _differ(first: NetDetections, last: NetDetections, tolerances: Tolerances) -> bool:
     match = tolerances.match(first, last)
     return match.exchanged > tolerances.allowed_exchanges(match)
 

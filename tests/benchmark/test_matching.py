@@ -1,13 +1,17 @@
 import numpy as np
 
-from tood_deploy.matching import Rows
+from tood_deploy.matching import NetDetections
 from tood_deploy.parity.deviation import RowDeviation
 
 
-def rows(*boxes: tuple[float, float, float, float, int], scores: list[float] | None = None) -> Rows:
+def rows(
+    *boxes: tuple[float, float, float, float, int], scores: list[float] | None = None
+) -> NetDetections:
     table = np.array(boxes, np.float32).reshape(-1, 5)
     given_scores = np.linspace(0.9, 0.1, len(table)) if scores is None else np.array(scores)
-    return Rows(table[:, :4], given_scores.astype(np.float32), table[:, 4].astype(np.int32))
+    return NetDetections(
+        table[:, :4], given_scores.astype(np.float32), table[:, 4].astype(np.int32)
+    )
 
 
 A, B, C = (0, 0, 10, 10, 0), (50, 50, 70, 80, 0), (0, 0, 10, 10, 1)

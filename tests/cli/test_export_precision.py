@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from benchmark.truths import annotation, coco, write_json
 from inference.fakes import CLASSES, red_image, write_image
+from tood_deploy.export.option_rules import check_options
 
 from tood_deploy.benchmark.precision_search import PrecisionSearch
 from tood_deploy.cli.export import main, open_annotated, order_from, parser, precision_from
-from tood_deploy.export.option_rules import check_options
 from tood_deploy.export.precision.convert import PrecisionOptions
 
 INT8 = ("--precision", "int8", "--calib-data", "images")

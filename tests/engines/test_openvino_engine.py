@@ -22,7 +22,7 @@ from tood_deploy.engines.openvino_engine import Form, Forms, OpenVinoEngine
 from tood_deploy.engines.openvino_runtime import shared_core
 from tood_deploy.errors import ArtefactError, DeviceError, InputError, OutputError, ToodError
 from tood_deploy.manifest import Manifest, manifest_path, read_manifest
-from tood_deploy.matching import Rows, batch_rows, match_detections, pair_rows
+from tood_deploy.matching import NetDetections, match_boxes, split_batch
 
 HAS_BF16 = "BF16" in shared_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 needs_bf16 = pytest.mark.skipif(not HAS_BF16, reason="this CPU has no bf16 instructions")
@@ -35,8 +35,8 @@ def inputs(batch: int = 1, size_hw: tuple[int, int] = (96, 128), seed: int = 0) 
     return images, np.array([[size_hw[0] - i, size_hw[1] - 3 * i] for i in range(batch)], np.int32)
 
 
-def rows(found: BatchDetections, image: int = 0) -> Rows:
-    return batch_rows((found.num_dets, found.boxes_net, found.scores, found.labels))[image]
+def rows(found: BatchDetections, image: int = 0) -> NetDetections:
+    return split_batch((found.num_dets, found.boxes_net, found.scores, found.labels))[image]
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,13 @@ class TestAnswers:
                 each.infer(*inputs(batch, size_hw), 0.03, 0.6) for each in (other, engine)
             )
         for image in range(batch):
-            match = match_detections(rows(expected, image), rows(found, image), 1e-5, 0.05)
+            match = match_boxes(
+                rows(expected, image),
+                rows(found, image),
+                min_iou=0,
+                max_score_difference=1e-5,
+                max_box_difference_px=0.05,
+            ).counts
             assert match.exchanged <= 1
             assert match.reference > 3
 
@@ -126,7 +132,7 @@ class TestPrecision:
         with OpenVinoEngine(ir, threads=1, precision="bf16") as coarse:
             assert coarse.precision == "bf16"
             fine, found = (rows(each.infer(*inputs(), 0.05, 0.6)) for each in (engine, coarse))
-        pairs = pair_rows(fine, found)
+        pairs = match_boxes(fine, found).pairs
         assert len(pairs) > 0.8 * len(fine)
         assert 1e-5 < np.abs(fine.scores[pairs[:, 0]] - found.scores[pairs[:, 1]]).max() < 0.1
 
@@ -250,7 +256,16 @@ class TestFormsOfTheirOwn:
         assert compiled == [(1, 96, 128, 3)]
         expected = rows(engine.infer(*inputs(), 0.05, 0.6))
         for each in found:
-            assert match_detections(expected, rows(each), 1e-5, 0.05).exchanged <= 1
+            assert (
+                match_boxes(
+                    expected,
+                    rows(each),
+                    min_iou=0,
+                    max_score_difference=1e-5,
+                    max_box_difference_px=0.05,
+                ).counts.exchanged
+                <= 1
+            )
 
     def test_are_made_beside_the_work_and_used_once_they_are_there(
         self, ir: Path, monkeypatch: pytest.MonkeyPatch
@@ -365,7 +380,7 @@ class TestCache:
             ) as engine:
                 assert engine.loaded_from == "artefact"
                 found.append(rows(engine.infer(*inputs(), 0.05, 0.6)))
-        assert len(pair_rows(*found)) > 0.8 * len(found[0]) > 10
+        assert len(match_boxes(*found).pairs) > 0.8 * len(found[0]) > 10
 
     def test_that_is_damaged_is_made_again(self, ir: Path, tmp_path: Path) -> None:
         OpenVinoEngine(ir, threads=1, cache=tmp_path).close()

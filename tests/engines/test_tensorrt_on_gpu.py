@@ -15,7 +15,7 @@ import pytest
 from tood_deploy.data.image_set import synthetic_image
 from tood_deploy.engines import BatchDetections, open_engine
 from tood_deploy.errors import InputError, ToodError
-from tood_deploy.matching import Rows, batch_rows, pair_rows
+from tood_deploy.matching import NetDetections, match_boxes, split_batch
 
 pytestmark = pytest.mark.gpu
 
@@ -54,14 +54,14 @@ def make_images(
     )
 
 
-def image_rows(found: BatchDetections) -> list[Rows]:
-    return batch_rows((found.num_dets, found.boxes_net, found.scores, found.labels))
+def image_rows(found: BatchDetections) -> list[NetDetections]:
+    return split_batch((found.num_dets, found.boxes_net, found.scores, found.labels))
 
 
 def assert_close(expected: BatchDetections, found: BatchDetections, score: float = 0.02) -> None:
     """Most detections are the same: GPUs compute float32 convolutions with 10 bits of mantissa."""
     for left, right in zip(image_rows(expected), image_rows(found), strict=True):
-        pairs = pair_rows(left, right)
+        pairs = match_boxes(left, right).pairs
         near = (
             np.abs(left.scores[pairs[:, 0]] - right.scores[pairs[:, 1]])
             <= score * left.scores.max()

@@ -12,9 +12,9 @@ from inference.fakes import red_image, write_image
 
 from tood_deploy.cli.export import main
 from tood_deploy.export import export as carry_out
-from tood_deploy.export.triton.options import TritonOptions
 from tood_deploy.export.tensorrt.options import Profiles
 from tood_deploy.export.triton.config import config_text, triton_config
+from tood_deploy.export.triton.options import TritonOptions
 from tood_deploy.manifest import Manifest
 from tood_deploy.presets import PRESETS
 

@@ -3,9 +3,6 @@
 from typing import Any
 
 import pytest
-
-from tood_deploy.cli.export import parser
-from tood_deploy.errors import ToodError
 from tood_deploy.export.option_rules import (
     OF_BUILDS,
     OF_CHECKPOINTS,
@@ -15,6 +12,9 @@ from tood_deploy.export.option_rules import (
     as_flag,
     check_options,
 )
+
+from tood_deploy.cli.export import parser
+from tood_deploy.errors import ToodError
 
 
 def options(checkpoint: str = "tood.pth", **given: Any) -> dict[str, Any]:

@@ -19,9 +19,9 @@ from tood_deploy.cli import export as export_cli
 from tood_deploy.cli.export import main
 from tood_deploy.engines import openvino_runtime as openvino_model
 from tood_deploy.export import preflight as output_place
-from tood_deploy.export.triton.options import TritonOptions
 from tood_deploy.export.tensorrt.options import Profiles
 from tood_deploy.export.triton.config import config_text, triton_config
+from tood_deploy.export.triton.options import TritonOptions
 from tood_deploy.files import write_text
 from tood_deploy.manifest import Manifest, manifest_path, read_manifest
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from tood_deploy.matching import Rows, match_detections
+from tood_deploy.matching import NetDetections, match_boxes
 from tood_deploy.model import FusedDetector, HeadOutput
 from tood_deploy.model.postprocess import MAX_CANDIDATES, BatchResult, detect, select_candidates
 from tood_deploy.preprocess import resize_and_pad
@@ -116,10 +116,10 @@ def test_one_class_and_max_det() -> None:
     assert not found.labels.any()
 
 
-def to_rows(found: BatchResult, boxes: NDArray[np.float32] | None = None) -> Rows:
+def to_rows(found: BatchResult, boxes: NDArray[np.float32] | None = None) -> NetDetections:
     count = int(found.num_dets[0])
     net = found.boxes_net[0, :count].numpy()
-    return Rows(
+    return NetDetections(
         net if boxes is None else boxes,
         found.scores[0, :count].numpy(),
         found.labels[0, :count].numpy(),
@@ -132,17 +132,21 @@ def read_demo(shared: Any) -> NDArray[np.uint8]:
     return np.asarray(image, np.uint8)
 
 
-def golden_rows(golden: dict[str, NDArray[Any]], kind: str) -> Rows:
-    return Rows(
+def golden_rows(golden: dict[str, NDArray[Any]], kind: str) -> NetDetections:
+    return NetDetections(
         golden[f"{kind}_bboxes"],
         golden[f"{kind}_scores"],
         golden[f"{kind}_labels"].astype(np.int32),
     )
 
 
-def assert_equal_detections(expected: Rows, found: Rows, exchanges: int = 1) -> None:
+def assert_equal_detections(
+    expected: NetDetections, found: NetDetections, exchanges: int = 1
+) -> None:
     """Every one matched, save exchanges at the very edge of a threshold, which equally right runs of the reference show too."""
-    match = match_detections(expected, found, score_tolerance=1e-5, box_tolerance_px=0.05)
+    match = match_boxes(
+        expected, found, min_iou=0, max_score_difference=1e-5, max_box_difference_px=0.05
+    ).counts
     assert match.exchanged <= exchanges, match
     assert len(expected) > 50
 

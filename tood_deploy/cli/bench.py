@@ -9,6 +9,8 @@ from typing import Any
 
 from tood_deploy.cli.common import (
     DONE,
+    CommandParser,
+    add_device,
     add_model_options,
     add_runtime_options,
     is_artefact,
@@ -50,9 +52,7 @@ measured and said.
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of tood-bench."""
-    parser = argparse.ArgumentParser(
-        prog="tood-bench", description="Latency, video throughput, and parity with PyTorch."
-    )
+    parser = CommandParser(prog="tood-bench")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_latency(
         commands.add_parser("latency", help="time models on this machine", epilog=LATENCY_EPILOG)
@@ -249,9 +249,7 @@ def _add_shared(parser: argparse.ArgumentParser, name: str) -> None:
         metavar=("H", "W"),
         help="short and long side to fit images to (default: the first model's)",
     )
-    parser.add_argument(
-        "--device", default="cpu", choices=("cpu", "cuda"), help="where to run (default: cpu)"
-    )
+    add_device(parser)
     parser.add_argument(
         "--threads", type=int, metavar="N", help="CPU threads of one inference (default: all cores)"
     )

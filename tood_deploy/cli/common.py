@@ -11,11 +11,20 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from tood_deploy import __version__
+from tood_deploy.engines.open import DEVICES, RUNTIMES, runtimes_for
 from tood_deploy.errors import CheckFailed, ToodError, naming_extras
+from tood_deploy.graph_io import ARTEFACT_SUFFIXES
 from tood_deploy.reporter import Reporter
 
+COMMANDS = {
+    "tood-export": "Turn a TOOD checkpoint into an artefact with pre- and post-processing inside, "
+    "and prove it equal to PyTorch.",
+    "tood-infer": "Find objects in images, videos, cameras and streams.",
+    "tood-eval": "Measure COCO AP of a model or of its results, and report where it is wrong.",
+    "tood-bench": "Measure latency, video throughput, and parity with PyTorch.",
+    "tood-train": "Train a TOOD detector on COCO-format data.",
+}
 DONE, FAILED_CHECK, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
-DEVICES = ("cpu", "cuda")
 
 
 def run_command(
@@ -56,27 +65,28 @@ def _one_line(error: Exception) -> str:
 class CommandParser(argparse.ArgumentParser):
     """The parser of a command and of its subcommands.
 
-    Adds `--version`, answers the shell's completion, and tells wrong use in one line.
+    Says what the command is for, adds `--version`, answers the shell when it completes a line, and
+    prints wrong use as one line.
     """
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        """Take what argparse takes."""
-        super().__init__(*args, **options)
+    def __init__(self, prog: str, **options: Any) -> None:
+        """Take what argparse takes; `prog` is a command of `COMMANDS`, or has a subcommand after it."""
+        super().__init__(prog, **{"description": COMMANDS.get(prog)} | options)
         command = self.prog.split()[0]
         self.add_argument(
             "--version",
             action="version",
             version=f"{command} {__version__}",
-            help="show the version and leave",
+            help="print the version and leave",
         )
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse as argparse does; where the shell asks for completions, give these and leave."""
         if "_ARGCOMPLETE" in os.environ:
             import argcomplete
 
             argcomplete.autocomplete(self)
-        return super().parse_known_args(args, namespace)
+        return super().parse_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Print wrong use as one line, and leave with its exit code."""
@@ -86,10 +96,10 @@ class CommandParser(argparse.ArgumentParser):
 class _OldName(argparse.Action):
     """An option's former name: does what the option does, and says what it is called now."""
 
-    def __init__(self, option_strings: Sequence[str], *, now: argparse.Action) -> None:
+    def __init__(self, option_strings: Sequence[str], dest: str, *, now: argparse.Action) -> None:
         super().__init__(
             option_strings,
-            now.dest,
+            dest,
             nargs=now.nargs,
             const=now.const,
             default=argparse.SUPPRESS,  # the option itself has the default
@@ -124,7 +134,7 @@ def accept_old_name(
         old_name: such as "--rest".
         option: what `add_argument` returned for its new name.
     """
-    parser.add_argument(old_name, action=_OldName, now=option)
+    parser.add_argument(old_name, action=_OldName, dest=option.dest, now=option)
 
 
 def add_device(
@@ -188,7 +198,7 @@ def add_runtime_options(parser: argparse._ActionsContainer) -> None:
     """Add the options of every command that runs an exported artefact; None where not given."""
     parser.add_argument(
         "--runtime",
-        choices=("onnxruntime", "openvino", "tensorrt"),
+        choices=tuple(RUNTIMES),
         help="what runs an artefact (default: by its name's ending)",
     )
     parser.add_argument(
@@ -226,20 +236,18 @@ def runtime_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def is_artefact(model: str) -> bool:
     """Return whether a model argument names an exported artefact, no checkpoint or preset."""
-    from tood_deploy.graph_io import ARTEFACT_SUFFIXES
-
     return Path(model).suffix.lower() in ARTEFACT_SUFFIXES
 
 
 def takes_hint(model: str, args: argparse.Namespace) -> bool:
-    """Return whether the runtime can work on several batches at a time.
+    """Return whether what runs a model can work on several batches at a time.
 
-    OpenVINO can, and ONNX Runtime on the CPU.
+    Args:
+        model: as given to the command.
+        args: with `runtime` and `device`, None where not given.
     """
-    runtime = args.runtime or {".xml": "openvino", ".onnx": "onnxruntime"}.get(
-        Path(model).suffix.lower()
-    )
-    return runtime == "openvino" or (runtime == "onnxruntime" and args.device in (None, "cpu"))
+    runtimes = [args.runtime] if args.runtime else runtimes_for(Path(model))
+    return bool(runtimes) and (args.device or "cpu") in RUNTIMES[runtimes[0]].side_by_side_on
 
 
 def load_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from tood_deploy.cli.common import (
     DONE,
+    CommandParser,
+    add_device,
     add_fast_decode,
     add_model_options,
     add_runtime_options,
@@ -51,11 +53,7 @@ Detections are kept in the output folder as they come: run the same command agai
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of tood-eval."""
-    parser = argparse.ArgumentParser(
-        prog="tood-eval",
-        description="COCO AP of a model or of its results, and a report on where it is wrong.",
-        epilog=EPILOG,
-    )
+    parser = CommandParser(prog="tood-eval", epilog=EPILOG)
     parser.add_argument(
         "model",
         metavar="MODEL",
@@ -111,7 +109,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--batch", type=int, metavar="N", help="the most images of one engine call (default: 1)"
     )
-    group.add_argument("--device", choices=("cpu", "cuda"), help="where to run (default: cpu)")
+    add_device(group, default=None)
     group.add_argument(
         "--threads", type=int, metavar="N", help="CPU threads of one inference (default: all cores)"
     )

@@ -86,11 +86,7 @@ anchor-free or anchor-based:
 def parser() -> CommandParser:
     """Return the command's parser; a value is None where its option is not given."""
     result = CommandParser(
-        "tood-export",
-        description="Turns a TOOD checkpoint into an artefact with pre- and post-processing "
-        "inside, and proves it equal to PyTorch.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "tood-export", epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     result.add_argument(
         "checkpoint",

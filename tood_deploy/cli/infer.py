@@ -10,6 +10,8 @@ from typing import Any
 from tood_deploy.cli.common import (
     DONE,
     FAILED_CHECK,
+    CommandParser,
+    add_device,
     add_fast_decode,
     add_model_options,
     add_runtime_options,
@@ -31,11 +33,7 @@ OPENCV_PIXEL_LIMIT = 2**30
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of tood-infer."""
-    parser = argparse.ArgumentParser(
-        prog="tood-infer",
-        description="Find objects in images, videos, cameras and streams.",
-        epilog=EPILOG,
-    )
+    parser = CommandParser(prog="tood-infer", epilog=EPILOG)
     parser.add_argument(
         "model",
         metavar="MODEL",
@@ -47,9 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         help="a image, folder, glob, text file with one path a line, video, camera (0 or /dev/video0), rtsp:// or http(s):// address",
     )
-    parser.add_argument(
-        "--device", default="cpu", choices=("cpu", "cuda"), help="where to run (default: cpu)"
-    )
+    add_device(parser)
     parser.add_argument(
         "--imgsz",
         nargs=2,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tood_deploy.cli.common import DONE, class_names_from, run_command
+from tood_deploy.cli.common import DONE, CommandParser, add_device, class_names_from, run_command
 from tood_deploy.errors import ToodError
 from tood_deploy.presets import PRESETS
 
@@ -55,11 +55,8 @@ CHOICES = {
 
 def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    result = argparse.ArgumentParser(
-        "tood-train",
-        description="Trains a TOOD detector on COCO-format data.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    result = CommandParser(
+        prog="tood-train", epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     result.add_argument(
         "preset", choices=tuple(PRESETS), metavar="PRESET", help=f"one of {', '.join(PRESETS)}"
@@ -202,7 +199,7 @@ def _add_recipe_options(group: Any) -> None:
 
 
 def _add_run_options(group: Any) -> None:
-    group.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    add_device(group)
     group.add_argument(
         "--workers",
         type=int,

@@ -35,7 +35,7 @@ from tood_deploy.errors import ArtefactError, DeviceError, ToodError
 from tood_deploy.files import home_folder
 from tood_deploy.graph_io import INPUTS, OUTPUTS
 from tood_deploy.manifest import Manifest, artefact_files, read_manifest
-from tood_deploy.matching import batch_rows
+from tood_deploy.matching import split_batch
 from tood_deploy.parity.tolerances import AnswerTolerance
 
 MOST_STATIC = 4  # shapes with a form of their own at a time
@@ -194,7 +194,7 @@ class Forms:
             np.array([shape[1:3]] * shape[0], np.int32),
             *(np.array(threshold, np.float32) for threshold in PROOF),
         )
-        answers = (batch_rows(each.collect(each.submit(values))) for each in (self._dynamic, form))
+        answers = (split_batch(each.collect(each.submit(values))) for each in (self._dynamic, form))
         for expected, found in zip(*answers, strict=True):
             if wrong := deviation(expected, found, self._tolerance):
                 raise ArtefactError(

@@ -25,7 +25,7 @@ from tood_deploy.engines.base import BatchDetections, Engine
 from tood_deploy.errors import ArtefactError, OutputError
 from tood_deploy.files import home_folder, write_text
 from tood_deploy.manifest import artefact_sha256, saturating_weights
-from tood_deploy.matching import Rows, batch_rows, pair_rows, row_iou
+from tood_deploy.matching import NetDetections, box_iou, match_boxes, split_batch
 from tood_deploy.parity.tolerances import AnswerTolerance, answer_tolerance
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class GoldenCase:
 
     net_hw: tuple[int, int]
     score_threshold: float
-    expected: Rows
+    expected: NetDetections
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; a float32 survives as it is."""
@@ -59,7 +59,7 @@ class GoldenCase:
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """The case that `to_dict` wrote."""
         boxes = np.array(values["boxes"], np.float32).reshape(-1, 4)
-        expected = Rows(
+        expected = NetDetections(
             boxes, np.array(values["scores"], np.float32), np.array(values["labels"], np.int32)
         )
         height, width = values["net_hw"]
@@ -200,17 +200,17 @@ def _check_case(engine: Engine, artefact: Path, golden: Golden, case: GoldenCase
                 )
 
 
-def _rows(found: BatchDetections) -> list[Rows]:
-    return batch_rows((found.num_dets, found.boxes_net, found.scores, found.labels))
+def _rows(found: BatchDetections) -> list[NetDetections]:
+    return split_batch((found.num_dets, found.boxes_net, found.scores, found.labels))
 
 
-def deviation(expected: Rows, found: Rows, tolerance: AnswerTolerance) -> str:
+def deviation(expected: NetDetections, found: NetDetections, tolerance: AnswerTolerance) -> str:
     """What is wrong, as a clause; "" where the answer is within the tolerance."""
-    pairs = pair_rows(expected, found)
+    pairs = match_boxes(expected, found).pairs
     score_off = np.abs(
         expected.scores[pairs[:, 0]] - found.scores[pairs[:, 1]]
     ) / expected.scores.max(initial=1e-9)
-    iou = row_iou(expected.boxes[pairs[:, 0]], found.boxes[pairs[:, 1]])
+    iou = box_iou(expected.boxes[pairs[:, 0]], found.boxes[pairs[:, 1]])
     matched = int(((score_off <= tolerance.score) & (iou >= tolerance.iou)).sum())
     either = len(expected) + len(found) - matched
     if matched >= tolerance.matched * either:
@@ -267,7 +267,7 @@ def self_test_from(run: Runner, canvases_hw: Sequence[tuple[int, int]] = ()) -> 
 
 def _answer(run: Runner, golden: Golden, net_hw: tuple[int, int]) -> GoldenCase:
     """What the reference finds, cut at the widest gap between its scores: suppression is greedy, so a higher threshold only cuts."""
-    (rows,) = batch_rows(run(*golden.inputs(net_hw), 0.0, golden.iou_threshold))
+    (rows,) = split_batch(run(*golden.inputs(net_hw), 0.0, golden.iou_threshold))
     if len(rows) <= FEWEST:
         return GoldenCase(net_hw, 0.0, rows)
     scores = rows.scores[FEWEST - 1 : MOST + 1].astype(np.float64)
@@ -276,5 +276,5 @@ def _answer(run: Runner, golden: Golden, net_hw: tuple[int, int]) -> GoldenCase:
     return GoldenCase(
         net_hw,
         float(scores[gap : gap + 2].mean()),
-        Rows(rows.boxes[:count], rows.scores[:count], rows.labels[:count]),
+        NetDetections(rows.boxes[:count], rows.scores[:count], rows.labels[:count]),
     )

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tood_deploy.graph_io import MAP_NAMES
-from tood_deploy.matching import Rows, pair_rows
+from tood_deploy.matching import NetDetections, match_boxes
 from tood_deploy.parity.reference import Conditioning
 from tood_deploy.parity.stages import STAGES, Stage, Values
 from tood_deploy.parity.tolerances import FLOAT32_LIMITS, Gates
@@ -323,14 +323,14 @@ def _sum(deviations: list[Deviation]) -> Deviation:
     return total
 
 
-def rows_of(stage: Stage, values: Values) -> Rows:
+def rows_of(stage: Stage, values: Values) -> NetDetections:
     """The candidates or detections of the one image in a batch, without the rows that hold none."""
     if stage.name == "candidates":
         boxes, scores, labels = (values[name][0] for name in stage.gives)
         real = ~(scores <= 0)  # a NaN stays, to be told
-        return Rows(boxes[real], scores[real], labels[real])
+        return NetDetections(boxes[real], scores[real], labels[real])
     count, boxes, scores, labels = (values[name][0] for name in stage.gives)
-    return Rows(boxes[:count], scores[:count], labels[:count])
+    return NetDetections(boxes[:count], scores[:count], labels[:count])
 
 
 @dataclass
@@ -352,12 +352,12 @@ class RowDeviation:
     added: int = 0
     not_numbers: int = 0
 
-    def add(self, reference: Rows, found: Rows) -> NDArray[np.intp]:
-        """Adds one image; gives the pairs, as `pair_rows` does."""
+    def add(self, reference: NetDetections, found: NetDetections) -> NDArray[np.intp]:
+        """Adds one image; gives the pairs, see `match_boxes`."""
         self.not_numbers += int(
             (~np.isfinite(found.scores) | ~np.isfinite(found.boxes).all(axis=1)).sum()
         )
-        pairs = pair_rows(reference, found)
+        pairs = match_boxes(reference, found).pairs
         self.score.add(reference.scores[pairs[:, 0]], found.scores[pairs[:, 1]])
         self.box_px.add(reference.boxes[pairs[:, 0]], found.boxes[pairs[:, 1]])
         self.reference += len(reference)

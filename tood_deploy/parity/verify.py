@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from tood_deploy.data.image_set import synthetic_image
 from tood_deploy.errors import CheckFailed, ToodError
 from tood_deploy.graph_io import MAP_NAMES, OUTPUTS, STAGE_OF_MAP
-from tood_deploy.matching import Match, Rows, batch_rows, match_detections, match_overlapping
+from tood_deploy.matching import MatchCounts, NetDetections, match_boxes, split_batch
 from tood_deploy.parity.reference import (
     Conditioning,
     MapNoise,
@@ -78,10 +78,10 @@ class Float32Verdict:
     )
     ill_conditioned: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
-    detections: Match = field(default_factory=Match)
+    detections: MatchCounts = field(default_factory=MatchCounts)
     most_exchanges: int = 0
     float32_exchanges: int = 0
-    batch_slots: Match = field(default_factory=Match)
+    batch_slots: MatchCounts = field(default_factory=MatchCounts)
     images: int = 0
     images_sha256: str = ""
 
@@ -94,9 +94,15 @@ class Allowance:
     boxes_px: float
     exchanges: int
 
-    def match(self, first: Rows, second: Rows) -> Match:
+    def match(self, first: NetDetections, second: NetDetections) -> MatchCounts:
         """The detections of both that agree."""
-        return match_detections(first, second, self.scores, self.boxes_px)
+        return match_boxes(
+            first,
+            second,
+            min_iou=0,
+            max_score_difference=self.scores,
+            max_box_difference_px=self.boxes_px,
+        ).counts
 
 
 class Float32Verifier:
@@ -132,9 +138,9 @@ class Float32Verifier:
     ) -> None:
         """Compares an image alone with the same in every slot of a batch."""
         images, valid_hw = prepare([image] * BATCH, imgsz)
-        (alone,) = batch_rows(self._run((images[:1], valid_hw[:1])))
+        (alone,) = split_batch(self._run((images[:1], valid_hw[:1])))
         matches = [
-            allowance.match(alone, slot) for slot in batch_rows(self._run((images, valid_hw)))
+            allowance.match(alone, slot) for slot in split_batch(self._run((images, valid_hw)))
         ]
         self.verdict.batch_slots = sum(matches, self.verdict.batch_slots)
         if any(match.exchanged > allowance.exchanges - self.limits.exchanges for match in matches):
@@ -198,9 +204,11 @@ class Float32Verifier:
         boxes_px = max(
             self.limits.boxes_px, *(bounds[name] * stride for name, stride in strides.items())
         )
-        expected, *others = ([*batch_rows(each)] for each in noise.detections)
+        expected, *others = ([*split_batch(each)] for each in noise.detections)
         own = [
-            match_detections(*rows, scores, boxes_px).exchanged
+            match_boxes(
+                *rows, min_iou=0, max_score_difference=scores, max_box_difference_px=boxes_px
+            ).counts.exchanged
             for other in others
             for rows in zip(expected, other, strict=True)
         ]
@@ -210,7 +218,7 @@ class Float32Verifier:
         )
 
     def _compare_detections(self, expected: Outputs, found: Outputs, allowance: Allowance) -> None:
-        for first, second in zip(batch_rows(expected), batch_rows(found), strict=True):
+        for first, second in zip(split_batch(expected), split_batch(found), strict=True):
             match = allowance.match(first, second)
             self.verdict.detections += match
             self.verdict.images += 1
@@ -312,7 +320,7 @@ class DetectionVerdict:
     score_deviation: float = 0.0
     box_deviation_px: float = 0.0
     least_iou: float = 1.0
-    batch_slots: Match = field(default_factory=Match)
+    batch_slots: MatchCounts = field(default_factory=MatchCounts)
     ap: dict[str, float] | None = None
     images: int = 0
     images_sha256: str = ""
@@ -327,9 +335,12 @@ class DetectionVerdict:
         """0 to 1."""
         return self.added / self.artefact_detections if self.artefact_detections else 0.0
 
-    def add(self, expected: Rows, found: Rows, limits: DetectionLimits) -> None:
+    def add(self, expected: NetDetections, found: NetDetections, limits: DetectionLimits) -> None:
         """Counts one image: detections above the threshold on one side that the other lacks even a little below it."""
-        pairs, overlaps = match_overlapping(expected, found, limits.score, limits.iou)
+        matches = match_boxes(
+            expected, found, min_iou=limits.iou, max_score_difference=limits.score
+        )
+        pairs, overlaps = matches.pairs, matches.iou
         first, second = (set(pairs[:, side].tolist()) for side in (0, 1))
         wanted, given = (
             set(np.flatnonzero(rows.scores > self.score_threshold).tolist())
@@ -375,7 +386,7 @@ class DetectionVerdict:
         """Plain values."""
         shares = {"lost_share": self.lost_share, "added_share": self.added_share}
         # Under the name that older readers know: matched, and what only one of the two has.
-        detections = Match(
+        detections = MatchCounts(
             self.reference_detections,
             self.reference_detections - self.lost,
             self.added,
@@ -424,7 +435,7 @@ def verify_detections(
         verdict.add(_above(rows, lowest), _rows(run, batch, lowest), limits)
     images, valid_hw = batches[0]
     alone = _rows(run, batches[0], verdict.score_threshold)
-    slots = batch_rows(
+    slots = split_batch(
         run(
             images.repeat(BATCH, 0),
             valid_hw.repeat(BATCH, 0),
@@ -433,8 +444,8 @@ def verify_detections(
         )
     )
     for slot in slots:
-        pairs, _ = match_overlapping(alone, slot, limits.score, limits.iou)
-        verdict.batch_slots += Match(len(alone), len(pairs), len(slot) - len(pairs))
+        matches = match_boxes(alone, slot, min_iou=limits.iou, max_score_difference=limits.score)
+        verdict.batch_slots += matches.counts
     verdict.images_sha256 = hashlib.sha256(
         b"".join(batch[0].tobytes() for batch in batches)
     ).hexdigest()
@@ -450,17 +461,17 @@ def verify_detections(
     return names | {"limits": asdict(limits)} | verdict.to_dict()
 
 
-def _rows(run: Runner, batch: Batch, score_threshold: float) -> Rows:
+def _rows(run: Runner, batch: Batch, score_threshold: float) -> NetDetections:
     """The detections of a batch of one."""
-    return batch_rows(run(*batch, score_threshold, IOU_THRESHOLD))[0]
+    return split_batch(run(*batch, score_threshold, IOU_THRESHOLD))[0]
 
 
-def _above(rows: Rows, score: float) -> Rows:
+def _above(rows: NetDetections, score: float) -> NetDetections:
     chosen = rows.scores > score
-    return Rows(rows.boxes[chosen], rows.scores[chosen], rows.labels[chosen])
+    return NetDetections(rows.boxes[chosen], rows.scores[chosen], rows.labels[chosen])
 
 
-def _score_threshold(expected: Sequence[Rows]) -> float:
+def _score_threshold(expected: Sequence[NetDetections]) -> float:
     """The deployment score, or less where so few detections exceed it that their shares would say nothing.
 
     Raises:

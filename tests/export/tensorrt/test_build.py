@@ -11,7 +11,6 @@ from onnx import helper
 
 from tood_deploy.engines.tensorrt.library import Flavour, Messages, load_flavour
 from tood_deploy.errors import ArtefactError, DeviceError, ToodError
-from tood_deploy.export.tensorrt.options import EngineOptions, Profiles
 from tood_deploy.export.tensorrt.build import (
     ParsedNetwork,
     _failure,
@@ -20,6 +19,7 @@ from tood_deploy.export.tensorrt.build import (
     known_capabilities,
     parse_network,
 )
+from tood_deploy.export.tensorrt.options import EngineOptions, Profiles
 from tood_deploy.onnx_file import read_onnx
 
 pytest.importorskip("tensorrt_rtx")

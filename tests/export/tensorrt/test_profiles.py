@@ -3,7 +3,12 @@
 import pytest
 
 from tood_deploy.errors import ToodError
-from tood_deploy.export.tensorrt.options import Profiles, batch_from_text, default_shapes, shapes_from_text
+from tood_deploy.export.tensorrt.options import (
+    Profiles,
+    batch_from_text,
+    default_shapes,
+    shapes_from_text,
+)
 
 
 def test_landscape_and_portrait_by_default() -> None:

@@ -17,11 +17,11 @@ import pytest
 from export.small_graph import MACS_A_PIXEL, save_small
 
 from tood_deploy.errors import ArtefactError, DeviceError, OutputError, ToodError
-from tood_deploy.export.tensorrt.options import EngineOptions, Nms, Profiles
 from tood_deploy.export.precision.convert import low_precision_onnx
 from tood_deploy.export.precision.half import lower_precision
 from tood_deploy.export.precision.quantize import calibrated_values, quantize
 from tood_deploy.export.tensorrt.layers import shares
+from tood_deploy.export.tensorrt.options import EngineOptions, Nms, Profiles
 from tood_deploy.export.tensorrt.to_tensorrt import BuiltEngine, engine_from_onnx
 from tood_deploy.export.to_onnx import onnx_from_model
 from tood_deploy.export.triton.repository import serving_form

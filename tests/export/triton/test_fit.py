@@ -7,8 +7,8 @@ import pytest
 from export.small_graph import save_small
 
 from tood_deploy.errors import ToodError
-from tood_deploy.export.triton.options import TritonOptions
 from tood_deploy.export.triton.fit import check_precision, int8_scheme, plan_serving
+from tood_deploy.export.triton.options import TritonOptions
 from tood_deploy.export.triton.repository import triton_repository
 from tood_deploy.manifest import Manifest
 from tood_deploy.presets import PRESETS

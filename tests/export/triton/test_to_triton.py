@@ -13,12 +13,12 @@ import pytest
 from export.small_graph import save_small
 
 from tood_deploy.errors import ArtefactError, CheckFailed, DeviceError, OutputError, ToodError
-from tood_deploy.export.triton.options import TritonOptions
 from tood_deploy.export.tensorrt.options import Profiles
 from tood_deploy.export.tensorrt.to_tensorrt import engine_from_onnx
 from tood_deploy.export.triton import repository as to_triton
 from tood_deploy.export.triton import repository as triton_folder
 from tood_deploy.export.triton.config import read_config
+from tood_deploy.export.triton.options import TritonOptions
 from tood_deploy.export.triton.repository import ServedModel, triton_repository
 from tood_deploy.files import file_sha256, write_text
 from tood_deploy.graph_io import INPUTS, OUTPUTS

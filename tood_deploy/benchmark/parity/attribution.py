@@ -14,7 +14,7 @@ from tood_deploy.benchmark.evaluation.coco_metrics import CocoRows, Scoring
 from tood_deploy.benchmark.parity.stage_runners import REDUCED, TorchStages, network_inputs
 from tood_deploy.data.image_set import ImageEntry
 from tood_deploy.detections import Detections
-from tood_deploy.matching import Rows
+from tood_deploy.matching import NetDetections
 from tood_deploy.parity.deviation import RowDeviation, rows_of
 from tood_deploy.parity.stages import GROUPS, STAGES, StageRunner, Values
 from tood_deploy.preprocess import choose_canvas, fit_imgsz, resize_and_pad
@@ -114,8 +114,8 @@ class Canvas:
         )
         least, padded = (other, usual) if self.fixed else (usual, other)
         self.change.add(
-            Rows(least.boxes, least.scores, least.class_ids),
-            Rows(padded.boxes, padded.scores, padded.class_ids),
+            NetDetections(least.boxes, least.scores, least.class_ids),
+            NetDetections(padded.boxes, padded.scores, padded.class_ids),
         )
         if self.scoring is not None:
             self.rows += self.scoring.rows(other, source_image.image_id)

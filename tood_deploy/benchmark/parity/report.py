@@ -33,7 +33,7 @@ from tood_deploy.benchmark.parity.attribution import Canvas, Difference
 from tood_deploy.benchmark.parity.compare import Result
 from tood_deploy.detections import Detections
 from tood_deploy.draw import draw_boxes, line_width
-from tood_deploy.matching import PAIR_IOU
+from tood_deploy.matching import MIN_IOU
 from tood_deploy.parity.deviation import Deviation, StageDeviations
 
 SMALLEST_SHOWN, LARGEST_SHOWN = 1e-9, 1e3
@@ -183,7 +183,7 @@ def matching_table(result: Result) -> Table:
         if found.reference + found.added
     ]
     note = (
-        f"Matched: same class, IoU above {PAIR_IOU}, each box once. Batch slots: the first image in every slot of a batch, "
+        f"Matched: same class, IoU above {MIN_IOU}, each box once. Batch slots: the first image in every slot of a batch, "
         "against itself alone. Padded: on a canvas, as an engine of fixed shape does it, against padded as little as needed."
     )
     return Table(

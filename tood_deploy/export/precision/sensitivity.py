@@ -29,8 +29,8 @@ from tood_deploy.export.precision.half import (
 )
 from tood_deploy.export.precision.quantize import Ranges, Scheme, all_layers, quantize
 from tood_deploy.graph_io import HEAD_OUTPUTS, INPUTS, OUTPUTS, graph_feeds
-from tood_deploy.matching import Rows, batch_rows, match_overlapping, row_iou
-from tood_deploy.onnx_file import open_session
+from tood_deploy.matching import NetDetections, box_iou, match_boxes, split_batch
+from tood_deploy.onnx_file import needs_float_arithmetic, open_session
 from tood_deploy.reporter import Reporter
 
 REPORTED = 5  # of the most sensitive groups, in a line
@@ -162,7 +162,7 @@ def map_damage(reference: Maps, measured: Maps) -> float:
         scores, moved = (_by_cell(maps[i]) for maps in (reference, measured))
         boxes, moved_boxes = (_by_cell(maps[half + i]) for maps in (reference, measured))
         weight = np.square(scores.max(axis=1))
-        damage = np.abs(scores - moved).max(axis=1) + 1 - row_iou(boxes, moved_boxes)
+        damage = np.abs(scores - moved).max(axis=1) + 1 - box_iou(boxes, moved_boxes)
         total += float((weight * damage).sum())
         weights += float(weight.sum())
     return total / weights if weights else 0.0
@@ -181,7 +181,9 @@ def _head_maps(model: onnx.ModelProto, images: Sequence[Prepared]) -> list[Maps]
         whole.graph, whole.graph.inputs[:2], [made[name] for name in HEAD_OUTPUTS]
     )
     proto = ir.to_proto(ir.Model(part, ir_version=whole.ir_version))
-    session = open_session(proto.SerializeToString())
+    session = open_session(
+        proto.SerializeToString(), float_arithmetic=needs_float_arithmetic(proto)
+    )
     inputs = [
         dict(zip(INPUTS, (image[None], np.array([valid_hw], np.int32)), strict=False))
         for image, valid_hw in images
@@ -296,18 +298,20 @@ class DetectionMismatch:
         found = self._detect(model)
         total = sum(map(len, self.expected)) + sum(map(len, found))
         matched = sum(
-            len(match_overlapping(*rows, SCORE_TOLERANCE)[0])
+            match_boxes(*rows, max_score_difference=SCORE_TOLERANCE).counts.matched
             for rows in zip(self.expected, found, strict=True)
         )
         return 100 * (1 - 2 * matched / total)
 
-    def _detect(self, model: onnx.ModelProto) -> list[Rows]:
-        session = open_session(model.SerializeToString())
+    def _detect(self, model: onnx.ModelProto) -> list[NetDetections]:
+        session = open_session(
+            model.SerializeToString(), float_arithmetic=needs_float_arithmetic(model)
+        )
         rows = []
         for image, valid_hw in self.images:
             inputs = graph_feeds(
                 image[None], np.array([valid_hw], np.int32), self.score_threshold, IOU_THRESHOLD
             )
             found: Any = session.run(list(OUTPUTS), inputs)
-            rows += batch_rows(found)
+            rows += split_batch(found)
         return rows

@@ -138,7 +138,7 @@ def _outputs(max_det: int) -> list[dict[str, Any]]:
 def _instances(options: TritonOptions, profiles: int) -> dict[str, Any]:
     group: dict[str, Any] = {
         "count": options.instances,
-        "kind": f"KIND_{options.device.upper()}",
+        "kind": "KIND_CPU" if options.device == "cpu" else "KIND_GPU",
         "gpus": options.gpus,
     }
     return group | (

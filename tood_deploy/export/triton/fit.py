@@ -79,7 +79,7 @@ def choose_backend(model: Path, options: TritonOptions) -> Backend:
         )
     if backend == "tensorrt" and options.device == "cpu":
         raise ToodError(
-            f"{model}: device is cpu, and TensorRT runs on GPUs; give device gpu, or an .onnx artefact and backend onnxruntime"
+            f"{model}: device is cpu, and TensorRT runs on GPUs; give device cuda, or an .onnx artefact and backend onnxruntime"
         )
     return backend
 
@@ -109,7 +109,7 @@ def check_precision(name: str, source: Manifest, backend: Backend, options: Trit
         )
     if half == "fp16" and options.device == "cpu":
         raise ToodError(
-            f"{name} in fp16 and device cpu: {ON_CPUS['fp16']}; serve fp32 or int8, or give --device gpu"
+            f"{name} in fp16 and device cpu: {ON_CPUS['fp16']}; serve fp32 or int8, or give --device cuda"
         )
 
 
