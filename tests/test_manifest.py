@@ -8,7 +8,7 @@ import pytest
 from tood_deploy import files
 from tood_deploy.errors import ArtefactError, OutputError
 from tood_deploy.files import atomic_paths, file_sha256
-from tood_deploy.manifest import artefact_sha256
+from tood_deploy.manifest import artefact_sha256, neighbour
 
 
 class TestHashes:
@@ -72,3 +72,10 @@ class TestFilesThatBelongTogether:
         ):
             raise OSError(28, "No space left on device")
         assert not list(tmp_path.iterdir())
+
+
+def test_neighbours(tmp_path: Path) -> None:
+    (tmp_path / "a.engine").touch()
+    (tmp_path / "b.onnx").touch()
+    assert neighbour(tmp_path / "a.onnx") == tmp_path / "a.engine"
+    assert neighbour(tmp_path / "b.onnx") is None, "an artefact may replace itself"

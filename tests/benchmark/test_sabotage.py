@@ -24,7 +24,7 @@ from tood_deploy.inference.detector import Detector
 from tood_deploy.manifest import Manifest
 from tood_deploy.model.checkpoint import load_checkpoint, save_checkpoint
 from tood_deploy.model.tood import build_model
-from tood_deploy.onnx_file import save_onnx
+from tood_deploy.onnx_file import artefact_in_memory, write_onnx
 from tood_deploy.parity.tolerances import Gates
 
 pytestmark = pytest.mark.slow
@@ -93,8 +93,10 @@ def judge(
         broken = onnx.ModelProto()
         broken.CopyFrom(exported)
         sabotage(broken)
-        save_onnx(broken, Manifest(reference.manifest.preset), tmp_path / "broken.onnx")
-        subject = open_subject(str(tmp_path / "broken.onnx"), device="cpu", threads=2, stages=None)
+        path = tmp_path / "broken.onnx"
+        manifest = Manifest(reference.manifest.preset)
+        write_onnx(artefact_in_memory(path, broken, manifest), path)
+        subject = open_subject(str(path), device="cpu", threads=2, stages=None)
         return compare(reference, [(subject, Gates())], scoring[0], Settings(IMGSZ), scoring[1])[0]
 
     return run

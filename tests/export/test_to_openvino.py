@@ -40,7 +40,7 @@ def made(
     tiny_artefact: Path, reference: Reference, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Manifest]:
     path = tmp_path_factory.mktemp("ir") / "tiny.xml"
-    return path, openvino_from_onnx(tiny_artefact, path, reference=reference, options={"note": 1})
+    return path, openvino_from_onnx(tiny_artefact, path, reference=reference)
 
 
 @pytest.fixture
@@ -97,9 +97,7 @@ class TestMade:
             source.checkpoint_sha256,
             "fp32",
         )
-        assert (
-            manifest.options | {"format": "openvino", "rest": "fp32", "note": 1} == manifest.options
-        )
+        assert manifest.options | {"format": "openvino", "rest": "fp32"} == manifest.options
         assert manifest.versions["openvino"] == openvino.__version__
         assert doubts(path, manifest) == ""
 
@@ -138,7 +136,7 @@ class TestMade:
         self, tiny_artefact: Path, reference: Reference, tmp_path: Path
     ) -> None:
         manifest = openvino_from_onnx(
-            tiny_artefact, tmp_path / "a.xml", reference=reference, rest="bf16", images=IMAGES
+            tiny_artefact, tmp_path / "a.xml", reference=reference, fallback="bf16", images=IMAGES
         )
         assert (manifest.precision, manifest.options["rest"]) == ("bf16", "bf16")
         assert 1e-5 < manifest.parity["score_deviation"] <= DETECTION_LIMITS["bf16"].score

@@ -8,7 +8,7 @@ the last step, which alone writes. What only some targets need is imported where
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -31,7 +31,7 @@ from tood_deploy.export.options import flag_of
 from tood_deploy.export.preflight import MAX_VERIFY_IMAGES, check_deform, needs_gather
 from tood_deploy.export.result import ExportResult, describe_preset
 from tood_deploy.export.to_onnx import OPSET, onnx_from_model
-from tood_deploy.graph_io import ONNX_SUFFIX, Target
+from tood_deploy.graph_io import INNER_VALUES, ONNX_SUFFIX, Target
 from tood_deploy.manifest import Manifest
 from tood_deploy.model.checkpoint import load_checkpoint
 from tood_deploy.model.tood import Tood
@@ -184,22 +184,29 @@ def _check_loaded(
         manifest, profiles = Manifest(preset, max_det=max_det), config.sizes.profiles(preset.imgsz)
         plan_serving(Path(config.source), manifest, config.place, config.served_as, profiles)
     if config.precision.changes_graph:
-        _check_patterns(config.precision.keep_fp32, model)
+        _check_patterns(config.precision, model)
 
 
-def _check_patterns(patterns: Collection[str], model: Tood) -> None:
-    """Refuse patterns that fit no layer; those that fit none of the 8-bit ones only the graph can tell.
+def _check_patterns(wanted: PrecisionOptions, model: Tood) -> None:
+    """Refuse patterns of what stays float32 that fit no layer.
 
-    Half precision also takes names of operators, nodes and values, which the graph alone has.
+    Those that fit none of the 8-bit layers only the graph can tell. Half precision also takes the
+    names of operators and of the stages' values; other names are those of a graph that exists.
     """
-    names = [key.removesuffix(".weight") for key in model.state_dict() if key.endswith(".weight")]
+    layers = [key.removesuffix(".weight") for key in model.state_dict() if key.endswith(".weight")]
+    names = [*layers]
+    if wanted.precision != "int8":
+        names += [schema.name for schema in onnx.defs.get_all_schemas()] + [*INNER_VALUES]
     strange = [
-        pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)
+        pattern
+        for pattern in wanted.keep_fp32
+        if not any(fnmatchcase(name, pattern) for name in names)
     ]
     if strange:
         raise ToodError(
-            f"{flag_of(PrecisionOptions, 'keep_fp32')} {','.join(strange)} fits no layer; "
-            f"expected patterns of names such as {', '.join(names[:3])}"
+            f"{flag_of(PrecisionOptions, 'keep_fp32')} {','.join(strange)} fits no layer; expected "
+            f"patterns of names such as {', '.join(layers[:3])} (names of the graph's nodes and "
+            "values: with an .onnx in place of the checkpoint)"
         )
 
 

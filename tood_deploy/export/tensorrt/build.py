@@ -49,8 +49,9 @@ def run_cancellable(build: Callable[[], Result], monitor: Monitor) -> Result:
             raise  # on leaving the block, once the builder has stopped
 
 
-def new_monitor(flavour: Flavour, reporter: Reporter) -> Monitor:
-    """Return a monitor of a build that shows its phases, each with its steps.
+@contextmanager
+def build_monitor(flavour: Flavour, reporter: Reporter) -> Iterator[Monitor]:
+    """Show, while the block runs, the phases of a build that is given the monitor.
 
     Args:
         flavour: the library, whose own `IProgressMonitor` is the base class; it calls the monitor
@@ -62,7 +63,7 @@ def new_monitor(flavour: Flavour, reporter: Reporter) -> Monitor:
     class BuildMonitor(base):
         def __init__(self) -> None:
             base.__init__(self)
-            self._tasks: dict[str, ProgressTask] = {}
+            self.tasks: dict[str, ProgressTask] = {}
             self._cancelled = threading.Event()
 
         def cancel(self) -> None:
@@ -70,18 +71,25 @@ def new_monitor(flavour: Flavour, reporter: Reporter) -> Monitor:
             reporter.info("cancelling; TensorRT stops at the end of this step")
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            self._tasks[phase_name] = reporter.progress(phase_name, num_steps)
+            self.tasks[phase_name] = reporter.progress(
+                f"building the engine: {phase_name}", num_steps
+            )
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            if phase_name in self._tasks:
-                self._tasks[phase_name].update(step + 1)
+            if phase_name in self.tasks:
+                self.tasks[phase_name].update(step + 1)
             return not self._cancelled.is_set()
 
         def phase_finish(self, phase_name: str) -> None:
-            if phase_name in self._tasks:
-                self._tasks.pop(phase_name).close()
+            if phase_name in self.tasks:
+                self.tasks.pop(phase_name).close()
 
-    return BuildMonitor()
+    monitor = BuildMonitor()
+    try:
+        yield monitor
+    finally:
+        for task in monitor.tasks.values():  # of a build that failed on the way
+            task.close()
 
 
 AVOIDED_BY = {"DeformConv": "export the ONNX with --deform gather"}

@@ -106,14 +106,12 @@ def default_shapes(imgsz: Sequence[int]) -> tuple[Shape, ...]:
     return ((short, long),) if short == long else ((short, long), (long, short))
 
 
-def shapes_from_text(text: str) -> tuple[Shape, ...] | Literal["auto"]:
-    """Read "800x1344,1344x800", or "auto".
+def shapes_from_text(text: str) -> tuple[Shape, ...]:
+    """Read "800x1344,1344x800".
 
     Raises:
         ToodError: not of that form.
     """
-    if text == "auto":
-        return "auto"
     parts = [re.fullmatch(r"\s*(\d+)x(\d+)\s*", part) for part in text.split(",")]
     if not all(parts):
         raise ToodError(
@@ -121,6 +119,15 @@ def shapes_from_text(text: str) -> tuple[Shape, ...] | Literal["auto"]:
             "for example 800x1344,1344x800"
         )
     return tuple((int(part[1]), int(part[2])) for part in parts if part)
+
+
+def shapes_or_auto(text: str) -> tuple[Shape, ...] | Literal["auto"]:
+    """Read what `shapes_from_text` reads, or "auto".
+
+    Raises:
+        ToodError: neither of them.
+    """
+    return "auto" if text == "auto" else shapes_from_text(text)
 
 
 def batch_from_text(text: str) -> Batch:
@@ -168,7 +175,7 @@ class SizeOptions:
         "--shapes",
         "padded image sizes, 1 to 6, or auto with --images (default: landscape and portrait of "
         "--imgsz)",
-        parse=shapes_from_text,
+        parse=shapes_or_auto,
         metavar="HxW,...",
     )
     shapes_plot: Path | None = option(

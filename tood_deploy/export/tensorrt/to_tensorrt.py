@@ -20,8 +20,8 @@ from tood_deploy.engines.tensorrt.library import Flavour, load_flavour
 from tood_deploy.errors import OutputError, ToodError
 from tood_deploy.export.tensorrt.build import (
     Monitor,
+    build_monitor,
     build_plan,
-    new_monitor,
     parse_network,
     run_cancellable,
 )
@@ -137,10 +137,10 @@ def engine_from_onnx(
     profiles = profiles or Profiles(default_shapes(artefact.manifest.preset.imgsz))
     target = engine_target(library, profiles, options)
     started = time.perf_counter()
-    monitor = new_monitor(library, reporter or Reporter.silent())
-    plan, layers = run_cancellable(
-        lambda: _build(library, artefact, profiles, options, monitor), monitor
-    )
+    with build_monitor(library, reporter or Reporter.silent()) as monitor:
+        plan, layers = run_cancellable(
+            lambda: _build(library, artefact, profiles, options, monitor), monitor
+        )
     seconds = time.perf_counter() - started
     manifest = replace(
         _describe(artefact, library, options, layers, rebuild),
