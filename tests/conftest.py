@@ -35,10 +35,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Caches and passed self-tests of the tests stay theirs."""
+def own_home(
+    tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
+) -> Iterator[None]:
+    """Caches of the tests stay theirs; graphs, whose keys hold our sources, serve later sessions."""
+    home = tmp_path_factory.mktemp("home")
+    if pytestconfig.cache is not None:
+        (home / "graphs").symlink_to(pytestconfig.cache.mkdir("graphs"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TOOD_HOME", str(tmp_path_factory.mktemp("home")))
+        patch.setenv("TOOD_HOME", str(home))
         yield
 
 

@@ -1,12 +1,15 @@
 """The stored self-test survives JSON bit for bit, and damage is one clear line."""
 
 import json
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from tood_deploy.engines.self_test import Golden, GoldenCase
 from tood_deploy.errors import ArtefactError
+from tood_deploy.manifest_sections import SelfTest, SelfTestCase
 from tood_deploy.matching import NetDetections
 
 RNG = np.random.default_rng(7)
@@ -32,7 +35,8 @@ def golden() -> Golden:
 
 
 def test_json_keeps_every_bit(golden: Golden) -> None:
-    again = Golden.from_dict(json.loads(json.dumps(golden.to_dict())), "a.onnx")
+    stored = SelfTest.from_dict(json.loads(json.dumps(golden.for_manifest().to_dict())))
+    again = Golden.from_manifest(stored, "a.onnx")
     assert np.array_equal(again.image, golden.image)
     assert (again.iou_threshold, again.reference) == (0.6, "PyTorch")
     for old, new in zip(golden.cases, again.cases, strict=True):
@@ -55,16 +59,14 @@ def test_the_image_lies_in_every_slot(golden: Golden) -> None:
 @pytest.mark.parametrize(
     "damage",
     [
-        {"picture_png": "?"},
-        {"picture_png": "aGFsbG8="},
-        {"cases": [{}]},
-        {"cases": 3},
-        {"iou_threshold": "x"},
+        {"image_png": "?"},
+        {"image_png": "aGFsbG8="},
+        {"cases": (SelfTestCase((32, 64), 0.0, ((1.0, 2.0),), (1.0,), (1,)),)},
     ],
 )
-def test_damage_is_one_clear_line(damage: dict[str, object], golden: Golden) -> None:
+def test_damage_is_one_clear_line(damage: dict[str, Any], golden: Golden) -> None:
     with pytest.raises(
         ArtefactError,
         match=r"a\.onnx: the self-test in its manifest is damaged.*export the model again",
     ):
-        Golden.from_dict(golden.to_dict() | damage, "a.onnx")
+        Golden.from_manifest(replace(golden.for_manifest(), **damage), "a.onnx")

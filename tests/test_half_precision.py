@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from manifest_values import stated
 
 from tood_deploy.engines.precision_support import (
     advise_on,
@@ -11,12 +12,11 @@ from tood_deploy.engines.precision_support import (
     why_not_on_cpus,
 )
 from tood_deploy.manifest import Manifest
-from tood_deploy.presets import PRESETS
 
 
 def manifest(precision: str, beside: str = "") -> Manifest:
     options: dict[str, Any] = {"half_precision": {"precision": beside}} if beside else {}
-    return Manifest(PRESETS["tiny"], precision=precision, options=options)
+    return stated(precision, options=options)
 
 
 @pytest.mark.parametrize(

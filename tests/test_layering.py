@@ -10,7 +10,16 @@ PACKAGE = Path(__file__).resolve().parents[1] / "tood_deploy"
 
 # A unit may import the units of the rows above it, and itself; units of one row never import one another, save the ground floor's.
 LAYERS = (
-    {"errors", "presets", "detections", "draw", "files", "graph_io", "reporter"},
+    {
+        "errors",
+        "presets",
+        "detections",
+        "draw",
+        "files",
+        "graph_io",
+        "manifest_sections",
+        "reporter",
+    },
     {"manifest", "matching", "preprocess"},
     {"onnx_file", "data", "model"},
     {"parity"},

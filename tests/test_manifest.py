@@ -1,81 +1,158 @@
-"""Hashes of artefacts of one and of two files, and files that are written together or not at all."""
+"""What an artefact says of itself: its sections, manifests of earlier versions, hashes."""
 
 import hashlib
+import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from manifest_values import plain, stated
 
-from tood_deploy import files
-from tood_deploy.errors import ArtefactError, OutputError
-from tood_deploy.files import atomic_paths, file_sha256
-from tood_deploy.manifest import artefact_sha256, neighbour
+from tood_deploy.errors import ArtefactError
+from tood_deploy.manifest import (
+    Manifest,
+    artefact_sha256,
+    doubts,
+    manifest_path,
+    neighbour,
+    read_manifest,
+    saturating_weights,
+)
+from tood_deploy.manifest_sections import BenchmarkVerdict, Parity
+
+# Written by version 0.1.0, and by the code before manifests had typed sections; class names and
+# self-tests are cut short.
+STORED = sorted((Path(__file__).parent / "manifests").glob("*/*.json"))
+KINDS = {"bf16", "engine", "int8", "onnx", "openvino", "triton"}
 
 
-class TestHashes:
-    def test_of_an_ir_are_over_both_files(self, tmp_path: Path) -> None:
+def read(path: Path) -> Manifest:
+    return Manifest.from_json(path.read_text(encoding="utf-8"), path.name)
+
+
+def test_there_is_one_of_every_kind() -> None:
+    assert {path.stem for path in STORED} == KINDS
+    assert len(STORED) == 2 * len(KINDS)
+
+
+@pytest.mark.parametrize("path", STORED, ids=lambda path: f"{path.parent.name}-{path.stem}")
+class TestEarlierManifests:
+    def test_they_are_written_back_whole(self, path: Path) -> None:
+        """So earlier versions read what is written now, too."""
+        now, before = plain(read(path)), json.loads(path.read_text(encoding="utf-8"))
+        # Fields that presets got since then have the values that all of them had.
+        now["preset"] = {key: now["preset"][key] for key in before["preset"]}
+        assert now == before
+
+    def test_their_sections_are_typed(self, path: Path) -> None:
+        manifest, kind = read(path), path.stem
+        assert manifest.build.format == {"openvino": "openvino", "engine": "engine"}.get(
+            kind, "onnx"
+        )
+        assert manifest.build.opset in (21, 22)
+        assert (manifest.build.serving is not None) == (kind == "triton")
+        assert (manifest.self_test is None) == (kind == "triton")
+        assert (manifest.target is not None) == (kind == "engine")
+        assert (manifest.build.int8_scheme in ("u8s7", "u8s8")) == (kind == "int8")
+        assert (manifest.build.half.precision if manifest.build.half else "") == (
+            "bf16" if kind == "bf16" else ""
+        )
+        assert manifest.parity is not None
+        assert manifest.parity.images > 0
+        assert ("the ONNX artefact" in manifest.parity.compared) == (kind in ("engine", "triton"))
+        assert (manifest.parity.onnx is not None) == (kind == "openvino")
+
+    def test_of_an_engine(self, path: Path) -> None:
+        target = read(path).target
+        if target is None:
+            pytest.skip("not one of an engine")
+        (profile,) = target.profiles
+        assert (target.flavour, target.later_compute_capabilities) == ("tensorrt_rtx", True)
+        assert (profile.size_hw, profile.min_batch, profile.opt_batch, profile.max_batch) == (
+            (64, 96),
+            1,
+            1,
+            8,
+        )
+
+
+@pytest.mark.parametrize(
+    ("fields", "key"),
+    [
+        ({"self_test": {"cases": 3}}, "self_test"),
+        ({"target": {"flavour": "tensorrt"}}, "target"),
+        ({"options": {"int8": 5}}, "options"),
+        ({"options": {"half_precision": {"kept": {}}}}, "options"),
+        ({"parity": [1]}, "parity"),
+    ],
+)
+def test_a_damaged_section_is_named(fields: dict[str, Any], key: str) -> None:
+    values = plain(stated()) | fields
+    with pytest.raises(ArtefactError, match=f"^a.json: {key} is damaged.*export the model again"):
+        Manifest.from_json(json.dumps(values), "a.json")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 1}', '{"format": 2}'])
+def test_what_is_no_manifest_of_this_version(text: str) -> None:
+    with pytest.raises(ArtefactError, match=r"manifest.*export the model again"):
+        Manifest.from_json(text, "a.json")
+
+
+def test_unknown_values_of_a_section_stay() -> None:
+    """Of a version to come, or of a report that only people read."""
+    values = plain(stated()) | {
+        "options": {"opset": 21, "new": [1]},
+        "parity": {"images": 2, "figures": {"a": 1.0}, "benchmark": {"passed": False}},
+    }
+    assert plain(Manifest.from_json(json.dumps(values), "a.json")) == values
+
+
+@pytest.mark.parametrize("key", ["int8", "autotune"])
+@pytest.mark.parametrize(("scheme", "saturates"), [("u8s8", True), ("s8s8", True), ("u8s7", False)])
+def test_weights_that_saturate(key: str, scheme: str, saturates: bool) -> None:
+    assert saturating_weights(stated("int8", options={key: {"scheme": scheme}})) == saturates
+    assert not saturating_weights(stated("fp32", options={key: {"scheme": scheme}}))
+
+
+class TestDoubts:
+    @pytest.fixture
+    def artefact(self, tmp_path: Path) -> Path:
+        path = tmp_path / "model.onnx"
+        path.write_bytes(b"an artefact")
+        return path
+
+    def test_of_what_was_never_compared(self, artefact: Path) -> None:
+        assert "no parity verdict" in doubts(artefact, stated())
+
+    def test_of_another_file(self, artefact: Path) -> None:
+        proven = replace(stated(), parity=Parity(images=1)).with_artefact(artefact)
+        assert doubts(artefact, proven) == ""
+        artefact.write_bytes(b"another")
+        assert "another SHA-256" in doubts(artefact, proven)
+
+    @pytest.mark.parametrize("stage", ["head", None])
+    def test_of_what_a_benchmark_found(self, artefact: Path, stage: str | None) -> None:
+        parity = Parity(benchmark=BenchmarkVerdict({"failing_stage": stage}))
+        found = doubts(artefact, replace(stated(), parity=parity))
+        assert ("at the stage head" in found) == (stage is not None)
+
+
+class TestFiles:
+    def test_the_manifest_beside_an_artefact(self, tmp_path: Path) -> None:
+        artefact = tmp_path / "a.onnx"
+        assert read_manifest(artefact) is None
+        manifest_path(artefact).write_text(stated("fp16").to_json())
+        assert read_manifest(artefact) == stated("fp16")
+
+    def test_another_artefact_with_the_same_manifest(self, tmp_path: Path) -> None:
+        assert neighbour(tmp_path / "a.engine") is None
+        (tmp_path / "a.onnx").write_bytes(b"x")
+        assert neighbour(tmp_path / "a.engine") == tmp_path / "a.onnx"
+
+    def test_the_hash_of_an_ir_is_over_both_files(self, tmp_path: Path) -> None:
         (tmp_path / "a.xml").write_bytes(b"graph")
+        with pytest.raises(ArtefactError, match=r"a\.bin: is missing"):
+            artefact_sha256(tmp_path / "a.xml")
         (tmp_path / "a.bin").write_bytes(b"weights")
         assert artefact_sha256(tmp_path / "a.xml") == hashlib.sha256(b"graphweights").hexdigest()
-        (tmp_path / "a.onnx").write_bytes(b"graph")
-        assert artefact_sha256(tmp_path / "a.onnx") == hashlib.sha256(b"graph").hexdigest()
-
-    def test_a_missing_half_is_named(self, tmp_path: Path) -> None:
-        (tmp_path / "a.xml").write_bytes(b"graph")
-        with pytest.raises(
-            ArtefactError, match=r"a\.bin: is missing; a\.xml consists of a\.xml and a\.bin"
-        ):
-            artefact_sha256(tmp_path / "a.xml")
-
-    def test_a_file_is_read_once_until_it_changes(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        path = tmp_path / "a.onnx"
-        path.write_bytes(b"one")
-        first = file_sha256(path)
-        with monkeypatch.context() as patch:
-            patch.setattr(files.hashlib, "file_digest", lambda *_: pytest.fail("read again"))
-            assert file_sha256(path) == first
-        path.write_bytes(b"another")
-        assert file_sha256(path) == hashlib.sha256(b"another").hexdigest() != first
-
-
-class TestFilesThatBelongTogether:
-    def test_all_become_themselves(self, tmp_path: Path) -> None:
-        with atomic_paths(tmp_path / "new" / "a.bin", tmp_path / "new" / "a.xml") as names:
-            for name in names:
-                name.write_text("x")
-            assert not (tmp_path / "new" / "a.bin").exists()
-        assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["a.bin", "a.xml"]
-
-    def test_none_after_a_failure(self, tmp_path: Path) -> None:
-        (tmp_path / "a.xml").write_text("old")
-        with (  # noqa: PT012
-            pytest.raises(KeyboardInterrupt),
-            atomic_paths(tmp_path / "a.bin", tmp_path / "a.xml") as names,
-        ):
-            for name in names:
-                name.write_text("x")
-            raise KeyboardInterrupt
-        assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a.xml", "old")]
-
-    def test_a_place_that_cannot_be_written(self) -> None:
-        with (
-            pytest.raises(OutputError, match=r"cannot be written .*choose another --output"),
-            atomic_paths(Path("/proc/nowhere/a.xml")),
-        ):
-            pass
-
-    def test_a_full_disk(self, tmp_path: Path) -> None:
-        with (
-            pytest.raises(OutputError, match="No space left on device"),
-            atomic_paths(tmp_path / "a.xml"),
-        ):
-            raise OSError(28, "No space left on device")
-        assert not list(tmp_path.iterdir())
-
-
-def test_neighbours(tmp_path: Path) -> None:
-    (tmp_path / "a.engine").touch()
-    (tmp_path / "b.onnx").touch()
-    assert neighbour(tmp_path / "a.onnx") == tmp_path / "a.engine"
-    assert neighbour(tmp_path / "b.onnx") is None, "an artefact may replace itself"

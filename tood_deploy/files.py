@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -31,16 +32,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(
-            prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent
-        )
-        os.close(handle)
-        Path(name).chmod(0o666 & ~_umask())
+        temporary = _new_file(path)
     except OSError as error:
         raise OutputError(
             f"{path}: cannot be written ({error.strerror}); choose another --output"
         ) from error
-    temporary = Path(name)
     try:
         yield temporary
         temporary.replace(path)
@@ -110,10 +106,15 @@ def _sha256(states: tuple[tuple[str, int, int, int], ...]) -> str:
     return digest.hexdigest()
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _new_file(path: Path) -> Path:
+    """Make an empty file beside `path`, under a name that no other process has.
+
+    Made by `open`, so that the system gives it the permissions of any new file: `tempfile` makes
+    private ones, and what the umask would allow can only be asked by changing it for all threads.
+    """
+    name = path.with_name(f".{path.stem}-{secrets.token_hex(6)}{path.suffix}")
+    name.open("xb").close()
+    return name
 
 
 def absolute_path(name: str | Path) -> Path:

@@ -1,19 +1,27 @@
-"""What an artefact says of itself: JSON beside it, and, for ONNX, the same in the file's metadata. Knows no runtime."""
+"""What an artefact says of itself: JSON beside it, and, for ONNX, the same in the file's metadata.
+
+Comes in: an artefact's path, or JSON. Goes out: a `Manifest`, whose sections `manifest_sections`
+types. Manifests of version 0.1.0 open, and that version opens what is written here. Knows no runtime.
+"""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tood_deploy.errors import ArtefactError, ToodError
 from tood_deploy.files import file_sha256
 from tood_deploy.graph_io import ARTEFACT_SUFFIXES, OPENVINO_SUFFIX, OPENVINO_WEIGHTS_SUFFIX
+from tood_deploy.manifest_sections import Build, EngineTarget, Parity, SelfTest
 from tood_deploy.presets import Preset
 
 FORMAT = 1
 METADATA_KEY = "tood_deploy"
+
+Section = TypeVar("Section")
 
 
 @dataclass(frozen=True)
@@ -25,74 +33,111 @@ class Manifest:
         precision: of the network's arithmetic: "fp32", "bf16", "fp16" or "int8".
         max_det: rows D of the outputs.
         checkpoint_sha256: of the checkpoint the artefact was made from.
-        options: what the artefact was built with, such as opset and form of the deformable convolutions.
+        build: how it was built.
         versions: of tood_deploy and of every tool that took part.
         created: date and time, ISO 8601, UTC.
         artefact_sha256: of the artefact itself; empty inside the artefact's own metadata.
-        parity: the verdict of the comparison with PyTorch: deviations, tolerances, images; empty where there is none.
-        target: what the artefact was built for and must meet again when it is opened; empty where it runs anywhere.
-        self_test: a stored input and the stored answer to it; empty where there is none.
+        parity: the verdict of the comparison with PyTorch; None where there is none.
+        target: what an engine was built for; None where the artefact runs anywhere.
+        self_test: a stored input and the stored answers to it; None where there is none.
     """
 
     preset: Preset
     precision: str = "fp32"
     max_det: int = 100
     checkpoint_sha256: str = ""
-    options: dict[str, Any] = field(default_factory=dict)
+    build: Build = field(default_factory=Build)
     versions: dict[str, str] = field(default_factory=dict)
     created: str = ""
     artefact_sha256: str = ""
-    parity: dict[str, Any] = field(default_factory=dict)
-    target: dict[str, Any] = field(default_factory=dict)
-    self_test: dict[str, Any] = field(default_factory=dict)
+    parity: Parity | None = None
+    target: EngineTarget | None = None
+    self_test: SelfTest | None = None
 
     def to_json(self) -> str:
-        """The manifest as a JSON object with sorted, stable keys."""
-        values = asdict(self) | {"format": FORMAT, "preset": self.preset.to_dict()}
+        """Return the manifest as a JSON object with sorted, stable keys."""
+        values = {
+            "format": FORMAT,
+            "preset": self.preset.to_dict(),
+            "precision": self.precision,
+            "max_det": self.max_det,
+            "checkpoint_sha256": self.checkpoint_sha256,
+            "options": self.build.to_dict(),
+            "versions": dict(self.versions),
+            "created": self.created,
+            "artefact_sha256": self.artefact_sha256,
+            "parity": self.parity.to_dict() if self.parity else {},
+            "target": self.target.to_dict() if self.target else {},
+            "self_test": self.self_test.to_dict() if self.self_test else {},
+        }
         return json.dumps(values, indent=2, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str, origin: str) -> Manifest:
-        """The manifest that `to_json` wrote; `origin` names the file in errors.
+        """Return the manifest that `to_json` wrote; `origin` names the file in errors.
 
         Raises:
             ArtefactError: not a manifest, or one of another version.
         """
         try:
             values = json.loads(text)
-            found = values.pop("format")
-            if found != FORMAT:
+            format_number = values.pop("format")
+            if format_number != FORMAT:
                 raise ArtefactError(
-                    f"{origin}: manifest of format {found}, this version reads format {FORMAT}; export the model again"
+                    f"{origin}: manifest of format {format_number}, this version reads format "
+                    f"{FORMAT}; export the model again"
                 )
-            return cls(**values | {"preset": Preset.from_dict(values["preset"])})
+            sections = {
+                "build": _section(values, "options", Build.from_dict, origin) or Build(),
+                "parity": _section(values, "parity", Parity.from_dict, origin),
+                "target": _section(values, "target", EngineTarget.from_dict, origin),
+                "self_test": _section(values, "self_test", SelfTest.from_dict, origin),
+            }
+            return cls(**values | sections | {"preset": Preset.from_dict(values["preset"])})
         except ArtefactError:
             raise
         except (ValueError, TypeError, KeyError, AttributeError, ToodError) as error:
             raise ArtefactError(
-                f"{origin}: not a manifest of tood_deploy ({error}); export the model again with tood-export"
+                f"{origin}: not a manifest of tood_deploy ({error}); export the model again with "
+                "tood-export"
             ) from error
 
     def with_artefact(self, artefact: Path) -> Manifest:
-        """The same, with the SHA-256 of this artefact."""
+        """Return the same, with the SHA-256 of this artefact."""
         return replace(self, artefact_sha256=artefact_sha256(artefact))
 
 
+def _section(
+    values: dict[str, Any], key: str, read: Callable[[Mapping[str, Any]], Section], origin: str
+) -> Section | None:
+    """Take a section out of a manifest's values; None where it is empty or not there."""
+    section = values.pop(key, None)
+    if not section:
+        return None
+    try:
+        return read(section)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ArtefactError(
+            f"{origin}: {key} is damaged in this manifest ({reason}); export the model again"
+        ) from error
+
+
 def saturating_weights(manifest: Manifest) -> bool:
-    """Whether an artefact's 8-bit weights give wrong sums on CPUs without VNNI instructions (`export.precision.quantize`)."""
-    described = (manifest.options.get(key, {}) for key in ("int8", "autotune"))
-    return manifest.precision == "int8" and any(
-        each.get("scheme") in ("u8s8", "s8s8") for each in described
-    )
+    """Return whether 8-bit weights give wrong sums on CPUs without VNNI instructions.
+
+    See `export.precision.quantize`.
+    """
+    return manifest.precision == "int8" and manifest.build.int8_scheme in ("u8s8", "s8s8")
 
 
 def manifest_path(artefact: Path) -> Path:
-    """Where the manifest of an artefact lies: model.onnx -> model.json."""
+    """Return where the manifest of an artefact lies: model.onnx -> model.json."""
     return artefact.with_suffix(".json")
 
 
 def neighbour(artefact: Path) -> Path | None:
-    """An artefact of another kind beside this one whose manifest has the same name; None where there is none."""
+    """Return an artefact of another kind beside this one whose manifest has the same name."""
     others = (
         artefact.with_suffix(suffix)
         for suffix in ARTEFACT_SUFFIXES
@@ -102,7 +147,7 @@ def neighbour(artefact: Path) -> Path | None:
 
 
 def read_manifest(artefact: Path) -> Manifest | None:
-    """The manifest beside an artefact, None where there is none.
+    """Return the manifest beside an artefact, None where there is none.
 
     Raises:
         ArtefactError: there is one, and it cannot be read.
@@ -114,16 +159,17 @@ def read_manifest(artefact: Path) -> Manifest | None:
 
 
 def artefact_files(artefact: Path) -> tuple[Path, ...]:
-    """The files an artefact consists of, its manifest left out: one, but an OpenVINO .xml has its weights in a .bin beside it."""
-    return (
-        (artefact, artefact.with_suffix(OPENVINO_WEIGHTS_SUFFIX))
-        if artefact.suffix.lower() == OPENVINO_SUFFIX
-        else (artefact,)
-    )
+    """Return the files that an artefact consists of, its manifest left out.
+
+    It is one, but an OpenVINO .xml has its weights in a .bin beside it.
+    """
+    if artefact.suffix.lower() == OPENVINO_SUFFIX:
+        return artefact, artefact.with_suffix(OPENVINO_WEIGHTS_SUFFIX)
+    return (artefact,)
 
 
 def artefact_sha256(artefact: Path) -> str:
-    """SHA-256 of all bytes of an artefact.
+    """Return the SHA-256 of all bytes of an artefact.
 
     Raises:
         ArtefactError: a file of it is missing.
@@ -132,17 +178,27 @@ def artefact_sha256(artefact: Path) -> str:
     for path in files:
         if not path.is_file():
             raise ArtefactError(
-                f"{path}: is missing; {artefact.name} consists of {' and '.join(file.name for file in files)}: copy them all"
+                f"{path}: is missing; {artefact.name} consists of "
+                f"{' and '.join(file.name for file in files)}: copy them all"
             )
     return file_sha256(*files)
 
 
 def doubts(artefact: Path, manifest: Manifest) -> str:
-    """Why an artefact's answers should not be trusted blindly, in one line; "" where nothing speaks against it."""
+    """Return why an artefact's answers should not be trusted blindly, in one line, else ""."""
     if manifest.artefact_sha256 and manifest.artefact_sha256 != artefact_sha256(artefact):
-        return f"{artefact}: is not the file its manifest describes (another SHA-256); export it again with tood-export"
-    if not manifest.parity:
-        return f"{artefact}: was never compared with PyTorch (its manifest has no parity verdict); export it again with tood-export"
-    if failing := manifest.parity.get("benchmark", {}).get("failing_stage"):
-        return f"{artefact}: failed its comparison with PyTorch at the stage {failing}; see tood-bench parity, or export it again"
+        return (
+            f"{artefact}: is not the file its manifest describes (another SHA-256); export it "
+            "again with tood-export"
+        )
+    if manifest.parity is None:
+        return (
+            f"{artefact}: was never compared with PyTorch (its manifest has no parity verdict); "
+            "export it again with tood-export"
+        )
+    if manifest.parity.benchmark and (stage := manifest.parity.benchmark.failing_stage):
+        return (
+            f"{artefact}: failed its comparison with PyTorch at the stage {stage}; see tood-bench "
+            "parity, or export it again"
+        )
     return ""

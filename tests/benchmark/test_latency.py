@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from inference.fakes import RedEngine, red_image, write_image
+from manifest_values import stated
 
 from tood_deploy.benchmark.latency.measure import Measurement, Plan, Worker, describe
 from tood_deploy.benchmark.latency.report import fps, speedups, tables, write_latency_reports
@@ -29,9 +30,8 @@ from tood_deploy.engines.torch_engine import TorchEngine
 from tood_deploy.errors import ToodError
 from tood_deploy.files import file_sha256
 from tood_deploy.inference.detector import Detector
-from tood_deploy.manifest import Manifest, manifest_path
+from tood_deploy.manifest import manifest_path
 from tood_deploy.model.tood import build_model
-from tood_deploy.presets import PRESETS
 
 WARM = WarmUp(10, 1.0, True, (1.0,) * 10)
 
@@ -225,9 +225,7 @@ def test_ap_comes_from_the_verdicts_in_the_manifests(tmp_path: Path) -> None:
         "ap": {"artefact": 41.0, "reference": 42.0},
         "reference": {"sha256": file_sha256(checkpoint)},
     }
-    manifest_path(artefact).write_text(
-        Manifest(PRESETS["tiny"], parity={"benchmark": verdict}).to_json()
-    )
+    manifest_path(artefact).write_text(stated(parity={"benchmark": verdict}).to_json())
     cases = [
         Case(str(tmp_path / name), name)
         for name in ("m.safetensors", "m.onnx", "other.pth", "bare.onnx")

@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import onnx
 import pytest
+from manifest_values import plain
 from recording import RecordingReporter
 
 from tood_deploy.benchmark import precision_search as search_module
@@ -27,6 +28,7 @@ from tood_deploy.export.config import PrecisionOptions
 from tood_deploy.export.precision.convert import ConvertedGraph, Int8Options, convert_precision
 from tood_deploy.export.precision.search import SearchResult
 from tood_deploy.export.precision.sensitivity import network_parts
+from tood_deploy.manifest_sections import Int8Build
 from tood_deploy.onnx_file import OnnxArtefact, read_onnx
 from tood_deploy.reporter import Reporter
 
@@ -107,7 +109,8 @@ def test_finds_what_may_be_in_8_bits(
     monkeypatch: pytest.MonkeyPatch, artefact: OnnxArtefact, images: Path
 ) -> None:
     lowered, reporter = search(monkeypatch, artefact, images)
-    found = lowered.options["autotune"]
+    assert lowered.mixture is not None
+    found: dict[str, Any] = dict(lowered.mixture.details)
     assert found["best"]["mixture"] == {
         "backbone.conv1": "int8",
         "neck.fpn_convs": "fp32",
@@ -130,7 +133,7 @@ def test_finds_what_may_be_in_8_bits(
     assert reporter.tables[-1].row_count == len(lines)
     assert json.loads(json.dumps(found))["best"] == found["best"]
     again, _ = search(monkeypatch, artefact, images)
-    assert again.options == lowered.options
+    assert again.mixture == lowered.mixture
     assert again.model.SerializeToString(deterministic=True) == lowered.model.SerializeToString(
         deterministic=True
     )
@@ -162,12 +165,14 @@ def test_half_precision_beside_8_bits(
 
 def test_a_mixture_becomes_an_artefact(artefact: OnnxArtefact) -> None:
     def mix(source: OnnxArtefact, reporter: Reporter) -> ConvertedGraph:
-        return ConvertedGraph(source.model, "fp32", {"autotune": {"trials": [1]}})
+        return ConvertedGraph(source.model, "fp32", mixture=Int8Build(details={"trials": [1]}))
 
     wanted = PrecisionOptions(autotune=True, max_drop=1.0)
     mixed = convert_precision(artefact, wanted, "u8s7", search=mix, reporter=Reporter.silent())
-    assert mixed.manifest.options["autotune"] == {"trials": [1]}
-    assert mixed.manifest.options["deform"] == artefact.manifest.options["deform"]
+    assert plain(mixed.manifest)["options"]["autotune"]["trials"] == [1]
+    assert (
+        plain(mixed.manifest)["options"]["deform"] == plain(artefact.manifest)["options"]["deform"]
+    )
 
 
 class Clock:
@@ -228,7 +233,7 @@ def test_drift_cancels() -> None:
 def test_runtimes_on_the_cpu(target: Target, artefact: OnnxArtefact) -> None:
     if target == "openvino":
         pytest.importorskip("openvino")
-        if artefact.manifest.options["deform"] == "op":
+        if plain(artefact.manifest)["options"]["deform"] == "op":
             pytest.skip("the fixture has deformable convolutions that OpenVINO lacks")
     Opener(target).check()
     engine = Opener(target)(artefact.path, (64, 96))

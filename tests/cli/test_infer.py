@@ -20,6 +20,7 @@ from tood_deploy.cli.infer import main
 from tood_deploy.files import file_sha256
 from tood_deploy.inference import detector as detector_module
 from tood_deploy.manifest import Manifest, doubts
+from tood_deploy.manifest_sections import Parity
 
 ROOT = Path(__file__).resolve().parents[2]
 Run = Callable[..., tuple[int, str, str]]
@@ -395,9 +396,7 @@ class TestDoubts:
     def test_of_an_artefact(self, artefact: Path) -> None:
         manifest = RedEngine().manifest
         assert "no parity verdict" in doubts(artefact, manifest)
-        proven = replace(
-            manifest, parity={"tolerance": 1e-5}, artefact_sha256=file_sha256(artefact)
-        )
+        proven = replace(manifest, parity=Parity(), artefact_sha256=file_sha256(artefact))
         assert doubts(artefact, proven) == ""
         artefact.write_bytes(b"another")
         assert "another SHA-256" in doubts(artefact, proven)
@@ -410,9 +409,7 @@ class TestDoubts:
         assert (code, err.count("\n")) == (0, 1)
         assert err.startswith("warning: ")
         engine.manifest = Manifest(
-            engine.manifest.preset,
-            parity={"tolerance": 1e-5},
-            artefact_sha256=file_sha256(artefact),
+            engine.manifest.preset, parity=Parity(), artefact_sha256=file_sha256(artefact)
         )
         assert run(image, "--quiet", model=str(artefact))[2] == ""
 

@@ -7,7 +7,7 @@ import platform
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from engines.fake_cuda import FakeDriver
 from engines.fake_tensorrt import MAX_DET, FakePlan, answers
+from manifest_values import changed, stated
 
 from tood_deploy.engines import BatchDetections
 from tood_deploy.engines.tensorrt import cuda as cuda_device
@@ -24,7 +25,6 @@ from tood_deploy.engines.tensorrt import library as tensorrt_flavour
 from tood_deploy.engines.tensorrt.engine import TensorRTEngine
 from tood_deploy.engines.tensorrt.library import Flavour
 from tood_deploy.manifest import Manifest, manifest_path
-from tood_deploy.presets import PRESETS
 
 PROFILES = [((64, 96), (1, 2, 4)), ((96, 32), (1, 1, 2))]
 
@@ -43,7 +43,7 @@ class Bench:
 
     def write(self, **fields: Any) -> None:
         """Changes the manifest."""
-        self.manifest = replace(self.manifest, **fields)
+        self.manifest = changed(self.manifest, **fields)
         manifest_path(self.path).write_text(self.manifest.to_json())
 
 
@@ -69,12 +69,7 @@ def fake_bench(name: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
             {"size_hw": list(size_hw), "batch": list(batches)} for size_hw, batches in PROFILES
         ],
     }
-    made = Bench(
-        driver,
-        plan,
-        path,
-        Manifest(PRESETS["tiny"], max_det=MAX_DET, target=target).with_artefact(path),
-    )
+    made = Bench(driver, plan, path, stated(max_det=MAX_DET, target=target).with_artefact(path))
     made.write()
     yield made
     if driver.held() or plan.contexts or plan.engines:

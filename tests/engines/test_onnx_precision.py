@@ -1,12 +1,12 @@
 """ONNX Runtime is not given what it does not compute on CPUs: it is refused by name, with what to do."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import onnx
 import pytest
 from export.small_graph import save_small
+from manifest_values import changed
 from onnx import TensorProto
 
 from tood_deploy.engines import open_engine
@@ -21,7 +21,7 @@ def save_stated(path: Path, **fields: Any) -> Path:
     inside = {prop.key: prop.value for prop in onnx.load(path).metadata_props}[METADATA_KEY]
     write_text(
         manifest_path(path),
-        replace(Manifest.from_json(inside, "small"), **fields).with_artefact(path).to_json(),
+        changed(Manifest.from_json(inside, "small"), **fields).with_artefact(path).to_json(),
     )
     return path
 

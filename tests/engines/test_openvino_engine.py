@@ -5,7 +5,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 import onnx
 import openvino
 import pytest
+from manifest_values import changed
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
@@ -64,7 +64,7 @@ def described(artefact: Path, target: Path, **fields: object) -> Path:
     shutil.copy(artefact, target)
     manifest = read_manifest(artefact)
     assert manifest is not None
-    manifest_path(target).write_text(replace(manifest, **fields).to_json())
+    manifest_path(target).write_text(changed(manifest, **fields).to_json())
     return target
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from manifest_values import changed, plain
 
 from tood_deploy.engines import BatchDetections, Engine, open_engine
 from tood_deploy.engines import self_test as module
@@ -68,13 +69,15 @@ class Recited(Engine):
     ) -> None:
         manifest = read_manifest(artefact)
         assert manifest is not None
+        stored = manifest.self_test
+        assert stored is not None
         self.manifest, self.change, self.most_batch = (
             replace(manifest, precision=precision),
             change,
             slots,
         )
         self.device, self.name = "cpu", "recited 1.0"
-        self.golden = Golden.from_dict(manifest.self_test, "stored")
+        self.golden = Golden.from_manifest(stored, "stored")
         self.calls: list[tuple[int, ...]] = []
 
     def _run(
@@ -102,7 +105,7 @@ class Recited(Engine):
 
 class TestMaking:
     def test_answers_lie_in_a_gap_between_the_scores(self, reference: TorchRunner) -> None:
-        golden = Golden.from_dict(self_test_from(reference), "made")
+        golden = Golden.from_manifest(self_test_from(reference), "made")
         (case,) = golden.cases
         assert FEWEST <= len(case.expected) <= MOST
         everything = reference(*golden.inputs(case.net_hw), 0.0, golden.iou_threshold)[2][0]
@@ -115,7 +118,7 @@ class TestMaking:
         assert golden.reference.startswith("PyTorch")
 
     def test_each_canvas_has_an_answer_of_its_own(self, reference: TorchRunner) -> None:
-        golden = Golden.from_dict(self_test_from(reference, CANVASES), "made")
+        golden = Golden.from_manifest(self_test_from(reference, CANVASES), "made")
         assert [case.net_hw for case in golden.cases] == [*CANVASES]
         assert golden.image.shape == (54, 82, 3)  # fits the smallest, with room for padding
         first, second = (case.expected for case in golden.cases)
@@ -139,10 +142,10 @@ class TestMaking:
                     np.zeros((1, 5), np.int32),
                 ]
 
-        assert self_test_from(Blind())["cases"][0]["boxes"] == []
+        assert self_test_from(Blind()).cases[0].boxes == ()
 
     def test_stays_small_beside_the_manifest(self, reference: TorchRunner) -> None:
-        assert len(self_test_from(reference)["picture_png"]) < 16_000
+        assert len(self_test_from(reference).image_png) < 16_000
 
 
 class TestOutcome:
@@ -207,7 +210,7 @@ class TestOutcome:
         self, scheme: str, refused: bool, artefact: Path
     ) -> None:
         engine = Recited(artefact, precision="int8")
-        engine.manifest = replace(engine.manifest, options={"int8": {"scheme": scheme}})
+        engine.manifest = changed(engine.manifest, options={"int8": {"scheme": scheme}})
         check_self_test(engine, artefact)
         engine.saturates = lambda: True
         engine.name = "saturating"
@@ -262,12 +265,12 @@ class TestMemory:
             path = tmp_path / "tiny.onnx"
             path.write_bytes(artefact.read_bytes() + b" ")
         else:
-            changed = (
+            fields = (
                 {"precision": "bf16"}
                 if what == "precision"
-                else {"self_test": again.manifest.self_test | {"reference": "another"}}
+                else {"self_test": plain(again.manifest)["self_test"] | {"reference": "another"}}
             )
-            again.manifest = replace(again.manifest, **changed)
+            again.manifest = changed(again.manifest, **fields)
         check_self_test(again, path)
         assert again.calls
 

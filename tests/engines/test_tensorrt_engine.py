@@ -26,9 +26,9 @@ from tood_deploy.engines.tensorrt import engine as tensorrt_engine
 from tood_deploy.engines.tensorrt import slot as tensorrt_slot
 from tood_deploy.engines.tensorrt.cuda import CudaError, Event, Gpu, Stream
 from tood_deploy.engines.tensorrt.engine import choose_profile
-from tood_deploy.engines.tensorrt.plan_check import Profile
 from tood_deploy.errors import ArtefactError, DeviceError, InputError, ToodError
 from tood_deploy.inference.detector import Detector
+from tood_deploy.manifest_sections import OptimizationProfile
 
 Status = real_driver.CUresult
 
@@ -464,7 +464,11 @@ class TestLifecycle:
 
 
 def test_the_profile_tuned_best_is_chosen() -> None:
-    profiles = [Profile((64, 64), 1, 1, 8), Profile((64, 64), 1, 8, 8), Profile((64, 96), 2, 4, 8)]
+    profiles = [
+        OptimizationProfile((64, 64), 1, 1, 8),
+        OptimizationProfile((64, 64), 1, 8, 8),
+        OptimizationProfile((64, 96), 2, 4, 8),
+    ]
     assert [choose_profile(profiles, (batch, 64, 64, 3)) for batch in (1, 4, 5, 8)] == [0, 0, 1, 1]
     assert choose_profile(profiles, (2, 64, 96, 3)) == 2
     with pytest.raises(InputError, match="a batch of 1 at 64 x 96, this engine takes 2 to 8"):

@@ -25,6 +25,7 @@ from engines.fake_tensorrt import (
     FakeRuntimeConfig,
 )
 from engines.tensorrt_bench import PROFILES, Bench, assert_answers, make_images
+from manifest_values import plain
 
 from tood_deploy.cli.infer import main
 from tood_deploy.engines.tensorrt import engine as tensorrt_engine
@@ -60,7 +61,7 @@ class TestRefusals:
             raise DeviceError(f"{name} is absent; install it")
 
         monkeypatch.setattr(tensorrt_engine, "load_flavour", absent)
-        name = bench.manifest.target["flavour"]
+        name = plain(bench.manifest)["target"]["flavour"]
         with pytest.raises(
             DeviceError,
             match=rf"was built by .* 10\.13\.3\.9, and here {name} is absent; install it; or build it again",
@@ -217,7 +218,7 @@ class TestRefusals:
         self, bench: Bench
     ) -> None:
         bench.open().close()
-        bench.write(target=bench.manifest.target | {"version_compatible": True})
+        bench.write(target=plain(bench.manifest)["target"] | {"version_compatible": True})
         bench.open().close()
         assert bench.plan.host_code == [False, True]
 
@@ -239,12 +240,12 @@ def cut_manifest(bench: Bench) -> None:
 
 
 def other_version(bench: Bench) -> None:
-    bench.write(target=bench.manifest.target | {"version": "10.14.1.2"})
+    bench.write(target=plain(bench.manifest)["target"] | {"version": "10.14.1.2"})
 
 
 def other_flavour(bench: Bench) -> None:
-    (other,) = {"tensorrt", "tensorrt_rtx"} - {bench.manifest.target["flavour"]}
-    bench.write(target=bench.manifest.target | {"flavour": other})
+    (other,) = {"tensorrt", "tensorrt_rtx"} - {plain(bench.manifest)["target"]["flavour"]}
+    bench.write(target=plain(bench.manifest)["target"] | {"flavour": other})
 
 
 def other_gpu(bench: Bench) -> None:

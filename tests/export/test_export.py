@@ -13,6 +13,7 @@ import onnx
 import pytest
 from benchmark.truths import annotation, coco, write_json
 from inference.fakes import red_image, write_image
+from manifest_values import plain
 from onnx_edits import edit_weight
 
 from tood_deploy.cli.export import main
@@ -65,8 +66,8 @@ def test_fp16(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     manifest = read_manifest(Path("tiny-fp16.onnx"))
     assert manifest is not None
     assert manifest.precision == "fp16"
-    assert manifest.options["runtimes"] == ["onnxruntime-cuda", "tensorrt"]
-    assert manifest.parity["reference"].startswith("tiny.onnx")
+    assert plain(manifest)["options"]["runtimes"] == ["onnxruntime-cuda", "tensorrt"]
+    assert plain(manifest)["parity"]["reference"].startswith("tiny.onnx")
     assert manifest.self_test
 
 
@@ -79,7 +80,7 @@ def test_bf16(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "next: tood-infer" not in said
     manifest = read_manifest(Path("tiny-bf16.onnx"))
     assert manifest is not None
-    assert (manifest.options["runtimes"], manifest.options["opset"]) == (
+    assert (plain(manifest)["options"]["runtimes"], plain(manifest)["options"]["opset"]) == (
         ["openvino", "tensorrt"],
         22,
     )
@@ -120,7 +121,10 @@ def test_an_engine_says_how_to_run_it(source: Path, capsys: pytest.CaptureFixtur
     assert said.count("CONVOLUTION") > 50, "--list-layers lists them"
     manifest = read_manifest(Path("tiny-engine.engine"))
     assert manifest is not None
-    assert (manifest.options["nms"], manifest.options["nms_rounds"]) == ("unrolled", 16)
+    assert (plain(manifest)["options"]["nms"], plain(manifest)["options"]["nms_rounds"]) == (
+        "unrolled",
+        16,
+    )
 
 
 @pytest.mark.slow
@@ -162,11 +166,11 @@ def test_an_engine_of_what_a_server_has(source: Path) -> None:
     )
     manifest = read_manifest(Path("served.engine"))
     assert manifest is not None
-    assert (manifest.options["nms"], "serving" in manifest.options, manifest.self_test) == (
-        "unrolled",
-        True,
-        {},
-    )
+    assert (
+        plain(manifest)["options"]["nms"],
+        "serving" in plain(manifest)["options"],
+        manifest.self_test,
+    ) == ("unrolled", True, {})
 
 
 def test_an_engine_is_served_as_it_is(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -177,7 +181,7 @@ def test_an_engine_is_served_as_it_is(source: Path, capsys: pytest.CaptureFixtur
     manifest = read_manifest(source)
     assert manifest is not None
     stated = replace(
-        manifest, target=target, options=manifest.options | {"serving": {}}
+        manifest, target=target, options=plain(manifest)["options"] | {"serving": {}}
     ).with_artefact(engine)
     manifest_path(engine).write_text(stated.to_json())
     assert (
@@ -325,7 +329,7 @@ def shipped(
     """A function: the graph that is made of any checkpoint; as shipped where it is not called."""
 
     def ship(model: onnx.ModelProto) -> None:
-        monkeypatch.setattr(export_module, "onnx_from_model", lambda *args, **kwargs: model)
+        monkeypatch.setattr(export_module, "graph_of", lambda *args, **kwargs: model)
 
     ship(onnx.load(tiny_artefact))
     return ship
@@ -374,7 +378,7 @@ class TestNothingIsLeft:
         def interrupt(*args: Any, **kwargs: Any) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(export_module, "onnx_from_model", interrupt)
+        monkeypatch.setattr(export_module, "graph_of", interrupt)
         output = tmp_path / "new" / "model.onnx"
         assert main([str(tiny_checkpoint), "--output", str(output), "--quiet"]) == 130
         assert not list(tmp_path.iterdir())

@@ -217,7 +217,10 @@ def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
             (*TUNED, "--max-drop", "1", "--keep-fp32", "neck.*"),
             "--keep-fp32 beside --autotune-precision",
         ),
-        ((*TUNED, "--max-drop", "1", "--fallback-precision", "bf16"), "--fallback-precision needs --to engine"),
+        (
+            (*TUNED, "--max-drop", "1", "--fallback-precision", "bf16"),
+            "--fallback-precision needs --to engine",
+        ),
         ((*TUNED, "--max-drop", "1", "--to", "triton"), "--autotune-precision beside --to triton"),
     ],
 )

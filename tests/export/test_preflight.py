@@ -14,6 +14,7 @@ import pytest
 from benchmark.truths import annotation, coco, write_json
 from export.small_graph import save_small
 from inference.fakes import CLASSES, red_image, write_image
+from manifest_values import changed
 
 from tood_deploy.cli import export as export_cli
 from tood_deploy.cli.export import main
@@ -70,7 +71,7 @@ def stated(name: str, **fields: Any) -> str:
     shutil.copy("small.onnx", name)
     manifest = read_manifest(Path("small.onnx")) or Manifest.from_json(metadata(), name)
     write_text(
-        manifest_path(Path(name)), replace(manifest, **fields).with_artefact(Path(name)).to_json()
+        manifest_path(Path(name)), changed(manifest, **fields).with_artefact(Path(name)).to_json()
     )
     return name
 

@@ -3,7 +3,7 @@
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import openvino
 import pytest
+from manifest_values import changed, plain
 
 from tood_deploy.data.image_set import synthetic_image
 from tood_deploy.engines import open_engine
@@ -64,7 +65,7 @@ def copy(
         onnx.save(graph, path)
     manifest = read_manifest(artefact)
     assert manifest is not None
-    manifest_path(path).write_text(replace(manifest, **fields).to_json())
+    manifest_path(path).write_text(changed(manifest, **fields).to_json())
     return path
 
 
@@ -97,18 +98,18 @@ class TestMade:
             source.checkpoint_sha256,
             "fp32",
         )
-        assert manifest.options | {"format": "openvino", "rest": "fp32"} == manifest.options
+        assert (manifest.build.format, manifest.build.fallback_precision) == ("openvino", "fp32")
         assert manifest.versions["openvino"] == openvino.__version__
         assert doubts(path, manifest) == ""
 
     def test_the_file_tells_itself(self, made: tuple[Path, Manifest]) -> None:
         inside = manifest_inside(shared_core().read_model(made[0]), made[0])
-        assert (inside.preset, inside.options["format"]) == (made[1].preset, "openvino")
+        assert (inside.preset, inside.build.format) == (made[1].preset, "openvino")
 
     def test_verdict_is_openvinos_own_and_as_tight_as_for_onnx(
         self, made: tuple[Path, Manifest]
     ) -> None:
-        parity = made[1].parity
+        parity = plain(made[1])["parity"]
         assert parity["runtime"].startswith(f"OpenVINO {openvino.__version__.split('-')[0]}, fp32")
         assert (
             0
@@ -138,9 +139,9 @@ class TestMade:
         manifest = openvino_from_onnx(
             tiny_artefact, tmp_path / "a.xml", reference=reference, fallback="bf16", images=IMAGES
         )
-        assert (manifest.precision, manifest.options["rest"]) == ("bf16", "bf16")
-        assert 1e-5 < manifest.parity["score_deviation"] <= DETECTION_LIMITS["bf16"].score
-        assert "bf16" in manifest.parity["runtime"]
+        assert (manifest.precision, plain(manifest)["options"]["rest"]) == ("bf16", "bf16")
+        assert 1e-5 < plain(manifest)["parity"]["score_deviation"] <= DETECTION_LIMITS["bf16"].score
+        assert "bf16" in plain(manifest)["parity"]["runtime"]
         with open_engine(tmp_path / "a.xml", threads=1) as engine:
             assert engine.precision == "bf16"
 
@@ -153,10 +154,10 @@ class TestMade:
         manifest = openvino_from_onnx(
             source, tmp_path / "a.xml", reference=reference, images=IMAGES
         )
-        assert (manifest.precision, manifest.options["rest"]) == ("int8", "fp32")
-        assert manifest.parity["limits"] == asdict(DETECTION_LIMITS["int8"])
-        assert manifest.self_test["reference"].startswith("OpenVINO")
-        assert manifest.parity["onnx"] == read_manifest(source).parity  # pyright: ignore[reportOptionalMemberAccess]
+        assert (manifest.precision, plain(manifest)["options"]["rest"]) == ("int8", "fp32")
+        assert plain(manifest)["parity"]["limits"] == asdict(DETECTION_LIMITS["int8"])
+        assert plain(manifest)["self_test"]["reference"].startswith("OpenVINO")
+        assert manifest.parity.onnx == read_manifest(source).parity  # pyright: ignore[reportOptionalMemberAccess]
 
 
 class TestNothingIsLeft:

@@ -1,4 +1,4 @@
-"""Made-up candidates for suppression: crowds, and chains that need as many rounds as they have boxes."""
+"""Random candidates for suppression: crowds, and chains that need as many rounds as boxes."""
 
 import torch
 
@@ -14,7 +14,16 @@ def crowd(
     side: float = 60.0,
     empty: float = 0.0,
 ) -> Boxes:
-    """Random boxes in a square of `spread` pixels, sorted; a share `empty` of the rows holds none."""
+    """Return random boxes, scores and labels, best first.
+
+    Args:
+        seed: of the random numbers.
+        batch, count: images, and boxes of each.
+        classes: number of classes.
+        spread: side of the square that the boxes' corners lie in, in pixels.
+        side: sides of boxes are up to 5 pixels longer than this.
+        empty: share of the rows that hold no box.
+    """
     random = torch.Generator().manual_seed(seed)
     corner = torch.rand(batch, count, 2, generator=random) * spread
     boxes = torch.cat(
@@ -26,7 +35,10 @@ def crowd(
 
 
 def chain(length: int) -> Boxes:
-    """Each box covers the next by a third: every second stays, and as many rounds are needed as there are boxes."""
+    """Return boxes that each cover a third of the next: at an IoU of 0.3 every second one stays.
+
+    As many rounds are needed as there are boxes.
+    """
     left = torch.arange(length, dtype=torch.float32)
     boxes = torch.stack((left, torch.zeros_like(left), left + 2, torch.ones_like(left)), 1)[None]
     return boxes, torch.linspace(1, 0.1, length)[None], torch.zeros(1, length, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""Sampling between cells: against slow loops, against the reference's numbers, and the gradients."""
+"""Sampling between cells against slow loops and the reference's numbers, and its gradients."""
 
 import math
 from collections.abc import Callable
@@ -15,7 +15,7 @@ Goldens = Callable[[str], dict[str, NDArray[Any]]]
 
 
 def read(plane: NDArray[np.float64], y: float, x: float) -> float:
-    """One bilinear sample; cells outside count as zero."""
+    """Return one bilinear sample; cells outside count as zero."""
     top, left, total = math.floor(y), math.floor(x), 0.0
     for row in (top, top + 1):
         for column in (left, left + 1):
@@ -27,18 +27,14 @@ def read(plane: NDArray[np.float64], y: float, x: float) -> float:
 @pytest.mark.parametrize("size_hw", [(1, 1), (1, 7), (6, 1), (5, 4)])
 def test_alignment_equals_a_loop(size_hw: tuple[int, int]) -> None:
     rng = np.random.default_rng(1)
-    boxes, offsets = (
-        rng.standard_normal((2, 4, *size_hw)),
-        rng.standard_normal((2, 8, *size_hw)) * 2,
-    )
+    boxes = rng.standard_normal((2, 4, *size_hw))
+    offsets = rng.standard_normal((2, 8, *size_hw)) * 2
     expected = np.empty_like(boxes)
     for b, c, i, j in np.ndindex(boxes.shape):
-        expected[b, c, i, j] = read(
-            boxes[b, c], i + offsets[b, 2 * c, i, j], j + offsets[b, 2 * c + 1, i, j]
-        )
-    np.testing.assert_allclose(
-        align_boxes(torch.tensor(boxes), torch.tensor(offsets)), expected, atol=1e-12
-    )
+        dy, dx = offsets[b, 2 * c : 2 * c + 2, i, j]
+        expected[b, c, i, j] = read(boxes[b, c], i + dy, j + dx)
+    aligned = align_boxes(torch.tensor(boxes), torch.tensor(offsets))
+    np.testing.assert_allclose(aligned, expected, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -57,16 +53,12 @@ def test_deformable_convolution_equals_a_loop(offset_groups: int, groups: int, s
             group = channel // (8 // offset_groups)
             for tap in range(9):
                 dy, dx = offset[b, 18 * group + 2 * tap : 18 * group + 2 * tap + 2, i, j]
-                sample = read(
-                    x[b, channel], i * stride - 1 + tap // 3 + dy, j * stride - 1 + tap % 3 + dx
-                )
-                expected[b, o, i, j] += (
-                    weight[o, c, tap // 3, tap % 3] * mask[b, 9 * group + tap, i, j] * sample
-                )
+                y, column = i * stride - 1 + tap // 3 + dy, j * stride - 1 + tap % 3 + dx
+                sample = mask[b, 9 * group + tap, i, j] * read(x[b, channel], y, column)
+                expected[b, o, i, j] += weight[o, c, tap // 3, tap % 3] * sample
     tensors = (torch.tensor(array) for array in (x, offset, mask, weight))
-    np.testing.assert_allclose(
-        deform_conv2d(*tensors, stride=stride, groups=groups), expected, atol=1e-12
-    )
+    out = deform_conv2d(*tensors, stride=stride, groups=groups)
+    np.testing.assert_allclose(out, expected, atol=1e-12)
 
 
 def test_gradients_are_those_of_the_function() -> None:
@@ -83,16 +75,13 @@ def test_gradients_are_those_of_the_function() -> None:
 
 def test_half_precision_features_are_read_at_exact_places() -> None:
     torch.manual_seed(0)
-    x = torch.randn(1, 4, 2, 300)  # bf16 has no odd number beyond 256
-    offset, mask, weight = (
-        torch.zeros(1, 18, 2, 300),
-        torch.ones(1, 9, 2, 300),
-        torch.randn(3, 4, 3, 3),
-    )
-    expected = torch.nn.functional.conv2d(x.bfloat16(), weight.bfloat16(), padding=1)
-    found = deform_conv2d(x.bfloat16(), offset.bfloat16(), mask.bfloat16(), weight.bfloat16())
-    assert found.dtype == torch.bfloat16
-    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.1)
+    x = torch.randn(1, 4, 2, 300).bfloat16()  # which has no odd number beyond 256
+    offset, mask = torch.zeros(1, 18, 2, 300).bfloat16(), torch.ones(1, 9, 2, 300).bfloat16()
+    weight = torch.randn(3, 4, 3, 3).bfloat16()
+    out = deform_conv2d(x, offset, mask, weight)
+    assert out.dtype == torch.bfloat16
+    expected = torch.nn.functional.conv2d(x, weight, padding=1)
+    torch.testing.assert_close(out, expected, rtol=0.05, atol=0.1)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e30])
@@ -114,17 +103,19 @@ def test_offset_convolution_has_the_layout_of_mmcv() -> None:
 
 @pytest.mark.shared
 def test_alignment_equals_the_reference(goldens: Goldens) -> None:
-    units = {
-        key: torch.tensor(value)
-        for key, value in goldens("units").items()
-        if key.startswith("sample_")
-    }
-    boxes, offsets = units["sample_feat"].requires_grad_(), units["sample_offset"].requires_grad_()
+    units = goldens("units")
+    boxes, offsets = (
+        torch.tensor(units[key], requires_grad=True) for key in ("sample_feat", "sample_offset")
+    )
     out = align_boxes(boxes, offsets)
-    out.backward(units["sample_gradout"])
-    torch.testing.assert_close(out, units["sample_out"], rtol=0, atol=1e-5)
-    torch.testing.assert_close(boxes.grad, units["sample_grad_feat"], rtol=0, atol=1e-5)
-    torch.testing.assert_close(offsets.grad, units["sample_grad_offset"], rtol=0, atol=1e-5)
+    out.backward(torch.tensor(units["sample_gradout"]))
+    for tensor, key in (
+        (out.detach(), "out"),
+        (boxes.grad, "grad_feat"),
+        (offsets.grad, "grad_offset"),
+    ):
+        assert tensor is not None
+        np.testing.assert_allclose(tensor, units[f"sample_{key}"], rtol=0, atol=1e-5)
 
 
 @pytest.mark.shared
@@ -135,12 +126,7 @@ def test_deformable_convolution_equals_the_reference(
     case: str, stride: int, groups: int, goldens: Goldens
 ) -> None:
     units = goldens("units")
-    tensors = (
-        torch.tensor(units[key]) for key in ("dcn_x", f"{case}_off", f"{case}_mask", f"{case}_w")
-    )
-    np.testing.assert_allclose(
-        deform_conv2d(*tensors, stride=stride, groups=groups),
-        units[f"{case}_out"],
-        rtol=0,
-        atol=5e-6,
-    )
+    keys = ("dcn_x", f"{case}_off", f"{case}_mask", f"{case}_w")
+    tensors = (torch.tensor(units[key]) for key in keys)
+    out = deform_conv2d(*tensors, stride=stride, groups=groups)
+    np.testing.assert_allclose(out, units[f"{case}_out"], rtol=0, atol=5e-6)

@@ -1,4 +1,4 @@
-"""Downloads against a local HTTP server whose manners each test chooses."""
+"""Downloads from a local HTTP server, whose manners every test chooses."""
 
 import hashlib
 import socket
@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from tood_deploy.errors import DownloadError
+from tood_deploy.files import home_folder
 from tood_deploy.model import download
-from tood_deploy.model.download import fetch_weights, weights_folder
+from tood_deploy.model.download import fetch_weights
 from tood_deploy.presets import PRESETS, Preset, PublishedWeights
 
 PAYLOAD = bytes(range(256)) * 4096  # 1 MiB
@@ -30,7 +31,7 @@ class WeightsServer(ThreadingHTTPServer):
         self.payload = PAYLOAD
         self.status = 200
         self.honours_range = True
-        self.shifts_range = 0  # how far past the wanted offset a range starts
+        self.shifts_range = 0  # how far past the requested offset a range starts
         self.says_length = True
         self.pause_s = 0.0
         self.cuts: list[int] = []  # bytes after which the coming responses break off
@@ -45,16 +46,14 @@ class WeightsHandler(BaseHTTPRequestHandler):
     server: WeightsServer  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def do_GET(self) -> None:
-        wanted = self.headers["Range"]
-        self.server.ranges.append(wanted)
+        requested = self.headers["Range"]
+        self.server.ranges.append(requested)
         if self.server.status != 200:
             return self.send_error(self.server.status)
-        start = (
-            int(wanted.removeprefix("bytes=").removesuffix("-"))
-            if wanted and self.server.honours_range
-            else 0
-        )
-        start += self.server.shifts_range if start else 0
+        start = 0
+        if requested and self.server.honours_range:
+            start = int(requested.removeprefix("bytes=").removesuffix("-"))
+            start += self.server.shifts_range
         time.sleep(self.server.pause_s)
         total = len(self.server.payload)
         if start >= total:
@@ -116,27 +115,23 @@ def test_transfer_that_keeps_breaking_is_resumed_next_time(
     server: WeightsServer, tmp_path: Path
 ) -> None:
     server.cuts = [1000] * download.ATTEMPTS
-    with pytest.raises(
-        DownloadError, match=rf"broke off 4 times; 4000 bytes are kept.*save it as .*{NAME}"
-    ):
+    with pytest.raises(DownloadError, match="4000 bytes are kept"):
         fetch_weights(preset_at(server.url), tmp_path)
     assert not (tmp_path / NAME).exists()
     assert fetch_weights(preset_at(server.url), tmp_path).read_bytes() == PAYLOAD
     assert server.ranges[-1] == "bytes=4000-"
 
 
-def test_server_without_range_starts_over(server: WeightsServer, tmp_path: Path) -> None:
-    server.honours_range = False
+@pytest.mark.parametrize(
+    ("manner", "value", "more"), [("honours_range", False, []), ("shifts_range", 10, [None])]
+)
+def test_server_without_the_range_starts_over(
+    manner: str, value: int, more: list[None], server: WeightsServer, tmp_path: Path
+) -> None:
+    setattr(server, manner, value)
     server.cuts = [300_000]
     assert fetch_weights(preset_at(server.url), tmp_path).read_bytes() == PAYLOAD
-    assert server.ranges == [None, "bytes=300000-"]
-
-
-def test_server_with_another_range_starts_over(server: WeightsServer, tmp_path: Path) -> None:
-    server.shifts_range = 10
-    server.cuts = [300_000]
-    assert fetch_weights(preset_at(server.url), tmp_path).read_bytes() == PAYLOAD
-    assert server.ranges == [None, "bytes=300000-", None]
+    assert server.ranges == [None, "bytes=300000-", *more]
 
 
 def test_server_without_length(server: WeightsServer, tmp_path: Path) -> None:
@@ -158,10 +153,8 @@ def test_part_longer_than_the_file_starts_over(server: WeightsServer, tmp_path: 
 
 def test_wrong_hash_is_deleted_and_named(server: WeightsServer, tmp_path: Path) -> None:
     server.payload = b"<html>please log in</html>"
-    found = hashlib.sha256(server.payload).hexdigest()
-    with pytest.raises(
-        DownloadError, match=f"SHA-256 {found}, expected one starting with {SHA256[:8]}"
-    ):
+    sha256 = hashlib.sha256(server.payload).hexdigest()
+    with pytest.raises(DownloadError, match=f"{sha256}.*{SHA256[:8]}"):
         fetch_weights(preset_at(server.url), tmp_path)
     assert [path.name for path in tmp_path.iterdir() if path.suffix != ".lock"] == []
 
@@ -173,9 +166,7 @@ def test_file_cut_in_the_cache_is_fetched_again(server: WeightsServer, tmp_path:
 
 def test_missing_on_the_server(server: WeightsServer, tmp_path: Path) -> None:
     server.status = 404
-    with pytest.raises(
-        DownloadError, match=f"{server.url}: the server answers 404 .*save it as {tmp_path / NAME}"
-    ):
+    with pytest.raises(DownloadError, match=f"{server.url}.*404.*{tmp_path / NAME}"):
         fetch_weights(preset_at(server.url), tmp_path)
     assert len(server.ranges) == 1  # a clear answer is not asked for again
 
@@ -183,16 +174,14 @@ def test_missing_on_the_server(server: WeightsServer, tmp_path: Path) -> None:
 def test_no_network(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
-    with pytest.raises(
-        DownloadError, match=r"cannot be reached \(.*refused.*\); check the network.*save it as"
-    ):
+    with pytest.raises(DownloadError, match=r"refused.*save it as"):
         fetch_weights(preset_at(f"http://127.0.0.1:{port}/{NAME}"), tmp_path)
 
 
 def test_folder_that_cannot_be_written(server: WeightsServer, tmp_path: Path) -> None:
     blocked = tmp_path / "a file"
     blocked.write_text("in the way")
-    with pytest.raises(DownloadError, match=r"cannot store weights \(.*TOOD_HOME"):
+    with pytest.raises(DownloadError, match="TOOD_HOME"):
         fetch_weights(preset_at(server.url), blocked / "weights")
 
 
@@ -204,7 +193,7 @@ def test_full_disk_is_said(
 
     with monkeypatch.context() as patch:
         patch.setattr(download, "_receive", full)
-        with pytest.raises(DownloadError, match=r"No space left on device\); make room"):
+        with pytest.raises(DownloadError, match="No space left on device"):
             fetch_weights(preset_at(server.url), tmp_path)
     assert fetch_weights(preset_at(server.url), tmp_path).read_bytes() == PAYLOAD
 
@@ -217,15 +206,9 @@ def test_two_at_once_download_once(server: WeightsServer, tmp_path: Path) -> Non
     assert server.ranges == [None]
 
 
-@pytest.mark.parametrize(
-    ("name", "reason"),
-    [
-        ("x101-dcn-2x", "by the authors alone.*download them by hand"),
-        ("tiny", "no weights are published"),
-    ],
-)
+@pytest.mark.parametrize(("name", "reason"), [("x101-dcn-2x", "by hand"), ("tiny", "no weights")])
 def test_preset_without_weights(name: str, reason: str, tmp_path: Path) -> None:
-    with pytest.raises(DownloadError, match=f"{name}: .*{reason}.*give the path"):
+    with pytest.raises(DownloadError, match=f"{name}: .*{reason}"):
         fetch_weights(PRESETS[name], tmp_path)
 
 
@@ -234,8 +217,8 @@ def test_weights_folder_follows_the_environment(
 ) -> None:
     monkeypatch.delenv("TOOD_HOME", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert weights_folder() == Path.home() / ".cache" / "tood_deploy" / "weights"
+    assert home_folder("weights") == Path.home() / ".cache" / "tood_deploy" / "weights"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert weights_folder() == tmp_path / "tood_deploy" / "weights"
+    assert home_folder("weights") == tmp_path / "tood_deploy" / "weights"
     monkeypatch.setenv("TOOD_HOME", str(tmp_path / "tood"))
-    assert weights_folder() == tmp_path / "tood" / "weights"
+    assert home_folder("weights") == tmp_path / "tood" / "weights"

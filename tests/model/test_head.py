@@ -1,4 +1,4 @@
-"""The head's own arithmetic: the geometric mean, box coding, anchors."""
+"""The head's own arithmetic: the geometric mean, norms, the decomposition, anchors in use."""
 
 import math
 from collections.abc import Callable
@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
-from tood_deploy.model.boxes import anchor_points, box_iou, decode_deltas, decode_distances
+from tood_deploy.model import Tood
 from tood_deploy.model.head import TaskDecomposition, TowerMaps, geometric_mean_probability
 from tood_deploy.presets import PRESETS, STRIDES
 
@@ -34,76 +35,58 @@ def test_geometric_mean_equals_the_reference(goldens: Goldens) -> None:
     x, y = (torch.tensor(units[key], requires_grad=True) for key in ("sgm_x", "sgm_y"))
     z = geometric_mean_probability(x, y)
     z.sum().backward()
-    for found, key in ((z.detach(), "sgm_z"), (x.grad, "sgm_gx"), (y.grad, "sgm_gy")):
-        assert found is not None
-        np.testing.assert_allclose(found, units[key], rtol=1e-5, atol=1e-8, err_msg=key)
+    for computed, key in ((z.detach(), "sgm_z"), (x.grad, "sgm_gx"), (y.grad, "sgm_gy")):
+        assert computed is not None
+        np.testing.assert_allclose(computed, units[key], rtol=1e-5, atol=1e-8, err_msg=key)
 
 
-def test_anchor_points_have_no_half_cell_shift() -> None:
-    points = anchor_points((2, 3), torch.zeros(1))
-    assert points[0].tolist() == [[0, 1, 2], [0, 1, 2]]
-    assert points[1].tolist() == [[0, 0, 0], [1, 1, 1]]
+def naive_group_norm(x: Tensor, norm: nn.GroupNorm, groups: int, eps: float) -> Tensor:
+    out = torch.empty_like(x)
+    size = x.shape[1] // groups
+    for image in range(len(x)):
+        for start in range(0, x.shape[1], size):
+            part = x[image, start : start + size]
+            deviation = (part.var(correction=0) + eps).sqrt()
+            out[image, start : start + size] = (part - part.mean()) / deviation
+    return out * norm.weight[:, None, None] + norm.bias[:, None, None]
 
 
-def test_distances_go_to_the_four_sides() -> None:
-    distances = torch.tensor([1.0, 2.0, 3.0, 4.0]).reshape(1, 4, 1, 1)
-    assert decode_distances(
-        distances, torch.tensor([10.0, 20.0]).reshape(2, 1, 1)
-    ).flatten().tolist() == [9, 18, 13, 24]
-
-
-def published_anchors(size_hw: tuple[int, int]) -> torch.Tensor:
-    """(H*W, 4) xyxy in strides, row by row."""
-    points, half = (
-        anchor_points(size_hw, torch.zeros(1)).flatten(1).T,
-        PRESETS["r50-anchor-1x"].anchor_side / 2,
-    )
-    return torch.cat((points - half, points + half), dim=1)
-
-
-def test_first_anchor_of_p3_is_the_published_one() -> None:
-    assert (published_anchors((1, 1)) * 8).tolist() == [[-32, -32, 32, 32]]
-
-
-@pytest.mark.shared
-def test_anchors_equal_the_reference(goldens: Goldens) -> None:
-    units = goldens("units")
-    grids = {0: (3, 4), 1: (2, 2), 2: (1, 2), 3: (1, 1), 4: (1, 1)}
-    for level, size_hw in grids.items():
-        found = published_anchors(size_hw) * STRIDES[level]
-        np.testing.assert_array_equal(found, units[f"anchors_{level}"])
-
-
-@pytest.mark.shared
-def test_delta_coding_equals_the_reference(goldens: Goldens) -> None:
-    units, published = goldens("units"), PRESETS["r50-anchor-1x"]
-    coding = published.anchor_side, published.delta_means, published.delta_stds
-    anchors, deltas = torch.tensor(units["coder_anchor"]), torch.tensor(units["coder_delta"])
-    scale = (anchors[:, 2] - anchors[:, 0]) / 8  # pixels a stride
-    centre = (anchors[:, :2] + anchors[:, 2:]) / 2 / scale[:, None]
-    decoded = [
-        decode_deltas(delta.reshape(1, 4, 1, 1), point.reshape(2, 1, 1), *coding).flatten() * s
-        for delta, point, s in zip(deltas, centre, scale, strict=True)
-    ]
-    np.testing.assert_allclose(torch.stack(decoded), units["coder_out"], rtol=1e-5, atol=1e-3)
+@pytest.mark.parametrize(("groups", "eps"), [(32, 1e-5), (16, 1e-5), (64, 1e-1), (1, 1e-3)])
+def test_group_norms_have_the_presets_settings(
+    groups: int, eps: float, seeded_model: Callable[..., Tood]
+) -> None:
+    head = seeded_model("tiny", norm_groups=groups, norm_eps=eps).double().bbox_head
+    x = torch.randn(2, 64, 5, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    norms = [module for module in head.modules() if isinstance(module, nn.GroupNorm)]
+    assert len(norms) == 8  # six of the tower, two of the decompositions
+    for norm in norms:
+        torch.testing.assert_close(norm(x), naive_group_norm(x, norm, groups, eps))
 
 
 def test_decomposition_weighs_stages() -> None:
     """Scaling the kernel by stage is scaling the features by stage."""
     torch.manual_seed(0)
     layer = TaskDecomposition(replace(PRESETS["tiny"], channels=32, tower_stages=3))
-    torch.nn.init.normal_(layer.layer_attention[2].get_parameter("bias"))
+    nn.init.normal_(layer.layer_attention[2].get_parameter("bias"))
     features = torch.randn(2, 96, 5, 4)
     tower = TowerMaps(list(features.chunk(3, dim=1)), features, features.mean((2, 3), keepdim=True))
     weights = layer.layer_attention(tower.pooled).repeat_interleave(32, dim=1)
-    torch.testing.assert_close(
-        layer(tower), layer.reduction_conv(features * weights), rtol=1e-4, atol=1e-5
-    )
+    expected = layer.reduction_conv(features * weights)
+    torch.testing.assert_close(layer(tower), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_iou_of_known_boxes() -> None:
-    boxes = torch.tensor([[0.0, 0, 2, 2], [1, 1, 3, 3], [5, 5, 6, 6], [4, 4, 4, 4]])
-    found = box_iou(boxes, boxes)
-    assert found[0, 1].item() == pytest.approx(1 / 7)
-    assert found[0, 2].item() == 0
-    assert found[3, 3].isnan()  # no area at all: overlaps nothing, as NaN is above no threshold
+@pytest.mark.parametrize(("anchor", "more"), [("free", {}), ("based", {"anchor_side": 8.0})])
+def test_moved_anchors_move_all_boxes(
+    anchor: str, more: dict[str, float], seeded_model: Callable[..., Tood]
+) -> None:
+    """Before alignment, that is; it is switched off here."""
+    boxes = []
+    for fields in ({}, {"anchor_offset": 0.5} | more):
+        head = seeded_model("tiny", anchor=anchor, **fields).bbox_head
+        for name in ("weight", "bias"):
+            nn.init.zeros_(head.reg_offset_module[2].get_parameter(name))
+        generators = [torch.Generator().manual_seed(i) for i in range(len(STRIDES))]
+        maps = [torch.randn(1, 64, 4, 4, generator=generator) for generator in generators]
+        boxes.append(head.eval()(maps).boxes_strides)
+    for before, after in zip(*boxes, strict=True):
+        torch.testing.assert_close(after, before + 0.5, rtol=1e-5, atol=1e-5)

@@ -46,6 +46,7 @@ from tood_deploy.export.tensorrt.options import EngineOptions, Profiles
 from tood_deploy.export.tensorrt.to_tensorrt import engine_from_onnx
 from tood_deploy.inference.detector import Detector
 from tood_deploy.manifest import METADATA_KEY
+from tood_deploy.manifest_sections import Int8Build
 from tood_deploy.onnx_file import OnnxArtefact
 from tood_deploy.reporter import Reporter, progress_bar
 
@@ -334,7 +335,7 @@ class PrecisionSearch:
             }
         reporter.table(tuned.table())
         model = mixer(tuned.best.mixture)
-        return ConvertedGraph(model, graph_precision(model), {"autotune": told})
+        return ConvertedGraph(model, graph_precision(model), mixture=Int8Build.from_dict(told))
 
     def _quality(
         self, artefact: OnnxArtefact, images: Sequence[Prepared]
@@ -413,8 +414,8 @@ def _stamp(model: onnx.ModelProto, artefact: OnnxArtefact) -> None:
         artefact.manifest,
         precision=graph_precision(model),
         artefact_sha256="",
-        parity={},
-        self_test={},
+        parity=None,
+        self_test=None,
     )
     onnx.helper.set_model_props(model, {METADATA_KEY: manifest.to_json()})
 

@@ -71,7 +71,8 @@ class CommandParser(argparse.ArgumentParser):
 
     def __init__(self, prog: str, **options: Any) -> None:
         """Take what argparse takes; `prog` is a command of `COMMANDS`, or has a subcommand after it."""
-        super().__init__(prog, **{"description": COMMANDS.get(prog)} | options)
+        options.setdefault("description", COMMANDS.get(prog))
+        super().__init__(prog, **options)
         command = self.prog.split()[0]
         self.add_argument(
             "--version",
@@ -80,7 +81,9 @@ class CommandParser(argparse.ArgumentParser):
             help="print the version and leave",
         )
 
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+    def parse_args(  # pyright: ignore[reportIncompatibleMethodOverride] - it has overloads
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> Any:
         """Parse as argparse does; where the shell asks for completions, give these and leave."""
         if "_ARGCOMPLETE" in os.environ:
             import argcomplete
@@ -103,7 +106,7 @@ class _OldName(argparse.Action):
             nargs=now.nargs,
             const=now.const,
             default=argparse.SUPPRESS,  # the option itself has the default
-            type=now.type,
+            type=now.type,  # pyright: ignore[reportArgumentType] - a registered name is a str
             choices=now.choices,
             help=argparse.SUPPRESS,
             metavar=now.metavar,

@@ -148,10 +148,13 @@ def export_command(argv: Sequence[str] | None) -> int:
     check_export(config, annotated)
     reporter.info(f"{config.source}: checked all that its export needs; starting PyTorch")
     from tood_deploy.export.export import run_export
+    from tood_deploy.export.timings import record_timings
 
-    result = run_export(
-        config, annotated=annotated, search=search_from(config, annotated), reporter=reporter
-    )
+    with record_timings() as timings:
+        search = search_from(config, annotated)
+        result = run_export(config, annotated=annotated, search=search, reporter=reporter)
+    if config.timings:
+        reporter.info(timings.text())
     result.print(reporter, list_layers=config.list_layers)
     return DONE
 

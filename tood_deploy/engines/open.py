@@ -121,7 +121,7 @@ def _check_engine(engine: Engine, path: Path, self_test: bool) -> None:
     """Raise ArtefactError for an artefact that is not to be run here, or fails its self-test."""
     from tood_deploy.engines.self_test import check_self_test
 
-    if "serving" in engine.manifest.options:
+    if engine.manifest.build.serving:
         raise ArtefactError(
             f"{path}: has the form that Triton serves, with thresholds for every image; open what "
             "it was made from"

@@ -355,10 +355,9 @@ def _check_options(threads: int | None, precision: str | None, hint: str) -> Non
 
 def _own_precision(manifest: Manifest) -> str:
     """What the artefact was made to run in, beside its quantised part."""
-    wanted = (
-        manifest.options.get("rest", "fp32") if manifest.precision == "int8" else manifest.precision
-    )
-    return "bf16" if wanted == "bf16" else "fp32"
+    if manifest.precision == "int8":
+        return "bf16" if manifest.build.fallback_precision == "bf16" else "fp32"
+    return "bf16" if manifest.precision == "bf16" else "fp32"
 
 
 def _static_after(path: Path, calls: int | None) -> int | None:

@@ -32,7 +32,7 @@ def half_precision_of(manifest: Manifest) -> str:
     """Return the half precision that an .onnx computes in, alone or beside 8 bits: "bf16", "fp16", or "" for none."""
     if manifest.precision in RUNTIMES:
         return manifest.precision
-    return str(manifest.options.get("half_precision", {}).get("precision", ""))
+    return manifest.build.half.precision if manifest.build.half else ""
 
 
 def mixes_int8_and_half(manifest: Manifest) -> bool:

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import cv2
 import numpy as np
@@ -25,6 +25,7 @@ from tood_deploy.engines.base import BatchDetections, Engine
 from tood_deploy.errors import ArtefactError, OutputError
 from tood_deploy.files import home_folder, write_text
 from tood_deploy.manifest import artefact_sha256, saturating_weights
+from tood_deploy.manifest_sections import SelfTest, SelfTestCase
 from tood_deploy.matching import NetDetections, box_iou, match_boxes, split_batch
 from tood_deploy.parity.tolerances import AnswerTolerance, answer_tolerance
 
@@ -46,24 +47,24 @@ class GoldenCase:
     score_threshold: float
     expected: NetDetections
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; a float32 survives as it is."""
-        rows = {
-            "boxes": self.expected.boxes.tolist(),
-            "scores": self.expected.scores.tolist(),
-            "labels": self.expected.labels.tolist(),
-        }
-        return {"net_hw": list(self.net_hw), "score_threshold": self.score_threshold, **rows}
+    def for_manifest(self) -> SelfTestCase:
+        """Return the case as the manifest holds it; a float32 survives as it is."""
+        return SelfTestCase(
+            self.net_hw,
+            self.score_threshold,
+            tuple(map(tuple, self.expected.boxes.tolist())),
+            tuple(self.expected.scores.tolist()),
+            tuple(self.expected.labels.tolist()),
+        )
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        """The case that `to_dict` wrote."""
-        boxes = np.array(values["boxes"], np.float32).reshape(-1, 4)
+    def from_manifest(cls, case: SelfTestCase) -> Self:
+        """Return the case that `for_manifest` made."""
+        boxes = np.array(case.boxes, np.float32).reshape(-1, 4)
         expected = NetDetections(
-            boxes, np.array(values["scores"], np.float32), np.array(values["labels"], np.int32)
+            boxes, np.array(case.scores, np.float32), np.array(case.labels, np.int32)
         )
-        height, width = values["net_hw"]
-        return cls((height, width), float(values["score_threshold"]), expected)
+        return cls(case.net_hw, case.score_threshold, expected)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,31 +92,28 @@ class Golden:
         images[:, :rows, :columns] = self.image
         return images, np.array([[rows, columns]] * batch, np.int32)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for the manifest; the image as PNG, whose pixels every decoder gives alike."""
+    def for_manifest(self) -> SelfTest:
+        """Return it as the manifest holds it; the image as PNG, which every decoder reads alike."""
         _, png = cv2.imencode(".png", self.image[..., ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 9])
-        return {
-            "picture_png": base64.b64encode(png.tobytes()).decode("ascii"),
-            "iou_threshold": self.iou_threshold,
-            "reference": self.reference,
-            "cases": [case.to_dict() for case in self.cases],
-        }
+        text = base64.b64encode(png.tobytes()).decode("ascii")
+        cases = tuple(case.for_manifest() for case in self.cases)
+        return SelfTest(text, self.iou_threshold, self.reference, cases)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], origin: str) -> Self:
-        """What `to_dict` wrote; `origin` names the file in errors.
+    def from_manifest(cls, stored: SelfTest, origin: str) -> Self:
+        """Return what `for_manifest` made; `origin` names the file in errors.
 
         Raises:
             ArtefactError: it is damaged.
         """
         try:
-            png = np.frombuffer(base64.b64decode(values["picture_png"], validate=True), np.uint8)
+            png = np.frombuffer(base64.b64decode(stored.image_png, validate=True), np.uint8)
             image = np.ascontiguousarray(
                 np.asarray(cv2.imdecode(png, cv2.IMREAD_COLOR), np.uint8)[..., ::-1]
             )
-            cases = tuple(GoldenCase.from_dict(case) for case in values["cases"])
-            return cls(image, float(values["iou_threshold"]), str(values["reference"]), cases)
-        except (KeyError, TypeError, ValueError, IndexError, cv2.error) as error:
+            cases = tuple(map(GoldenCase.from_manifest, stored.cases))
+            return cls(image, stored.iou_threshold, stored.reference, cases)
+        except (TypeError, ValueError, IndexError, cv2.error) as error:
             reason = f"{type(error).__name__}: {error}"
             raise ArtefactError(
                 f"{origin}: the self-test in its manifest is damaged ({reason}); export the model again"
@@ -142,16 +140,17 @@ def check_self_test(engine: Engine, artefact: Path) -> None:
     _check_products(
         engine, artefact
     )  # not left to the record of an earlier pass, nor to a stored answer
-    if not engine.manifest.self_test:
+    stored = engine.manifest.self_test
+    if stored is None:
         return
-    circumstances = _circumstances(engine, artefact)
+    circumstances = _circumstances(engine, artefact, stored)
     record = (
         home_folder("self_tests")
         / f"{hashlib.sha256(json.dumps(circumstances, sort_keys=True).encode()).hexdigest()[:32]}.json"
     )
     if record.is_file():
         return
-    golden = Golden.from_dict(engine.manifest.self_test, str(artefact))
+    golden = Golden.from_manifest(stored, str(artefact))
     cases = [
         case for case in golden.cases if not engine.canvases_hw or case.net_hw in engine.canvases_hw
     ]
@@ -222,7 +221,7 @@ def deviation(expected: NetDetections, found: NetDetections, tolerance: AnswerTo
     )
 
 
-def _circumstances(engine: Engine, artefact: Path) -> dict[str, Any]:
+def _circumstances(engine: Engine, artefact: Path, stored: SelfTest) -> dict[str, str]:
     """All that the outcome depends on."""
     return {
         "machine": platform.node(),
@@ -233,7 +232,7 @@ def _circumstances(engine: Engine, artefact: Path) -> dict[str, Any]:
         "loaded_from": engine.loaded_from,
         "artefact_sha256": artefact_sha256(artefact),
         "self_test_sha256": hashlib.sha256(
-            json.dumps(engine.manifest.self_test, sort_keys=True).encode()
+            json.dumps(stored.to_dict(), sort_keys=True).encode()
         ).hexdigest(),
     }
 
@@ -247,7 +246,7 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def self_test_from(run: Runner, canvases_hw: Sequence[tuple[int, int]] = ()) -> dict[str, Any]:
+def self_test_from(run: Runner, canvases_hw: Sequence[tuple[int, int]] = ()) -> SelfTest:
     """A built-in image and the answers to it, for `Manifest.self_test`.
 
     Args:
@@ -262,7 +261,7 @@ def self_test_from(run: Runner, canvases_hw: Sequence[tuple[int, int]] = ()) -> 
     image = np.bitwise_and(synthetic_image(height, width, SEED), COARSE, dtype=np.uint8)
     golden = Golden(image, IOU_THRESHOLD, run.name, ())
     cases = tuple(_answer(run, golden, canvas) for canvas in canvases)
-    return Golden(image, IOU_THRESHOLD, run.name, cases).to_dict()
+    return Golden(image, IOU_THRESHOLD, run.name, cases).for_manifest()
 
 
 def _answer(run: Runner, golden: Golden, net_hw: tuple[int, int]) -> GoldenCase:

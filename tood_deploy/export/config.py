@@ -271,6 +271,9 @@ class ExportConfig:
         parse=None,
         only=(ENGINE,),
     )
+    timings: bool = option(
+        False, "--timings", "print where the time went, step by step", parse=None
+    )
     quiet: bool = option(False, "--quiet", "print nothing but warnings and errors", parse=None)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     precision: PrecisionOptions = field(default_factory=PrecisionOptions)

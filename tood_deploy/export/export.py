@@ -27,12 +27,15 @@ from tood_deploy.data.images import read_images
 from tood_deploy.engines.self_test import self_test_from
 from tood_deploy.errors import ToodError
 from tood_deploy.export.config import DeformForm, ExportConfig, PrecisionOptions
+from tood_deploy.export.graph_cache import graph_of
 from tood_deploy.export.options import flag_of
 from tood_deploy.export.preflight import MAX_VERIFY_IMAGES, check_deform, needs_gather
 from tood_deploy.export.result import ExportResult, describe_preset
-from tood_deploy.export.to_onnx import OPSET, onnx_from_model
+from tood_deploy.export.timings import timed
+from tood_deploy.export.to_onnx import OPSET
 from tood_deploy.graph_io import INNER_VALUES, ONNX_SUFFIX, Target
 from tood_deploy.manifest import Manifest
+from tood_deploy.manifest_sections import Build, Parity
 from tood_deploy.model.checkpoint import load_checkpoint
 from tood_deploy.model.tood import Tood
 from tood_deploy.onnx_file import OnnxArtefact, artefact_in_memory, read_onnx, write_onnx
@@ -116,10 +119,12 @@ def run_export(
         profiles = _choose_profiles(config, reference, reporter)
         ap = annotated.measure(artefact) if annotated else None
         if _graph_precision(config).changes_graph:
-            artefact = _convert(config, artefact, reference, images, ap, search, reporter)
+            with timed("precision"):
+                artefact = _convert(config, artefact, reference, images, ap, search, reporter)
         prepared = PreparedExport(artefact, reference, profiles, images, ap)
         reporter.info(f"{config.place}: {_STEPS[config.to]}")
-        return _WRITERS[config.to](config, prepared, reporter)
+        with timed("target"):
+            return _WRITERS[config.to](config, prepared, reporter)
 
 
 @contextmanager
@@ -143,7 +148,8 @@ def _float32_artefact(
         return artefact, onnx_reference(_runnable(artefact))
     options = config.checkpoint
     reporter.info(f"{config.source}: loading the checkpoint")
-    model = load_checkpoint(config.source, **options.load)
+    with timed("checkpoint"):
+        model = load_checkpoint(config.source, **options.load)
     model.preset = with_imgsz(model.preset, options.imgsz)
     reporter.info(f"{config.source}: {describe_preset(model.preset)}")
     max_det = model.preset.max_det if options.max_det is None else options.max_det
@@ -239,23 +245,23 @@ def onnx_from_checkpoint(
         model.preset,
         max_det=max_det,
         checkpoint_sha256=model.checkpoint_sha256,
-        options={
-            "format": "onnx",
-            "opset": OPSET,
-            "deform": deform if _is_deformable(model.preset) else "none",
-        },
+        build=Build(
+            format="onnx", opset=OPSET, deform=deform if _is_deformable(model.preset) else "none"
+        ),
         versions=_versions(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    reporter.info("making the graph, which takes a minute or so")
-    graph = onnx_from_model(model, deform=deform, max_det=max_det)
-    artefact = artefact_in_memory(Path(f"{model.preset.name}{ONNX_SUFFIX}"), graph, manifest)
+    reporter.info("making the graph")
+    graph = graph_of(model, deform=deform, max_det=max_det, say=reporter.info)
+    with timed("check"):
+        artefact = artefact_in_memory(Path(f"{model.preset.name}{ONNX_SUFFIX}"), graph, manifest)
     reference = torch_reference(model, max_det)
-    parity = verify_float32(
-        reference, OnnxRunner(artefact.model), images=verify_images, say=reporter.info
-    )
-    reporter.info("making its self-test")
-    proven = replace(manifest, parity=parity, self_test=self_test_from(reference.run))
+    with timed("verify"):
+        run = OnnxRunner(artefact.model)
+        parity = verify_float32(reference, run, images=verify_images, say=reporter.info)
+        reporter.info("making its self-test")
+        self_test = self_test_from(reference.run)
+    proven = replace(manifest, parity=Parity.from_dict(parity), self_test=self_test)
     return replace(artefact, manifest=proven)
 
 
@@ -382,10 +388,8 @@ def _write_onnx(config: ExportConfig, prepared: PreparedExport, reporter: Report
 
     artefact, manifest = prepared.artefact, prepared.artefact.manifest
     if half := half_precision_of(manifest):
-        options = manifest.options | {"runtimes": list(RUNTIMES[half])}
-        artefact = artefact_in_memory(
-            config.place, artefact.model, replace(manifest, options=options)
-        )
+        build = replace(manifest.build, runtimes=RUNTIMES[half])
+        artefact = artefact_in_memory(config.place, artefact.model, replace(manifest, build=build))
     return ExportResult(config.place, write_onnx(artefact, config.place))
 
 
@@ -423,14 +427,14 @@ def _write_engine(
     artefact, reference = prepared.artefact, prepared.reference
     profiles = prepared.profiles or Profiles(default_shapes(reference.sizing.imgsz))
     # The form that servers batch has thresholds for every image, which no engine of ours is given.
-    is_served = "serving" in artefact.manifest.options
+    is_served = artefact.manifest.build.serving is not None
     built = engine_from_onnx(
         artefact,
         config.place,
         profiles=profiles,
         options=config.engine,
         flavour=config.flavour,
-        self_test={} if is_served else self_test_from(reference.run, profiles.shapes_hw),
+        self_test=None if is_served else self_test_from(reference.run, profiles.shapes_hw),
         rebuild=config.command,
         reporter=reporter,
     )

@@ -29,6 +29,7 @@ from tood_deploy.graph_io import (
     TARGET_SUFFIXES,
 )
 from tood_deploy.manifest import Manifest, manifest_path, neighbour
+from tood_deploy.manifest_sections import HalfBuild, Int8Build
 from tood_deploy.onnx_file import OnnxArtefact, read_onnx
 from tood_deploy.preprocess import check_imgsz
 from tood_deploy.presets import MAX_CANDIDATES, PRESETS, get_preset, published_weights
@@ -294,20 +295,18 @@ def _check_given_onnx(config: ExportConfig, manifest: Manifest) -> None:
         raise ToodError(
             f"{path} is an .onnx already; give --precision or --to openvino, engine or triton"
         )
-    if "serving" in manifest.options and (changes or config.to == "openvino"):
+    if manifest.build.serving and (changes or config.to == "openvino"):
         raise ArtefactError(
             f"{path}: has the form that Triton serves, with thresholds for every image; "
             "start from what it was made from"
         )
-    if config.builds_engine and manifest.precision == "int8":
-        from tood_deploy.export.triton.fit import int8_scheme
-
-        if int8_scheme(manifest).startswith("u8"):
-            raise ToodError(
-                f"{path}: its 8-bit numbers have zero points, as CPUs want them and TensorRT does "
-                "not; quantise the float32 .onnx with --to engine"
-            )
-    check_deform(str(path), str(manifest.options.get("deform", "none")), config)
+    has_zero_points = manifest.precision == "int8" and manifest.build.int8_scheme.startswith("u8")
+    if config.builds_engine and has_zero_points:
+        raise ToodError(
+            f"{path}: its 8-bit numbers have zero points, as CPUs want them and TensorRT does not; "
+            "quantise the float32 .onnx with --to engine"
+        )
+    check_deform(str(path), manifest.build.deform or "none", config)
 
 
 def _check_kept(config: ExportConfig, artefact: OnnxArtefact) -> None:
@@ -418,10 +417,11 @@ def _as_converted(config: ExportConfig, source: Manifest) -> Manifest:
     wanted = config.precision
     if not wanted.changes_graph:
         return source
-    added: dict[str, dict[str, str]] = {"int8": {"scheme": config.int8_scheme}}
+    half = source.build.half
     if wanted.fallback not in (None, "fp32"):
-        added["half_precision"] = {"precision": str(wanted.fallback)}
-    return replace(source, precision=wanted.precision, options=source.options | added)
+        half = HalfBuild(str(wanted.fallback))
+    build = replace(source.build, int8=Int8Build(config.int8_scheme), half=half)
+    return replace(source, precision=wanted.precision, build=build)
 
 
 def _check_plot(path: Path) -> None:

@@ -40,11 +40,11 @@ class ExportResult:
             f"{self.path}  {size_mib:.1f} MiB, {describe_precision(self.manifest)}, {sizes}"
         )
         reporter.result(f"{manifest_path(self.path)}  manifest")
-        for line in describe_parity(self.manifest.parity):
+        for line in describe_parity(self.manifest.parity.to_dict() if self.manifest.parity else {}):
             reporter.result(line)
         if self.layers is not None:
             self._print_layers(self.layers, reporter, list_layers)
-        if self.path.suffix.lower() in ARTEFACT_SUFFIXES and "serving" not in self.manifest.options:
+        if self.path.suffix.lower() in ARTEFACT_SUFFIXES and not self.manifest.build.serving:
             for line in self._next_steps():
                 reporter.result(line)
 
@@ -114,17 +114,17 @@ def _text(value: object) -> str:
 
 def describe_precision(manifest: Manifest) -> str:
     """Return the precision, and what is not in it."""
-    kept = manifest.options.get("int8", {}).get("keep", ())
+    kept = manifest.build.int8.keep if manifest.build.int8 else ()
     return f"{manifest.precision}, {', '.join(kept)} not" if kept else manifest.precision
 
 
 def describe_sizes(manifest: Manifest) -> str:
     """Return the sizes and batches that the artefact takes."""
-    profiles = manifest.target.get("profiles")
-    if not profiles:
+    if manifest.target is None:
         return "dynamic batch and size"
-    shapes = ", ".join(f"{profile['size_hw'][0]} x {profile['size_hw'][1]}" for profile in profiles)
-    return f"images of {shapes}, batches of {profiles[0]['batch'][0]} to {profiles[0]['batch'][-1]}"
+    profiles = manifest.target.profiles
+    shapes = ", ".join(f"{profile.size_hw[0]} x {profile.size_hw[1]}" for profile in profiles)
+    return f"images of {shapes}, batches of {profiles[0].min_batch} to {profiles[0].max_batch}"
 
 
 def describe_parity(parity: dict[str, Any]) -> Iterator[str]:

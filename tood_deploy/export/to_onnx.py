@@ -13,6 +13,7 @@ import onnx
 import torch
 
 from tood_deploy.export.graph import DeformForm, ExportedGraph
+from tood_deploy.export.shortcuts import take_shortcuts
 from tood_deploy.graph_io import INNER_VALUES, INPUTS, OUTPUTS
 from tood_deploy.model.postprocess import MAX_DET
 from tood_deploy.model.tood import Tood
@@ -54,7 +55,7 @@ def onnx_from_model(
         None,
         None,
     )
-    with quiet_exporter(), torch.no_grad():
+    with quiet_exporter(), take_shortcuts(), torch.no_grad():
         program = torch.onnx.export(
             graph,
             example,

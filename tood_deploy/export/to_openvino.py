@@ -36,6 +36,7 @@ from tood_deploy.graph_io import (
     graph_feeds,
 )
 from tood_deploy.manifest import Manifest, manifest_path
+from tood_deploy.manifest_sections import Parity
 from tood_deploy.onnx_file import OnnxArtefact, read_onnx
 from tood_deploy.parity.reference import Outputs, Reference
 from tood_deploy.parity.tolerances import DETECTION_LIMITS
@@ -130,7 +131,8 @@ def openvino_from_onnx(
         # The engine that AP is measured with reads the manifest.
         described.write_text(manifest.to_json(), encoding="utf-8")
         proven = _verify(xml, manifest, reference, images, ap, reporter)
-        parity = proven.parity | {"onnx": artefact.manifest.parity}
+        assert proven.parity is not None
+        parity = replace(proven.parity, onnx=artefact.manifest.parity)
         manifest = replace(proven, parity=parity).with_artefact(xml)
         described.write_text(manifest.to_json(), encoding="utf-8")
     return manifest
@@ -167,10 +169,11 @@ def _verify(
         reporter: of what is being compared.
     """
     in_float32 = manifest.precision == "fp32"
-    run = OpenVinoRunner(xml, manifest.options["rest"], maps=in_float32)
+    fallback = "bf16" if manifest.build.fallback_precision == "bf16" else "fp32"
+    run = OpenVinoRunner(xml, fallback, maps=in_float32)
     if in_float32:
         parity = verify_float32(reference, run, images=images, say=reporter.info)
-        return replace(manifest, parity=parity)
+        return replace(manifest, parity=Parity.from_dict(parity))
     parity = verify_detections(
         reference,
         run,
@@ -180,20 +183,21 @@ def _verify(
         say=reporter.info,
     )
     if manifest.precision == "int8":  # whose right answer is what OpenVINO's own rounding gives
-        return replace(manifest, parity=parity, self_test=self_test_from(run))
-    return replace(manifest, parity=parity)
+        manifest = replace(manifest, self_test=self_test_from(run))
+    return replace(manifest, parity=Parity.from_dict(parity))
 
 
 def _manifest(source: Manifest, fallback: RunPrecision | None, ov: ModuleType) -> Manifest:
     """Return the manifest of the IR, as yet without verdict."""
-    stated = source.options.get("rest") if source.precision == "int8" else source.precision
+    own = source.build.fallback_precision
+    stated = own if source.precision == "int8" else source.precision
     chosen = "bf16" if (fallback or stated) == "bf16" else "fp32"
     return replace(
         source,
         precision=chosen if source.precision in TYPES else source.precision,
-        options={**source.options, "format": "openvino", "rest": chosen},
+        build=replace(source.build, format="openvino", fallback_precision=chosen),
         versions=source.versions | {"openvino": ov.__version__},
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         artefact_sha256="",
-        parity={},
+        parity=None,
     )

@@ -1,4 +1,4 @@
-"""The network in PyTorch: `build_model`, `load_checkpoint`, and what they give."""
+"""The network in PyTorch: `build_model`, `load_checkpoint`, and their results."""
 
 from tood_deploy.model.checkpoint import load_checkpoint, save_checkpoint
 from tood_deploy.model.head import HeadOutput

@@ -1,4 +1,8 @@
-"""Boxes: anchor points, decoding, overlap. Functions on tensors; the frame is in every docstring."""
+"""Compute anchor points, and decode, measure and compare boxes.
+
+Tensors in, tensors out, differentiable; every docstring names the frame of its coordinates.
+Knows no network.
+"""
 
 import math
 from collections.abc import Sequence
@@ -6,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-MAX_LOG_RATIO = abs(math.log(16 / 1000))
+MAX_LOG_RATIO = abs(math.log(16 / 1000))  # of a box's side to its anchor's, as MMDetection clips it
 
 
 def anchor_points(size_hw: tuple[int, int], like: Tensor, offset: float = 0.0) -> Tensor:
@@ -15,7 +19,8 @@ def anchor_points(size_hw: tuple[int, int], like: Tensor, offset: float = 0.0) -
     Args:
         size_hw: rows and columns of the level.
         like: a tensor on the device to use.
-        offset: from the cell's column and row; the published models have none, no half-cell shift either.
+        offset: from the cell's upper left corner, in strides; 0 in the published models, which have
+            no half-cell shift.
     """
     height, width = size_hw
     x = torch.arange(width, device=like.device, dtype=torch.float32).expand(height, width)
@@ -25,7 +30,7 @@ def anchor_points(size_hw: tuple[int, int], like: Tensor, offset: float = 0.0) -
 
 
 def decode_distances(distances: Tensor, points: Tensor) -> Tensor:
-    """Boxes of anchor-free heads.
+    """Return the boxes of anchor-free heads.
 
     Args:
         distances: (B, 4, H, W) to the left, top, right and bottom side, >= 0, in strides.
@@ -40,13 +45,15 @@ def decode_distances(distances: Tensor, points: Tensor) -> Tensor:
 def decode_deltas(
     deltas: Tensor, points: Tensor, side: float, means: Sequence[float], stds: Sequence[float]
 ) -> Tensor:
-    """Return the boxes of anchor-based heads: shifts and log-ratios against square anchors (reference/SPEC.md section 2).
+    """Return the boxes of anchor-based heads, coded as shifts and log-ratios of square anchors.
+
+    Source: reference/SPEC.md section 2.
 
     Args:
-        deltas: (B, 4, H, W) dx, dy, dw, dh, as the head gives them.
+        deltas: (B, 4, H, W) dx, dy, dw, dh, normalised, as the head gives them.
         points: (2, H, W) x, y of the anchors' centres, in strides.
-        side: of the anchors, in strides.
-        means, stds: of the four deltas: what the head gives, times the deviation, plus the mean.
+        side: length of an anchor's side, in strides.
+        means, stds: the four means and standard deviations that the deltas were normalised by.
 
     Returns:
         (B, 4, H, W) xyxy in strides, not clipped.
@@ -60,8 +67,13 @@ def decode_deltas(
 
 
 def _denormalise(values: Tensor, means: Sequence[float], stds: Sequence[float]) -> Tensor:
-    """Return (B, C, H, W) times the deviation plus the mean of each of the C channels; one product where all are alike."""
-    if len(set(stds)) == 1 and not any(means):
+    """Return every value times the standard deviation plus the mean of its channel.
+
+    Args:
+        values: (B, C, H, W).
+        means, stds: of each of the C channels.
+    """
+    if len(set(stds)) == 1 and not any(means):  # one node in the exported graph, not a dozen
         return values * stds[0]
     return torch.cat(
         [
@@ -73,12 +85,15 @@ def _denormalise(values: Tensor, means: Sequence[float], stds: Sequence[float]) 
 
 
 def box_area(boxes: Tensor) -> Tensor:
-    """Width times height of boxes (..., 4) xyxy; of inverted boxes as the reference has it, not clamped."""
+    """Return width times height (...) of boxes (..., 4) xyxy.
+
+    Sides of inverted boxes are negative and not clamped, as in the reference.
+    """
     return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
 
 
 def box_iou(first: Tensor, second: Tensor) -> Tensor:
-    """Intersection over union of every pair, in any one frame.
+    """Return the intersection over union of every pair, in any one frame.
 
     Args:
         first: (..., N, 4) xyxy.
@@ -88,16 +103,23 @@ def box_iou(first: Tensor, second: Tensor) -> Tensor:
         (..., N, M); NaN between boxes without any area.
     """
     first, second = first.unsqueeze(-2), second.unsqueeze(-3)
-    sides = torch.minimum(first[..., 2:], second[..., 2:]) - torch.maximum(
-        first[..., :2], second[..., :2]
-    )
-    sides = sides.clamp(min=0)
-    overlap = sides[..., 0] * sides[..., 1]
+    overlap = _overlap_area(first, second)
     return overlap / (box_area(first) + box_area(second) - overlap)
 
 
 def box_iou_floored(first: Tensor, second: Tensor, eps: float = 1e-6) -> Tensor:
-    """As `box_iou`, with the union raised to at least `eps`, as the reference trains: 0 between boxes without area, never NaN."""
+    """Return `box_iou` with the union raised to at least `eps`, as the reference trains.
+
+    Between boxes without any area this is 0, not NaN.
+
+    Args:
+        first: (..., N, 4) xyxy.
+        second: (..., M, 4) xyxy.
+        eps: smallest union, in the square of the boxes' unit.
+
+    Returns:
+        (..., N, M).
+    """
     first, second = first.unsqueeze(-2), second.unsqueeze(-3)
     overlap = _overlap_area(first, second)
     return overlap / (box_area(first) + box_area(second) - overlap).clamp(min=eps)
@@ -106,12 +128,12 @@ def box_iou_floored(first: Tensor, second: Tensor, eps: float = 1e-6) -> Tensor:
 def box_giou(
     first: Tensor, second: Tensor, *, clamp_areas: bool = False, eps: float = 1e-6
 ) -> Tensor:
-    """Generalised IoU of boxes one by one, differentiable, in any one frame.
+    """Return the generalised IoU of boxes one by one, in any one frame.
 
     Args:
         first, second: (..., 4) xyxy.
-        clamp_areas: inverted boxes have no area, as the authors' code has it, rather than a signed one.
-        eps: floor of union and enclosing area.
+        clamp_areas: give inverted boxes no area, as the authors' code does, not a signed one.
+        eps: smallest union and enclosing area, in the square of the boxes' unit.
 
     Returns:
         (...), from -1 to 1.
@@ -130,6 +152,7 @@ def box_giou(
 
 
 def _overlap_area(first: Tensor, second: Tensor) -> Tensor:
+    """Return the area (...) that boxes (..., 4) xyxy share, one by one."""
     sides = torch.minimum(first[..., 2:], second[..., 2:]) - torch.maximum(
         first[..., :2], second[..., :2]
     )

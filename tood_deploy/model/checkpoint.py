@@ -1,11 +1,15 @@
-"""Checkpoints into networks, and back: any of the known kinds in, our own safetensors out."""
+"""Load checkpoints into networks, and save networks.
+
+A checkpoint of any known kind, or a preset's name, in, a `Tood` out; and back, into our own
+safetensors. Decides which preset a file belongs to, by what its metadata, its shapes and the user
+say together. How files are read is `checkpoint_file`'s business.
+"""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -13,7 +17,7 @@ from torch import Tensor
 
 from tood_deploy.errors import CheckpointError, ToodError
 from tood_deploy.files import atomic_path, file_sha256
-from tood_deploy.model.checkpoint_file import OWN_KEY, CheckpointFile, few, read_checkpoint
+from tood_deploy.model.checkpoint_file import OWN_KEY, CheckpointFile, list_some, read_checkpoint
 from tood_deploy.model.checkpoint_metadata import (
     ConfigFacts,
     Shapes,
@@ -35,60 +39,66 @@ def load_checkpoint(
     convention: Convention | None = None,
     weights_key: str | None = None,
 ) -> Tood:
-    """The network of a checkpoint, in eval mode, float32, on the CPU. Never runs code from the file.
+    """Load the network of a checkpoint, in eval mode, float32, on the CPU.
+
+    Never runs code from the file.
 
     Args:
-        checkpoint: a file of MMDetection 2.x or 3.x, of the authors, or our own; or a preset's name, whose published weights
-            are then downloaded once.
-        preset: the configuration, where the file does not tell it; must not contradict the file.
+        checkpoint: a file of MMDetection 2.x or 3.x, of the authors, or our own; or a preset's
+            name, whose published weights are then downloaded once.
+        preset: the configuration, where the file does not hold it; must not contradict the file.
         class_names: in place of the file's.
-        convention: whose test-time behaviour to follow, in place of the one of the checkpoint's origin.
-        weights_key: which weights to take where the file holds several, such as "ema", "model" or "teacher".
+        convention: whose test-time behaviour to follow, in place of that of the file's origin.
+        weights_key: the weights to take where the file holds several networks, such as "ema",
+            "model" or "teacher".
 
     Raises:
-        CheckpointError: cannot be read, is refused, is not a TOOD detector, does not fit, does not tell its anchor kind, was trained with
-            a setting that cannot be computed, or holds several networks.
-        DownloadError: the published weights cannot be had.
+        CheckpointError: cannot be read, is refused, is not a TOOD detector, does not fit, does not
+            say its anchor kind, was trained with a setting that cannot be computed, or holds
+            several networks.
+        DownloadError: the published weights cannot be downloaded or stored.
     """
     if isinstance(preset, str):
         preset = get_preset(preset)
     if preset is None and is_preset_name(checkpoint):
         preset = PRESETS[str(checkpoint)]
     file = read_checkpoint(locate_checkpoint(checkpoint), weights_key)
-    found = _describe(file, preset, named=class_names is not None)
-    found = replace(
-        found,
-        class_names=_check_class_names(class_names, found, file.path),
-        convention=convention or found.convention,
-    )
-    model = _fill(found, file)
+    own = _preset_of_file(file, preset, named=class_names is not None)
+    names = _check_class_names(class_names, own, file.path)
+    own = replace(own, class_names=names, convention=convention or own.convention)
+    model = _fill(own, file)
     model.checkpoint_sha256 = file_sha256(file.path)
     return model
 
 
 def is_preset_name(checkpoint: str | PathLike[str]) -> bool:
-    """Whether this names a preset; a file of the same name comes first."""
+    """Return whether this is the name of a preset and of no file."""
     return str(checkpoint) in PRESETS and not Path(checkpoint).exists()
 
 
 def locate_checkpoint(checkpoint: str | PathLike[str]) -> Path:
-    """The file of a checkpoint; a preset's name downloads the published weights unless they are here already.
+    """Return the file of a checkpoint; of a preset's name that of its weights, downloaded once.
 
     Raises:
-        DownloadError: the published weights cannot be had.
+        DownloadError: the published weights cannot be downloaded or stored.
     """
-    return (
-        fetch_weights(PRESETS[str(checkpoint)]) if is_preset_name(checkpoint) else Path(checkpoint)
-    )
+    if is_preset_name(checkpoint):
+        return fetch_weights(PRESETS[str(checkpoint)])
+    return Path(checkpoint)
 
 
 def save_checkpoint(
     model: Tood, path: str | PathLike[str], dtype: torch.dtype = torch.float32
 ) -> None:
-    """Writes our own format: safetensors, with preset and class names in its metadata, whole or not at all.
+    """Write our own format, safetensors with the preset in its metadata, whole or not at all.
+
+    Args:
+        model: the network.
+        path: of the file.
+        dtype: of the floating-point tensors in the file.
 
     Raises:
-        OutputError: the place cannot be written.
+        OutputError: the file cannot be written.
     """
     tensors = {
         key: (value.to(dtype) if value.is_floating_point() else value).contiguous().cpu()
@@ -99,93 +109,120 @@ def save_checkpoint(
 
 
 def own_metadata(preset: Preset) -> str:
-    """JSON of a preset, as our own checkpoints hold it under the key `OWN_KEY`."""
+    """Return the JSON of a preset, as our own checkpoints hold it under the key `OWN_KEY`."""
     return json.dumps(preset.to_dict())
 
 
-def _describe(file: CheckpointFile, given: Preset | None, named: bool) -> Preset:
-    """Return the preset of a file: from our own metadata, else from what shapes, the framework's metadata and the user say together.
+def _preset_of_file(file: CheckpointFile, given: Preset | None, named: bool) -> Preset:
+    """Return the preset of a file: that in our own files, else one from shapes, metadata and user.
 
-    `named`: the user gives the class names, so those of the file do not count.
+    Args:
+        file: the checkpoint.
+        given: the user's preset.
+        named: whether the user gives the class names, so that those of the file do not count.
     """
     shapes = _shapes(file.state_dict)
-    found = preset_from_shapes(shapes, str(file.path))
-    if given is not None and not same_structure(given, found):
+    fitting = preset_from_shapes(shapes, str(file.path))
+    if given is not None and not same_structure(given, fitting):
         problems = _differences(_expected_shapes(given), shapes)
         raise CheckpointError(
-            f"{file.path}: does not fit the preset {given.name}: {problems}; it fits {_alike(found)}"
+            f"{file.path}: does not fit the preset {given.name}: {problems}; "
+            f"it fits {_presets_like(fitting)}"
         )
     if file.own_preset is not None:
         return _own_preset(file)
-    facts = read_config(file.meta, str(file.path), found)
-    count = found.num_classes
-    names = (
-        numbered_classes(count) if named else _class_names(facts, given or found, count, file.path)
-    )
-    found = _choose_preset(found, facts, given, file.path)
+    facts = read_config(file.meta, str(file.path), fitting)
+    count = fitting.num_classes
+    names = numbered_classes(count)
+    if not named:
+        names = _class_names(facts, given or fitting, count, file.path)
+    chosen = _choose_preset(fitting, facts, given, file.path)
+    fields = {"class_names": names, "convention": file.origin} | facts.settings
     try:
-        return replace(found, class_names=names, convention=file.origin, **facts.settings)
+        return replace(chosen, **fields)
     except ToodError as error:
         raise CheckpointError(
             f"{file.path}: its configuration cannot be computed: {error}"
         ) from error
 
 
-def _choose_preset(found: Preset, facts: ConfigFacts, given: Preset | None, path: Path) -> Preset:
-    """The one the user names, if the file does not contradict it; else the one that the file's metadata tells."""
+def _choose_preset(fitting: Preset, facts: ConfigFacts, given: Preset | None, path: Path) -> Preset:
+    """Return the user's preset if the file does not contradict it, else that of the metadata.
+
+    Args:
+        fitting: the preset that the shapes fit, of either anchor kind.
+        facts: of the metadata.
+        given: the user's preset.
+        path: the file, for errors.
+    """
     if given is not None:
         if facts.anchor not in (None, given.anchor):
             raise CheckpointError(
-                f"{path}: its configuration says anchor-{facts.anchor}, the preset {given.name} is anchor-{given.anchor}; "
-                "leave the preset out"
+                f"{path}: its configuration says anchor-{facts.anchor}, the preset {given.name} is "
+                f"anchor-{given.anchor}; leave the preset out"
             )
         return given
+    cure = f"with --preset (in Python, preset=): {_presets_like(fitting)}"
     if facts.problem:
         raise CheckpointError(
-            f"{path}: its configuration cannot be parsed ({facts.problem}), so that nothing tells how its weights are to be used; "
-            f"say what it was trained as with --preset (in Python, preset=): {_alike(found)}"
+            f"{path}: its configuration cannot be parsed ({facts.problem}), so that nothing says "
+            f"how its weights are to be used; say what it was trained as {cure}"
         )
     if facts.anchor is None:
         raise CheckpointError(
-            f"{path}: does not tell whether its head is anchor-free or anchor-based, as both have the same weights; "
-            f"say which with --preset (in Python, preset=): {_alike(found)}"
+            f"{path}: does not tell whether its head is anchor-free or anchor-based, as both have "
+            f"the same weights; say which {cure}"
         )
-    return _preset_of_schedule(replace(found, anchor=facts.anchor), facts.epochs)
+    return _preset_of_schedule(replace(fitting, anchor=facts.anchor), facts.epochs)
 
 
-def _alike(found: Preset) -> str:
-    """The presets of this structure, for a message."""
-    return (
-        " or ".join(name for name, preset in PRESETS.items() if same_structure(preset, found))
-        or "a Preset made for it in Python"
-    )
+def _presets_like(preset: Preset) -> str:
+    """Return the names of presets of this structure, for a message."""
+    names = [name for name, other in PRESETS.items() if same_structure(other, preset)]
+    return " or ".join(names) or "a Preset of your own (in Python)"
 
 
 def _class_names(facts: ConfigFacts, preset: Preset, count: int, path: Path) -> tuple[str, ...]:
-    """Return the file's names; where it has none the preset's, if there are as many as the weights have classes, else numbered ones."""
+    """Return the file's names, else the preset's if there are as many as classes, else numbers.
+
+    Args:
+        facts: of the metadata.
+        preset: the user's or the fitting one.
+        count: classes of the weights.
+        path: the file, for errors.
+    """
     names = facts.class_names
     if names is None:
         return preset.class_names if preset.num_classes == count else numbered_classes(count)
     if len(names) != count:
         raise CheckpointError(
-            f"{path}: its weights have {count} classes, its metadata names {len(names)} ({few(names)}); "
-            f"give the {count} names with --classes (in Python, class_names=)"
+            f"{path}: its weights have {count} classes, its metadata names {len(names)} "
+            f"({list_some(names)}); give the {count} names with --classes (in Python, class_names=)"
         )
     return names
 
 
-def _preset_of_schedule(found: Preset, epochs: int | None) -> Preset:
-    """Among presets that differ in schedule and anchor kind alone, the one the file was trained by; "custom" if none."""
+def _preset_of_schedule(fitting: Preset, epochs: int | None) -> Preset:
+    """Return the preset that a file was trained by, among those that differ in schedule alone.
+
+    Args:
+        fitting: of the file's structure and anchor kind.
+        epochs: of the training.
+
+    Returns:
+        The preset of that schedule; where there is none of this structure and anchor kind, the
+        given one under the name "custom".
+    """
     alike = [
         preset
         for preset in PRESETS.values()
-        if same_structure(preset, found) and preset.anchor == found.anchor
+        if same_structure(preset, fitting) and preset.anchor == fitting.anchor
     ]
     if not alike:
-        return replace(found, name="custom", weights=None, published_ap=None)
+        return replace(fitting, name="custom", weights=None, published_ap=None)
     suffix = "2x" if epochs == 24 else "1x"
     best = next((preset for preset in alike if preset.name.endswith(suffix)), alike[0])
-    return replace(best, class_names=found.class_names)
+    return replace(best, class_names=fitting.class_names)
 
 
 def _own_preset(file: CheckpointFile) -> Preset:
@@ -193,7 +230,8 @@ def _own_preset(file: CheckpointFile) -> Preset:
         return Preset.from_dict(json.loads(file.own_preset or ""))
     except (ValueError, AttributeError) as error:
         raise CheckpointError(
-            f"{file.path}: its metadata cannot be read ({error}); expected a checkpoint of tood_deploy"
+            f"{file.path}: its metadata cannot be read ({error}); "
+            "expected a checkpoint of tood_deploy"
         ) from error
 
 
@@ -203,73 +241,77 @@ def _expected_shapes(preset: Preset) -> Shapes:
 
 
 def _check_class_names(
-    class_names: Sequence[str] | None, found: Preset, path: Path
+    class_names: Sequence[str] | None, preset: Preset, path: Path
 ) -> tuple[str, ...]:
+    """Return the names that the user gives, else the preset's.
+
+    Args:
+        class_names: the user's.
+        preset: of the file.
+        path: the file, for errors.
+    """
     if class_names is None:
-        return found.class_names
-    if len(class_names) != found.num_classes:
+        return preset.class_names
+    if len(class_names) != preset.num_classes:
         raise CheckpointError(
-            f"{path}: has {found.num_classes} classes, {len(class_names)} names were given; give one name for each class"
+            f"{path}: has {preset.num_classes} classes, {len(class_names)} names were given; "
+            "give one name for each class"
         )
     return tuple(class_names)
 
 
 def _fill(preset: Preset, file: CheckpointFile) -> Tood:
+    """Build the network of a preset and fill it with the file's tensors, all of them."""
     expected, state = _expected_shapes(preset), dict(file.state_dict)
     for key in (key for key, shape in expected.items() if not shape):
+        # Files from before PyTorch 0.4.1 lack batch counts, which nothing uses, and hold scalars as
+        # vectors of one.
         if key.endswith("num_batches_tracked"):
-            state.setdefault(
-                key, torch.zeros((), dtype=torch.int64)
-            )  # files from before PyTorch 0.4.1 lack it; nothing uses it
+            state.setdefault(key, torch.zeros((), dtype=torch.int64))
         if key in state and state[key].shape == (1,):
-            state[key] = state[key][0]  # they also hold scalars as vectors of one
+            state[key] = state[key][0]
     if problems := _differences(expected, _shapes(state)):
         raise CheckpointError(
-            f"{file.path}: does not fit the preset {preset.name}: {problems}; the file is damaged or of a variant of TOOD"
+            f"{file.path}: does not fit the preset {preset.name}: {problems}; "
+            "the file is damaged or of a variant of TOOD"
         )
     with torch.device("meta"):
         model = Tood(preset)
-    model.load_state_dict(
-        {
-            key: value.float() if value.is_floating_point() else value
-            for key, value in state.items()
-        },
-        assign=True,
-    )
+    for key, value in state.items():
+        if value.is_floating_point():
+            state[key] = value.float()
+    model.load_state_dict(state, assign=True)
     _check_finite(model, file.path)
     return model.requires_grad_(True).eval()
 
 
-def _shapes(state: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(value.shape) for key, value in state.items() if isinstance(value, Tensor)}
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(value.shape) for key, value in state.items()}
 
 
-def _differences(expected: Shapes, found: Shapes) -> str:
-    """What is missing, unexpected and mis-shaped, a few by name; empty where nothing is."""
-    shared = expected.keys() & found.keys()
+def _differences(expected: Shapes, actual: Shapes) -> str:
+    """Return what is missing, unexpected and of another shape, a few by name; "" where nothing."""
+    shared = sorted(expected.keys() & actual.keys())
+    reshaped = [key for key in shared if actual[key] != expected[key]]
     kinds = {
-        "missing": sorted(expected.keys() - found.keys()),
-        "unexpected": sorted(found.keys() - expected.keys()),
-        "of another shape": [
-            f"{key} {found[key]} for {expected[key]}"
-            for key in sorted(shared)
-            if found[key] != expected[key]
-        ],
+        "missing": sorted(expected.keys() - actual.keys()),
+        "unexpected": sorted(actual.keys() - expected.keys()),
+        "of another shape": [f"{key} {actual[key]} for {expected[key]}" for key in reshaped],
     }
-    return "; ".join(
+    parts = [
         f"{len(keys)} keys {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
         for kind, keys in kinds.items()
         if keys
-    )
+    ]
+    return "; ".join(parts)
 
 
 def _check_finite(model: Tood, path: Path) -> None:
-    broken = [
-        key
-        for key, value in model.state_dict().items()
-        if value.is_floating_point() and not value.isfinite().all()
-    ]
+    tensors = model.state_dict()
+    floating = {key: value for key, value in tensors.items() if value.is_floating_point()}
+    broken = [key for key, value in floating.items() if not value.isfinite().all()]
     if broken:
         raise CheckpointError(
-            f"{path}: {len(broken)} tensors hold NaN or infinite values ({', '.join(broken[:3])}); the training diverged"
+            f"{path}: {len(broken)} tensors hold NaN or infinite values "
+            f"({', '.join(broken[:3])}); the training diverged: take an earlier checkpoint"
         )

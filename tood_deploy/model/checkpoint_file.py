@@ -1,16 +1,18 @@
-"""Reads checkpoint files without ever running code from them. Knows nothing of the network.
+"""Read checkpoint files without ever running code from them.
 
-A file becomes its tensors under MMDetection 3.x names, and the metadata that came with them. Layouts: reference/SPEC.md section 5.
+A file in; its tensors under MMDetection 3.x names, and the metadata that came with them, out. First
+its content is checked, whatever its name, then it is loaded, then one network of those in it is
+chosen. Knows nothing of the network but one key. Layouts: reference/SPEC.md section 5.
 """
 
 import re
 import struct
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,20 +21,20 @@ from torch import Tensor
 from tood_deploy.errors import CheckpointError
 from tood_deploy.presets import Convention
 
-Form = Literal["safetensors", "zip", "pickle"]
+FileFormat = Literal["safetensors", "zip", "pickle"]
 
 LANDMARK = "backbone.conv1.weight"  # of every TOOD detector, behind whatever prefix
-USUAL = (
-    "state_dict"  # where MMDetection, the authors and our own training keep the weights to deploy
-)
-DEEPEST = 2  # levels of dictionaries that are searched
+# Where MMDetection, the authors and our own training keep the weights to deploy.
+USUAL_KEY = "state_dict"
+MAX_DEPTH = 2  # of dictionaries in dictionaries that are searched for weights
+OWN_KEY = "tood_deploy"  # under which our own files hold the preset, as JSON
 
 HEAD_BYTES = 4096
 CHECKPOINT_SUFFIXES = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")
 COPY_AGAIN = "copy or download it again"
 EXPECTED = "expected a checkpoint (.pth, .pt or .safetensors)"
 
-# Starts of files that are something else, and what to do then.
+# First bytes of files that are something else, and what to do then.
 OTHER_STARTS = (
     (b"\x1f\x8b", "is compressed by gzip; unpack it, and give the checkpoint inside"),
     (b"7z\xbc\xaf\x27\x1c", "is a 7-Zip archive; unpack it, and give the checkpoint inside"),
@@ -45,144 +47,7 @@ OTHER_STARTS = (
 )
 
 
-def check_content(path: Path) -> Form:
-    """Look at the first bytes of a file.
-
-    Returns:
-        In which form its weights are stored.
-
-    Raises:
-        CheckpointError: no file, or one that is no checkpoint; says what it is instead.
-    """
-    if path.is_dir():
-        raise CheckpointError(f"{path}: is a folder{_checkpoints_in(path)}; {EXPECTED}")
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; {EXPECTED}")
-    try:
-        with path.open("rb") as file:
-            head = file.read(HEAD_BYTES)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); {EXPECTED}") from error
-    if problem := _problem(head, path):
-        raise CheckpointError(f"{path}: {problem}")
-    return _form(head, path)
-
-
-def _problem(head: bytes, path: Path) -> str:
-    """Say what a file is that holds no weights by its start; "" where it may hold some."""
-    if not head:
-        return f"is empty; {COPY_AGAIN}"
-    if head.startswith(b"version https://git-lfs"):
-        size = re.search(rb"size (\d+)", head)
-        real = f" to {int(size[1]):,} bytes" if size else ""
-        return f"is a git-LFS pointer{real}, not the file itself; fetch that with: git lfs pull"
-    for start, problem in OTHER_STARTS:
-        if head.startswith(start):
-            return problem
-    if _looks_like_onnx(head):
-        return "is an ONNX model, not a checkpoint; run it under a name ending in .onnx, or give the checkpoint it was made from"
-    return _text_problem(head, path)
-
-
-def _text_problem(head: bytes, path: Path) -> str:
-    text = _as_text(head)
-    if text is None:
-        return ""
-    if re.match(
-        r"\s*(<!--.*?-->\s*)?<(!doctype\s+html|html|head|body|meta)\b",
-        text,
-        re.IGNORECASE | re.DOTALL,
-    ):
-        title = re.search(r"<title[^>]*>([^<]+)", text, re.IGNORECASE)
-        named = f" ({' '.join(title[1].split())[:60]!r})" if title else ""
-        return f"is a web page{named}, as file-sharing sites send in place of a file; download the file itself, in a browser if need be"
-    if path.suffix.lower() == ".py" or re.search(
-        r"^(model|_base_|import|from|dataset_type)\b", text, re.MULTILINE
-    ):
-        return "is Python text, such as a training configuration, and holds no weights; give the checkpoint (.pth) that was trained with it"
-    return f"is text, starting {' '.join(text.split())[:40]!r}; {EXPECTED}"
-
-
-def _as_text(head: bytes) -> str | None:
-    """Decode the start of a text; None where it is none. The last character may be cut."""
-    try:
-        text = head.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        if error.start < len(head) - 4:
-            return None
-        text = head[: error.start].decode("utf-8-sig")
-    printable = sum(character.isprintable() or character.isspace() for character in text)
-    return text if text and printable == len(text) else None
-
-
-def _looks_like_onnx(head: bytes) -> bool:
-    """Tell the start of an ONNX model: field 1, the version of its form, then a text field or the graph."""
-    return len(head) > 3 and head[0] == 0x08 and head[1] < 0x20 and head[2] in (0x12, 0x3A, 0x42)
-
-
-def _form(head: bytes, path: Path) -> Form:
-    named_safetensors = path.suffix.lower() == ".safetensors"
-    if _looks_like_safetensors(head, path):
-        if not named_safetensors:
-            raise CheckpointError(
-                f"{path}: is a safetensors file under another name; rename it to {path.with_suffix('.safetensors').name}"
-            )
-        return "safetensors"
-    if head.startswith(b"PK"):
-        _check_zip(path)
-    elif named_safetensors:
-        raise CheckpointError(
-            f"{path}: cannot be read as safetensors, cut or not such a file; {COPY_AGAIN}"
-        )
-    if named_safetensors:
-        raise CheckpointError(
-            f"{path}: is a PyTorch file under the name of safetensors; rename it to {path.with_suffix('.pth').name}"
-        )
-    return "zip" if head.startswith(b"PK") else "pickle"
-
-
-def _looks_like_safetensors(head: bytes, path: Path) -> bool:
-    """Tell the start of a safetensors file: the length of a JSON header, and that header."""
-    if len(head) < 10 or head[8:9] != b"{":
-        return False
-    (length,) = struct.unpack("<Q", head[:8])
-    return length < 1 << 27 and (head[9:10] in b'"} ' or path.suffix.lower() == ".safetensors")
-
-
-def _check_zip(path: Path) -> None:
-    """Raise CheckpointError where a zip is cut, or not one that PyTorch writes."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-    except (zipfile.BadZipFile, OSError, ValueError, EOFError) as error:
-        raise CheckpointError(
-            f"{path}: is cut or damaged: the end of it is missing ({path.stat().st_size:,} bytes); {COPY_AGAIN}"
-        ) from error
-    inside = {name.split("/", 1)[-1] for name in names}
-    if "constants.pkl" in inside:
-        raise CheckpointError(
-            f"{path}: is a TorchScript program, which can only be run as it is; give the checkpoint it was made from"
-        )
-    if "data.pkl" not in inside:
-        few = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-        raise CheckpointError(
-            f"{path}: is a zip archive of {len(names)} files ({few}), not a checkpoint; unpack it, and give the checkpoint inside"
-        )
-
-
-def _checkpoints_in(folder: Path) -> str:
-    names = sorted(
-        path.name for path in folder.iterdir() if path.suffix.lower() in CHECKPOINT_SUFFIXES
-    )
-    return (
-        f", which holds {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}: give one of these"
-        if names
-        else ""
-    )
-
-
-OWN_KEY = "tood_deploy"  # under which our own files hold the preset, as JSON
-
+# Parts of the authors' key names, and those of MMDetection 3.x in their place.
 AUTHORS_NAMES = (
     ("_decomp.la_conv1.", "_decomp.layer_attention.0."),
     ("_decomp.la_conv2.", "_decomp.layer_attention.2."),
@@ -192,7 +57,8 @@ AUTHORS_NAMES = (
     ("bbox_head.reg_offset_conv2.", "bbox_head.reg_offset_module.2."),
 )
 
-# Metadata classes that training frameworks leave in their files. None of it is needed: each is read as an empty object.
+# Classes of metadata that training frameworks leave in their files. None of it is needed: an object
+# of any of them is read as an empty one.
 METADATA_CLASSES = (
     "builtins.getattr",  # mmengine's HistoryBuffer names its own methods by it
     "collections.defaultdict",
@@ -208,26 +74,170 @@ METADATA_CLASSES = (
 )
 
 
-class Skipped(dict[Any, Any]):
-    """Stands in for a metadata object whose class is not needed; takes whatever the file says of it and keeps nothing."""
+def check_content(path: Path) -> FileFormat:
+    """Return the format of a file by its first bytes.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    Raises:
+        CheckpointError: no file, or one that is no checkpoint; says what it is instead.
+    """
+    if path.is_dir():
+        raise CheckpointError(f"{path}: is a folder{_checkpoints_in(path)}; {EXPECTED}")
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; {EXPECTED}")
+    try:
+        with path.open("rb") as file:
+            head = file.read(HEAD_BYTES)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); {EXPECTED}") from error
+    if problem := _problem(head, path):
+        raise CheckpointError(f"{path}: {problem}")
+    return _file_format(head, path)
+
+
+def _problem(head: bytes, path: Path) -> str:
+    """Return what a file is that, by its first bytes, holds no weights; "" where it may."""
+    if not head:
+        return f"is empty; {COPY_AGAIN}"
+    if head.startswith(b"version https://git-lfs"):
+        size = re.search(rb"size (\d+)", head)
+        real = f" to {int(size[1]):,} bytes" if size else ""
+        return f"is a git-LFS pointer{real}, not the file itself; fetch that with: git lfs pull"
+    for start, problem in OTHER_STARTS:
+        if head.startswith(start):
+            return problem
+    if _looks_like_onnx(head):
+        return (
+            "is an ONNX model, not a checkpoint; run it under a name ending in .onnx, "
+            "or give the checkpoint it was made from"
+        )
+    text = _as_text(head)
+    return "" if text is None else _text_problem(text, path)
+
+
+def _text_problem(text: str, path: Path) -> str:
+    """Return what a text is."""
+    page = r"\s*(<!--.*?-->\s*)?<(!doctype\s+html|html|head|body|meta)\b"
+    if re.match(page, text, re.IGNORECASE | re.DOTALL):
+        title = re.search(r"<title[^>]*>([^<]+)", text, re.IGNORECASE)
+        named = f" ({' '.join(title[1].split())[:60]!r})" if title else ""
+        return (
+            f"is a web page{named}, as file-sharing sites send in place of a file; "
+            "download the file itself, in a browser if need be"
+        )
+    python = r"^(model|_base_|import|from|dataset_type)\b"
+    if path.suffix.lower() == ".py" or re.search(python, text, re.MULTILINE):
+        return (
+            "is Python text, such as a training configuration, and holds no weights; "
+            "give the checkpoint (.pth) that was trained with it"
+        )
+    return f"is text, starting {' '.join(text.split())[:40]!r}; {EXPECTED}"
+
+
+def _as_text(head: bytes) -> str | None:
+    """Decode the start of a text, whose last character may be cut; None where it is no text."""
+    try:
+        text = head.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        if error.start < len(head) - 4:
+            return None
+        text = head[: error.start].decode("utf-8-sig")
+    printable = all(character.isprintable() or character.isspace() for character in text)
+    return text if text and printable else None
+
+
+def _looks_like_onnx(head: bytes) -> bool:
+    """Return whether these are the first bytes of an ONNX model.
+
+    That is field 1, the version of its format, and then a text field or the graph.
+    """
+    return len(head) > 3 and head[0] == 0x08 and head[1] < 0x20 and head[2] in (0x12, 0x3A, 0x42)
+
+
+def _file_format(head: bytes, path: Path) -> FileFormat:
+    named_safetensors = path.suffix.lower() == ".safetensors"
+    if _looks_like_safetensors(head, path):
+        if not named_safetensors:
+            name = path.with_suffix(".safetensors").name
+            raise CheckpointError(
+                f"{path}: is a safetensors file under another name; rename it to {name}"
+            )
+        return "safetensors"
+    if head.startswith(b"PK"):
+        _check_zip(path)
+    elif named_safetensors:
+        raise CheckpointError(
+            f"{path}: cannot be read as safetensors, cut or not such a file; {COPY_AGAIN}"
+        )
+    if named_safetensors:
+        name = path.with_suffix(".pth").name
+        raise CheckpointError(
+            f"{path}: is a PyTorch file under the name of safetensors; rename it to {name}"
+        )
+    return "zip" if head.startswith(b"PK") else "pickle"
+
+
+def _looks_like_safetensors(head: bytes, path: Path) -> bool:
+    """Return whether a file starts with the length of a JSON header, and that header."""
+    if len(head) < 10 or head[8:9] != b"{":
+        return False
+    (length,) = struct.unpack("<Q", head[:8])
+    return length < 1 << 27 and (head[9:10] in b'"} ' or path.suffix.lower() == ".safetensors")
+
+
+def _check_zip(path: Path) -> None:
+    """Raise CheckpointError where a zip is cut, or not one that PyTorch writes."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError, EOFError) as error:
+        size = f"{path.stat().st_size:,} bytes"
+        raise CheckpointError(
+            f"{path}: is cut or damaged: the end of it is missing ({size}); {COPY_AGAIN}"
+        ) from error
+    inside = {name.split("/", 1)[-1] for name in names}
+    if "constants.pkl" in inside:
+        raise CheckpointError(
+            f"{path}: is a TorchScript program, which can only be run as it is; "
+            "give the checkpoint it was made from"
+        )
+    if "data.pkl" not in inside:
+        listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        raise CheckpointError(
+            f"{path}: is a zip archive of {len(names)} files ({listed}), not a checkpoint; "
+            "unpack it, and give the checkpoint inside"
+        )
+
+
+def _checkpoints_in(folder: Path) -> str:
+    """Name some checkpoints in a folder, as a part of a message; "" where there are none."""
+    files = [path for path in folder.iterdir() if path.suffix.lower() in CHECKPOINT_SUFFIXES]
+    names = sorted(path.name for path in files)
+    if not names:
+        return ""
+    more = ", ..." if len(names) > 3 else ""
+    return f", which holds {', '.join(names[:3])}{more}: give one of these"
+
+
+class Skipped(dict[object, object]):
+    """An object of metadata whose class is not needed: takes what it is given, keeps nothing."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__()
 
-    def __setstate__(self, state: Any) -> None:
+    def __setstate__(self, state: object) -> None:
         pass
 
-    def __setitem__(self, key: Any, value: Any) -> None:
+    def __setitem__(self, key: object, value: object) -> None:
         pass
 
 
 @dataclass(frozen=True)
 class CheckpointFile:
-    """What a file holds.
+    """The content of a file.
 
     Attributes:
         path: the file.
-        state_dict: tensors under MMDetection 3.x names.
+        state_dict: one network's tensors under MMDetection 3.x names.
         meta: the framework's metadata; empty where there is none.
         own_preset: JSON of the preset, in our own files.
         origin: whose key names the file has.
@@ -235,7 +245,7 @@ class CheckpointFile:
 
     path: Path
     state_dict: dict[str, Tensor]
-    meta: Mapping[str, Any] = field(default_factory=dict)
+    meta: Mapping[str, object] = field(default_factory=dict)
     own_preset: str | None = None
     origin: Convention = "mmdet"
 
@@ -245,10 +255,11 @@ def read_checkpoint(path: Path, weights_key: str | None = None) -> CheckpointFil
 
     Args:
         path: the file.
-        weights_key: which weights to take where it holds several; see `choose_weights`.
+        weights_key: the weights to take where it holds several networks; see `choose_weights`.
 
     Raises:
-        CheckpointError: no such file, no checkpoint, damaged, asks to run code, holds no weights, or those of several networks.
+        CheckpointError: no such file, no checkpoint, damaged, asks to run code, holds no weights,
+            or those of several networks.
     """
     if check_content(path) == "safetensors":
         return _read_safetensors(path, weights_key)
@@ -259,12 +270,13 @@ def read_checkpoint(path: Path, weights_key: str | None = None) -> CheckpointFil
         )
     tensors = choose_weights(content, path, weights_key)
     meta, own_preset = content.get("meta"), content.get(OWN_KEY)
+    from_authors = any(old in key for key in tensors for old, _ in AUTHORS_NAMES)
     return CheckpointFile(
         path,
         dict(_canonical(tensors)),
-        meta if isinstance(meta, Mapping) else {},
-        own_preset if isinstance(own_preset, str) else None,
-        "authors" if any(old in key for key in tensors for old, _ in AUTHORS_NAMES) else "mmdet",
+        meta=meta if isinstance(meta, Mapping) else {},
+        own_preset=own_preset if isinstance(own_preset, str) else None,
+        origin="authors" if from_authors else "mmdet",
     )
 
 
@@ -272,50 +284,59 @@ def _read_safetensors(path: Path, weights_key: str | None) -> CheckpointFile:
     try:
         with safe_open(path, framework="pt") as file:
             own_preset = (file.metadata() or {}).get(OWN_KEY)
-            tensors = {
-                key: file.get_tensor(key)
-                for key in file.keys()  # noqa: SIM118 - not a dictionary
-            }
+            keys = file.keys()
+            tensors = {key: file.get_tensor(key) for key in keys}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{path}: cannot be read as safetensors, cut or not such a file ({error}); {COPY_AGAIN}"
         ) from error
-    return CheckpointFile(
-        path, dict(_canonical(choose_weights(tensors, path, weights_key))), own_preset=own_preset
-    )
+    tensors = choose_weights(tensors, path, weights_key)
+    return CheckpointFile(path, dict(_canonical(tensors)), own_preset=own_preset)
 
 
-def load_content(path: Path) -> Any:
-    """Return what PyTorch stored in a file that `check_content` takes for its own, without ever running code from it.
+def load_content(path: Path) -> object:
+    """Return what PyTorch stored in a file, without ever running code from it.
+
+    Args:
+        path: a file of which `check_content` says that PyTorch wrote it.
 
     Raises:
         CheckpointError: damaged, or asks to run code.
     """
-    allowed: list[Any] = [(Skipped, name) for name in METADATA_CLASSES]
+    allowed: list[Callable[..., object] | tuple[Callable[..., object], str]]
+    allowed = [(Skipped, name) for name in METADATA_CLASSES]
     try:
         with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", "Detected pickle protocol", UserWarning
-            )  # said below where it fails
+            # It precedes a failure, which says it below.
+            warnings.filterwarnings("ignore", "Detected pickle protocol", UserWarning)
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can raise nearly anything
-        raise CheckpointError(f"{path}: {_reason(str(error), path)}") from error
+        raise CheckpointError(f"{path}: {_load_problem(str(error), path)}") from error
 
 
-def _reason(message: str, path: Path) -> str:
-    """Say why PyTorch could not load a file; its own words advise to run whatever the file holds."""
+def _load_problem(message: str, path: Path) -> str:
+    """Return why PyTorch could not load a file.
+
+    Its own message advises to run whatever the file holds, and is not passed on.
+    """
     if refused := re.search(r"GLOBAL ([\w.]+)", message):
         return (
-            f"refused, because loading it would run code of its own ({refused[1]}); "
-            "expected weights and plain metadata only: save the state_dict alone in the environment that it comes from"
+            f"refused, because loading it would run code of its own ({refused[1]}); expected "
+            "weights and plain metadata only: save the state_dict alone where it comes from"
         )
     if "magic number" in message or "Unsupported operand" in message or "persistent" in message:
-        return "is no file that torch.save wrote, or a damaged one; save the state_dict with torch.save, or copy or download it again"
+        return (
+            "is no file that torch.save wrote, or a damaged one; "
+            f"save the state_dict with torch.save, or {COPY_AGAIN}"
+        )
     return f"cannot be read, cut or not a checkpoint ({path.stat().st_size:,} bytes); {COPY_AGAIN}"
 
 
 def _canonical(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Go through the tensors under MMDetection 3.x names, without wrappers' prefixes and mmcv's averaged copies."""
+    """Yield the tensors under MMDetection 3.x names.
+
+    Wrappers' prefixes are taken off, and mmcv's copies of other weights left out.
+    """
     for key, tensor in tensors.items():
         key = key.removeprefix("module.")
         if key.startswith("ema_"):
@@ -340,113 +361,118 @@ class Candidate(NamedTuple):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What a user may call them, the full name first."""
+        """Return the names that a user may call them by, the full one first."""
         prefix = self.prefix.rstrip(".")
         full = ":".join(part for part in (self.key, prefix) if part)
         return tuple(dict.fromkeys(name for name in (full, self.key, prefix) if name))
 
     @property
     def words(self) -> set[str]:
-        """The words in these names."""
+        """Return the words in these names."""
         return set(re.split(r"[._:]", self.names[0])) if self.names else set()
 
 
 def choose_weights(
-    content: Mapping[Any, Any], path: Path, weights_key: str | None
+    content: Mapping[object, object], path: Path, weights_key: str | None
 ) -> dict[str, Tensor]:
     """Return the tensors of one network.
 
     Args:
-        content: what the file holds.
+        content: of the file.
         path: the file, for errors.
-        weights_key: a dictionary's key, a prefix, both as "key:prefix", or one word of them; None takes the only network,
-            or that under "state_dict".
+        weights_key: a dictionary's key, a prefix, both as "key:prefix", or one word of them; None
+            takes the only network, or the only one under "state_dict".
 
     Raises:
-        CheckpointError: several networks and no key, a key that names none of them or several, or no weights at all.
+        CheckpointError: several networks and no key, a key that names none of them or several, or
+            no weights at all.
     """
-    candidates = [
-        candidate
-        for key, tensors in _dictionaries(content)
-        for candidate in _candidates(key, tensors)
-    ]
+    candidates: list[Candidate] = []
+    for key, tensors in _dictionaries(content):
+        candidates += _candidates(key, tensors)
     if weights_key is not None:
-        return _named(candidates, path, weights_key).tensors
-    usual = next(
-        (
-            group
-            for key in (USUAL, "")
-            if (group := [each for each in candidates if each.key == key])
-        ),
-        candidates,
-    )
-    if len(usual) > 1:
+        return _candidate_named(weights_key, candidates, path).tensors
+    for key in (USUAL_KEY, ""):
+        if at_key := [candidate for candidate in candidates if candidate.key == key]:
+            candidates = at_key
+            break
+    if len(candidates) > 1:
         raise CheckpointError(
-            f"{path}: holds the weights of {len(usual)} networks; say which with --weights-key (in Python, weights_key=): {_listed(usual)}"
+            f"{path}: holds the weights of {len(candidates)} networks; "
+            f"say which with --weights-key (in Python, weights_key=): {_listed(candidates)}"
         )
-    return usual[0].tensors if usual else _other_weights(content, path)
+    return candidates[0].tensors if candidates else _other_weights(content, path)
 
 
 def _dictionaries(
-    content: Mapping[Any, Any], key: str = "", depth: int = 0
-) -> list[tuple[str, dict[str, Tensor]]]:
-    """List all dictionaries that hold tensors, by dotted key."""
-    tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
-    found = [(key, tensors)] if tensors else []
-    if depth < DEEPEST:
+    content: Mapping[object, object], key: str = "", depth: int = 0
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Yield the tensors of all dictionaries that hold some, each after its dotted key.
+
+    Args:
+        content: the dictionary to search.
+        key: its own dotted key.
+        depth: how many dictionaries it lies in.
+    """
+    if tensors := _tensors_of(content):
+        yield key, tensors
+    if depth < MAX_DEPTH:
         for name, value in content.items():
             if isinstance(value, Mapping):
-                found += _dictionaries(value, f"{key}.{name}" if key else str(name), depth + 1)
-    return found
+                inner_key = f"{key}.{name}" if key else str(name)
+                yield from _dictionaries(value, inner_key, depth + 1)
 
 
-def _candidates(key: str, tensors: dict[str, Tensor]) -> list[Candidate]:
-    """List the networks in one dictionary, told apart by their prefixes."""
+def _tensors_of(content: Mapping[object, object]) -> dict[str, Tensor]:
+    return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+
+
+def _candidates(key: str, tensors: dict[str, Tensor]) -> Iterator[Candidate]:
+    """Yield the networks in one dictionary, which differ in the prefix of their tensors' names."""
     prefixes = [
         name.removesuffix(LANDMARK)
         for name in tensors
         if name == LANDMARK or name.endswith(f".{LANDMARK}")
     ]
-    candidates = []
     for prefix in prefixes:
+        # A prefix may begin another one, as "" does: tensors belong to the longest that fits.
         others = tuple(other for other in prefixes if other != prefix and other.startswith(prefix))
-        own = {
-            name.removeprefix(prefix): value
-            for name, value in tensors.items()
-            if name.startswith(prefix)
-        }
-        if others:
-            own = {
-                name: value
-                for name, value in own.items()
-                if not f"{prefix}{name}".startswith(others)
-            }
-        candidates.append(Candidate(key, prefix, own))
-    return candidates
+        names = [name for name in tensors if name.startswith(prefix)]
+        own = [name for name in names if not (others and name.startswith(others))]
+        yield Candidate(key, prefix, {name.removeprefix(prefix): tensors[name] for name in own})
 
 
-def _named(candidates: list[Candidate], path: Path, weights_key: str) -> Candidate:
-    wanted = weights_key.rstrip(".")
-    exact = [each for each in candidates if wanted in each.names[:1]] or [
-        each for each in candidates if wanted in each.names
-    ]
-    matching = exact or [candidate for candidate in candidates if weights_key in candidate.words]
+def _candidate_named(weights_key: str, candidates: list[Candidate], path: Path) -> Candidate:
+    """Return the one candidate of that name: of its full name, else any name, else a word.
+
+    Args:
+        weights_key: the user's.
+        candidates: of the file.
+        path: the file, for errors.
+    """
+    key = weights_key.rstrip(".")
+    full = [candidate for candidate in candidates if key in candidate.names[:1]]
+    short = [candidate for candidate in candidates if key in candidate.names]
+    by_word = [candidate for candidate in candidates if weights_key in candidate.words]
+    matching = full or short or by_word
     if len(matching) == 1:
         return matching[0]
     listed = _listed(matching or candidates)
     if not listed:
         raise CheckpointError(
-            f"{path}: holds one network that has no name of its own, or none; leave --weights-key {weights_key} out"
+            f"{path}: holds one network that has no name of its own, or none; "
+            f"leave --weights-key {weights_key} out"
         )
     count = "several" if matching else "none"
     raise CheckpointError(
-        f"{path}: --weights-key {weights_key} names {count} of the networks in it; give one of {listed}"
+        f"{path}: --weights-key {weights_key} names {count} of the networks in it; "
+        f"give one of {listed}"
     )
 
 
 def _listed(candidates: list[Candidate]) -> str:
-    """Name candidates as shortly as tells them apart."""
-    names = [each.names for each in candidates if each.names]
+    """Return names of candidates, each the shortest that no other candidate has."""
+    names = [candidate.names for candidate in candidates if candidate.names]
     taken = [name for options in names for name in options]
     return ", ".join(
         next((name for name in reversed(options) if taken.count(name) == 1), options[0])
@@ -454,24 +480,19 @@ def _listed(candidates: list[Candidate]) -> str:
     )
 
 
-def _other_weights(content: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
-    """Return the tensors of what is no TOOD detector, such as a backbone's."""
-    weights = content.get(USUAL, content)
-    tensors = (
-        {str(k): v for k, v in weights.items() if isinstance(v, Tensor)}
-        if isinstance(weights, Mapping)
-        else {}
-    )
+def _other_weights(content: Mapping[object, object], path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a file that holds no TOOD detector, such as a backbone's."""
+    weights = content.get(USUAL_KEY, content)
+    tensors = _tensors_of(weights) if isinstance(weights, Mapping) else {}
     if not tensors:
         raise CheckpointError(
-            f"{path}: holds no weights, only {few(map(str, content))}; expected a state_dict"
+            f"{path}: holds no weights, only {list_some(map(str, content))}; expected a state_dict"
         )
     return tensors
 
 
-def few(names: Iterable[str], most: int = 4) -> str:
-    """List the first of some names, and how many more there are."""
+def list_some(names: Iterable[str], count: int = 4) -> str:
+    """Return the first `count` names, and how many more there are, for a message."""
     listed = list(names)
-    return ", ".join(listed[:most]) + (
-        f" and {len(listed) - most} more" if len(listed) > most else ""
-    )
+    more = f" and {len(listed) - count} more" if len(listed) > count else ""
+    return ", ".join(listed[:count]) + more

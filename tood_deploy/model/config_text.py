@@ -1,18 +1,21 @@
-"""Python configuration text into plain values: parsed, never executed. Knows no key's meaning."""
+"""Parse Python configuration text into plain values, never executing it.
+
+Text, or containers that were stored as such, in; dictionaries, tuples and literals out, with an
+`Unreadable` for whatever is no literal. Knows no key's meaning.
+"""
 
 import ast
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 
 class TextError(Exception):
-    """The text is no Python."""
+    """The text is not Python."""
 
 
 @dataclass(frozen=True)
 class Unreadable:
-    """Stands in for a value that is no literal; `source` is how it was written."""
+    """The place of a value that is no literal; `source` is how it was written."""
 
     source: str
 
@@ -20,7 +23,7 @@ class Unreadable:
         return self.source
 
 
-def parse_config(text: str) -> dict[str, Any]:
+def parse_config(text: str) -> dict[str, object]:
     """Read the top-level assignments of a configuration; lists come as tuples.
 
     Raises:
@@ -32,7 +35,7 @@ def parse_config(text: str) -> dict[str, Any]:
         raise TextError(f"{error.msg}, line {error.lineno}") from error
     except (ValueError, RecursionError, MemoryError) as error:
         raise TextError(str(error) or type(error).__name__) from error
-    names: dict[str, Any] = {}
+    names: dict[str, object] = {}
     for node in body:
         match node:
             case ast.Assign(targets=[ast.Name(id=name)], value=value):
@@ -40,23 +43,20 @@ def parse_config(text: str) -> dict[str, Any]:
             case ast.Import() | ast.ImportFrom() | ast.Expr(value=ast.Constant()):
                 pass
             case _:  # a statement may change whatever it mentions
-                names |= {
-                    part.id: Unreadable(_source(node))
-                    for part in ast.walk(node)
-                    if isinstance(part, ast.Name)
-                }
+                mentioned = [part for part in ast.walk(node) if isinstance(part, ast.Name)]
+                names |= {name.id: Unreadable(_source(node)) for name in mentioned}
     return names
 
 
-def plain(value: Any) -> Any:
-    """Return containers that were stored as such in the form that `parse_config` gives: lists as tuples."""
+def plain(value: object) -> object:
+    """Return stored containers in the form that `parse_config` gives: lists as tuples."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     return tuple(plain(item) for item in value) if isinstance(value, (list, tuple)) else value
 
 
-def unreadable_parts(value: Any) -> Iterator[Unreadable]:
-    """Go through everything in a value that could not be read."""
+def unreadable_parts(value: object) -> Iterator[Unreadable]:
+    """Yield everything in a value that could not be read."""
     if isinstance(value, Unreadable):
         yield value
     elif isinstance(value, Mapping):
@@ -67,16 +67,15 @@ def unreadable_parts(value: Any) -> Iterator[Unreadable]:
             yield from unreadable_parts(item)
 
 
-def _value(node: ast.expr, names: Mapping[str, Any]) -> Any:
+def _value(node: ast.expr, names: Mapping[str, object]) -> object:
     match node:
         case ast.Call(func=ast.Name(id="dict"), args=[], keywords=keywords):
             return _merge([(keyword.arg, keyword.value) for keyword in keywords], names)
         case ast.Dict(keys=keys, values=values):
-            return _merge(
-                [(_key(key), value) for key, value in zip(keys, values, strict=True)], names
-            )
-        case ast.List(elts=items) | ast.Tuple(elts=items):
-            return tuple(_value(item, names) for item in items)
+            items = zip(map(_key, keys), values, strict=True)
+            return _merge(list(items), names)
+        case ast.List(elts=elements) | ast.Tuple(elts=elements):
+            return tuple(_value(element, names) for element in elements)
         case ast.Constant(value=value):
             return value
         case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as number)):
@@ -86,9 +85,11 @@ def _value(node: ast.expr, names: Mapping[str, Any]) -> Any:
     return Unreadable(_source(node))
 
 
-def _merge(items: list[tuple[str | None, ast.expr]], names: Mapping[str, Any]) -> dict[str, Any]:
-    """Make a dictionary; the key None stands for `**value`."""
-    merged: dict[str, Any] = {}
+def _merge(
+    items: list[tuple[str | None, ast.expr]], names: Mapping[str, object]
+) -> dict[str, object]:
+    """Return the dictionary of keys and values, in which the key None stands for `**value`."""
+    merged: dict[str, object] = {}
     for key, node in items:
         value = _value(node, names)
         if key is not None:

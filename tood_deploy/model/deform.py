@@ -1,7 +1,11 @@
-"""Sampling between cells by four gathers: deformable convolution (DCNv2) and TOOD's box alignment. Pure torch, differentiable.
+"""Sample maps between cells: TOOD's box alignment and deformable convolution (DCNv2).
 
-Every read position is a bilinear mean of its four neighbours; neighbours outside the map count as zero, so that a sample fades to
-zero within one cell beyond the border (reference/SPEC.md sections 1 and 2). No grid is normalised: that would cost precision.
+Maps and read positions in cells in, sampled maps out; plain torch, differentiable, four gathers a
+sample. Knows neither head nor backbone.
+
+A sample is the bilinear mean of its four neighbours. Neighbours outside the map count as zero, so
+that a sample fades to zero within one cell beyond the border (reference/SPEC.md sections 1 and 2).
+Positions are never normalised to -1..1, as `grid_sample` wants them: that would cost precision.
 """
 
 from collections.abc import Iterator
@@ -13,14 +17,15 @@ from torch import Tensor, nn
 def bilinear_corners(
     y: Tensor, x: Tensor, size_hw: tuple[int, int]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The four neighbours of every read position.
+    """Yield the four neighbours of every read position.
 
     Args:
         y, x: read positions in cells, of one shape.
         size_hw: rows and columns of the map that is read.
 
     Yields:
-        Four times: the neighbour's index into the flattened map (int64, clamped into it) and its weight, zero outside the map.
+        Four times, in the shape of the positions: the neighbour's index into the flattened map
+        (int64, clamped into it), and its weight, zero outside the map.
     """
     height, width = size_hw
     y0, x0 = y.floor(), x.floor()
@@ -34,10 +39,10 @@ def bilinear_corners(
 
 
 def align_boxes(boxes: Tensor, offsets: Tensor) -> Tensor:
-    """TOOD's box alignment: each of the four coordinates is read from a place of its own.
+    """Align boxes as TOOD does: read each of their four coordinates from a place of its own.
 
     Args:
-        boxes: (B, 4, H, W) xyxy.
+        boxes: (B, 4, H, W) xyxy, in any one frame.
         offsets: (B, 8, H, W) in cells; channels 2c and 2c+1 are dy and dx of coordinate c.
 
     Returns:
@@ -64,14 +69,15 @@ def deform_conv2d(
     padding: int = 1,
     groups: int = 1,
 ) -> Tensor:
-    """Deformable convolution, version 2.
+    """Convolve with taps that read at offset places: deformable convolution, version 2.
 
     Args:
         x: (B, C, H, W).
-        offset: (B, 2*G*T, H', W') in cells, for G offset groups (which split C evenly, consecutively) and T taps of the kernel in
-            row-major order: dy, dx of each.
+        offset: (B, 2*G*T, H', W') in cells: dy and dx of each of the kernel's T taps in row-major
+            order, for each of G offset groups, which split C evenly and consecutively.
         mask: (B, G*T, H', W') factors of the samples.
         weight: (C', C / groups, kernel rows, kernel columns).
+        stride, padding, groups: as of an ordinary convolution.
 
     Returns:
         (B, C', H', W').
@@ -81,7 +87,8 @@ def deform_conv2d(
     taps = kernel_h * kernel_w
     offset_groups = mask.shape[1] // taps
     out_h, out_w = offset.shape[2:]
-    # Positions in the order (B, H', W', T, G): each then reads one row of C / G neighbouring channels.
+    # Positions are ordered (B, H', W', T, G), so that each reads one row of C / G channels that
+    # lie side by side in memory.
     dy, dx = (
         offset.reshape(batch, offset_groups, taps, 2, out_h, out_w)
         .permute(3, 0, 4, 5, 2, 1)
@@ -100,22 +107,25 @@ def deform_conv2d(
         read = rows.index_select(0, index.reshape(-1)) * (share * factor).reshape(-1, 1)
         samples = read if samples is None else samples + read
     assert samples is not None
-    return (
-        _contract(
-            samples.to(x.dtype).reshape(batch * out_h * out_w, taps, channels), weight, groups
-        )
-        .reshape(batch, out_h, out_w, out_channels)
-        .permute(0, 3, 1, 2)
-        .contiguous()
-    )
+    samples = samples.to(x.dtype).reshape(batch * out_h * out_w, taps, channels)
+    out = _contract(samples, weight, groups).reshape(batch, out_h, out_w, out_channels)
+    return out.permute(0, 3, 1, 2).contiguous()
 
 
 def _tap_positions(
     out_hw: tuple[int, int], kernel_hw: tuple[int, int], stride: int, padding: int, like: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Where each tap reads without an offset: y (H', 1, T, 1) and x (1, W', T, 1), in cells.
+    """Return where each tap reads without an offset.
 
-    At least in float32, whatever the features have: bf16 steps by whole cells from 128 on.
+    Args:
+        out_hw: rows and columns H', W' of the output.
+        kernel_hw: rows and columns of the kernel, which has T taps.
+        stride, padding: of the convolution, in cells.
+        like: the features, whose device and, from float32 on, type the positions have. bf16 would
+            step by whole cells from 128 on.
+
+    Returns:
+        y (H', 1, T, 1) and x (1, W', T, 1), in cells.
     """
     dtype = torch.promote_types(like.dtype, torch.float32)
 
@@ -130,32 +140,35 @@ def _tap_positions(
 
 
 def _contract(samples: Tensor, weight: Tensor, groups: int) -> Tensor:
-    """Samples (N, T, C) times weight (C', C / groups, rows, columns) -> (N, C')."""
+    """Sum samples over taps and channels with the weights of a convolution.
+
+    Args:
+        samples: (N, T, C) of N output cells, T taps and C channels.
+        weight: (C', C / groups, kernel rows, kernel columns).
+        groups: of the convolution.
+
+    Returns:
+        (N, C').
+    """
     count, taps, channels = samples.shape
     out_channels = weight.shape[0]
     if groups == 1:
-        return samples.reshape(count, taps * channels) @ weight.flatten(2).permute(2, 1, 0).reshape(
-            taps * channels, out_channels
-        )
+        columns = samples.reshape(count, taps * channels)
+        kernel = weight.flatten(2).permute(2, 1, 0).reshape(taps * channels, out_channels)
+        return columns @ kernel
     width = channels // groups
-    columns = (
-        samples.reshape(count, taps, groups, width)
-        .permute(2, 0, 1, 3)
-        .reshape(groups, count, taps * width)
-    )
-    kernel = (
-        weight.reshape(groups, out_channels // groups, width, taps)
-        .permute(0, 3, 2, 1)
-        .reshape(groups, taps * width, -1)
-    )
+    columns = samples.reshape(count, taps, groups, width).permute(2, 0, 1, 3)
+    columns = columns.reshape(groups, count, taps * width)
+    kernel = weight.reshape(groups, out_channels // groups, width, taps).permute(0, 3, 2, 1)
+    kernel = kernel.reshape(groups, taps * width, -1)
     return torch.bmm(columns, kernel).transpose(0, 1).reshape(count, out_channels)
 
 
 class DeformConv2d(nn.Module):
-    """DCNv2 with its own offset convolution, in mmcv's state-dict layout. No bias.
+    """A DCNv2 layer with its own offset convolution, in mmcv's state-dict layout. Has no bias.
 
-    The offset convolution's outputs are three blocks of G*T channels: the first two are the offsets, the third, through a sigmoid,
-    the mask (reference/SPEC.md section 1).
+    The offset convolution gives three blocks of G*T channels: the first two are the offsets, the
+    third, through a sigmoid, is the mask (reference/SPEC.md section 1).
     """
 
     def __init__(
@@ -168,16 +181,18 @@ class DeformConv2d(nn.Module):
         padding: int = 0,
         groups: int = 1,
         offset_groups: int = 1,
-        bias: bool = False,
     ) -> None:
+        """Build it, with random weights and offsets of zero.
+
+        Args:
+            in_channels, out_channels: C and C'.
+            kernel_size: rows and columns of the kernel.
+            stride, padding, groups: as of an ordinary convolution.
+            offset_groups: G, groups of input channels that share offsets.
+        """
         super().__init__()
-        assert not bias, "the deformable convolutions of TOOD have none"
-        self.stride, self.padding, self.groups, self.offset_groups = (
-            stride,
-            padding,
-            groups,
-            offset_groups,
-        )
+        self.stride, self.padding, self.groups = stride, padding, groups
+        self.offset_groups = offset_groups
         self.weight = nn.Parameter(
             torch.empty(out_channels, in_channels // groups, kernel_size, kernel_size)
         )
@@ -188,18 +203,18 @@ class DeformConv2d(nn.Module):
         self.init_offsets()
 
     def init_offsets(self) -> None:
-        """Starts as an ordinary convolution at half strength: no offsets, mask 0.5."""
+        """Make it an ordinary convolution at half strength: offsets 0, mask 0.5."""
         nn.init.zeros_(self.conv_offset.weight)
         assert self.conv_offset.bias is not None
         nn.init.zeros_(self.conv_offset.bias)
 
     def offset_and_mask(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Offsets (B, 2*G*T, H', W') and mask (B, G*T, H', W') for the input (B, C, H, W)."""
+        """Return offsets (B, 2*G*T, H', W') and mask (B, G*T, H', W') for x (B, C, H, W)."""
         first, second, mask = self.conv_offset(x).chunk(3, dim=1)
         return torch.cat((first, second), dim=1), mask.sigmoid()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) in, (B, C', H', W') out."""
+        """Return (B, C', H', W') for x (B, C, H, W)."""
         offset, mask = self.offset_and_mask(x)
         return deform_conv2d(
             x,

@@ -1,7 +1,9 @@
-"""Published weights, downloaded once into the user's cache. Knows no torch, and not what a checkpoint holds.
+"""Download published weights once, into the user's cache.
 
-A file's name in the cache never stands for anything but a file of the published hash: a download grows in a `.part` beside
-it, which a broken transfer leaves for the next try to resume.
+A preset in, the path of its checkpoint out. Knows no torch, and not what a checkpoint holds.
+
+A file in the cache always has the published hash: a download grows in a `.part` beside it, which a
+broken transfer leaves behind for the next try to resume.
 """
 
 import http
@@ -36,20 +38,21 @@ CHUNK_BYTES = 1 << 18
 
 
 def fetch_weights(preset: Preset, cache: Path | None = None) -> Path:
-    """The preset's published checkpoint on this disk, downloaded if it is not there yet.
+    """Return the preset's published checkpoint on this disk, downloaded if it is not there yet.
 
     Args:
         preset: whose weights.
-        cache: the folder to keep them in; `weights_folder()` where not given.
+        cache: the folder to keep them in; `home_folder("weights")` where not given.
 
     Returns:
         The file, whose SHA-256 was compared with the published one just now.
 
     Raises:
-        DownloadError: nothing is published for this preset, or it cannot be fetched or stored, or arrived with another hash.
+        DownloadError: nothing is published for this preset, or it cannot be downloaded or stored,
+            or arrived with another hash.
     """
     weights = published_weights(preset)
-    folder = weights_folder() if cache is None else cache
+    folder = home_folder("weights") if cache is None else cache
     target = folder / weights.url.rsplit("/", 1)[1]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -59,14 +62,10 @@ def fetch_weights(preset: Preset, cache: Path | None = None) -> Path:
     except OSError as error:
         reason = error.strerror or error
         raise DownloadError(
-            f"{folder}: cannot store weights ({reason}); make room, or name another folder in TOOD_HOME"
+            f"{folder}: cannot store weights ({reason}); "
+            "make room, or name another folder in TOOD_HOME"
         ) from error
     return target
-
-
-def weights_folder() -> Path:
-    """Where downloads are kept; see `home_folder`."""
-    return home_folder("weights")
 
 
 def _is_published(path: Path, weights: PublishedWeights) -> bool:
@@ -77,18 +76,25 @@ def _fetch(weights: PublishedWeights, target: Path) -> None:
     part = target.with_name(f"{target.name}.part")
     if not (part.is_file() and _is_published(part, weights)):
         _download(weights.url, part, by_hand=f"download it by other means and save it as {target}")
-    found = file_sha256(part)
-    if not found.startswith(weights.sha256_prefix):
+    sha256 = file_sha256(part)
+    if not sha256.startswith(weights.sha256_prefix):
         part.unlink()
         raise DownloadError(
-            f"{weights.url}: what arrived has SHA-256 {found}, expected one starting with {weights.sha256_prefix}; it was deleted: "
-            f"try again, or save the right file as {target}"
+            f"{weights.url}: what arrived has SHA-256 {sha256}, expected one starting with "
+            f"{weights.sha256_prefix}; it was deleted: try again, or save the right file as "
+            f"{target}"
         )
     part.replace(target)
 
 
 def _download(url: str, part: Path, by_hand: str) -> None:
-    """Lets `part` grow to the server's whole file, resuming a transfer that breaks off."""
+    """Let `part` grow to the server's whole file, resuming a transfer that breaks off.
+
+    Args:
+        url: of the file.
+        part: what was received before, if it exists.
+        by_hand: how a user can do without, for errors.
+    """
     for attempt in range(ATTEMPTS):
         time.sleep(PAUSE_S * attempt)
         try:
@@ -106,15 +112,22 @@ def _download(url: str, part: Path, by_hand: str) -> None:
         with response:
             if _receive(response, part):
                 return
-    kept = part.stat().st_size
+    kept = f"{part.stat().st_size} bytes are kept"
     raise DownloadError(
-        f"{url}: broke off {ATTEMPTS} times; {kept} bytes are kept: try again to go on from there, or {by_hand}"
+        f"{url}: broke off {ATTEMPTS} times; {kept}: try again to go on from there, or {by_hand}"
     )
 
 
 def _request(url: str, offset: int) -> http.client.HTTPResponse:
-    """The file from `offset` on (status 206), or all of it where the server or the offset does not allow that (status 200)."""
-    headers = {"User-Agent": "tood_deploy"} | ({"Range": f"bytes={offset}-"} if offset else {})
+    """Ask for the file from `offset` on.
+
+    Returns:
+        The answer: status 206, or 200 and the whole file where the server, or an offset past the
+        file's end, does not allow that.
+    """
+    headers = {"User-Agent": "tood_deploy"}
+    if offset:
+        headers["Range"] = f"bytes={offset}-"
     try:
         response = urlopen(Request(url, headers=headers), timeout=TIMEOUT_S)
     except HTTPError as error:
@@ -123,18 +136,19 @@ def _request(url: str, offset: int) -> http.client.HTTPResponse:
         error.close()
         return _request(url, 0)
     served_range = response.headers.get("Content-Range", "")
-    if (
-        offset
-        and response.status == http.HTTPStatus.PARTIAL_CONTENT
-        and not served_range.startswith(f"bytes {offset}-")
-    ):
+    partial = offset and response.status == http.HTTPStatus.PARTIAL_CONTENT
+    if partial and not served_range.startswith(f"bytes {offset}-"):  # another part than asked for
         response.close()
         return _request(url, 0)
     return response
 
 
 def _receive(response: http.client.HTTPResponse, part: Path) -> bool:
-    """Writes a response to the end of `part`, from the start if it is the whole file; False if it broke off."""
+    """Write a response to the end of `part`, or from its start if it is the whole file.
+
+    Returns:
+        Whether the file is whole now, and the transfer did not break off.
+    """
     resumes = response.status == http.HTTPStatus.PARTIAL_CONTENT
     with part.open("ab" if resumes else "wb") as file:
         start, length = file.tell(), response.length
@@ -148,7 +162,7 @@ def _receive(response: http.client.HTTPResponse, part: Path) -> bool:
 
 
 def _chunks(response: http.client.HTTPResponse) -> Iterator[bytes]:
-    """What arrives, until the end or until the connection breaks."""
+    """Yield what arrives, until the end or until the connection breaks."""
     while True:
         try:
             chunk = response.read(CHUNK_BYTES)
@@ -161,7 +175,7 @@ def _chunks(response: http.client.HTTPResponse) -> Iterator[bytes]:
 
 @contextmanager
 def _progress_bar() -> Iterator[Progress]:
-    """A bar with bytes, speed and time left on stderr, if that is a terminal."""
+    """Show a bar with bytes, speed and time left on stderr, if that is a terminal."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -1,5 +1,6 @@
-"""The task-aligned head (T-Head): pyramid maps in, probabilities and boxes out. Holds no loss and no mode switch.
+"""Build the task-aligned head (T-Head): pyramid maps in, probabilities and boxes out.
 
+Holds no loss and no mode switch; knows neither candidates nor suppression.
 Source: reference/SPEC.md section 2; the paper's section 3.1.
 """
 
@@ -15,17 +16,17 @@ from tood_deploy.model.boxes import anchor_points, decode_deltas, decode_distanc
 from tood_deploy.model.deform import DeformConv2d, align_boxes
 from tood_deploy.presets import STRIDES, Preset
 
-DOWN_RATE = 8  # of the decomposition's attention, per tower stage
+DOWN_RATE = 8  # channels of the tower for one hidden channel of the decomposition's attention
 TOWER_OFFSET_GROUPS = 4
 PRIOR_BIAS = -math.log(99)  # every class starts at a probability of 0.01
 
 
 class HeadOutput(NamedTuple):
-    """What the head says, a tensor per level.
+    """The head's output, a tensor for each level.
 
     Attributes:
         scores: (B, K, h, w) probabilities; nothing downstream applies a sigmoid.
-        boxes_strides: (B, 4, h, w) xyxy in units of the level's stride.
+        boxes_strides: (B, 4, h, w) xyxy in units of the level's stride, not clipped.
     """
 
     scores: list[Tensor]
@@ -33,12 +34,12 @@ class HeadOutput(NamedTuple):
 
 
 class TowerMaps(NamedTuple):
-    """What the tower makes of one level.
+    """The tower's features of one level.
 
     Attributes:
         stages: (B, C, h, w) of each of its S convolutions, in order.
-        joined: the same in one, (B, S*C, h, w).
-        pooled: the mean of every map, (B, S*C, 1, 1).
+        joined: the same, concatenated, (B, S*C, h, w).
+        pooled: their means over rows and columns, (B, S*C, 1, 1).
     """
 
     stages: list[Tensor]
@@ -52,6 +53,14 @@ class ConvNorm(nn.Module):
     def __init__(
         self, preset: Preset, in_channels: int, kernel_size: int, deform: bool = False
     ) -> None:
+        """Build it, with random initial weights.
+
+        Args:
+            preset: gives the output channels and the norm's settings.
+            in_channels: of the input.
+            kernel_size: rows and columns of the kernel.
+            deform: make the convolution a deformable one.
+        """
         super().__init__()
         channels, padding = preset.channels, kernel_size // 2
         if deform:
@@ -68,12 +77,12 @@ class ConvNorm(nn.Module):
         nn.init.normal_(self.conv.weight, std=0.01)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) in, (B, C', H, W) out."""
+        """Return (B, C', H, W) for x (B, C, H, W)."""
         return F.relu(self.gn(self.conv(x)))
 
 
 class TaskDecomposition(nn.Module):
-    """Weighs the tower's stages for one task, per image, and reduces them to one map."""
+    """Layer attention: the tower's stages, weighed for one task and image, reduced to one map."""
 
     def __init__(self, preset: Preset) -> None:
         super().__init__()
@@ -90,31 +99,40 @@ class TaskDecomposition(nn.Module):
         _init_convs(self.layer_attention, std=0.001)
 
     def forward(self, tower: TowerMaps) -> Tensor:
-        """The task's map (B, C, h, w)."""
+        """Return the task's map (B, C, h, w)."""
         return F.relu(self.reduction_conv.gn(self.reduce(tower)))
 
     def reduce(self, tower: TowerMaps) -> Tensor:
-        """All stages, each times its weight for the image, through one 1x1 convolution: (B, C, h, w)."""
+        """Put the stages, times their weights for the image, through one 1x1 convolution.
+
+        Returns:
+            (B, C, h, w), before norm and ReLU.
+        """
         batch, _, height, width = tower.joined.shape
         kernel = self.reduction_conv.conv.weight
         channels = kernel.shape[0]
         # The same as weighing the features, but the kernel is the smaller of the two.
-        kernel = kernel.reshape(1, channels, self.stages, channels) * self.stage_weights(
-            tower
-        ).unsqueeze(1).unsqueeze(3)
-        return torch.bmm(kernel.reshape(batch, channels, -1), tower.joined.flatten(2)).reshape(
-            batch, channels, height, width
-        )
+        weights = self.stage_weights(tower).unsqueeze(1).unsqueeze(3)
+        kernel = kernel.reshape(1, channels, self.stages, channels) * weights
+        reduced = torch.bmm(kernel.reshape(batch, channels, -1), tower.joined.flatten(2))
+        return reduced.reshape(batch, channels, height, width)
 
     def stage_weights(self, tower: TowerMaps) -> Tensor:
-        """(B, S), from 0 to 1."""
+        """Return the weights of the S stages for each image, (B, S), from 0 to 1."""
         return self.layer_attention(tower.pooled).flatten(1)
 
 
 class Alignment(nn.Sequential):
-    """What the tower says of a cell, whatever the task: 1x1 convolution of all stages, ReLU, 3x3 convolution."""
+    """The predictor of alignment maps: 1x1 convolution of all stages, ReLU, 3x3 convolution."""
 
     def __init__(self, in_channels: int, hidden: int, out_channels: int) -> None:
+        """Build it, with random initial weights.
+
+        Args:
+            in_channels: of all stages together.
+            hidden: channels between the two convolutions.
+            out_channels: C'.
+        """
         super().__init__(
             nn.Conv2d(in_channels, hidden, 1),
             nn.ReLU(),
@@ -122,7 +140,7 @@ class Alignment(nn.Sequential):
         )
 
     def forward(self, input: TowerMaps) -> Tensor:
-        """(B, C', h, w) from what the tower makes of a level."""
+        """Return (B, C', h, w) for the tower's features of a level."""
         return super().forward(input.joined)
 
 
@@ -134,15 +152,16 @@ class Scale(nn.Module):
         self.scale = nn.Parameter(torch.tensor(1.0))
 
     def forward(self, x: Tensor) -> Tensor:
-        """The input, times the scalar."""
+        """Return the input, times the scalar."""
         return x * self.scale
 
 
 def geometric_mean_probability(first: Tensor, second: Tensor) -> Tensor:
-    """sqrt(sigmoid(first) * sigmoid(second)) of logits, with the closed-form gradient g * p * (1 - sigmoid) / 2.
+    """Return sqrt(sigmoid(first) * sigmoid(second)) of logits.
 
-    Through logarithms, because the square root's own gradient is infinite where a sigmoid underflows; and through softplus, because
-    ONNX Runtime's Sigmoid is 0 below -18 and has steps of 6e-8, which a root turns into errors of 7e-5.
+    Computed through logarithms, because the square root's own gradient is infinite where a sigmoid
+    underflows: the gradient is then g * p * (1 - sigmoid) / 2. And through softplus, because ONNX
+    Runtime's Sigmoid is 0 below -18 and has steps of 6e-8, which a root turns into errors of 7e-5.
     """
     return (-(F.softplus(-first) + F.softplus(-second)) / 2).exp()
 
@@ -177,13 +196,15 @@ class TaskAlignedHead(nn.Module):
         _init_convs(self.reg_offset_module, std=0.001)
 
     def forward(self, levels: Sequence[Tensor]) -> HeadOutput:
-        """Scores and boxes of every level, from P3 to P7 (B, C, h, w)."""
+        """Return scores and boxes of every level, from P3 to P7 (B, C, h, w)."""
         outputs = [
             self._forward_level(x, scale) for x, scale in zip(levels, self.scales, strict=True)
         ]
         return HeadOutput([scores for scores, _ in outputs], [boxes for _, boxes in outputs])
 
     def _forward_level(self, x: Tensor, scale: nn.Module) -> tuple[Tensor, Tensor]:
+        # From the logits on all is float32, even where the network is not: an fp16 coordinate near
+        # cell 160 moves in steps of a pixel.
         tower = self._tower(x)
         logits = self.tood_cls(self.cls_decomp(tower))
         scores = geometric_mean_probability(logits.float(), self.cls_prob_module(tower).float())
@@ -201,10 +222,9 @@ class TaskAlignedHead(nn.Module):
         return TowerMaps(stages, torch.cat(stages, dim=1), pooled)
 
     def _decode(self, regression: Tensor, scale: nn.Module) -> Tensor:
-        """Boxes (B, 4, h, w) xyxy in strides; the scale multiplies after the exponential."""
-        points = anchor_points(
-            (regression.shape[2], regression.shape[3]), regression, self.anchor_offset
-        )
+        """Return boxes (B, 4, h, w) xyxy in strides; the scale multiplies after the exponential."""
+        size_hw = regression.shape[2], regression.shape[3]
+        points = anchor_points(size_hw, regression, self.anchor_offset)
         if self.anchor_free:
             return decode_distances(scale(regression.exp()), points)
         return decode_deltas(
@@ -213,6 +233,13 @@ class TaskAlignedHead(nn.Module):
 
 
 def _init_convs(module: nn.Module, std: float, bias: float = 0.0) -> None:
+    """Give all convolutions of a module normal weights and constant biases.
+
+    Args:
+        module: with convolutions.
+        std: of the weights, whose mean is zero.
+        bias: of every output channel.
+    """
     for conv in module.modules():
         if isinstance(conv, nn.Conv2d):
             nn.init.normal_(conv.weight, std=std)
@@ -221,6 +248,9 @@ def _init_convs(module: nn.Module, std: float, bias: float = 0.0) -> None:
 
 
 def _restore_inverted(aligned: Tensor, boxes: Tensor) -> Tensor:
-    """Where the alignment turned a box inside out, the box as it was before (MMDetection's fix, PR 7567)."""
+    """Return aligned boxes, save those turned inside out, which stay as they were before.
+
+    MMDetection's fix, pull request 7567; the authors' code lacks it.
+    """
     x1, y1, x2, y2 = aligned.split(1, dim=1)
     return torch.where((x1 > x2) | (y1 > y2), boxes, aligned)

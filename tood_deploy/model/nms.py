@@ -1,9 +1,16 @@
-"""Exact greedy non-maximum suppression as a fixed point, in blocks. Batched, static shapes, standard operators only.
+"""Suppress overlapping boxes exactly as the greedy loop does, but as a fixed point, in blocks.
 
-Greedy suppression keeps a box exactly if no kept box before it overlaps it. With S[i, j] = "i comes before j, same class, IoU above
-the threshold", its result is the one solution of keep = valid and not (keep @ S): iterating from keep = valid settles at least one more
-box a round, so what no longer changes is greedy suppression's own result. Blocks of `BLOCK` boxes in order of score keep the
-matrix small: a block is first checked against what is kept already, and no block is looked at once enough is kept.
+Sorted boxes, scores and labels in, the positions of kept boxes out. Batched, of static shapes, of
+standard operators only. Knows nothing of heads and levels.
+
+Greedy suppression keeps a box exactly if no kept box before it overlaps it. With S[i, j] = "i comes
+before j, same class, IoU above the threshold", its result is the one solution of keep = valid and
+not (keep @ S). Iterating from keep = valid settles at least one more box a round, so what no longer
+changes is greedy suppression's own result.
+
+`nms` iterates until nothing changes, in blocks of `BLOCK` boxes that keep the matrix small: a block
+is first checked against the boxes kept already, and no block is looked at once enough are kept.
+`nms_unrolled` takes a fixed number of rounds instead of a loop, and says whether they were enough.
 """
 
 from collections.abc import Callable
@@ -23,7 +30,7 @@ State = TypeVar("State", bound=tuple[Tensor, ...])
 def nms(
     boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: Tensor | float, max_det: int
 ) -> tuple[Tensor, Tensor]:
-    """Class-wise greedy suppression, stopped at `max_det` boxes.
+    """Suppress greedily, class by class, and stop at `max_det` boxes.
 
     Args:
         boxes: (B, N, 4) xyxy, in any one frame, in order of falling score.
@@ -33,18 +40,15 @@ def nms(
         max_det: at most this many are kept.
 
     Returns:
-        The positions of kept boxes (B, max_det) int64, best first, N past the last; and how many there are (B,) int64.
+        The positions of kept boxes (B, max_det) int64, best first, N past the last; and how many
+        there are (B,) int64.
     """
     batch, count = scores.shape
     blocks = -(-count // BLOCK)
-    spare = (
-        blocks * BLOCK + 1 - count
-    )  # at least one row beyond all boxes, that empty places point to
-    boxes, scores, labels = (
-        F.pad(boxes, (0, 0, 0, spare)),
-        F.pad(scores, (0, spare)),
-        F.pad(labels, (0, spare), value=-1),
-    )
+    # At least one row beyond all boxes, for empty places to point to.
+    spare = blocks * BLOCK + 1 - count
+    boxes, scores = F.pad(boxes, (0, 0, 0, spare)), F.pad(scores, (0, spare))
+    labels = F.pad(labels, (0, spare), value=-1)
 
     def unfinished(start: Tensor, kept: Tensor, kept_count: Tensor) -> Tensor:
         more = scores.index_select(1, start.reshape(1)).squeeze(1) > 0
@@ -60,15 +64,11 @@ def nms(
             kept_boxes, labels.gather(1, kept), block_boxes, block_labels, iou_threshold
         ).any(dim=1)
         valid = (scores.index_select(1, rows) > 0) & ~covered
-        earlier = torch.arange(BLOCK, device=scores.device)
-        suppresses = overlapping(
-            block_boxes, block_labels, block_boxes, block_labels, iou_threshold
-        ) & (earlier[:, None] < earlier)
-        keep = _fixed_point(valid, suppresses)
-        # Kept boxes go to the places behind those of earlier blocks, all others to a place that is then cut off.
+        keep = _fixed_point(valid, _suppresses(block_boxes, block_labels, iou_threshold))
+        # Kept boxes go behind those of earlier blocks, all others to a place that is then cut off.
         place = kept_count[:, None] + keep.long().cumsum(1) - 1
         place = torch.where(keep & (place < max_det), place, max_det)
-        # At least as wide as a block, as TensorRT takes no scatter of more places than it has room for.
+        # At least as wide as a block: TensorRT takes no scatter of more places than there is room.
         room = F.pad(kept, (0, max(1, BLOCK - max_det)))
         kept = room.scatter(1, place, rows.expand(batch, -1))[:, :max_det].contiguous()
         return start + BLOCK, kept, (kept_count + keep.sum(1)).clamp(max=max_det)
@@ -88,14 +88,43 @@ def overlapping(
     second_labels: Tensor,
     iou_threshold: Tensor | float,
 ) -> Tensor:
-    """(B, N, M) bool: same class and IoU above the threshold."""
+    """Return which boxes are of one class and overlap.
+
+    Args:
+        first: (B, N, 4) xyxy.
+        first_labels: (B, N).
+        second: (B, M, 4) xyxy, in the frame of `first`.
+        second_labels: (B, M).
+        iou_threshold: overlap that must be exceeded.
+
+    Returns:
+        (B, N, M) bool.
+    """
     return (box_iou(first, second) > iou_threshold) & (
         first_labels.unsqueeze(2) == second_labels.unsqueeze(1)
     )
 
 
+def _suppresses(boxes: Tensor, labels: Tensor, iou_threshold: Tensor | float) -> Tensor:
+    """Return S[i, j], (B, N, N) bool: box i comes before j, is of its class, and overlaps it.
+
+    Args:
+        boxes: (B, N, 4) xyxy, best first.
+        labels: (B, N).
+        iou_threshold: overlap that must be exceeded.
+    """
+    position = torch.arange(labels.shape[1], device=labels.device)
+    overlaps = overlapping(boxes, labels, boxes, labels, iou_threshold)
+    return overlaps & (position[:, None] < position)
+
+
 def _fixed_point(valid: Tensor, suppresses: Tensor) -> Tensor:
-    """The one solution (B, N) of keep = valid and not (keep @ suppresses), for a strictly upper triangular (B, N, N)."""
+    """Return the one solution (B, N) of keep = valid and not (keep @ suppresses).
+
+    Args:
+        valid: (B, N) bool.
+        suppresses: (B, N, N) bool, strictly upper triangular.
+    """
     matrix = suppresses.float()
 
     def settle(keep: Tensor) -> Tensor:
@@ -113,7 +142,13 @@ def _fixed_point(valid: Tensor, suppresses: Tensor) -> Tensor:
 def _repeat_while(
     condition: Callable[..., Tensor], step: Callable[..., State], state: State
 ) -> State:
-    """Repeats `step` while `condition` holds; one Loop in an exported graph, a plain loop otherwise."""
+    """Repeat a step while a condition holds: one Loop in an exported graph, else a plain loop.
+
+    Args:
+        condition: of the state's tensors, a scalar bool tensor.
+        step: of the state's tensors, the next state.
+        state: tensors to begin with.
+    """
     if torch.compiler.is_exporting():
         return torch.while_loop(condition, step, state)
     while condition(*state):
@@ -122,16 +157,16 @@ def _repeat_while(
 
 
 UNROLLED_BLOCK = 1280  # three of them hold all candidates
-ROUNDS = 16  # images were seen to need 12 at most (docs/tensorrt.md)
+ROUNDS = 16  # measured images needed 12 at most (docs/tensorrt.md)
 
 
 class UnrolledKept(NamedTuple):
-    """What `nms_unrolled` keeps.
+    """The boxes that `nms_unrolled` keeps.
 
     Attributes:
         kept: (B, max_det) int64 positions, best first, N past the last.
         num_dets: (B,) int64, how many these are.
-        exact: (B,) bool, whether this is what `nms` keeps.
+        exact: (B,) bool, whether `nms` keeps the same for sure.
     """
 
     kept: Tensor
@@ -149,7 +184,7 @@ def nms_unrolled(
     block: int = UNROLLED_BLOCK,
     rounds: int = ROUNDS,
 ) -> UnrolledKept:
-    """Class-wise greedy suppression, in so many rounds.
+    """Suppress greedily, class by class, in a fixed number of rounds: no loop on the data.
 
     Args:
         boxes: (B, N, 4) xyxy, in any one frame, in order of falling score.
@@ -158,29 +193,26 @@ def nms_unrolled(
         iou_threshold: of two boxes of a class that overlap by more, the later goes.
         max_det: at most this many are kept.
         block: rows that are looked at together.
-        rounds: how often; each settles at least one more box of a block, in practice a large part of those that are left.
+        rounds: of each block; every one settles at least one more box, in practice a large part of
+            those that are left.
     """
     batch, count = scores.shape
-    # Positions counted from the end, 0 for none, so that the largest come first. Floats hold them exactly, and TopK takes these everywhere.
+    # Kept positions, counted from the end, so that the largest come first; 0 for none. Floats hold
+    # them exactly, and every runtime has a TopK of floats.
     from_end = torch.zeros(batch, max_det, device=scores.device)
     exact = torch.ones(batch, dtype=torch.bool, device=scores.device)
     for start in range(0, count, block):
         end = min(start + block, count)
-        part, part_labels, valid = (
-            boxes[:, start:end],
-            labels[:, start:end],
-            scores[:, start:end] > 0,
-        )
+        part, part_labels = boxes[:, start:end], labels[:, start:end]
+        valid = scores[:, start:end] > 0
         if start:
-            valid = valid & ~_covered(
-                boxes, labels, count - from_end.long(), part, part_labels, iou_threshold
-            )
+            kept = count - from_end.long()
+            valid = valid & ~_covered(boxes, labels, kept, part, part_labels, iou_threshold)
         keep, changed = _rounds(part, part_labels, valid, iou_threshold, rounds)
         place = (from_end > 0).sum(1, keepdim=True) + keep.long().cumsum(1)
-        wanted = (
-            place - keep.long() < max_det
-        )  # up to the last box that is wanted: what is behind it need not have settled
-        exact = exact & ~(changed & wanted).any(1)
+        # Boxes behind the last one that is kept need not have settled.
+        counts = place - keep.long() < max_det
+        exact = exact & ~(changed & counts).any(1)
         own = torch.where(keep, count - torch.arange(start, end, device=keep.device), 0).float()
         from_end = torch.cat((from_end, own), 1).topk(max_det, dim=1).values
     return UnrolledKept(count - from_end.long(), (from_end > 0).sum(1), exact)
@@ -194,31 +226,41 @@ def _covered(
     part_labels: Tensor,
     iou_threshold: Tensor | float,
 ) -> Tensor:
-    """Which boxes of a block overlap a kept one of an earlier block, (B, block) bool; `kept` holds positions, N for none."""
+    """Return which boxes of a block overlap a kept box of an earlier block, (B, P) bool.
+
+    Args:
+        boxes: (B, N, 4) xyxy, all.
+        labels: (B, N) of all boxes.
+        kept: (B, max_det) positions of kept boxes, N for none.
+        part: (B, P, 4) the block's boxes.
+        part_labels: (B, P) their labels.
+        iou_threshold: overlap that must be exceeded.
+    """
     rows = kept.clamp(max=labels.shape[1] - 1)
     kept_labels = torch.where(kept < labels.shape[1], labels.gather(1, rows), -1)
-    return overlapping(
-        boxes.gather(1, rows.unsqueeze(2).expand(-1, -1, 4)),
-        kept_labels,
-        part,
-        part_labels,
-        iou_threshold,
-    ).any(1)
+    kept_boxes = boxes.gather(1, rows.unsqueeze(2).expand(-1, -1, 4))
+    return overlapping(kept_boxes, kept_labels, part, part_labels, iou_threshold).any(1)
 
 
 def _rounds(
     boxes: Tensor, labels: Tensor, valid: Tensor, iou_threshold: Tensor | float, rounds: int
 ) -> tuple[Tensor, Tensor]:
-    """What of a block is kept after so many rounds, and what the last one changed: two (B, block) bool."""
-    position = torch.arange(labels.shape[1], device=labels.device)
-    matrix = (
-        overlapping(boxes, labels, boxes, labels, iou_threshold) & (position[:, None] < position)
-    ).float()
+    """Return which boxes of a block are kept after some rounds, and which the last one changed.
+
+    Args:
+        boxes: (B, P, 4) xyxy, best first.
+        labels: (B, P).
+        valid: (B, P) bool; other boxes are never kept.
+        iou_threshold: overlap that must be exceeded.
+        rounds: how many.
+
+    Returns:
+        Two (B, P) bool.
+    """
+    matrix = _suppresses(boxes, labels, iou_threshold).float()
     free = valid.float().unsqueeze(1)
     before = keep = free
     for _ in range(rounds):
-        before, keep = (
-            keep,
-            (free - torch.bmm(keep, matrix)).relu(),
-        )  # less the number of kept boxes that overlap it: 1 or nothing
+        # 1, less the number of kept boxes that overlap it, is above 0 only without any.
+        before, keep = keep, (free - torch.bmm(keep, matrix)).relu()
     return keep.squeeze(1) > 0, (before != keep).squeeze(1)

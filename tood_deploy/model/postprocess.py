@@ -1,6 +1,8 @@
-"""From the head's maps to detections, in both published conventions (reference/SPEC.md section 4).
+"""Turn the head's maps into detections, by either published convention.
 
-One implementation for eager runs, export and evaluation. All shapes are static but for batch, height and width.
+Probabilities and boxes of every level in, candidates and then detections in pixels of the network
+input out. One implementation for eager runs, export and evaluation; all shapes but batch, height
+and width are static. Knows neither network nor image (reference/SPEC.md section 4).
 """
 
 from typing import NamedTuple
@@ -18,7 +20,7 @@ MAX_DET = 100
 
 
 class Candidates(NamedTuple):
-    """Boxes that go into suppression, in order of falling score.
+    """The input of suppression, in order of falling score.
 
     Attributes:
         boxes_net: (B, N, 4) xyxy, pixels of the network input.
@@ -47,42 +49,43 @@ class BatchResult(NamedTuple):
     labels: Tensor
 
 
-def detect(
-    out: HeadOutput,
-    valid_hw: Tensor,
-    score_threshold: Tensor | float,
-    iou_threshold: Tensor | float,
-    *,
-    convention: Convention = "mmdet",
-    candidates_per_level: int = CANDIDATES_PER_LEVEL,
-    max_det: int = MAX_DET,
-) -> BatchResult:
-    """Detections from the head's maps: candidates, then class-wise suppression.
-
-    Args:
-        out: the head's maps, levels of stride 8 to 128.
-        valid_hw: (B, 2) rows and columns of each input that hold real pixels.
-        score_threshold: candidates have a score above it.
-        iou_threshold: overlap above which the lower-scored of two boxes of a class goes.
-        convention: "mmdet" or "authors".
-        candidates_per_level: the published `nms_pre`.
-        max_det: D.
-    """
-    candidates = select_candidates(
-        out, valid_hw, score_threshold, convention=convention, per_level=candidates_per_level
-    )
-    return suppress(candidates, iou_threshold, max_det)
-
-
 def suppress(
     candidates: Candidates, iou_threshold: Tensor | float, max_det: int = MAX_DET
 ) -> BatchResult:
-    """Detections from candidates: class-wise suppression, at most `max_det` a image."""
-    return take_kept(candidates, *nms(*candidates, iou_threshold, max_det))
+    """Suppress candidates class by class, exactly.
+
+    Args:
+        candidates: best first.
+        iou_threshold: of two boxes of a class that overlap by more, the one with the lower score
+            goes.
+        max_det: D, detections of an image at most.
+    """
+    return _take_kept(candidates, *nms(*candidates, iou_threshold, max_det))
 
 
-def take_kept(candidates: Candidates, kept: Tensor, num_dets: Tensor) -> BatchResult:
-    """The candidates at the positions `kept` (B, D), of which the first `num_dets` (B,) count."""
+def suppress_unrolled(
+    candidates: Candidates, iou_threshold: Tensor | float, max_det: int = MAX_DET
+) -> tuple[BatchResult, Tensor]:
+    """Suppress in a fixed number of rounds, without a loop on the data.
+
+    Args:
+        candidates, iou_threshold, max_det: as of `suppress`.
+
+    Returns:
+        The detections, and whether each image's are those of `suppress`, (B,) bool.
+    """
+    result = nms_unrolled(*candidates, iou_threshold, max_det)
+    return _take_kept(candidates, result.kept, result.num_dets), result.exact
+
+
+def _take_kept(candidates: Candidates, kept: Tensor, num_dets: Tensor) -> BatchResult:
+    """Gather kept candidates into rows of detections.
+
+    Args:
+        candidates: N of each image.
+        kept: (B, D) their positions, N for none.
+        num_dets: (B,) how many of the positions count.
+    """
     rows = kept.clamp(max=candidates.scores.shape[1] - 1)
     real = torch.arange(kept.shape[1], device=kept.device) < num_dets[:, None]
     boxes = candidates.boxes_net.gather(1, rows.unsqueeze(2).expand(-1, -1, 4)) * real.unsqueeze(2)
@@ -102,10 +105,18 @@ def select_candidates(
     convention: Convention = "mmdet",
     per_level: int = CANDIDATES_PER_LEVEL,
 ) -> Candidates:
-    """The candidates of all levels, best first, at most `MAX_CANDIDATES`.
+    """Select the candidates of all levels, best first, at most `MAX_CANDIDATES`.
 
-    MMDetection keeps the best `per_level` (anchor, class) pairs of each level and drops boxes without area; the authors keep all pairs
-    of the best `per_level` anchors and clamp boxes to the image.
+    MMDetection keeps the best `per_level` (anchor, class) pairs of each level and drops boxes
+    without area; the authors keep all pairs of the best `per_level` anchors and clamp boxes to the
+    image.
+
+    Args:
+        out: the head's maps, levels of stride 8 to 128.
+        valid_hw: (B, 2) rows and columns of each input that hold real pixels.
+        score_threshold: candidates have a score above it; others stay, with a score of 0.
+        convention: "mmdet" or "authors".
+        per_level: the published `nms_pre`.
     """
     pairs = per_level if convention == "mmdet" else MAX_CANDIDATES
     levels = [
@@ -118,27 +129,30 @@ def select_candidates(
         scores = scores * ((boxes[..., 2] > boxes[..., 0]) & (boxes[..., 3] > boxes[..., 1]))
     else:
         height, width = valid_hw.to(boxes.dtype).unsqueeze(1).unbind(2)
-        boxes = torch.minimum(
-            boxes.clamp(min=0), torch.stack((width, height, width, height), dim=2)
-        )
+        limits = torch.stack((width, height, width, height), dim=2)
+        boxes = torch.minimum(boxes.clamp(min=0), limits)
     scores, order = scores.topk(min(MAX_CANDIDATES, scores.shape[1]), dim=1)
-    return Candidates(
-        boxes.gather(1, order.unsqueeze(2).expand(-1, -1, 4)), scores, labels.gather(1, order)
-    )
+    boxes = boxes.gather(1, order.unsqueeze(2).expand(-1, -1, 4))
+    return Candidates(boxes, scores, labels.gather(1, order))
 
 
 def _select_level(
     scores: Tensor, boxes: Tensor, per_level: int, pairs: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The best pairs of one level: boxes (B, P, 4), scores (B, P), labels (B, P).
+    """Select the best (anchor, class) pairs of one level.
 
-    A pair among the best `per_level` belongs to one of the `per_level` best anchors, so anchors are thinned first.
+    A pair among the best `per_level` belongs to one of the `per_level` best anchors, so anchors are
+    thinned first.
 
     Args:
         scores: (B, K, h, w).
-        boxes: (B, 4, h, w) xyxy.
-        per_level: anchors kept; a level that has fewer is filled up with pairs of score 0, so that counts do not depend on sizes.
-        pairs: (anchor, class) pairs kept.
+        boxes: (B, 4, h, w) xyxy, in any one frame.
+        per_level: anchors kept. A level that has fewer is filled up with pairs of score 0, so that
+            counts do not depend on sizes.
+        pairs: P, pairs kept.
+
+    Returns:
+        Boxes (B, P, 4), scores (B, P), labels (B, P).
     """
     classes = scores.shape[1]
     scores, boxes = scores.flatten(2), boxes.flatten(2)
@@ -152,11 +166,3 @@ def _select_level(
     anchor = anchors.gather(1, pair - labels * per_level)
     pair_boxes = boxes.gather(2, anchor.unsqueeze(1).expand(-1, 4, -1)).transpose(1, 2)
     return pair_boxes, pair_scores, labels
-
-
-def suppress_unrolled(
-    candidates: Candidates, iou_threshold: Tensor | float, max_det: int = MAX_DET
-) -> tuple[BatchResult, Tensor]:
-    """As `suppress`, and whether each image's detections are those of `suppress`, (B,) bool."""
-    found = nms_unrolled(*candidates, iou_threshold, max_det)
-    return take_kept(candidates, found.kept, found.num_dets), found.exact

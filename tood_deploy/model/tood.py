@@ -1,4 +1,9 @@
-"""The whole network: backbone, pyramid, head. Normalised images in, `HeadOutput` out."""
+"""Put the network together, and the detector around it.
+
+`Tood` is backbone, pyramid and head: normalised images in, `HeadOutput` out. `FusedDetector` adds
+what an artefact holds too: uint8 images and thresholds in, detections out. Knows nothing of
+checkpoints, training or export.
+"""
 
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -16,8 +21,8 @@ class Tood(nn.Module):
     """A TOOD detector in MMDetection's state-dict layout.
 
     Attributes:
-        preset: what it was built from; says classes, input statistics and test-time convention.
-        checkpoint_sha256: of the file its weights are from; empty where there is none.
+        preset: what it was built from; holds classes, input statistics and test-time convention.
+        checkpoint_sha256: of the file that its weights are from; "" where there is none.
     """
 
     checkpoint_sha256: str = ""
@@ -30,22 +35,26 @@ class Tood(nn.Module):
         self.bbox_head = TaskAlignedHead(preset)
 
     def forward(self, images: Tensor) -> HeadOutput:
-        """Scores and boxes per level.
+        """Return scores and boxes of every level.
 
         Args:
-            images: (B, 3, H, W) float32 RGB, normalised; H and W multiples of 32, zeros where padded.
+            images: (B, 3, H, W) float32, normalised, channels in the preset's order; H and W
+                multiples of 32, zeros where padded.
         """
         return self.bbox_head(self.neck(self.backbone(images)))
 
     if TYPE_CHECKING:
 
         def __call__(self, images: Tensor) -> HeadOutput:
-            """`forward`, for type checkers: they would otherwise take what `nn.Module` gives for anything."""
+            """Call `forward`: for type checkers, to which a call of an `nn.Module` gives `Any`."""
             ...
 
 
 def build_model(preset: str | Preset) -> Tood:
-    """The network of a preset, by name or as such, in eval mode, with random initial weights (reference/SPEC.md section 2).
+    """Return the network of a preset, in eval mode, with random initial weights.
+
+    Args:
+        preset: the preset or its name. Initial weights: reference/SPEC.md section 2.
 
     Raises:
         ToodError: no such preset, or one that contradicts itself.
@@ -54,15 +63,15 @@ def build_model(preset: str | Preset) -> Tood:
 
 
 class Stages(NamedTuple):
-    """The detections and everything they come from, in order.
+    """The detections and all stages on the way to them, in order.
 
     Attributes:
         pixels: (B, 3, H, W) normalised input of the network.
         backbone: C3, C4, C5.
         pyramid: P3 to P7.
         head: probabilities and boxes of every level.
-        candidates: what goes into suppression.
-        detections: what comes out of it.
+        candidates: the input of suppression.
+        detections: its output.
     """
 
     pixels: Tensor
@@ -74,27 +83,28 @@ class Stages(NamedTuple):
 
 
 class FusedDetector(nn.Module):
-    """A `Tood` between normalisation and suppression."""
+    """A `Tood` between normalisation and suppression.
+
+    Attributes:
+        max_det: detections of an image at most.
+    """
 
     mean: Tensor
     std: Tensor
     pad_value: Tensor
 
     def __init__(self, model: Tood, max_det: int | None = None) -> None:
-        """Takes the network, and the most detections of an image; the preset's where not given."""
+        """Wrap the network; `max_det` is the preset's where it is None."""
         super().__init__()
         preset = model.preset
         self.model = model
         self.max_det = preset.max_det if max_det is None else max_det
-        self.pads_with_zeros, self.takes_bgr = (
-            not any(preset.pad_value),
-            preset.channel_order == "bgr",
-        )
+        self.pads_with_zeros = not any(preset.pad_value)
+        self.takes_bgr = preset.channel_order == "bgr"
         self.register_buffer("mean", torch.tensor(preset.mean), persistent=False)
         self.register_buffer("std", torch.tensor(preset.std), persistent=False)
-        self.register_buffer(
-            "pad_value", torch.tensor(preset.pad_value)[:, None, None], persistent=False
-        )
+        pad_value = torch.tensor(preset.pad_value)[:, None, None]
+        self.register_buffer("pad_value", pad_value, persistent=False)
 
     def normalise(self, images: Tensor, valid_hw: Tensor) -> Tensor:
         """Normalise, pad and put the channels in the network's order.
@@ -104,17 +114,15 @@ class FusedDetector(nn.Module):
             valid_hw: (B, 2) rows and columns that hold real pixels.
 
         Returns:
-            (B, 3, H, W) float32; outside `valid_hw` exactly the preset's pad value, zero in the published models.
+            (B, 3, H, W) float32; outside `valid_hw` exactly the preset's pad value, which is zero
+            in the published models.
         """
         # Cast before the transposition: TensorRT's parser refuses a uint8 Transpose.
         x = ((images.float() - self.mean) / self.std).permute(0, 3, 1, 2)
         rows = torch.arange(x.shape[2], device=x.device) < valid_hw[:, :1]
         columns = torch.arange(x.shape[3], device=x.device) < valid_hw[:, 1:]
-        x = torch.where(
-            (rows[:, :, None] & columns[:, None, :]).unsqueeze(1),
-            x,
-            0.0 if self.pads_with_zeros else self.pad_value,
-        )
+        real = (rows[:, :, None] & columns[:, None, :]).unsqueeze(1)
+        x = torch.where(real, x, 0.0 if self.pads_with_zeros else self.pad_value)
         return (x[:, [2, 1, 0]] if self.takes_bgr else x).contiguous()
 
     def forward(
@@ -124,32 +132,33 @@ class FusedDetector(nn.Module):
         score_threshold: Tensor | float,
         iou_threshold: Tensor | float,
     ) -> Stages:
-        """Detections, and all stages on the way to them.
+        """Return detections, and all stages on the way to them.
 
         Args:
             images: (B, H, W, 3) uint8 RGB; H and W multiples of 32.
             valid_hw: (B, 2) int32 rows and columns that hold real pixels.
-            score_threshold: detections have a score above it.
-            iou_threshold: overlap above which the lower-scored of two boxes of a class goes.
+            score_threshold: scalar; detections have a score above it.
+            iou_threshold: scalar; of two boxes of a class that overlap by more, the one with the
+                lower score goes.
         """
         pixels = self.normalise(images, valid_hw)
         backbone = self.model.backbone(pixels)
         pyramid = self.model.neck(backbone)
         head = self.model.bbox_head(pyramid)
         candidates = self.select_candidates(head, valid_hw, score_threshold)
-        return Stages(
-            pixels,
-            backbone,
-            pyramid,
-            head,
-            candidates,
-            suppress(candidates, iou_threshold, self.max_det),
-        )
+        detections = suppress(candidates, iou_threshold, self.max_det)
+        return Stages(pixels, backbone, pyramid, head, candidates, detections)
 
     def select_candidates(
         self, head: HeadOutput, valid_hw: Tensor, score_threshold: Tensor | float
     ) -> Candidates:
-        """Select what goes into suppression, as the preset says."""
+        """Select the input of suppression by the preset's convention.
+
+        Args:
+            head: probabilities and boxes of every level.
+            valid_hw: (B, 2) rows and columns that hold real pixels.
+            score_threshold: scalar; candidates have a score above it.
+        """
         preset = self.model.preset
         return select_candidates(
             head,

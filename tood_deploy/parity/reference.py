@@ -96,7 +96,7 @@ class ValidRounding(TorchDispatchMode):
     def _round(self, values: Tensor) -> Tensor:
         """The values, each up to one rounding off."""
         noise = torch.rand(values.shape, generator=self.generator, dtype=values.dtype)
-        return values * (1 + ROUNDING * (2 * noise - 1))
+        return noise.mul_(2).sub_(1).mul_(ROUNDING).add_(1).mul_(values)
 
     def _reorder(
         self, x: Tensor, weight: Tensor, x_dim: int, weight_dim: int, groups: int = 1

@@ -16,6 +16,7 @@ from tood_deploy.export.tensorrt.options import (
     shapes_from_text,
     shapes_or_auto,
 )
+from tood_deploy.manifest_sections import OptimizationProfile
 
 
 def test_landscape_and_portrait_by_default() -> None:
@@ -39,10 +40,10 @@ def test_batches() -> None:
 
 
 def test_manifest_says_size_and_batch_of_each() -> None:
-    assert Profiles(((64, 96), (96, 64)), (1, 2, 4)).to_list() == [
-        {"size_hw": [64, 96], "batch": [1, 2, 4]},
-        {"size_hw": [96, 64], "batch": [1, 2, 4]},
-    ]
+    assert Profiles(((64, 96), (96, 64)), (1, 2, 4)).for_manifest() == (
+        OptimizationProfile((64, 96), 1, 2, 4),
+        OptimizationProfile((96, 64), 1, 2, 4),
+    )
 
 
 @pytest.mark.parametrize(
@@ -140,9 +141,3 @@ def test_what_both_have_passes() -> None:
 def test_values_out_of_range_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ToodError, match=message):
         EngineOptions(**values)
-
-
-def test_manifest_holds_what_was_set() -> None:
-    assert EngineOptions().to_dict() == {"nms": "unrolled"}
-    options = EngineOptions(workspace_mib=64, optimisation_level=0, nms="loop")
-    assert options.to_dict() == {"workspace_mib": 64, "optimisation_level": 0, "nms": "loop"}

@@ -16,6 +16,7 @@ from typing import Any, Literal, cast
 import onnx
 import pytest
 from export.small_graph import MACS_A_PIXEL, save_small
+from manifest_values import plain
 
 from tood_deploy.engines.tensorrt.library import Flavour, Name
 from tood_deploy.errors import ArtefactError, DeviceError, OutputError, ToodError
@@ -29,12 +30,14 @@ from tood_deploy.export.to_onnx import onnx_from_model
 from tood_deploy.export.triton.repository import serving_form
 from tood_deploy.files import file_sha256
 from tood_deploy.manifest import Manifest, manifest_path, read_manifest
+from tood_deploy.manifest_sections import Parity, SelfTest
 from tood_deploy.onnx_file import OnnxArtefact, artefact_in_memory, read_onnx
 
 pytest.importorskip("tensorrt_rtx")
 
 
 PROFILES = Profiles(((64, 96),), (1, 1, 2))
+SELF_TEST = SelfTest("", 0.6, "a reference", ())
 LOOP = {"TRIP_LIMIT", "RECURRENCE", "ITERATOR", "LOOP_OUTPUT"}  # what the library makes of one
 PLAN_START = b"vtrt"  # of every plan of TensorRT-RTX
 
@@ -55,9 +58,7 @@ class TestArtefact:
     ) -> None:
         source = save_small(tmp_path / "a.onnx", "fp16")
         output = tmp_path / "out" / "a.engine"
-        built = build(
-            source, output, self_test={"cases": []}, rebuild="tood-export a.onnx --to engine"
-        )
+        built = build(source, output, self_test=SELF_TEST, rebuild="tood-export a.onnx --to engine")
         manifest = built.manifest
         assert read_manifest(output) == manifest
         assert sorted(path.name for path in output.parent.iterdir()) == ["a.engine", "a.json"]
@@ -71,19 +72,21 @@ class TestArtefact:
             "tiny",
             "c" * 64,
         )
-        assert manifest.self_test == {"cases": []}
-        assert manifest.options["format"] == "engine"
-        assert manifest.options["onnx_sha256"] == file_sha256(source)
-        assert manifest.options["rebuild"] == "tood-export a.onnx --to engine"
-        assert manifest.options["precisions"]["fp16"]["arithmetic"] == 1.0
+        assert manifest.self_test == SELF_TEST
+        assert plain(manifest)["options"]["format"] == "engine"
+        assert plain(manifest)["options"]["onnx_sha256"] == file_sha256(source)
+        assert plain(manifest)["options"]["rebuild"] == "tood-export a.onnx --to engine"
+        assert plain(manifest)["options"]["precisions"]["fp16"]["arithmetic"] == 1.0
         assert manifest.versions.keys() == {"onnx", "tood_deploy", "tensorrt_rtx"}
-        assert manifest.target["version"] == manifest.versions["tensorrt_rtx"]
-        assert manifest.target["profiles"] == PROFILES.to_list()
+        assert plain(manifest)["target"]["version"] == manifest.versions["tensorrt_rtx"]
+        assert plain(manifest)["target"]["profiles"] == [
+            profile.to_dict() for profile in PROFILES.for_manifest()
+        ]
         assert capfd.readouterr() == ("", "")
 
     def test_sizes_follow_the_model_where_not_given(self, tmp_path: Path) -> None:
         built = build(save_small(tmp_path / "a.onnx"), tmp_path / "a-trt.engine", profiles=None)
-        assert [profile["size_hw"] for profile in built.manifest.target["profiles"]] == [
+        assert [profile["size_hw"] for profile in plain(built.manifest)["target"]["profiles"]] == [
             [256, 320],
             [320, 256],
         ]
@@ -91,22 +94,25 @@ class TestArtefact:
 
     def test_parity_of_the_onnx_is_named_as_such(self, tmp_path: Path) -> None:
         source = save_small(tmp_path / "a.onnx")
-        assert build(source, tmp_path / "b.engine").manifest.parity == {}
-        verified = replace(read_onnx(source).manifest, parity={"images": 12}).with_artefact(source)
+        assert build(source, tmp_path / "b.engine").manifest.parity is None
+        verified = replace(read_onnx(source).manifest, parity=Parity(images=12)).with_artefact(
+            source
+        )
         manifest_path(source).write_text(verified.to_json())
         parity = build(source, tmp_path / "b.engine").manifest.parity
-        assert parity == {
-            "images": 12,
-            "compared": "the ONNX artefact that this engine was built from",
-        }
+        compared = "the ONNX artefact that this engine was built from"
+        assert parity == Parity(images=12, compared=compared)
 
     def test_options_are_remembered(self, tmp_path: Path) -> None:
         options = EngineOptions(workspace_mib=64, compute_capabilities=("8.9",), nms="loop")
         manifest = build(
             save_small(tmp_path / "a.onnx"), tmp_path / "b.plan", options=options
         ).manifest
-        assert (manifest.options["workspace_mib"], manifest.options["nms"]) == (64, "loop")
-        assert manifest.target["compute_capabilities"] == ["8.9"]
+        assert (plain(manifest)["options"]["workspace_mib"], plain(manifest)["options"]["nms"]) == (
+            64,
+            "loop",
+        )
+        assert plain(manifest)["target"]["compute_capabilities"] == ["8.9"]
 
 
 def test_torch_is_loaded_for_suppression_without_a_loop_alone() -> None:
@@ -220,8 +226,8 @@ class TestTiny:
         layers = [layer for layer in built.layers.network if layer.kind == "CONVOLUTION"]
         assert shares(layers)[precision].mac_share > 0.85
         assert built.size_bytes > 1_000_000
-        assert built.manifest.options["nms"] == nms
-        assert ("nms_rounds" in built.manifest.options) == (nms == "unrolled")
+        assert plain(built.manifest)["options"]["nms"] == nms
+        assert ("nms_rounds" in plain(built.manifest)["options"]) == (nms == "unrolled")
         assert bool(LOOP & {layer.kind for layer in built.layers.network}) == (nms == "loop")
 
     def test_fp32(self, tiny_artefact: Path, tmp_path: Path) -> None:
@@ -274,11 +280,9 @@ TARGET_PROFILES = Profiles(((64, 96),), (1, 2, 4))
 
 
 def target(name: str, **options: Any) -> dict[str, Any]:
-    return engine_target(
-        Flavour(cast(Name, name), None, "1.7.1", cast(Any, None)),
-        TARGET_PROFILES,
-        EngineOptions(**options),
-    )
+    flavour = Flavour(cast(Name, name), None, "1.7.1", cast(Any, None))
+    built: Any = engine_target(flavour, TARGET_PROFILES, EngineOptions(**options))
+    return built.to_dict()
 
 
 def test_rtx_is_for_ampere_and_later_unless_told() -> None:

@@ -5,17 +5,17 @@ from typing import Any
 
 import pytest
 from export.small_graph import save_small
+from manifest_values import stated
 
 from tood_deploy.errors import ToodError
-from tood_deploy.export.triton.fit import check_precision, int8_scheme, plan_serving
+from tood_deploy.export.triton.fit import check_precision, plan_serving
 from tood_deploy.export.triton.options import TritonOptions
 from tood_deploy.export.triton.repository import triton_repository
 from tood_deploy.manifest import Manifest
-from tood_deploy.presets import PRESETS
 
 
 def manifest(precision: str, **options: Any) -> Manifest:
-    return Manifest(PRESETS["tiny"], precision=precision, options=options)
+    return stated(precision, options=options)
 
 
 MIXED = {"int8": {"scheme": "s8s8"}, "half_precision": {"precision": "bf16"}}
@@ -76,5 +76,6 @@ def test_in_python_too_and_nothing_is_left(tmp_path: Path) -> None:
 
 def test_schemes() -> None:
     assert [
-        int8_scheme(manifest("int8", **options)) for options in ({}, {"int8": {"scheme": "s8s8"}})
+        manifest("int8", **options).build.int8_scheme
+        for options in ({}, {"int8": {"scheme": "s8s8"}})
     ] == ["", "s8s8"]

@@ -13,6 +13,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 from export.small_graph import save_small
+from manifest_values import plain
 from numpy.typing import NDArray
 
 from tood_deploy.data.image_set import synthetic_image
@@ -32,6 +33,7 @@ from tood_deploy.export.triton.repository import (
 from tood_deploy.files import file_sha256, write_text
 from tood_deploy.graph_io import INPUTS, OUTPUTS
 from tood_deploy.manifest import manifest_path, read_manifest
+from tood_deploy.manifest_sections import Build, EngineTarget
 from tood_deploy.onnx_file import read_onnx
 from tood_deploy.presets import COCO_CLASSES
 
@@ -250,9 +252,9 @@ class TestRepository:
         manifest = served.manifest
         assert manifest == read_manifest(served.path)
         assert manifest.artefact_sha256 == file_sha256(served.path)
-        assert manifest.options["serving"]["onnx_sha256"] == file_sha256(tiny_artefact)
-        assert manifest.options["serving"]["equal_detections"] > 100
-        assert manifest.parity["compared"] == "the ONNX artefact that this was made from"
+        assert plain(manifest)["options"]["serving"]["onnx_sha256"] == file_sha256(tiny_artefact)
+        assert plain(manifest)["options"]["serving"]["equal_detections"] > 100
+        assert plain(manifest)["parity"]["compared"] == "the ONNX artefact that this was made from"
 
 
 def skip_form(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -422,7 +424,7 @@ class TestTensorRT:
         )
         with pytest.raises(ArtefactError, match="is a plan of tensorrt_rtx"):
             triton_repository(tmp_path / "tood.engine", tmp_path / "repo")
-        assert "serving" in built.manifest.options
+        assert "serving" in plain(built.manifest)["options"]
 
     def test_engine_whose_manifest_pretends_another_flavour(
         self, tmp_path: Path, served: ServedModel
@@ -430,7 +432,7 @@ class TestTensorRT:
         """A stand-in for a plan of TensorRT, which cannot be had without a GPU: its configuration and its files."""
         engine = tmp_path / "tood.engine"
         engine.write_bytes(b"a plan")
-        target = {"flavour": "tensorrt", "profiles": PROFILES.to_list()}
+        target = EngineTarget("tensorrt", "10.13", "linux", ("8.9",), PROFILES.for_manifest())
         write_text(
             manifest_path(engine),
             replace(served.manifest, target=target).with_artefact(engine).to_json(),
@@ -454,7 +456,7 @@ class TestTensorRT:
         engine.write_bytes(b"a plan")
         write_text(
             manifest_path(engine),
-            replace(served.manifest, options={}).with_artefact(engine).to_json(),
+            replace(served.manifest, build=Build()).with_artefact(engine).to_json(),
         )
         with pytest.raises(ArtefactError, match="one threshold for all images"):
             triton_repository(engine, tmp_path / "repo")

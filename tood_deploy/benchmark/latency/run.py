@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table as RichTable
@@ -28,6 +26,7 @@ from tood_deploy.benchmark.latency.worker import END_TO_END, Case
 from tood_deploy.files import file_sha256
 from tood_deploy.graph_io import ARTEFACT_SUFFIXES
 from tood_deploy.manifest import read_manifest
+from tood_deploy.manifest_sections import BenchmarkVerdict
 
 WIDE = 160
 FEWEST_ROUNDS = 6
@@ -76,26 +75,24 @@ def recorded_ap(cases: Iterable[Case]) -> dict[str, float]:
     models = {case.name: Path(case.model) for case in cases}
     verdicts = {name: _verdict(path) for name, path in models.items()}
     references = {
-        verdict["reference"]["sha256"]: _ap(verdict, "reference")
+        verdict.reference_sha256: verdict.ap("reference")
         for verdict in verdicts.values()
         if verdict
     }
-    found = {name: _ap(verdict, "artefact") for name, verdict in verdicts.items() if verdict}
+    found = {name: verdict.ap("artefact") for name, verdict in verdicts.items() if verdict}
     for name, path in models.items():
         if not verdicts[name] and path.is_file():
             found[name] = references.get(file_sha256(path))
     return {name: ap for name, ap in found.items() if ap is not None}
 
 
-def _verdict(path: Path) -> dict[str, Any]:
-    """What a parity run left in the manifest of an artefact; empty for checkpoints, also beside an artefact of the same name."""
+def _verdict(path: Path) -> BenchmarkVerdict | None:
+    """Return what a parity run left in the manifest of an artefact.
+
+    None for checkpoints, also beside an artefact of the same name.
+    """
     manifest = read_manifest(path) if path.suffix.lower() in ARTEFACT_SUFFIXES else None
-    return manifest.parity.get("benchmark", {}) if manifest else {}
-
-
-def _ap(verdict: dict[str, Any], whose: str) -> float | None:
-    ap = (verdict.get("ap") or {}).get(whose)
-    return ap if isinstance(ap, float) and math.isfinite(ap) else None
+    return manifest.parity.benchmark if manifest and manifest.parity else None
 
 
 def _facts(

@@ -24,6 +24,7 @@ from tood_deploy.data.image_set import ImageEntry, ImageSet, open_image_set
 from tood_deploy.errors import ToodError
 from tood_deploy.files import write_text
 from tood_deploy.manifest import manifest_path
+from tood_deploy.manifest_sections import BenchmarkVerdict, Parity
 from tood_deploy.parity.tolerances import PRECISION_GATES, Gates
 from tood_deploy.preprocess import check_imgsz
 
@@ -103,9 +104,9 @@ def write_verdict(subject: Subject, description: dict[str, Any]) -> Path | None:
     """
     if subject.path is None or is_checkpoint(subject.name):
         return None
-    manifest = replace(
-        subject.manifest, parity=subject.manifest.parity | {KEY: plain(shorten(description))}
-    )
+    benchmark = BenchmarkVerdict(plain(shorten(description)))
+    parity = replace(subject.manifest.parity or Parity(), benchmark=benchmark)
+    manifest = replace(subject.manifest, parity=parity)
     if not manifest.artefact_sha256:
         manifest = replace(manifest, artefact_sha256=subject.sha256)
     path = manifest_path(subject.path)

@@ -23,8 +23,6 @@ from tood_deploy.engines.tensorrt.library import TITLES, Flavour, load_flavour
 from tood_deploy.engines.tensorrt.plan import Plan
 from tood_deploy.engines.tensorrt.plan_check import (
     Machine,
-    Profile,
-    Target,
     check_plan,
     read_plan_manifest,
     rebuild,
@@ -34,6 +32,7 @@ from tood_deploy.engines.tensorrt.slot import Slot, Slots, Ticket
 from tood_deploy.errors import ArtefactError, DeviceError, InputError, ToodError
 from tood_deploy.files import home_folder
 from tood_deploy.manifest import Manifest
+from tood_deploy.manifest_sections import EngineTarget, OptimizationProfile
 
 
 class CallSeconds(NamedTuple):
@@ -100,7 +99,7 @@ class TensorRTEngine(Engine):
         self._launching = threading.Lock()
         self._release = weakref.finalize(self, _close, self._gpu, resources, self._slots)
 
-    def _read_plan(self, path: Path, target: Target, flavour: Flavour) -> bytes:
+    def _read_plan(self, path: Path, target: EngineTarget, flavour: Flavour) -> bytes:
         try:
             blob = path.read_bytes()
         except OSError as error:
@@ -120,7 +119,7 @@ class TensorRTEngine(Engine):
         self,
         blob: bytes,
         path: Path,
-        target: Target,
+        target: EngineTarget,
         flavour: Flavour,
         cuda_graph: CudaGraph,
         resources: ExitStack,
@@ -145,7 +144,7 @@ class TensorRTEngine(Engine):
             )
         self._profiles = plan.profiles
         self.canvases_hw = tuple(dict.fromkeys(profile.size_hw for profile in plan.profiles))
-        self.most_batch = max(profile.most for profile in plan.profiles)
+        self.most_batch = max(profile.max_batch for profile in plan.profiles)
         scratch = DeviceBuffer(plan.scratch_bytes, "scratch memory")
         resources.callback(scratch.close)
         self._buffers: list[Slot] = []
@@ -185,7 +184,9 @@ class TensorRTEngine(Engine):
     def batches_at(self, net_hw: tuple[int, int]) -> tuple[int, int | None]:
         """The smallest and the largest batch that a profile of this size takes."""
         sized = [profile for profile in self._profiles if profile.size_hw == net_hw]
-        return min(profile.least for profile in sized), max(profile.most for profile in sized)
+        return min(profile.min_batch for profile in sized), max(
+            profile.max_batch for profile in sized
+        )
 
     def _check_call(self, images: Any, valid_hw: Any) -> None:
         """Nothing yet: an array on a GPU is viewed for the stream that will read it, and that comes with the slot."""
@@ -249,7 +250,7 @@ class TensorRTEngine(Engine):
         self._release()
 
 
-def choose_profile(profiles: Sequence[Profile], shape: tuple[int, ...]) -> int:
+def choose_profile(profiles: Sequence[OptimizationProfile], shape: tuple[int, ...]) -> int:
     """The number of the profile that is tuned best for images of a shape (B, H, W, 3).
 
     Raises:
@@ -260,12 +261,12 @@ def choose_profile(profiles: Sequence[Profile], shape: tuple[int, ...]) -> int:
         (index, profile) for index, profile in enumerate(profiles) if profile.size_hw == size_hw
     ]
     fitting = [
-        (abs(profile.best - batch), index)
+        (abs(profile.opt_batch - batch), index)
         for index, profile in sized
-        if profile.least <= batch <= profile.most
+        if profile.min_batch <= batch <= profile.max_batch
     ]
     if not fitting:
-        takes = " or ".join(f"{profile.least} to {profile.most}" for _, profile in sized)
+        takes = " or ".join(f"{profile.min_batch} to {profile.max_batch}" for _, profile in sized)
         size = f"{size_hw[0]} x {size_hw[1]}"
         raise InputError(
             f"a batch of {batch} at {size}, this engine takes {takes}; choose such a --batch, or build it for others"
@@ -275,7 +276,7 @@ def choose_profile(profiles: Sequence[Profile], shape: tuple[int, ...]) -> int:
 
 def _unsettled(num_dets: Sequence[int], manifest: Manifest) -> str:
     """What to say where suppression in a fixed number of rounds did not come to its end, for which a count is negative."""
-    rounds = manifest.options.get("nms_rounds", "a fixed number of")
+    rounds = manifest.build.nms_rounds or "a fixed number of"
     images = ", ".join(str(number) for number, count in enumerate(num_dets, 1) if count < 0)
     return (
         f"{rounds} rounds of suppression were too few for image {images} of a batch of {len(num_dets)} (num_dets is {min(num_dets)}); "
@@ -283,7 +284,7 @@ def _unsettled(num_dets: Sequence[int], manifest: Manifest) -> str:
     )
 
 
-def _flavour_for(path: Path, target: Target, manifest: Manifest) -> Flavour:
+def _flavour_for(path: Path, target: EngineTarget, manifest: Manifest) -> Flavour:
     try:
         return load_flavour(target.flavour)
     except DeviceError as error:

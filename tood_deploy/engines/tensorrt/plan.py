@@ -12,10 +12,10 @@ from typing import Any
 
 from tood_deploy.engines.tensorrt.cuda import CudaError, OutOfDeviceMemory
 from tood_deploy.engines.tensorrt.library import Flavour, Messages
-from tood_deploy.engines.tensorrt.plan_check import Profile
 from tood_deploy.errors import ArtefactError, DeviceError, OutputError, ToodError
 from tood_deploy.files import atomic_path
 from tood_deploy.graph_io import INPUTS, OUTPUTS
+from tood_deploy.manifest_sections import OptimizationProfile
 
 
 class KernelCache:
@@ -173,15 +173,16 @@ class Plan:
     def _is_input(self, name: str) -> bool:
         return self._engine.get_tensor_mode(name) == self._trt.TensorIOMode.INPUT
 
-    def _profile(self, index: int) -> Profile:
-        least, best, most = (
+    def _profile(self, index: int) -> OptimizationProfile:
+        smallest, best, largest = (
             tuple(shape) for shape in self._engine.get_tensor_profile_shape("images", index)
         )
-        if least[1:3] != most[1:3]:
+        if smallest[1:3] != largest[1:3]:
             raise ArtefactError(
-                f"{self.path}: profile {index} takes {least} to {most}; expected one height and width; {self._remedy}"
+                f"{self.path}: profile {index} takes {smallest} to {largest}; expected one height "
+                f"and width; {self._remedy}"
             )
-        return Profile((most[1], most[2]), least[0], best[0], most[0])
+        return OptimizationProfile((largest[1], largest[2]), smallest[0], best[0], largest[0])
 
     def new_context(self) -> Any:
         """A new IExecutionContext, without scratch memory of its own.

@@ -7,58 +7,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tood_deploy.engines.tensorrt.library import TITLES
 from tood_deploy.errors import ArtefactError
 from tood_deploy.manifest import Manifest, manifest_path, read_manifest
-
-
-@dataclass(frozen=True)
-class Profile:
-    """An optimisation profile: one padded size and the batches it was tuned for.
-
-    Attributes:
-        size_hw: rows and columns.
-        least, best, most: images of the smallest batch it takes, the batch it is fastest at, the largest it takes.
-    """
-
-    size_hw: tuple[int, int]
-    least: int
-    best: int
-    most: int
-
-
-@dataclass(frozen=True)
-class Target:
-    """What a plan was built for.
-
-    Attributes:
-        flavour: "tensorrt" or "tensorrt_rtx".
-        version: of that TensorRT.
-        platform: such as "linux-x86_64".
-        compute_capabilities: such as ("8.9",).
-        later_compute_capabilities: those above them are for TensorRT to judge.
-        hardware_compatibility: "none", or "ampere_plus" for any GPU from 8.0 on.
-        version_compatible: later versions of the same major version open it too.
-        profiles: in the plan's order.
-        gpu_name: that its kernels were measured on; empty where none was.
-    """
-
-    flavour: str
-    version: str
-    platform: str
-    compute_capabilities: tuple[str, ...]
-    later_compute_capabilities: bool
-    hardware_compatibility: str
-    version_compatible: bool
-    profiles: tuple[Profile, ...]
-    gpu_name: str = ""
+from tood_deploy.manifest_sections import EngineTarget
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What this machine offers; the attributes are those of `Target` and the GPU's name."""
+    """What this machine offers; the attributes are those of `EngineTarget` and the GPU's name."""
 
     flavour: str
     version: str
@@ -67,7 +25,7 @@ class Machine:
     gpu_name: str
 
 
-def read_plan_manifest(path: Path) -> tuple[Manifest, Target]:
+def read_plan_manifest(path: Path) -> tuple[Manifest, EngineTarget]:
     """The manifest beside a plan, and what it says the plan was built for.
 
     Raises:
@@ -78,36 +36,17 @@ def read_plan_manifest(path: Path) -> tuple[Manifest, Target]:
         raise ArtefactError(
             f"{path}: its manifest {manifest_path(path).name} is missing; put it back beside the plan, or {rebuild(path)}"
         )
-    try:
-        return manifest, _target(manifest.target)
-    except (KeyError, TypeError, ValueError) as error:
+    if manifest.target is None or manifest.target.flavour not in TITLES:
+        given = manifest.target.flavour if manifest.target else "nothing"
         raise ArtefactError(
-            f"{manifest_path(path)}: does not say what the plan was built for ({type(error).__name__}: {error}); {rebuild(path)}"
-        ) from error
-
-
-def _target(values: dict[str, Any]) -> Target:
-    profiles = tuple(
-        Profile((int(item["size_hw"][0]), int(item["size_hw"][1])), *map(int, item["batch"]))
-        for item in values["profiles"]
-    )
-    if values["flavour"] not in TITLES or not profiles:
-        raise ValueError(f"flavour {values['flavour']!r}, {len(profiles)} profiles")
-    return Target(
-        values["flavour"],
-        str(values["version"]),
-        str(values["platform"]),
-        tuple(map(str, values["compute_capabilities"])),
-        bool(values.get("later_compute_capabilities", False)),
-        str(values.get("hardware_compatibility", "none")),
-        bool(values.get("version_compatible", False)),
-        profiles,
-        str(values.get("gpu", "")),
-    )
+            f"{manifest_path(path)}: states no TensorRT that the plan was built for ({given}); "
+            f"{rebuild(path)}"
+        )
+    return manifest, manifest.target
 
 
 def check_plan(
-    path: Path, manifest: Manifest, target: Target, machine: Machine, sha256: str
+    path: Path, manifest: Manifest, target: EngineTarget, machine: Machine, sha256: str
 ) -> None:
     """Raises ArtefactError, naming every mismatch and the way out, unless the plan was built for this machine.
 
@@ -130,16 +69,16 @@ def check_plan(
         )
 
 
-def tuned_elsewhere(path: Path, target: Target, machine: Machine) -> str:
+def tuned_elsewhere(path: Path, target: EngineTarget, machine: Machine) -> str:
     """A remark on a plan that may run here, but whose kernels were chosen on another model of GPU; "" where there is none to make."""
-    if target.gpu_name in ("", machine.gpu_name):
+    if target.gpu in ("", machine.gpu_name):
         return ""
-    return f"{path.name}: was tuned on {target.gpu_name}, this is {machine.gpu_name}; built here it may be faster"
+    return f"{path.name}: was tuned on {target.gpu}, this is {machine.gpu_name}; built here it may be faster"
 
 
 def rebuild(path: Path, manifest: Manifest | None = None) -> str:
     """What to do about a plan that cannot be used: the command that made it, where the manifest tells."""
-    command = manifest.options.get("rebuild") if manifest else None
+    command = manifest.build.rebuild if manifest else ""
     return f"build it again, for this machine: {command or f'tood-export MODEL --to engine --output {path}'}"
 
 
@@ -150,13 +89,13 @@ def _file_mismatch(manifest: Manifest, sha256: str) -> str:
     return f"the file has SHA-256 {sha256[:12]}.., its manifest states {stated}..: it was cut, changed or exchanged"
 
 
-def _flavour_mismatch(target: Target, machine: Machine) -> str:
+def _flavour_mismatch(target: EngineTarget, machine: Machine) -> str:
     if target.flavour == machine.flavour:
         return ""
     return f"it was built by {TITLES[target.flavour]}, installed is {TITLES[machine.flavour]}"
 
 
-def _version_mismatch(target: Target, machine: Machine) -> str:
+def _version_mismatch(target: EngineTarget, machine: Machine) -> str:
     if target.flavour != machine.flavour or target.version == machine.version:
         return ""
     if target.version_compatible and _is_later(machine.version, target.version):
@@ -174,7 +113,7 @@ def _is_later(version: str, than: str) -> bool:
     return numbers[0][:1] == numbers[1][:1] and numbers[0] >= numbers[1]
 
 
-def _platform_mismatch(target: Target, machine: Machine) -> str:
+def _platform_mismatch(target: EngineTarget, machine: Machine) -> str:
     return (
         ""
         if target.platform == machine.platform
@@ -182,7 +121,7 @@ def _platform_mismatch(target: Target, machine: Machine) -> str:
     )
 
 
-def _gpu_mismatch(target: Target, machine: Machine) -> str:
+def _gpu_mismatch(target: EngineTarget, machine: Machine) -> str:
     built, found = target.compute_capabilities, machine.compute_capability
     if found in built or (target.later_compute_capabilities and _is_above(found, built)):
         return ""

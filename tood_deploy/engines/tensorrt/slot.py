@@ -71,21 +71,21 @@ class Slot:
         """
         self._plan, self._scratch, self._note = plan, scratch, note
         self._cuda_graph: CudaGraph = cuda_graph
-        most = max(profile.most for profile in plan.profiles)
-        pixels = max(profile.most * prod(profile.size_hw) for profile in plan.profiles) * 3
+        largest = max(profile.max_batch for profile in plan.profiles)
+        pixels = max(profile.max_batch * prod(profile.size_hw) for profile in plan.profiles) * 3
         # The images come last: what precedes them is copied even where they are on the GPU already.
         self._inputs = Tensors(
             {
-                "valid_hw": ((most, 2), np.int32),
+                "valid_hw": ((largest, 2), np.int32),
                 "score_threshold": ((), np.float32),
                 "iou_threshold": ((), np.float32),
                 "images": ((pixels,), np.uint8),
             }
         )
-        rows = (most, plan.max_det)
+        rows = (largest, plan.max_det)
         self._outputs = Tensors(
             {
-                "num_dets": ((most,), np.int32),
+                "num_dets": ((largest,), np.int32),
                 "boxes": ((*rows, 4), np.float32),
                 "scores": (rows, np.float32),
                 "labels": (rows, np.int32),

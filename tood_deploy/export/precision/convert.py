@@ -47,6 +47,7 @@ from tood_deploy.export.precision.sensitivity import (
     choose_kept,
     measure_sensitivity,
 )
+from tood_deploy.manifest_sections import HalfBuild, Int8Build, Parity, SelfTest
 from tood_deploy.onnx_file import OnnxArtefact, artefact_in_memory
 from tood_deploy.parity.reference import Reference
 from tood_deploy.parity.stages import OnnxRunner
@@ -91,12 +92,16 @@ class ConvertedGraph:
     Attributes:
         model: the graph.
         precision: what the manifest calls it.
-        options: what the manifest's options say beside those of the float32 artefact.
+        int8: how it got its 8-bit layers.
+        half: which part of it is in half precision.
+        mixture: what a search of mixed precisions made of it, in place of these.
     """
 
     model: onnx.ModelProto
     precision: str
-    options: dict[str, Any]
+    int8: Int8Build | None = None
+    half: HalfBuild | None = None
+    mixture: Int8Build | None = None
 
 
 Search = Callable[[OnnxArtefact, Reporter], ConvertedGraph]
@@ -197,14 +202,22 @@ def convert_precision(
 def _restate(artefact: OnnxArtefact, converted: ConvertedGraph) -> OnnxArtefact:
     """Return the converted graph as an artefact; parity is yet to be shown."""
     opset = next(entry.version for entry in converted.model.opset_import if not entry.domain)
+    source = artefact.manifest.build
+    build = replace(
+        source,
+        opset=opset,
+        int8=converted.int8 or source.int8,
+        half=converted.half or source.half,
+        mixture=converted.mixture or source.mixture,
+    )
     manifest = replace(
         artefact.manifest,
         precision=converted.precision,
-        options={**artefact.manifest.options, "opset": opset, **converted.options},
+        build=build,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         artefact_sha256="",
-        parity={},
-        self_test={},
+        parity=None,
+        self_test=None,
     )
     return artefact_in_memory(artefact.path, converted.model, manifest)
 
@@ -259,7 +272,9 @@ def quantize_artefact(
         kept = _find_kept(model, ranges, images, options, quality, reporter)
         described |= kept.to_dict() | {"keep": (*options.keep, *kept.keep)}
     quantized = quantize(model, ranges, scheme=options.scheme, keep=described["keep"])
-    return _restate(artefact, ConvertedGraph(quantized, "int8", {"int8": described}))
+    return _restate(
+        artefact, ConvertedGraph(quantized, "int8", int8=Int8Build.from_dict(described))
+    )
 
 
 def _check_precision(artefact: OnnxArtefact, allowed: Collection[str]) -> None:
@@ -345,9 +360,9 @@ def lower_artefact(
         _report_risks(risks, measured["values_measured"], reporter)
         reasons |= {glob.escape(name): reason for name, reason in risks.items()}
     model, report = lower_precision(artefact.model, precision, keep=reasons)
-    described = {"half_precision": report.to_dict() | measured}
+    described = HalfBuild.from_dict(report.to_dict() | measured)
     name = "int8" if artefact.manifest.precision == "int8" else precision
-    return _restate(artefact, ConvertedGraph(model, name, described))
+    return _restate(artefact, ConvertedGraph(model, name, half=described))
 
 
 def _find_risks(
@@ -389,7 +404,7 @@ def verify_converted(
     reference: Reference,
     images: Sequence[NDArray[np.uint8]],
     *,
-    self_test: dict[str, Any],
+    self_test: SelfTest | None,
     ap: AnnotatedAp | None = None,
     reporter: Reporter,
 ) -> OnnxArtefact:
@@ -416,9 +431,7 @@ def verify_converted(
         parity = verify_float32(
             reference, OnnxRunner(artefact.model), images=images, say=reporter.info
         )
-        return replace(
-            artefact, manifest=replace(artefact.manifest, parity=parity, self_test=self_test)
-        )
+        return _with_verdict(artefact, parity, self_test)
     run = OnnxRunner(emulate_low_precision(artefact.model), maps=False)
     if half := half_precision_of(artefact.manifest):
         run.name += f", {half} emulated"
@@ -437,9 +450,16 @@ def verify_converted(
     )
     if precision == "int8":
         self_test = self_test_from(run)
-    return replace(
-        artefact, manifest=replace(artefact.manifest, parity=parity, self_test=self_test)
-    )
+    return _with_verdict(artefact, parity, self_test)
+
+
+def _with_verdict(
+    artefact: OnnxArtefact, parity: dict[str, Any], self_test: SelfTest | None
+) -> OnnxArtefact:
+    """Return the artefact with a verdict and a self-test in its manifest."""
+    verdict = Parity.from_dict(parity)
+    manifest = replace(artefact.manifest, parity=verdict, self_test=self_test)
+    return replace(artefact, manifest=manifest)
 
 
 def images_to_verify(

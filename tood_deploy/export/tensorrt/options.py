@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 from tood_deploy.engines.tensorrt.library import Flavour
 from tood_deploy.errors import ToodError
@@ -25,6 +25,7 @@ from tood_deploy.export.options import (
     option,
     options_of,
 )
+from tood_deploy.manifest_sections import OptimizationProfile
 from tood_deploy.presets import SIZE_DIVISOR
 
 Nms = Literal["unrolled", "loop"]
@@ -66,9 +67,9 @@ class Profiles:
         """Return the shapes as the command line takes them."""
         return ",".join(f"{height}x{width}" for height, width in self.shapes_hw)
 
-    def to_list(self) -> list[dict[str, Any]]:
-        """Return plain values for the manifest, one dictionary for each profile."""
-        return [{"size_hw": list(shape), "batch": list(self.batch)} for shape in self.shapes_hw]
+    def for_manifest(self) -> tuple[OptimizationProfile, ...]:
+        """Return them as the manifest holds them."""
+        return tuple(OptimizationProfile(shape, *self.batch) for shape in self.shapes_hw)
 
 
 def _check_shape(height: int, width: int) -> None:
@@ -329,12 +330,3 @@ class EngineOptions:
                     f"{one.flag} means nothing to {flavour.title}: {one.instead}; "
                     f"leave {one.flag} out"
                 )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values for the manifest: those that were set, and the form of suppression."""
-        values = {
-            "workspace_mib": self.workspace_mib,
-            "optimisation_level": self.optimisation_level,
-            "nms": self.nms,
-        }
-        return {name: value for name, value in values.items() if value is not None}

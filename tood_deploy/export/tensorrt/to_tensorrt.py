@@ -31,6 +31,7 @@ from tood_deploy.export.tensorrt.unroll_nms import unroll_nms
 from tood_deploy.files import atomic_paths
 from tood_deploy.graph_io import ENGINE_SUFFIXES
 from tood_deploy.manifest import Manifest, manifest_path, neighbour
+from tood_deploy.manifest_sections import EngineTarget, SelfTest
 from tood_deploy.onnx_file import OnnxArtefact, read_onnx
 from tood_deploy.reporter import Reporter
 
@@ -38,45 +39,43 @@ from tood_deploy.reporter import Reporter
 RTX_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0")
 
 
-def engine_target(flavour: Flavour, profiles: Profiles, options: EngineOptions) -> dict[str, Any]:
-    """Plain values for the manifest.
+def engine_target(flavour: Flavour, profiles: Profiles, options: EngineOptions) -> EngineTarget:
+    """Return what an engine is built for, for the manifest.
 
     Raises:
         DeviceError: TensorRT builds for the GPU of this machine, and there is none that CUDA can use.
     """
-    gpus = _rtx_gpus(options) if flavour.name == "tensorrt_rtx" else _gpu_here(options)
-    return {
-        "flavour": flavour.name,
-        "version": flavour.version,
-        "version_compatible": options.version_compatible,
-        "hardware_compatibility": "ampere_plus" if options.hardware_compatible else "none",
-        "platform": f"{sys.platform}-{platform.machine()}".lower(),
-        "profiles": profiles.to_list(),
-        **gpus,
-    }
-
-
-def _rtx_gpus(options: EngineOptions) -> dict[str, Any]:
     chosen = options.compute_capabilities
-    return {
-        "compute_capabilities": list(chosen or RTX_CAPABILITIES),
-        "later_compute_capabilities": not chosen,
-    }
+    target = EngineTarget(
+        flavour.name,
+        flavour.version,
+        f"{sys.platform}-{platform.machine()}".lower(),
+        chosen or RTX_CAPABILITIES,
+        profiles.for_manifest(),
+        later_compute_capabilities=not chosen,
+        hardware_compatibility="ampere_plus" if options.hardware_compatible else "none",
+        version_compatible=options.version_compatible,
+    )
+    return target if flavour.name == "tensorrt_rtx" else _for_gpu_here(target, options)
 
 
-def _gpu_here(options: EngineOptions) -> dict[str, Any]:
-    """The GPU that TensorRT measures on, the first that CUDA sees; name and driver are information, as another driver may run the plan."""
+def _for_gpu_here(target: EngineTarget, options: EngineOptions) -> EngineTarget:
+    """Return the target with the GPU that TensorRT measures on, the first that CUDA sees.
+
+    Its name and driver are information: another driver may run the plan.
+    """
     from tood_deploy.engines.tensorrt.cuda import Gpu, call, driver
 
     with closing(Gpu()) as gpu:
         capability, name = gpu.compute_capability, gpu.name
     version = call(driver.cuDriverGetVersion)
-    return {
-        "compute_capabilities": [capability],
-        "later_compute_capabilities": options.hardware_compatible,
-        "gpu": name,
-        "driver": f"CUDA {version // 1000}.{version % 1000 // 10}",
-    }
+    return replace(
+        target,
+        compute_capabilities=(capability,),
+        later_compute_capabilities=options.hardware_compatible,
+        gpu=name,
+        driver=f"CUDA {version // 1000}.{version % 1000 // 10}",
+    )
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ def engine_from_onnx(
     profiles: Profiles | None = None,
     options: EngineOptions | None = None,
     flavour: str | None = None,
-    self_test: dict[str, Any] | None = None,
+    self_test: SelfTest | None = None,
     rebuild: str = "",
     reporter: Reporter | None = None,
 ) -> BuiltEngine:
@@ -143,9 +142,7 @@ def engine_from_onnx(
         )
     seconds = time.perf_counter() - started
     manifest = replace(
-        _describe(artefact, library, options, layers, rebuild),
-        target=target,
-        self_test=self_test or {},
+        _describe(artefact, library, options, layers, rebuild), target=target, self_test=self_test
     )
     with atomic_paths(output, manifest_path(output)) as (plan_file, manifest_file):
         plan_file.write_bytes(plan)
@@ -193,20 +190,24 @@ def _describe(
 ) -> Manifest:
     """The manifest of the engine: that of its ONNX, and what was added."""
     source = artefact.manifest
-    added = {
-        "format": "engine",
-        "onnx_sha256": artefact.sha256,
-        "precisions": layers.to_dict(),
-        **options.to_dict(),
+    settings = {
+        "workspace_mib": options.workspace_mib,
+        "optimisation_level": options.optimisation_level,
     }
-    parity = (
-        {**source.parity, "compared": "the ONNX artefact that this engine was built from"}
-        if source.parity
-        else {}
+    details = {name: value for name, value in settings.items() if value is not None}
+    build = replace(
+        source.build,
+        format="engine",
+        onnx_sha256=artefact.sha256,
+        nms=options.nms,
+        rebuild=rebuild,
+        details={**source.build.details, **details, "precisions": layers.to_dict()},
     )
+    compared = "the ONNX artefact that this engine was built from"
+    parity = replace(source.parity, compared=compared) if source.parity else None
     return replace(
         source,
-        options=source.options | added | ({"rebuild": rebuild} if rebuild else {}),
+        build=build,
         versions=source.versions | {"tood_deploy": __version__, library.name: library.version},
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         parity=parity,

@@ -64,9 +64,7 @@ def unroll_nms(artefact: OnnxArtefact, rounds: int | None = None) -> OnnxArtefac
     unrolled = suppression_graph(found[0].count, artefact.manifest.max_det, rounds)
     _replace(model.graph, found[0], ir.from_proto(onnx.compose.add_prefix(unrolled, PREFIX)).graph)
     RemoveUnusedNodesPass()(model)
-    manifest = replace(
-        artefact.manifest, options=artefact.manifest.options | {"nms_rounds": rounds}
-    )
+    manifest = replace(artefact.manifest, build=replace(artefact.manifest.build, nms_rounds=rounds))
     return replace(artefact, model=ir.to_proto(model), manifest=manifest)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tood_deploy.engines.precision_support import ON_CPUS, half_precision_of, mixes_int8_and_half
 from tood_deploy.errors import ArtefactError, ToodError
@@ -92,7 +91,7 @@ def check_precision(name: str, source: Manifest, backend: Backend, options: Trit
     """
     half = half_precision_of(source)
     if backend == "tensorrt":
-        if source.precision == "int8" and int8_scheme(source).startswith("u8"):
+        if source.precision == "int8" and source.build.int8_scheme.startswith("u8"):
             raise ToodError(
                 f"{name}: its 8-bit numbers have zero points, which TensorRT lacks; quantise the float32 .onnx with --backend tensorrt"
             )
@@ -111,12 +110,6 @@ def check_precision(name: str, source: Manifest, backend: Backend, options: Trit
         raise ToodError(
             f"{name} in fp16 and device cpu: {ON_CPUS['fp16']}; serve fp32 or int8, or give --device cuda"
         )
-
-
-def int8_scheme(source: Manifest) -> str:
-    """Return how an int8 graph holds activations and weights, such as "u8s7" or "s8s8"; "" where its manifest does not tell."""
-    made = source.options.get("int8") or source.options.get("autotune") or {}
-    return str(made.get("scheme", ""))
 
 
 def choose_profiles(
@@ -157,11 +150,12 @@ def check_batches(batch: tuple[int, int, int], options: TritonOptions) -> None:
 
 def engine_profiles(manifest: Manifest) -> Profiles:
     """Return the profiles that an engine was built with."""
-    each: list[dict[str, Any]] = manifest.target["profiles"]
-    smallest, best, largest = each[0]["batch"]
+    assert manifest.target is not None
+    profiles = manifest.target.profiles
+    first = profiles[0]
     return Profiles(
-        tuple((profile["size_hw"][0], profile["size_hw"][1]) for profile in each),
-        (smallest, best, largest),
+        tuple(profile.size_hw for profile in profiles),
+        (first.min_batch, first.opt_batch, first.max_batch),
     )
 
 
@@ -181,12 +175,13 @@ def read_engine_manifest(engine: Path) -> Manifest:
         raise ArtefactError(
             f"{engine}: its manifest {manifest_path(engine).name} is missing or describes another file; export it again"
         )
-    if "serving" not in manifest.options:
+    if manifest.build.serving is None:
         raise ArtefactError(
             f"{engine}: has one threshold for all images, and Triton batches only what has one for each; give the .onnx artefact"
         )
-    if manifest.target.get("flavour") != SERVED_FLAVOUR:
+    flavour = manifest.target.flavour if manifest.target else "nothing"
+    if flavour != SERVED_FLAVOUR:
         raise ArtefactError(
-            f"{engine}: is a plan of {manifest.target.get('flavour')}, Triton runs those of {SERVED_FLAVOUR}; build it with that"
+            f"{engine}: is a plan of {flavour}, Triton runs those of {SERVED_FLAVOUR}; build it with that"
         )
     return manifest

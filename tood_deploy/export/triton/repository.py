@@ -43,6 +43,7 @@ from tood_deploy.export.triton.options import Backend, TritonOptions
 from tood_deploy.files import write_text
 from tood_deploy.graph_io import INPUTS, ONNX_SUFFIX, OUTPUTS
 from tood_deploy.manifest import Manifest, manifest_path
+from tood_deploy.manifest_sections import Serving
 from tood_deploy.onnx_file import (
     OnnxArtefact,
     artefact_in_memory,
@@ -169,23 +170,18 @@ def _write_model(
 def _serving_artefact(artefact: OnnxArtefact) -> OnnxArtefact:
     """Return the serving form of an artefact; one that has that form already as it is."""
     source = artefact.manifest
-    if "serving" in source.options:
+    if source.build.serving:
         return artefact
     serving = serving_form(artefact.model)
     compared = check_serving_form(artefact.model, serving, source.precision)
-    note = {
-        "thresholds": "one of each for every image",
-        "onnx_sha256": artefact.sha256,
-        "equal_detections": compared,
-    }
-    parity = {**source.parity, "compared": "the ONNX artefact that this was made from"}
+    made_from = "the ONNX artefact that this was made from"
     manifest = replace(
         source,
-        options=source.options | {"serving": note},
+        build=replace(source.build, serving=Serving(artefact.sha256, compared)),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         artefact_sha256="",
-        parity=parity if source.parity else {},
-        self_test={},  # its stored answer is to one threshold for all
+        parity=replace(source.parity, compared=made_from) if source.parity else None,
+        self_test=None,  # its stored answer is to one threshold for all
     )
     return artefact_in_memory(artefact.path, serving, manifest)
 
