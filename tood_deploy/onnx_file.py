@@ -1,4 +1,8 @@
-"""Reads an .onnx artefact of ours back in, as further exports start from it; anything else is refused. Needs no torch."""
+"""Read, write and run the .onnx artefacts of this package.
+
+Comes in: a file, or a graph and its manifest. Goes out: an `OnnxArtefact` (anything else is
+refused), its file, graphs with further outputs, and sessions of ONNX Runtime. Needs no torch.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +25,14 @@ if TYPE_CHECKING:  # the runtime opens sessions without the package onnx
 
 @dataclass(frozen=True, eq=False)
 class OnnxArtefact:
-    """An .onnx file of tood-export: where it lies, its SHA-256, its graph, and what it says of itself."""
+    """An .onnx artefact of tood-export, read from its file or still in memory.
+
+    Attributes:
+        path: of the file, or what names the artefact in messages.
+        sha256: of its bytes.
+        model: the graph, with the manifest in its metadata.
+        manifest: beside the file, else the one inside.
+    """
 
     path: Path
     sha256: str
@@ -30,7 +41,7 @@ class OnnxArtefact:
 
 
 def read_onnx(path: Path) -> OnnxArtefact:
-    """The artefact at `path`.
+    """Return the artefact at `path`.
 
     Raises:
         ToodError: there is no such file.
@@ -45,7 +56,8 @@ def read_onnx(path: Path) -> OnnxArtefact:
         model = onnx.load(path)
     except (DecodeError, OSError, ValueError) as error:
         raise ArtefactError(
-            f"{path}: cannot be read as ONNX, cut or another kind of file; export it again with tood-export"
+            f"{path}: cannot be read as ONNX, cut or another kind of file; export it again with "
+            "tood-export"
         ) from error
     inside = {prop.key: prop.value for prop in model.metadata_props}.get(METADATA_KEY)
     names = (
@@ -54,13 +66,15 @@ def read_onnx(path: Path) -> OnnxArtefact:
     )
     if inside is None or names != ([*INPUTS], [*OUTPUTS]):
         raise ArtefactError(
-            f"{path}: an ONNX file, but not one of tood_deploy (inputs {names[0]}, outputs {names[1]}, expected {INPUTS} and {OUTPUTS}); "
+            f"{path}: an ONNX file, but not one of tood_deploy (inputs {names[0]}, outputs "
+            f"{names[1]}, expected {INPUTS} and {OUTPUTS}); "
             "make it from the checkpoint with tood-export"
         )
     beside, sha256 = read_manifest(path), file_sha256(path)
     if beside and beside.artefact_sha256 not in ("", sha256):
         raise ArtefactError(
-            f"{path}: is not the file its manifest describes (another SHA-256); export it again with tood-export"
+            f"{path}: is not the file its manifest describes (another SHA-256); export it again "
+            "with tood-export"
         )
     return OnnxArtefact(path, sha256, model, beside or Manifest.from_json(inside, str(path)))
 
@@ -68,9 +82,10 @@ def read_onnx(path: Path) -> OnnxArtefact:
 def cut_graph(
     model: onnx.ModelProto, given: Sequence[str], wanted: Sequence[str]
 ) -> onnx.ModelProto:
-    """The part of a graph that computes `wanted`, with `given` as its inputs.
+    """Return the part of a graph that computes `wanted`, with `given` as its inputs.
 
-    What the part needs beyond these stays an input where it is one of the whole graph (sizes are taken from `images`).
+    What the part needs beyond these stays an input where it is one of the whole graph (sizes are
+    taken from `images`).
 
     Args:
         model: a model whose inner values have types that shape inference can tell.
@@ -109,7 +124,7 @@ def cut_graph(
 
 
 def _reads(node: onnx.NodeProto) -> Iterator[str]:
-    """All values a node reads, those that its inner graphs take from outside included."""
+    """Yield all values that a node reads, also those that its inner graphs read from outside."""
     import onnx
 
     yield from (name for name in node.input if name)
@@ -121,14 +136,15 @@ def _reads(node: onnx.NodeProto) -> Iterator[str]:
 
 
 def _typed(model: onnx.ModelProto, name: str) -> onnx.ValueInfoProto:
-    """A value's type, without its shape, which is dynamic."""
+    """Return a value's type, without its shape, which is dynamic."""
     import onnx
 
     value = next(value for value in model.graph.value_info if value.name == name)
     return onnx.helper.make_tensor_value_info(name, value.type.tensor_type.elem_type, None)
 
 
-# Of onnxruntime and onnxruntime-gpu, which write one folder, one was removed: what is left is a folder without the module.
+# Of onnxruntime and onnxruntime-gpu, which write one folder, one was removed: what is left is a
+# folder without the module.
 if not hasattr(ort, "InferenceSession"):
     raise DeviceError(not_installed("onnxruntime"))
 
@@ -155,12 +171,14 @@ def open_session(
             not by integer kernels; see `needs_float_arithmetic`.
 
     Raises:
-        Exception: of ONNX Runtime's own types, which share no public base, where it cannot open the model.
+        Exception: of ONNX Runtime's own types, which share no public base, where it cannot open the
+            model.
     """
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.enable_cpu_mem_arena = keeps_memory
-    # To plan which values share memory takes half a second, seven tenths of the time to open a ResNet-50. On the CPU that gains little:
+    # To plan which values share memory takes half a second, seven tenths of the time to open a
+    # ResNet-50. On the CPU that gains little:
     # calls are as fast without, and the peak is 2% higher (docs/performance.md).
     options.enable_mem_reuse = provider != CPU
     if float_arithmetic:
@@ -189,7 +207,9 @@ def needs_float_arithmetic(model: onnx.ModelProto) -> bool:
 
 
 def with_outputs(shipped: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
-    """A copy of a shipped graph that also gives these inner values; their types are the runtime's to tell.
+    """Return a copy of a shipped graph that also gives these inner values.
+
+    Their types are the runtime's to tell.
 
     Raises:
         ArtefactError: the graph does not hold them.
@@ -199,7 +219,8 @@ def with_outputs(shipped: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelPr
     made = {name for node in shipped.graph.node for name in node.output}
     if missing := [name for name in names if name not in made]:
         raise ArtefactError(
-            f"the graph has no values {', '.join(missing[:3])}: it is of an older tood_deploy, or was rewritten; export it again"
+            f"the graph has no values {', '.join(missing[:3])}: it is of an older tood_deploy, or "
+            "was rewritten; export it again"
         )
     extended = onnx.ModelProto()
     extended.CopyFrom(shipped)
@@ -210,7 +231,8 @@ def with_outputs(shipped: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelPr
 def artefact_in_memory(path: Path, exported: onnx.ModelProto, manifest: Manifest) -> OnnxArtefact:
     """Return the artefact that a graph will be, checked by ONNX's checker.
 
-    It has no outputs but `OUTPUTS`, and the manifest in its metadata, without verdict and self-test.
+    It has no outputs but `OUTPUTS`, and the manifest in its metadata, without verdict and
+    self-test.
 
     Args:
         path: names it in messages; nothing is written.

@@ -279,7 +279,7 @@ def _decode_annotated(path: Path) -> object:
 
 
 def open_annotated(config: ExportConfig) -> AnnotatedData | None:
-    """Read the annotations that AP is measured by, and find their images; None where none are given.
+    """Read the annotations that AP is measured by, with their images; None without any.
 
     Raises:
         InputError: the annotations cannot be read, or an image is missing.

@@ -1,4 +1,4 @@
-"""Carry out an export: load, make the graph, change its precision, write the target; prove each step.
+"""Export: load, make the graph, change its precision, write the target; prove each step.
 
 Comes in: an `ExportConfig` that `preflight` has passed. Goes out: one artefact with its manifest,
 proven equal to its reference, or nothing at all. The graph and its manifest stay in memory until
@@ -193,7 +193,7 @@ def _check_loaded(
         _check_patterns(config.precision, model)
 
 
-def _check_patterns(wanted: PrecisionOptions, model: Tood) -> None:
+def _check_patterns(precision: PrecisionOptions, model: Tood) -> None:
     """Refuse patterns of what stays float32 that fit no layer.
 
     Those that fit none of the 8-bit layers only the graph can tell. Half precision also takes the
@@ -201,11 +201,11 @@ def _check_patterns(wanted: PrecisionOptions, model: Tood) -> None:
     """
     layers = [key.removesuffix(".weight") for key in model.state_dict() if key.endswith(".weight")]
     names = [*layers]
-    if wanted.precision != "int8":
+    if precision.precision != "int8":
         names += [schema.name for schema in onnx.defs.get_all_schemas()] + [*INNER_VALUES]
     strange = [
         pattern
-        for pattern in wanted.keep_fp32
+        for pattern in precision.keep_fp32
         if not any(fnmatchcase(name, pattern) for name in names)
     ]
     if strange:
@@ -326,10 +326,12 @@ def _choose_profiles(
 
 def _graph_precision(config: ExportConfig) -> PrecisionOptions:
     """Return what is written into the graph; bf16 in OpenVINO is a property of the run."""
-    wanted = config.precision
+    precision = config.precision
     if config.to != "openvino":
-        return wanted
-    return PrecisionOptions() if wanted.precision == "bf16" else replace(wanted, fallback=None)
+        return precision
+    return (
+        PrecisionOptions() if precision.precision == "bf16" else replace(precision, fallback=None)
+    )
 
 
 def _convert(
@@ -358,24 +360,24 @@ def _convert(
         verify_converted,
     )
 
-    wanted = _graph_precision(config)
-    name = "the best mixture of precisions" if wanted.autotune else wanted.precision
+    precision = _graph_precision(config)
+    name = "the best mixture of precisions" if precision.autotune else precision.precision
     reporter.info(
         f"{config.source}: writing {name} into the graph, and comparing it with "
         f"{reference.run.name}"
     )
     converted = convert_precision(
         artefact,
-        wanted,
+        precision,
         config.int8_scheme,
-        quality=None if ap is None or wanted.max_ap_drop is None else lambda _: ap,
+        quality=None if ap is None or precision.max_ap_drop is None else lambda _: ap,
         search=search,
         reporter=reporter,
     )
     return verify_converted(
         converted,
         reference,
-        images_to_verify(wanted.calib_data, images),
+        images_to_verify(precision.calib_data, images),
         self_test=artefact.manifest.self_test,
         # What OpenVINO is given is measured in OpenVINO, at the end.
         ap=None if config.to == "openvino" else ap,
@@ -399,18 +401,18 @@ def _write_openvino(
     from tood_deploy.export.precision.convert import images_to_verify
     from tood_deploy.export.to_openvino import openvino_from_onnx
 
-    wanted, images = config.precision, prepared.images
+    precision, images = config.precision, prepared.images
     # Of an .onnx that is not changed, its own manifest names the precision of the run.
-    runs_in_bf16 = wanted.precision == "bf16" or (
-        wanted.precision == "int8" and wanted.fallback == "bf16"
+    runs_in_bf16 = precision.precision == "bf16" or (
+        precision.precision == "int8" and precision.fallback == "bf16"
     )
-    if wanted.precision != "fp32" or prepared.artefact.manifest.precision != "fp32":
-        images = images_to_verify(wanted.calib_data, images)
+    if precision.precision != "fp32" or prepared.artefact.manifest.precision != "fp32":
+        images = images_to_verify(precision.calib_data, images)
     manifest = openvino_from_onnx(
         prepared.artefact,
         config.place,
         reference=prepared.reference,
-        fallback="bf16" if runs_in_bf16 else "fp32" if wanted.precision == "int8" else None,
+        fallback="bf16" if runs_in_bf16 else "fp32" if precision.precision == "int8" else None,
         images=images,
         ap=prepared.ap,
         reporter=reporter,

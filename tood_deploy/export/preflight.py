@@ -311,8 +311,8 @@ def _check_given_onnx(config: ExportConfig, manifest: Manifest) -> None:
 
 def _check_kept(config: ExportConfig, artefact: OnnxArtefact) -> None:
     """Refuse patterns of what stays float32 that fit nothing in a given graph."""
-    wanted = config.precision
-    if not wanted.keep_fp32 or not wanted.changes_graph:
+    precision = config.precision
+    if not precision.keep_fp32 or not precision.changes_graph:
         return
     import onnx_ir as ir
 
@@ -320,18 +320,18 @@ def _check_kept(config: ExportConfig, artefact: OnnxArtefact) -> None:
     from tood_deploy.export.precision.quantize import choose_layers
 
     graph = ir.from_proto(artefact.model).graph
-    if wanted.precision == "int8":
-        choose_layers(graph, wanted.keep_fp32)
+    if precision.precision == "int8":
+        choose_layers(graph, precision.keep_fp32)
     else:
-        check_patterns(graph, wanted.keep_fp32)
+        check_patterns(graph, precision.keep_fp32)
 
 
 def _check_precision(config: ExportConfig, source: Manifest | None) -> None:
     """Refuse a precision that the target does not compute in."""
-    wanted = config.precision
+    precision = config.precision
     if config.to == "openvino":
         _check_openvino_precision(config, source)
-    if wanted.target_cpu != "native":
+    if precision.target_cpu != "native":
         return
     from tood_deploy.engines.precision_support import (
         saturates_in_onnxruntime,
@@ -414,14 +414,14 @@ def _check_repository(config: ExportConfig, source: Manifest | None) -> None:
 
 def _as_converted(config: ExportConfig, source: Manifest) -> Manifest:
     """Return a manifest that states the precision as that of the finished artefact will."""
-    wanted = config.precision
-    if not wanted.changes_graph:
+    precision = config.precision
+    if not precision.changes_graph:
         return source
     half = source.build.half
-    if wanted.fallback not in (None, "fp32"):
-        half = HalfBuild(str(wanted.fallback))
+    if precision.fallback not in (None, "fp32"):
+        half = HalfBuild(str(precision.fallback))
     build = replace(source.build, int8=Int8Build(config.int8_scheme), half=half)
-    return replace(source, precision=wanted.precision, build=build)
+    return replace(source, precision=precision.precision, build=build)
 
 
 def _check_plot(path: Path) -> None:
@@ -473,10 +473,10 @@ def _image_sets(config: ExportConfig, annotated: AnnotatedImages | None) -> Iter
     Raises:
         InputError: a folder does not exist or holds none.
     """
-    wanted = config.precision
-    if wanted.calib_data is not None:
+    precision = config.precision
+    if precision.calib_data is not None:
         flag = flag_of(PrecisionOptions, "calib_data")
-        yield ImagesToCheck(flag, choose_images(wanted.calib_data, wanted.calib_images))
+        yield ImagesToCheck(flag, choose_images(precision.calib_data, precision.calib_images))
     if config.verify_images is not None:
         flag = flag_of(ExportConfig, "verify_images")
         yield ImagesToCheck(flag, image_paths(config.verify_images, MAX_VERIFY_IMAGES))

@@ -18,10 +18,11 @@ from onnxruntime.quantization.calibrate import HistogramCollector
 from recording import RecordingReporter
 
 from tood_deploy.data.image_set import synthetic_image
+from tood_deploy.data.images import read_image
 from tood_deploy.errors import ArtefactError, InputError
 from tood_deploy.export.config import CalibrationMethod
 from tood_deploy.export.precision import calibrate as calibration_module
-from tood_deploy.export.precision.activations import iterate_activations
+from tood_deploy.export.precision.activations import ActivationReader
 from tood_deploy.export.precision.calibrate import (
     BINS,
     ENTROPY_BINS,
@@ -38,6 +39,7 @@ from tood_deploy.export.precision.calibrate import (
     measure_ranges,
     values_at_risk,
 )
+from tood_deploy.preprocess import resize_and_pad
 
 IMGSZ = (64, 96)
 VALUES = ("pixels", "c3", "p5")
@@ -75,9 +77,15 @@ class TestGathering:
     def test_ranges_are_those_of_the_activations(
         self, whole: Calibration, model: onnx.ModelProto, folder: Path
     ) -> None:
-        found = list(iterate_activations(model, folder, IMGSZ, VALUES))
+        reader = ActivationReader(model, VALUES)
+        prepared = [resize_and_pad(read_image(path), IMGSZ) for path in sorted(folder.iterdir())]
+        parts = [
+            part
+            for image, transform in prepared
+            for part in reader.read(image, transform.resized_hw)
+        ]
         for name, (low, high) in whole.ranges("minmax").items():
-            arrays = [some[name] for some in found if name in some]
+            arrays = [part[name] for part in parts if name in part]
             assert len(arrays) == IMAGES
             assert (low, high) == (
                 min(array.min() for array in arrays),

@@ -47,7 +47,8 @@ class Histogram:
     """The distribution of one activation, of flat size.
 
     Attributes:
-        counts: (BINS,) how many numbers lie in each of equal parts of -limit to limit; a sample of large arrays.
+        counts: (BINS,) how many numbers lie in each of equal parts of -limit to limit; a sample of
+            large arrays.
         limit: grows by doubling, which joins bins in pairs and so loses no count.
         low, high: the smallest and the largest number of all.
     """
@@ -298,7 +299,7 @@ class ValueRange:
 
     @property
     def subnormal_share(self) -> float:
-        """Return the share of numbers, zeros apart, below the smallest normal one of fp16: 0 to 1."""
+        """Return the share of nonzero numbers below the smallest normal one of fp16, 0 to 1."""
         return self.subnormal / self.nonzero if self.nonzero else 0.0
 
     @property

@@ -1,4 +1,4 @@
-"""From a float32 artefact to one in the precision that is asked for: graph in, graph out, in memory.
+"""Convert a float32 artefact to the precision that is asked for, in memory.
 
 The result is compared with what the float32 artefact was compared with. Calibrates, quantises and
 lowers through the other modules of this folder; writes no file and knows no target.
@@ -138,21 +138,21 @@ class Int8Options:
             raise ToodError(f"the largest drop is {self.max_drop}; expected 0 or more")
 
 
-def int8_options(wanted: PrecisionOptions, scheme: Scheme) -> Int8Options:
+def int8_options(options: PrecisionOptions, scheme: Scheme) -> Int8Options:
     """Return how 8-bit layers are made, of all that is asked for.
 
     Args:
-        wanted: the options of precision.
+        options: the options of precision.
         scheme: of what will compute with them.
     """
     return Int8Options(
-        scheme, wanted.calib_method, wanted.keep_fp32, wanted.largest_drop, wanted.calib_images
+        scheme, options.calib_method, options.keep_fp32, options.largest_drop, options.calib_images
     )
 
 
 def convert_precision(
     artefact: OnnxArtefact,
-    wanted: PrecisionOptions,
+    options: PrecisionOptions,
     scheme: Scheme,
     *,
     quality: QualityOf | None = None,
@@ -163,11 +163,11 @@ def convert_precision(
 
     Args:
         artefact: in float32.
-        wanted: the options of precision.
+        options: the options of precision.
         scheme: of 8-bit numbers, by what will compute with them.
         quality: makes from the float32 artefact what measures how much worse an int8 graph is; per
             cent of mismatched detections where not given.
-        search: chooses precisions itself, in place of all that is wanted.
+        search: chooses precisions itself, in place of the options.
         reporter: of warnings, trials and progress.
 
     Raises:
@@ -176,24 +176,24 @@ def convert_precision(
     if search is not None:
         return _restate(artefact, search(artefact, reporter))
     converted = artefact
-    if wanted.precision == "int8":
-        assert wanted.calib_data is not None  # a rule of the options
-        int8 = int8_options(wanted, scheme)
+    if options.precision == "int8":
+        assert options.calib_data is not None  # a rule of the options
+        int8 = int8_options(options, scheme)
         converted = quantize_artefact(
             artefact,
-            wanted.calib_data,
+            options.calib_data,
             int8,
             quality=quality and quality(artefact),
             reporter=reporter,
         )
-    half = wanted.fallback if wanted.precision == "int8" else wanted.precision
+    half = options.fallback if options.precision == "int8" else options.precision
     if half == "fp16" or half == "bf16":
         converted = lower_artefact(
             converted,
             half,
-            keep=wanted.keep_fp32,
-            calib_data=wanted.calib_data,
-            max_images=wanted.calib_images,
+            keep=options.keep_fp32,
+            calib_data=options.calib_data,
+            max_images=options.calib_images,
             reporter=reporter,
         )
     return converted
@@ -368,7 +368,7 @@ def lower_artefact(
 def _find_risks(
     artefact: OnnxArtefact, keep: Collection[str], images: Path, max_images: int, reporter: Reporter
 ) -> tuple[dict[str, str], dict[str, Any]]:
-    """Return the values that fp16 cannot hold, with the reasons; and the manifest's part on ranges."""
+    """Return the values that fp16 cannot hold, with the reasons; and what to note of ranges."""
     names = half_values(artefact.model, keep=keep)
     ranges = measure_ranges(
         artefact.model,

@@ -143,7 +143,8 @@ def _check(
     for what, names in (("groups", groups), ("precisions", precisions)):
         if len(set(names)) != len(names) or not names:
             raise ToodError(
-                f"{what} are {', '.join(names) or 'none'}; expected at least one, none of them twice"
+                f"{what} are {', '.join(names) or 'none'}; expected at least one, none of them "
+                "twice"
             )
     if strangers := [group for group in ranked if group not in groups]:
         raise ToodError(
@@ -226,7 +227,10 @@ class _Search:
                 return
 
     def single_changes(self, start: Trial) -> list[tuple[str, str]]:
-        """The changes of one group, not back to the reference, that alone gain time and lose little enough; the best ratio first."""
+        """Return the changes of one group that gain time and lose little enough, best ratio first.
+
+        Changes back to the reference are left out.
+        """
         ratios: dict[tuple[str, str], float] = {}
         for group in self.groups:
             for precision in self.precisions[1:]:

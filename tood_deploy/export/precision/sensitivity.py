@@ -47,7 +47,8 @@ class Sensitivity:
 
     Attributes:
         group: a pattern that fits the names of its layers.
-        damage: how far the head's maps move where the reference finds something: the change of the score plus the loss of overlap,
+        damage: how far the head's maps move where the reference finds something: the change of the
+            score plus the loss of overlap,
             averaged over cells by the square of their best score. 0 where nothing moves.
     """
 
@@ -72,12 +73,15 @@ class KeptLayers:
     ranked: tuple[Sensitivity, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for the manifest."""
+        """Return plain values for the manifest."""
         return asdict(self)
 
 
 def layer_groups(model: onnx.ModelProto) -> tuple[str, ...]:
-    """Patterns of the layers that are measured together, in the order of the network: one layer, or the parts of one that was cut."""
+    """Return patterns of the layers that are measured together, in the order of the network.
+
+    A group is one layer, or the parts of one that was cut.
+    """
     names = dict.fromkeys(layer.name for layer in all_layers(ir.from_proto(model).graph))
     return tuple(dict.fromkeys(re.sub(r"\.\d+$", ".*", name) for name in names))
 
@@ -169,16 +173,16 @@ def map_damage(reference: Maps, measured: Maps) -> float:
 
 
 def _by_cell(values: NDArray[Any]) -> NDArray[np.float64]:
-    """(cells, channels) of a map (1, channels, h, w)."""
+    """Return (cells, channels) of a map (1, channels, h, w)."""
     return values[0].reshape(values.shape[1], -1).T.astype(np.float64)
 
 
 def _head_maps(model: onnx.ModelProto, images: Sequence[Prepared]) -> list[Maps]:
-    """What the head says of every image; candidates and suppression are left out."""
+    """Return the head's maps of every image; candidates and suppression are left out."""
     whole = ir.from_proto(model)
-    made = {value.name: value for node in whole.graph for value in node.outputs}
+    by_name = {value.name: value for node in whole.graph for value in node.outputs}
     part = ir.convenience.extract(
-        whole.graph, whole.graph.inputs[:2], [made[name] for name in HEAD_OUTPUTS]
+        whole.graph, whole.graph.inputs[:2], [by_name[name] for name in HEAD_OUTPUTS]
     )
     proto = ir.to_proto(ir.Model(part, ir_version=whole.ir_version))
     session = open_session(
@@ -188,8 +192,8 @@ def _head_maps(model: onnx.ModelProto, images: Sequence[Prepared]) -> list[Maps]
         dict(zip(INPUTS, (image[None], np.array([valid_hw], np.int32)), strict=False))
         for image, valid_hw in images
     ]
-    found: Any = [session.run(list(HEAD_OUTPUTS), values) for values in inputs]
-    return found
+    maps: Any = [session.run(list(HEAD_OUTPUTS), values) for values in inputs]
+    return maps
 
 
 NAME_PARTS = 2  # of a layer's name: "backbone.layer3", "bbox_head.inter_convs"
@@ -198,7 +202,7 @@ Quantize = Callable[[onnx.ModelProto, Collection[str]], onnx.ModelProto]
 
 
 def network_parts(model: onnx.ModelProto) -> dict[str, tuple[str, ...]]:
-    """The names of a network's layers by the part of the network that they belong to, in the order of the network."""
+    """Return the names of a network's layers by the part that they belong to, in order."""
     parts: dict[str, dict[str, None]] = {}
     for node in ir.from_proto(model).graph:
         if is_layer(node) and not is_vector_layer(node):
@@ -210,7 +214,10 @@ def network_parts(model: onnx.ModelProto) -> dict[str, tuple[str, ...]]:
 def rank_parts(
     parts: Mapping[str, Sequence[str]], sensitivities: Sequence[Sensitivity]
 ) -> tuple[str, ...]:
-    """The parts in order of the damage that 8 bits do to all their layers together, the largest first; see `measure_sensitivity`."""
+    """Return the parts by the damage that 8 bits do to all their layers, the largest first.
+
+    See `measure_sensitivity`.
+    """
     damages = {
         part: sum(
             one.damage
@@ -230,13 +237,14 @@ def mix_precisions(
     quantize: Quantize | None = None,
     beside_int8: LowPrecision | None = None,
 ) -> onnx.ModelProto:
-    """The graph with a precision for every part.
+    """Return the graph with a precision for every part.
 
     Args:
         model: an exported float32 graph.
         mixture: "fp32", "int8", and one of "fp16" and "bf16", by part.
         parts: names of the layers by part, as of `network_parts`.
-        quantize: makes all layers 8-bit but those whose names are given, and others that it knows to be sensitive; needed for int8.
+        quantize: makes all layers 8-bit but those whose names are given, and others that it knows
+            to be sensitive; needed for int8.
         beside_int8: what computes, of parts in int8, what cannot be 8-bit; float32 where not given.
 
     Raises:
@@ -244,9 +252,7 @@ def mix_precisions(
     """
 
     def layers_in(precision: str) -> list[str]:
-        return [
-            name for part, found in mixture.items() if found == precision for name in parts[part]
-        ]
+        return [name for part, own in mixture.items() if own == precision for name in parts[part]]
 
     used = set(mixture.values()) | (
         {beside_int8} if beside_int8 and "int8" in mixture.values() else set()
@@ -257,7 +263,8 @@ def mix_precisions(
     if quantized := set(layers_in("int8")):
         if quantize is None:
             raise ToodError(
-                "int8 is part of the mixture and there is nothing to quantise with; give calibration images"
+                "int8 is part of the mixture and there is nothing to quantise with; give "
+                "calibration images"
             )
         possible = dict.fromkeys(layer.name for layer in all_layers(ir.from_proto(model).graph))
         model = quantize(model, [name for name in possible if name not in quantized])
@@ -280,7 +287,7 @@ class DetectionMismatch:
         images: Sequence[Prepared],
         score_threshold: float = SCORE_THRESHOLD,
     ) -> None:
-        """Runs the reference; detections have a score above the threshold.
+        """Run the reference; detections have a score above the threshold.
 
         Raises:
             InputError: it finds nothing in the images.
@@ -289,17 +296,21 @@ class DetectionMismatch:
         self.expected = self._detect(reference)
         if not any(map(len, self.expected)):
             raise InputError(
-                f"nothing is found with a score above {score_threshold} in {len(images)} calibration images, so quality cannot be "
+                f"nothing is found with a score above {score_threshold} in {len(images)} "
+                "calibration images, so quality cannot be "
                 "measured; give images of what is to be found"
             )
 
     def __call__(self, model: onnx.ModelProto) -> float:
-        """Per cent of the detections of both that only one of the two has; a pair overlaps and differs little in score."""
-        found = self._detect(model)
-        total = sum(map(len, self.expected)) + sum(map(len, found))
+        """Return the per cent of the detections of both that only one of the two has.
+
+        A pair overlaps and differs little in score.
+        """
+        detections = self._detect(model)
+        total = sum(map(len, self.expected)) + sum(map(len, detections))
         matched = sum(
             match_boxes(*rows, max_score_difference=SCORE_TOLERANCE).counts.matched
-            for rows in zip(self.expected, found, strict=True)
+            for rows in zip(self.expected, detections, strict=True)
         )
         return 100 * (1 - 2 * matched / total)
 
@@ -312,6 +323,6 @@ class DetectionMismatch:
             inputs = graph_feeds(
                 image[None], np.array([valid_hw], np.int32), self.score_threshold, IOU_THRESHOLD
             )
-            found: Any = session.run(list(OUTPUTS), inputs)
-            rows += split_batch(found)
+            outputs: Any = session.run(list(OUTPUTS), inputs)
+            rows += split_batch(outputs)
         return rows

@@ -97,7 +97,10 @@ AVOIDED_BY = {"DeformConv": "export the ONNX with --deform gather"}
 
 @dataclass(frozen=True, eq=False)
 class ParsedNetwork:
-    """A network and what must live as long as it: the builder it belongs to, and the parser that owns its weights."""
+    """A network, and what must live as long as it.
+
+    These are the builder that it belongs to, and the parser that owns its weights.
+    """
 
     builder: Any
     parser: Any
@@ -105,7 +108,7 @@ class ParsedNetwork:
 
 
 def parse_network(flavour: Flavour, artefact: OnnxArtefact) -> ParsedNetwork:
-    """The network of an artefact.
+    """Return the network of an artefact.
 
     Raises:
         ArtefactError: the library lacks an operator, or refuses how one is used.
@@ -129,13 +132,14 @@ def parse_network(flavour: Flavour, artefact: OnnxArtefact) -> ParsedNetwork:
         )
     if not parser.parse(artefact.model.SerializeToString()):
         raise ArtefactError(
-            f"{artefact.path}: {flavour.title} cannot take it: {_first_error(parser)}; export the ONNX again with tood-export"
+            f"{artefact.path}: {flavour.title} cannot take it: {_first_error(parser)}; export the "
+            "ONNX again with tood-export"
         )
     return ParsedNetwork(builder, parser, network)
 
 
 def operators(graph: onnx.GraphProto) -> Iterator[str]:
-    """The operator of every node, those in the bodies of loops too."""
+    """Yield the operator of every node, those in the bodies of loops too."""
     for node in graph.node:
         yield node.op_type
         for attribute in node.attribute:
@@ -147,12 +151,17 @@ def _first_error(parser: Any) -> str:
     if not parser.num_errors:
         return "the parser gave no reason"
     error = parser.get_error(0)
-    return f"operator {error.node_operator()} at node {error.node_name()}: {' '.join(error.desc().split())}"
+    return (
+        f"operator {error.node_operator()} at node {error.node_name()}: "
+        f"{' '.join(error.desc().split())}"
+    )
 
 
 @contextmanager
 def kept_timings(flavour: Flavour, config: Any, path: Path | None) -> Iterator[None]:
-    """Gives the timings in the file to the builder for the block; writes them back, with what it measured, if the block succeeds.
+    """Give the timings in a file to the builder for the block.
+
+    If the block succeeds, they are written back with what the builder measured.
 
     Args:
         flavour: the library.
@@ -170,11 +179,13 @@ def kept_timings(flavour: Flavour, config: Any, path: Path | None) -> Iterator[N
         cache = config.create_timing_cache(_content(path))
         if cache is None or messages.errors:
             raise ArtefactError(
-                f"{path}: not a timing cache ({messages.reason()}); delete it, or give another --timing-cache"
+                f"{path}: not a timing cache ({messages.reason()}); delete it, or give another "
+                "--timing-cache"
             )
         if not config.set_timing_cache(cache, ignore_mismatch=False):
             raise ArtefactError(
-                f"{path}: measured on another GPU, or with another version than {flavour.title} ({messages.reason()}); "
+                f"{path}: measured on another GPU, or with another version than {flavour.title} "
+                f"({messages.reason()}); "
                 "delete it, or give another --timing-cache"
             )
     yield
@@ -183,7 +194,7 @@ def kept_timings(flavour: Flavour, config: Any, path: Path | None) -> Iterator[N
 
 
 def _content(path: Path) -> bytes:
-    """What was kept before; nothing where there is no file yet."""
+    """Return the timings of earlier builds; nothing where there is no file yet."""
     try:
         return path.read_bytes()
     except FileNotFoundError:
@@ -208,7 +219,7 @@ def build_plan(
     options: EngineOptions,
     monitor: Monitor,
 ) -> Any:
-    """The engine's plan as a buffer.
+    """Return the engine's plan as a buffer.
 
     Raises:
         DeviceError: no GPU where the library needs one, or out of memory.
@@ -280,7 +291,7 @@ def check_capabilities(flavour: Flavour, capabilities: tuple[str, ...]) -> None:
 
 
 def known_capabilities(flavour: Flavour) -> dict[str, Any]:
-    """What TensorRT-RTX can build for, such as "8.9", and its own value for it."""
+    """Return what TensorRT-RTX can build for, such as "8.9", with its own value for it."""
     members = flavour.module.ComputeCapability.__members__
     numbered = {
         name.removeprefix("SM"): value for name, value in members.items() if name.startswith("SM")
@@ -289,7 +300,10 @@ def known_capabilities(flavour: Flavour) -> dict[str, Any]:
 
 
 def _add_profiles(parsed: ParsedNetwork, config: Any, profiles: Profiles) -> None:
-    """One optimisation profile a size. Inputs beside the images have the batch first, or, as numbers, no shape at all."""
+    """Add one optimisation profile for each size.
+
+    Inputs beside the images have the batch first, or, as numbers, no shape at all.
+    """
     inputs = [parsed.network.get_input(i) for i in range(parsed.network.num_inputs)]
     for size_hw in profiles.shapes_hw:
         profile = parsed.builder.create_optimization_profile()
@@ -301,17 +315,20 @@ def _add_profiles(parsed: ParsedNetwork, config: Any, profiles: Profiles) -> Non
 
 
 def _failure(flavour: Flavour, messages: Messages, options: EngineOptions) -> ToodError:
-    """What went wrong, by what the library said of it."""
+    """Return the error of a build, by the messages of the library."""
     reason, limit = messages.reason(), options.workspace_mib
     full = OUT_OF_MEMORY.search(reason)
-    # TensorRT-RTX builds without a GPU: there the only memory that can be full is the workspace it was granted.
+    # TensorRT-RTX builds without a GPU: there the only memory that can be full is the workspace it
+    # was granted.
     if limit is not None and (NO_ROOM.search(reason) or (full and flavour.name == "tensorrt_rtx")):
         return ToodError(
-            f"a layer needs more workspace than {limit} MiB ({reason}); give a larger --workspace, or leave it out"
+            f"a layer needs more workspace than {limit} MiB ({reason}); give a larger "
+            "--workspace, or leave it out"
         )
     if full:
         return DeviceError(
-            f"{flavour.title} ran out of memory in the build ({reason}); give a smaller --workspace, --batch or --shapes"
+            f"{flavour.title} ran out of memory in the build ({reason}); give a smaller "
+            "--workspace, --batch or --shapes"
         )
     if "CUDA" in reason.upper():
         return DeviceError(

@@ -35,7 +35,8 @@ from tood_deploy.manifest_sections import EngineTarget, SelfTest
 from tood_deploy.onnx_file import OnnxArtefact, read_onnx
 from tood_deploy.reporter import Reporter
 
-# NVIDIA: "By default, an engine built by TensorRT-RTX can be run on GPU devices with compute capability 8.0, 8.6, 8.9, 12.0, and later."
+# NVIDIA: "By default, an engine built by TensorRT-RTX can be run on GPU devices with compute
+# capability 8.0, 8.6, 8.9, 12.0, and later."
 RTX_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0")
 
 
@@ -43,7 +44,8 @@ def engine_target(flavour: Flavour, profiles: Profiles, options: EngineOptions) 
     """Return what an engine is built for, for the manifest.
 
     Raises:
-        DeviceError: TensorRT builds for the GPU of this machine, and there is none that CUDA can use.
+        DeviceError: TensorRT builds for the GPU of this machine, and there is none that CUDA can
+            use.
     """
     chosen = options.compute_capabilities
     target = EngineTarget(
@@ -158,7 +160,8 @@ def _check_output(output: Path) -> None:
         )
     if other := neighbour(output):
         raise OutputError(
-            f"{output}: its manifest {manifest_path(output).name} would replace that of {other.name}; "
+            f"{output}: its manifest {manifest_path(output).name} would replace that of "
+            f"{other.name}; "
             f"give another --output, such as {output.with_stem(output.stem + '-trt')}"
         )
 
@@ -170,7 +173,10 @@ def _build(
     options: EngineOptions,
     monitor: Monitor,
 ) -> tuple[Any, LayerReport]:
-    """The plan, and the report on its layers; a precision that nothing is computed in is found before the long build."""
+    """Return the plan, and the report on its layers.
+
+    A precision that nothing is computed in is refused before the long build.
+    """
     layers = LayerReport(
         network_layers(library, parse_network(library, artefact).network, profiles.shapes_hw[0])
     )
@@ -188,7 +194,7 @@ def _describe(
     layers: LayerReport,
     rebuild: str,
 ) -> Manifest:
-    """The manifest of the engine: that of its ONNX, and what was added."""
+    """Return the manifest of the engine: that of its ONNX, and what was added."""
     source = artefact.manifest
     settings = {
         "workspace_mib": options.workspace_mib,

@@ -119,15 +119,15 @@ def triton_repository(
     plan = plan_serving(path, source, repository, options, profiles)
     backend, profiles = plan.backend, plan.profiles
     folder = repository / options.name
-    with new_model_folder(folder, plan.version) as made:
-        file = made / FIRST_VERSION / MODEL_FILES[backend]
+    with new_model_folder(folder, plan.version) as new_folder:
+        file = new_folder / FIRST_VERSION / MODEL_FILES[backend]
         manifest = _write_model(model, file, profiles, engine_options, reporter)
-        (made / LABELS_FILE).write_text(
+        (new_folder / LABELS_FILE).write_text(
             "\n".join([*manifest.preset.class_names, ""]), encoding="utf-8"
         )
         if options.warm_up_batches:
-            write_warm_up(made / WARM_UP_FOLDER, profiles.shapes_hw)
-        (made / CONFIG_FILE).write_text(
+            write_warm_up(new_folder / WARM_UP_FOLDER, profiles.shapes_hw)
+        (new_folder / CONFIG_FILE).write_text(
             config_text(triton_config(manifest, backend, options, profiles)), encoding="utf-8"
         )
     return ServedModel(folder, plan.version, backend, manifest, profiles)
