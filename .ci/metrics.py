@@ -54,10 +54,8 @@ def is_typed(function: Function) -> bool:
     arguments = function.args
     named = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
     named += [extra for extra in (arguments.vararg, arguments.kwarg) if extra]
-    unnamed = [
-        each for each in named if each.annotation is None and each.arg not in ("self", "cls")
-    ]
-    return function.returns is not None and not unnamed
+    own = [argument for argument in named if argument.arg not in ("self", "cls")]
+    return function.returns is not None and all(argument.annotation for argument in own)
 
 
 def is_described(definition: Function | ast.ClassDef) -> bool:

@@ -1,9 +1,13 @@
 #!/usr/bin/env bash
-# Measures everything on a machine with a GPU, in one go: benchmarks/gpu.sh [--wheels DIR]... [arguments of python -m benchmarks.gpu]
+# Measure everything on a machine with a GPU, in one go:
 #
-# Needs a python (PYTHON, else python3) with PyTorch, NumPy, OpenCV, onnx, onnxscript; no package registry, and nothing is installed. What that python
-# lacks can lie in folders given with --wheels: wheels (*.whl), shared libraries of TensorRT-RTX (*.so*.xz), an archive cut into parts
-# (part.0, part.1, ... of a .tar.xz, in any folders below). They are unpacked into a temporary folder that is deleted at the end.
+#     benchmarks/gpu.sh [--wheels DIR]... [arguments of python -m benchmarks.gpu]
+#
+# Needs a python (PYTHON, else python3) with PyTorch, NumPy, OpenCV, imagesize, psutil, rich, Jinja2,
+# onnx, onnxscript; no package registry, and nothing is installed. What that python lacks can lie in
+# folders given with --wheels: wheels (*.whl), shared libraries of TensorRT-RTX (*.so*.xz), an archive
+# cut into parts (part.0, part.1, ... of a .tar.xz, in any folders below). They are unpacked into a
+# temporary folder that is deleted at the end.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 

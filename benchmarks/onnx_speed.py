@@ -1,8 +1,9 @@
-"""What ONNX Runtime gives over eager PyTorch, and what pre- and post-processing, the pipeline and memory cost: one table.
+"""Measure ONNX Runtime against eager PyTorch, and what is around it; print one table.
 
     python benchmarks/onnx_speed.py r50.pth r50.onnx clip.mp4
 
-All figures are medians of one run; compared things take turns, so that other load on the machine hits both alike.
+That is pre- and post-processing, the pipeline, and memory. All figures are medians of one run;
+compared calls take turns, so that other load on the machine hits both alike.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -31,7 +33,7 @@ FULL_HD = (1080, 1920)
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -42,7 +44,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--frames", type=int, default=16, help="of the clip")
     parser.add_argument("--threads", type=int, default=2)
-    arguments = parser.parse_args()
+    print_table(parser.parse_args())
+
+
+def print_table(arguments: argparse.Namespace) -> None:
+    """Measure everything and print the table."""
     options = {"conf": 0.3, "imgsz": arguments.imgsz, "threads": arguments.threads}
     memory_mib = in_child(peak_memory, arguments.artefact, options)
     eager, fast = Detector(arguments.checkpoint, **options), Detector(arguments.artefact, **options)
@@ -58,9 +64,9 @@ def main() -> None:
     (pre_s,) = take_turns(10 * arguments.rounds, lambda: fast.prepare(full_hd))
     post_s = time_post_processing(arguments, fast, prepared.image, prepared.transform.resized_hw)
     stream_s = time_stream(fast, arguments.clip, arguments.frames)
-    table = Table(
-        title=f"tood_deploy {__version__}, {eager.engine.name} and {fast.engine.name}, input {prepared.transform.net_hw}, batch 1"
-    )
+    engines = f"{eager.engine.name} and {fast.engine.name}"
+    sizes = f"input {prepared.transform.net_hw}, batch 1"
+    table = Table(title=f"tood_deploy {__version__}, {engines}, {sizes}")
     for column in ("what", "median", "ratio", "of what"):
         table.add_column(column)
     rows = (
@@ -85,7 +91,7 @@ def main() -> None:
 
 
 def take_turns(rounds: int, *calls: Callable[[], object]) -> list[float]:
-    """Median seconds of each call, after one warm-up of each."""
+    """Return the median seconds of each call, after one warm-up of each."""
     times: list[list[float]] = [[] for _ in calls]
     for turn in range(rounds + 1):
         for call, seconds in zip(calls, times, strict=True):
@@ -97,9 +103,9 @@ def take_turns(rounds: int, *calls: Callable[[], object]) -> list[float]:
 
 
 def first_frame(clip: Path) -> np.ndarray:
-    """(H, W, 3) uint8 BGR."""
-    found, frame = cv2.VideoCapture(str(clip)).read()
-    if not found:
+    """Return the first frame, (H, W, 3) uint8 BGR."""
+    read, frame = cv2.VideoCapture(str(clip)).read()
+    if not read:
         raise SystemExit(f"{clip}: no frame")
     return np.asarray(frame, np.uint8)
 
@@ -107,7 +113,17 @@ def first_frame(clip: Path) -> np.ndarray:
 def time_post_processing(
     arguments: argparse.Namespace, detector: Detector, image: np.ndarray, valid_hw: tuple[int, int]
 ) -> float:
-    """Median seconds of the part of the artefact behind the head's maps, cut out and fed with real maps."""
+    """Measure the part of the artefact behind the head's maps, cut out and fed with real maps.
+
+    Args:
+        arguments: of the script.
+        detector: with the artefact.
+        image: (H, W, 3) uint8 RGB, padded.
+        valid_hw: rows and columns of it that hold real pixels.
+
+    Returns:
+        Median seconds.
+    """
     shipped = onnx.load(arguments.artefact)
     feeds = {"images": image[None], "valid_hw": np.array([valid_hw], np.int32)}
     feeds |= {
@@ -132,15 +148,27 @@ def time_post_processing(
 
 
 def time_stream(detector: Detector, clip: Path, frames: int) -> float:
-    """Seconds a frame from the first result to the last."""
+    """Return the seconds for a frame of a stream, from the first result to the last.
+
+    Args:
+        detector: to stream with.
+        clip: the video.
+        frames: how many to take.
+    """
     arrivals = [time.perf_counter() for _ in islice(detector.stream(clip), frames)]
     return (arrivals[-1] - arrivals[0]) / (len(arrivals) - 1)
 
 
 def peak_memory(
-    artefact: Path, options: dict[str, object], result: "multiprocessing.Queue[float]"
+    artefact: Path, options: dict[str, Any], result: "multiprocessing.Queue[float]"
 ) -> None:
-    """Puts the highest resident size in MiB of this process, which opens the artefact and runs three images."""
+    """Open the artefact in this process, run three images, and put its highest resident size.
+
+    Args:
+        artefact: the .onnx file.
+        options: of the detector.
+        result: takes the size in MiB.
+    """
     with Detector(artefact, **options) as detector:
         for seed in range(3):
             detector(synthetic_image(*FULL_HD, seed=seed))
@@ -148,7 +176,7 @@ def peak_memory(
 
 
 def in_child(function: Callable[..., None], *arguments: object) -> float:
-    """What `function` puts into the queue, run in a process of its own."""
+    """Run a function in a process of its own, and return what it puts into the queue."""
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     child = context.Process(target=function, args=(*arguments, queue))

@@ -1,9 +1,10 @@
-"""Builds every preset in every precision with TensorRT-RTX, ahead of time and without a GPU: one Markdown table.
+"""Build every preset in every precision with TensorRT-RTX, without a GPU; print one table.
 
     python benchmarks/rtx_builds.py --work builds/ --output docs/results/rtx-builds.md
 
-Weights are random and the ranges of int8 are made up: neither changes what is built. Every build runs in a process of its own. What is in
-the folder --work is not made again, so that a run that was stopped goes on where it stopped.
+Weights are random and the ranges of int8 invented: neither changes what is built. Every build runs
+in a process of its own. Files in the folder --work are used again, so that a run that was stopped
+goes on where it stopped.
 """
 
 import argparse
@@ -46,7 +47,7 @@ from tood_deploy.onnx_file import artefact_in_memory, write_onnx
 from tood_deploy.presets import PRESETS
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
-MADE_UP = (-4.0, 4.0)
+INT8_RANGE = (-4.0, 4.0)  # of every value
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,13 @@ class Row:
     """One build.
 
     Attributes:
-        preset, precision: what was built.
+        preset, precision: of the network.
         onnx_mib, plan_mib: sizes of the files.
         layers: of the network as parsed.
-        gmac: multiplications for one image of the first size, in thousand millions.
+        gmac: multiplications for one image of the first size, in 10^9.
         share: of the multiplications in the precision that was asked for, 0 to 1.
-        seconds: of reading and building.
-        peak_gib: the most memory of the process.
+        seconds: for reading and building.
+        peak_gib: highest memory of the process.
         error: why it was not built; "" where it was.
     """
 
@@ -76,7 +77,7 @@ class Row:
     error: str = ""
 
     def cells(self) -> list[str]:
-        """The row of the table."""
+        """Return the row of the table."""
         if self.error:
             return [self.preset, self.precision, f"not built: {self.error}", *[""] * 6]
         numbers = (
@@ -96,7 +97,7 @@ class Row:
 
 
 def main() -> None:
-    """Builds and prints."""
+    """Build and print."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -114,12 +115,10 @@ def main() -> None:
     arguments = parser.parse_args()
     profiles = Profiles(shapes_from_text(arguments.shapes), batch_from_text(arguments.batch))
     arguments.work.mkdir(parents=True, exist_ok=True)
-    wanted = [
-        (preset, precision) for preset in arguments.presets for precision in arguments.precisions
-    ]
     rows = [
         kept_row(arguments.work, preset, precision, profiles, arguments.nms)
-        for preset, precision in wanted
+        for preset in arguments.presets
+        for precision in arguments.precisions
     ]
     text = report(rows, profiles, arguments.nms)
     if arguments.output:
@@ -129,7 +128,14 @@ def main() -> None:
 
 
 def kept_row(work: Path, preset: str, precision: str, profiles: Profiles, nms: Nms) -> Row:
-    """The row of one build, from an earlier run with the same sizes, batches and suppression, or from this one."""
+    """Return the row of one build, from an earlier run with the same options, or build.
+
+    Args:
+        work: folder for ONNX files and results.
+        preset, precision: of the network.
+        profiles: sizes and batches of the engine.
+        nms: form of suppression.
+    """
     batch = "-".join(map(str, profiles.batch))
     path = work / f"{preset}-{precision}-{profiles.text()}-{batch}-{nms}.json"
     if not path.is_file():
@@ -143,7 +149,14 @@ def kept_row(work: Path, preset: str, precision: str, profiles: Profiles, nms: N
 
 
 def save_precision(work: Path, preset: str, precision: str) -> None:
-    """Writes the ONNX of one preset in one precision, if it is not there; unverified, as there is nothing to find in random weights."""
+    """Write the ONNX of one preset in one precision, unless it is there.
+
+    It is not verified, because a network of random weights finds nothing.
+
+    Args:
+        work: folder of the file.
+        preset, precision: of the network.
+    """
     path = onnx_path(work, preset, precision)
     if path.is_file():
         return
@@ -158,20 +171,20 @@ def save_precision(work: Path, preset: str, precision: str) -> None:
     exported = onnx.load(plain)
     if precision == "int8":
         exported = quantize(
-            exported, dict.fromkeys(calibrated_values(exported), MADE_UP), scheme="s8s8"
+            exported, dict.fromkeys(calibrated_values(exported), INT8_RANGE), scheme="s8s8"
         )
-    lowered, _ = lower_precision(exported, "bf16" if precision == "bf16" else "fp16")
+    converted, _ = lower_precision(exported, "bf16" if precision == "bf16" else "fp16")
     manifest = replace(Manifest(PRESETS[preset]), precision=precision)
-    write_onnx(artefact_in_memory(path, lowered, manifest), path)
+    write_onnx(artefact_in_memory(path, converted, manifest), path)
 
 
 def onnx_path(work: Path, preset: str, precision: str) -> Path:
-    """Where the ONNX of one preset in one precision lies."""
+    """Return the path of an ONNX file; arguments as of `save_precision`."""
     return work / f"{preset}-{precision}.onnx"
 
 
 def build_row(work: Path, preset: str, precision: str, profiles: Profiles, nms: Nms) -> Row:
-    """Builds once; the engine itself is not kept."""
+    """Build once, without keeping the engine; arguments as of `kept_row`."""
     source, output = onnx_path(work, preset, precision), work / "build.engine"
     try:
         built = engine_from_onnx(
@@ -186,22 +199,28 @@ def build_row(work: Path, preset: str, precision: str, profiles: Profiles, nms: 
     finally:
         for path in (output, output.with_suffix(".json")):
             path.unlink(missing_ok=True)
-    found = shares(built.layers.network)
+    by_precision = shares(built.layers.network)
     return Row(
         preset,
         precision,
         source.stat().st_size / 2**20,
         built.size_bytes / 2**20,
         len(built.layers.network),
-        sum(share.macs for share in found.values()) / 1e9,
-        found[precision].mac_share,
+        sum(share.macs for share in by_precision.values()) / 1e9,
+        by_precision[precision].mac_share,
         built.seconds,
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
     )
 
 
 def report(rows: Sequence[Row], profiles: Profiles, nms: Nms) -> str:
-    """The table and what it was made with, as Markdown."""
+    """Return the table and the settings behind it, as Markdown.
+
+    Args:
+        rows: of all builds.
+        profiles: sizes and batches of the engines.
+        nms: form of suppression.
+    """
     table = Table(box=MARKDOWN)
     for column in (
         "preset",
@@ -226,16 +245,17 @@ def report(rows: Sequence[Row], profiles: Profiles, nms: Nms) -> str:
         f"# Engines of every preset, built by {load_flavour('tensorrt_rtx').title} without a GPU"
     )
     smallest, best, largest = profiles.batch
-    made = (
+    settings = (
         f"tood_deploy {__version__}, {datetime.now(UTC):%Y-%m-%d}. Sizes {profiles.text()}, "
-        f"batches {smallest} to {largest}, fastest at {best}. "
-        "Random weights, deformable convolutions as gathers, int8 with fp16 beside it, "
-        f"suppression {'without a loop' if nms == 'unrolled' else 'in a loop'}. Layers are those of the network as parsed; "
-        "GMAC is for one image of the first size."
+        f"batches {smallest} to {largest}, fastest at {best}. Random weights, deformable "
+        "convolutions as gathers, int8 with fp16 for the rest, suppression "
+        f"{'without a loop' if nms == 'unrolled' else 'in a loop'}. Layers are those of the "
+        "network as parsed; GMAC is for one image of the first size."
     )
     machine = describe_machine()
-    where = f"Built on {machine.cpu}, {machine.usable_cores} cores, {machine.memory_gib} GiB, {machine.system}, Python {machine.python}."
-    return "\n\n".join((title, made, "\n".join(lines), f"{where}\n"))
+    hardware = f"{machine.cpu}, {machine.usable_cores} cores, {machine.memory_gib} GiB"
+    where = f"Built on {hardware}, {machine.system}, Python {machine.python}.\n"
+    return "\n\n".join((title, settings, "\n".join(lines), where))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""What a training step takes, by preset, precision and device, and where the time goes. Prints one table.
+"""Measure training steps by preset and precision, and where the time goes; print one table.
 
-    python benchmarks/training_throughput.py --presets tiny r50-1x --imgsz 240 320 --batch 8 --threads 2
+    python benchmarks/training_throughput.py --presets tiny r50-1x --imgsz 240 320 --threads 2
 
-Images are made up in memory, with ten boxes each; the input pipeline is measured by itself on files (`--pipeline`). Times are medians
-of single steps. With `--threads 1` they are the thread's own time, so that other work on the machine hardly shows.
+Images are random, with ten boxes each; the input pipeline is measured by itself on files
+(`--pipeline`). Times are medians of single steps. With `--threads 1` they are the thread's own
+time, so that other work on the machine hardly shows.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from tood_deploy.data.coco import read_annotations
 from tood_deploy.demo.scenes import write_scenes
 from tood_deploy.model import HeadOutput
 from tood_deploy.presets import PRESETS, SIZE_DIVISOR
@@ -32,13 +32,20 @@ from tood_deploy.training.config import RECIPES
 from tood_deploy.training.data import Augment, Batch, TrainingData, epoch_batches, load_batches
 from tood_deploy.training.init import new_model
 from tood_deploy.training.learner import AUTOCAST, Learner
+from tood_deploy.training.records import read_labelled_images
 
 BOXES = 10
 PARTS = ("forward", "assignment", "loss", "backward", "update")
 
 
 def make_batch(count: int, imgsz: tuple[int, int], classes: int) -> Batch:
-    """Random images of that size, with boxes of many sizes."""
+    """Return random images with boxes of many sizes.
+
+    Args:
+        count: of images.
+        imgsz: rows and columns of the images.
+        classes: number of classes.
+    """
     rng = np.random.default_rng(0)
     height, width = (-(-side // SIZE_DIVISOR) * SIZE_DIVISOR for side in imgsz)
     images = torch.from_numpy(rng.integers(0, 256, (count, height, width, 3), np.uint8))
@@ -56,12 +63,12 @@ def make_batch(count: int, imgsz: tuple[int, int], classes: int) -> Batch:
 
 
 def timed(action: Callable[[], object], device: torch.device) -> float:
-    """Seconds, the GPU's own work included; with one CPU thread its own time, whatever else the machine does."""
-    clock = (
-        time.process_time
-        if device.type == "cpu" and torch.get_num_threads() == 1
-        else time.perf_counter
-    )
+    """Return the seconds of an action, the GPU's own work included.
+
+    With one CPU thread it is the thread's own time, whatever else the machine does.
+    """
+    one_thread = device.type == "cpu" and torch.get_num_threads() == 1
+    clock = time.process_time if one_thread else time.perf_counter
     if device.type == "cuda":
         torch.cuda.synchronize()
     start = clock()
@@ -72,30 +79,36 @@ def timed(action: Callable[[], object], device: torch.device) -> float:
 
 
 def measure_step(learner: Learner, batch: Batch, precision: torch.dtype | None) -> dict[str, float]:
-    """Seconds of every part of one task-aligned step."""
+    """Return the seconds of every part of one task-aligned step.
+
+    Args:
+        learner: network and optimiser.
+        batch: of images and targets.
+        precision: of autocast; None for float32.
+    """
     device, seconds = learner.device, {}
     images = learner.normalise(batch.images.to(device), batch.valid_hw.to(device))
-    made: dict[str, HeadOutput | torch.Tensor] = {}
+    kept: dict[str, HeadOutput | torch.Tensor] = {}
 
     def forward() -> None:
         with torch.autocast(device.type, precision, enabled=precision is not None):
-            made["out"] = learner.network(images)
+            kept["out"] = learner.network(images)
 
     def loss() -> None:
-        found = learner.criterion(made["out"], batch.targets, 99)  # type: ignore[arg-type]
-        made["loss"] = found.cls + found.box
+        losses = learner.criterion(kept["out"], batch.targets, 99)  # type: ignore[arg-type]
+        kept["loss"] = losses.cls + losses.box
 
     learner.optimiser.zero_grad(set_to_none=True)
     seconds["forward"] = timed(forward, device)
-    seconds["assignment"] = timed(lambda: assign(learner, made["out"], batch), device)  # type: ignore[arg-type]
+    seconds["assignment"] = timed(lambda: assign(learner, kept["out"], batch), device)  # type: ignore[arg-type]
     seconds["loss"] = max(timed(loss, device) - seconds["assignment"], 0.0)
-    seconds["backward"] = timed(lambda: made["loss"].backward(), device)  # type: ignore[union-attr]
+    seconds["backward"] = timed(lambda: kept["loss"].backward(), device)  # type: ignore[union-attr]
     seconds["update"] = timed(learner.optimiser.step, device)
     return seconds
 
 
 def assign(learner: Learner, out: HeadOutput, batch: Batch) -> None:
-    """The assignment alone, which the loss does again."""
+    """Do the assignment alone, which the loss does again; arguments as of `measure_step`."""
     grid = AnchorGrid.of_maps(out.scores)
     scores = torch.cat([level.flatten(2) for level in out.scores], dim=2)
     boxes = torch.cat([level.flatten(2) for level in out.boxes_strides], dim=2).transpose(1, 2)
@@ -104,11 +117,13 @@ def assign(learner: Learner, out: HeadOutput, batch: Batch) -> None:
 
 
 def measure_pipeline(imgsz: tuple[int, int], batch: int) -> tuple[float, str]:
-    """Images a second that one core reads, scales, mirrors and pads, and which images these are."""
+    """Return how many images a second one core prepares, and which images these are."""
     with tempfile.TemporaryDirectory() as folder:
         path = write_scenes(Path(folder), 64, size_hw=(480, 640))
         data = TrainingData(
-            read_annotations(path, Path(folder) / "images").for_training(), Augment(imgsz), seed=0
+            read_labelled_images(path, Path(folder) / "images").for_training(),
+            Augment(imgsz),
+            seed=0,
         )
         plan = epoch_batches(data.records, batch, seed=0, epoch=0, by_aspect=True)
         start = time.process_time()
@@ -117,7 +132,7 @@ def measure_pipeline(imgsz: tuple[int, int], batch: int) -> tuple[float, str]:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The script's arguments."""
+    """Return the parser of the script's arguments."""
     result = argparse.ArgumentParser(description="Measures training steps.")
     result.add_argument(
         "--presets", nargs="+", default=["tiny"], choices=tuple(PRESETS), metavar="NAME"
@@ -137,7 +152,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Prints the table."""
+    """Measure, and print the table."""
     arguments = parser().parse_args(argv)
     torch.set_num_threads(arguments.threads)
     cv2.setNumThreads(1)
@@ -160,12 +175,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                 name, precision, f"{arguments.batch / total:.2f}", f"{total:.3f}", *shares
             )
     console = Console(width=120)
-    console.print(
-        f"{platform.processor() or platform.machine()}, {arguments.threads} threads, {device.type}, PyTorch {torch.__version__}"
-    )
-    console.print(
-        f"batch {arguments.batch} of {imgsz[0]} x {imgsz[1]}, {BOXES} boxes a image, medians of {arguments.steps} steps"
-    )
+    machine = platform.processor() or platform.machine()
+    threads = f"{arguments.threads} threads, {device.type}, PyTorch {torch.__version__}"
+    console.print(f"{machine}, {threads}")
+    images = f"batch {arguments.batch} of {imgsz[0]} x {imgsz[1]}, {BOXES} boxes an image"
+    console.print(f"{images}, medians of {arguments.steps} steps")
     console.print(table)
     if arguments.pipeline:
         rate, images = measure_pipeline(imgsz, arguments.batch)

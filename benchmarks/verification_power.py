@@ -1,10 +1,11 @@
-"""How often verification cries wolf, and what it catches: random networks, sound and with one planted fault each. Prints one table.
+"""Measure what verification refuses: random networks, sound and with one fault; print one table.
 
     python benchmarks/verification_power.py --networks 50 --output docs/results/verification.md
 
-Every structure is exported once, without folding, and its graph filled with the weights of every random network, so that ONNX Runtime
-computes each of them by itself. A sound network that is refused is a false alarm; a fault counts as caught if any size refuses it. The
-sizes are smaller than an export's, which leaves less to see a fault by, and takes minutes in place of an hour.
+Every structure is exported once, without folding, and its graph filled with the weights of every
+random network, so that ONNX Runtime computes each of them by itself. A sound network that is
+refused is a false alarm; a fault counts as caught if any size refuses it. The sizes are smaller
+than an export's, which leaves less to see a fault by, and takes minutes in place of an hour.
 """
 
 from __future__ import annotations
@@ -35,8 +36,10 @@ from tood_deploy.export.to_onnx import onnx_from_model
 from tood_deploy.graph_io import OUTPUTS
 from tood_deploy.model import build_model
 from tood_deploy.model.tood import Tood
-from tood_deploy.parity.reference import Conditioning, Reference, torch_reference
-from tood_deploy.parity.stages import OnnxRunner
+from tood_deploy.parity.onnx_reference import OnnxRunner
+from tood_deploy.parity.reference import Conditioning, Reference
+from tood_deploy.parity.tolerances import Failure
+from tood_deploy.parity.torch_reference import torch_reference
 from tood_deploy.parity.verify import Float32Verifier
 from tood_deploy.presets import PRESETS, Preset
 
@@ -56,7 +59,13 @@ Fault = Callable[[onnx.ModelProto, np.random.Generator], None]
 
 
 def edit_weight(model: onnx.ModelProto, name: str, edit: Callable[[np.ndarray], object]) -> None:
-    """Change a weight in place."""
+    """Change a weight.
+
+    Args:
+        model: changed in place.
+        name: of the weight.
+        edit: changes its array in place.
+    """
     tensor = next(tensor for tensor in model.graph.initializer if tensor.name == name)
     values = numpy_helper.to_array(tensor).copy()
     edit(values)
@@ -64,7 +73,10 @@ def edit_weight(model: onnx.ModelProto, name: str, edit: Callable[[np.ndarray], 
 
 
 def weight_off(model: onnx.ModelProto, rng: np.random.Generator) -> None:
-    """One number of a tower convolution, one per cent too large; of the larger half, as a tiny one changes nothing."""
+    """Make one number of a tower convolution one per cent too large.
+
+    It is one of the larger half, as a tiny one changes nothing.
+    """
 
     def edit(weight: np.ndarray) -> None:
         large = np.flatnonzero(np.abs(weight) >= np.median(np.abs(weight)))
@@ -74,7 +86,7 @@ def weight_off(model: onnx.ModelProto, rng: np.random.Generator) -> None:
 
 
 def channels_swapped(model: onnx.ModelProto, rng: np.random.Generator) -> None:
-    """Two output channels of a lateral convolution."""
+    """Swap two output channels of a lateral convolution."""
     edit_weight(
         model,
         f"{NECK}.lateral_convs.{rng.integers(3)}.conv.weight",
@@ -83,7 +95,13 @@ def channels_swapped(model: onnx.ModelProto, rng: np.random.Generator) -> None:
 
 
 def set_group_norms(model: onnx.ModelProto, name: str, change: Callable[[Any], Any]) -> None:
-    """Change an attribute of every group norm."""
+    """Change an attribute of every group norm.
+
+    Args:
+        model: changed in place.
+        name: of the attribute.
+        change: from the old value to the new one.
+    """
     for node in model.graph.node:
         if node.op_type == "GroupNormalization":
             old = next(attribute for attribute in node.attribute if attribute.name == name)
@@ -93,12 +111,12 @@ def set_group_norms(model: onnx.ModelProto, name: str, change: Callable[[Any], A
 
 
 def groups_halved(model: onnx.ModelProto, rng: np.random.Generator) -> None:
-    """16 groups in place of 32."""
+    """Give every group norm 16 groups in place of 32."""
     set_group_norms(model, "num_groups", lambda groups: groups // 2)
 
 
 def epsilon_tenfold(model: onnx.ModelProto, rng: np.random.Generator) -> None:
-    """1e-4 in place of 1e-5 in every group norm."""
+    """Give every group norm an epsilon of 1e-4 in place of 1e-5."""
     set_group_norms(model, "epsilon", lambda epsilon: 10 * epsilon)
 
 
@@ -108,7 +126,7 @@ def maker(model: onnx.ModelProto, name: str) -> onnx.NodeProto:
 
 
 def half_cell_shift(model: onnx.ModelProto, rng: np.random.Generator) -> None:
-    """Decoded boxes half a cell further, as with anchor points in the middle of their cells, at one level."""
+    """Move decoded boxes by half a cell at one level, as with anchor points in cells' centres."""
     shifted = _sampled_boxes(model, f"head_boxes_p{rng.integers(3, 8)}")
     model.graph.initializer.append(
         numpy_helper.from_array(np.array(0.5, np.float32), "half_a_cell")
@@ -137,7 +155,7 @@ def _sampled_boxes(model: onnx.ModelProto, aligned: str) -> str:
 
 
 def stale_constant(model: onnx.ModelProto, rng: np.random.Generator) -> None:
-    """P5 enlarged to the size that P4 has at 192 x 192, whatever the input."""
+    """Enlarge P5 to the size that P4 has at 192 x 192, whatever the input."""
     resize = next(node for node in model.graph.node if node.op_type == "Resize")
     model.graph.initializer.append(
         numpy_helper.from_array(np.array([12, 12], np.int64), "stale_hw")
@@ -156,7 +174,7 @@ FAULTS: dict[str, Fault] = {
 
 
 def fill_randomly(model: Tood, seed: int) -> Tood:
-    """Give a network weights that differ in scale from seed to seed, and scores that find things."""
+    """Give a network random weights, of another scale for every seed, that find objects."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(tensor: Tensor, low: float, high: float) -> None:
@@ -218,7 +236,7 @@ def skeleton_of(preset: Preset) -> onnx.ModelProto:
 
 @dataclass
 class Tally:
-    """What became of the networks of one structure."""
+    """The outcome for the networks of one structure."""
 
     networks: int = 0
     false_alarms: int = 0
@@ -245,7 +263,14 @@ def measured_once(reference: Reference) -> Reference:
 def compare(
     reference: Reference, graph: onnx.ModelProto, seed: int, *, until_caught: bool
 ) -> Float32Verifier:
-    """Verify a graph at all sizes, on images of this network's own; or only until a size refuses it."""
+    """Verify a graph at all sizes, on images of this network's own.
+
+    Args:
+        reference: the sound network.
+        graph: to verify.
+        seed: of the images.
+        until_caught: stop at the first size that refuses the graph.
+    """
     verifier = Float32Verifier(reference, OnnxRunner(graph))
     for number, (height, width) in enumerate(SIZES_HW):
         images = [
@@ -257,23 +282,30 @@ def compare(
             if not until_caught:
                 verifier.compare_slots(images[0], imgsz, allowance)
         except CheckFailed as error:
-            verifier.verdict.failed.append(str(error))
+            verifier.verdict.failed.append(Failure("detections", str(error)))
         if until_caught and verifier.verdict.failed:
             break
     return verifier
 
 
 def judge_network(tally: Tally, skeleton: onnx.ModelProto, preset: Preset, seed: int) -> None:
-    """Add one random network: sound, and with every fault."""
+    """Add one random network: sound, and with every fault.
+
+    Args:
+        tally: to add to.
+        skeleton: exported graph of the structure.
+        preset: of the structure.
+        seed: of the network.
+    """
     model = fill_randomly(build_model(preset), seed)
     reference, graph = measured_once(torch_reference(model, 100)), filled(skeleton, model)
     verdict = compare(reference, graph, seed, until_caught=False).verdict
     tally.networks += 1
     tally.false_alarms += bool(verdict.failed)
     tally.missed += [f"false alarm, seed {seed}: {verdict.failed[0]}"] if verdict.failed else []
-    tally.rms_ratio = max(tally.rms_ratio, *(each.rms_ratio for each in verdict.maps.values()))
+    tally.rms_ratio = max(tally.rms_ratio, *(item.rms_ratio for item in verdict.maps.values()))
     tally.largest_ratio = max(
-        tally.largest_ratio, *(each.largest_ratio for each in verdict.maps.values())
+        tally.largest_ratio, *(item.largest_ratio for item in verdict.maps.values())
     )
     tally.ill_conditioned += len(verdict.ill_conditioned)
     tally.maps += len(verdict.maps) * len(SIZES_HW)
@@ -290,29 +322,36 @@ def judge_network(tally: Tally, skeleton: onnx.ModelProto, preset: Preset, seed:
 
 def markdown(tallies: dict[str, Tally], command: str) -> str:
     """Return the report."""
+    software = f"Python {platform.python_version()}; PyTorch {torch.__version__}"
+    sizes = ", ".join(f"{height}x{width}" for height, width in SIZES_HW)
+    columns = ("sound: refused", "rms ratio", "largest ratio", "maps too ill-conditioned", *FAULTS)
     lines = [
         "# What verification refuses",
         "",
         f"- command: {command}",
         f"- date: {datetime.now(UTC).isoformat(timespec='seconds')}",
         f"- CPU: {processor()}, {torch.backends.cpu.get_cpu_capability()}",
-        f"- software: Python {platform.python_version()}; PyTorch {torch.__version__}; ONNX Runtime {onnxruntime.__version__}",
-        f"- images: two of each of {', '.join(f'{height}x{width}' for height, width in SIZES_HW)} to a network",
-        "- a ratio: deviation from float64 over that of valid float32 computations, the largest of all maps, sizes and networks",
+        f"- software: {software}; ONNX Runtime {onnxruntime.__version__}",
+        f"- images: two of each of {sizes} to a network",
+        "- a ratio: deviation from float64 over that of valid float32 computations, the largest of "
+        "all maps, sizes and networks",
         "",
-        "| random networks | sound: refused | rms ratio | largest ratio | maps too ill-conditioned | "
-        + " | ".join(FAULTS)
-        + " |",
-        "|---|" + "---:|" * (4 + len(FAULTS)),
+        f"| random networks | {' | '.join(columns)} |",
+        f"|---|{'---:|' * len(columns)}",
     ]
     for name, tally in tallies.items():
-        caught = " | ".join(f"{tally.caught[fault]} of {tally.networks}" for fault in FAULTS)
-        lines.append(
-            f"| {name} | {tally.false_alarms} of {tally.networks} | {tally.rms_ratio:.2f} | {tally.largest_ratio:.2f} "
-            f"| {tally.ill_conditioned} of {tally.maps} | {caught} |"
-        )
+        cells = [
+            name,
+            f"{tally.false_alarms} of {tally.networks}",
+            f"{tally.rms_ratio:.2f}",
+            f"{tally.largest_ratio:.2f}",
+            f"{tally.ill_conditioned} of {tally.maps}",
+            *(f"{tally.caught[fault]} of {tally.networks}" for fault in FAULTS),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     missed = [f"- {name}: {line}" for name, tally in tallies.items() for line in tally.missed]
-    return "\n".join([*lines, *(["", "Not as wanted:", "", *missed] if missed else [])]) + "\n"
+    lines += ["", "Not as it should be:", "", *missed] if missed else []
+    return "\n".join(lines) + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,10 +1,11 @@
-"""Finds objects in images by a model that Triton Inference Server serves, as `tood-export --to triton` wrote it.
+"""Find objects in images by a model on Triton Inference Server, from `tood-export --to triton`.
 
     pip install "tritonclient[grpc]"
     python examples/triton_client.py tood street.jpg dog.jpg --url localhost:8001
 
-The client scales and pads images as `Detector` does and maps boxes back; what it must know of the model it asks the server for.
-`tood_deploy` is needed for its pre-processing alone: NumPy and OpenCV, no runtime.
+The client scales and pads images as `Detector` does and maps boxes back; it asks the server for
+what it must know of the model. `tood_deploy` is needed for its pre-processing alone: NumPy and
+OpenCV, no runtime.
 """
 
 from __future__ import annotations
@@ -29,17 +30,17 @@ from tood_deploy.presets import Sizing
 
 OUTPUTS = ("num_dets", "boxes", "scores", "labels")
 TYPES = {"uint8": "UINT8", "int32": "INT32", "float32": "FP32"}  # as the protocol calls them
-AT_ONCE = 16
+MAX_REQUESTS = 16  # at the same time
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """What the server says of a model.
+    """The server's description of a model.
 
     Attributes:
         name: of the model.
         sizing: how images are brought to the size of the model's input.
-        class_names: one a class.
+        class_names: one for each class.
     """
 
     name: str
@@ -48,20 +49,28 @@ class ServedModel:
 
 
 def read_model(client: Any, name: str) -> ServedModel:
-    """Asks the server for the model's configuration."""
+    """Ask the server for a model's configuration."""
     config = client.get_model_config(name).config
     parameters = {key: value.string_value for key, value in config.parameters.items()}
-    sizing = {
-        key: tuple(value) if isinstance(value, list) else value
-        for key, value in json.loads(parameters["sizing"]).items()
-    }
+    sizing: dict[str, Any] = json.loads(parameters["sizing"])
+    for key, value in sizing.items():
+        sizing[key] = tuple(value) if isinstance(value, list) else value
     return ServedModel(name, Sizing(**sizing), tuple(json.loads(parameters["class_names"])))
 
 
 def request_arrays(
     image_bgr: NDArray[np.uint8], sizing: Sizing, conf: float, iou: float
 ) -> tuple[dict[str, NDArray[Any]], ImageTransform]:
-    """The request for one image, (H, W, 3) uint8 BGR: arrays with a batch axis by the inputs' names; and the way back."""
+    """Prepare the request for one image.
+
+    Args:
+        image_bgr: (H, W, 3) uint8 BGR.
+        sizing: how it is brought to the size of the model's input.
+        conf, iou: thresholds.
+
+    Returns:
+        Arrays with a batch axis by the inputs' names, and the transform that maps boxes back.
+    """
     image, transform = resize_and_pad(image_bgr, sizing)
     arrays: dict[str, NDArray[Any]] = {
         "images": image[None],
@@ -75,16 +84,23 @@ def request_arrays(
 def detections_from(
     answer: Mapping[str, NDArray[Any]], transform: ImageTransform, class_names: Sequence[str]
 ) -> Detections:
-    """The objects in the image, boxes in its own pixels, from the answer's arrays by the outputs' names.
+    """Read the detections of one image, with boxes in its own pixels.
+
+    Args:
+        answer: arrays of the server by the outputs' names.
+        transform: of the image.
+        class_names: of the model.
 
     Raises:
-        ToodError: the server's engine suppresses in a fixed number of rounds, which were too few for this image.
+        ToodError: the server's engine suppresses in a fixed number of rounds, which were too few
+            for this image.
     """
     count = int(answer["num_dets"].reshape(-1)[0])
     if count < 0:
         raise ToodError(
-            f"num_dets is {count}: the rounds of suppression were too few for this image, so its detections are not known; "
-            "build the served engine with more --nms-rounds, or with --nms loop"
+            f"num_dets is {count}: the rounds of suppression were too few for this image, so its "
+            "detections are not known; build the served engine with more --nms-rounds, or with "
+            "--nms loop"
         )
     boxes = transform.boxes_to_image(answer["boxes"][0, :count])
     return Detections(
@@ -100,38 +116,37 @@ def detect(
     conf: float,
     iou: float,
 ) -> Iterator[Detections]:
-    """Sends all images at the same time, so that the server can batch them, and yields their detections in order.
+    """Send all images at the same time, for the server to batch; yield detections in order.
 
     Args:
         client: an `InferenceServerClient`; its calls may come from several threads.
         triton: the module `tritonclient.grpc` or `tritonclient.http` that it is from.
         model: what to ask for.
-        images_bgr: (H, W, 3) uint8 each, of any sizes; those of the same padded size can share a batch.
+        images_bgr: (H, W, 3) uint8 each, of any sizes; those of one padded size can share a batch.
         conf: score that a detection must exceed.
         iou: overlap above which the lower-scored of two boxes of one class goes.
     """
 
     def ask(image_bgr: NDArray[np.uint8]) -> Detections:
         arrays, transform = request_arrays(image_bgr, model.sizing, conf, iou)
-        inputs = [
-            triton.InferInput(name, list(array.shape), TYPES[array.dtype.name])
-            for name, array in arrays.items()
-        ]
-        for given, array in zip(inputs, arrays.values(), strict=True):
-            given.set_data_from_numpy(array)
-        result = client.infer(
-            model.name, inputs, outputs=[triton.InferRequestedOutput(name) for name in OUTPUTS]
-        )
-        return detections_from(
-            {name: result.as_numpy(name) for name in OUTPUTS}, transform, model.class_names
-        )
+        inputs = []
+        for name, array in arrays.items():
+            inputs.append(triton.InferInput(name, list(array.shape), TYPES[array.dtype.name]))
+            inputs[-1].set_data_from_numpy(array)
+        outputs = [triton.InferRequestedOutput(name) for name in OUTPUTS]
+        result = client.infer(model.name, inputs, outputs=outputs)
+        answer = {name: result.as_numpy(name) for name in OUTPUTS}
+        return detections_from(answer, transform, model.class_names)
 
-    with ThreadPoolExecutor(AT_ONCE) as pool:
+    with ThreadPoolExecutor(MAX_REQUESTS) as pool:
         yield from pool.map(ask, images_bgr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints a line an object; a image that the engine has no answer for ends it with exit code 2."""
+    """Print a line for each object, and return the exit code.
+
+    It is 2 at an image that cannot be read or that the engine has no answer for.
+    """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -145,12 +160,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--conf", type=float, default=0.3)
     parser.add_argument("--iou", type=float, default=0.6)
     arguments = parser.parse_args(argv)
-    from tritonclient import grpc  # pyright: ignore[reportMissingImports] - ties down packages that tood_deploy needs newer
+    # No extra of tood_deploy: it wants older versions of some packages than tood_deploy does.
+    from tritonclient import grpc  # pyright: ignore[reportMissingImports]
 
     images: list[Any] = [cv2.imread(str(path), cv2.IMREAD_COLOR) for path in arguments.images]
-    if unreadable := [
-        str(path) for path, image in zip(arguments.images, images, strict=True) if image is None
-    ]:
+    pairs = zip(arguments.images, images, strict=True)
+    if unreadable := [str(path) for path, image in pairs if image is None]:
         print(f"error: cannot be read as images: {', '.join(unreadable)}", file=sys.stderr)
         return 2
     with grpc.InferenceServerClient(arguments.url) as client:
@@ -158,11 +173,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         answers = detect(client, grpc, model, images, arguments.conf, arguments.iou)
         for path in arguments.images:
             try:
-                found = next(answers)
+                detections = next(answers)
             except ToodError as error:
                 print(f"error: {path}: {error}", file=sys.stderr)
                 return 2
-            for box, score, name in zip(found.boxes, found.scores, found.names(), strict=True):
+            columns = (detections.boxes, detections.scores, detections.names())
+            for box, score, name in zip(*columns, strict=True):
                 print(f"{path}\t{name}\t{score:.3f}\t{' '.join(f'{side:.1f}' for side in box)}")
     return 0
 

@@ -1,4 +1,7 @@
-"""Two genuine trained checkpoints, from the file to COCO AP, against the detections their own code gave on 72 real images."""
+"""Two genuine trained checkpoints, from the file to COCO AP, on 72 real images.
+
+Against the detections that their own code gave there.
+"""
 
 import json
 from collections import defaultdict
@@ -13,6 +16,7 @@ from pycocotools.cocoeval import COCOeval
 
 from tood_deploy import Detector
 from tood_deploy.export.export import export_onnx
+from tood_deploy.matching import NetDetections, match_boxes
 from tood_deploy.model import load_checkpoint
 
 pytestmark = [pytest.mark.shared, pytest.mark.slow]
@@ -41,49 +45,47 @@ def truth(shared: Path) -> COCO:
 def test_equals_its_own_code(
     runtime: str, name: str, artefact: Path, truth: COCO, shared: Path
 ) -> None:
-    model = artefact if runtime == "onnx" else shared / "reference" / "checkpoints" / f"{name}.pth"
-    recorded = json.loads((shared / "reference" / "checkpoints" / f"{name}.bbox.json").read_text())
-    categories, found = sorted(truth.cats), []
+    folder = shared / "reference" / "checkpoints"
+    model = artefact if runtime == "onnx" else folder / f"{name}.pth"
+    recorded = json.loads((folder / f"{name}.bbox.json").read_text())
+    categories = sorted(truth.cats)
+    results: list[dict[str, Any]] = []
     with Detector(model, conf=0.05, iou=0.6, imgsz=IMGSZ) as detector:
         for image_id, image in truth.imgs.items():
-            source_image = cv2.imread(str(shared / "data" / "bccd" / "val" / image["file_name"]))
-            assert source_image is not None
-            found += detector(np.asarray(source_image, np.uint8)).to_coco(image_id, categories)
-    assert share_matched(recorded, found) >= 0.995
-    assert average_precision(truth, found) == pytest.approx(RECORDED_AP[name], abs=0.0005)
+            pixels = cv2.imread(str(shared / "data" / "bccd" / "val" / image["file_name"]))
+            assert pixels is not None
+            results += detector(np.asarray(pixels, np.uint8)).to_coco(image_id, categories)
+    assert share_matched(recorded, results) >= 0.995
+    assert average_precision(truth, results) == pytest.approx(RECORDED_AP[name], abs=0.0005)
 
 
-def share_matched(recorded: list[dict[str, Any]], found: list[dict[str, Any]]) -> float:
-    """Of the recorded detections, those found with the same class, IoU above 0.99 and a score within 1e-4, each used once."""
-    free: dict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
-    for row in found:
-        free[row["image_id"], row["category_id"]].append(row)
-    matched = 0
-    for row in recorded:
-        candidates = free[row["image_id"], row["category_id"]]
-        for other in candidates:
-            if (
-                abs(other["score"] - row["score"]) <= 1e-4
-                and overlap(other["bbox"], row["bbox"]) > 0.99
-            ):
-                candidates.remove(other)
-                matched += 1
-                break
-    return matched / len(recorded)
-
-
-def overlap(first: list[float], second: list[float]) -> float:
-    """IoU of two boxes x, y, width, height."""
-    sides = [
-        min(first[i] + first[i + 2], second[i] + second[i + 2]) - max(first[i], second[i])
-        for i in (0, 1)
+def share_matched(recorded: list[dict[str, Any]], results: list[dict[str, Any]]) -> float:
+    """Return the share of recorded detections with a partner: same class, IoU, score, used once."""
+    before, after = by_image(recorded), by_image(results)
+    counts = [
+        match_boxes(detections, after[image], min_iou=0.99, max_score_difference=1e-4).counts
+        for image, detections in before.items()
     ]
-    shared_area = max(0.0, sides[0]) * max(0.0, sides[1])
-    return shared_area / (first[2] * first[3] + second[2] * second[3] - shared_area)
+    return sum(count.matched for count in counts) / len(recorded)
 
 
-def average_precision(truth: COCO, found: list[dict[str, Any]]) -> float:
-    results: Any = found  # the stub knows file names alone
+def by_image(rows: list[dict[str, Any]]) -> dict[int, NetDetections]:
+    """Return the detections of every image from COCO results, best first."""
+    grouped: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    for row in sorted(rows, key=lambda row: -row["score"]):
+        grouped[row["image_id"]].append(row)
+    detections = {}
+    for image, rows_of_image in grouped.items():
+        boxes = np.array([row["bbox"] for row in rows_of_image], np.float32)
+        boxes[:, 2:] += boxes[:, :2]
+        scores = np.array([row["score"] for row in rows_of_image], np.float32)
+        labels = np.array([row["category_id"] for row in rows_of_image], np.int32)
+        detections[image] = NetDetections(boxes, scores, labels)
+    return detections
+
+
+def average_precision(truth: COCO, results: Any) -> float:
+    """Return the COCO AP of results, which `loadRes` takes as such too, whatever its stub says."""
     scoring = COCOeval(truth, truth.loadRes(results), "bbox")
     scoring.evaluate()
     scoring.accumulate()

@@ -1,5 +1,6 @@
-"""The GPU benchmark's flow, run on the CPU at the smallest size: its rows, its verdicts, and what it does with what fails."""
+"""The GPU benchmark's flow, run on the CPU at the smallest size: rows, verdicts and failures."""
 
+import itertools
 import json
 import lzma
 import os
@@ -20,13 +21,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # the benchmarks are no part of the package
 
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import static_detector, torch_ways, ways
+from benchmarks.gpu import static_detector, torch_variants, variants
 from benchmarks.gpu.facts import network_gflop
 from benchmarks.gpu.failures import note_of, status_of
 from benchmarks.gpu.parity import Reference, verdict
-from benchmarks.gpu.settings import PRECISIONS, Cell, Settings, cells
-from benchmarks.gpu.static_detector import EagerDetector, StaticDetector, lower_network, unpack
-from benchmarks.gpu.torch_ways import Recorded, TorchWay
+from benchmarks.gpu.settings import Cell, Settings, cells
+from benchmarks.gpu.static_detector import EagerDetector, StaticDetector, convert_network, unpack
+from benchmarks.gpu.torch_variants import Recorded, TorchVariant
 from tood_deploy.data.image_set import synthetic_image
 from tood_deploy.errors import ArtefactError, DeviceError, ToodError
 from tood_deploy.model import build_model, load_checkpoint
@@ -43,67 +44,48 @@ def model(tiny_checkpoint: Path) -> Tood:
 
 @pytest.fixture(scope="module")
 def run(tiny_checkpoint: Path, tiny_artefact: Path) -> Iterator[Callable[..., int]]:
-    """A function that runs the benchmark, small, with further arguments; the thread and TF32 settings are put back."""
-    flags = (
-        torch.backends.cudnn.benchmark,
-        torch.backends.cudnn.allow_tf32,
-        torch.backends.cuda.matmul.allow_tf32,
-    )
+    """Yield a function that runs the benchmark, small; PyTorch's settings are put back."""
+    settings = [
+        (torch.backends.cudnn, "benchmark"),
+        (torch.backends.cudnn, "allow_tf32"),
+        (torch.backends.cuda.matmul, "allow_tf32"),
+    ]
+    before = [getattr(place, name) for place, name in settings]
 
     def start(stem: Path, *arguments: str) -> int:
-        given = [
-            "--device",
-            "cpu",
-            "--checkpoint",
-            str(tiny_checkpoint),
-            "--onnx",
-            str(tiny_artefact),
-            "--output",
-            str(stem),
-        ]
+        files = ["--checkpoint", str(tiny_checkpoint), "--onnx", str(tiny_artefact)]
         small = ["--batches", "2", "--rounds", "1", "--seconds", "0.01", "--image-count", "2"]
-        return command.main([*given, *small, *arguments])
+        return command.main(["--device", "cpu", *files, "--output", str(stem), *small, *arguments])
 
     yield start
-    (
-        torch.backends.cudnn.benchmark,
-        torch.backends.cudnn.allow_tf32,
-        torch.backends.cuda.matmul.allow_tf32,
-    ) = flags
+    for (place, name), value in zip(settings, before, strict=True):
+        setattr(place, name, value)
 
 
 @pytest.fixture(scope="module")
 def report(run: Callable[..., int], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     stem = tmp_path_factory.mktemp("report") / "gpu"
     assert run(stem, "--precisions", "fp32", "bf16", "--batches", "2,1") == 0
-    return json.loads(stem.with_suffix(".json").read_text(encoding="utf-8")) | {
-        "text": stem.with_suffix(".md").read_text(encoding="utf-8")
-    }
+    text = stem.with_suffix(".md").read_text(encoding="utf-8")
+    return json.loads(stem.with_suffix(".json").read_text(encoding="utf-8")) | {"text": text}
 
 
 def row_of(
     report: dict[str, Any], how: str, precision: str, cell: str = "64x96, batch 2"
 ) -> dict[str, Any]:
-    (row,) = [
-        row
-        for row in report["rows"]
-        if (row["how"], row["precision"], row["cell"]) == (how, precision, cell)
-    ]
-    return row
+    key = (how, precision, cell)
+    rows = [row for row in report["rows"] if (row["how"], row["precision"], row["cell"]) == key]
+    assert len(rows) == 1
+    return rows[0]
 
 
 @pytest.mark.slow
 class TestFlow:
-    def test_every_way_has_a_row_in_every_cell(self, report: dict[str, Any]) -> None:
+    def test_every_variant_has_a_row_in_every_cell(self, report: dict[str, Any]) -> None:
         names = [(row["how"], row["precision"], row["cell"]) for row in report["rows"]]
         hows = ("eager", "unrolled, channels last", "CPU", "engine")
-        batches = ("64x96, batch 2", "64x96, batch 1")
-        assert sorted(names) == sorted(
-            (how, precision, cell)
-            for how in hows
-            for precision in ("fp32", "bf16")
-            for cell in batches
-        )
+        cells = ("64x96, batch 2", "64x96, batch 1")
+        assert sorted(names) == sorted(itertools.product(hows, ("fp32", "bf16"), cells))
 
     def test_measured_rows(self, report: dict[str, Any]) -> None:
         for how in ("eager", "unrolled, channels last", "CPU"):
@@ -112,26 +94,27 @@ class TestFlow:
             assert len(row["call_ms"]) == len(row["whole_ms"]) == 1
             assert 0 < row["summary"]["call"]["median"] <= row["summary"]["call"]["p90"]
             assert row["open_seconds"] > 0
-        assert (
-            row_of(report, "eager", "fp32")["summary"]["times_faster_than_eager_fp32"]["value"] == 1
-        )
+        summary = row_of(report, "eager", "fp32")["summary"]
+        assert summary["times_faster_than_eager_fp32"]["value"] == 1
 
-    def test_what_a_runtime_refuses_is_said_and_no_fault(self, report: dict[str, Any]) -> None:
-        assert row_of(report, "engine", "fp32")["status"] == "refused"
-        assert row_of(report, "engine", "fp32")["note"] == "device is cpu; TensorRT runs on GPUs"
-        assert row_of(report, "CPU", "bf16")["status"] == "refused"
-        assert "Could not find an implementation for Conv" in row_of(report, "CPU", "bf16")["note"]
+    @pytest.mark.parametrize(
+        ("how", "precision", "reason"),
+        [("engine", "fp32", "TensorRT runs on GPUs"), ("CPU", "bf16", "implementation for Conv")],
+    )
+    def test_refusals_of_a_runtime_are_no_faults(
+        self, how: str, precision: str, reason: str, report: dict[str, Any]
+    ) -> None:
+        row = row_of(report, how, precision)
+        assert row["status"] == "refused"
+        assert reason in row["note"]
         assert report["failures"] == []
 
     def test_parity_in_the_first_cell(self, report: dict[str, Any]) -> None:
         for how in ("eager", "unrolled, channels last", "CPU"):
             parity = row_of(report, how, "fp32")["parity"]
             assert parity["matched"] == parity["reference"] > 20
-            assert (parity["images"], parity["images_outside"], parity["slots_that_differ"]) == (
-                2,
-                0,
-                0,
-            )
+            assert parity["images"] == 2
+            assert parity["images_outside"] == parity["slots_that_differ"] == 0
         assert row_of(report, "eager", "bf16")["parity"]["score_deviation"] > 0
         assert not row_of(report, "eager", "fp32", "64x96, batch 1")["parity"]
 
@@ -141,7 +124,7 @@ class TestFlow:
         for how in ("exact loop", "unrolled"):
             assert rows[how, 2]["times_ms"][0]
             assert rows[how, 2]["images_that_differ"] == 0
-        assert rows["torchvision, a image at a time", 1]["status"] in ("ok", "absent")
+        assert rows["torchvision, an image at a time", 1]["status"] in ("ok", "absent")
 
     def test_markdown(self, report: dict[str, Any]) -> None:
         text = report["text"]
@@ -180,18 +163,13 @@ class TestFailures:
         def fail(*_: Any) -> None:
             raise RuntimeError("broken\nin two lines")
 
-        monkeypatch.setattr(ways, "open_onnx", fail)
+        monkeypatch.setattr(variants, "open_onnx", fail)
         assert run(tmp_path / "gpu", "--precisions", "fp32") == 1
         report = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
-        assert (row_of(report, "CPU", "fp32")["status"], row_of(report, "CPU", "fp32")["note"]) == (
-            "failed",
-            "RuntimeError: broken in two lines",
-        )
+        row = row_of(report, "CPU", "fp32")
+        assert (row["status"], row["note"]) == ("failed", "RuntimeError: broken in two lines")
         assert row_of(report, "eager", "fp32")["status"] == "ok"
-        assert (
-            "failed: 64x96, batch 2: ONNX Runtime, CPU, fp32: RuntimeError: broken"
-            in capsys.readouterr().err
-        )
+        assert "failed: 64x96, batch 2: ONNX Runtime, CPU, fp32" in capsys.readouterr().err
 
     @pytest.mark.slow
     def test_wrong_boxes_fail_the_run(
@@ -199,19 +177,14 @@ class TestFailures:
     ) -> None:
         original = static_detector.pack
 
-        def shifted(found: Any, exact: torch.Tensor) -> torch.Tensor:
-            return original(found._replace(boxes_net=found.boxes_net + 8), exact)
+        def shifted(result: Any, exact: torch.Tensor) -> torch.Tensor:
+            return original(result._replace(boxes_net=result.boxes_net + 8), exact)
 
         monkeypatch.setattr(static_detector, "pack", shifted)
-        assert (
-            run(
-                tmp_path / "gpu", "--precisions", "fp32", "--backends", "torch", "--modes", "static"
-            )
-            == 1
-        )
-        assert "parity: 2 of 2 images outside the tolerance" in (tmp_path / "gpu.md").read_text(
-            encoding="utf-8"
-        )
+        one_variant = ("--precisions", "fp32", "--backends", "torch", "--modes", "static")
+        assert run(tmp_path / "gpu", *one_variant) == 1
+        text = (tmp_path / "gpu.md").read_text(encoding="utf-8")
+        assert "parity: 2 of 2 images outside the tolerance" in text
 
     def test_nothing_is_started_without_time(self, run: Callable[..., int], tmp_path: Path) -> None:
         assert run(tmp_path / "gpu", "--budget-seconds", "0") == 0
@@ -244,55 +217,50 @@ class TestFailures:
 class TestStaticDetector:
     def inputs(self) -> tuple[torch.Tensor, ...]:
         images = torch.from_numpy(np.stack([synthetic_image(*SIZE_HW, seed) for seed in range(2)]))
-        return (
-            images,
-            torch.tensor([[60, 90], [64, 96]], dtype=torch.int32),
-            torch.tensor(0.05),
-            torch.tensor(0.6),
-        )
+        valid_hw = torch.tensor([[60, 90], [64, 96]], dtype=torch.int32)
+        return images, valid_hw, torch.tensor(0.05), torch.tensor(0.6)
 
     @torch.no_grad()
     def test_equals_the_fused_detector(self, model: Tood) -> None:
-        found, exact = unpack(StaticDetector(model)(*self.inputs()).packed)
+        result, exact = unpack(StaticDetector(model)(*self.inputs()).packed)
         expected, _ = unpack(EagerDetector(model)(*self.inputs()).packed)
         assert exact.all()
-        torch.testing.assert_close(found.num_dets, expected.num_dets, atol=0, rtol=0)
-        torch.testing.assert_close(found.labels, expected.labels, atol=0, rtol=0)
-        torch.testing.assert_close(found.scores, expected.scores, atol=1e-5, rtol=0)
-        torch.testing.assert_close(found.boxes_net, expected.boxes_net, atol=0.05, rtol=0)
+        tolerances = {"num_dets": 0, "labels": 0, "scores": 1e-5, "boxes_net": 0.05}
+        for name, atol in tolerances.items():
+            parts = getattr(result, name), getattr(expected, name)
+            torch.testing.assert_close(*parts, atol=atol, rtol=0)
 
     def test_suppression_that_did_not_settle_is_done_again(
         self, model: Tood, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         images, valid_hw, conf, iou = (tensor.numpy() for tensor in self.inputs())
-        way = TorchWay(model, "static", "fp32", Cell(SIZE_HW, 2), "cpu")
-        expected = way.infer(images, valid_hw, float(conf), float(iou))
+        variant = TorchVariant(model, "static", "fp32", Cell(SIZE_HW, 2), "cpu")
+        expected = variant.infer(images, valid_hw, float(conf), float(iou))
         original = static_detector.suppress_unrolled
 
         def unsettled(*arguments: Any) -> Any:
-            found, exact = original(*arguments)
-            return found._replace(boxes_net=found.boxes_net * 0), exact & torch.tensor(
-                [True, False]
-            )
+            result, exact = original(*arguments)
+            result = result._replace(boxes_net=result.boxes_net * 0)
+            return result, exact & torch.tensor([True, False])
 
         monkeypatch.setattr(static_detector, "suppress_unrolled", unsettled)
-        found = way.infer(images, valid_hw, float(conf), float(iou))
-        assert way.repeated == 1
-        np.testing.assert_array_equal(found.boxes_net, expected.boxes_net)
-        np.testing.assert_array_equal(found.num_dets, expected.num_dets)
+        batch = variant.infer(images, valid_hw, float(conf), float(iou))
+        assert variant.repeated == 1
+        np.testing.assert_array_equal(batch.boxes_net, expected.boxes_net)
+        np.testing.assert_array_equal(batch.num_dets, expected.num_dets)
 
     @pytest.mark.parametrize("mode", ["eager", "static"])
     def test_network_is_copied_before_it_is_moved(self, model: Tood, mode: Any) -> None:
-        """To a GPU, that is; here to the device that holds no numbers. The reference on the CPU runs the same network."""
+        """To a GPU, that is; here to the device without numbers. The reference runs it as well."""
         detector = (EagerDetector if mode == "eager" else StaticDetector)(model).to("meta")
         assert detector.fused.model.backbone.conv1.weight.is_meta
         assert not any(parameter.is_meta for parameter in model.parameters())
 
     def test_half_precision_keeps_what_it_must(self, model: Tood) -> None:
-        lowered: Any = lower_network(model, torch.bfloat16)
-        for layer in (lowered.backbone.conv1, lowered.bbox_head.inter_convs[0].gn):
+        converted: Any = convert_network(model, torch.bfloat16)
+        for layer in (converted.backbone.conv1, converted.bbox_head.inter_convs[0].gn):
             assert layer.weight.dtype == torch.bfloat16
-        for kept in (lowered.backbone.bn1.running_var, lowered.bbox_head.scales[0].scale):
+        for kept in (converted.backbone.bn1.running_var, converted.bbox_head.scales[0].scale):
             assert kept.dtype == torch.float32
         assert model.backbone.conv1.weight.dtype == torch.float32
 
@@ -300,24 +268,23 @@ class TestStaticDetector:
         with torch.device("meta"):
             model = build_model(PRESETS["r101-dcn-2x"])
         with pytest.raises(ToodError, match="deformable"):
-            lower_network(model, torch.float16)
+            convert_network(model, torch.float16)
 
     @pytest.mark.slow
     @torch.no_grad()
     def test_is_one_graph_for_compilers(self, model: Tood) -> None:
         detector = StaticDetector(model, torch.bfloat16)
-        found = torch.compile(detector, backend="eager", fullgraph=True, dynamic=False)(
-            *self.inputs()
-        )
-        torch.testing.assert_close(found.packed, detector(*self.inputs()).packed)
+        compiled = torch.compile(detector, backend="eager", fullgraph=True, dynamic=False)
+        packed = compiled(*self.inputs()).packed
+        torch.testing.assert_close(packed, detector(*self.inputs()).packed)
 
 
 def test_replay_with_a_stand_in_for_cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No GPU here: the graph is a fake that runs the recorded function again on the recorded tensors."""
+    """Without a GPU: the graph is a fake that runs the function again on the recorded tensors."""
 
     class Graph:
         def replay(self) -> None:
-            recorded.found.copy_(double(*recorded.inputs))
+            recorded.outputs.copy_(double(*recorded.inputs))
 
     class Block:
         def __init__(self, *_: Any) -> None: ...
@@ -328,14 +295,9 @@ def test_replay_with_a_stand_in_for_cuda_graphs(monkeypatch: pytest.MonkeyPatch)
 
         def wait_stream(self, _: Any) -> None: ...
 
-    for name, fake in {
-        "Stream": Block,
-        "stream": Block,
-        "graph": Block,
-        "current_stream": Block,
-        "CUDAGraph": Graph,
-    }.items():
-        monkeypatch.setattr(torch_ways.torch.cuda, name, fake)
+    for name in ("Stream", "stream", "graph", "current_stream"):
+        monkeypatch.setattr(torch_variants.torch.cuda, name, Block)
+    monkeypatch.setattr(torch_variants.torch.cuda, "CUDAGraph", Graph)
     calls = []
 
     def double(value: torch.Tensor) -> torch.Tensor:
@@ -344,29 +306,29 @@ def test_replay_with_a_stand_in_for_cuda_graphs(monkeypatch: pytest.MonkeyPatch)
 
     given = torch.tensor([1.0])
     recorded = Recorded(double, (given,))
-    assert len(calls) == torch_ways.WARM_UPS + 1
+    assert len(calls) == torch_variants.WARM_UPS + 1
     assert recorded(torch.tensor([5.0])).item() == 10
     assert given.item() == 1, "the caller's tensor stays as it is"
     assert recorded(*recorded.inputs).item() == 10
 
 
-def test_parity_tells_damage_and_slots(model: Tood) -> None:
-    class Shifted(TorchWay):
+def test_parity_notices_damage_and_slots(model: Tood) -> None:
+    class Shifted(TorchVariant):
         shift = np.zeros((2, 1, 1), np.float32)
 
         def _run(
             self, images: Any, valid_hw: Any, score_threshold: float, iou_threshold: float
         ) -> Any:
-            found = super()._run(images, valid_hw, score_threshold, iou_threshold)
-            return replace(found, boxes_net=found.boxes_net + self.shift)
+            batch = super()._run(images, valid_hw, score_threshold, iou_threshold)
+            return replace(batch, boxes_net=batch.boxes_net + self.shift)
 
-    way = Shifted(model, "eager", "fp32", Cell(SIZE_HW, 2), "cpu")
+    variant = Shifted(model, "eager", "fp32", Cell(SIZE_HW, 2), "cpu")
     reference = Reference(model, [synthetic_image(*SIZE_HW, 0)], SIZE_HW)
-    assert verdict(reference.compare(way, 2, "fp32")) == ""
-    way.shift = np.array([0, 9], np.float32).reshape(2, 1, 1)
-    assert "depend on the batch slot" in verdict(reference.compare(way, 2, "fp32"))
-    way.shift = np.full((2, 1, 1), 9, np.float32)
-    assert "outside the tolerance" in verdict(reference.compare(way, 2, "fp32"))
+    assert verdict(reference.compare(variant, 2, "fp32")) == ""
+    variant.shift = np.array([0, 9], np.float32).reshape(2, 1, 1)
+    assert "depend on the batch slot" in verdict(reference.compare(variant, 2, "fp32"))
+    variant.shift = np.full((2, 1, 1), 9, np.float32)
+    assert "outside the tolerance" in verdict(reference.compare(variant, 2, "fp32"))
 
 
 def test_floor_counts_the_networks_arithmetic() -> None:
@@ -376,18 +338,28 @@ def test_floor_counts_the_networks_arithmetic() -> None:
 
 def test_least_important_cells_come_last() -> None:
     settings = Settings("cuda", "r50-1x", ((800, 1344), (640, 640)), (1, 8), Path())
-    assert [cell.name for cell in cells(settings)] == [
-        "800x1344, batch 1",
-        "640x640, batch 1",
-        "800x1344, batch 8",
-        "640x640, batch 8",
-    ]
+    expected = [((800, 1344), 1), ((640, 640), 1), ((800, 1344), 8), ((640, 640), 8)]
+    assert [(cell.size_hw, cell.batch) for cell in cells(settings)] == expected
     assert [cell.first for cell in cells(settings)] == [True, False, False, False]
-    assert settings.precisions == PRECISIONS
 
 
-def test_script_unpacks_what_is_carried(tmp_path: Path) -> None:
-    """A wheel, a shared library and an archive in parts, none of them real; then the benchmark's own help."""
+def run_script(arguments: list[Any], **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run benchmarks/gpu.sh to its end, which must be a good one."""
+    process = subprocess.run(
+        ["bash", ROOT / "benchmarks" / "gpu.sh", *arguments],
+        env=os.environ | {"PYTHON": sys.executable} | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    return process
+
+
+def test_script_unpacks_carried_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wheel, a shared library and an archive in parts, none of them real; then the help."""
+    monkeypatch.chdir(tmp_path)
     carried = tmp_path / "carried"
     (carried / "1").mkdir(parents=True)
     (carried / "2").mkdir()
@@ -401,54 +373,22 @@ def test_script_unpacks_what_is_carried(tmp_path: Path) -> None:
     packed = (tmp_path / "all.tar.xz").read_bytes()
     (carried / "1" / "part.0").write_bytes(packed[:100])
     (carried / "2" / "part.1").write_bytes(packed[100:])
-    found = subprocess.run(
-        ["bash", ROOT / "benchmarks" / "gpu.sh", "--wheels", "carried", "--help"],
-        cwd=tmp_path, env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    assert found.returncode == 0, found.stderr
-    assert found.stdout.startswith("usage: python -m benchmarks.gpu")
-    for line in (
-        "tensorrt_rtx: there",
-        "onnxscript: there",
-        "archive: 2 parts in carried",
-        "library: carried/libnothing.so.1.xz",
-    ):
-        assert line in found.stderr
+    process = run_script(["--wheels", "carried", "--help"])
+    assert process.stdout.startswith("usage: python -m benchmarks.gpu")
+    for part in ("tensorrt_rtx: there", "onnxscript: there", "2 parts in carried", "libnothing"):
+        assert part in process.stderr
 
 
 @pytest.mark.slow
 def test_script_runs_without_what_a_bare_machine_lacks(
     tiny_checkpoint: Path, tiny_artefact: Path, tmp_path: Path
 ) -> None:
-    """Neither av nor imagesize nor pycocotools is needed: each is replaced by a module that fails when it is imported."""
-    for name in ("av", "imagesize", "pycocotools"):
+    """Neither av nor pycocotools: modules of their names fail when imported."""
+    for name in ("av", "pycocotools"):
         (tmp_path / f"{name}.py").write_text(f"raise ImportError('{name} is not to be needed')\n")
-    arguments = [
-        "--device",
-        "cpu",
-        "--checkpoint",
-        tiny_checkpoint,
-        "--onnx",
-        tiny_artefact,
-        "--output",
-        tmp_path / "out" / "gpu",
-    ]
-    small = [
-        "--precisions",
-        "fp32",
-        "--batches",
-        "1",
-        "--rounds",
-        "1",
-        "--seconds",
-        "0.01",
-        "--image-count",
-        "1",
-    ]
-    found = subprocess.run(
-        ["bash", ROOT / "benchmarks" / "gpu.sh", *arguments, *small],
-        env=os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert found.returncode == 0, found.stderr
+    files = ["--checkpoint", tiny_checkpoint, "--onnx", tiny_artefact]
+    small = "--precisions fp32 --batches 1 --rounds 1 --seconds 0.01 --image-count 1".split()
+    place = ["--output", tmp_path / "out" / "gpu"]
+    run_script(["--device", "cpu", *files, *place, *small], PYTHONPATH=str(tmp_path))
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["gpu.json", "gpu.md"]
     assert "is not to be needed" not in (tmp_path / "out" / "gpu.md").read_text(encoding="utf-8")

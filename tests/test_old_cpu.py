@@ -1,6 +1,7 @@
-"""Exports of this machine, run as on a CPU with AVX2 and no more: the same results, and 8-bit weights that would be wrong are refused.
+"""Exports of this machine, run as on a CPU with AVX2 and no more.
 
-Slow, as emulation is. Needs QEMU's user mode (Debian's qemu-user) and the shared folder's script that calls it.
+They give the same results, and 8-bit weights that would be wrong are refused. Slow, as emulation
+is. Needs QEMU's user mode (Debian's qemu-user) and the shared folder's script that calls it.
 """
 
 from __future__ import annotations
@@ -42,8 +43,9 @@ inputs = np.load(Path(folder) / "inputs.npz")
 for name in names:
     try:
         with open_engine(Path(folder) / name, threads=1) as engine:
-            found = engine.infer(inputs["images"], inputs["valid_hw"], 0.3, 0.6)
-        np.savez(Path(folder) / f"{name}.npz", *(found.num_dets, found.boxes_net, found.scores, found.labels))
+            batch = engine.infer(inputs["images"], inputs["valid_hw"], 0.3, 0.6)
+        arrays = (batch.num_dets, batch.boxes_net, batch.scores, batch.labels)
+        np.savez(Path(folder) / f"{name}.npz", *arrays)
         print(json.dumps([name, ""]))
     except ArtefactError as error:
         print(json.dumps([name, str(error)]))
@@ -53,47 +55,44 @@ VERIFY = """
 import sys
 from pathlib import Path
 import tood_deploy.parity.verify as module
-from tood_deploy.parity.stages import OnnxRunner
+from tood_deploy.parity.onnx_reference import OnnxRunner
 from tood_deploy.model import load_checkpoint
-from tood_deploy.parity.reference import torch_reference
+from tood_deploy.parity.torch_reference import torch_reference
 
 module.SIZES_HW = {"landscape": (64, 96), "smallest": (64, 64)}
-parity = module.verify_float32(torch_reference(load_checkpoint(sys.argv[1]), 100), OnnxRunner(Path(sys.argv[2])))
-print(max(each["rms_ratio"] for each in parity["maps"].values()), parity["detections"]["reference"])
+reference = torch_reference(load_checkpoint(sys.argv[1]), 100)
+parity = module.verify_float32(reference, OnnxRunner(Path(sys.argv[2])))
+ratios = [verdict["rms_ratio"] for verdict in parity["maps"].values()]
+print(max(ratios), parity["detections"]["reference"])
 """
 
 
 @pytest.fixture(scope="module")
 def on_avx2(shared: Path) -> Callable[..., str]:
-    """A function: runs Python code with arguments as on a CPU with AVX2, and gives what it prints."""
+    """Return a function that runs Python code as on a CPU with AVX2, and returns its output."""
     if shutil.which("qemu-x86_64") is None:
         pytest.skip("qemu-x86_64 is not installed: apt-get install qemu-user")
 
     def run(code: str, *arguments: object) -> str:
-        command = [
-            shared / "tools" / "old_cpu.sh",
-            "avx2",
-            sys.executable,
-            "-W",
-            "ignore",
-            "-c",
-            code,
-            *arguments,
-        ]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            list(map(str, command)), capture_output=True, text=True, env=environment, check=False
+        python = [sys.executable, "-W", "ignore", "-c", code]
+        command = [shared / "tools" / "old_cpu.sh", "avx2", *python, *arguments]
+        process = subprocess.run(
+            list(map(str, command)),
+            capture_output=True,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            check=False,
         )
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done.stdout
+        assert process.returncode == 0, process.stderr[-3000:]
+        return process.stdout
 
     return run
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The trained demo network in every form for CPUs, and the network's inputs for two generated scenes."""
-    place = tmp_path_factory.mktemp("forms")
+    """Return a folder with the demo network's artefacts for CPUs, and inputs of two scenes."""
+    place = tmp_path_factory.mktemp("artefacts")
     write_scenes(place / "scenes", CALIBRATED, seed=3)
     images = sorted((place / "scenes" / "images").iterdir())
     export(WEIGHTS, "--imgsz", *IMGSZ, "--output", place / "fp32.onnx")
@@ -102,14 +101,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     export(place / "fp32.onnx", *calibrated, "--output", place / "int8.onnx")
     export(place / "fp32.onnx", "--to", "openvino", *calibrated, "--output", place / "int8-ov.xml")
     if not saturates_in_onnxruntime():
-        export(
-            place / "fp32.onnx",
-            *calibrated,
-            "--target-cpu",
-            "native",
-            "--output",
-            place / "native.onnx",
-        )
+        native = ["--target-cpu", "native", "--output", place / "native.onnx"]
+        export(place / "fp32.onnx", *calibrated, *native)
     prepared = [
         resize_and_pad(np.asarray(cv2.imread(str(path)), np.uint8), IMGSZ) for path in images[:2]
     ]
@@ -125,49 +118,44 @@ def export(*arguments: Any) -> None:
     assert export_main([*map(str, arguments), "--quiet"]) == 0
 
 
-FORMS = ["fp32.onnx", "fp32-ov.xml", "int8.onnx", "int8-ov.xml"]
+ARTEFACTS = ["fp32.onnx", "fp32-ov.xml", "int8.onnx", "int8-ov.xml"]
 
 
 @pytest.fixture(scope="module")
 def emulated(on_avx2: Callable[..., str], folder: Path) -> dict[str, str]:
-    """What became of every form: "" or why it was refused; what they found lies beside them."""
-    return dict(
-        json.loads(line)
-        for line in on_avx2(OPEN_ALL, folder, *FORMS, *native_form(folder)).splitlines()
-    )
+    """Return why every artefact was refused, "" where it was not; detections are in the folder."""
+    lines = on_avx2(OPEN_ALL, folder, *ARTEFACTS, *native_artefact(folder)).splitlines()
+    return dict(map(json.loads, lines))
 
 
-def native_form(folder: Path) -> list[str]:
-    """The form with all 8 bits, where this CPU could make it."""
+def native_artefact(folder: Path) -> list[str]:
+    """Return the name of the artefact with all 8 bits, where this CPU can build it."""
     return ["native.onnx"] if (folder / "native.onnx").is_file() else []
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_every_form_opens_and_finds_the_same(
-    form: str, emulated: dict[str, str], folder: Path
+@pytest.mark.parametrize("name", ARTEFACTS)
+def test_every_artefact_opens_and_finds_the_same(
+    name: str, emulated: dict[str, str], folder: Path
 ) -> None:
-    assert emulated[form] == ""
+    assert emulated[name] == ""
     inputs = np.load(folder / "inputs.npz")
-    with open_engine(folder / form, threads=1) as engine:
+    with open_engine(folder / name, threads=1) as engine:
         expected = engine.infer(inputs["images"], inputs["valid_hw"], CONF, IOU)
-    with np.load(folder / f"{form}.npz") as arrays:
-        num_dets, boxes, scores, labels = (arrays[name] for name in arrays.files)
+    with np.load(folder / f"{name}.npz") as arrays:
+        num_dets, boxes, scores, labels = (arrays[part] for part in arrays.files)
     assert num_dets.tolist() == expected.num_dets.tolist()
     assert num_dets.min() > 0
     np.testing.assert_array_equal(labels, expected.labels)
-    # 8-bit sums are exact; what is left is float32's rounding, which may now and then turn a rounding to 8 bits.
-    np.testing.assert_allclose(
-        scores, expected.scores, atol=1e-5 if form.startswith("fp32") else 0.02
-    )
-    np.testing.assert_allclose(
-        boxes, expected.boxes_net, atol=0.01 if form.startswith("fp32") else 1.0
-    )
+    # 8-bit sums are exact; float32's rounding is left, which now and then changes one to 8 bits.
+    score_atol, box_atol = (1e-5, 0.01) if name.startswith("fp32") else (0.02, 1.0)
+    np.testing.assert_allclose(scores, expected.scores, atol=score_atol)
+    np.testing.assert_allclose(boxes, expected.boxes_net, atol=box_atol)
 
 
 def test_8_bit_weights_are_refused_where_sums_saturate(
     emulated: dict[str, str], folder: Path
 ) -> None:
-    if not native_form(folder):
+    if not native_artefact(folder):
         pytest.skip("this CPU saturates itself: nothing of that kind can be made here")
     assert "--target-cpu portable" in emulated["native.onnx"]
 
@@ -175,8 +163,8 @@ def test_8_bit_weights_are_refused_where_sums_saturate(
 def test_the_stored_answer_alone_notices_saturation(
     on_avx2: Callable[..., str], folder: Path
 ) -> None:
-    """The manifest is made to say that the weights are portable, so that nothing but the answer tells."""
-    if not native_form(folder):
+    """The manifest says, wrongly, that the weights are portable: only the answer shows it."""
+    if not native_artefact(folder):
         pytest.skip("this CPU saturates itself: nothing of that kind can be made here")
     shutil.copy(folder / "native.onnx", folder / "lying.onnx")
     manifest = json.loads((folder / "native.json").read_text())

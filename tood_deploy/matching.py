@@ -1,6 +1,7 @@
 """Detections in pixels of the network's input, and which of two runs belong together.
 
-NumPy arrays come in, positions of pairs and their differences go out. Knows no runtime and no limits.
+NumPy arrays come in, positions of pairs and their differences go out. Knows no runtime and no
+limits.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ def split_batch(outputs: Sequence[NDArray[Any]]) -> list[NetDetections]:
     """Return the detections of every image of a batch, without the rows that hold none.
 
     Args:
-        outputs: `num_dets` (B,), `boxes` (B, D, 4), `scores` (B, D), `labels` (B, D); more is ignored.
+        outputs: `num_dets` (B,), `boxes` (B, D, 4), `scores` (B, D), `labels` (B, D); what comes
+            after these is ignored.
     """
     return [
         NetDetections(boxes[:count], scores[:count], labels[:count])

@@ -1,4 +1,7 @@
-"""The files that other runtimes run, each made once, on the spot, when it is first asked for; also a failure is kept."""
+"""Make the files that other runtimes run, each once, when it is first asked for.
+
+A network in, paths of .onnx files and engines out; a failure is kept, too, and raised again.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,10 @@ class Artefacts:
 
     def __init__(self, model: Tood, settings: Settings) -> None:
         self.model, self.settings = model, settings
-        self._made: dict[str, Path | Exception] = {}
+        self._results: dict[str, Path | Exception] = {}
 
     def onnx(self, precision: Precision) -> Path:
-        """The .onnx file in a precision; whatever its making raised is raised again."""
+        """Return the .onnx file in a precision, or raise what its export raised."""
         if precision == "fp32" and self.settings.onnx:
             return self.settings.onnx
         return self._once(
@@ -26,24 +29,25 @@ class Artefacts:
         )
 
     def engine(self, precision: Precision) -> Path:
-        """The TensorRT engine in a precision, for all sizes and batches of the run."""
+        """Return the TensorRT engine in a precision, for all sizes and batches of the run."""
         return self._once(
             f"{self.settings.preset}-{precision}-trt.engine",
             lambda path: self._make_engine(path, precision),
         )
 
     def _once(self, name: str, make: Callable[[Path], None]) -> Path:
-        if name not in self._made:
+        """Return the file of a name, and write it with `make` the first time."""
+        if name not in self._results:
             path = self.settings.folder / name
             try:
                 make(path)
-                self._made[name] = path
+                self._results[name] = path
             except Exception as error:
-                self._made[name] = error
-        made = self._made[name]
-        if isinstance(made, Exception):
-            raise made
-        return made
+                self._results[name] = error
+        result = self._results[name]
+        if isinstance(result, Exception):
+            raise result
+        return result
 
     def _make_onnx(self, path: Path, precision: Precision) -> None:
         if precision == "fp32":

@@ -1,4 +1,4 @@
-"""What a run was made on: machine, GPU, versions, the floor under all times; and one look after another at the GPU while it runs."""
+"""Describe the machine of a run: GPU, versions, the floor under all times, clocks while it runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.gpu.settings import Cell
-from benchmarks.gpu.torch_ways import versions as torch_versions
+from benchmarks.gpu.torch_variants import versions as torch_versions
 from tood_deploy import __version__
 from tood_deploy.benchmark.latency.machine import GpuMeter, describe_machine
 from tood_deploy.errors import DeviceError
@@ -36,9 +36,15 @@ PRODUCT_SIDE, PRODUCTS = 8192, 10
 
 
 class GpuWatch:
-    """NVML's look at the GPU, where there is one; what keeps it from looking is told once, in `error`."""
+    """NVML's measurements of the GPU, where there is one.
+
+    Attributes:
+        meter: None where there is no GPU, or NVML failed.
+        error: why it failed; "" where it did not.
+    """
 
     def __init__(self, device: str) -> None:
+        """Open NVML where the device is "cuda"."""
         self.meter: GpuMeter | None = None
         self.error = ""
         if device == "cuda":
@@ -48,7 +54,7 @@ class GpuWatch:
                 self.error = str(error)
 
     def sample(self) -> None:
-        """Looks at clocks, power and throttling."""
+        """Measure clocks, power and throttling once."""
         if self.meter:
             try:
                 self.meter.sample()
@@ -56,7 +62,7 @@ class GpuWatch:
                 self._give_up(error)
 
     def memory_mib(self) -> float | None:
-        """In use on the device, by anyone."""
+        """Return the memory in use on the device, by anyone; None where it cannot be measured."""
         try:
             return self.meter.memory_mib() if self.meter else None
         except Exception as error:
@@ -67,12 +73,12 @@ class GpuWatch:
         self.meter, self.error = None, f"NVML: {error}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return the measurements as plain values."""
         return {"error": self.error} | (self.meter.account.to_dict() if self.meter else {})
 
 
 def describe(device: str) -> dict[str, Any]:
-    """Machine, GPU and versions, as plain values."""
+    """Return machine, GPU and versions as plain values."""
     gpu: dict[str, Any] = {}
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
@@ -87,21 +93,24 @@ def describe(device: str) -> dict[str, Any]:
 
 
 def package_versions() -> dict[str, Any]:
-    """Of all that can take part; what is unpacked without its metadata is asked itself."""
-    found: dict[str, Any] = {"tood_deploy": __version__} | torch_versions()
+    """Return the versions of all packages that can take part, and which modules are there.
+
+    A module that was unpacked without its metadata has no version.
+    """
+    versions: dict[str, Any] = {"tood_deploy": __version__} | torch_versions()
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found | {
-        f"module {name}": "there" if importlib.util.find_spec(name) else "absent"
-        for name in MODULES
-    }
+    for name in MODULES:
+        present = importlib.util.find_spec(name) is not None
+        versions[f"module {name}"] = "there" if present else "absent"
+    return versions
 
 
 def measure_product() -> float:
-    """TFLOP/s of a large bf16 matrix product on random data: what this GPU can reach."""
+    """Return the TFLOP/s of a large bf16 matrix product on random data: what this GPU can reach."""
     first, second = (
         torch.randn(PRODUCT_SIDE, PRODUCT_SIDE, device="cuda", dtype=torch.bfloat16)
         for _ in range(2)
@@ -117,7 +126,7 @@ def measure_product() -> float:
 
 
 def network_gflop(preset: Preset, cell: Cell) -> float:
-    """Floating-point operations of the network alone, 10^9 of them, a multiplication with its addition as two."""
+    """Return the network's operations in 10^9, a multiplication with its addition as two."""
     with torch.device("meta"):
         model = build_model(preset)
         images = torch.empty(cell.batch, 3, *cell.size_hw)
@@ -127,5 +136,13 @@ def network_gflop(preset: Preset, cell: Cell) -> float:
 
 
 def floor_ms(preset: Preset, cell: Cell, peak_tflops: float) -> float:
-    """The time of the network's arithmetic at the GPU's highest rate: nothing is much faster."""
+    """Return the time of the network's arithmetic at the GPU's highest rate, in milliseconds.
+
+    Nothing is much faster.
+
+    Args:
+        preset: of the network.
+        cell: size and batch.
+        peak_tflops: the GPU's highest rate.
+    """
     return network_gflop(preset, cell) / peak_tflops

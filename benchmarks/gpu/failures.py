@@ -1,4 +1,7 @@
-"""What an error means for a row: not installed, refused by the runtime or the GPU, or a fault of ours that makes the run fail."""
+"""Say what an error means for a row.
+
+It is not installed, refused by the runtime or the GPU, or a fault of ours that makes the run fail.
+"""
 
 from __future__ import annotations
 
@@ -7,25 +10,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from benchmarks.gpu.settings import Row, Status
-from benchmarks.gpu.torch_ways import is_out_of_memory
+from benchmarks.gpu.torch_variants import is_out_of_memory
 from tood_deploy.errors import ArtefactError, DeviceError
 
-LONGEST_NOTE = 400
+MAX_NOTE = 400
 
 
 @contextmanager
 def row_errors(row: Row) -> Iterator[None]:
-    """Runs a block; what it raises goes into the row, and the run goes on."""
+    """Run a block whose errors go into the row, so that the run goes on."""
     try:
         yield
     except Exception as error:
         row.status, row.note = status_of(error), note_of(error)
-        error.__traceback__ = None  # it holds on to what was to be freed
+        error.__traceback__ = None  # it keeps memory that is to be freed
         gc.collect()
 
 
 def status_of(error: Exception) -> Status:
-    """A runtime may be absent, or refuse a GPU, a file or a size; whatever else is raised is a fault."""
+    """Return the status of a row by its error.
+
+    A runtime may be absent, or refuse a GPU, a file or a size; all else is a fault.
+    """
     if isinstance(error, ImportError):
         return "absent"
     if isinstance(error, DeviceError | ArtefactError) or is_out_of_memory(error):
@@ -34,7 +40,7 @@ def status_of(error: Exception) -> Status:
 
 
 def note_of(error: Exception) -> str:
-    """Its message in one line; its type too where the message is not written for users."""
+    """Return an error's message in one line, after its type where it is not written for users."""
     text = " ".join(str(error).split())
     ours = isinstance(error, DeviceError | ArtefactError)
-    return (text if ours else f"{type(error).__name__}: {text}")[:LONGEST_NOTE]
+    return (text if ours else f"{type(error).__name__}: {text}")[:MAX_NOTE]

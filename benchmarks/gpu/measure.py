@@ -1,4 +1,7 @@
-"""One cell: opens every way, lets them take turns, compares them with the reference, and closes them."""
+"""Measure one cell: open all variants, let them take turns, compare them, and close them.
+
+Variants and decoded frames in, filled rows out. Knows no runtime but PyTorch's memory counters.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,6 @@ import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,39 +18,47 @@ from benchmarks.gpu.facts import GpuWatch
 from benchmarks.gpu.failures import row_errors
 from benchmarks.gpu.parity import Reference
 from benchmarks.gpu.settings import CONF, IOU, Row, Settings
-from benchmarks.gpu.torch_ways import TorchWay, forget_compiled
-from benchmarks.gpu.ways import Way
+from benchmarks.gpu.torch_variants import TorchVariant, forget_compiled
+from benchmarks.gpu.variants import Resident, Variant
 from tood_deploy.benchmark.latency.worker import warm_up
 from tood_deploy.engines.base import Engine
 from tood_deploy.inference.detector import Detector
 
-MOST_CALLS, MOST_WARM_UP_SECONDS = 50, 1.0
+MAX_CALLS, MAX_WARM_UP_SECONDS = 50, 1.0
 MIB = 2**20
 
 
 class Budget:
-    """How much time is left, and what opening a way of a kind took the last time."""
+    """The time that is left, and how long it took to open the last variant of every kind."""
 
     def __init__(self, seconds: float) -> None:
+        """Begin to count the time."""
         self._end = time.perf_counter() + seconds
         self._taken: dict[str, float] = {}
 
     def left(self) -> float:
-        """Seconds."""
+        """Return the seconds that are left."""
         return self._end - time.perf_counter()
 
-    def allows(self, way: Way, measuring: float) -> bool:
-        """Whether it can be opened, and all that is open be measured."""
-        return self.left() > self._taken.get(way.kind, way.guessed_seconds) + measuring
+    def allows(self, variant: Variant, measuring: float) -> bool:
+        """Return whether there is time to open a variant and to measure for `measuring` s."""
+        return self.left() > self._taken.get(variant.kind, variant.guessed_seconds) + measuring
 
-    def note(self, way: Way, seconds: float) -> None:
-        """What opening took."""
-        self._taken[way.kind] = seconds
+    def note(self, variant: Variant, seconds: float) -> None:
+        """Keep how long it took to open a variant."""
+        self._taken[variant.kind] = seconds
 
 
 @dataclass
-class Open:
-    """A way that is open: its row, its engine, and two calls that can be timed."""
+class OpenVariant:
+    """A variant that is open.
+
+    Attributes:
+        row: to be filled.
+        engine: to be closed.
+        call: runs inputs that are on the device, to detections in host memory.
+        whole: runs decoded frames, to detections in their own pixels.
+    """
 
     row: Row
     engine: Engine
@@ -63,37 +73,37 @@ class Session:
     Attributes:
         settings: of the run.
         budget: of time.
-        watch: looks at the GPU.
-        say: takes a line of progress.
+        watch: measures the GPU.
+        log: takes a line of progress.
     """
 
     settings: Settings
     budget: Budget
     watch: GpuWatch
-    say: Callable[[str], None]
+    log: Callable[[str], None]
 
     @property
     def warm_up_seconds(self) -> float:
-        """The most for one way."""
-        return min(MOST_WARM_UP_SECONDS, 8 * self.settings.seconds)
+        """Return how long one variant is warmed up at most."""
+        return min(MAX_WARM_UP_SECONDS, 8 * self.settings.seconds)
 
     @property
     def measuring_seconds(self) -> float:
-        """That both parts of one way take, all rounds together."""
+        """Return how long both parts of one variant take, all rounds together."""
         return 2 * (self.settings.rounds * self.settings.seconds + self.warm_up_seconds)
 
 
 def measure_cell(
     session: Session,
-    candidates: Sequence[Way],
+    candidates: Sequence[Variant],
     frames: Sequence[NDArray[np.uint8]],
     reference: Reference | None = None,
 ) -> list[Row]:
-    """Fills and returns the rows of a cell.
+    """Fill and return the rows of a cell.
 
     Args:
         session: of the run.
-        candidates: the ways to try, all of one cell.
+        candidates: the variants to try, all of one cell.
         frames: decoded images (H, W, 3) uint8 BGR, as many as a batch holds.
         reference: to compare with; None where this cell is not compared.
     """
@@ -103,102 +113,124 @@ def measure_cell(
         _finish(opened.pop(0), reference)
     gc.collect()
     forget_compiled()
-    return [way.row for way in candidates]
+    return [variant.row for variant in candidates]
 
 
 def _open_all(
-    session: Session, candidates: Sequence[Way], frames: Sequence[NDArray[np.uint8]]
-) -> list[Open]:
-    """Those that time allows and that open."""
-    opened: list[Open] = []
-    for way in candidates:
-        if not session.budget.allows(way, (len(opened) + 1) * session.measuring_seconds):
-            way.row.status, way.row.note = (
-                "skipped",
-                f"{max(0.0, session.budget.left()):.0f} s of the budget were left",
-            )
+    session: Session, candidates: Sequence[Variant], frames: Sequence[NDArray[np.uint8]]
+) -> list[OpenVariant]:
+    """Return the variants that the time allows and that open; arguments as of `measure_cell`."""
+    opened: list[OpenVariant] = []
+    for variant in candidates:
+        if not session.budget.allows(variant, (len(opened) + 1) * session.measuring_seconds):
+            left = max(0.0, session.budget.left())
+            variant.row.status = "skipped"
+            variant.row.note = f"{left:.0f} s of the budget were left"
         else:
-            with row_errors(way.row):
-                opened.append(_open(way, frames, session))
-        session.say(
-            f"{way.row.cell.name}: {way.row.name}: {way.row.status} {way.row.note}".rstrip()
-        )
+            with row_errors(variant.row):
+                opened.append(_open(variant, frames, session))
+        row = variant.row
+        session.log(f"{row.cell.name}: {row.name}: {row.status} {row.note}".rstrip())
     return opened
 
 
-def _finish(each: Open, reference: Reference | None) -> None:
-    """Compares it with the reference, notes what it has to say, and closes it."""
-    if reference is not None and each.row.status == "ok":
-        with row_errors(each.row):
-            each.row.parity = reference.compare(
-                each.engine, each.row.cell.batch, each.row.precision
-            )
-    remarks = list(getattr(each.engine, "notes", []))
-    if isinstance(each.engine, TorchWay) and each.engine.repeated:
-        remarks.append(f"suppression was repeated exactly for {each.engine.repeated} batches")
-    each.row.note = "; ".join(part for part in (each.row.note, *remarks) if part)
-    each.engine.close()
+def _finish(opened: OpenVariant, reference: Reference | None) -> None:
+    """Compare a variant with the reference, keep its engine's notes, and close it."""
+    row, engine = opened.row, opened.engine
+    if reference is not None and row.status == "ok":
+        with row_errors(row):
+            row.parity = reference.compare(engine, row.cell.batch, row.precision)
+    remarks = list(getattr(engine, "notes", []))
+    if isinstance(engine, TorchVariant) and engine.repeated:
+        remarks.append(f"suppression was repeated exactly for {engine.repeated} batches")
+    row.note = "; ".join(part for part in (row.note, *remarks) if part)
+    engine.close()
 
 
-def _open(way: Way, frames: Sequence[NDArray[np.uint8]], session: Session) -> Open:
-    """Opens a way and calls it once, with time and memory in its row."""
+def _open(variant: Variant, frames: Sequence[NDArray[np.uint8]], session: Session) -> OpenVariant:
+    """Open a variant and call it once; time and memory go into its row.
+
+    Args:
+        variant: to open.
+        frames: of one batch.
+        session: of the run.
+    """
     cuda, started = torch.cuda.is_available(), time.perf_counter()
     before = session.watch.memory_mib()
     held = torch.cuda.memory_allocated() if cuda else 0
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     try:
-        engine, resident = way.open()
-        way.row.runtime = engine.name
+        engine, resident = variant.open()
+        variant.row.runtime = engine.name
         try:
-            open_way = _prepare(way.row, engine, resident, frames)
-            open_way.call()
+            opened = _prepare(variant.row, engine, resident, frames)
+            opened.call()
         except BaseException:
             engine.close()
             raise
     finally:
-        way.row.open_seconds = time.perf_counter() - started
-        session.budget.note(way, way.row.open_seconds)
-    if isinstance(engine, TorchWay) and cuda:
-        way.row.memory_mib = (torch.cuda.max_memory_allocated() - held) / MIB
+        variant.row.open_seconds = time.perf_counter() - started
+        session.budget.note(variant, variant.row.open_seconds)
+    if isinstance(engine, TorchVariant) and cuda:
+        variant.row.memory_mib = (torch.cuda.max_memory_allocated() - held) / MIB
     elif before is not None and (now := session.watch.memory_mib()) is not None:
-        way.row.memory_mib = now - before
-    return open_way
+        variant.row.memory_mib = now - before
+    return opened
 
 
-def _prepare(row: Row, engine: Engine, resident: Any, frames: Sequence[NDArray[np.uint8]]) -> Open:
+def _prepare(
+    row: Row, engine: Engine, resident: Resident, frames: Sequence[NDArray[np.uint8]]
+) -> OpenVariant:
+    """Put the inputs on the device, and return the calls that are timed.
+
+    Args:
+        row: to be filled.
+        engine: open.
+        resident: puts inputs on the device and returns a call on them.
+        frames: of one batch.
+    """
     detector = Detector(engine, conf=CONF, iou=IOU, imgsz=engine.canvases_hw[0])
     batch = [detector.prepare(frame) for frame in frames]
-    images = np.stack([each.image for each in batch])
-    valid_hw = np.array([each.transform.resized_hw for each in batch], np.int32)
+    images = np.stack([prepared.image for prepared in batch])
+    valid_hw = np.array([prepared.transform.resized_hw for prepared in batch], np.int32)
     call = resident(images, valid_hw, CONF, IOU)
-    return Open(
-        row, engine, call, lambda: detector.infer([detector.prepare(frame) for frame in frames])
-    )
+
+    def whole() -> object:
+        return detector.infer([detector.prepare(frame) for frame in frames])
+
+    return OpenVariant(row, engine, call, whole)
 
 
-def _take_turns(opened: Sequence[Open], session: Session) -> None:
-    """Every way in every round, so that whatever else happens on the machine hits all alike; first the calls, then the whole."""
+def _take_turns(opened: Sequence[OpenVariant], session: Session) -> None:
+    """Time all variants in every round, first their calls, then the whole.
+
+    They take turns, so that other load on the machine hits all alike.
+    """
     for part in ("call", "whole"):
-        for each in opened:
-            if each.row.status == "ok":
-                with row_errors(each.row):
-                    warm_up(getattr(each, part), session.warm_up_seconds)
+        for variant in opened:
+            if variant.row.status == "ok":
+                with row_errors(variant.row):
+                    warm_up(getattr(variant, part), session.warm_up_seconds)
         for _ in range(session.settings.rounds):
-            for each in opened:
-                if each.row.status == "ok":
-                    with row_errors(each.row):
-                        getattr(each.row, f"{part}_ms").append(
-                            time_calls(getattr(each, part), session.settings.seconds)
-                        )
+            for variant in opened:
+                if variant.row.status == "ok":
+                    with row_errors(variant.row):
+                        times = time_calls(getattr(variant, part), session.settings.seconds)
+                        getattr(variant.row, f"{part}_ms").append(times)
                     session.watch.sample()
 
 
 def time_calls(call: Callable[[], object], seconds: float) -> list[float]:
-    """Milliseconds of single calls for about that long: at least one, at most `MOST_CALLS`. Each ends with its result in host memory."""
+    """Return the milliseconds of single calls, at least one, at most `MAX_CALLS`.
+
+    Args:
+        call: ends with its result in host memory.
+        seconds: to call it for, about.
+    """
     times: list[float] = []
     end = time.perf_counter() + seconds
-    while not times or (len(times) < MOST_CALLS and time.perf_counter() < end):
+    while not times or (len(times) < MAX_CALLS and time.perf_counter() < end):
         started = time.perf_counter()
         call()
         times.append((time.perf_counter() - started) * 1e3)

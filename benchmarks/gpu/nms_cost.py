@@ -1,10 +1,14 @@
-"""What suppression alone costs: the exact loop, its unrolled form in every mode, and torchvision's, on the candidates of real calls."""
+"""Measure what suppression alone costs, on the candidates of real calls.
+
+The exact loop, its unrolled form in every mode of PyTorch, and torchvision's.
+"""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,25 +19,26 @@ from torch import Tensor
 from benchmarks.gpu.failures import note_of, status_of
 from benchmarks.gpu.measure import time_calls
 from benchmarks.gpu.settings import CONF, IOU, Mode, Status
-from benchmarks.gpu.torch_ways import Recorded
+from benchmarks.gpu.torch_variants import Recorded
 from tood_deploy.benchmark.latency.worker import warm_up
 from tood_deploy.model.nms import nms, nms_unrolled
 from tood_deploy.model.postprocess import MAX_DET, Candidates
 from tood_deploy.model.tood import FusedDetector, Tood
 
 Kept = tuple[Tensor, Tensor]
+Call = Callable[[], Kept]
 
 
 @dataclass
 class NmsRow:
-    """One way of suppression for one batch.
+    """One method of suppression for one batch.
 
     Attributes:
         batch: images.
-        how: which way.
+        how: the method.
         status, note: as those of a `Row`.
         times_ms: of every round.
-        candidates: with a score above the threshold, in the image that has most.
+        candidates: with a score above the threshold, in the image that has the most.
         images_that_differ: from the exact loop.
     """
 
@@ -50,7 +55,14 @@ class NmsRow:
 def candidates_of(
     model: Tood, images: NDArray[np.uint8], valid_hw: NDArray[np.int32], device: str
 ) -> Candidates:
-    """What goes into suppression for a batch of padded images."""
+    """Return the input of suppression for a batch of padded images.
+
+    Args:
+        model: the network.
+        images: (B, H, W, 3) uint8 RGB.
+        valid_hw: (B, 2) rows and columns that hold real pixels.
+        device: "cuda" or "cpu".
+    """
     detector = FusedDetector(copy.deepcopy(model)).to(device).eval()
     source_images, rows = (torch.from_numpy(array).to(device) for array in (images, valid_hw))
     return detector(source_images, rows, CONF, IOU).candidates
@@ -63,80 +75,90 @@ def measure_nms(
     rounds: int,
     seconds: float,
 ) -> list[NmsRow]:
-    """All ways at all batches, taking turns; images are repeated where a batch is larger than what is given."""
+    """Measure all methods at all batches, taking turns.
+
+    Args:
+        candidates: of some images, which are repeated for a larger batch.
+        batches: images of a call.
+        modes: of PyTorch.
+        rounds: in which all methods take turns.
+        seconds: that a method is measured for in a round.
+    """
     rows: list[NmsRow] = []
     for batch in batches:
         repeats = -(-batch // len(candidates.scores))
-        part = Candidates(
-            *(
-                tensor.repeat(repeats, *[1] * (tensor.dim() - 1))[:batch].contiguous()
-                for tensor in candidates
-            )
-        )
-        rows += _measure_batch(part, _ways(part, modes), rounds, seconds)
+        parts = (part.repeat(repeats, *[1] * (part.dim() - 1))[:batch] for part in candidates)
+        repeated = Candidates(*(part.contiguous() for part in parts))
+        rows += _measure_batch(repeated, _methods(repeated, modes), rounds, seconds)
     torch.compiler.reset()
     return rows
 
 
 def _measure_batch(
-    candidates: Candidates,
-    ways: dict[str, Callable[[], Callable[[], Kept]]],
-    rounds: int,
-    seconds: float,
+    candidates: Candidates, methods: dict[str, Callable[[], Call]], rounds: int, seconds: float
 ) -> list[NmsRow]:
+    """Measure all methods on one batch.
+
+    Args:
+        candidates: of the batch.
+        methods: functions that prepare a call, by name.
+        rounds, seconds: as of `measure_nms`.
+    """
     expected = [tensor.cpu() for tensor in nms(*candidates, IOU, MAX_DET)]
-    most = int((candidates.scores > 0).sum(1).max())
-    rows, calls = [], []
-    for how, prepare in ways.items():
-        row = NmsRow(len(candidates.scores), how, candidates=most)
+    count = int((candidates.scores > 0).sum(1).max())
+    rows: list[NmsRow] = []
+    calls: list[tuple[NmsRow, Callable[[], object]]] = []
+    for how, prepare in methods.items():
+        row = NmsRow(len(candidates.scores), how, candidates=count)
         rows.append(row)
         try:
             call = prepare()
             row.images_that_differ = _count_differing(call(), expected)
-            warm_up(lambda call=call: [tensor.cpu() for tensor in call()], 4 * seconds)
-            calls.append((row, call))
+            to_host = partial(_call_to_host, call)
+            warm_up(to_host, 4 * seconds)
+            calls.append((row, to_host))
         except Exception as error:
             row.status, row.note = status_of(error), note_of(error)
     for _ in range(rounds):
-        for row, call in calls:
-            row.times_ms.append(
-                time_calls(lambda call=call: [tensor.cpu() for tensor in call()], seconds)
-            )
+        for row, to_host in calls:
+            row.times_ms.append(time_calls(to_host, seconds))
     return rows
 
 
-def _ways(
-    candidates: Candidates, modes: Sequence[Mode]
-) -> dict[str, Callable[[], Callable[[], Kept]]]:
-    """How each is prepared, by its name."""
+def _call_to_host(call: Call) -> list[Tensor]:
+    return [tensor.cpu() for tensor in call()]
+
+
+def _methods(candidates: Candidates, modes: Sequence[Mode]) -> dict[str, Callable[[], Call]]:
+    """Return by name the functions that prepare a call of a method."""
     threshold = torch.tensor(IOU, device=candidates.scores.device)
 
     def unrolled(*inputs: Tensor) -> Any:
         return nms_unrolled(inputs[0], inputs[1], inputs[2], inputs[3], MAX_DET)
 
-    def recorded(function: Callable[..., Any]) -> Callable[[], Callable[[], Kept]]:
-        def prepare() -> Callable[[], Kept]:
+    def recorded(function: Callable[..., Any]) -> Callable[[], Call]:
+        def prepare() -> Call:
             graph = Recorded(function, (*candidates, threshold))
             return lambda: graph(*graph.inputs)[:2]
 
         return prepare
 
-    ways: dict[str, Callable[[], Callable[[], Kept]]] = {
+    methods: dict[str, Callable[[], Call]] = {
         "exact loop": lambda: lambda: nms(*candidates, IOU, MAX_DET),
         "unrolled": lambda: lambda: unrolled(*candidates, threshold)[:2],
     }
     if "graph" in modes:
-        ways["unrolled, CUDA graph"] = recorded(unrolled)
+        methods["unrolled, CUDA graph"] = recorded(unrolled)
     if "compiled" in modes:
-        ways["unrolled, compiled, CUDA graph"] = recorded(
-            torch.compile(unrolled, dynamic=False, fullgraph=True)
-        )
-    return ways | {"torchvision, a image at a time": lambda: _torchvision(candidates)}
+        compiled = torch.compile(unrolled, dynamic=False, fullgraph=True)
+        methods["unrolled, compiled, CUDA graph"] = recorded(compiled)
+    return methods | {"torchvision, an image at a time": lambda: _torchvision(candidates)}
 
 
-def _torchvision(candidates: Candidates) -> Callable[[], Kept]:
-    """Its `batched_nms`, as users call it."""
-    from torchvision.ops import batched_nms  # pyright: ignore[reportMissingImports] - a comparison, where it is there
+def _torchvision(candidates: Candidates) -> Call:
+    """Return a call of torchvision's `batched_nms`, as users call it."""
+    # A comparison where it is installed.
+    from torchvision.ops import batched_nms  # pyright: ignore[reportMissingImports]
 
     def call() -> Kept:
         count = candidates.scores.shape[1]
@@ -152,6 +174,6 @@ def _torchvision(candidates: Candidates) -> Callable[[], Kept]:
     return call
 
 
-def _count_differing(found: Kept, expected: Sequence[Tensor]) -> int:
-    places, counts = (tensor.cpu() for tensor in found)
+def _count_differing(kept: Kept, expected: Sequence[Tensor]) -> int:
+    places, counts = (tensor.cpu() for tensor in kept)
     return int(((places != expected[0]).any(1) | (counts != expected[1])).sum())

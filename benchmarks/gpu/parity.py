@@ -1,4 +1,7 @@
-"""How far each way is from PyTorch in float32 on the CPU, on the same padded images."""
+"""Compare every variant with PyTorch in float32 on the CPU, on the same padded images.
+
+Images and open engines in, plain numbers out.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from tood_deploy.matching import MatchCounts, NetDetections, match_boxes, split_
 from tood_deploy.model.tood import FusedDetector, Tood
 from tood_deploy.parity.tolerances import DETECTION_LIMITS
 
-EXCHANGES = 2  # detections of a image that a decision on the very edge of a threshold may exchange
+EXCHANGES = 2  # detections of an image that decisions on the very edge of a threshold may exchange
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,8 @@ class Tolerances:
         scores: of a pair.
         boxes_px: of a pair's coordinates; None where boxes match that overlap by `iou`.
         iou: see there.
-        exchanged_share: share of a image's detections that may be exchanged, if that is more than `EXCHANGES`.
+        exchanged_share: share of an image's detections that may be exchanged, where that is more
+            than `EXCHANGES`.
     """
 
     scores: float
@@ -36,26 +40,22 @@ class Tolerances:
     iou: float
     exchanged_share: float
 
-    def match(self, reference: NetDetections, found: NetDetections) -> MatchCounts:
-        """The detections of both that agree."""
-        if self.boxes_px is not None:
-            return match_boxes(
-                reference,
-                found,
-                min_iou=0,
-                max_score_difference=self.scores,
-                max_box_difference_px=self.boxes_px,
-            ).counts
+    def match(self, reference: NetDetections, other: NetDetections) -> MatchCounts:
+        """Return how many detections of both agree."""
         return match_boxes(
-            reference, found, min_iou=self.iou, max_score_difference=self.scores
+            reference,
+            other,
+            min_iou=self.iou,
+            max_score_difference=self.scores,
+            max_box_difference_px=np.inf if self.boxes_px is None else self.boxes_px,
         ).counts
 
     def allowed_exchanges(self, match: MatchCounts) -> float:
-        """How many detections of a image may be exchanged."""
+        """Return how many detections of an image may be exchanged."""
         return max(EXCHANGES, self.exchanged_share * match.reference)
 
 
-# On a GPU float32 is summed up in other orders, by other algorithms of convolution, than on the CPU.
+# On a GPU float32 is summed up in other orders, by other convolution algorithms, than on the CPU.
 GPU_FP32 = Tolerances(1e-3, 0.5, 0.0, 0.02)
 
 
@@ -68,7 +68,7 @@ def tolerances_of(precision: str) -> Tolerances:
 
 
 class Reference:
-    """The network in PyTorch, float32, on the CPU, and what it finds."""
+    """The network in PyTorch, float32, on the CPU, and its detections."""
 
     def __init__(
         self, model: Tood, images: Sequence[NDArray[np.uint8]], size_hw: tuple[int, int]
@@ -78,29 +78,35 @@ class Reference:
         self._expected: list[NetDetections] | None = None
 
     def compare(self, engine: Engine, batch: int, precision: str) -> dict[str, Any]:
-        """Runs every image through an engine, in all slots of a batch.
+        """Run every image through an engine, in all slots of a batch, and compare detections.
+
+        Args:
+            engine: open.
+            batch: images of a call.
+            precision: of the engine, which the tolerances depend on.
 
         Returns:
-            The correspondence of the detections, what was allowed, the images on which it was not kept, and slots that differ.
+            The counts of matched detections, the tolerances, the images outside them, and the
+            images whose first and last slot differ.
         """
         prepared = self._prepare(engine)
         if self._expected is None:
-            self._expected = [self._run(each) for each in prepared]
+            self._expected = [self._run(image) for image in prepared]
         tolerances = tolerances_of(precision)
         total, worst, outside, slots = MatchCounts(), 0, 0, 0
-        for each, expected in zip(prepared, self._expected, strict=True):
-            first, last = _ends(_infer(engine, each, batch))
+        for image, expected in zip(prepared, self._expected, strict=True):
+            first, last = _ends(_infer(engine, image, batch))
             match = tolerances.match(expected, first)
             total, worst = total + match, max(worst, match.exchanged)
             outside += match.exchanged > tolerances.allowed_exchanges(match)
             slots += _differ(first, last, tolerances)
-        found = {
+        return asdict(total) | {
             "images": len(prepared),
             "images_outside": outside,
             "worst_exchanges": worst,
             "slots_that_differ": slots,
+            "tolerances": asdict(tolerances),
         }
-        return asdict(total) | found | {"tolerances": asdict(tolerances)}
 
     def _prepare(self, engine: Engine) -> list[Prepared]:
         detector = Detector(engine, imgsz=self.size_hw)
@@ -109,22 +115,22 @@ class Reference:
     @torch.no_grad()
     def _run(self, prepared: Prepared) -> NetDetections:
         valid_hw = torch.tensor([prepared.transform.resized_hw], dtype=torch.int32)
-        found = self.detector(
-            torch.from_numpy(prepared.image)[None], valid_hw, CONF, IOU
-        ).detections
-        return split_batch([tensor.numpy() for tensor in found])[0]
+        images = torch.from_numpy(prepared.image)[None]
+        detections = self.detector(images, valid_hw, CONF, IOU).detections
+        return split_batch([tensor.numpy() for tensor in detections])[0]
 
 
 def _infer(engine: Engine, prepared: Prepared, batch: int) -> BatchDetections:
+    """Run one image in all `batch` slots of an engine."""
     images = prepared.image[None].repeat(batch, 0)
-    return engine.infer(
-        images, np.array([prepared.transform.resized_hw], np.int32).repeat(batch, 0), CONF, IOU
-    )
+    valid_hw = np.array([prepared.transform.resized_hw], np.int32).repeat(batch, 0)
+    return engine.infer(images, valid_hw, CONF, IOU)
 
 
-def _ends(found: BatchDetections) -> tuple[NetDetections, NetDetections]:
-    rows = split_batch((found.num_dets, found.boxes_net, found.scores, found.labels))
-    return rows[0], rows[-1]
+def _ends(batch: BatchDetections) -> tuple[NetDetections, NetDetections]:
+    """Return the detections in the first and in the last slot."""
+    images = split_batch((batch.num_dets, batch.boxes_net, batch.scores, batch.labels))
+    return images[0], images[-1]
 
 
 def _differ(first: NetDetections, last: NetDetections, tolerances: Tolerances) -> bool:
@@ -133,11 +139,9 @@ def _differ(first: NetDetections, last: NetDetections, tolerances: Tolerances) -
 
 
 def verdict(parity: dict[str, Any]) -> str:
-    """Why a comparison fails; "" where it does not."""
-    if parity.get("images_outside"):
-        return (
-            f"parity: {parity['images_outside']} of {parity['images']} images outside the tolerance"
-        )
-    if parity.get("slots_that_differ"):
-        return f"parity: {parity['slots_that_differ']} of {parity['images']} images depend on the batch slot"
+    """Return why a comparison fails; "" where it does not."""
+    if outside := parity.get("images_outside"):
+        return f"parity: {outside} of {parity['images']} images outside the tolerance"
+    if differing := parity.get("slots_that_differ"):
+        return f"parity: {differing} of {parity['images']} images depend on the batch slot"
     return ""

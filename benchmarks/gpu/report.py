@@ -1,4 +1,4 @@
-"""The results as JSON and as Markdown for docs/results."""
+"""Write the results as JSON and as Markdown for docs/results."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.nms_cost import NmsRow
+from benchmarks.gpu.parity import verdict
 from benchmarks.gpu.settings import Row
 from tood_deploy.benchmark.html_report import Cell as TableCell
 from tood_deploy.benchmark.html_report import Table, write_json, write_markdown
@@ -23,13 +24,13 @@ def write_report(
     floors: Mapping[str, float],
     failures: Sequence[str],
 ) -> list[Path]:
-    """Writes <stem>.json, with every single time, and <stem>.md.
+    """Write <stem>.json, with every single time, and <stem>.md.
 
     Args:
         stem: where to, without suffix.
         rows: of all cells, in order.
         nms_rows: of suppression alone.
-        facts: what was run on what, as plain values.
+        facts: machine and settings of the run, as plain values.
         floors: milliseconds by the cell's name; empty on a CPU.
         failures: why the run counts as failed; empty where it does not.
 
@@ -49,6 +50,7 @@ def write_report(
 
 
 def _row_values(row: Row, rows: Sequence[Row]) -> dict[str, Any]:
+    """Return a row as plain values, with summaries and the comparison within `rows`."""
     call, whole = summary_of(row.call_ms), summary_of(row.whole_ms)
     base = _baseline(row, rows)
     faster = asdict(speedup(base.call_ms, row.call_ms)) if base and call else None
@@ -61,21 +63,17 @@ def _row_values(row: Row, rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def summary_of(rounds: Sequence[Sequence[float]]) -> Summary | None:
-    """Of all times of all rounds; None where there are none."""
+    """Summarise the times of all rounds; None where there are none."""
     times = list(chain.from_iterable(rounds))
     return summarise(times) if times else None
 
 
 def _baseline(row: Row, rows: Sequence[Row]) -> Row | None:
-    """PyTorch, eager, fp32 of the same cell, where it ran in as many rounds."""
-    fitting = [
-        each
-        for each in rows
-        if each.cell == row.cell and (each.how, each.precision) == ("eager", "fp32")
-    ]
-    return next(
-        (each for each in fitting if each.call_ms and len(each.call_ms) == len(row.call_ms)), None
-    )
+    """Return the row of eager fp32 PyTorch in the same cell, if it ran in as many rounds."""
+    for other in rows:
+        if (other.cell, other.how, other.precision) == (row.cell, "eager", "fp32"):
+            return other if other.call_ms and len(other.call_ms) == len(row.call_ms) else None
+    return None
 
 
 def _markdown(
@@ -85,44 +83,35 @@ def _markdown(
     floors: Mapping[str, float],
     failures: Sequence[str],
 ) -> list[str]:
-    parts = [
-        "# Speed on a GPU" if floors else "# The GPU benchmark's flow, on a CPU",
-        _facts_list(facts),
-    ]
+    """Return the paragraphs of the Markdown file; arguments as of `write_report`."""
+    title = "# Speed on a GPU" if floors else "# The GPU benchmark's flow, on a CPU"
+    parts = [title, _facts_list(facts)]
     parts += [f"**Failed:** {'; '.join(failures)}"] if failures else []
     for cell in dict.fromkeys(row.cell for row in rows):
-        mine = [row for row in rows if row.cell == cell]
-        parts += [f"## {cell.name}", _speed_table(mine, floors.get(cell.name)).markdown()]
-        if notes := [
-            f"- {row.name}: **{row.status}**. {row.note}".rstrip()
-            for row in mine
-            if row.note or row.status != "ok"
-        ]:
-            parts.append("\n".join(notes))
-    return [
-        *parts,
-        *_parity_parts(rows),
-        "## Suppression alone",
-        _nms_table(nms_rows).markdown(),
-        *_nms_notes(nms_rows),
-    ]
+        in_cell = [row for row in rows if row.cell == cell]
+        parts += [f"## {cell.name}", _speed_table(in_cell, floors.get(cell.name)).markdown()]
+        noted = [row for row in in_cell if row.note or row.status != "ok"]
+        notes = [f"- {row.name}: **{row.status}**. {row.note}".rstrip() for row in noted]
+        parts += ["\n".join(notes)] if notes else []
+    parts += _parity_parts(rows)
+    return [*parts, "## Suppression alone", _nms_table(nms_rows).markdown(), *_nms_notes(nms_rows)]
 
 
 def _facts_list(facts: Mapping[str, Any]) -> str:
-    flat = {
-        name: _in_words(value) if isinstance(value, Mapping) else value
-        for name, value in facts.items()
-    }
-    return "\n".join(f"- {name}: {value}" for name, value in flat.items() if value)
+    lines = []
+    for name, value in facts.items():
+        text = _joined(value) if isinstance(value, Mapping) else value
+        lines += [f"- {name}: {text}"] if text else []
+    return "\n".join(lines)
 
 
-def _in_words(values: Mapping[str, Any]) -> str:
-    return ", ".join(
-        f"{name} {value}" for name, value in values.items() if value not in ("", None, [])
-    )
+def _joined(values: Mapping[str, Any]) -> str:
+    filled = {name: value for name, value in values.items() if value not in ("", None, [])}
+    return ", ".join(f"{name} {value}" for name, value in filled.items())
 
 
 def _speed_table(rows: Sequence[Row], floor: float | None) -> Table:
+    """Return the table of one cell's rows; `floor` is in milliseconds, None on a CPU."""
     headers = (
         "runs",
         "call ms",
@@ -136,15 +125,20 @@ def _speed_table(rows: Sequence[Row], floor: float | None) -> Table:
         "to open s",
     )
     note = (
-        "Call: inputs on the device, detections in host memory, normalising and suppression included. From frames: decoded images "
-        "in host memory to detections in their own pixels, scaled and padded one after the other."
+        "Call: inputs on the device, detections in host memory, normalising and suppression "
+        "included. From frames: decoded images in host memory to detections in their own pixels, "
+        "scaled and padded one after the other."
     )
     if floor is not None:
-        note += f" Floor: {floor:.2f} ms, the network's arithmetic at the GPU's highest bf16 rate, whatever the row's precision."
+        note += (
+            f" Floor: {floor:.2f} ms, the network's arithmetic at the GPU's highest bf16 rate, "
+            "whatever the row's precision."
+        )
     return Table(headers, [_speed_cells(row, rows, floor) for row in rows], note)
 
 
 def _speed_cells(row: Row, rows: Sequence[Row], floor: float | None) -> list[TableCell]:
+    """Return the table's cells of one row; other arguments as of `_speed_table`."""
     call, whole, base = summary_of(row.call_ms), summary_of(row.whole_ms), _baseline(row, rows)
     if row.status != "ok" or call is None:
         return [row.name, row.status, *[None] * 8]
@@ -192,7 +186,10 @@ def _parity_parts(rows: Sequence[Row]) -> list[str]:
         "slots_that_differ",
     )
     cells = [[row.name, *(_digits(row.parity[key]) for key in keys)] for row in compared]
-    note = "Against PyTorch in float32 on the CPU, on the same padded images; deviations are the largest of matched pairs."
+    note = (
+        "Against PyTorch in float32 on the CPU, on the same padded images; deviations are the "
+        "largest of matched pairs."
+    )
     return [f"## Parity, {compared[0].cell.name}", Table(headers, cells, note).markdown()]
 
 
@@ -211,40 +208,37 @@ def _nms_table(rows: Sequence[NmsRow]) -> Table:
     )
     cells: list[list[TableCell]] = []
     for row in rows:
-        found = summary_of(row.times_ms)
-        times: list[TableCell] = (
-            [f"{found.median:.3f}", f"{found.p90:.3f}"] if found else [row.status, None]
-        )
-        cells.append(
-            [row.how, row.batch, row.candidates, *times, row.images_that_differ if found else None]
-        )
-    return Table(
-        headers,
-        cells,
-        "Candidates: above the score threshold, in the image that has most. Positions are copied to the host.",
+        first: list[TableCell] = [row.how, row.batch, row.candidates]
+        if times := summary_of(row.times_ms):
+            numbers = [f"{times.median:.3f}", f"{times.p90:.3f}", row.images_that_differ]
+            cells.append([*first, *numbers])
+        else:
+            cells.append([*first, row.status, None, None])
+    note = (
+        "Candidates: above the score threshold, in the image that has the most. Positions are "
+        "copied to the host."
     )
+    return Table(headers, cells, note)
 
 
 def _nms_notes(rows: Sequence[NmsRow]) -> list[str]:
-    notes = [
-        f"- {row.how}, batch {row.batch}: **{row.status}**. {row.note}"
-        for row in rows
-        if row.status != "ok"
-    ]
+    problems = [row for row in rows if row.status != "ok"]
+    notes = [f"- {row.how}, batch {row.batch}: **{row.status}**. {row.note}" for row in problems]
     return ["\n".join(notes)] if notes else []
 
 
 def failures_of(rows: Sequence[Row], nms_rows: Sequence[NmsRow]) -> list[str]:
-    """What makes the run fail: faults, and ways that are not equal to the reference. What is absent or refused does not."""
-    from benchmarks.gpu.parity import verdict
+    """Return why the run fails: faults, and variants that are not equal to the reference.
 
-    faults = [f"{row.cell.name}: {row.name}: {row.note}" for row in rows if row.status == "failed"]
-    faults += [
-        f"suppression, {row.how}, batch {row.batch}: {row.note}"
-        for row in nms_rows
-        if row.status == "failed"
+    Variants that are absent or refused are no reason.
+    """
+    failures = [
+        f"{row.cell.name}: {row.name}: {row.note}" for row in rows if row.status == "failed"
     ]
-    unequal = [
-        f"{row.cell.name}: {row.name}: {verdict(row.parity)}" for row in rows if verdict(row.parity)
-    ]
-    return faults + unequal
+    for row in nms_rows:
+        if row.status == "failed":
+            failures.append(f"suppression, {row.how}, batch {row.batch}: {row.note}")
+    for row in rows:
+        if problem := verdict(row.parity):
+            failures.append(f"{row.cell.name}: {row.name}: {problem}")
+    return failures

@@ -1,4 +1,4 @@
-"""The whole run: a network, all cells, suppression alone, the reports."""
+"""Carry out a whole run: a network, all cells, suppression alone, the reports."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from benchmarks.gpu.nms_cost import NmsRow, candidates_of, measure_nms
 from benchmarks.gpu.parity import Reference
 from benchmarks.gpu.report import failures_of, write_report
 from benchmarks.gpu.settings import CONF, IOU, Row, Settings, cells
-from benchmarks.gpu.ways import ways
+from benchmarks.gpu.variants import variants
 from tood_deploy.data.image_set import synthetic_image
 from tood_deploy.data.images import read_images
 from tood_deploy.errors import DeviceError
@@ -36,75 +36,76 @@ NMS_IMAGES = 4
 
 
 def run_all(settings: Settings, output: Path, command: str) -> list[str]:
-    """Measures everything and writes the reports.
+    """Measure everything and write the reports.
+
+    Args:
+        settings: of the run.
+        output: the reports' path without suffix.
+        command: as it was called, for the reports.
 
     Returns:
-        What failed and should not have.
+        The failures that make the run fail.
 
     Raises:
-        ToodError: no GPU where one is asked for, a checkpoint or images that cannot be read, a place that cannot be written.
+        ToodError: no GPU where one is asked for, a checkpoint or images that cannot be read, a
+            place that cannot be written.
     """
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise DeviceError(
-            f"device cuda is not there for PyTorch {torch.__version__}; give --device cpu to test the flow"
+            f"device cuda is not there for PyTorch {torch.__version__}; "
+            "give --device cpu to test the flow"
         )
-    session = Session(settings, Budget(settings.budget_seconds), GpuWatch(settings.device), _say)
+    session = Session(settings, Budget(settings.budget_seconds), GpuWatch(settings.device), _log)
     torch.backends.cudnn.benchmark = True
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = (
-        False  # what is called fp32 is fp32
-    )
-    model = make_model(settings)
+    # No TF32: rows that are called fp32 are fp32.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    model = load_model(settings)
     facts = describe(settings.device) | {
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
         "command": command,
         "run": _describe_run(settings, model),
     }
     artefacts = Artefacts(model, settings)
-    _say(f"{facts['gpu'].get('name', 'CPU')}; {facts['versions']}")
+    _log(f"{facts['gpu'].get('name', 'CPU')}; {facts['versions']}")
     rows: list[Row] = []
     nms_rows: list[NmsRow] = []
     for cell in cells(settings):
         frames = [synthetic_image(*FRAME_HW[settings.device], seed) for seed in range(cell.batch)]
         reference = Reference(model, _parity_images(settings), cell.size_hw) if cell.first else None
-        rows += measure_cell(session, ways(settings, artefacts, cell), frames, reference)
+        rows += measure_cell(session, variants(settings, artefacts, cell), frames, reference)
         if cell.first:
             nms_rows = _measure_suppression(settings, model, session.budget)
     for row in rows:
         row.note = row.note.replace(f"{settings.folder}/", "")
-    floors = {
-        cell.name: floor_ms(model.preset, cell, settings.peak_tflops)
-        for cell in cells(settings)
-        if settings.device == "cuda"
-    }
+    floors: dict[str, float] = {}
+    if settings.device == "cuda":
+        peak = settings.peak_tflops
+        floors = {cell.name: floor_ms(model.preset, cell, peak) for cell in cells(settings)}
     failures = failures_of(rows, nms_rows)
-    paths = write_report(
-        output,
-        rows,
-        nms_rows,
-        facts | {"GPU during the run": session.watch.to_dict()},
-        floors,
-        failures,
-    )
+    facts["GPU during the run"] = session.watch.to_dict()
+    paths = write_report(output, rows, nms_rows, facts, floors, failures)
     print(paths[1].read_text(encoding="utf-8"))
-    _say(f"written: {', '.join(map(str, paths))}")
+    _log(f"written: {', '.join(map(str, paths))}")
     return failures
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+def _log(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
-def make_model(settings: Settings) -> Tood:
-    """The network of a checkpoint, or one with the stand-in weights of the tests, which find a hundred things in any image."""
+def load_model(settings: Settings) -> Tood:
+    """Return the network of the checkpoint, else one with the stand-in weights of the tests.
+
+    These find a hundred things in any image.
+    """
     if settings.checkpoint:
         return load_checkpoint(settings.checkpoint).requires_grad_(False)
     weights = _load_module(SEEDED_WEIGHTS)
     with torch.device("meta"):
         model = build_model(replace(get_preset(settings.preset), weights=None))
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    model.load_state_dict(
-        {key: torch.as_tensor(value) for key, value in weights.fill(shapes).items()}, assign=True
-    )
+    state = {key: torch.as_tensor(value) for key, value in weights.fill(shapes).items()}
+    model.load_state_dict(state, assign=True)
     return model.requires_grad_(False)
 
 
@@ -129,14 +130,8 @@ def _parity_images(settings: Settings) -> list[NDArray[np.uint8]]:
 
 def _measure_suppression(settings: Settings, model: Tood, budget: Budget) -> list[NmsRow]:
     if "torch" not in settings.backends or budget.left() < 0:
-        return [
-            NmsRow(
-                0,
-                "all",
-                "skipped",
-                f"{max(0.0, budget.left()):.0f} s of the budget were left, or PyTorch was not asked for",
-            )
-        ]
+        left = f"{max(0.0, budget.left()):.0f} s of the budget were left"
+        return [NmsRow(0, "all", "skipped", f"{left}, or PyTorch was not asked for")]
     size_hw = settings.sizes_hw[0]
     prepared = [
         resize_and_pad(synthetic_image(*size_hw, seed), (min(size_hw), max(size_hw)), size_hw)
@@ -151,16 +146,11 @@ def _measure_suppression(settings: Settings, model: Tood, budget: Budget) -> lis
 
 
 def _describe_run(settings: Settings, model: Tood) -> dict[str, Any]:
-    weights = (
-        f"checkpoint {settings.checkpoint.name}"
-        if settings.checkpoint
-        else "seeded stand-in weights"
-    )
-    images = (
-        f"the first {settings.image_count} of {settings.images.name}"
-        if settings.images
-        else f"{settings.image_count} synthetic"
-    )
+    weights, images = "seeded stand-in weights", f"{settings.image_count} synthetic"
+    if settings.checkpoint:
+        weights = f"checkpoint {settings.checkpoint.name}"
+    if settings.images:
+        images = f"the first {settings.image_count} of {settings.images.name}"
     return {
         "network": f"{model.preset.name} with {weights}",
         "thresholds": f"score {CONF}, overlap {IOU}",

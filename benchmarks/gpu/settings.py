@@ -1,4 +1,4 @@
-"""What is measured, and the statuses of a row. Knows no runtime."""
+"""Say what is measured, and what a row of results holds. Knows no runtime."""
 
 from __future__ import annotations
 
@@ -17,10 +17,7 @@ MODES: dict[str, tuple[Mode, ...]] = {
     "cuda": ("eager", "graph", "compiled"),
     "cpu": ("eager", "static"),
 }
-CONF, IOU = (
-    0.05,
-    0.6,
-)  # the thresholds that COCO results are made with: more candidates than a user's own
+CONF, IOU = 0.05, 0.6  # as COCO results are computed: more candidates than with a user's own
 H200_TFLOPS = 790.0  # bf16 products on one H200, measured
 
 
@@ -37,7 +34,7 @@ class Settings:
         batches: images a call, the most important first.
         precisions: of the network.
         backends: that are tried.
-        modes: ways to run PyTorch.
+        modes: how PyTorch runs the network.
         compile_all: compile every precision in every cell, not bf16 alone in those after the first.
         compile_mode: of `torch.compile`.
         images: images for parity; synthetic ones where not given.
@@ -79,23 +76,24 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Return the cell's title in tables."""
         return f"{self.size_hw[0]}x{self.size_hw[1]}, batch {self.batch}"
 
 
 @dataclass
 class Row:
-    """One way to run the detector in one cell.
+    """The results of one variant in one cell.
 
     Attributes:
         cell: size and batch.
-        runtime, how, precision: what ran.
-        status: "ok"; "absent" (not installed), "refused" (by the runtime or the GPU), "skipped" (no time left), "failed" (a fault).
+        runtime, how, precision: of the variant.
+        status: "ok"; "absent" (not installed), "refused" (by the runtime or the GPU), "skipped" (no
+            time left), "failed" (a fault).
         note: why it is not "ok", or a remark.
         call_ms: times of every round: inputs on the device, detections in host memory.
         whole_ms: the same from decoded frames to detections in their pixels.
-        open_seconds: that exporting, building, compiling, recording and the first call took.
-        memory_mib: of the device, that these took at most; None where it cannot be told.
+        open_seconds: for exporting, building, compiling, recording and the first call.
+        memory_mib: of the device, for these at most; None where it cannot be measured.
         parity: how far from PyTorch in float32 on the CPU; empty where it was not compared.
     """
 
@@ -113,11 +111,11 @@ class Row:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Return the row's title in tables."""
         return f"{self.runtime}, {self.how}, {self.precision}"
 
 
 def cells(settings: Settings) -> list[Cell]:
-    """Every batch and size, batches first: what runs out of time is the largest batch."""
-    made = [(size, batch) for batch in settings.batches for size in settings.sizes_hw]
-    return [Cell(size, batch, first=number == 0) for number, (size, batch) in enumerate(made)]
+    """Return every batch and size, batches first: it is the largest that runs out of time."""
+    pairs = [(size, batch) for batch in settings.batches for size in settings.sizes_hw]
+    return [Cell(size, batch, first=number == 0) for number, (size, batch) in enumerate(pairs)]

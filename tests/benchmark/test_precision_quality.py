@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import onnx
 import pytest
-from benchmark.truths import annotation, coco, write_json
+from data.small_coco import annotation, coco, write_json
 from onnx import numpy_helper
 
 from tood_deploy.benchmark.evaluation.evaluate import DataSet, open_data_set

@@ -1,4 +1,4 @@
-"""tood-bench: options, exit codes, one clear line for bad input. Runs on checkpoints, so nothing is exported."""
+"""tood-bench: options, exit codes, one clear line for bad input; on checkpoints."""
 
 from __future__ import annotations
 
@@ -66,7 +66,8 @@ class TestParity:
             "parity", checkpoints[0], checkpoints[0], "--limit", 1, "--sizes", "--conf", 0, *SMALL
         )
         assert code == 0
-        assert out.splitlines()[1:] == ["parity-report/parity.html"]
+        assert out.splitlines()[-1] == "parity-report/parity.html"
+        assert "detections exchanged in an image" in out
         assert "equal to the PyTorch reference" in out
         assert sorted(path.name for path in Path("parity-report").iterdir()) == [
             "parity.html",

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmark.truths import annotation, coco, result, write_json
+from data.small_coco import annotation, coco, result, write_json
 from inference.fakes import CLASSES, RedEngine, red_image, write_image
 
 from tood_deploy.cli.eval import main
@@ -14,7 +14,8 @@ from tood_deploy.inference import detector as detector_module
 
 Run = Callable[..., tuple[int, str, str]]
 
-# The engine finds the first two, and something else in the third image: precision 1 at the recalls 0.00 to 0.66, 67 of 101.
+# The engine finds the first two, and something else in the third image: precision 1 at the recalls
+# 0.00 to 0.66, 67 of 101.
 OBJECTS = [
     annotation(1, 1, (4, 8, 16, 16)),
     annotation(2, 1, (8, 8, 16, 16)),
@@ -24,7 +25,10 @@ OBJECTS = [
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
-    """Runs tood-eval with a stand-in engine in a folder with truth.json and images/; gives exit code, stdout and stderr."""
+    """Run tood-eval with a stand-in engine in a folder with truth.json and images/.
+
+    Returns exit code, stdout and stderr.
+    """
     monkeypatch.chdir(tmp_path)
     for i in range(1, 4):
         write_image(tmp_path / "images" / f"{i}.png", red_image(left=4 * i))
@@ -56,8 +60,8 @@ def test_a_model(run: Run) -> None:
     assert "AP  66.34" in out
     assert "model-eval/report.html" in out
     assert (
-        "note: Classes without objects in the annotations have no AP and do not count in the mean: other/thing."
-        in err
+        "note: Classes without objects in the annotations have no AP and do not count in the mean: "
+        "other/thing." in err
     )
     assert sorted(path.suffix for path in Path("model-eval").iterdir()) == [
         ".html",
@@ -69,7 +73,7 @@ def test_a_model(run: Run) -> None:
     assert len(json.loads(Path("model-eval/results.json").read_text())) == 3
     values = report("model-eval")
     assert values["facts"]["detection"].startswith(
-        "conf 0.05, iou 0.6, at most 4 a image, 1000 candidates"
+        "conf 0.05, iou 0.6, at most 4 an image, 1000 candidates"
     )
     assert values["facts"]["command"].startswith("tood-eval model.pth --annotations truth.json")
 
@@ -89,7 +93,7 @@ def test_the_models_own_thresholds_are_the_default(
     run("--images", "images")
     assert (
         report("model-eval")["facts"]["detection"]
-        == "conf 0.2, iou 0.3, at most 4 a image, 500 candidates a level"
+        == "conf 0.2, iou 0.3, at most 4 an image, 500 candidates a level"
     )
     run("--images", "images", "--conf", "0.1", "--iou", "0.5", "--output", "told")
     assert report("told")["facts"]["detection"].startswith("conf 0.1, iou 0.5")
@@ -237,7 +241,8 @@ def test_real_checkpoints_score_as_in_their_own_code(
     assert main([*arguments, "--batch", "4", "--threads", "1", "--output", str(tmp_path)]) == 0
     assert "AP  53." in capfd.readouterr().out
     numbers = report(str(tmp_path))["numbers"]
-    # What is left is the rounding of another runtime's convolutions, which may swap two boxes of nearly equal score.
+    # What is left is the rounding of another runtime's convolutions, which may swap two boxes of
+    # nearly equal score.
     assert tuple(numbers[key] for key in ("AP", "AP50", "AP75")) == pytest.approx(
         expected, abs=5e-4
     )

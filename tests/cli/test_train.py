@@ -179,7 +179,7 @@ def test_a_gpu_that_is_not_there(
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     assert main(["tiny", *data, "--device", "cuda", "--output", str(tmp_path / "run")]) == 2
-    assert "wants a GPU" in capsys.readouterr().err
+    assert "sees 0" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import pytest
 from tood_deploy.demo.scenes import RADII, SCENE_CLASSES, main, make_scene, write_scenes
 
 
-def test_a_seed_is_a_image() -> None:
+def test_a_seed_is_an_image() -> None:
     first, again, other = make_scene(4), make_scene(4), make_scene(5)
     np.testing.assert_array_equal(first.image_bgr, again.image_bgr)
     np.testing.assert_array_equal(first.boxes, again.boxes)

@@ -23,8 +23,8 @@ from tood_deploy.engines.self_test import (
 from tood_deploy.errors import ArtefactError
 from tood_deploy.manifest import Manifest, manifest_path, read_manifest
 from tood_deploy.model import FusedDetector, load_checkpoint
-from tood_deploy.parity.reference import TorchRunner
 from tood_deploy.parity.tolerances import LOW_PRECISION, SAME_FLOAT32, SAME_INT8, SAME_TF32
+from tood_deploy.parity.torch_reference import TorchRunner
 from tood_deploy.presets import PRESETS
 
 Change = Callable[[BatchDetections], object]

@@ -31,7 +31,7 @@ def plan(tiny_artefact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tood_deploy.export.tensorrt.to_tensorrt import engine_from_onnx
 
     path = tmp_path_factory.mktemp("plan") / "tiny.engine"
-    engine_from_onnx(tiny_artefact, path, profiles=Profiles(SIZES_HW, (1, 2, MOST)), quiet=True)
+    engine_from_onnx(tiny_artefact, path, profiles=Profiles(SIZES_HW, (1, 2, MOST)))
     try:
         open_on_gpu(path).close()
     except ToodError as error:
@@ -216,17 +216,13 @@ def test_the_self_test_passes_in_every_slot(
     from tood_deploy.engines.self_test import self_test_from
     from tood_deploy.export.tensorrt.options import Profiles
     from tood_deploy.export.tensorrt.to_tensorrt import engine_from_onnx
-    from tood_deploy.parity.stages import OnnxRunner
+    from tood_deploy.parity.onnx_reference import OnnxRunner
 
     monkeypatch.setenv("TOOD_HOME", str(tmp_path / "home"))
     path = tmp_path / "tiny.engine"
     self_test = self_test_from(OnnxRunner(tiny_artefact), SIZES_HW)
     engine_from_onnx(
-        tiny_artefact,
-        path,
-        profiles=Profiles(SIZES_HW, (1, 2, MOST)),
-        self_test=self_test,
-        quiet=True,
+        tiny_artefact, path, profiles=Profiles(SIZES_HW, (1, 2, MOST)), self_test=self_test
     )
     open_engine(path, device="cuda").close()
     assert list((tmp_path / "home").rglob("*.json")), "no record of it"

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from benchmark.truths import annotation, coco, write_json
+from data.small_coco import annotation, coco, write_json
 from inference.fakes import red_image, write_image
 from manifest_values import plain
 from onnx_edits import edit_weight
@@ -29,7 +29,7 @@ from tood_deploy.files import file_sha256
 from tood_deploy.manifest import Manifest, manifest_path, read_manifest
 from tood_deploy.model import load_checkpoint
 from tood_deploy.onnx_file import read_onnx, write_onnx
-from tood_deploy.parity.stages import OnnxRunner
+from tood_deploy.parity.onnx_reference import OnnxRunner
 from tood_deploy.presets import PRESETS
 
 pytestmark = pytest.mark.usefixtures("stand_in_limits")

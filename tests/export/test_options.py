@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from benchmark.truths import annotation, coco, write_json
+from data.small_coco import annotation, coco, write_json
 from inference.fakes import CLASSES, red_image, write_image
 
 from tood_deploy.benchmark.precision_search import PrecisionSearch

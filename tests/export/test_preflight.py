@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from benchmark.truths import annotation, coco, write_json
+from data.small_coco import annotation, coco, write_json
 from export.small_graph import save_small
 from inference.fakes import CLASSES, red_image, write_image
 from manifest_values import changed

@@ -19,7 +19,7 @@ from tood_deploy.export.shortcuts import decompose, take_shortcuts
 from tood_deploy.export.to_onnx import onnx_from_model
 from tood_deploy.graph_io import MAP_NAMES, OUTPUTS
 from tood_deploy.model.tood import Tood
-from tood_deploy.parity.stages import OnnxRunner
+from tood_deploy.parity.onnx_reference import OnnxRunner
 
 
 class EveryOperator(nn.Module):

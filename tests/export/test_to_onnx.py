@@ -21,8 +21,8 @@ from tood_deploy.graph_io import INPUTS, OUTPUTS
 from tood_deploy.manifest import METADATA_KEY, Manifest, read_manifest
 from tood_deploy.model import load_checkpoint
 from tood_deploy.onnx_file import with_outputs
-from tood_deploy.parity.reference import torch_reference
-from tood_deploy.parity.stages import OnnxRunner
+from tood_deploy.parity.onnx_reference import OnnxRunner
+from tood_deploy.parity.torch_reference import torch_reference
 from tood_deploy.parity.verify import verify_float32
 
 # What every runtime builds (DESIGN section 4). No GridSample, no NonMaxSuppression, nothing of a domain of its own.

@@ -22,8 +22,9 @@ from tood_deploy.export.to_openvino import openvino_from_onnx
 from tood_deploy.manifest import Manifest, artefact_sha256, doubts, manifest_path, read_manifest
 from tood_deploy.model import load_checkpoint
 from tood_deploy.parity import verify
-from tood_deploy.parity.reference import Reference, torch_reference
+from tood_deploy.parity.reference import Reference
 from tood_deploy.parity.tolerances import DETECTION_LIMITS
+from tood_deploy.parity.torch_reference import torch_reference
 
 pytestmark = pytest.mark.usefixtures("stand_in_limits")
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from data.test_images import CMYK_JPEG, THIRDS_BGR, encode, png_bomb, with_orientation
 from hypothesis import given
 from hypothesis import strategies as st
 from inference.fakes import RedEngine, moving_images, red_image, write_image, write_video
-from inference.test_images import CMYK_JPEG, THIRDS_BGR, encode, png_bomb, with_orientation
 from numpy.typing import NDArray
 
 from tood_deploy import Detector

@@ -1,6 +1,7 @@
 """Downloads from a local HTTP server, whose manners every test chooses."""
 
 import hashlib
+import itertools
 import socket
 import threading
 import time
@@ -17,6 +18,7 @@ from tood_deploy.files import home_folder
 from tood_deploy.model import download
 from tood_deploy.model.download import fetch_weights
 from tood_deploy.presets import PRESETS, Preset, PublishedWeights
+from tood_deploy.reporter import Reporter
 
 PAYLOAD = bytes(range(256)) * 4096  # 1 MiB
 SHA256 = hashlib.sha256(PAYLOAD).hexdigest()
@@ -96,6 +98,18 @@ def test_downloads_whole_file(
     assert path.read_bytes() == PAYLOAD
     assert not list(path.parent.glob("*.part"))
     assert capfd.readouterr() == ("", "")  # no bar where there is no terminal
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_long_download_shows_how_far_it_is(
+    quiet: bool, server: WeightsServer, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    seconds = itertools.count(step=10.0)
+    reporter = Reporter(quiet, clock=lambda: next(seconds))
+    fetch_weights(preset_at(server.url), tmp_path, reporter)
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert ("of 1.0 MB" in err) != quiet
 
 
 def test_second_time_asks_no_server(server: WeightsServer, tmp_path: Path) -> None:

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from tood_deploy.data.coco import read_annotations
 from tood_deploy.demo.scenes import SCENE_CLASSES, write_scenes
 from tood_deploy.presets import PRESETS, Preset
 from tood_deploy.training.config import RECIPES, Progress, Recipe, RunOptions
 from tood_deploy.training.data import Augment, TrainingData
 from tood_deploy.training.init import new_model
 from tood_deploy.training.loop import fit
+from tood_deploy.training.records import read_labelled_images
 
 Fit = Callable[..., Progress]
 
@@ -39,7 +39,7 @@ def small_preset() -> Preset:
 
 @pytest.fixture(scope="session")
 def short_recipe() -> Recipe:
-    """Two steps of four and one of two an epoch; both kinds of assignment, both mirrors, sizes, an average."""
+    """Two steps of four and one of two an epoch; both assignments, both mirrors, an average."""
     recipe = RECIPES["tiny"]
     return replace(
         recipe,
@@ -66,7 +66,7 @@ def run_fit(scenes: Path, small_preset: Preset, short_recipe: Recipe) -> Fit:
         **options: Any,
     ) -> Progress:
         recipe = recipe or short_recipe
-        annotations = read_annotations(scenes / "annotations.json", scenes / "images")
+        annotations = read_labelled_images(scenes / "annotations.json", scenes / "images")
         data = TrainingData(
             annotations.for_training(),
             Augment(

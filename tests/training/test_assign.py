@@ -189,7 +189,11 @@ def test_targets_of_the_score_reach_the_best_overlap() -> None:
 
 
 def test_500_boxes_at_full_size_take_little_memory() -> None:
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_assign; test_assign.print_memory_growth()"
+    folder = str(Path(__file__).parent)
+    code = (
+        f"import sys; sys.path.insert(0, {folder!r}); import test_assign; "
+        "test_assign.print_memory_growth()"
+    )
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
     )
@@ -197,7 +201,7 @@ def test_500_boxes_at_full_size_take_little_memory() -> None:
 
 
 def crowded(kind: str) -> Callable[[], Assignment]:
-    """500 boxes of all sizes in a image of 800 x 1333."""
+    """500 boxes of all sizes in an image of 800 x 1333."""
     rng = np.random.default_rng(0)
     grid = grid_of(800, 1344)
     gt, labels = (
@@ -214,7 +218,7 @@ def crowded(kind: str) -> Callable[[], Assignment]:
 
 
 def print_memory_growth() -> None:
-    """MiB by which the peak of this process grows; for a process of its own, as the peak never falls."""
+    """Print by how many MiB the peak of this process grows: of its own, as a peak never falls."""
     torch.set_num_threads(1)
     both = [crowded(kind) for kind in ("atss", "task-aligned")]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,4 +1,4 @@
-"""Augmentation and batches: boxes stay on their objects, and the order follows from seed and epoch alone."""
+"""Augmentation and batches: boxes stay on their objects, the order follows from seed and epoch."""
 
 from collections import Counter
 from pathlib import Path
@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from tood_deploy.data.coco import Record, read_annotations
 from tood_deploy.errors import InputError
 from tood_deploy.training.data import (
     Augment,
@@ -22,10 +21,10 @@ from tood_deploy.training.data import (
     load_batches,
     mirror,
     mirror_vertically,
-    read_image,
     recolour,
     scale,
 )
+from tood_deploy.training.records import Record, read_image, read_labelled_images
 
 
 def white_box(height: int, width: int, box: tuple[int, int, int, int]) -> NDArray[np.uint8]:
@@ -116,7 +115,7 @@ def test_batches_hold_one_kind_of_aspect_but_for_the_last() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 3, 5])
-def test_a_step_has_a_image_for_every_worker(count: int) -> None:
+def test_a_step_has_an_image_for_every_worker(count: int) -> None:
     batches = epoch_batches(
         records([(10, 20)] * count), 4, seed=0, epoch=0, by_aspect=True, at_least=4
     )
@@ -145,7 +144,7 @@ def test_collate_pads_to_multiples_of_32() -> None:
 
 
 def test_worker_processes_change_nothing(scenes: Path) -> None:
-    annotations = read_annotations(scenes / "annotations.json", scenes / "images")
+    annotations = read_labelled_images(scenes / "annotations.json", scenes / "images")
     data = TrainingData(annotations.records, Augment((64, 96), (48, 64), 0.5, 0.5, 0.2), seed=1)
     steps = epoch_batches(data.records, 4, seed=1, epoch=2, by_aspect=True)
     alone, shared_out = (
@@ -176,7 +175,7 @@ def test_an_unreadable_image_is_replaced_by_the_next(tmp_path: Path) -> None:
         _ = TrainingData([data.records[0]] * 2, Augment((32, 40)), seed=0)[0, 0]
 
 
-def test_a_image_of_another_size_than_annotated_is_not_read(tmp_path: Path) -> None:
+def test_an_image_of_another_size_than_annotated_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     cv2.imwrite(str(path), np.zeros((10, 12, 3), np.uint8))
     record = Record(0, path, (10, 13), np.zeros((0, 4), np.float32), np.zeros(0, np.int64))

@@ -1,4 +1,4 @@
-"""Two gloo processes of batch 2 learn what one process of batch 4 learns; evaluation counts every image once."""
+"""Two gloo processes of batch 2 learn what one of batch 4 learns; evaluation counts images once."""
 
 import json
 import os
@@ -35,23 +35,25 @@ import torch
 torch.set_num_threads(1)
 from tood_deploy.model import load_checkpoint
 from tood_deploy.presets import Preset
-from tood_deploy.data.coco import read_annotations
+from tood_deploy.training.records import read_labelled_images
 from tood_deploy.training.data import Augment
 from tood_deploy.training.data import TrainingData
 from tood_deploy.training.distributed import process_group, rank
 from tood_deploy.training.evaluate import CocoEvaluator
 from tood_deploy.training.logger import Journal
+from tood_deploy.reporter import Reporter
 from tood_deploy.training.loop import fit
 from tood_deploy.training.config import RunOptions
 from tood_deploy.training.init import new_model
 from tood_deploy.training.config import Recipe
 preset, recipe, scenes, output, weights = (json.loads(text) for text in sys.argv[1:])
-preset, recipe, scenes, output = Preset.from_dict(preset), Recipe.from_dict(recipe), Path(scenes), Path(output)
+preset, recipe = Preset.from_dict(preset), Recipe.from_dict(recipe)
+scenes, output = Path(scenes), Path(output)
 with process_group("cpu") as device:
-    annotations = read_annotations(scenes / "annotations.json", scenes / "images")
+    annotations = read_labelled_images(scenes / "annotations.json", scenes / "images")
     data = TrainingData(annotations.for_training(), Augment(preset.imgsz), recipe.seed)
-    journal = Journal(None if rank() else output, quiet=True, every=1)
-    fit(new_model(preset, recipe.seed), data, recipe, RunOptions(output, device), journal=journal)
+    journal = Journal(None if rank() else output, Reporter.silent(), every=1)
+    fit(new_model(preset, recipe.seed), data, recipe, RunOptions(output), journal=journal)
     found = CocoEvaluator(annotations, device, batch=3)(load_checkpoint(weights))
     (output / f"evaluation{rank()}.json").write_text(json.dumps(found.metrics))
 """
@@ -82,7 +84,8 @@ def train(workers: int, output: Path, preset: Preset, recipe: Recipe, scenes: Pa
 def test_two_workers_learn_as_one(
     scenes: Path, small_preset: Preset, short_recipe: Recipe, tmp_path: Path, accumulate: int
 ) -> None:
-    # One size of images and fixed statistics: what a worker sees of its own half alone cannot matter.
+    # One size of images and fixed statistics: what a worker sees of its own half alone cannot
+    # matter.
     batch = 4 * accumulate
     recipe = replace(
         short_recipe,
@@ -136,8 +139,5 @@ def test_one_process_is_a_group_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_an_error() -> None:
-    with (
-        pytest.raises(DeviceError, match=r"worker 0 of this machine wants a GPU, .* sees 0"),
-        process_group("cuda"),
-    ):
+    with pytest.raises(DeviceError, match="sees 0"), process_group("cuda"):
         pass

@@ -1,4 +1,4 @@
-"""Assignment, losses and gradients against what MMDetection 3.3.0 and the authors' code computed."""
+"""Assignment, losses and gradients: as MMDetection 3.3.0 and the authors' code compute them."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -41,8 +41,8 @@ CASES = [
 def models(seeded_fill: Callable[..., Arrays]) -> dict[str, Tood]:
     """R50 with both kinds of anchors, stand-in weights, stem and first stage frozen.
 
-    In float64 up to the head's outputs: a gradient jumps where a ReLU or a sample crosses an edge, and in float32 it depends on the
-    number of threads which side a few values are on.
+    In float64 up to the head's outputs: a gradient jumps where a ReLU or a sample crosses an edge,
+    and in float32 it depends on the number of threads which side a few values are on.
     """
 
     free, based = (

@@ -1,7 +1,7 @@
-"""The reports of evaluation and benchmark: one self-contained HTML page, the same in Markdown, the numbers as JSON.
+"""The building blocks of reports: one self-contained HTML page, the same in Markdown, JSON.
 
-Tables, figures and images come in; files come out. It knows nothing of detectors, metrics or what is reported.
-Fractions stay fractions in JSON; whoever makes a table chooses its units.
+Tables, figures and images come in; files come out. Knows nothing of detectors, metrics or what is
+reported. Fractions stay fractions in JSON; whoever makes a table chooses its units.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import cv2
 import matplotlib as mpl
@@ -30,6 +30,9 @@ from numpy.typing import NDArray
 
 from tood_deploy import __version__
 from tood_deploy.files import write_text
+
+if TYPE_CHECKING:
+    from rich.table import Table as RichTable
 
 NOTHING = "-"
 LARGEST_IMAGE_PX = 1280
@@ -61,7 +64,7 @@ class Table:
     note: str = ""
 
     def html(self) -> Markup:
-        """The table as HTML; it scrolls sideways where the screen is narrow."""
+        """Return the table as HTML; it scrolls sideways where the screen is narrow."""
         return render(
             "table.html",
             headers=self.headers,
@@ -70,7 +73,7 @@ class Table:
         )
 
     def markdown(self) -> str:
-        """The table as Markdown."""
+        """Return the table as Markdown."""
         lines = [
             self.headers,
             ["---"] + ["---:"] * (len(self.headers) - 1),
@@ -81,6 +84,17 @@ class Table:
             for line in lines
         )
         return f"{text}\n\n{self.note}" if self.note else text
+
+    def rich(self) -> RichTable:
+        """Return the table for a terminal."""
+        from rich.table import Table as RichTable
+
+        shown = RichTable(caption=self.note, caption_justify="left")
+        for number, header in enumerate(self.headers):
+            shown.add_column(header, justify="right" if number else "left")
+        for row in self.rows:
+            shown.add_row(*(show(cell) for cell in row))
+        return shown
 
 
 @dataclass(frozen=True)
@@ -102,7 +116,8 @@ class Section:
 
     Attributes:
         title: the heading.
-        body: HTML from `Table.html`, `gallery`, `embed_figure`, `image` or `paragraph`; several are joined with +.
+        body: HTML from `Table.html`, `gallery`, `embed_figure`, `image` or `paragraph`; several are
+            joined with +.
         lead: a sentence or two that say what is to be seen.
     """
 
@@ -121,7 +136,7 @@ class Tile:
 
 
 def render(template: str, **values: Any) -> Markup:
-    """Fills a template of this package; every text is escaped, Markup is not."""
+    """Fill a template of this package; every text is escaped, Markup is not."""
     return Markup(_TEMPLATES.get_template(template).render(**values))
 
 
@@ -135,7 +150,9 @@ def render_page(
     facts: Mapping[str, str] | None = None,
     warnings: Sequence[str] = (),
 ) -> None:
-    """Writes one HTML page that needs no other file and no network, readable on a phone, light or dark as the reader has it.
+    """Write one HTML page that needs no other file and no network.
+
+    It is readable on a phone, and light or dark as the reader has it.
 
     Args:
         title: of the page.
@@ -161,34 +178,50 @@ def render_page(
 
 
 def paragraph(text: str) -> Markup:
-    """A plain paragraph."""
+    """Return a plain paragraph."""
     return Markup("<p>{}</p>\n").format(text)
 
 
 def gallery(cards: Sequence[Card], columns: Literal["one", "two", "many"] = "two") -> Markup:
-    """Cards in order; `columns` beside one another where the screen is wide enough: "one" for pairs, "many" for small figures."""
+    """Return cards in order.
+
+    Args:
+        cards: of images or figures.
+        columns: how many are beside one another where the screen is wide enough: "one" for pairs,
+            "many" for small figures.
+    """
     return render("gallery.html", cards=cards, columns=columns)
 
 
 def pair(left: Markup, right: Markup) -> Markup:
-    """Two images beside one another, the right one below the left where the screen is narrow."""
+    """Return two images side by side, the right one below the left on a narrow screen."""
     return Markup('<div class="pair">{}{}</div>\n').format(left, right)
 
 
 def fold(summary: str, body: Markup) -> Markup:
-    """Something long that a reader opens with a click."""
+    """Return something long that a reader opens with a click."""
     return Markup("<details><summary>{}</summary>{}</details>\n").format(summary, body)
 
 
 def image(image_bgr: NDArray[np.uint8], description: str) -> Markup:
-    """An `<img>` with the image, (H, W, 3) uint8 BGR, inside; `description` is for those who cannot see it."""
+    """Return an `<img>` with the image inside.
+
+    Args:
+        image_bgr: (H, W, 3) uint8.
+        description: for those who cannot see it.
+    """
     return Markup('<img src="{}" alt="{}" loading="lazy">\n').format(
         embed_image(image_bgr), description
     )
 
 
 def embed_image(image_bgr: NDArray[np.uint8], largest_px: int = LARGEST_IMAGE_PX) -> str:
-    """A data URI of the image, (H, W, 3) uint8 BGR, as JPEG, scaled down where a side is longer than `largest_px`."""
+    """Return a data URI of the image as JPEG.
+
+    Args:
+        image_bgr: (H, W, 3) uint8.
+        largest_px: longest side; a larger image is scaled down.
+    """
     scale = largest_px / max(image_bgr.shape[:2])
     if scale < 1:
         size_wh = (
@@ -203,14 +236,14 @@ def embed_image(image_bgr: NDArray[np.uint8], largest_px: int = LARGEST_IMAGE_PX
 
 
 def show(cell: Cell) -> str:
-    """A cell as text."""
+    """Return a cell as text."""
     if cell is None or (isinstance(cell, float) and math.isnan(cell)):
         return NOTHING
     return f"{cell:.2f}" if isinstance(cell, float) else str(cell)
 
 
 def write_markdown(path: Path, parts: Sequence[str]) -> None:
-    """Writes Markdown: headings, paragraphs and tables, a blank line between them.
+    """Write Markdown: headings, paragraphs and tables, a blank line between them.
 
     Raises:
         OutputError: the file cannot be written.
@@ -219,7 +252,7 @@ def write_markdown(path: Path, parts: Sequence[str]) -> None:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Writes JSON that every reader takes: NaN and infinite numbers become null, arrays lists.
+    """Write JSON that every reader takes: NaN and infinite numbers become null, arrays lists.
 
     Raises:
         OutputError: the file cannot be written.
@@ -230,7 +263,7 @@ def write_json(path: Path, values: Any) -> None:
 
 
 def plain(values: Any) -> Any:
-    """The same as lists, dictionaries, texts and finite numbers."""
+    """Return the same as lists, dictionaries, texts and finite numbers."""
     if isinstance(values, Mapping):
         return {str(key): plain(value) for key, value in values.items()}
     if isinstance(values, np.ndarray | np.generic):
@@ -242,7 +275,8 @@ def plain(values: Any) -> Any:
     return values
 
 
-# Told apart on white and on near-black, and by people who cannot tell red from green (they differ in lightness too).
+# Distinct on white and on near-black, and for people who do not see red and green apart: they
+# differ in lightness too.
 SERIES = ("#2f81f7", "#d9822b", "#2fa36b", "#d6455d", "#9467d0", "#1a9fb0", "#b58900", "#8a8f98")
 INK = "#010203"  # stands for the page's text colour, which replaces it in the SVG
 STYLE: Any = {
@@ -254,7 +288,10 @@ STYLE: Any = {
 
 
 def new_figure(width: float = 5.2, height: float = 3.5) -> tuple[Figure, Axes]:
-    """An empty figure with one pair of axes, a faint grid and no box; at 5.2 inches wide its letters are readable on a phone."""
+    """Return an empty figure with one pair of axes, a faint grid and no box.
+
+    At 5.2 inches wide its letters are readable on a phone.
+    """
     figure = Figure((width, height), layout="constrained")
     axes = figure.subplots()
     axes.set_prop_cycle(color=SERIES)
@@ -265,9 +302,13 @@ def new_figure(width: float = 5.2, height: float = 3.5) -> tuple[Figure, Axes]:
 
 
 def embed_figure(figure: Figure, description: str) -> Markup:
-    """The figure as inline SVG: scales with the page, text stays text. `description` is for those who cannot see it.
+    """Return the figure as inline SVG: it scales with the page, text stays text.
 
     Whatever was left black takes the page's text colour; backgrounds become transparent.
+
+    Args:
+        figure: to embed.
+        description: for those who cannot see it.
     """
     _ink(figure)
     buffer = io.StringIO()
@@ -282,12 +323,12 @@ def embed_figure(figure: Figure, description: str) -> Markup:
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(
-        r'<g id="[^"]*">', "<g>", svg
-    )  # figure_1, axes_1: the same in every figure of the page, and never referred to
+    # The names figure_1, axes_1 are the same in every figure of the page, and never referred to.
+    svg = re.sub(r'<g id="[^"]*">', "<g>", svg)
     width, height = figure.get_size_inches() * 72
     opening = Markup(
-        '<svg role="img" aria-label="{}" viewBox="0 0 {:g} {:g}" style="max-width:{:g}px" xmlns:xlink="{}">'
+        '<svg role="img" aria-label="{}" viewBox="0 0 {:g} {:g}" style="max-width:{:g}px" '
+        'xmlns:xlink="{}">'
     ).format(description, width, height, width * 1.6, "http://www.w3.org/1999/xlink")
     return (
         Markup('<div class="figure">')

@@ -1,6 +1,7 @@
-"""`tood-export --autotune-precision`: from a float32 artefact to the fastest mixture of precisions whose quality stays.
+"""`tood-export --autotune-precision`: the fastest mixture of precisions whose quality stays.
 
-Puts together what others do: one calibration, mixed graphs, their latency in the target's runtime, their quality, the search itself.
+A float32 artefact comes in, the graph of the best mixture goes out. Puts together what others do: one
+calibration, mixed graphs, their latency in the target's runtime, their quality, the search itself.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from tood_deploy.benchmark.evaluation.coco_metrics import evaluate
 from tood_deploy.benchmark.evaluation.evaluate import DataSet
 from tood_deploy.benchmark.evaluation.predict import Key, PredictionFile, predict
 from tood_deploy.benchmark.latency.worker import warm_up
-from tood_deploy.data.coco import map_categories
+from tood_deploy.data.categories import map_categories
+from tood_deploy.data.coco_metrics import evaluate
 from tood_deploy.engines import Engine, open_engine
 from tood_deploy.errors import ArtefactError, InputError, ToodError
 from tood_deploy.export.precision.calibrate import Calibration, calibrate
@@ -47,17 +48,21 @@ from tood_deploy.export.tensorrt.to_tensorrt import engine_from_onnx
 from tood_deploy.inference.detector import Detector
 from tood_deploy.manifest import METADATA_KEY
 from tood_deploy.manifest_sections import Int8Build
-from tood_deploy.onnx_file import OnnxArtefact
-from tood_deploy.reporter import Reporter, progress_bar
+from tood_deploy.onnx_file import OnnxArtefact, needs_float_arithmetic
+from tood_deploy.reporter import Reporter
 
 SCORE_THRESHOLD, IOU_THRESHOLD = 0.05, 0.6
 
 
 class ApDrop:
-    """Points of AP that graphs lose against a float32 one; ONNX Runtime on the CPU runs both, half precision emulated."""
+    """Points of AP that graphs lose against a float32 one.
+
+    ONNX Runtime on the CPU runs both: half precision is emulated, and what is quantised for TensorRT
+    is computed in float32 (`needs_float_arithmetic`).
+    """
 
     def __init__(self, data: DataSet, reference: OnnxArtefact, *, quiet: bool = True) -> None:
-        """Pairs classes and categories; runs nothing yet.
+        """Pair classes and categories; run nothing yet.
 
         Args:
             data: annotations with their images.
@@ -72,14 +77,15 @@ class ApDrop:
 
     @property
     def reference_ap(self) -> float:
-        """AP of the float32 graph in points, 0 to 100; measured once.
+        """Return AP of the float32 graph in points, 0 to 100; measured once.
 
         Raises:
             InputError: it is 0, so that nothing could be lost; or images cannot be read.
         """
         if (ap := self._measured_ap) <= 0:
             raise InputError(
-                f"{self.data.truth.path}: the float32 network has no AP on its {len(self.data.files)} images, so none can be lost; "
+                f"{self.data.truth.path}: the float32 network has no AP on its "
+                f"{len(self.data.files)} images, so none can be lost; "
                 "give annotated images of what is to be found"
             )
         return ap
@@ -89,7 +95,10 @@ class ApDrop:
         return self._ap(self.reference.model)
 
     def __call__(self, model: onnx.ModelProto) -> float:
-        """Points of AP, 0 to 100, that a graph made from the reference loses; below 0 where it gains. NaN among its outputs loses all."""
+        """Return the points of AP, 0 to 100, that a graph made from the reference loses.
+
+        Below 0 where it gains; all of them where NaN is among its outputs.
+        """
         expected = self.reference_ap
         try:
             return expected - self._ap(model)
@@ -97,7 +106,7 @@ class ApDrop:
             return expected
 
     def file_ap(self, path: Path, **engine_options: Any) -> float:
-        """Measure the AP of an artefact in points, 0 to 100, in the runtime that its file belongs to."""
+        """Measure AP of an artefact in points, 0 to 100, in the runtime that its file belongs to."""
         with tempfile.TemporaryDirectory(prefix="tood-") as folder:
             kept = PredictionFile(Path(folder) / "predictions.jsonl", Key({}))
             with Detector(
@@ -110,20 +119,19 @@ class ApDrop:
         with tempfile.TemporaryDirectory(prefix="tood-") as folder:
             path = Path(folder) / "graph.onnx"
             onnx.save(emulate_low_precision(model), path)
-            return self.file_ap(path)
+            return self.file_ap(path, float_arithmetic=needs_float_arithmetic(model))
 
     def _predict(self, detector: Detector, kept: PredictionFile) -> None:
         try:
-            with progress_bar("measuring AP", self.quiet) as progress:
-                predict(
-                    detector,
-                    self.data.truth,
-                    self.data.files,
-                    kept,
-                    1,
-                    quiet=True,
-                    progress=progress,
-                )
+            predict(
+                detector,
+                self.data.truth,
+                self.data.files,
+                kept,
+                1,
+                Reporter(self.quiet),
+                "measuring AP",
+            )
         except ArtefactError as error:  # which this raises for nothing else
             raise _NotNumbersError(str(error)) from error
 
@@ -145,8 +153,10 @@ class Opener:
     """Opens an .onnx file in the runtime of a target.
 
     Attributes:
-        target: ONNX Runtime or OpenVINO on the CPU, or TensorRT on the GPU, which builds an engine first.
-        options, flavour: of that engine.
+        target: ONNX Runtime or OpenVINO on the CPU, or TensorRT on the GPU, which builds an engine
+            first.
+        options: of that engine.
+        flavour: of that engine's TensorRT; the one that is installed where None.
     """
 
     target: Target
@@ -154,7 +164,7 @@ class Opener:
     flavour: str | None = None
 
     def check(self) -> None:
-        """Raises DeviceError where the runtime or its device is not there."""
+        """Raise DeviceError where the runtime or its device is not there."""
         if self.target == "engine":
             from tood_deploy.engines.tensorrt.cuda import check_driver
 
@@ -165,7 +175,7 @@ class Opener:
             load_openvino()
 
     def __call__(self, path: Path, net_hw: tuple[int, int]) -> Engine:
-        """The runtime, for images of one padded size.
+        """Open the runtime for images of one padded size.
 
         Raises:
             ToodError: it cannot be built or opened.
@@ -197,12 +207,12 @@ class LatencyBench:
         source_image: Prepared,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """Opens the reference and warms it up.
+        """Open the reference and warm it up.
 
         Args:
             reference: what all others take turns with; artefacts' metadata inside, as in those.
             open_file: opens an .onnx file for images of one padded size.
-            image: to measure on.
+            source_image: to measure on.
             clock: in seconds.
 
         Raises:
@@ -220,7 +230,9 @@ class LatencyBench:
             self._resources = resources.pop_all()
 
     def __call__(self, model: onnx.ModelProto) -> float:
-        """Median milliseconds of a graph: as many times those of the reference, measured first, as it took in turns beside it.
+        """Return median milliseconds of a graph.
+
+        They are the reference's, measured first, times what the graph took in turns beside it.
 
         Raises:
             ToodError: it cannot be opened or run.
@@ -234,7 +246,10 @@ class LatencyBench:
             )
 
     def _ratio(self, call: Callable[[], object], number: int) -> float:
-        """The time of a call as a multiple of the reference's, in one round; who comes first changes from round to round."""
+        """Return the time of a call as a multiple of the reference's, in one round.
+
+        Who comes first changes from round to round.
+        """
         order: Sequence[Callable[[], object]] = (call, self._call_reference)[
             :: -1 if number % 2 else 1
         ]
@@ -244,7 +259,7 @@ class LatencyBench:
     def _open(
         self, model: onnx.ModelProto, resources: ExitStack
     ) -> tuple[Callable[[], object], str]:
-        """A function that runs a graph once, warmed up, and the name of the runtime."""
+        """Return a function that runs a graph once, warmed up, and the name of the runtime."""
         path = (
             Path(resources.enter_context(tempfile.TemporaryDirectory(prefix="tood-")))
             / "graph.onnx"
@@ -259,7 +274,7 @@ class LatencyBench:
         return call, f"{engine.name}, {engine.device}"
 
     def _turn(self, call: Callable[[], object]) -> float:
-        """Median milliseconds of the calls of one turn."""
+        """Return median milliseconds of the calls of one turn."""
         times_ms: list[float] = []
         started = now = self._clock()
         while not times_ms or now - started < TURN_S:
@@ -285,7 +300,6 @@ class PrecisionSearch:
         int8: how 8-bit layers are made; its `max_drop` is the most that quality may drop.
         half: the half precision that takes part, of what is not 8-bit, too; None for none.
         quality: makes what tells how much worse a graph is; per cent of mismatched detections where not given.
-        quiet: no progress bars.
     """
 
     opener: Opener
@@ -293,7 +307,6 @@ class PrecisionSearch:
     int8: Int8Options
     half: LowPrecision | None = None
     quality: QualityOf | None = None
-    quiet: bool = False
 
     def __post_init__(self) -> None:
         if self.int8.max_drop is None:
@@ -327,7 +340,7 @@ class PrecisionSearch:
             tuned = autotune(
                 tuple(mixer.parts), self.precisions, steps, max_drop=self.int8.max_drop
             )
-            told = {
+            described = {
                 "target": self.opener.target,
                 "runtime": bench.runtime,
                 "unit": unit,
@@ -335,24 +348,23 @@ class PrecisionSearch:
             }
         reporter.table(tuned.table())
         model = mixer(tuned.best.mixture)
-        return ConvertedGraph(model, graph_precision(model), mixture=Int8Build.from_dict(told))
+        return ConvertedGraph(model, graph_precision(model), mixture=Int8Build.from_dict(described))
 
     def _quality(
         self, artefact: OnnxArtefact, images: Sequence[Prepared]
     ) -> tuple[Callable[[onnx.ModelProto], float], str]:
-        """How much worse a graph is, and in which unit."""
+        """Return what measures how much worse a graph is, and in which unit."""
         if self.quality is not None:
             return self.quality(artefact), "points of AP"
         mismatch = DetectionMismatch(artefact.model, images)
         return lambda model: mismatch(emulate_low_precision(model)), "per cent of detections"
 
     def _calibrate(self, artefact: OnnxArtefact, reporter: Reporter) -> Calibration:
-        model, sizing = artefact.model, artefact.manifest.preset.sizing
         return calibrate(
-            model,
-            calibrated_values(model),
+            artefact.model,
+            calibrated_values(artefact.model),
             self.calib_data,
-            sizing,
+            artefact.manifest.preset.sizing,
             max_images=self.int8.max_images,
             reporter=reporter,
         )
@@ -371,7 +383,7 @@ class PrecisionSearch:
 
 
 class Mixer:
-    """Makes the graph of a mixture, metadata inside; the float32 graph itself where that is the mixture.
+    """Makes the graph of a mixture, metadata inside; the float32 graph itself where all is float32.
 
     Attributes:
         parts: names of the layers by part of the network; only parts that have a choice.
@@ -384,6 +396,14 @@ class Mixer:
         int8: Int8Options,
         half: LowPrecision | None,
     ) -> None:
+        """Find the parts that have a choice.
+
+        Args:
+            artefact: in float32.
+            calibration: of its activations.
+            int8: how 8-bit layers are made.
+            half: the half precision that takes part; None for none.
+        """
         self.artefact, self.int8 = artefact, int8
         self.half: LowPrecision | None = half
         self.ranges = calibration.ranges(int8.method)
@@ -396,7 +416,7 @@ class Mixer:
         }
 
     def __call__(self, mixture: Mixture) -> onnx.ModelProto:
-        """The graph of a precision for every part."""
+        """Return the graph of a precision for every part."""
         model = mix_precisions(
             self.artefact.model, mixture, self.parts, quantize=self._quantize, beside_int8=self.half
         )
@@ -409,7 +429,7 @@ class Mixer:
 
 
 def _stamp(model: onnx.ModelProto, artefact: OnnxArtefact) -> None:
-    """Writes into a graph's metadata what it is, as runtimes read it there."""
+    """Write into a graph's metadata what it is, as runtimes read it there."""
     manifest = replace(
         artefact.manifest,
         precision=graph_precision(model),
@@ -421,8 +441,8 @@ def _stamp(model: onnx.ModelProto, artefact: OnnxArtefact) -> None:
 
 
 def graph_precision(model: onnx.ModelProto) -> str:
-    """The lowest precision that a graph holds: "int8", "fp16", "bf16" or "fp32"."""
+    """Return the lowest precision that a graph holds: "int8", "fp16", "bf16" or "fp32"."""
     if any(node.op_type == "QuantizeLinear" for node in model.graph.node):
         return "int8"
-    found = {tensor.data_type for tensor in model.graph.initializer}
-    return next((name for name, kind in DATA_TYPES.items() if int(kind) in found), "fp32")
+    types = {tensor.data_type for tensor in model.graph.initializer}
+    return next((name for name, kind in DATA_TYPES.items() if int(kind) in types), "fp32")

@@ -1,4 +1,7 @@
-"""tood-bench: latency, video throughput, and parity with PyTorch. Parses arguments, nothing else."""
+"""tood-bench: latency, video throughput, and parity with PyTorch. Parses arguments, nothing else.
+
+Arguments come in; `LatencyPlan`, `ParityConfig` and a `Detector` go to `benchmark`.
+"""
 
 import argparse
 import shlex
@@ -23,36 +26,40 @@ from tood_deploy.errors import CheckFailed, ToodError, naming_extras
 
 PARITY_SIZES = ("64x64", "320x320", "640x384", "384x640", "1344x1344")
 BASELINE = "eager PyTorch"
-EXTRAS = {
-    "latency": ("eval",),
-    "video": ("eval",),
-    "parity": ("eval", "export"),
-}  # that each command always needs
-GATES = (
-    "max_pixel",
-    "max_map",
-    "max_score",
-    "max_box_strides",
-    "max_box_px",
-    "min_matched",
-    "max_ap_drop",
+# Extras that each command always needs.
+EXTRAS = {"latency": ("eval",), "video": ("eval",), "parity": ("eval", "export")}
+
+# Options of limits: name, metavar, help.
+LIMITS = (
+    ("max_pixel", "D", "of the network's input, in normalised units"),
+    ("max_map", "D", "of a backbone or pyramid map, relative L2 norm"),
+    ("max_score", "D", "of a score"),
+    ("max_box_strides", "D", "of the head's boxes, in strides"),
+    ("max_box_px", "D", "of a box, in pixels of the network's input"),
+    ("min_matched", "S", "share of detections that both must have, 0 to 1"),
+    ("max_ap_drop", "P", "points of AP, 0 to 100"),
 )
 
 PARITY_EPILOG = """\
-Every stage is compared twice: as deployed, and alone from the reference's own values; the second names the guilty stage. Limits
-go with the artefact's precision. A limit that is passed makes the exit code 1. The verdict goes into the artefact's manifest.
+An artefact passes by the comparison and the limits of tood-export: float32 by its maps and
+detections, a lower precision by its detections alone; see docs/verification.md. The limits are
+printed with the verdict. One that is passed makes the exit code 1. Every stage is also compared
+alone, from the reference's own values: that names the guilty stage. The verdict goes into the
+artefact's manifest.
 """
 
 LATENCY_EPILOG = """\
-Each model runs in a process of its own; rounds are interleaved, so that drift hits all alike. Ratios are against the baseline, or
-against the first model. Images are real, also without --images. Times of a busy machine mean little: what other processes took is
-measured and said.
+Each model runs in a process of its own; rounds are interleaved, so that drift hits all alike.
+Ratios are against the baseline, or against the first model. Images are real, also without --images.
+Times of a busy machine mean little: what other processes took is measured and reported.
 """
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options of tood-bench."""
-    parser = CommandParser(prog="tood-bench")
+    """Return the parser of tood-bench."""
+    parser = CommandParser(
+        prog="tood-bench", description="Latency, video throughput, and parity with PyTorch."
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_latency(
         commands.add_parser("latency", help="time models on this machine", epilog=LATENCY_EPILOG)
@@ -94,7 +101,7 @@ def _add_latency(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[1],
         metavar="N",
-        help="images of one call, one or several numbers (default: 1)",
+        help="images of one engine call; several numbers are measured in turn (default: 1)",
     )
     parser.add_argument(
         "--rounds", type=int, default=10, metavar="N", help="turns of every model (default: 10)"
@@ -113,15 +120,7 @@ def _add_latency(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="longest warm-up of each kind of call (default: 20)",
     )
-    parser.add_argument(
-        "--conf", type=float, default=0.3, help="score that detections must exceed (default: 0.3)"
-    )
-    parser.add_argument(
-        "--iou",
-        type=float,
-        default=0.6,
-        help="overlap above which the weaker of two boxes goes (default: 0.6)",
-    )
+    _add_thresholds(parser, conf=0.3)
     parser.add_argument(
         "--ap",
         action="append",
@@ -143,19 +142,11 @@ def _add_video(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="the most frames of one engine call (default: 1)",
+        help="images of one engine call; the last call may have fewer (default: 1)",
     )
     parser.add_argument("--limit", type=int, metavar="N", help="take the first N frames only")
     parser.add_argument("--no-encode", action="store_true", help="neither draw nor encode")
-    parser.add_argument(
-        "--conf", type=float, default=0.3, help="score that detections must exceed (default: 0.3)"
-    )
-    parser.add_argument(
-        "--iou",
-        type=float,
-        default=0.6,
-        help="overlap above which the weaker of two boxes goes (default: 0.6)",
-    )
+    _add_thresholds(parser, conf=0.3)
     _add_shared(parser, "video")
 
 
@@ -167,34 +158,8 @@ def _add_parity(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "models", metavar="MODEL", nargs="+", help="exported artefacts, or other checkpoints"
     )
-    parser.add_argument(
-        "--images",
-        type=Path,
-        metavar="DIR",
-        help="folder of images (default: built-in synthetic ones)",
-    )
-    parser.add_argument(
-        "--annotations",
-        type=Path,
-        metavar="FILE",
-        help="their truth, COCO JSON: adds AP, and what each part costs in AP",
-    )
-    parser.add_argument(
-        "--mapping",
-        type=Path,
-        metavar="FILE",
-        help="JSON object: category name, or null to leave out, by class name",
-    )
-    parser.add_argument("--limit", type=int, metavar="N", help="take the first N images only")
-    parser.add_argument(
-        "--conf", type=float, default=0.05, help="score that detections must exceed (default: 0.05)"
-    )
-    parser.add_argument(
-        "--iou",
-        type=float,
-        default=0.6,
-        help="overlap above which the weaker of two boxes goes (default: 0.6)",
-    )
+    _add_images(parser)
+    _add_thresholds(parser, conf=None)
     parser.add_argument(
         "--stages",
         action=argparse.BooleanOptionalAction,
@@ -217,28 +182,53 @@ def _add_parity(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-verdict", action="store_true", help="leave the artefacts' manifests as they are"
     )
-    limits = parser.add_argument_group("limits (default: by the artefact's precision)")
-    limits.add_argument(
-        "--max-pixel", type=float, metavar="D", help="of the network's input, in normalised units"
-    )
-    limits.add_argument(
-        "--max-map", type=float, metavar="D", help="of a backbone or pyramid map, relative L2 norm"
-    )
-    limits.add_argument("--max-score", type=float, metavar="D", help="of a score")
-    limits.add_argument(
-        "--max-box-strides", type=float, metavar="D", help="of the head's boxes, in strides"
-    )
-    limits.add_argument(
-        "--max-box-px", type=float, metavar="D", help="of a box, in pixels of the network's input"
-    )
-    limits.add_argument(
-        "--min-matched",
-        type=float,
-        metavar="S",
-        help="share of detections that both must have, 0 to 1",
-    )
-    limits.add_argument("--max-ap-drop", type=float, metavar="P", help="points of AP, 0 to 100")
+    _add_limits(parser)
     _add_shared(parser, "parity")
+
+
+def _add_images(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--images",
+        type=Path,
+        metavar="DIR",
+        help="folder of images (default: 16 crops of a built-in photograph)",
+    )
+    parser.add_argument(
+        "--annotations",
+        type=Path,
+        metavar="FILE",
+        help="their truth, COCO JSON: adds AP, and what each part costs in AP",
+    )
+    parser.add_argument(
+        "--mapping",
+        type=Path,
+        metavar="FILE",
+        help="JSON object: category name, or null to leave out, by class name",
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="take the first N images only")
+
+
+def _add_limits(parser: argparse.ArgumentParser) -> None:
+    limits = parser.add_argument_group("limits in place of those that go with the precision")
+    for name, metavar, text in LIMITS:
+        option = f"--{name.replace('_', '-')}"
+        limits.add_argument(option, type=float, metavar=metavar, help=text)
+
+
+def _add_thresholds(parser: argparse.ArgumentParser, *, conf: float | None) -> None:
+    of_model = "the model's own, 0.05 as published"
+    parser.add_argument(
+        "--conf",
+        type=float,
+        default=conf,
+        help=f"score that detections must exceed, 0 to 1 (default: {conf or of_model})",
+    )
+    parser.add_argument(
+        "--iou",
+        type=float,
+        help="overlap above which the weaker of two boxes goes, 0 to 1 "
+        "(default: the model's own, 0.6 as published)",
+    )
 
 
 def _add_shared(parser: argparse.ArgumentParser, name: str) -> None:
@@ -268,62 +258,63 @@ def _add_shared(parser: argparse.ArgumentParser, name: str) -> None:
 
 
 def latency_command(args: argparse.Namespace, command: str) -> int:
-    """Runs tood-bench latency; errors pass through."""
-    ap = dict(ap_from(text, args.models, short_names(args.models)) for text in args.ap)
+    """Run tood-bench latency; errors pass through."""
+    names = short_names(args.models)
+    ap = dict(ap_from(text, args.models, names) for text in args.ap)
 
-    from tood_deploy.benchmark.latency.measure import Plan
+    from tood_deploy.benchmark.latency.measure import LatencyPlan
     from tood_deploy.benchmark.latency.run import run_latency
     from tood_deploy.benchmark.latency.worker import Case
     from tood_deploy.preprocess import check_imgsz
+    from tood_deploy.reporter import Reporter
 
-    common = {
-        name: getattr(args, name) for name in ("images", "device", "threads", "conf", "iou")
-    } | {"warmup_s": args.warmup_seconds}
-    models = ({BASELINE: args.baseline} if args.baseline else {}) | dict(
-        zip(short_names(args.models), args.models, strict=True)
-    )
+    models = {BASELINE: args.baseline} if args.baseline else {}
+    models |= dict(zip(names, args.models, strict=True))
     options = options_by_model(args, list(models.values()))
     cases = tuple(
-        Case(model, name, options=options[model], **common) for name, model in models.items()
+        Case(
+            model,
+            name,
+            images=args.images,
+            device=args.device,
+            threads=args.threads,
+            conf=args.conf,
+            iou=args.iou,
+            warmup_s=args.warmup_seconds,
+            options=options[model],
+        )
+        for name, model in models.items()
     )
     sizes = (check_imgsz(args.imgsz) if args.imgsz else None,)
-    run_latency(
-        Plan(cases, tuple(args.batch), sizes, args.rounds, args.turn_seconds),
-        args.output,
-        ap,
-        command,
-        args.quiet,
-    )
-    if not args.quiet:
-        print(args.output / "latency.html")
+    plan = LatencyPlan(cases, tuple(args.batch), sizes, args.rounds, args.turn_seconds)
+    reporter = Reporter(args.quiet)
+    run_latency(plan, args.output, ap=ap, command=command, reporter=reporter)
+    reporter.result(f"{args.output / 'latency.html'}")
     return DONE
 
 
 def video_command(args: argparse.Namespace, command: str) -> int:
-    """Runs tood-bench video; errors pass through."""
-    from tood_deploy.benchmark.latency.video import bench_video
+    """Run tood-bench video; errors pass through."""
+    from tood_deploy.benchmark.latency.video import VideoPlan, bench_video
     from tood_deploy.inference.detector import Detector
+    from tood_deploy.reporter import Reporter
 
     options = {name: getattr(args, name) for name in ("conf", "iou", "imgsz", "device")}
     options |= {} if args.threads is None else {"threads": args.threads}
     options |= options_by_model(args, [args.model])[args.model]
     options |= {"hint": "throughput"} if takes_hint(args.model, args) else {}
-    chosen = {
-        "batch": args.batch,
-        "limit": args.limit,
-        "encode": not args.no_encode,
-        "command": command,
-        "quiet": args.quiet,
-    }
+    plan = VideoPlan(args.clip, args.batch, args.limit, encode=not args.no_encode)
+    reporter = Reporter(args.quiet)
     with Detector(args.model, **options) as detector:
-        bench_video(detector, args.model, args.clip, args.output, **chosen)
-    if not args.quiet:
-        print(args.output / "video.html")
+        bench_video(detector, args.model, plan, args.output, command=command, reporter=reporter)
+    reporter.result(f"{args.output / 'video.html'}")
     return DONE
 
 
 def options_by_model(args: argparse.Namespace, models: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """What each model is opened with: artefacts with the options of runtimes, checkpoints with those of checkpoints.
+    """Return what each model is opened with, by model.
+
+    Artefacts get the options of runtimes, checkpoints those of checkpoints.
 
     Raises:
         ToodError: options of runtimes, and no artefact.
@@ -331,19 +322,25 @@ def options_by_model(args: argparse.Namespace, models: Sequence[str]) -> dict[st
     of_artefacts, of_checkpoints = runtime_options(args), load_options(args)
     if of_artefacts and not any(map(is_artefact, models)):
         raise ToodError(
-            f"{models[0]}: not an exported artefact; leave --runtime, --precision, --no-self-test out, or export it first"
+            f"{models[0]}: not an exported artefact; "
+            "leave --runtime, --precision, --no-self-test out, or export it first"
         )
     return {model: of_artefacts if is_artefact(model) else of_checkpoints for model in models}
 
 
 def short_names(models: Sequence[str]) -> list[str]:
-    """The file names; whole paths where two of them are the same."""
+    """Return the file names; whole paths where two of them are the same."""
     names = [Path(model).name for model in models]
     return names if len(set(names)) == len(names) else list(models)
 
 
 def ap_from(text: str, models: Sequence[str], names: Sequence[str]) -> tuple[str, float]:
-    """Short name and value of --ap, which has a model as it was given.
+    """Return short name and value of --ap.
+
+    Args:
+        text: a model as it was given, = and its AP in points.
+        models: as they were given.
+        names: their short names.
 
     Raises:
         ToodError: not NAME=NUMBER, or not a model of this run.
@@ -355,70 +352,54 @@ def ap_from(text: str, models: Sequence[str], names: Sequence[str]) -> tuple[str
         ap = -1.0
     if name not in models or not 0 <= ap <= 100:
         raise ToodError(
-            f"--ap has {text!r}; expected one of the models, = and a number from 0 to 100, such as {models[0]}=42.4"
+            f"--ap has {text!r}; expected one of the models, = and a number from 0 to 100, "
+            f"such as {models[0]}=42.4"
         )
     return names[list(models).index(name)], ap
 
 
 def parity_command(args: argparse.Namespace, command: str) -> int:
-    """Runs tood-bench parity; errors pass through."""
-    if args.annotations is not None and args.images is None:
-        raise ToodError(f"{args.annotations}: annotations without their images; add --images DIR")
+    """Run tood-bench parity; errors pass through."""
     sizes_hw = tuple(size_from(text) for text in args.sizes)
 
-    from tood_deploy.benchmark.parity.report import verdict_line
-    from tood_deploy.benchmark.parity.run import ParityOrder, run_parity
+    from tood_deploy.benchmark.parity.checks import OwnLimits
+    from tood_deploy.benchmark.parity.run import ParityConfig, run_parity
+    from tood_deploy.reporter import Reporter
 
-    copied = (
-        "reference",
-        "models",
-        "output",
-        "images",
-        "annotations",
-        "mapping",
-        "limit",
-        "imgsz",
-        "conf",
-        "iou",
-        "stages",
-        "device",
-    )
-    order = ParityOrder(
-        **{name: getattr(args, name) for name in copied},
+    options = options_by_model(args, args.models)
+    artefacts = [model for model in args.models if is_artefact(model)]
+    config = ParityConfig(
+        args.reference,
+        args.models,
+        args.output,
+        images=args.images,
+        annotations=args.annotations,
+        mapping=args.mapping,
+        limit=args.limit,
+        imgsz=args.imgsz,
+        conf=args.conf,
+        iou=args.iou,
         sizes_hw=sizes_hw,
         net_hw=(args.net_size[0], args.net_size[1]) if args.net_size else None,
-        gates={name: getattr(args, name) for name in GATES if getattr(args, name) is not None},
+        stages=args.stages,
+        own=OwnLimits(**{name: getattr(args, name) for name, _, _ in LIMITS}),
+        device=args.device,
         threads=args.threads,
         load_options=load_options(args),
-        artefact_options=next(
-            (
-                each
-                for model, each in options_by_model(args, args.models).items()
-                if is_artefact(model)
-            ),
-            {},
-        ),
+        artefact_options=options[artefacts[0]] if artefacts else {},
         keep_verdict=not args.no_verdict,
         command=command,
-        quiet=args.quiet,
     )
-    results = run_parity(order)
-    failed = [
-        f"{each.comparison.subject.name} at the stage {each.guilty}: {each.failures[0]}"
-        for each in results
-        if not each.passed
-    ]
-    if not args.quiet:
-        for result in results:
-            print(f"{result.comparison.subject.name}: {verdict_line(result)}")
-        print(args.output / "parity.html")
-    if failed:
+    reporter = Reporter(args.quiet)
+    results = run_parity(config, reporter)
+    reporter.result(f"{args.output / 'parity.html'}")
+    if failed := [result.failure_line for result in results if not result.passed]:
         raise CheckFailed("; ".join(failed))
     return DONE
 
 
 def size_from(text: str) -> tuple[int, int]:
-    """Rows and columns from text such as 320x640.
+    """Return rows and columns from text such as 320x640.
 
     Raises:
         ToodError: not such a text.
@@ -430,12 +411,12 @@ def size_from(text: str) -> tuple[int, int]:
 
 
 def bench_command(argv: Sequence[str] | None = None) -> int:
-    """Runs tood-bench; errors pass through."""
+    """Run tood-bench; errors pass through."""
     args = build_parser().parse_args(argv)
     with naming_extras(*EXTRAS[args.command]):
         return args.run(args, shlex.join(["tood-bench", *(sys.argv[1:] if argv is None else argv)]))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The entry point of tood-bench; see `run_command` for the exit codes."""
+    """Run tood-bench, and return its exit code; see `run_command`."""
     return run_command(bench_command, argv)

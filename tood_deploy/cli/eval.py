@@ -1,4 +1,7 @@
-"""tood-eval: COCO AP of any model, and a report on where it is wrong."""
+"""`tood-eval`: COCO AP of any model or results file, and a report on where it is wrong.
+
+Parses arguments, no more.
+"""
 
 import argparse
 import shlex
@@ -20,39 +23,29 @@ from tood_deploy.cli.common import (
 )
 from tood_deploy.cli.infer import engine_options
 from tood_deploy.errors import CheckFailed, ToodError
+from tood_deploy.reporter import Reporter
 
 if TYPE_CHECKING:
-    from tood_deploy.benchmark.evaluation.evaluate import Evaluation
+    from tood_deploy.benchmark.evaluation.evaluate import DataSet, Evaluation
 
 
-RESULTS_SUFFIX = ".json"
-MOST_CLASSES = 10  # named on stdout; the report has all
-OF_MODELS = (
-    *(
-        "conf",
-        "iou",
-        "max_det",
-        "imgsz",
-        "batch",
-        "device",
-        "threads",
-        "runtime",
-        "precision",
-        "no_self_test",
-        "fast_decode",
-    ),
-    *("mapping", "preset", "classes", "convention", "weights_key"),
+RESULTS_SUFFIXES = (".json", ".json.gz")
+MAX_CLASSES = 10  # named on stdout; the report has all
+MODEL_OPTIONS = tuple(  # without effect on a results file
+    "conf iou max_det imgsz batch device threads runtime precision no_self_test fast_decode "
+    "mapping preset classes convention weights_key".split()
 )
 
 EPILOG = """\
-The model's own evaluation is the default, as its training configuration has it; the published one is a score above 0.05, suppression
-at 0.6, 100 detections an image, 1000 candidates a level.
-Detections are kept in the output folder as they come: run the same command again after an interruption, and it goes on from there.
+The model's own evaluation is the default, as its training configuration has it; the published one
+is a score above 0.05, suppression at 0.6, 100 detections an image, 1000 candidates a level.
+Detections are kept in the output folder as they come: run the same command again after an
+interruption, and it goes on from there.
 """
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options of tood-eval."""
+    """Return the parser of tood-eval's options."""
     parser = CommandParser(prog="tood-eval", epilog=EPILOG)
     parser.add_argument(
         "model",
@@ -82,7 +75,12 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="no progress, no notes, no result on stdout: the files alone",
     )
-    group = parser.add_argument_group("detection (not for results files)")
+    _add_detection_options(parser.add_argument_group("detection (not for results files)"))
+    add_model_options(parser)
+    return parser
+
+
+def _add_detection_options(group: Any) -> None:
     group.add_argument(
         "--conf",
         type=float,
@@ -91,13 +89,14 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--iou",
         type=float,
-        help="overlap above which the weaker of two boxes goes, 0 to 1 (default: the model's, 0.6 as published)",
+        help="overlap above which the weaker of two boxes goes, 0 to 1 "
+        "(default: the model's, 0.6 as published)",
     )
     group.add_argument(
         "--max-det",
         type=int,
         metavar="N",
-        help="the most detections a image (default: what the model gives, 100)",
+        help="the most detections an image (default: what the model gives, 100)",
     )
     group.add_argument(
         "--imgsz",
@@ -121,12 +120,10 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="JSON object: category name, or null to leave out, by class name",
     )
-    add_model_options(parser)
-    return parser
 
 
 def eval_command(argv: Sequence[str] | None = None) -> int:
-    """Runs tood-eval; errors pass through."""
+    """Run tood-eval; errors pass through."""
     args = build_parser().parse_args(argv)
     check_options(args)
     folder = args.output or Path(f"{Path(args.model).stem}-eval")
@@ -136,68 +133,74 @@ def eval_command(argv: Sequence[str] | None = None) -> int:
     from tood_deploy.benchmark.evaluation.report import HTML, write_evaluation
     from tood_deploy.inference.output_paths import check_writable
 
+    reporter = Reporter(args.quiet)
     data = open_data_set(args.annotations, args.images)
     check_writable(folder)
     if of_results(args):
-        result = evaluate_file(Path(args.model), data, command, quiet=args.quiet)
+        result = evaluate_file(Path(args.model), data, command, reporter)
     else:
-        result = evaluate_detector(args, data, folder, command)
+        result = evaluate_detector(args, data, folder, command, reporter)
     write_evaluation(result, folder)
-    if not args.quiet:
-        for note in result.notes:
-            print(f"note: {note}", file=sys.stderr)
-        print(f"{summary(result)}\n{folder / HTML}")
-    if args.min_ap is not None and 100 * result.metrics.numbers["AP"] < args.min_ap:
-        raise CheckFailed(
-            f"AP is {100 * result.metrics.numbers['AP']:.2f}, expected at least {args.min_ap:g} (--min-ap)"
-        )
+    for note in result.notes:
+        reporter.note(note)
+    reporter.result(f"{summary(result)}\n{folder / HTML}")
+    ap = 100 * result.metrics.numbers["AP"]
+    if args.min_ap is not None and ap < args.min_ap:
+        raise CheckFailed(f"AP is {ap:.2f}, expected at least {args.min_ap:g} (--min-ap)")
     return DONE
 
 
 def of_results(args: argparse.Namespace) -> bool:
-    """Whether MODEL is a results file."""
-    return args.model.lower().endswith(RESULTS_SUFFIX)
+    """Tell whether MODEL is a results file."""
+    return args.model.lower().endswith(RESULTS_SUFFIXES)
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """Refuses what would be without effect.
+    """Refuse what would be without effect.
 
     Raises:
-        ToodError: no annotations, options of detection beside a results file, or a model without images.
+        ToodError: no annotations, options of detection beside a results file, or a model without
+            images.
     """
     if args.annotations is None:
         raise ToodError(
             "--annotations is missing: AP needs the truth; expected a COCO JSON of the images"
         )
-    given = [f"--{name.replace('_', '-')}" for name in OF_MODELS if getattr(args, name) is not None]
+    given = [
+        f"--{name.replace('_', '-')}" for name in MODEL_OPTIONS if getattr(args, name) is not None
+    ]
     if of_results(args) and given:
         raise ToodError(
-            f"{args.model}: a results file is scored as it is; leave {', '.join(given)} out, or give the model"
+            f"{args.model}: a results file is scored as it is; "
+            f"leave {', '.join(given)} out, or give the model"
         )
     if not of_results(args) and args.images is None:
         raise ToodError(
-            "--images is missing: a model needs the images; expected the folder that the annotations' file names start from"
+            "--images is missing: a model needs the images; "
+            "expected the folder that the annotations' file names start from"
         )
 
 
 def evaluate_detector(
-    args: argparse.Namespace, data: Any, folder: Path, command: str
+    args: argparse.Namespace, data: "DataSet", folder: Path, command: str, reporter: Reporter
 ) -> "Evaluation":
-    """Opens the model and runs it over the images."""
+    """Open the model and run it over the images.
+
+    Args:
+        args: the command's arguments.
+        data: annotations with their images.
+        folder: for the report.
+        command: as it was called, for the report.
+        reporter: shows how far it is.
+    """
     from tood_deploy.benchmark.evaluation.evaluate import evaluate_model
     from tood_deploy.inference.detector import Detector
     from tood_deploy.manifest import doubts
 
-    options = {
-        "iou": args.iou,
-        "max_det": args.max_det,
-        "imgsz": args.imgsz,
-        "device": args.device or "cpu",
-    }
-    options |= {"fast_decode": bool(args.fast_decode)} | (
-        {} if args.conf is None else {"conf": args.conf}
-    )
-    batch = 1 if args.batch is None else args.batch
+    options = {name: getattr(args, name) for name in ("iou", "max_det", "imgsz")}
+    options |= {"device": args.device or "cpu", "fast_decode": bool(args.fast_decode)}
+    if args.conf is not None:
+        options["conf"] = args.conf
     if takes_hint(args.model, args):
         options["hint"] = "throughput"
     with Detector(args.model, **options, **engine_options(args)) as detector:
@@ -206,21 +209,21 @@ def evaluate_detector(
         if is_artefact(args.model) and (
             doubt := doubts(Path(args.model), detector.engine.manifest)
         ):
-            print(f"warning: {doubt}", file=sys.stderr)
+            reporter.warn(doubt)
         return evaluate_model(
             args.model,
             detector,
             data,
             folder,
             command,
+            reporter,
             mapping=args.mapping,
-            batch=batch,
-            quiet=args.quiet,
+            batch=1 if args.batch is None else args.batch,
         )
 
 
 def summary(result: "Evaluation") -> str:
-    """The COCO numbers in percent, and AP of the classes, as text."""
+    """Return the COCO numbers in percent, and AP of the classes, as text."""
     numbers = result.metrics.numbers
     lines = [
         f"{name:>6} {100 * value:6.2f}" if value > -1 else f"{name:>6}      -"
@@ -231,14 +234,11 @@ def summary(result: "Evaluation") -> str:
         f"{name} {100 * value:.1f}"
         for name, value in sorted(result.metrics.class_ap.items(), key=lambda item: -item[1])
     ]
-    shown = (
-        best
-        if len(best) <= MOST_CLASSES
-        else [*best[: MOST_CLASSES // 2], "...", *best[-MOST_CLASSES // 2 :]]
-    )
-    return "\n".join([*columns, f"AP of the classes, the best first: {', '.join(shown)}"])
+    if len(best) > MAX_CLASSES:
+        best = [*best[: MAX_CLASSES // 2], "...", *best[-MAX_CLASSES // 2 :]]
+    return "\n".join([*columns, f"AP of the classes, the best first: {', '.join(best)}"])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The entry point of tood-eval; see `run_command` for the exit codes."""
+    """Run as the command; see `run_command` for the exit codes."""
     return run_command(eval_command, argv, extras=("eval",))

@@ -253,7 +253,7 @@ class AnnotatedData:
         Raises:
             ToodError: they are not.
         """
-        from tood_deploy.data.coco import map_categories
+        from tood_deploy.data.categories import map_categories
 
         map_categories(class_names, self.data.truth)
 
@@ -314,5 +314,4 @@ def search_from(config: ExportConfig, annotated: AnnotatedData | None) -> Precis
         int8_options(wanted, config.int8_scheme),
         half,
         annotated.measure if annotated and wanted.max_ap_drop is not None else None,
-        config.quiet,
     )

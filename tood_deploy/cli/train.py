@@ -1,4 +1,4 @@
-"""`tood-train`: parses arguments, nothing else."""
+"""`tood-train`: trains a network, or checks the data. Parses arguments, no more."""
 
 import argparse
 import sys
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tood_deploy.cli.common import DONE, CommandParser, add_device, class_names_from, run_command
 from tood_deploy.errors import ToodError
 from tood_deploy.presets import PRESETS
+from tood_deploy.reporter import Reporter
 
 if TYPE_CHECKING:
     from tood_deploy.training.train import DataPaths
@@ -17,11 +18,14 @@ if TYPE_CHECKING:
 EPILOG = """\
 examples:
   tood-train r50-1x --coco /data/coco --output runs/r50 --device cuda --precision bf16
-  tood-train tiny --train-json train.json --train-images train --val-json val.json --val-images val --output runs/mine
-  tood-train r50-2x --checkpoint r50-2x --train-json ... --train-images ... --output runs/tuned     (fine-tuning)
-  torchrun --nproc-per-node 8 -m tood_deploy.cli.train r50-1x --coco /data/coco --device cuda       (several GPUs)
+  tood-train tiny --train-json train.json --train-images train --val-json val.json --val-images val
+fine-tuning:
+  tood-train r50-2x --checkpoint r50-2x --train-json ... --train-images ... --output runs/tuned
+several GPUs:
+  torchrun --nproc-per-node 8 -m tood_deploy.cli.train r50-1x --coco /data/coco --device cuda
 
-The recipe's defaults are those that the preset's published weights were trained by; tiny has one of its own, for small data.
+The recipe's defaults are those that the preset's published weights were trained by; tiny has one of
+its own, for small data.
 A run goes on from its folder with --resume, exactly where it stood, also after a power cut.
 """
 # Options that stand for a field of the recipe, by their type.
@@ -54,7 +58,7 @@ CHOICES = {
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's arguments."""
+    """Return the parser of the command's options."""
     result = CommandParser(
         prog="tood-train", epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -75,7 +79,9 @@ def parser() -> argparse.ArgumentParser:
             "first weights (default: the ImageNet backbone of the published recipe)"
         )
     )
-    _add_recipe_options(result.add_argument_group("recipe (default: the preset's)"))
+    recipe = result.add_argument_group("recipe (default: the preset's)")
+    _add_schedule_options(recipe)
+    _add_recipe_options(recipe)
     _add_run_options(result.add_argument_group("run"))
     return result
 
@@ -142,7 +148,7 @@ def _add_weight_options(group: Any) -> None:
     )
 
 
-def _add_recipe_options(group: Any) -> None:
+def _add_schedule_options(group: Any) -> None:
     for name, (kind, metavar, text) in NUMBERS.items():
         group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=text)
     group.add_argument(
@@ -163,6 +169,9 @@ def _add_recipe_options(group: Any) -> None:
         metavar="EPOCH",
         help="epochs after which the learning rate drops to a tenth",
     )
+
+
+def _add_recipe_options(group: Any) -> None:
     group.add_argument(
         "--short-sides",
         type=int,
@@ -235,27 +244,26 @@ def _add_run_options(group: Any) -> None:
         metavar="EPOCH",
         help="end this call after that epoch, to go on later with --resume",
     )
-    group.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    group.add_argument("--quiet", action="store_true", help="print nothing but warnings and errors")
 
 
 def train_command(argv: Sequence[str] | None) -> int:
-    """Checks the data, or trains and prints the summary."""
+    """Check the data, or train and print the summary."""
     arguments = parser().parse_args(argv)
     _check_positive(arguments)
     paths = _data_paths(arguments)
     class_names = class_names_from(arguments.classes)
+    reporter = Reporter(arguments.quiet)
     if arguments.check_data:
-        return _check_data(paths, class_names)
+        return _check_data(paths, class_names, Reporter())
     from tood_deploy.preprocess import check_imgsz
     from tood_deploy.training.config import RunOptions
     from tood_deploy.training.train import FirstWeights, choose_recipe, train
 
     recipe, notes = choose_recipe(arguments.preset, _recipe_changes(arguments))
-    workers = (
-        arguments.workers
-        if arguments.workers is not None
-        else (4 if arguments.device == "cuda" else 0)
-    )
+    workers = 4 if arguments.device == "cuda" else 0
+    if arguments.workers is not None:
+        workers = arguments.workers
     options = RunOptions(
         arguments.output or Path("runs") / arguments.preset,
         arguments.device,
@@ -276,24 +284,25 @@ def train_command(argv: Sequence[str] | None) -> int:
             arguments.from_scratch,
             arguments.weights_key,
         ),
+        reporter,
         notes=notes,
         imgsz=check_imgsz(arguments.imgsz) if arguments.imgsz else None,
         class_names=class_names,
         evaluation_batch=arguments.eval_batch,
         threads=arguments.threads,
-        quiet=arguments.quiet,
     )
-    if summary is not None and not arguments.quiet:
-        print(summary)
+    if summary is not None:
+        reporter.result(summary)
     return DONE
 
 
 def _check_positive(arguments: argparse.Namespace) -> None:
     for name in ("workers", "save_every", "eval_every", "eval_batch", "stop_after"):
-        value, least = getattr(arguments, name), 0 if name == "workers" else 1
-        if value is not None and value < least:
+        value, minimum = getattr(arguments, name), 0 if name == "workers" else 1
+        if value is not None and value < minimum:
             raise ToodError(
-                f"--{name.replace('_', '-')} is {value}; expected a whole number of at least {least}"
+                f"--{name.replace('_', '-')} is {value}; expected a whole number of at least "
+                f"{minimum}"
             )
 
 
@@ -307,7 +316,8 @@ def _data_paths(arguments: argparse.Namespace) -> "DataPaths":
     if arguments.coco is not None:
         if any(given.values()):
             raise ToodError(
-                "--coco stands in place of --train-json, --train-images, --val-json and --val-images; give one or the other"
+                "--coco stands in place of --train-json, --train-images, --val-json and "
+                "--val-images; give one or the other"
             )
         return DataPaths.of_coco(arguments.coco)
     if given["train_json"] is None or given["train_images"] is None:
@@ -320,7 +330,7 @@ def _data_paths(arguments: argparse.Namespace) -> "DataPaths":
 
 
 def _recipe_changes(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What the user changes in the recipe, by field."""
+    """Return what the user changes in the recipe, by field."""
     names = (
         *NUMBERS,
         *CHOICES,
@@ -339,27 +349,23 @@ def _recipe_changes(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _check_data(paths: "DataPaths", class_names: list[str] | None) -> int:
-    from rich.console import Console
+def _check_data(paths: "DataPaths", class_names: list[str] | None, reporter: Reporter) -> int:
+    from tood_deploy.training.records import read_labelled_images
+    from tood_deploy.training.report import check_images, data_report
 
-    from tood_deploy.data.coco import read_annotations
-    from tood_deploy.training.report import check_images, report
-
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    train = read_annotations(paths.train_json, paths.train_images, class_names)
+    train = read_labelled_images(paths.train_json, paths.train_images, class_names)
     parts = [("training", train)]
     if paths.val_json is not None and paths.val_images is not None:
-        parts.append(
-            ("validation", read_annotations(paths.val_json, paths.val_images, train.class_names))
-        )
-    for title, annotations in parts:
-        check_images(annotations, progress=sys.stdout.isatty())
-        console.print(report(annotations, title))
+        validation = read_labelled_images(paths.val_json, paths.val_images, train.class_names)
+        parts.append(("validation", validation))
+    for title, labelled in parts:
+        check_images(labelled, reporter)
+        reporter.table(data_report(labelled, title))
     return DONE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The console script."""
+    """Run as the command; see `run_command` for the exit codes."""
     return run_command(train_command, argv, extras=("train",))
 
 

@@ -1,4 +1,8 @@
-"""Images, annotations and results in files: every reader and writer of them. Imports nothing heavy."""
+"""Images, annotations and results in files: every reader and writer of them.
 
-# To calibrate on: of fewer a warning is given, of more so many are taken.
-FEWEST_CALIBRATION_IMAGES, MOST_CALIBRATION_IMAGES = 64, 128
+Imports nothing heavy.
+"""
+
+# To calibrate on: a warning is given of fewer than the first, of more than the second so many are
+# taken.
+MIN_CALIBRATION_IMAGES, MAX_CALIBRATION_IMAGES = 64, 128

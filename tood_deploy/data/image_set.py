@@ -1,18 +1,27 @@
-"""The images of a benchmark, read one at a time: annotated ones, a folder's, or built-in synthetic ones."""
+"""The images of a benchmark, read one at a time, and images that need no files.
+
+A folder, annotations or nothing in; annotated images, a folder's, crops of a photograph or
+synthetic images out. Knows no detector.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from tood_deploy.data.coco import Truth
-from tood_deploy.data.images import IMAGE_SUFFIXES, decode_image
+from tood_deploy.data.coco import Annotations
+from tood_deploy.data.images import (
+    decode_image,
+    find_image,
+    image_paths,
+    missing_image_cure,
+    read_image,
+)
 from tood_deploy.errors import InputError, ToodError
 from tood_deploy.files import absolute_path
 from tood_deploy.preprocess import fit_size, pad_size
@@ -20,13 +29,20 @@ from tood_deploy.preprocess import fit_size, pad_size
 BLOCK = 16
 RECTANGLES = 12
 CROP_HW = (384, 480)
-PHOTOGRAPH = Path(
-    "matplotlib/mpl-data/sample_data/grace_hopper.jpg"
-)  # an official portrait, in the public domain
+# An official portrait, in the public domain.
+PHOTOGRAPH = Path("matplotlib/mpl-data/sample_data/grace_hopper.jpg")
 
 
 def synthetic_image(height: int, width: int, seed: int) -> NDArray[np.uint8]:
-    """Draw coloured blocks, rectangles and grain: (height, width, 3) uint8 BGR, the same for the same seed."""
+    """Draw coloured blocks, rectangles and grain, the same for the same seed.
+
+    Args:
+        height, width: in pixels.
+        seed: of the random numbers.
+
+    Returns:
+        (height, width, 3) uint8 BGR.
+    """
     rng = np.random.default_rng(seed)
     blocks = rng.integers(64, 192, (-(-height // BLOCK), -(-width // BLOCK), 3))
     image = blocks.repeat(BLOCK, 0).repeat(BLOCK, 1)[:height, :width]
@@ -41,7 +57,10 @@ def synthetic_image(height: int, width: int, seed: int) -> NDArray[np.uint8]:
 
 
 def read_photograph() -> tuple[NDArray[np.uint8], str]:
-    """Read the photograph that matplotlib brings along, without importing it: (H, W, 3) uint8 BGR, and where it is from.
+    """Read the photograph that matplotlib brings along, without importing it.
+
+    Returns:
+        (H, W, 3) uint8 BGR, and where it is from.
 
     Raises:
         InputError: it is not there.
@@ -51,15 +70,14 @@ def read_photograph() -> tuple[NDArray[np.uint8], str]:
         data = Path(str(package.locate_file(PHOTOGRAPH))).read_bytes()
     except (PackageNotFoundError, OSError) as error:
         raise InputError(
-            f"{PHOTOGRAPH.name}: the photograph of matplotlib, which is used by default, cannot be read ({error}); give images of your own"
+            f"{PHOTOGRAPH.name}: the photograph of matplotlib, which is used by default, "
+            f"cannot be read ({error}); give images of your own"
         ) from error
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-    assert image is not None
-    return np.asarray(image, np.uint8), f"{PHOTOGRAPH.name} of matplotlib {package.version}"
+    return decode_image(data, PHOTOGRAPH.name), f"{PHOTOGRAPH.name} of matplotlib {package.version}"
 
 
 def crop_size(image_hw: tuple[int, ...], imgsz: tuple[int, int]) -> tuple[int, int]:
-    """Return rows and columns of the widest part of an image that pre-processing brings to the padded size of `imgsz`.
+    """Return rows and columns of the widest part that is padded as an image of `imgsz` is.
 
     Args:
         image_hw: rows and columns of the image.
@@ -74,14 +92,24 @@ def crop_size(image_hw: tuple[int, ...], imgsz: tuple[int, int]) -> tuple[int, i
         if 0 < size[0] <= image_hw[0] and pad_size(fit_size(size, imgsz)) == pad_size(imgsz):
             return size
     raise InputError(
-        f"imgsz is {short} {long}: no part of {PHOTOGRAPH.name} has that shape; give images of your own"
+        f"imgsz is {short} {long}: no part of {PHOTOGRAPH.name} has that shape; "
+        "give images of your own"
     )
 
 
 def crop_evenly(
     image: NDArray[np.uint8], size_hw: tuple[int, int], number: int, count: int
 ) -> NDArray[np.uint8]:
-    """Return one of `count` parts of a size, spread evenly from the upper left to the lower right, every second one mirrored."""
+    """Return one of several parts, spread evenly from the upper left to the lower right.
+
+    Every second one is mirrored.
+
+    Args:
+        image: (H, W, 3) uint8.
+        size_hw: rows and columns of a part.
+        number: of the part, from 0.
+        count: of all parts.
+    """
     place = number / max(count - 1, 1)
     top, left = (
         int(place * (whole - part)) for whole, part in zip(image.shape[:2], size_hw, strict=True)
@@ -130,7 +158,7 @@ class ImageSet:
 
     description: str
     images: tuple[ImageEntry, ...]
-    truth: Truth | None = None
+    truth: Annotations | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -140,36 +168,37 @@ class ImageSet:
 
 
 def open_image_set(
-    folder: Path | None, truth: Truth | None, imgsz: tuple[int, int], most: int | None = None
+    folder: Path | None, truth: Annotations | None, imgsz: tuple[int, int], limit: int | None = None
 ) -> ImageSet:
-    """The images to run on.
+    """Open the images to run on.
 
     Args:
         folder: of images; synthetic ones of `imgsz` where not given.
         truth: annotations of images in that folder.
         imgsz: (short side, long side).
-        most: take the first of them only.
+        limit: take the first of them only.
 
     Raises:
         InputError: no such folder, nothing in it, or an annotated image is missing.
-        ToodError: annotations without a folder, or `most` is not positive.
+        ToodError: annotations without a folder, or `limit` is not positive.
     """
-    if most is not None and most < 1:
-        raise ToodError(f"--limit is {most}; expected a positive number of images")
+    if limit is not None and limit < 1:
+        raise ToodError(f"--limit is {limit}; expected a positive number of images")
     if folder is None:
         if truth is not None:
             raise ToodError(f"{truth.path}: annotations without their images; add --images DIR")
         return ImageSet(
-            f"{SYNTHETIC}, seeds 0 to {(most or SYNTHETIC_COUNT) - 1}",
-            _synthetic(imgsz, most or SYNTHETIC_COUNT),
+            f"{SYNTHETIC}, seeds 0 to {(limit or SYNTHETIC_COUNT) - 1}",
+            _synthetic(imgsz, limit or SYNTHETIC_COUNT),
         )
     if truth is None:
-        files = dict(enumerate(_files(folder)[:most], 1))
+        files = dict(enumerate(image_paths(folder, limit), 1))
     else:
-        truth = _first(truth, most)
+        truth = truth.first(limit)
         files = list_image_files(truth, folder)
     images = tuple(
-        ImageEntry(path.name, key, lambda path=path: _read(path)) for key, path in files.items()
+        ImageEntry(path.name, key, lambda path=path: read_image(path))
+        for key, path in files.items()
     )
     return ImageSet(f"{len(images)} images of {folder}", images, truth)
 
@@ -181,36 +210,10 @@ def _synthetic(imgsz: tuple[int, int], count: int) -> tuple[ImageEntry, ...]:
     )
 
 
-def _first(truth: Truth, most: int | None) -> Truth:
-    """The first images of the annotations, in order of their ids, and what is annotated on them."""
-    images = dict(list(truth.images.items())[:most])
-    return replace(
-        truth, images=images, boxes=truth.boxes.pick(np.isin(truth.boxes.image_ids, list(images)))
-    )
-
-
-def _files(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; expected a folder of images")
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
-    if not files:
-        raise InputError(
-            f"{folder}: no image in it; expected files such as {', '.join(sorted(IMAGE_SUFFIXES)[:4])}"
-        )
-    return files
-
-
-def _read(path: Path) -> NDArray[np.uint8]:
-    try:
-        return decode_image(path.read_bytes(), str(path))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); expected a image") from error
-
-
 def photograph_set(imgsz: tuple[int, int], count: int) -> ImageSet:
-    """Different parts of the photograph, every second one mirrored.
+    """Return different parts of the photograph, every second one mirrored.
 
-    Pre-processing scales them to the padded size that a image of `imgsz` has, landscape.
+    Pre-processing scales them to the padded size that an image of `imgsz` has, landscape.
 
     Args:
         imgsz: (short side, long side).
@@ -228,20 +231,27 @@ def photograph_set(imgsz: tuple[int, int], count: int) -> ImageSet:
     return ImageSet(f"{count} crops, {size_hw[0]}x{size_hw[1]}, of a photograph, {origin}", images)
 
 
-def list_image_files(truth: Truth, folder: Path) -> dict[int, Path]:
-    """The file of every image of the annotations, by image id.
+def list_image_files(truth: Annotations, folder: Path) -> dict[int, Path]:
+    """Find the file of every image of the annotations, by image id.
 
     Raises:
-        InputError: no such folder, or a image is not in it.
+        InputError: no such folder, or an image is not in it.
     """
     if not folder.is_dir():
         raise InputError(
             f"{folder}: no such folder; expected the {len(truth.images)} images of {truth.path}"
         )
-    files = {key: absolute_path(folder / image.file_name) for key, image in truth.images.items()}
-    if missing := [path for path in files.values() if not path.is_file()]:
+    files: dict[int, Path] = {}
+    missing: list[str] = []
+    for key, image in truth.images.items():
+        if (path := find_image(folder, image.file_name)) is None:
+            missing.append(image.file_name)
+        else:
+            files[key] = absolute_path(path)
+    if missing:
         raise InputError(
-            f"{folder}: {len(missing)} of the {len(files)} images of {truth.path} are missing, the first is {missing[0]}; "
-            "give the folder that the annotations' file names start from"
+            f"{folder}: {len(missing)} of the {len(truth.images)} images of {truth.path} are "
+            "missing, "
+            f"the first is {missing[0]}; {missing_image_cure(folder, missing[0])}"
         )
     return files

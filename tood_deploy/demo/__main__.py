@@ -1,4 +1,7 @@
-"""`python -m tood_deploy.demo`: from shipped weights to a verified artefact, detections, AP and latency, on generated images."""
+"""`python -m tood_deploy.demo`: the commands one after the other, on generated images.
+
+From shipped weights to a verified artefact, detections, AP and latency. Knows only the commands.
+"""
 
 import argparse
 import shlex
@@ -11,9 +14,11 @@ from tood_deploy.cli.common import DONE, run_command
 WEIGHTS = Path(__file__).parents[1] / "weights" / "tiny-demo.safetensors"
 IMAGES, SEED = 40, 2026
 
+Command = Callable[[Sequence[str]], int]
+
 
 def demo_command(argv: Sequence[str] | None) -> int:
-    """Runs the commands one after the other, and stops at the first that fails."""
+    """Run the commands one after the other, and stop at the first that fails."""
     parser = argparse.ArgumentParser("python -m tood_deploy.demo", description=__doc__)
     parser.add_argument(
         "--output",
@@ -24,74 +29,40 @@ def demo_command(argv: Sequence[str] | None) -> int:
     )
     folder = parser.parse_args(argv).output
 
-    from tood_deploy.cli import bench, export, infer
-    from tood_deploy.cli.eval import main as evaluate
     from tood_deploy.demo.scenes import write_scenes
 
-    say(f"generating {IMAGES} images of textured shapes with known boxes in {folder}/scenes")
+    print_step(f"generating {IMAGES} images of textured shapes with known boxes in {folder}/scenes")
     annotations = write_scenes(folder / "scenes", IMAGES, SEED)
-    images, model = folder / "scenes" / "images", folder / "tiny.onnx"
-    steps: list[tuple[str, Callable[[Sequence[str]], int], list[object]]] = [
-        ("tood-export", export.main, [WEIGHTS, "--output", model, "--verify-images", images]),
-        (
-            "tood-infer",
-            infer.main,
-            [
-                model,
-                images,
-                "--output",
-                folder / "found",
-                "--json",
-                folder / "found.json",
-                "--quiet",
-            ],
-        ),
-        (
-            "tood-eval",
-            evaluate,
-            [model, "--annotations", annotations, "--images", images, "--output", folder / "eval"],
-        ),
-        (
-            "tood-bench",
-            bench.main,
-            [
-                "latency",
-                model,
-                "--baseline",
-                WEIGHTS,
-                "--images",
-                images,
-                "--rounds",
-                3,
-                "--turn-seconds",
-                0.5,
-                "--output",
-                folder / "latency",
-            ],
-        ),
-    ]
-    for name, command, arguments in steps:
+    for name, command, arguments in _steps(folder, annotations):
         texts = [str(argument) for argument in arguments]
-        say(shlex.join([name, *texts]))
+        print_step(shlex.join([name, *texts]))
         if code := command(texts):
             return code
-    say(
-        "made: "
-        + ", ".join(
-            str(path)
-            for path in (
-                model,
-                folder / "found",
-                folder / "eval" / "report.html",
-                folder / "latency",
-            )
-        )
-    )
+    results = ("tiny.onnx", "found", "eval/report.html", "latency")
+    print_step(f"results: {', '.join(str(folder / name) for name in results)}")
     return DONE
 
 
-def say(text: str) -> None:
-    """One line between the commands' own output."""
+def _steps(folder: Path, annotations: Path) -> list[tuple[str, Command, list[object]]]:
+    """Return name, function and arguments of every command."""
+    from tood_deploy.cli import bench, export, infer
+    from tood_deploy.cli.eval import main as evaluate
+
+    images, model = annotations.parent / "images", folder / "tiny.onnx"
+    detections = ["--output", folder / "found", "--json", folder / "found.json", "--quiet"]
+    truth = ["--annotations", annotations, "--images", images, "--output", folder / "eval"]
+    timing = ["--images", images, "--rounds", 3, "--turn-seconds", 0.5]
+    timing += ["--output", folder / "latency"]
+    return [
+        ("tood-export", export.main, [WEIGHTS, "--output", model, "--verify-images", images]),
+        ("tood-infer", infer.main, [model, images, *detections]),
+        ("tood-eval", evaluate, [model, *truth]),
+        ("tood-bench", bench.main, ["latency", model, "--baseline", WEIGHTS, *timing]),
+    ]
+
+
+def print_step(text: str) -> None:
+    """Print a line between the commands' own output."""
     print(f"\n\033[1m$ {text}\033[0m" if sys.stdout.isatty() else f"\n$ {text}", flush=True)
 
 

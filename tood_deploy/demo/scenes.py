@@ -1,13 +1,15 @@
-"""Generated images with known contents: textured shapes of five classes over clutter, as COCO data. NumPy and OpenCV alone.
+"""Generated images with known contents: a seed in, images and COCO annotations out.
 
-A image follows from its seed alone: scale, turn, colour, texture and overlap are drawn at random. Hundreds are made in a second.
+Textured shapes of five classes over clutter. Needs NumPy and OpenCV alone.
+
+An image follows from its seed alone: scale, turn, colour, texture and overlap are drawn at random.
+Hundreds are made in a second.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,14 +19,14 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from tood_deploy.data.coco import AnnotatedImage, write_annotations
 from tood_deploy.errors import OutputError, ToodError
-from tood_deploy.files import write_text
 
 SCENE_CLASSES = ("disc", "square", "triangle", "star", "ring")
 SIZE_HW = (240, 320)
-OBJECTS = (2, 9)  # fewest and most that are tried in a image
+OBJECTS = (2, 9)  # fewest and most that are tried in an image
 RADII = (13.0, 60.0)  # pixels; drawn evenly in their logarithm
-MOST_COVERED = 0.3  # share of an object that later ones may hide
+MAX_COVERED = 0.3  # share of an object that later ones may hide
 CLUTTER = 8  # thin lines and small outlines behind the objects
 TEXTURE_SIDE = 128
 JPEG_QUALITY = 92
@@ -36,7 +38,8 @@ class Scene:
 
     Attributes:
         image_bgr: (H, W, 3) uint8.
-        boxes: (G, 4) float32 xyxy in pixels: the outline of each shape, also where another hides part of it.
+        boxes: (G, 4) float32 xyxy in pixels: the outline of each shape, also where another hides
+            part of it.
         labels: (G,) int64 positions in `SCENE_CLASSES`.
     """
 
@@ -46,7 +49,7 @@ class Scene:
 
 
 def make_scene(seed: int | Sequence[int], size_hw: tuple[int, int] = SIZE_HW) -> Scene:
-    """The image of a seed."""
+    """Return the image of a seed, with its boxes."""
     rng = np.random.default_rng(seed)
     image = _background(rng, size_hw)
     owner = np.full(size_hw, -1, np.int32)  # which object each pixel shows
@@ -74,7 +77,7 @@ def make_scene(seed: int | Sequence[int], size_hw: tuple[int, int] = SIZE_HW) ->
 def write_scenes(
     folder: Path, count: int, seed: int = 0, size_hw: tuple[int, int] = SIZE_HW
 ) -> Path:
-    """Writes images into `folder/images` and their annotations beside it.
+    """Write images into `folder/images` and their annotations into `folder`.
 
     Args:
         folder: made if it is not there.
@@ -88,29 +91,18 @@ def write_scenes(
     Raises:
         OutputError: the folder cannot be written.
     """
-    source_images = folder / "images"
-    images, annotations = [], []
+    images: dict[int, AnnotatedImage] = {}
+    boxes: list[tuple[int, int, Sequence[float]]] = []
     for number in range(count):
         scene = make_scene((seed, number), size_hw)
-        name = f"{number:05d}.jpg"
-        _write_image(source_images / name, scene.image_bgr)
-        images.append({"id": number, "file_name": name, "height": size_hw[0], "width": size_hw[1]})
+        images[number] = AnnotatedImage(f"{number:05d}.jpg", size_hw)
+        _write_image(folder / "images" / images[number].file_name, scene.image_bgr)
         for (x1, y1, x2, y2), label in zip(
             scene.boxes.tolist(), scene.labels.tolist(), strict=True
         ):
-            width, height = x2 - x1, y2 - y1
-            entry = {
-                "id": len(annotations) + 1,
-                "image_id": number,
-                "category_id": label + 1,
-                "iscrowd": 0,
-            }
-            annotations.append(entry | {"bbox": [x1, y1, width, height], "area": width * height})
-    categories = [{"id": k, "name": name} for k, name in enumerate(SCENE_CLASSES, start=1)]
+            boxes.append((number, label, (x1, y1, x2 - x1, y2 - y1)))
     path = folder / "annotations.json"
-    write_text(
-        path, json.dumps({"images": images, "annotations": annotations, "categories": categories})
-    )
+    write_annotations(path, images, boxes, SCENE_CLASSES)
     return path
 
 
@@ -126,7 +118,7 @@ def _write_image(path: Path, image_bgr: NDArray[np.uint8]) -> None:
 
 
 def _background(rng: np.random.Generator, size_hw: tuple[int, int]) -> NDArray[np.float32]:
-    """Soft patches of colour, with lines and outlines that are no objects."""
+    """Draw soft patches of colour, with lines and outlines that are no objects."""
     coarse = rng.uniform(40, 200, (int(rng.integers(2, 9)), int(rng.integers(2, 9)), 3)).astype(
         np.float32
     )
@@ -154,7 +146,13 @@ def _background(rng: np.random.Generator, size_hw: tuple[int, int]) -> NDArray[n
 def _random_shape(
     label: int, rng: np.random.Generator, size_hw: tuple[int, int]
 ) -> tuple[NDArray[np.uint8], tuple[int, int, int, int]]:
-    """The mask (h, w) of a shape, 0 to 255, and where it lies (xyxy), wholly inside the image."""
+    """Draw a shape: its mask (h, w), 0 to 255, and where it lies (xyxy), wholly inside the image.
+
+    Args:
+        label: position in `SCENE_CLASSES`.
+        rng: of what is drawn at random.
+        size_hw: rows and columns of the image.
+    """
     radius = float(np.exp(rng.uniform(*np.log(RADII))))
     points = _outline(SCENE_CLASSES[label], float(rng.uniform(0, 2 * np.pi))) * radius
     points -= points.min(axis=0)
@@ -169,7 +167,7 @@ def _random_shape(
 
 
 def _with_noise(image: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.uint8]:
-    """The image as a camera of some noise would give it."""
+    """Return the image as a camera of some noise would give it."""
     height, width = image.shape[:2]
     noise = _noise((2 * height, 2 * width))
     top, left = int(rng.integers(height)), int(rng.integers(width))
@@ -179,12 +177,12 @@ def _with_noise(image: NDArray[np.float32], rng: np.random.Generator) -> NDArray
 
 @functools.cache
 def _noise(size_hw: tuple[int, int]) -> NDArray[np.float32]:
-    """Standard normal noise, drawn once: a image takes a part of it."""
+    """Return standard normal noise, drawn once: an image takes a part of it."""
     return np.random.default_rng(0).standard_normal(size_hw, np.float32)
 
 
 def _outline(name: str, turn: float) -> NDArray[np.float64]:
-    """(P, 2) corners of a shape of radius 1, turned."""
+    """Return (P, 2) corners of a shape of radius 1, turned."""
     corners, inner = {
         "disc": (64, 1.0),
         "ring": (64, 1.0),
@@ -200,16 +198,21 @@ def _outline(name: str, turn: float) -> NDArray[np.float64]:
 def _hides_too_much(
     owner: NDArray[np.int32], inside: NDArray[np.bool_], areas: Sequence[int]
 ) -> bool:
-    """Whether a shape painted here would hide more than allowed of an earlier one, counting what is hidden by now."""
+    """Tell whether a shape painted here would hide more of an earlier one than is allowed.
+
+    Args:
+        owner: (h, w) position of the object that each pixel of the region shows; -1 for none.
+        inside: (h, w) bool, the shape's pixels.
+        areas: of the objects, before any was hidden.
+    """
     covered = owner[inside]
     return any(
-        count > MOST_COVERED * areas[k]
-        for k, count in enumerate(np.bincount(covered[covered >= 0]))
+        count > MAX_COVERED * areas[k] for k, count in enumerate(np.bincount(covered[covered >= 0]))
     )
 
 
 def _paint(region: NDArray[np.float32], mask: NDArray[np.uint8], rng: np.random.Generator) -> None:
-    """Fills the mask with two colours mixed by a texture."""
+    """Fill the mask, in place, with two colours mixed by a texture."""
     textures = _textures()
     texture = textures[int(rng.integers(len(textures)))]
     height, width = mask.shape
@@ -222,35 +225,25 @@ def _paint(region: NDArray[np.float32], mask: NDArray[np.uint8], rng: np.random.
 
 @functools.cache
 def _textures() -> tuple[NDArray[np.float32], ...]:
-    """Stripes, checks, dots and noise, 0 to 1, large enough for any crop."""
+    """Return stripes, checks, dots and noise, 0 to 1, large enough for any crop."""
     rng = np.random.default_rng(0)
     y, x = np.mgrid[: 2 * TEXTURE_SIDE, : 2 * TEXTURE_SIDE].astype(np.float32)
-    made = [np.full_like(x, 0.1)]
+    textures = [np.full_like(x, 0.1)]
     for period in (6.0, 11.0, 19.0):
         for angle in (0.2, 1.0, 1.9, 2.7):
-            made.append(
-                0.5 + 0.5 * np.sin((x * np.cos(angle) + y * np.sin(angle)) * (2 * np.pi / period))
-            )
-        made.append(((x // period + y // period) % 2).astype(np.float32))
-        made.append(
-            (
-                (x % period - period / 2) ** 2 + (y % period - period / 2) ** 2
-                < (period / 3.2) ** 2
-            ).astype(np.float32)
-        )
-        made.append(
-            np.asarray(
-                cv2.resize(
-                    rng.random((int(256 / period), int(256 / period)), np.float32), x.shape[::-1]
-                ),
-                np.float32,
-            )
-        )
-    return tuple(texture.astype(np.float32) for texture in made)
+            across = x * np.cos(angle) + y * np.sin(angle)
+            textures.append(0.5 + 0.5 * np.sin(across * (2 * np.pi / period)))
+        textures.append((x // period + y // period) % 2)
+        from_centre = (x % period - period / 2) ** 2 + (y % period - period / 2) ** 2
+        textures.append(from_centre < (period / 3.2) ** 2)
+        cells = int(2 * TEXTURE_SIDE / period)
+        coarse = rng.random((cells, cells), np.float32)
+        textures.append(np.asarray(cv2.resize(coarse, x.shape[::-1])))
+    return tuple(texture.astype(np.float32) for texture in textures)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m tood_deploy.demo.scenes`: writes a set."""
+    """Run as `python -m tood_deploy.demo.scenes`: write a set."""
     parser = argparse.ArgumentParser(
         "python -m tood_deploy.demo.scenes", description="Writes generated images as COCO data."
     )
@@ -267,7 +260,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.count < 1 or arguments.seed < 0:
             raise ToodError(
-                f"--count {arguments.count} --seed {arguments.seed}; expected at least 1 image and a seed of at least 0"
+                f"--count {arguments.count} --seed {arguments.seed}; "
+                "expected at least 1 image and a seed of at least 0"
             )
         print(write_scenes(arguments.folder, arguments.count, arguments.seed))
     except ToodError as error:

@@ -26,7 +26,13 @@ class OnnxEngine(Engine):
     """An .onnx artefact in an ONNX Runtime session."""
 
     def __init__(
-        self, path: Path, *, device: str = "cpu", threads: int | None = None, hint: Hint = "latency"
+        self,
+        path: Path,
+        *,
+        device: str = "cpu",
+        threads: int | None = None,
+        hint: Hint = "latency",
+        float_arithmetic: bool = False,
     ) -> None:
         """Opens the artefact.
 
@@ -36,6 +42,8 @@ class OnnxEngine(Engine):
             threads: on the CPU, of all inferences together; the number of cores where not given.
             hint: "latency": all threads work on one batch; "throughput", on the CPU: two batches run beside one another (`in_flight`),
                 whose threads need not wait for each other after every layer.
+            float_arithmetic: compute quantised layers as their Q/DQ nodes define them, in float32;
+                what is quantised for TensorRT is compared so (`needs_float_arithmetic`).
 
         Raises:
             ArtefactError: not a file of tood-export, cut, or of another version.
@@ -58,7 +66,10 @@ class OnnxEngine(Engine):
         side_by_side = hint == "throughput" and cores >= STREAMS
         # Who calls a session works for it; its own threads are one less than its number of threads.
         self.session = _open_session(
-            path, provider, cores - STREAMS + 1 if side_by_side else threads
+            path,
+            provider,
+            cores - STREAMS + 1 if side_by_side else threads,
+            float_arithmetic=float_arithmetic,
         )
         if self.session.get_providers()[0] != provider:
             raise DeviceError(
@@ -131,11 +142,15 @@ def _check_precision(path: Path) -> None:
         raise DeviceError(reason)
 
 
-def _open_session(path: Path, provider: str, threads: int | None) -> ort.InferenceSession:
+def _open_session(
+    path: Path, provider: str, threads: int | None, *, float_arithmetic: bool
+) -> ort.InferenceSession:
     if threads is not None and threads < 1:
         raise ToodError(f"threads is {threads}; expected a positive number")
     try:
-        return open_session(path, provider=provider, threads=threads)
+        return open_session(
+            path, provider=provider, threads=threads, float_arithmetic=float_arithmetic
+        )
     except Exception as error:  # onnxruntime raises types of its own that share no public base
         reason = str(error).strip().splitlines()[0]
         if "NOT_IMPLEMENTED" in reason:  # by its text: the type has no public name

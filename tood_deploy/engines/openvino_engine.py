@@ -30,12 +30,13 @@ from tood_deploy.engines.openvino_runtime import (
     shared_core,
 )
 from tood_deploy.engines.precision_support import saturates_in_openvino
-from tood_deploy.engines.self_test import deviation, tolerance_of
+from tood_deploy.engines.self_test import tolerance_of
 from tood_deploy.errors import ArtefactError, DeviceError, ToodError
 from tood_deploy.files import home_folder
 from tood_deploy.graph_io import INPUTS, OUTPUTS
 from tood_deploy.manifest import Manifest, artefact_files, read_manifest
 from tood_deploy.matching import split_batch
+from tood_deploy.parity.detection_verdict import answer_deviation
 from tood_deploy.parity.tolerances import AnswerTolerance
 
 MOST_STATIC = 4  # shapes with a form of their own at a time
@@ -196,7 +197,7 @@ class Forms:
         )
         answers = (split_batch(each.collect(each.submit(values))) for each in (self._dynamic, form))
         for expected, found in zip(*answers, strict=True):
-            if wrong := deviation(expected, found, self._tolerance):
+            if wrong := answer_deviation(expected, found, self._tolerance):
                 raise ArtefactError(
                     f"{self._path}: compiled for the shape {shape} OpenVINO gives another answer than for every shape: {wrong}; "
                     "update openvino, or export in higher precision"

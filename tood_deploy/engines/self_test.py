@@ -26,7 +26,8 @@ from tood_deploy.errors import ArtefactError, OutputError
 from tood_deploy.files import home_folder, write_text
 from tood_deploy.manifest import artefact_sha256, saturating_weights
 from tood_deploy.manifest_sections import SelfTest, SelfTestCase
-from tood_deploy.matching import NetDetections, box_iou, match_boxes, split_batch
+from tood_deploy.matching import NetDetections, split_batch
+from tood_deploy.parity.detection_verdict import answer_deviation
 from tood_deploy.parity.tolerances import AnswerTolerance, answer_tolerance
 
 if TYPE_CHECKING:
@@ -191,7 +192,7 @@ def _check_case(engine: Engine, artefact: Path, golden: Golden, case: GoldenCase
             *golden.inputs(case.net_hw, batch), case.score_threshold, golden.iou_threshold
         )
         for slot, rows in enumerate(_rows(found)):
-            if wrong := deviation(case.expected, rows, tolerance):
+            if wrong := answer_deviation(case.expected, rows, tolerance):
                 raise ArtefactError(
                     f"{artefact}: fails its self-test in {engine.name}, {engine.precision} on {engine.device}: {wrong} "
                     f"(canvas {case.net_hw[0]} x {case.net_hw[1]}, slot {slot + 1} of a batch of {batch}, answer of {golden.reference}); "
@@ -201,24 +202,6 @@ def _check_case(engine: Engine, artefact: Path, golden: Golden, case: GoldenCase
 
 def _rows(found: BatchDetections) -> list[NetDetections]:
     return split_batch((found.num_dets, found.boxes_net, found.scores, found.labels))
-
-
-def deviation(expected: NetDetections, found: NetDetections, tolerance: AnswerTolerance) -> str:
-    """What is wrong, as a clause; "" where the answer is within the tolerance."""
-    pairs = match_boxes(expected, found).pairs
-    score_off = np.abs(
-        expected.scores[pairs[:, 0]] - found.scores[pairs[:, 1]]
-    ) / expected.scores.max(initial=1e-9)
-    iou = box_iou(expected.boxes[pairs[:, 0]], found.boxes[pairs[:, 1]])
-    matched = int(((score_off <= tolerance.score) & (iou >= tolerance.iou)).sum())
-    either = len(expected) + len(found) - matched
-    if matched >= tolerance.matched * either:
-        return ""
-    return (
-        f"of {len(expected)} stored detections {matched} came again, {len(found)} came in all; scores are off by up to "
-        f"{score_off.max(initial=0):.2g} of the best one (allowed {tolerance.score:g}), overlaps go down to {iou.min(initial=1):.2g} "
-        f"(allowed {tolerance.iou:g})"
-    )
 
 
 def _circumstances(engine: Engine, artefact: Path, stored: SelfTest) -> dict[str, str]:

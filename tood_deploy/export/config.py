@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from tood_deploy.data import MOST_CALIBRATION_IMAGES
+from tood_deploy.data import MAX_CALIBRATION_IMAGES
 from tood_deploy.engines.tensorrt.library import Name as FlavourName
 from tood_deploy.errors import ToodError
 from tood_deploy.export.options import (
@@ -138,9 +138,9 @@ class PrecisionOptions:
         expected="DIR: a folder of 64 or more images like those to come",
     )
     calib_images: int = option(
-        MOST_CALIBRATION_IMAGES,
+        MAX_CALIBRATION_IMAGES,
         "--calib-images",
-        f"at most so many images of --calib-data (default: {MOST_CALIBRATION_IMAGES})",
+        f"at most so many images of --calib-data (default: {MAX_CALIBRATION_IMAGES})",
         parse=int,
         metavar="N",
         group="int8",

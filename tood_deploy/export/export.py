@@ -39,8 +39,9 @@ from tood_deploy.manifest_sections import Build, Parity
 from tood_deploy.model.checkpoint import load_checkpoint
 from tood_deploy.model.tood import Tood
 from tood_deploy.onnx_file import OnnxArtefact, artefact_in_memory, read_onnx, write_onnx
-from tood_deploy.parity.reference import Reference, torch_reference
-from tood_deploy.parity.stages import OnnxRunner, onnx_reference
+from tood_deploy.parity.onnx_reference import OnnxRunner, onnx_reference
+from tood_deploy.parity.reference import Reference
+from tood_deploy.parity.torch_reference import torch_reference
 from tood_deploy.parity.verify import verify_float32
 from tood_deploy.preprocess import with_imgsz
 from tood_deploy.presets import MAX_CANDIDATES, Preset

@@ -29,6 +29,7 @@ from tood_deploy.model.checkpoint_metadata import (
 from tood_deploy.model.download import fetch_weights
 from tood_deploy.model.tood import Tood
 from tood_deploy.presets import PRESETS, Convention, Preset, get_preset
+from tood_deploy.reporter import Reporter
 
 
 def load_checkpoint(
@@ -38,6 +39,7 @@ def load_checkpoint(
     class_names: Sequence[str] | None = None,
     convention: Convention | None = None,
     weights_key: str | None = None,
+    reporter: Reporter | None = None,
 ) -> Tood:
     """Load the network of a checkpoint, in eval mode, float32, on the CPU.
 
@@ -51,6 +53,7 @@ def load_checkpoint(
         convention: whose test-time behaviour to follow, in place of that of the file's origin.
         weights_key: the weights to take where the file holds several networks, such as "ema",
             "model" or "teacher".
+        reporter: shows how far a download is; one that is not quiet where not given.
 
     Raises:
         CheckpointError: cannot be read, is refused, is not a TOOD detector, does not fit, does not
@@ -62,7 +65,7 @@ def load_checkpoint(
         preset = get_preset(preset)
     if preset is None and is_preset_name(checkpoint):
         preset = PRESETS[str(checkpoint)]
-    file = read_checkpoint(locate_checkpoint(checkpoint), weights_key)
+    file = read_checkpoint(locate_checkpoint(checkpoint, reporter), weights_key)
     own = _preset_of_file(file, preset, named=class_names is not None)
     names = _check_class_names(class_names, own, file.path)
     own = replace(own, class_names=names, convention=convention or own.convention)
@@ -76,14 +79,18 @@ def is_preset_name(checkpoint: str | PathLike[str]) -> bool:
     return str(checkpoint) in PRESETS and not Path(checkpoint).exists()
 
 
-def locate_checkpoint(checkpoint: str | PathLike[str]) -> Path:
+def locate_checkpoint(checkpoint: str | PathLike[str], reporter: Reporter | None = None) -> Path:
     """Return the file of a checkpoint; of a preset's name that of its weights, downloaded once.
+
+    Args:
+        checkpoint: the file, or a preset's name.
+        reporter: shows how far a download is; one that is not quiet where not given.
 
     Raises:
         DownloadError: the published weights cannot be downloaded or stored.
     """
     if is_preset_name(checkpoint):
-        return fetch_weights(PRESETS[str(checkpoint)])
+        return fetch_weights(PRESETS[str(checkpoint)], reporter=reporter)
     return Path(checkpoint)
 
 

@@ -8,28 +8,18 @@ broken transfer leaves behind for the next try to resume.
 
 import http
 import http.client
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from filelock import FileLock
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
 from tood_deploy.errors import DownloadError
 from tood_deploy.files import file_sha256, home_folder
 from tood_deploy.presets import Preset, PublishedWeights, published_weights
+from tood_deploy.reporter import Reporter
 
 TIMEOUT_S = 30.0
 ATTEMPTS = 4
@@ -37,12 +27,15 @@ PAUSE_S = 1.0
 CHUNK_BYTES = 1 << 18
 
 
-def fetch_weights(preset: Preset, cache: Path | None = None) -> Path:
+def fetch_weights(
+    preset: Preset, cache: Path | None = None, reporter: Reporter | None = None
+) -> Path:
     """Return the preset's published checkpoint on this disk, downloaded if it is not there yet.
 
     Args:
         preset: whose weights.
         cache: the folder to keep them in; `home_folder("weights")` where not given.
+        reporter: shows how far a download is; one that is not quiet where not given.
 
     Returns:
         The file, whose SHA-256 was compared with the published one just now.
@@ -58,7 +51,7 @@ def fetch_weights(preset: Preset, cache: Path | None = None) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f"{target.name}.lock"):
             if not (target.is_file() and _is_published(target, weights)):
-                _fetch(weights, target)
+                _fetch(weights, target, reporter or Reporter())
     except OSError as error:
         reason = error.strerror or error
         raise DownloadError(
@@ -72,10 +65,18 @@ def _is_published(path: Path, weights: PublishedWeights) -> bool:
     return file_sha256(path).startswith(weights.sha256_prefix)
 
 
-def _fetch(weights: PublishedWeights, target: Path) -> None:
+def _fetch(weights: PublishedWeights, target: Path, reporter: Reporter) -> None:
+    """Download a file, check its hash, and give it its name.
+
+    Args:
+        weights: where it is published, and its hash.
+        target: the file's path in the cache.
+        reporter: shows how far the download is.
+    """
     part = target.with_name(f"{target.name}.part")
     if not (part.is_file() and _is_published(part, weights)):
-        _download(weights.url, part, by_hand=f"download it by other means and save it as {target}")
+        by_hand = f"download it by other means and save it as {target}"
+        _download(weights.url, part, reporter, by_hand)
     sha256 = file_sha256(part)
     if not sha256.startswith(weights.sha256_prefix):
         part.unlink()
@@ -87,12 +88,13 @@ def _fetch(weights: PublishedWeights, target: Path) -> None:
     part.replace(target)
 
 
-def _download(url: str, part: Path, by_hand: str) -> None:
+def _download(url: str, part: Path, reporter: Reporter, by_hand: str) -> None:
     """Let `part` grow to the server's whole file, resuming a transfer that breaks off.
 
     Args:
         url: of the file.
         part: what was received before, if it exists.
+        reporter: shows how far it is.
         by_hand: how a user can do without, for errors.
     """
     for attempt in range(ATTEMPTS):
@@ -110,7 +112,7 @@ def _download(url: str, part: Path, by_hand: str) -> None:
                 f"{url}: cannot be reached ({reason}); check the network, or {by_hand}"
             ) from error
         with response:
-            if _receive(response, part):
+            if _receive(response, part, reporter):
                 return
     kept = f"{part.stat().st_size} bytes are kept"
     raise DownloadError(
@@ -143,8 +145,13 @@ def _request(url: str, offset: int) -> http.client.HTTPResponse:
     return response
 
 
-def _receive(response: http.client.HTTPResponse, part: Path) -> bool:
+def _receive(response: http.client.HTTPResponse, part: Path, reporter: Reporter) -> bool:
     """Write a response to the end of `part`, or from its start if it is the whole file.
+
+    Args:
+        response: of the server.
+        part: the file.
+        reporter: shows how far it is.
 
     Returns:
         Whether the file is whole now, and the transfer did not break off.
@@ -153,11 +160,11 @@ def _receive(response: http.client.HTTPResponse, part: Path) -> bool:
     with part.open("ab" if resumes else "wb") as file:
         start, length = file.tell(), response.length
         total = None if length is None else start + length
-        with _progress_bar() as progress:
-            task = progress.add_task(part.stem, total=total, completed=start)
+        with reporter.progress(part.stem, total, unit="bytes") as task:
+            task.update(start)
             for chunk in _chunks(response):
                 file.write(chunk)
-                progress.advance(task, len(chunk))
+                task.advance(len(chunk))
         return response.isclosed() if total is None else file.tell() == total
 
 
@@ -171,19 +178,3 @@ def _chunks(response: http.client.HTTPResponse) -> Iterator[bytes]:
         if not chunk:
             return
         yield chunk
-
-
-@contextmanager
-def _progress_bar() -> Iterator[Progress]:
-    """Show a bar with bytes, speed and time left on stderr, if that is a terminal."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(
-        *columns, console=Console(stderr=True), disable=not sys.stderr.isatty()
-    ) as progress:
-        yield progress

@@ -129,8 +129,8 @@ def select_candidates(
         scores = scores * ((boxes[..., 2] > boxes[..., 0]) & (boxes[..., 3] > boxes[..., 1]))
     else:
         height, width = valid_hw.to(boxes.dtype).unsqueeze(1).unbind(2)
-        limits = torch.stack((width, height, width, height), dim=2)
-        boxes = torch.minimum(boxes.clamp(min=0), limits)
+        boxes = boxes.clamp(min=0)
+        boxes = torch.minimum(boxes, torch.stack((width, height, width, height), dim=2))
     scores, order = scores.topk(min(MAX_CANDIDATES, scores.shape[1]), dim=1)
     boxes = boxes.gather(1, order.unsqueeze(2).expand(-1, -1, 4))
     return Candidates(boxes, scores, labels.gather(1, order))

@@ -1,23 +1,30 @@
-"""How far arrays of numbers are from a reference, gathered over any number of images in flat memory. NumPy alone."""
+"""How far the stages of two runs are apart, over any number of images in flat memory.
+
+What both runs gave comes in; deviations by stage go out, and which stages are beyond `StageLimits`.
+NumPy alone. They name the guilty stage; whether an artefact passes is not decided here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
+from operator import add
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tood_deploy.graph_io import MAP_NAMES
-from tood_deploy.matching import NetDetections, match_boxes
-from tood_deploy.parity.reference import Conditioning
-from tood_deploy.parity.stages import STAGES, Stage, Values
-from tood_deploy.parity.tolerances import FLOAT32_LIMITS, Gates
-from tood_deploy.presets import STRIDES
+from tood_deploy.matching import BoxMatches, MatchCounts, NetDetections, match_boxes
+from tood_deploy.parity.stages import STAGES, Stage, Values, rows_of
+from tood_deploy.parity.tolerances import StageLimits
 
+# Bins of the absolute differences, for a quantile: 40 a decade, so within 6%, from 1e-12 to 1e8.
 BINS_PER_DECADE, LOWEST_POWER, HIGHEST_POWER = 40, -12, 8
 LARGEST_SAMPLE = 50_000  # elements of one array that the quantile looks at
+
+ROW_STAGES = ("candidates", "detections")
+DEPLOYED_SLACK = 5  # of maps as deployed: the rounding of all stages before adds up
 
 
 def _no_counts() -> NDArray[np.int64]:
@@ -30,13 +37,16 @@ class Deviation:
 
     Attributes:
         tolerance: what counts as outside lies above it.
-        relative: whether the tolerance is in units of the reference's root mean square, array by array.
+        relative: whether the tolerance is in units of the reference's root mean square, array by
+            array.
         elements: numbers compared.
         outside: of these, outside the tolerance; what is not a number is.
-        not_numbers: NaN or infinite where the reference is not, or without a counterpart because shapes differ.
+        not_numbers: NaN or infinite where the reference is not, or without a counterpart because
+            shapes differ.
         largest: the largest difference of numbers.
-        squares, reference_squares: sums of squares, for the relative L2 norm.
-        counts: how many of a sample lie in which power of ten.
+        squares: sum of the squared differences, for the relative L2 norm.
+        reference_squares: sum of the squares of the reference.
+        counts: how many of a sample lie in which bin.
     """
 
     tolerance: float = 0.0
@@ -49,26 +59,26 @@ class Deviation:
     reference_squares: float = 0.0
     counts: NDArray[np.int64] = field(default_factory=_no_counts, repr=False)
 
-    def add(self, reference: NDArray[np.floating], found: NDArray[np.floating]) -> None:
-        """Adds two arrays; with other shapes nothing of them can be compared, and all of it counts as not a number."""
-        if reference.shape != found.shape:
-            found = np.full_like(reference, np.nan)
+    def add(self, reference: NDArray[np.floating], other: NDArray[np.floating]) -> None:
+        """Add two arrays.
+
+        With other shapes nothing of them can be compared, and all of it counts as not a number.
+        """
+        if reference.shape != other.shape:
+            other = np.full_like(reference, np.nan)
         known = np.isfinite(reference)
-        both = known & np.isfinite(found)
-        difference = np.abs(np.where(both, found, 0) - np.where(both, reference, 0)).ravel()
+        both = known & np.isfinite(other)
+        difference = np.abs(np.where(both, other, 0) - np.where(both, reference, 0)).ravel()
         reference = np.where(known, reference, 0)
         not_numbers = int(known.sum() - both.sum())
+        reference_squares = float(np.square(reference, dtype=np.float64).sum())
+        unit = (reference_squares / max(1, reference.size)) ** 0.5 if self.relative else 1.0
         self.elements += difference.size
         self.not_numbers += not_numbers
-        unit = (
-            float(np.sqrt(np.square(reference, dtype=np.float64).mean()))
-            if self.relative and reference.size
-            else 1.0
-        )
         self.outside += int((difference > self.tolerance * unit).sum()) + not_numbers
         self.largest = max(self.largest, float(difference.max(initial=0)))
         self.squares += float(np.square(difference, dtype=np.float64).sum())
-        self.reference_squares += float(np.square(reference, dtype=np.float64).sum())
+        self.reference_squares += reference_squares
         self._count(difference[:: max(1, difference.size // LARGEST_SAMPLE)])
 
     def _count(self, sample: NDArray[np.floating]) -> None:
@@ -77,7 +87,7 @@ class Deviation:
         self.counts += np.bincount(bins, minlength=len(self.counts))
 
     def __add__(self, other: Deviation) -> Deviation:
-        """Both together."""
+        """Return both together."""
         return Deviation(
             max(self.tolerance, other.tolerance),
             self.relative,
@@ -92,39 +102,38 @@ class Deviation:
 
     @property
     def p99(self) -> float:
-        """99 of 100 differences are at most this, to within 6%; 0 below 1e-12."""
+        """Return what 99 of 100 differences are at most, to within 6%; 0 below 1e-12."""
         if not self.counts.sum():
             return 0.0
         bin_number = int(np.searchsorted(self.counts.cumsum(), 0.99 * self.counts.sum()))
-        return (
-            min(self.largest, 10.0 ** (LOWEST_POWER + bin_number / BINS_PER_DECADE))
-            if bin_number
-            else 0.0
-        )
+        if not bin_number:
+            return 0.0
+        return min(self.largest, 10.0 ** (LOWEST_POWER + bin_number / BINS_PER_DECADE))
 
     @property
     def relative_l2(self) -> float:
-        """L2 norm of the difference over that of the reference; infinite where anything is not a number."""
+        """Return the L2 norm of the difference over that of the reference.
+
+        Infinite where anything is not a number.
+        """
         if self.not_numbers:
             return float("inf")
-        return (
-            float(np.sqrt(self.squares / self.reference_squares))
-            if self.reference_squares
-            else float(self.squares > 0)
-        )
+        if not self.reference_squares:
+            return float(self.squares > 0)
+        return (self.squares / self.reference_squares) ** 0.5
 
     @property
     def worst(self) -> float:
-        """The largest difference; infinite where anything is not a number."""
+        """Return the largest difference; infinite where anything is not a number."""
         return float("inf") if self.not_numbers else self.largest
 
     @property
     def outside_share(self) -> float:
-        """0 to 1."""
+        """Return the share of numbers outside the tolerance, 0 to 1."""
         return self.outside / self.elements if self.elements else 0.0
 
     def to_dict(self) -> dict[str, float | int]:
-        """Plain values."""
+        """Return plain values."""
         return {
             "max": self.worst,
             "p99": self.p99,
@@ -136,255 +145,223 @@ class Deviation:
         }
 
 
-ROW_STAGES = ("candidates", "detections")
-CARRIED_SLACK = 5  # of maps as deployed: the rounding of all stages before adds up
-
-
-@dataclass(frozen=True)
-class Failure:
-    """One limit that was passed.
-
-    Attributes:
-        stage: "pixels" to "detections", "AP", "batch slots" or "sizes".
-        what: the value and measure.
-        found, allowed: numbers of that measure.
-        carried: whether it was found with what the stages before handed on, not with the reference's values.
-    """
-
-    stage: str
-    what: str
-    found: float
-    allowed: float
-    carried: bool = False
-
-    def __str__(self) -> str:
-        how = " (with what the stages before it handed on)" if self.carried else ""
-        return f"{self.stage}: {self.what} {self.found:.3g}, allowed {self.allowed:.3g}{how}"
-
-    @property
-    def ratio(self) -> float:
-        """How far beyond the limit; above 1."""
-        return self.found / self.allowed if self.allowed else float("inf")
-
-
-class StageDeviations:
-    """What is gathered of all stages.
-
-    Attributes:
-        maps: by name of the graph's value, for the stages that give maps.
-        rows: of the candidates and of the detections.
-    """
-
-    def __init__(self, gates: Gates, carried: bool) -> None:
-        self.gates, self.carried = gates, carried
-        self.maps = {
-            name: self._new_deviation(stage, name)
-            for stage in STAGES
-            if stage.name not in ROW_STAGES
-            for name in stage.gives
-        }
-        self.rows = {
-            name: RowDeviation(Deviation(gates.max_score), Deviation(gates.max_box_px))
-            for name in ROW_STAGES
-        }
-
-    def _new_deviation(self, stage: Stage, name: str) -> Deviation:
-        if stage.name == "pixels":
-            return Deviation(self.gates.max_pixel)
-        slack = CARRIED_SLACK if self.carried else 1
-        if stage.name == "head":
-            return Deviation(
-                slack * (self.gates.max_box_strides if "boxes" in name else self.gates.max_score)
-            )
-        return Deviation(slack * self.gates.max_map, relative=True)
-
-    def allow_noise(self, noise: Conditioning) -> None:
-        """Raises the limits to what float32 itself explains on the input that is compared, where that is more."""
-        strides = dict(zip(MAP_NAMES[-len(STRIDES) :], STRIDES, strict=True))
-        for name, own in zip(MAP_NAMES, noise.maps, strict=True):
-            deviation, largest = self.maps[name], FLOAT32_LIMITS.largest * own.largest
-            unit = float(np.sqrt(np.square(own.exact).mean()))
-            allowed = (
-                FLOAT32_LIMITS.rms_of(own.cells) * own.rms / unit
-                if deviation.relative and unit
-                else largest
-            )
-            deviation.tolerance = max(deviation.tolerance, allowed)
-            for rows in self.rows.values():
-                if name.startswith("head_scores"):
-                    rows.score.tolerance = max(rows.score.tolerance, largest)
-                elif name in strides:
-                    rows.box_px.tolerance = max(rows.box_px.tolerance, largest * strides[name])
-
-    def add(self, stage: Stage, reference: Values, found: Values) -> NDArray[np.intp] | None:
-        """Adds what a stage gave for one image; for candidates and detections, gives the pairs of rows."""
-        if stage.name in ROW_STAGES:
-            return self.rows[stage.name].add(rows_of(stage, reference), rows_of(stage, found))
-        for name in stage.gives:
-            self.maps[name].add(reference[name], found[name])
-        return None
-
-    def waterfall(self) -> dict[str, Deviation]:
-        """The deviation of every stage that was compared, in their order; scores and boxes apart."""
-        found: dict[str, Deviation] = {}
-        for stage in STAGES:
-            if stage.name in ROW_STAGES:
-                found |= {
-                    f"{stage.name}: scores": self.rows[stage.name].score,
-                    f"{stage.name}: boxes (px)": self.rows[stage.name].box_px,
-                }
-            elif stage.name == "head":
-                for kind in ("scores", "boxes"):
-                    found[f"head: {kind}"] = _sum(
-                        [self.maps[name] for name in stage.gives if kind in name]
-                    )
-            else:
-                found[stage.name] = _sum([self.maps[name] for name in stage.gives])
-        return {name: deviation for name, deviation in found.items() if deviation.elements}
-
-    def failures(self) -> Iterator[Failure]:
-        """Every limit that a stage passed, in the order of the stages; of a stage's maps the worst alone."""
-        for stage in STAGES:
-            failed = list(
-                self._row_failures(stage.name)
-                if stage.name in ROW_STAGES
-                else self._map_failures(stage)
-            )
-            yield from sorted(failed, key=lambda failure: -failure.ratio)[
-                : len(failed) if stage.name in ROW_STAGES else 1
-            ]
-
-    def _map_failures(self, stage: Stage) -> Iterator[Failure]:
-        for name in stage.gives:
-            deviation = self.maps[name]
-            if not deviation.elements:
-                continue
-            measure, found = (
-                ("relative L2", deviation.relative_l2)
-                if deviation.relative
-                else self._extreme(deviation)
-            )
-            if deviation.not_numbers:
-                yield Failure(
-                    stage.name,
-                    f"{name}: NaN, infinite or missing numbers:",
-                    deviation.not_numbers,
-                    0,
-                    self.carried,
-                )
-            elif found > deviation.tolerance:
-                yield Failure(
-                    stage.name, f"{name}: {measure}", found, deviation.tolerance, self.carried
-                )
-
-    def _row_failures(self, stage: str) -> Iterator[Failure]:
-        rows = self.rows[stage]
-        if rows.not_numbers:
-            yield Failure(
-                stage, "boxes with NaN or infinite numbers:", rows.not_numbers, 0, self.carried
-            )
-        if rows.matched_share < self.gates.min_matched:
-            yield Failure(
-                stage,
-                "share lost or added",
-                1 - rows.matched_share,
-                1 - self.gates.min_matched,
-                self.carried,
-            )
-        for what, deviation in (("score", rows.score), ("coordinate (px)", rows.box_px)):
-            measure, found = self._extreme(deviation)
-            if found > deviation.tolerance:
-                yield Failure(stage, f"{what} {measure}", found, deviation.tolerance, self.carried)
-
-    def _extreme(self, deviation: Deviation) -> tuple[str, float]:
-        return (
-            ("largest deviation", deviation.worst)
-            if self.gates.outliers
-            else ("deviation of 99 in 100", deviation.p99)
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, by name of the graph's value or of the stage."""
-        return {
-            name: found.to_dict()
-            for name, found in (*self.maps.items(), *self.rows.items())
-            if _has_content(found)
-        }
-
-
-def _has_content(found: Deviation | RowDeviation) -> bool:
-    return bool(found.elements if isinstance(found, Deviation) else found.reference + found.added)
-
-
-def _sum(deviations: list[Deviation]) -> Deviation:
-    total = deviations[0]
-    for deviation in deviations[1:]:
-        total = total + deviation
-    return total
-
-
-def rows_of(stage: Stage, values: Values) -> NetDetections:
-    """The candidates or detections of the one image in a batch, without the rows that hold none."""
-    if stage.name == "candidates":
-        boxes, scores, labels = (values[name][0] for name in stage.gives)
-        real = ~(scores <= 0)  # a NaN stays, to be told
-        return NetDetections(boxes[real], scores[real], labels[real])
-    count, boxes, scores, labels = (values[name][0] for name in stage.gives)
-    return NetDetections(boxes[:count], scores[:count], labels[:count])
-
-
 @dataclass
-class RowDeviation:
+class BoxDeviation:
     """What became of the reference's boxes, over all images.
 
     Attributes:
-        score, box_px: shifts of the paired boxes' scores and coordinates (pixels).
-        reference: boxes of the reference.
-        matched: of these, found again.
-        added: boxes that only the other has.
+        score: differences of the paired boxes' scores.
+        box_px: differences of the paired boxes' coordinates, pixels.
+        counts: boxes of the reference, found again, and added.
         not_numbers: boxes with a NaN or infinite coordinate or score.
     """
 
     score: Deviation = field(default_factory=Deviation)
     box_px: Deviation = field(default_factory=Deviation)
-    reference: int = 0
-    matched: int = 0
-    added: int = 0
+    counts: MatchCounts = field(default_factory=MatchCounts)
     not_numbers: int = 0
 
-    def add(self, reference: NetDetections, found: NetDetections) -> NDArray[np.intp]:
-        """Adds one image; gives the pairs, see `match_boxes`."""
-        self.not_numbers += int(
-            (~np.isfinite(found.scores) | ~np.isfinite(found.boxes).all(axis=1)).sum()
-        )
-        pairs = match_boxes(reference, found).pairs
-        self.score.add(reference.scores[pairs[:, 0]], found.scores[pairs[:, 1]])
-        self.box_px.add(reference.boxes[pairs[:, 0]], found.boxes[pairs[:, 1]])
-        self.reference += len(reference)
-        self.matched += len(pairs)
-        self.added += len(found) - len(pairs)
-        return pairs
+    def add(self, reference: NetDetections, other: NetDetections) -> BoxMatches:
+        """Add one image, and return the pairs."""
+        finite = np.isfinite(other.scores) & np.isfinite(other.boxes).all(axis=1)
+        self.not_numbers += int((~finite).sum())
+        matches = match_boxes(reference, other)
+        first, second = matches.pairs.T
+        self.score.add(reference.scores[first], other.scores[second])
+        self.box_px.add(reference.boxes[first], other.boxes[second])
+        self.counts += matches.counts
+        return matches
 
     @property
     def lost(self) -> int:
-        """Boxes that only the reference has."""
-        return self.reference - self.matched
-
-    @property
-    def matched_share(self) -> float:
-        """Of the boxes of either run, those that both have: 0 to 1; 1 where there are none."""
-        either = self.reference + self.added
-        return self.matched / either if either else 1.0
+        """Return how many boxes only the reference has."""
+        return self.counts.reference - self.counts.matched
 
     def to_dict(self) -> dict[str, object]:
-        """Plain values."""
+        """Return plain values."""
         return {
-            "reference": self.reference,
-            "matched": self.matched,
+            "reference": self.counts.reference,
+            "matched": self.counts.matched,
             "lost": self.lost,
-            "added": self.added,
-            "matched_share": self.matched_share,
+            "added": self.counts.added,
+            "matched_share": self.counts.matched_share,
             "not_numbers": self.not_numbers,
             "score": self.score.to_dict(),
             "box_px": self.box_px.to_dict(),
         }
+
+
+@dataclass(frozen=True)
+class Excess:
+    """A deviation beyond a limit of `StageLimits`.
+
+    Attributes:
+        stage: "pixels" to "detections".
+        limit_name: field of `StageLimits` that was passed.
+        what: the value and measure.
+        value: as measured; infinite for what is not a number.
+        limit: as allowed.
+    """
+
+    stage: str
+    limit_name: str
+    what: str
+    value: float
+    limit: float
+
+    def __str__(self) -> str:
+        return f"{self.stage}: {self.message}"
+
+    @property
+    def message(self) -> str:
+        """Return what was measured and what is allowed."""
+        if self.value == float("inf"):
+            return f"{self.what} has NaN, infinite or missing numbers"
+        return f"{self.what} {self.value:.3g}, at most {self.limit:.3g} allowed"
+
+    @property
+    def ratio(self) -> float:
+        """Return how far beyond the limit it is; above 1."""
+        return self.value / self.limit if self.limit else float("inf")
+
+
+class StageDeviations:
+    """The deviations of all stages.
+
+    Attributes:
+        limits: beyond which a stage counts as guilty.
+        maps: by name of the graph's value, for the stages that give maps.
+        rows: of the candidates and of the detections, by stage.
+    """
+
+    def __init__(self, limits: StageLimits, *, deployed: bool) -> None:
+        """Begin with nothing compared.
+
+        Args:
+            limits: of a stage alone; of maps as deployed `DEPLOYED_SLACK` times as much is allowed.
+            deployed: whether stages get what those before them gave, not the reference's values.
+        """
+        self.limits = limits
+        slack = DEPLOYED_SLACK if deployed else 1
+        self.maps = {
+            name: _map_deviation(stage.name, name, limits, slack)
+            for stage in STAGES
+            if stage.name not in ROW_STAGES
+            for name in stage.gives
+        }
+        self.rows = {
+            name: BoxDeviation(Deviation(limits.max_score), Deviation(limits.max_box_px))
+            for name in ROW_STAGES
+        }
+
+    def add(self, stage: Stage, reference: Values, other: Values) -> BoxMatches | None:
+        """Add what a stage gave for one image.
+
+        Args:
+            stage: which.
+            reference: what it gave in the reference.
+            other: what it gave in the other run.
+
+        Returns:
+            The pairs of boxes; None for a stage of maps.
+        """
+        if stage.name in ROW_STAGES:
+            return self.rows[stage.name].add(rows_of(stage, reference), rows_of(stage, other))
+        for name in stage.gives:
+            self.maps[name].add(reference[name], other[name])
+        return None
+
+    def by_stage(self) -> dict[str, Deviation]:
+        """Return the deviation of every stage compared, in order; scores and boxes apart."""
+        deviations: dict[str, Deviation] = {}
+        for stage in STAGES:
+            if stage.name in ROW_STAGES:
+                rows = self.rows[stage.name]
+                deviations[f"{stage.name}: scores"] = rows.score
+                deviations[f"{stage.name}: boxes (px)"] = rows.box_px
+            elif stage.name == "head":
+                for kind in ("scores", "boxes"):
+                    deviations[f"head: {kind}"] = self._sum(
+                        [name for name in stage.gives if kind in name]
+                    )
+            else:
+                deviations[stage.name] = self._sum(stage.gives)
+        return {name: deviation for name, deviation in deviations.items() if deviation.elements}
+
+    def _sum(self, names: Sequence[str]) -> Deviation:
+        return reduce(add, (self.maps[name] for name in names))
+
+    def excesses(self) -> Iterator[Excess]:
+        """Yield what is beyond the limits, stage by stage; of a stage's maps the worst."""
+        for stage in STAGES:
+            if stage.name in ROW_STAGES:
+                yield from self._row_excesses(stage.name)
+            else:
+                excesses = list(self._map_excesses(stage))
+                yield from sorted(excesses, key=lambda excess: -excess.ratio)[:1]
+
+    def _map_excesses(self, stage: Stage) -> Iterator[Excess]:
+        for name in stage.gives:
+            deviation, limit_name = self.maps[name], limit_name_of(stage.name, name)
+            if not deviation.elements:
+                continue
+            measure, value = (
+                ("relative L2", deviation.relative_l2)
+                if deviation.relative
+                else self._extreme(deviation)
+            )
+            if value > deviation.tolerance or deviation.not_numbers:
+                value = float("inf") if deviation.not_numbers else value
+                what = name if deviation.not_numbers else f"{name}: {measure}"
+                yield Excess(stage.name, limit_name, what, value, deviation.tolerance)
+
+    def _row_excesses(self, stage: str) -> Iterator[Excess]:
+        rows = self.rows[stage]
+        if rows.not_numbers:
+            yield Excess(stage, "max_score", f"{rows.not_numbers} boxes", float("inf"), 0)
+        for limit_name, what, deviation in (
+            ("max_score", "score", rows.score),
+            ("max_box_px", "coordinate (px)", rows.box_px),
+        ):
+            measure, value = self._extreme(deviation)
+            if value > deviation.tolerance:
+                yield Excess(stage, limit_name, f"{what} {measure}", value, deviation.tolerance)
+
+    def _extreme(self, deviation: Deviation) -> tuple[str, float]:
+        if self.limits.outliers:
+            return "largest deviation", deviation.worst
+        return "deviation of 99 in 100", deviation.p99
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, by name of the graph's value or of the stage."""
+        maps = {
+            name: deviation.to_dict() for name, deviation in self.maps.items() if deviation.elements
+        }
+        rows = {
+            name: deviation.to_dict()
+            for name, deviation in self.rows.items()
+            if deviation.counts.reference + deviation.counts.added
+        }
+        return maps | rows
+
+
+def limit_name_of(stage: str, name: str) -> str:
+    """Return the field of `StageLimits` that goes with a map.
+
+    Args:
+        stage: "pixels" to "head".
+        name: of the map in the graph.
+    """
+    if stage == "pixels":
+        return "max_pixel"
+    if stage == "head":
+        return "max_box_strides" if "boxes" in name else "max_score"
+    return "max_map"
+
+
+def _map_deviation(stage: str, name: str, limits: StageLimits, slack: int) -> Deviation:
+    limit_name = limit_name_of(stage, name)
+    limit: float = getattr(limits, limit_name)
+    if limit_name == "max_pixel":  # nothing comes before them
+        return Deviation(limit)
+    return Deviation(slack * limit, relative=limit_name == "max_map")

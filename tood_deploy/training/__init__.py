@@ -1,4 +1,4 @@
-"""Training: `fit` a network to COCO-format data by a `Recipe`; `ToodLoss` and its `Targets` by themselves."""
+"""Training: `fit` a network to data by a `Recipe`; `ToodLoss` and its `Targets` by themselves."""
 
 from tood_deploy.training.assign import Targets
 from tood_deploy.training.config import RECIPES, Recipe, RunOptions

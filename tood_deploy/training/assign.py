@@ -1,7 +1,9 @@
-"""Which anchor points learn which box: ATSS for the warm-up, then task-aligned assignment. Knows no loss.
+"""Which anchor points learn which box: ATSS for the warm-up, then task-aligned assignment.
 
-Source: reference/SPEC.md section 3; the paper's section 3.2. Results are lists of pairs, so that memory grows with the positives and
-not with anchor points times boxes: 500 boxes in a image of 800x1344 are 11 million pairs, of which some thousands matter.
+Boxes and predictions of one image in, pairs of anchor points and boxes out. Source:
+reference/SPEC.md section 3; the paper's section 3.2. Results are lists of pairs, so that memory
+grows with the positives and not with anchor points times boxes: 500 boxes in an image of 800x1344
+are 11 million pairs, of which some thousands matter. Knows no loss.
 """
 
 from __future__ import annotations
@@ -37,11 +39,12 @@ class Targets:
         count = self.labels.numel()
         if self.labels.shape != (count,) or self.boxes.shape != (count, 4):
             raise ToodError(
-                f"targets: boxes {tuple(self.boxes.shape)} and labels {tuple(self.labels.shape)}; expected (G, 4) and (G,)"
+                f"targets: boxes {tuple(self.boxes.shape)} and labels {tuple(self.labels.shape)}; "
+                "expected (G, 4) and (G,)"
             )
 
     def to(self, device: torch.device | str) -> Targets:
-        """The same on another device."""
+        """Return the same on another device."""
         return Targets(
             self.boxes.to(device, torch.float32), self.labels.to(device, torch.int64), self.valid_hw
         )
@@ -69,7 +72,13 @@ class AnchorGrid:
     def of_maps(
         cls, maps: Sequence[Tensor], anchor_side: float = 8.0, anchor_offset: float = 0.0
     ) -> AnchorGrid:
-        """Return the grid behind maps (..., h, w) of stride 8 to 128; side and offset of the anchors in strides."""
+        """Return the grid behind maps.
+
+        Args:
+            maps: (..., h, w) of stride 8 to 128.
+            anchor_side: of the square anchors, in strides.
+            anchor_offset: of the points from their cells' upper left corners, in strides.
+        """
         sizes = tuple((int(x.shape[-2]), int(x.shape[-1])) for x in maps)
         points, strides = [], []
         for (height, width), stride in zip(sizes, STRIDES, strict=True):
@@ -88,11 +97,14 @@ class AnchorGrid:
 
     @property
     def level_lengths(self) -> list[int]:
-        """Anchor points of every level."""
+        """Return the number of anchor points of every level."""
         return [height * width for height, width in self.sizes_hw]
 
     def valid_sizes(self, valid_hw: tuple[int, int]) -> list[tuple[int, int]]:
-        """Rows and columns of every level that lie on the image padded by itself to a multiple of 32 (reference/SPEC.md section 3)."""
+        """Return rows and columns of every level that lie on the image.
+
+        That is the image padded by itself to a multiple of 32 (reference/SPEC.md section 3).
+        """
         padded = pad_size(valid_hw)
         return [
             (min(height, -(-padded[0] // stride)), min(width, -(-padded[1] // stride)))
@@ -100,7 +112,7 @@ class AnchorGrid:
         ]
 
     def valid_mask(self, valid_hw: tuple[int, int]) -> Tensor:
-        """(A,) bool: the anchor points of `valid_sizes`."""
+        """Return (A,) bool, the anchor points of `valid_sizes`."""
         masks = []
         for (height, width), (rows, columns) in zip(
             self.sizes_hw, self.valid_sizes(valid_hw), strict=True
@@ -114,10 +126,9 @@ class AnchorGrid:
 INSIDE_MARGIN = 0.01  # pixels that an anchor point must lie inside a box, from every side
 ATSS_TOPK = 9  # anchors a level
 TAL_TOPK = 13  # anchor points of all levels
-STRIP, BOXES_AT_ONCE = (
-    96,
-    8,
-)  # boxes: those taken together should lie near one another, and their matrices fit the processor's cache
+# Boxes that are taken together should lie near one another: a strip of rows of boxes, and of it so
+# many that their matrices fit the processor's cache.
+BOXES_PER_STRIP, BOXES_AT_ONCE = 96, 8
 METRIC_EPS = 1e-7
 
 
@@ -127,7 +138,8 @@ class Assignment(NamedTuple):
     Attributes:
         anchors: (P,) positions of the anchor points; each occurs once.
         boxes: (P,) positions of the boxes they learn.
-        ious: (P,) overlap of the box with the anchor (ATSS) or with the predicted box (task-aligned).
+        ious: (P,) overlap of the box with the anchor (ATSS) or with the predicted box
+            (task-aligned).
         metrics: (P,) alignment metric: score times overlap to the sixth power; 1 in ATSS.
     """
 
@@ -146,7 +158,7 @@ def assign_task_aligned(
     gt_labels: Tensor,
     topk: int = TAL_TOPK,
 ) -> Assignment:
-    """The anchor points whose predictions suit each box best.
+    """Assign to each box the anchor points whose predictions suit it best.
 
     Args:
         scores: (K, A) predicted probabilities, detached.
@@ -158,8 +170,8 @@ def assign_task_aligned(
         topk: anchor points a box, before those outside the box are taken out.
     """
     if not len(gt_boxes):
-        return _nothing(scores)
-    found: list[tuple[Tensor, ...]] = []
+        return _no_positives(scores)
+    chunks: list[tuple[Tensor, ...]] = []
     planes = boxes_net.T.contiguous()
     for rows in _neighbours(gt_boxes):
         chunk = gt_boxes[rows]
@@ -170,7 +182,7 @@ def assign_task_aligned(
             scores.index_select(0, gt_labels[rows]).index_select(1, near)
         )
         best, index = metrics.topk(min(topk, len(near)), dim=1)
-        found.append(
+        chunks.append(
             (
                 near[index].flatten(),
                 rows.repeat_interleave(best.shape[1]),
@@ -178,7 +190,7 @@ def assign_task_aligned(
                 best.flatten(),
             )
         )
-    pairs = Assignment(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+    pairs = Assignment(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
     kept = (pairs.metrics > 0) & _inside(points[pairs.anchors], gt_boxes[pairs.boxes])
     return _one_box_each(_select(pairs, kept), len(points))
 
@@ -186,16 +198,17 @@ def assign_task_aligned(
 def assign_atss(
     grid: AnchorGrid, valid_hw: tuple[int, int], gt_boxes: Tensor, topk: int = ATSS_TOPK
 ) -> Assignment:
-    """The anchors near each box's centre that overlap it more than most of them do.
+    """Assign to each box the anchors near its centre that overlap it more than the others do.
 
     Args:
         grid: the anchor points.
-        valid_hw: rows and columns of the image that hold real pixels; only cells on it (padded to 32) take part.
+        valid_hw: rows and columns that hold real pixels; only cells on them (padded to 32) take
+            part.
         gt_boxes: (G, 4) xyxy, in pixels.
         topk: candidates a level.
     """
     if not len(gt_boxes):
-        return _nothing(gt_boxes)
+        return _no_positives(gt_boxes)
     candidates = _nearest_anchors(grid, grid.valid_sizes(valid_hw), gt_boxes, topk)  # (G, N)
     points = grid.points[candidates]
     half = grid.strides[candidates].unsqueeze(2) * (grid.anchor_side / 2)
@@ -212,7 +225,7 @@ def assign_atss(
 
 
 def normalised_metrics(assigned: Assignment, num_boxes: int) -> Tensor:
-    """(P,) the targets of the class score: per box, its largest metric becomes its largest overlap."""
+    """Return (P,) class score targets: a box's largest metric becomes its largest overlap."""
     best_metric, best_iou = (
         values.new_zeros(num_boxes).scatter_reduce(0, assigned.boxes, values, "amax")
         for values in (assigned.metrics, assigned.ious)
@@ -221,17 +234,24 @@ def normalised_metrics(assigned: Assignment, num_boxes: int) -> Tensor:
 
 
 def _neighbours(boxes: Tensor) -> Iterator[Tensor]:
-    """Positions of all boxes, in parts that lie near one another.
+    """Yield positions of all boxes, in parts that lie near one another.
 
-    A metric is positive only where two boxes overlap, and what overlaps one box of such a part mostly overlaps the others too.
+    A metric is positive only where two boxes overlap, and what overlaps one box of such a part
+    mostly overlaps the others too.
     """
     centres = boxes[:, :2] + boxes[:, 2:]
-    for strip in centres[:, 1].argsort().split(STRIP):
+    for strip in centres[:, 1].argsort().split(BOXES_PER_STRIP):
         yield from strip[centres[strip, 0].argsort()].split(BOXES_AT_ONCE)
 
 
 def _overlapping(planes: Tensor, boxes: Tensor, valid: Tensor) -> Tensor:
-    """Positions of the valid predictions (4, A) that overlap the rectangle around all of these boxes."""
+    """Return positions of the valid predictions that overlap the rectangle around all boxes.
+
+    Args:
+        planes: (4, A) predicted boxes xyxy, in pixels.
+        boxes: (G, 4) xyxy, in pixels.
+        valid: (A,) bool.
+    """
     x1, y1, x2, y2 = planes
     left, top = boxes[:, :2].amin(0)
     right, bottom = boxes[:, 2:].amax(0)
@@ -239,12 +259,15 @@ def _overlapping(planes: Tensor, boxes: Tensor, valid: Tensor) -> Tensor:
 
 
 def _pairwise_iou(boxes: Tensor, planes: Tensor) -> Tensor:
-    """(G, N) overlaps of boxes (G, 4) with predictions (4, N), in place where it can be: this is most of the assignment's time."""
+    """Return (G, N) overlaps of boxes (G, 4) with predictions (4, N).
+
+    In place where it can be: this is most of the assignment's time.
+    """
     x1, y1, x2, y2 = planes
     gx1, gy1, gx2, gy2 = boxes.T.unsqueeze(2)
     overlap = torch.minimum(gx2, x2).sub_(torch.maximum(gx1, x1)).clamp_(min=0)
     overlap.mul_(torch.minimum(gy2, y2).sub_(torch.maximum(gy1, y1)).clamp_(min=0))
-    # No union is smaller than the larger of its two boxes, so flooring these floors it, at less cost.
+    # No union is smaller than the larger of its boxes, so flooring these floors it, at less cost.
     areas = ((gx2 - gx1) * (gy2 - gy1)).clamp(min=1e-6), ((x2 - x1) * (y2 - y1)).clamp(min=0)
     return overlap.div_((areas[0] + areas[1]).sub_(overlap))
 
@@ -252,9 +275,16 @@ def _pairwise_iou(boxes: Tensor, planes: Tensor) -> Tensor:
 def _nearest_anchors(
     grid: AnchorGrid, valid_sizes: Sequence[tuple[int, int]], gt_boxes: Tensor, topk: int
 ) -> Tensor:
-    """(G, N) positions of the `topk` valid anchors of every level that are nearest to each box's centre.
+    """Return (G, N) positions of the valid anchors of every level nearest to each box's centre.
 
-    They lie in a window of `topk` rows and columns around it, pushed inside the level where it would leave it.
+    They lie in a window of `topk` rows and columns around it, pushed inside the level where it
+    would leave it.
+
+    Args:
+        grid: the anchor points.
+        valid_sizes: rows and columns of every level that take part.
+        gt_boxes: (G, 4) xyxy, in pixels.
+        topk: anchors a level.
     """
     centres = (gt_boxes[:, :2] + gt_boxes[:, 2:]) / 2
     chosen, offset = [], 0
@@ -277,21 +307,19 @@ def _nearest_anchors(
 
 
 def _window(centre: Tensor, count: int, size: int) -> Tensor:
-    """(G, min(size, count)) neighbouring cells of 0..count-1 around each centre."""
+    """Return (G, min(size, count)) neighbouring cells of 0..count-1 around each centre."""
     start = (centre.round().long() - size // 2).clamp(min=0).clamp(max=max(count - size, 0))
     return start.unsqueeze(1) + torch.arange(min(size, count), device=centre.device)
 
 
 def _inside(points: Tensor, boxes: Tensor) -> Tensor:
-    """Whether points (..., 2) lie inside boxes (..., 4), by more than the margin on every side."""
-    return (
-        torch.cat((points - boxes[..., :2], boxes[..., 2:] - points), dim=-1).amin(-1)
-        > INSIDE_MARGIN
-    )
+    """Tell whether points (..., 2) lie inside boxes (..., 4), by more than the margin."""
+    distances = torch.cat((points - boxes[..., :2], boxes[..., 2:] - points), dim=-1)
+    return distances.amin(-1) > INSIDE_MARGIN
 
 
 def _one_box_each(pairs: Assignment, num_anchors: int) -> Assignment:
-    """Of an anchor point's several boxes the one with the largest overlap; of equal ones the first."""
+    """Keep of an anchor point's boxes the one of largest overlap; of equal ones the first."""
     best = pairs.ious.new_full((num_anchors,), -1.0).scatter_reduce(
         0, pairs.anchors, pairs.ious, "amax"
     )
@@ -306,6 +334,6 @@ def _select(pairs: Assignment, mask: Tensor) -> Assignment:
     return Assignment(*(part[mask] for part in pairs))
 
 
-def _nothing(like: Tensor) -> Assignment:
+def _no_positives(like: Tensor) -> Assignment:
     none = torch.zeros(0, dtype=torch.int64, device=like.device)
     return Assignment(none, none, like.new_zeros(0), like.new_zeros(0))

@@ -1,6 +1,8 @@
-"""Training checkpoints: files that hold all that is needed to go on exactly, written whole or not at all.
+"""Training checkpoints: files that hold all that is needed to go on exactly.
 
-The weights to deploy lie where `load_checkpoint` finds them, under "state_dict" beside the preset; the rest under "training".
+Weights and a run's state in, files out, whole or not at all, and back. The weights to deploy lie
+where `load_checkpoint` finds them, under "state_dict" beside the preset; the rest under "training".
+Knows nothing of what the state means.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ LAST, BEST, FINAL = "last.pth", "best.pth", "model.safetensors"
 def write_training_checkpoint(
     path: Path, preset: Preset, weights: Mapping[str, Tensor], training: Mapping[str, Any]
 ) -> None:
-    """Writes one checkpoint; an older one of the same name stays until the new one is on the disk.
+    """Write one checkpoint; an older one of the same name stays until the new one is on the disk.
 
     Args:
         path: the file.
@@ -46,18 +48,17 @@ def write_training_checkpoint(
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-    except (
-        OutputError,
-        RuntimeError,
-    ) as error:  # PyTorch's writer turns some disk errors into RuntimeError
+    except (OutputError, RuntimeError) as error:
+        # PyTorch's writer turns some disk errors into RuntimeError.
         older = f"the older {path.name} is intact" if path.is_file() else "nothing was left behind"
         raise OutputError(
-            f"{path}: the checkpoint cannot be written ({_reason(error)}); {older}: make room, then go on with --resume"
+            f"{path}: the checkpoint cannot be written ({_reason(error)}); {older}: "
+            "make room, then go on with --resume"
         ) from error
 
 
 def read_training_state(path: Path) -> dict[str, Any]:
-    """The whole content of a training checkpoint. Never runs code from the file.
+    """Return the whole content of a training checkpoint. Never runs code from the file.
 
     Raises:
         CheckpointError: damaged, or not a training checkpoint of ours.
@@ -76,7 +77,7 @@ def read_training_state(path: Path) -> dict[str, Any]:
 
 
 def make_run_folder(output: Path) -> None:
-    """Makes the folder of a run, if it is not there.
+    """Make the folder of a run, if it is not there.
 
     Raises:
         OutputError: it cannot be made.
@@ -90,7 +91,7 @@ def make_run_folder(output: Path) -> None:
 
 
 def remove_leftovers(output: Path) -> None:
-    """Deletes unfinished checkpoints that a killed run left behind."""
+    """Delete unfinished checkpoints that a killed run left behind."""
     for name in (LAST, BEST, FINAL):
         target = Path(name)
         for leftover in output.glob(f".{target.stem}-*{target.suffix}"):

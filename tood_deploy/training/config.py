@@ -1,4 +1,7 @@
-"""How a preset is trained: every number of the published recipes, and what a user may change. Plain values, no torch."""
+"""How a preset is trained: every number of the published recipes, and what a user may change.
+
+Plain values: reads and writes no files, imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
-import torch
 from numpy.typing import NDArray
 
 from tood_deploy.errors import ToodError
@@ -26,14 +28,17 @@ class Recipe:
     Attributes:
         epochs: passes over the data.
         batch: images of one step, over all workers and accumulated parts together.
-        optimiser, lr, momentum, weight_decay: momentum is SGD's; the decay is on every parameter, as in the published recipes.
-        schedule: "step" divides the rate by 10 after each epoch in `drops`; "cosine" lets it fall to zero.
+        optimiser, lr, momentum, weight_decay: momentum is SGD's; the decay is on every parameter,
+            as in the published recipes.
+        schedule: "step" divides the rate by 10 after each epoch in `drops`; "cosine" lets it fall
+            to zero.
         drops: epochs, counted from 1, after which the rate drops.
         warmup_steps: steps in which the rate grows from a thousandth.
         clip: largest norm of the whole gradient; None leaves it alone.
         accumulate: parts a step is computed in; averaging factors are those of a part.
         atss_epochs: epochs of ATSS before task-aligned assignment.
-        short_sides: smallest and largest short side that images are scaled to, drawn per image; None: the preset's size.
+        short_sides: smallest and largest short side that images are scaled to, drawn per image;
+            None: the preset's size.
         flip, flip_vertical: share of images mirrored.
         colour: strength of random brightness, contrast and saturation, 0 to 1.
         group_by_aspect: a batch holds either wide or tall images, which saves padding.
@@ -71,54 +76,39 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch", "accumulate"):
-            _check(
-                name, getattr(self, name), getattr(self, name) >= 1, "a whole number of at least 1"
-            )
+            self._check(name, getattr(self, name) >= 1, "a whole number of at least 1")
         for name in ("warmup_steps", "atss_epochs", "weight_decay", "seed"):
-            _check(name, getattr(self, name), getattr(self, name) >= 0, "a number of at least 0")
+            self._check(name, getattr(self, name) >= 0, "a number of at least 0")
         for name in ("flip", "flip_vertical", "colour", "momentum"):
-            _check(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "a number from 0 to 1")
-        _check("lr", self.lr, self.lr > 0, "a number above 0")
-        _check("clip", self.clip, self.clip is None or self.clip > 0, "a number above 0")
-        _check("ema", self.ema, self.ema is None or 0 < self.ema < 1, "a number between 0 and 1")
-        _check(
-            "frozen_stages",
-            self.frozen_stages,
-            -1 <= self.frozen_stages <= 4,
-            "a number from -1 to 4",
-        )
-        _check(
-            "batch",
-            self.batch,
-            self.batch % self.accumulate == 0,
-            f"a multiple of accumulate ({self.accumulate})",
-        )
+            self._check(name, 0 <= getattr(self, name) <= 1, "a number from 0 to 1")
+        self._check("lr", self.lr > 0, "a number above 0")
+        self._check("clip", self.clip is None or self.clip > 0, "a number above 0")
+        self._check("ema", self.ema is None or 0 < self.ema < 1, "a number between 0 and 1")
+        self._check("frozen_stages", -1 <= self.frozen_stages <= 4, "a number from -1 to 4")
+        whole_parts = self.batch % self.accumulate == 0
+        self._check("batch", whole_parts, f"a multiple of accumulate ({self.accumulate})")
         if self.short_sides is not None:
-            _check(
-                "short_sides",
-                self.short_sides,
-                1 <= self.short_sides[0] <= self.short_sides[1],
-                "smallest and largest, in pixels",
-            )
+            in_order = 1 <= self.short_sides[0] <= self.short_sides[1]
+            self._check("short_sides", in_order, "smallest and largest, in pixels")
         for name, allowed in (
-            ("optimiser", ("sgd", "adamw")),
-            ("schedule", ("step", "cosine")),
-            ("precision", ("fp32", "bf16", "fp16")),
+            ("optimiser", get_args(Optimiser)),
+            ("schedule", get_args(Schedule)),
+            ("precision", get_args(Precision)),
         ):
-            _check(
-                name,
-                getattr(self, name),
-                getattr(self, name) in allowed,
-                f"one of {', '.join(allowed)}",
-            )
+            self._check(name, getattr(self, name) in allowed, f"one of {', '.join(allowed)}")
+
+    def _check(self, name: str, right: bool, expected: str) -> None:
+        """Raise ToodError unless a field's value is right."""
+        if not right:
+            raise ToodError(f"{name} is {getattr(self, name)}; expected {expected}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Recipe:
-        """The recipe that `to_dict` wrote; fields of other versions are left out."""
+        """Return the recipe that `to_dict` wrote; fields of other versions are left out."""
         known = {field.name for field in fields(cls)}
         plain: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value
@@ -128,7 +118,7 @@ class Recipe:
         return cls(**plain)
 
     def with_epochs(self, epochs: int) -> Recipe:
-        """The same over another number of epochs, the drops at the same shares of them."""
+        """Return the same over another number of epochs, the drops at the same shares of them."""
         return replace(
             self,
             epochs=epochs,
@@ -136,13 +126,8 @@ class Recipe:
         )
 
     def with_batch(self, batch: int) -> Recipe:
-        """The same with another batch, the learning rate scaled along with it."""
+        """Return the same with another batch, the learning rate scaled along with it."""
         return replace(self, batch=batch, lr=self.lr * batch / self.batch)
-
-
-def _check(name: str, value: object, right: bool, expected: str) -> None:
-    if not right:
-        raise ToodError(f"{name} is {value}; expected {expected}")
 
 
 ONE_X = Recipe()
@@ -189,12 +174,12 @@ class Verdict(Protocol):
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Numbers, 0 to 1."""
+        """Return numbers by name, 0 to 1."""
         ...
 
     @property
     def images(self) -> Sequence[NDArray[Any]]:
-        """(H, W, 3) uint8 RGB."""
+        """Return images to look at, (H, W, 3) uint8 RGB."""
         ...
 
 
@@ -204,7 +189,7 @@ class RunOptions:
 
     Attributes:
         output: its folder.
-        device: "cpu", or this worker's GPU.
+        device: "cpu", "cuda", or this worker's GPU, such as "cuda:1".
         workers: loading processes a worker.
         save_every: steps between two checkpoints within an epoch; None writes one an epoch.
         evaluate_every: epochs between two evaluations; the last epoch is always evaluated.
@@ -213,7 +198,7 @@ class RunOptions:
     """
 
     output: Path
-    device: str | torch.device = "cpu"
+    device: str = "cpu"
     workers: int = 0
     save_every: int | None = None
     evaluate_every: int = 1
@@ -237,7 +222,10 @@ class Progress:
 
 
 def epoch_means(steps: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Mean losses, and what a step takes at the median: it does not notice the few that something else disturbed."""
+    """Return mean losses, and what a step takes at the median.
+
+    The median does not notice the few steps that something else disturbed.
+    """
     if not steps:
         return {}
     means = {

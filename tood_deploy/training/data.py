@@ -1,6 +1,8 @@
-"""Images into batches. The order and every random choice follow from seed, epoch and position alone.
+"""Images into batches: annotated images in, augmented batches out.
 
-So nothing needs to be stored to go on with a broken run exactly, with any number of loading processes and workers.
+The order and every random choice follow from seed, epoch and position alone. So nothing needs to be
+stored to go on with a broken run exactly, with any number of loading processes and workers. Knows
+no network.
 """
 
 from __future__ import annotations
@@ -16,10 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from tood_deploy.data.coco import Record
 from tood_deploy.errors import InputError
 from tood_deploy.preprocess import pad_size, resize
 from tood_deploy.training.assign import Targets
+from tood_deploy.training.records import Record, read_image
 
 
 @dataclass(frozen=True)
@@ -42,12 +44,19 @@ class Augment:
     def __call__(
         self, image_bgr: NDArray[np.uint8], boxes: NDArray[np.float32], rng: np.random.Generator
     ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-        """The changed image (H', W', 3) uint8 BGR and its boxes (G, 4) xyxy in pixels of it."""
-        short = (
-            self.imgsz[0]
-            if self.short_sides is None
-            else int(rng.integers(self.short_sides[0], self.short_sides[1] + 1))
-        )
+        """Change an image.
+
+        Args:
+            image_bgr: (H, W, 3) uint8.
+            boxes: (G, 4) xyxy in its pixels.
+            rng: decides what is drawn at random.
+
+        Returns:
+            The changed image (H', W', 3) uint8 BGR and its boxes (G, 4) xyxy in pixels of it.
+        """
+        short = self.imgsz[0]
+        if self.short_sides is not None:
+            short = int(rng.integers(self.short_sides[0], self.short_sides[1] + 1))
         image_bgr, boxes = scale(image_bgr, boxes, (short, self.imgsz[1]))
         if rng.random() < self.flip:
             image_bgr, boxes = mirror(image_bgr, boxes)
@@ -61,7 +70,13 @@ class Augment:
 def scale(
     image_bgr: NDArray[np.uint8], boxes: NDArray[np.float32], imgsz: tuple[int, int]
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """Scaled to fit (short side, long side), aspect kept; each direction with its own factor, as rounding made it."""
+    """Scale to fit, aspect kept; each direction has its own factor, as rounding gives it.
+
+    Args:
+        image_bgr: (H, W, 3) uint8.
+        boxes: (G, 4) xyxy in its pixels.
+        imgsz: (short side, long side) in pixels.
+    """
     resized = resize(image_bgr, imgsz)
     factors = [
         new / old for new, old in zip(resized.shape[1::-1], image_bgr.shape[1::-1], strict=True)
@@ -72,7 +87,7 @@ def scale(
 def mirror(
     image_bgr: NDArray[np.uint8], boxes: NDArray[np.float32]
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """Left to right."""
+    """Mirror left to right: image (H, W, 3) and boxes (G, 4) xyxy in its pixels."""
     width = np.float32(image_bgr.shape[1])
     return image_bgr[:, ::-1], np.stack(
         (width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]), axis=1
@@ -82,7 +97,7 @@ def mirror(
 def mirror_vertically(
     image_bgr: NDArray[np.uint8], boxes: NDArray[np.float32]
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """Top to bottom."""
+    """Mirror top to bottom: image (H, W, 3) and boxes (G, 4) xyxy in its pixels."""
     height = np.float32(image_bgr.shape[0])
     return image_bgr[::-1], np.stack(
         (boxes[:, 0], height - boxes[:, 3], boxes[:, 2], height - boxes[:, 1]), axis=1
@@ -92,7 +107,14 @@ def mirror_vertically(
 def recolour(
     image_bgr: NDArray[np.uint8], brightness: float, contrast: float, saturation: float
 ) -> NDArray[np.uint8]:
-    """Factors around 1: of all values, of their distance from the mean, of their distance from grey."""
+    """Change the colours of an image (H, W, 3) uint8.
+
+    Args:
+        image_bgr: the image.
+        brightness: factor of all values.
+        contrast: factor of their distance from the mean.
+        saturation: factor of their distance from grey.
+    """
     values = image_bgr.astype(np.float32) * np.float32(brightness)
     values = (values - values.mean()) * np.float32(contrast) + values.mean()
     grey = values.mean(axis=2, keepdims=True)
@@ -151,7 +173,7 @@ class TrainingData(Dataset[Sample]):
         return len(self.records)
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
-        """The image at a position, as this epoch changes it; the next readable one where it cannot be read."""
+        """Return the image at a position, as this epoch changes it; else the next readable one."""
         epoch, index = key
         unreadable: list[str] = []
         for attempt in range(min(ATTEMPTS, len(self.records))):
@@ -169,26 +191,13 @@ class TrainingData(Dataset[Sample]):
                 )
             unreadable.append(record.path.name)
         raise InputError(
-            f"{len(unreadable)} images in a row cannot be read ({', '.join(unreadable[:3])}, ...); check the folder with --check-data"
+            f"{len(unreadable)} images in a row cannot be read ({', '.join(unreadable[:3])}, ...); "
+            "check the folder with --check-data"
         )
 
 
-def read_image(record: Record) -> NDArray[np.uint8] | None:
-    """The image, (H, W, 3) uint8 BGR; None if it cannot be read, or has another size than its annotations say.
-
-    Stored as it is or turned upright by its EXIF data, whichever of the two has the annotated size.
-    """
-    for flags in (cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION, cv2.IMREAD_COLOR):
-        image = cv2.imread(str(record.path), flags)
-        if image is None:
-            return None
-        if image.shape[:2] == record.size_hw:
-            return np.asarray(image, np.uint8)
-    return None
-
-
 def collate(samples: Sequence[Sample]) -> Batch:
-    """Images padded at the right and bottom to one size, a multiple of 32."""
+    """Pad images at the right and bottom to one size, a multiple of 32."""
     sizes = [sample.image.shape[:2] for sample in samples]
     height, width = pad_size((max(h for h, _ in sizes), max(w for _, w in sizes)))
     images = np.zeros((len(samples), height, width, 3), np.uint8)
@@ -218,7 +227,7 @@ def epoch_batches(
     by_aspect: bool,
     at_least: int = 1,
 ) -> list[list[int]]:
-    """Positions of the images of each step of an epoch, every image once.
+    """Return positions of the images of each step of an epoch, every image once.
 
     Args:
         records: the images.
@@ -246,7 +255,7 @@ def epoch_batches(
 def load_batches(
     data: TrainingData, steps: Sequence[Sequence[int]], epoch: int, workers: int, pin: bool = False
 ) -> Iterator[Batch]:
-    """The batches of these steps, in order.
+    """Load the batches of these steps, in order.
 
     Args:
         data: the images.
@@ -256,9 +265,9 @@ def load_batches(
         pin: into memory that a GPU copies from fast.
     """
     if workers:
-        cv2.setNumThreads(
-            1
-        )  # before the fork: in a forked process OpenCV waits for ever for the threads it had in this one
+        # Before the fork: in a forked process OpenCV waits for ever for the threads it had in this
+        # one.
+        cv2.setNumThreads(1)
     keys = [[(epoch, index) for index in step] for step in steps]
     return iter(
         DataLoader(
@@ -273,6 +282,5 @@ def load_batches(
 
 
 def _start_worker(_: int) -> None:
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C is for the process that trains: it saves first
+    # Ctrl-C is for the process that trains: it saves first.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

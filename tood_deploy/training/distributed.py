@@ -1,4 +1,7 @@
-"""One process or many: what a worker knows of the others. Everything works, and costs nothing, in a single process."""
+"""One process or many: what a worker knows of the others.
+
+Everything works, and costs nothing, in a single process. Knows no data and no network.
+"""
 
 import os
 from collections.abc import Iterator
@@ -13,22 +16,22 @@ from tood_deploy.errors import DeviceError
 
 
 def rank() -> int:
-    """This worker's number, from 0."""
+    """Return this worker's number, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """How many workers there are."""
+    """Return how many workers there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_main() -> bool:
-    """Whether this worker is the one that writes and talks."""
+    """Tell whether this worker is the one that writes and prints."""
     return rank() == 0
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:
-    """The mean of a tensor over all workers, detached."""
+    """Return the mean of a tensor over all workers, detached."""
     values = values.detach().float().clone()
     if world_size() > 1:
         dist.all_reduce(values)
@@ -37,7 +40,7 @@ def mean_over_ranks(values: Tensor) -> Tensor:
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether any worker says yes; all learn the same."""
+    """Tell whether the flag is raised on any worker; all get the same answer."""
     if world_size() == 1:
         return flag
     value = torch.tensor(float(flag), device=device)
@@ -46,7 +49,7 @@ def any_rank(flag: bool, device: torch.device) -> bool:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Every worker's value, in order of their numbers, on all of them."""
+    """Return every worker's value, in order of their numbers, on all of them."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -55,14 +58,14 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def barrier() -> None:
-    """Waits for all workers."""
+    """Wait for all workers."""
     if world_size() > 1:
         dist.barrier()
 
 
 @contextmanager
 def process_group(device: str) -> Iterator[torch.device]:
-    """Joins the group that torchrun describes in the environment, if there is one; leaves it at the end.
+    """Join the group that torchrun describes in the environment, if any; leave it at the end.
 
     Args:
         device: "cpu" or "cuda"; every worker of a machine takes the GPU of its local number.
@@ -88,10 +91,10 @@ def process_group(device: str) -> Iterator[torch.device]:
 
 
 def _claim_gpu(local_rank: int) -> None:
-    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if local_rank >= found:
+    visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if local_rank >= visible:
         raise DeviceError(
-            f"worker {local_rank} of this machine wants a GPU, PyTorch {torch.__version__} sees {found}; "
-            "start as many workers as there are GPUs, or use --device cpu"
+            f"worker {local_rank} of this machine needs a GPU, PyTorch {torch.__version__} sees "
+            f"{visible}; start as many workers as there are GPUs, or use --device cpu"
         )
     torch.cuda.set_device(local_rank)

@@ -1,30 +1,38 @@
-"""AP of a network on COCO-format images, by pycocotools. Shared out among workers; every image counts once."""
+"""AP of a network while it is trained: a network in, COCO metrics and a few drawn images out.
+
+The images are shared out among workers; every one counts once. Detects as a deployed model does;
+the metric is `data.coco_metrics`. Knows no losses and no checkpoints.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tood_deploy.data.coco import Annotations, Record
+from tood_deploy.data.coco_metrics import OVERLAPS, CocoMetrics, CocoRows, evaluate
 from tood_deploy.detections import Detections
 from tood_deploy.model.tood import FusedDetector, Tood
 from tood_deploy.preprocess import ImageTransform, resize_and_pad
 from tood_deploy.presets import Sizing
-from tood_deploy.training.data import read_image
 from tood_deploy.training.distributed import gather_objects, is_main, rank, world_size
+from tood_deploy.training.records import LabelledImages, Record, read_image
 
-METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
+METRICS = {  # the names that logs and checkpoints have, and the metric's own
+    "AP": "AP",
+    "AP50": "AP50",
+    "AP75": "AP75",
+    "AP_small": "APs",
+    "AP_medium": "APm",
+    "AP_large": "APl",
+}
 SCORE_THRESHOLD, IOU_THRESHOLD = 0.05, 0.6
-IMAGES, SHOWN_ABOVE = 4, 0.3
+DRAWN_IMAGES, DRAWN_SCORE = 4, 0.3
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,9 +40,11 @@ class Evaluation:
     """How good a network is.
 
     Attributes:
-        metrics: `METRICS`, 0 to 1; NaN where there is no such object; empty on all workers but the main one.
-        precision: (T, 101) precision at recalls 0 to 1, the mean over classes, at overlaps of 0.50 to 0.95.
-        class_ap: AP of every class.
+        metrics: `METRICS`, 0 to 1; NaN where there is no such object; empty on all workers but the
+            main one.
+        precision: (T, 101) precision at recalls 0 to 1, the mean over classes, at overlaps of 0.50
+            to 0.95.
+        class_ap: AP of every class; NaN where it has no object.
         images: a few with detections drawn on them, (H, W, 3) uint8 RGB.
         unreadable: images that could not be read, and count as without detections.
     """
@@ -46,6 +56,15 @@ class Evaluation:
     unreadable: tuple[str, ...] = ()
 
 
+class _Input(NamedTuple):
+    """One image, (H, W, 3) uint8 BGR, and what the network is given of it."""
+
+    record: Record
+    image_bgr: NDArray[np.uint8]
+    padded: NDArray[np.uint8]
+    transform: ImageTransform
+
+
 class CocoEvaluator:
     """Runs a network over a validation set. Hand one to `fit`.
 
@@ -55,151 +74,109 @@ class CocoEvaluator:
 
     def __init__(
         self,
-        annotations: Annotations,
+        labelled: LabelledImages,
         device: str | torch.device = "cpu",
         batch: int = 8,
         precision: torch.dtype | None = None,
     ) -> None:
-        """Reads the ground truth.
+        """Take the validation set and how to run.
 
         Args:
-            annotations: the validation set.
+            labelled: the validation set.
             device: to run on.
             batch: images at once, where they have one padded size.
             precision: autocast to it; None for float32.
         """
-        self.annotations, self.device, self.batch, self.precision = (
-            annotations,
-            torch.device(device),
-            batch,
-            precision,
-        )
-        self.truth = _read_truth(annotations)
+        self.labelled, self.device = labelled, torch.device(device)
+        self.batch, self.precision = batch, precision
+        self.truth = labelled.annotations.only(labelled.category_ids)
         self.latest: Evaluation | None = None
 
     def __call__(self, model: Tood) -> Evaluation:
-        """AP of a network, at the published thresholds; leaves it in eval mode."""
-        results, drawn, unreadable = self._detect_share(FusedDetector(model).to(self.device).eval())
-        gathered = gather_objects((results, unreadable))
+        """Return AP of a network, at the published thresholds; leaves it in eval mode."""
+        rows, drawn, unreadable = self._detect_share(FusedDetector(model).to(self.device).eval())
+        shares = gather_objects((rows, unreadable))
         if not is_main():
             return Evaluation({})
-        rows = [row for share, _ in gathered for row in share]
-        missing = tuple(name for _, share in gathered for name in share)
-        self.latest = self._score(rows, drawn, missing)
+        metrics = evaluate(self.truth, [row for share, _ in shares for row in share])
+        names = tuple(name for _, share in shares for name in share)
+        self.latest = self._summarise(metrics, drawn, names)
         return self.latest
 
     def _detect_share(
         self, detector: FusedDetector
-    ) -> tuple[list[dict[str, Any]], list[NDArray[np.uint8]], list[str]]:
-        """COCO results of this worker's images; the first few drawn; the unreadable ones."""
-        results: list[dict[str, Any]] = []
+    ) -> tuple[CocoRows, list[NDArray[np.uint8]], list[str]]:
+        """Return COCO results of this worker's images; the first few drawn; the unreadable ones."""
+        rows: CocoRows = []
         drawn: list[NDArray[np.uint8]] = []
-        share, unreadable = self.annotations.records[rank() :: world_size()], []
+        share, unreadable = self.labelled.records[rank() :: world_size()], []
         for group in self._batches(share, detector.model.preset.sizing, unreadable):
-            for (record, image, _, _), found in zip(
-                group, self._detect(detector, group), strict=True
-            ):
-                results += found.to_coco(record.image_id, self.annotations.category_ids)
-                if len(drawn) < IMAGES:
-                    drawn.append(
-                        np.asarray(
-                            cv2.cvtColor(found.filter(SHOWN_ABOVE).plot(image), cv2.COLOR_BGR2RGB),
-                            np.uint8,
-                        )
-                    )
-        return results, drawn, unreadable
+            for image, detections in zip(group, self._detect(detector, group), strict=True):
+                rows += detections.to_coco(image.record.image_id, self.labelled.category_ids)
+                if len(drawn) < DRAWN_IMAGES:
+                    plotted = detections.filter(DRAWN_SCORE).plot(image.image_bgr)
+                    drawn.append(np.asarray(cv2.cvtColor(plotted, cv2.COLOR_BGR2RGB), np.uint8))
+        return rows, drawn, unreadable
 
     def _batches(
         self, records: Sequence[Record], sizing: Sizing, unreadable: list[str]
-    ) -> Iterator[list[Any]]:
-        """Neighbouring images of one padded size: (record, image, network input, transform) each."""
-        group: list[Any] = []
+    ) -> Iterator[list[_Input]]:
+        """Yield neighbouring images of one padded size.
+
+        Args:
+            records: the images.
+            sizing: how the network's inputs are scaled and padded.
+            unreadable: names of images that cannot be read are added.
+        """
+        group: list[_Input] = []
         for record in records:
             image = read_image(record)
             if image is None:
                 unreadable.append(record.path.name)
                 continue
             padded, transform = resize_and_pad(image, sizing)
-            if group and (len(group) == self.batch or group[0][3].net_hw != transform.net_hw):
+            full = len(group) == self.batch
+            if group and (full or group[0].transform.net_hw != transform.net_hw):
                 yield group
                 group = []
-            group.append((record, image, padded, transform))
+            group.append(_Input(record, image, padded, transform))
         if group:
             yield group
 
     @torch.inference_mode()
-    def _detect(self, detector: FusedDetector, group: Sequence[Any]) -> list[Detections]:
-        images = torch.from_numpy(np.stack([padded for _, _, padded, _ in group])).to(self.device)
-        transforms: list[ImageTransform] = [transform for *_, transform in group]
+    def _detect(self, detector: FusedDetector, group: Sequence[_Input]) -> list[Detections]:
+        images = torch.from_numpy(np.stack([image.padded for image in group])).to(self.device)
         valid_hw = torch.tensor(
-            [transform.resized_hw for transform in transforms],
-            dtype=torch.int32,
-            device=self.device,
+            [image.transform.resized_hw for image in group], dtype=torch.int32, device=self.device
         )
         with torch.autocast(self.device.type, self.precision, enabled=self.precision is not None):
-            found = detector(images, valid_hw, SCORE_THRESHOLD, IOU_THRESHOLD).detections
-        counts, boxes, scores, labels = (part.cpu().numpy() for part in found)
-        names = self.annotations.class_names
+            output = detector(images, valid_hw, SCORE_THRESHOLD, IOU_THRESHOLD).detections
+        counts, boxes, scores, labels = (part.cpu().numpy() for part in output)
+        # A box that overflowed in half precision covers nothing: it counts as false, and the run
+        # goes on.
+        boxes = np.nan_to_num(boxes, nan=0.0, posinf=0.0, neginf=0.0)
         return [
             Detections(
-                transform.boxes_to_image(boxes[i, :count]),
+                image.transform.boxes_to_image(boxes[i, :count]),
                 scores[i, :count],
                 labels[i, :count],
-                names,
+                self.labelled.class_names,
             )
-            for i, (transform, count) in enumerate(zip(transforms, counts.tolist(), strict=True))
+            for i, (image, count) in enumerate(zip(group, counts.tolist(), strict=True))
         ]
 
-    def _score(
-        self,
-        rows: list[dict[str, Any]],
-        drawn: list[NDArray[np.uint8]],
-        unreadable: tuple[str, ...],
+    def _summarise(
+        self, metrics: CocoMetrics, drawn: list[NDArray[np.uint8]], unreadable: tuple[str, ...]
     ) -> Evaluation:
-        from pycocotools.cocoeval import COCOeval
-
-        names = self.annotations.class_names
-        if not rows:
-            return Evaluation(
-                dict.fromkeys(METRICS, 0.0),
-                class_ap=dict.fromkeys(names, 0.0),
-                images=drawn,
-                unreadable=unreadable,
-            )
-        with contextlib.redirect_stdout(io.StringIO()):
-            scoring = COCOeval(self.truth, self.truth.loadRes(rows), "bbox")
-            scoring.params.catIds = list(self.annotations.category_ids)
-            scoring.evaluate()
-            scoring.accumulate()
-            scoring.summarize()
-        precision = np.asarray(scoring.eval["precision"])[
-            ..., 0, -1
-        ]  # (T, 101, K), all sizes, 100 detections
-        known = np.where(precision < 0, np.nan, precision)  # -1 marks a class without objects
-        present: NDArray[np.bool_] = np.asarray(~np.isnan(known).all(axis=(0, 1)))
+        numbers = {name: _nan_if_absent(metrics.numbers[own]) for name, own in METRICS.items()}
+        order = {name: k for k, name in enumerate(metrics.class_names)}
         class_ap = {
-            name: float(known[..., k].mean()) if present[k] else float("nan")
-            for k, name in enumerate(names)
+            name: _nan_if_absent(metrics.ap_of(order[name])) for name in self.labelled.class_names
         }
-        metrics = {
-            name: float(value) if value >= 0 else float("nan")
-            for name, value in zip(METRICS, scoring.stats[:6], strict=True)
-        }
-        return Evaluation(metrics, known[..., present].mean(axis=2), class_ap, drawn, unreadable)
+        precision = np.stack([metrics.curve(overlap) for overlap in OVERLAPS])
+        return Evaluation(numbers, precision, class_ap, drawn, unreadable)
 
 
-def _read_truth(annotations: Annotations) -> Any:
-    """The ground truth as pycocotools takes it; fields it cannot do without are filled in."""
-    from pycocotools.coco import COCO
-
-    truth = COCO()
-    content: dict[str, Any] = json.loads(annotations.path.read_text(encoding="utf-8"))
-    content.setdefault("info", {})
-    for number, entry in enumerate(content["annotations"], start=1):
-        entry.setdefault("id", number)
-        entry.setdefault("iscrowd", 0)
-        entry.setdefault("area", entry["bbox"][2] * entry["bbox"][3])
-    truth.dataset = content  # type: ignore[assignment]
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth.createIndex()
-    return truth
+def _nan_if_absent(value: float) -> float:
+    """Return NaN for pycocotools's -1, which marks what has no objects."""
+    return value if value >= 0 else float("nan")

@@ -1,4 +1,7 @@
-"""A network made ready for training: where its first weights come from, and what is frozen."""
+"""A network at the start of training: first weights and frozen layers.
+
+A preset and files of weights in, a network out. Knows no data and no steps.
+"""
 
 from __future__ import annotations
 
@@ -35,9 +38,10 @@ NOT_IN_BACKBONES = ("conv_offset.", "num_batches_tracked")
 
 
 def new_model(preset: Preset, seed: int) -> Tood:
-    """The network with random weights that follow from the seed.
+    """Return the network with random weights that follow from the seed.
 
-    Every residual block begins as the identity, its last norm's scale zero, as both public implementations train from scratch.
+    Every residual block begins as the identity, its last norm's scale zero, as both public
+    implementations train from scratch.
     """
     torch.manual_seed(seed)
     model = build_model(preset)
@@ -48,7 +52,7 @@ def new_model(preset: Preset, seed: int) -> Tood:
 
 
 def load_backbone(model: Tood, source: str | None) -> str:
-    """Fills the backbone with weights trained for classification, in torchvision's key names.
+    """Fill the backbone with weights trained for classification, in torchvision's key names.
 
     Args:
         model: it is changed.
@@ -64,20 +68,22 @@ def load_backbone(model: Tood, source: str | None) -> str:
     path = _backbone_file(model.preset, source)
     state = dict(_backbone_tensors(read_checkpoint(path).state_dict))
     expected = model.backbone.state_dict()
-    wanted = [key for key in expected if not any(part in key for part in NOT_IN_BACKBONES)]
-    missing = [key for key in wanted if key not in state]
-    wrong = [key for key in wanted if key in state and state[key].shape != expected[key].shape]
+    keys = [key for key in expected if not any(part in key for part in NOT_IN_BACKBONES)]
+    missing = [key for key in keys if key not in state]
+    wrong = [key for key in keys if key in state and state[key].shape != expected[key].shape]
     if missing or wrong:
         raise CheckpointError(
-            f"{path}: not the weights of a ResNet of depth {model.preset.depth} with {model.preset.groups} groups: "
-            f"{len(missing)} keys missing ({', '.join(missing[:3])}), {len(wrong)} of another shape ({', '.join(wrong[:3])})"
+            f"{path}: not the weights of a ResNet of depth {model.preset.depth} with "
+            f"{model.preset.groups} groups: {len(missing)} keys missing "
+            f"({', '.join(missing[:3])}), "
+            f"{len(wrong)} of another shape ({', '.join(wrong[:3])})"
         )
-    model.backbone.load_state_dict({key: state[key].float() for key in wanted}, strict=False)
-    return f"backbone: {len(wanted)} tensors of {path}"
+    model.backbone.load_state_dict({key: state[key].float() for key in keys}, strict=False)
+    return f"backbone: {len(keys)} tensors of {path}"
 
 
 def load_pretrained(model: Tood, checkpoint: str, weights_key: str | None = None) -> str:
-    """Fills the network from a TOOD checkpoint; the class layer stays random where the classes differ.
+    """Fill the network from a TOOD checkpoint; where classes differ, the class layer stays random.
 
     Args:
         model: it is changed.
@@ -93,8 +99,8 @@ def load_pretrained(model: Tood, checkpoint: str, weights_key: str | None = None
     source = load_checkpoint(checkpoint, preset=model.preset, weights_key=weights_key)
     if source.preset.anchor != model.preset.anchor:
         raise CheckpointError(
-            f"{checkpoint}: anchor-{source.preset.anchor}, the preset {model.preset.name} is anchor-{model.preset.anchor}; "
-            "choose another preset"
+            f"{checkpoint}: anchor-{source.preset.anchor}, the preset {model.preset.name} is "
+            f"anchor-{model.preset.anchor}; choose another preset"
         )
     _check_settings(source.preset, model.preset, checkpoint)
     state = source.state_dict()
@@ -111,34 +117,31 @@ def load_pretrained(model: Tood, checkpoint: str, weights_key: str | None = None
 
 
 def _check_settings(source: Preset, preset: Preset, checkpoint: str) -> None:
-    """Raise CheckpointError where the checkpoint's network computes something else of the same weights than the one to be trained."""
+    """Raise CheckpointError where the two networks compute something else of the same weights."""
     for name in SETTINGS:
-        found, expected = getattr(source, name), getattr(preset, name)
-        if found != expected:
+        given, expected = getattr(source, name), getattr(preset, name)
+        if given != expected:
             raise CheckpointError(
-                f"{checkpoint}: was trained with {name} = {found}, the preset {preset.name} has {expected}, with which its weights compute "
-                "something else; fine-tune a checkpoint of the preset's own settings"
+                f"{checkpoint}: was trained with {name} = {given}, the preset {preset.name} has "
+                f"{expected}, with which its weights compute something else; "
+                "fine-tune a checkpoint of the preset's own settings"
             )
 
 
 def freeze(model: Tood, stages: int, norm: bool) -> None:
-    """Puts the network into training mode, and fixes its first layers and running statistics.
+    """Put the network into training mode, and fix its first layers and running statistics.
 
     Args:
         model: the network.
-        stages: backbone stages, the stem before them, that learn nothing; -1 leaves the stem free too, 0 fixes the stem alone.
+        stages: backbone stages, the stem before them, that learn nothing; -1 leaves the stem free
+            too, 0 fixes the stem alone.
         norm: batch norms keep their statistics; their scale and shift go on learning.
     """
     backbone = model.backbone
-    fixed = (
-        []
-        if stages < 0
-        else [
-            backbone.conv1,
-            backbone.bn1,
-            *(getattr(backbone, f"layer{n}") for n in range(1, stages + 1)),
-        ]
-    )
+    fixed: list[nn.Module] = []
+    if stages >= 0:
+        layers = (getattr(backbone, f"layer{n}") for n in range(1, stages + 1))
+        fixed = [backbone.conv1, backbone.bn1, *layers]
     for module in fixed:
         module.requires_grad_(False)
     model.train()
@@ -156,7 +159,8 @@ def _backbone_file(preset: Preset, source: str | None) -> Path:
     )
     if weights is None:
         raise CheckpointError(
-            f"no ImageNet backbone is known for depth {preset.depth} with {preset.groups} groups; give --backbone-weights or --from-scratch"
+            f"no ImageNet backbone is known for depth {preset.depth} with {preset.groups} groups; "
+            "give --backbone-weights or --from-scratch"
         )
     try:
         return fetch_weights(replace(preset, weights=weights))
@@ -167,13 +171,13 @@ def _backbone_file(preset: Preset, source: str | None) -> Path:
 
 
 def _weights_at(url: str) -> PublishedWeights:
-    """Many such files carry the start of their hash in their name; one that does not is taken as it comes."""
+    """Return the weights at a URL, with the start of their hash where the name carries it."""
     match = re.search(r"-([0-9a-f]{8,64})\.\w+$", url)
     return PublishedWeights(url, match[1] if match else "")
 
 
 def _backbone_tensors(state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors under the backbone's own names, also out of a whole detector."""
+    """Yield the tensors under the backbone's own names, also out of a whole detector."""
     prefix = "backbone." if any(key.startswith("backbone.") for key in state) else ""
     for key, value in state.items():
         if key.startswith(prefix):

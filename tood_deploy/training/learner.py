@@ -1,4 +1,4 @@
-"""One step of learning: a batch in, updated weights out. Knows no files and no epochs' ends."""
+"""One step of learning: a batch in, updated weights out. Knows no files and no ends of epochs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tood_deploy.training.loss import ToodLoss
 
 
 class WeightAverage:
-    """Keeps `decay` of the average at each update and takes the rest from the network; less of the average at first."""
+    """Keeps `decay` of the average at each update, less at first, and adds of the network."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay, self.updates = decay, 0
@@ -29,7 +29,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Takes in the network's present weights; whole numbers are copied."""
+        """Take in the network's present weights; whole numbers are copied."""
         self.updates += 1
         keep = min(self.decay, (1 + self.updates) / (10 + self.updates))
         for key, value in model.state_dict().items():
@@ -39,7 +39,7 @@ class WeightAverage:
                 self.state[key].copy_(value)
 
     def restore(self, state: Mapping[str, Tensor], updates: int) -> None:
-        """Goes on from a stored average."""
+        """Go on from a stored average."""
         self.updates = updates
         for key, value in state.items():
             self.state[key].copy_(value)
@@ -49,7 +49,7 @@ WARMUP_START = 1e-3
 
 
 def make_optimiser(parameters: Iterable[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
-    """SGD or AdamW over the parameters that learn."""
+    """Return SGD or AdamW over the parameters that learn."""
     learning = [p for p in parameters if p.requires_grad]
     if recipe.optimiser == "sgd":
         return torch.optim.SGD(
@@ -59,7 +59,13 @@ def make_optimiser(parameters: Iterable[nn.Parameter], recipe: Recipe) -> torch.
 
 
 def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
-    """The rate at a step, counted from 0 over the whole run."""
+    """Return the rate at a step.
+
+    Args:
+        recipe: gives rate, schedule and warm-up.
+        step: counted from 0 over the whole run.
+        steps_per_epoch: of the data.
+    """
     rate = recipe.lr * _warmup_factor(step, recipe.warmup_steps)
     if recipe.schedule == "cosine":
         share = min(step / (recipe.epochs * steps_per_epoch), 1.0)
@@ -69,13 +75,13 @@ def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
 
 
 def set_learning_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
-    """Gives every parameter this rate."""
+    """Give every parameter this rate."""
     for group in optimiser.param_groups:
         group["lr"] = rate
 
 
 def _warmup_factor(step: int, warmup_steps: int) -> float:
-    """Grows linearly and reaches 1 at the last step of the warm-up."""
+    """Return a factor that grows linearly and reaches 1 at the last step of the warm-up."""
     if step >= warmup_steps - 1:
         return 1.0
     return WARMUP_START + (1 - WARMUP_START) * step / (warmup_steps - 1)
@@ -85,7 +91,13 @@ AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class StepResult(NamedTuple):
-    """Mean losses over all workers, norm of the gradient before clipping, positives of this worker."""
+    """What a step gave.
+
+    Attributes:
+        cls, box: mean losses over all workers.
+        grad_norm: of the gradient before clipping.
+        positives: anchor points that learnt a box, of this worker.
+    """
 
     cls: float
     box: float
@@ -117,11 +129,16 @@ class Learner:
         self.network = _wrap(model, recipe, device)
 
     def prepare(self) -> None:
-        """Training mode, but for what the recipe freezes; evaluation ends it."""
+        """Go into training mode, but for what the recipe freezes; evaluation ends it."""
         freeze(self.model, self.recipe.frozen_stages, self.recipe.freeze_norm)
 
     def step(self, parts: Sequence[Batch], epoch: int, rate: float) -> StepResult:
-        """Learns from one batch, given in as many parts as the recipe accumulates.
+        """Learn from one batch.
+
+        Args:
+            parts: of the batch, as many as the recipe accumulates.
+            epoch: counted from 0; decides the kind of assignment.
+            rate: of learning.
 
         Raises:
             NonFinite: the loss or its gradient is not finite; the weights are untouched.
@@ -131,18 +148,20 @@ class Learner:
         losses, positives = torch.zeros(2, device=self.device), 0
         for number, part in enumerate(parts, start=1):
             with self._sync(last=number == len(parts)):
-                found, count = self._backward(part, epoch, len(parts))
-            losses += found
+                part_losses, count = self._backward(part, epoch, len(parts))
+            losses += part_losses
             positives += count
         cls, box = mean_over_ranks(losses).tolist()
         ids = [key for part in parts for key in part.image_ids]
         if not _finite(cls, box):
-            raise NonFinite(f"the loss is {cls} (classes) + {box} (boxes); images {_of_all(ids)}")
+            raise NonFinite(
+                f"the loss is {cls} (classes) + {box} (boxes); images {_gather_ids(ids)}"
+            )
         self.scaler.unscale_(self.optimiser)
         norm = self._clip()
         if not _finite(norm) and not self.scaler.is_enabled():
             raise NonFinite(
-                f"the gradient's norm is {norm}, the loss {cls} + {box}; images {_of_all(ids)}"
+                f"the gradient's norm is {norm}, the loss {cls} + {box}; images {_gather_ids(ids)}"
             )
         self.scaler.step(self.optimiser)
         self.scaler.update()
@@ -151,11 +170,11 @@ class Learner:
         return StepResult(cls, box, norm, positives)
 
     def deployed_weights(self) -> dict[str, Tensor]:
-        """The average's weights where there is one, else the network's."""
+        """Return the average's weights where there is one, else the network's."""
         return self.average.state if self.average is not None else self.model.state_dict()
 
     def state(self) -> dict[str, Any]:
-        """All that is needed to go on, beside `deployed_weights`."""
+        """Return all that is needed to go on, apart from `deployed_weights`."""
         return {
             "model": self.model.state_dict() if self.average is not None else {},
             "average_updates": self.average.updates if self.average is not None else 0,
@@ -166,7 +185,7 @@ class Learner:
         }
 
     def restore(self, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Goes on from what `deployed_weights` and `state` gave."""
+        """Go on from what `deployed_weights` and `state` gave."""
         self.model.load_state_dict(state["model"] or weights)
         if self.average is not None:
             self.average.restore(weights, state["average_updates"])
@@ -177,7 +196,16 @@ class Learner:
             torch.cuda.set_rng_state_all(state["random_cuda"])
 
     def _backward(self, batch: Batch, epoch: int, parts: int) -> tuple[Tensor, int]:
-        """Adds the gradient of one part; its detached losses, divided by the number of parts, and its positives."""
+        """Add the gradient of one part.
+
+        Args:
+            batch: the part.
+            epoch: counted from 0.
+            parts: number of them.
+
+        Returns:
+            (2,) its detached losses, of classes and boxes, divided by `parts`, and its positives.
+        """
         images = self.normalise(
             batch.images.to(self.device, non_blocking=True), batch.valid_hw.to(self.device)
         )
@@ -189,13 +217,13 @@ class Learner:
         return torch.stack((losses.cls, losses.box)).detach() / parts, losses.positives
 
     def _sync(self, last: bool) -> contextlib.AbstractContextManager[Any]:
-        """Gradients travel between workers with the last part only."""
+        """Let gradients travel between workers with the last part only."""
         if isinstance(self.network, DistributedDataParallel) and not last:
             return self.network.no_sync()
         return contextlib.nullcontext()
 
     def _clip(self) -> float:
-        """The gradient's norm before it was clipped."""
+        """Clip the gradient as the recipe says; return its norm before."""
         learning = [p for p in self.model.parameters() if p.grad is not None]
         if self.recipe.clip is not None:
             return float(nn.utils.clip_grad_norm_(learning, self.recipe.clip))
@@ -217,5 +245,5 @@ def _finite(*values: float) -> bool:
     return bool(torch.tensor(values).isfinite().all())
 
 
-def _of_all(ids: list[int]) -> str:
+def _gather_ids(ids: list[int]) -> str:
     return ", ".join(str(key) for share in gather_objects(ids) for key in share)

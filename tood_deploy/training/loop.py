@@ -1,7 +1,9 @@
-"""The run: epochs of steps, evaluation, checkpoints. Learning itself is `step`'s, AP is handed in.
+"""A run: epochs of steps, evaluation, checkpoints.
 
-Everything that decides what comes next is in the checkpoint or follows from (seed, epoch, step), so a run that is broken off at any
-moment goes on exactly.
+A network, data and a recipe in; checkpoints, a log and the run's state out. Everything that decides
+what comes next is in the checkpoint or follows from (seed, epoch, step), so a run that is broken
+off at any moment goes on exactly. Learning itself is the `Learner`'s; how AP is computed is handed
+in.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import torch
 from tood_deploy.errors import CheckpointError, ToodError
 from tood_deploy.model.checkpoint import load_checkpoint, save_checkpoint
 from tood_deploy.model.tood import Tood
+from tood_deploy.reporter import Reporter
 from tood_deploy.training.checkpoints import (
     BEST,
     FINAL,
@@ -75,7 +78,7 @@ def fit(
     evaluate: Callable[[Tood], Verdict] | None = None,
     journal: Journal | None = None,
 ) -> Progress:
-    """Trains a network.
+    """Train a network.
 
     Args:
         model: with its first weights; it is changed.
@@ -83,10 +86,11 @@ def fit(
         recipe: what is learnt how.
         options: where and how it runs.
         evaluate: AP of a network; called on all workers.
-        journal: hears of everything; silent where not given.
+        journal: logs everything; silent where not given.
 
     Returns:
-        Where the run stands at its end. The folder holds `last.pth`, `best.pth` and `model.safetensors`.
+        Where the run stands at its end. The folder holds `last.pth`, `best.pth` and
+        `model.safetensors`.
 
     Raises:
         CheckpointError: the folder's checkpoint cannot be gone on from.
@@ -94,8 +98,8 @@ def fit(
         OutputError: a checkpoint cannot be written.
         KeyboardInterrupt: Ctrl-C; the state is saved.
     """
-    with StopFlag() as flag, journal or Journal(None) as heard:
-        run = _Run(model, data, recipe, options, evaluate, heard, flag)
+    with StopFlag() as flag, journal or Journal.silent() as opened:
+        run = _Run(model, data, recipe, options, evaluate, opened, flag)
         run.start()
         end = min(recipe.epochs, options.stop_after or recipe.epochs)
         for epoch in range(len(run.progress.history), end):
@@ -114,28 +118,22 @@ class _Run:
         data: TrainingData,
         recipe: Recipe,
         options: RunOptions,
-        evaluate: Any,
+        evaluate: Callable[[Tood], Verdict] | None,
         journal: Journal,
         flag: StopFlag,
     ) -> None:
-        self.data, self.recipe, self.options, self.evaluate, self.journal, self.flag = (
-            data,
-            recipe,
-            options,
-            evaluate,
-            journal,
-            flag,
-        )
+        self.data, self.recipe, self.options = data, recipe, options
+        self.evaluate, self.journal, self.flag = evaluate, journal, flag
+        self.reporter = journal.reporter
         self.device = torch.device(options.device)
         self.learner = Learner(model, recipe, self.device)
         self.progress = Progress()
         self.steps_per_epoch = len(self._plan(0))
-        self.epoch_values: list[
-            dict[str, float]
-        ] = []  # of the steps of this epoch that this call made
+        # Of the steps of this epoch that this call made.
+        self.epoch_values: list[dict[str, float]] = []
 
     def start(self) -> None:
-        """Goes on from the folder's checkpoint, or makes sure that there is none to overwrite."""
+        """Go on from the folder's checkpoint, or make sure that there is none to overwrite."""
         last = self.options.output / LAST
         if is_main():
             make_run_folder(self.options.output)
@@ -144,17 +142,17 @@ class _Run:
             return
         if not self.options.resume:
             raise ToodError(
-                f"{self.options.output}: holds a run already; add --resume to go on with it, or choose another --output"
+                f"{self.options.output}: holds a run already; "
+                "add --resume to go on with it, or choose another --output"
             )
         self._restore(read_training_state(last), last)
         if is_main():
             self.journal.forget_after(self.progress.step)
-        self.journal.say(
-            f"going on from {last}: epoch {len(self.progress.history) + 1}, step {self.progress.step}"
-        )
+        epoch = len(self.progress.history) + 1
+        self.reporter.info(f"going on from {last}: epoch {epoch}, step {self.progress.step}")
 
     def train_epoch(self, epoch: int) -> None:
-        """The steps of an epoch that are not done yet."""
+        """Make the steps of an epoch that are not done yet."""
         self.learner.prepare()
         self.epoch_values = []
         plan = self._plan(epoch)
@@ -169,17 +167,15 @@ class _Run:
             self._stop_if_asked()
 
     def close_epoch(self, epoch: int) -> None:
-        """Evaluation, log and checkpoints at the end of an epoch."""
+        """Evaluate, log and write checkpoints at the end of an epoch."""
         last_one = epoch + 1 == self.recipe.epochs
         row: dict[str, float] = {
             "step": self.progress.step,
             "epoch": epoch + 1,
             **epoch_means(self.epoch_values),
         }
-        verdict = None
-        if self.evaluate is not None and (
-            last_one or (epoch + 1) % self.options.evaluate_every == 0
-        ):
+        is_due = last_one or (epoch + 1) % self.options.evaluate_every == 0
+        if self.evaluate is not None and is_due:
             start = time.perf_counter()
             verdict = self.evaluate(self.deployed())
             row |= verdict.metrics | {"evaluation_s": time.perf_counter() - start}
@@ -187,10 +183,8 @@ class _Run:
         self.progress.history.append(row)
         self.journal.write("epoch", row)
         if "AP" in row:
-            self.journal.say(
-                f"epoch {epoch + 1}: "
-                + ", ".join(f"{name} {row[name]:.3f}" for name in row if name.startswith("AP"))
-            )
+            values = [f"{name} {row[name]:.3f}" for name in row if name.startswith("AP")]
+            self.reporter.info(f"epoch {epoch + 1}: {', '.join(values)}")
         better = row.get("AP", -1.0) > self.progress.best_ap
         if better:
             self.progress.best_ap = row["AP"]
@@ -200,7 +194,7 @@ class _Run:
         self._stop_if_asked()
 
     def finish(self) -> None:
-        """The best weights, the last ones where none were evaluated, as a plain model file."""
+        """Write the best weights as a plain model file; the last ones where none were evaluated."""
         output = self.options.output
         if is_main() and len(self.progress.history) == self.recipe.epochs:
             best = output / BEST
@@ -210,7 +204,7 @@ class _Run:
         barrier()
 
     def save(self, name: str) -> None:
-        """Writes a checkpoint, on the main worker."""
+        """Write a checkpoint, on the main worker."""
         if not is_main():
             return
         training = self.learner.state() | {
@@ -226,7 +220,7 @@ class _Run:
         )
 
     def deployed(self) -> Tood:
-        """The network with the weights to deploy, in eval mode."""
+        """Return the network with the weights to deploy, in eval mode."""
         if self.learner.average is None:
             return self.learner.model.eval()
         model = copy.deepcopy(self.learner.model)
@@ -245,13 +239,10 @@ class _Run:
         )
 
     def _load(self, plan: Sequence[Sequence[int]], epoch: int) -> Iterator[Batch]:
-        """This worker's part of every step, in as many parts as the recipe accumulates."""
+        """Load this worker's part of every step, in as many parts as the recipe accumulates."""
         parts = world_size() * self.recipe.accumulate
-        mine = [
-            step[number * world_size() + rank() :: parts]
-            for step in plan
-            for number in range(self.recipe.accumulate)
-        ]
+        starts = range(rank(), parts, world_size())  # of this worker's parts of a step
+        mine = [step[start::parts] for step in plan for start in starts]
         return load_batches(
             self.data, mine, epoch, self.options.workers, pin=self.device.type == "cuda"
         )
@@ -265,11 +256,12 @@ class _Run:
             result = self.learner.step(parts, epoch, rate)
         except NonFinite as error:
             raise NonFinite(
-                f"step {self.progress.step + 1}: {error}; {self._last_good()}; try a smaller --lr, or --clip"
+                f"step {self.progress.step + 1}: {error}; {self._last_good()}; "
+                "try a smaller --lr, or --clip"
             ) from error
         self.progress.step += 1
         for name in (name for part in parts for name in part.unreadable):
-            self.journal.say(f"warning: {name} cannot be read, another image took its place")
+            self.reporter.warn(f"{name} cannot be read, another image took its place")
             self.journal.write("unreadable", {"step": self.progress.step, "file": name})
         seconds = time.perf_counter() - start
         speed = sum(len(part.image_ids) for part in parts) * world_size() / seconds
@@ -294,37 +286,40 @@ class _Run:
     def _stop_if_asked(self) -> None:
         if any_rank(self.flag.raised, self.device):
             self.save(LAST)
-            self.journal.say(
-                f"stopped at step {self.progress.step}, all is saved in {self.options.output / LAST}; go on with --resume"
+            self.reporter.info(
+                f"stopped at step {self.progress.step}, all is saved in "
+                f"{self.options.output / LAST}; go on with --resume"
             )
             raise KeyboardInterrupt
 
     def _restore(self, content: dict[str, Any], path: Path) -> None:
         training, preset = content["training"], self.learner.model.preset
         if tuple(json.loads(content["tood_deploy"])["class_names"]) != preset.class_names:
+            names = ", ".join(preset.class_names[:5])
             raise CheckpointError(
-                f"{path}: was trained on other classes; expected {', '.join(preset.class_names[:5])}: use the same data"
+                f"{path}: was trained on other classes; expected {names}: use the same data"
             )
         if training["steps_per_epoch"] != self.steps_per_epoch:
             raise CheckpointError(
-                f"{path}: its epochs have {training['steps_per_epoch']} steps, with this data and batch they have {self.steps_per_epoch}; "
-                "use the same data and --batch"
+                f"{path}: its epochs have {training['steps_per_epoch']} steps, with this data and "
+                f"batch they have {self.steps_per_epoch}; use the same data and --batch"
             )
-        _report_changes(Recipe.from_dict(json.loads(training["recipe"])), self.recipe, self.journal)
+        _note_changes(Recipe.from_dict(json.loads(training["recipe"])), self.recipe, self.reporter)
         try:
             self.learner.restore(content["state_dict"], training)
         except (RuntimeError, ValueError, KeyError) as error:
+            reason = str(error).splitlines()[0]
             raise CheckpointError(
-                f"{path}: does not fit this run ({str(error).splitlines()[0]}); use the same preset and options"
+                f"{path}: does not fit this run ({reason}); use the same preset and options"
             ) from error
         self.progress = Progress(
             training["step"], json.loads(training["history"]), training["best_ap"]
         )
 
 
-def _report_changes(before: Recipe, now: Recipe, journal: Journal) -> None:
-    """Says what is asked for otherwise than when the run began; it is done as asked now."""
+def _note_changes(before: Recipe, now: Recipe, reporter: Reporter) -> None:
+    """Note what differs from the recipe that the run began with; it is done as asked now."""
     old, new = before.to_dict(), now.to_dict()
     for name in new:
         if old[name] != new[name]:
-            journal.say(f"note: {name} is {new[name]} from here on, it was {old[name]}")
+            reporter.note(f"{name} is {new[name]} from here on, it was {old[name]}")

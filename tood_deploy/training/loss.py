@@ -1,6 +1,7 @@
-"""The losses of TOOD: what the head said and what it should have said in, two sums out.
+"""The losses of TOOD: the head's output and the ground truth in, two sums out.
 
-Source: reference/SPEC.md section 3. Which stage of training it is comes in as an argument; nothing is remembered between calls.
+Source: reference/SPEC.md section 3. Which stage of training it is comes in as an argument; nothing
+is remembered between calls. Knows no images and no optimiser.
 """
 
 from collections.abc import Callable, Sequence
@@ -50,7 +51,8 @@ class Positives(NamedTuple):
     """The positives of a whole batch.
 
     Attributes:
-        images, anchors, labels: (P,) positions in the batch, among the anchor points, among the classes.
+        images, anchors, labels: (P,) positions in the batch, among the anchor points, among the
+            classes.
         boxes_net: (P, 4) what the box shall be, xyxy, in pixels.
         scores: (P,) what the class score shall be.
         weights: (P,) of the box loss.
@@ -73,12 +75,13 @@ class ToodLoss:
         variant: Convention | None = None,
         warmup_epochs: int = WARMUP_EPOCHS,
     ) -> None:
-        """Chooses whose losses.
+        """Choose whose losses.
 
         Args:
             preset: says the number of classes, and the variant where that is not given.
-            variant: "mmdet", or "authors": in task-aligned epochs their padding anchors count as negatives, their averaging factors
-                are not raised to at least 1, and inverted boxes have no area.
+            variant: "mmdet", or "authors": in task-aligned epochs their padding anchors count as
+                negatives, their averaging factors are not raised to at least 1, and inverted boxes
+                have no area.
             warmup_epochs: epochs of ATSS before task-aligned assignment.
         """
         self.preset = get_preset(preset) if isinstance(preset, str) else preset
@@ -86,7 +89,7 @@ class ToodLoss:
         self.warmup_epochs = warmup_epochs
 
     def __call__(self, out: HeadOutput, targets: Sequence[Targets], epoch: int) -> Losses:
-        """The losses of one batch; differentiable in `out`.
+        """Compute the losses of one batch; differentiable in `out`.
 
         Args:
             out: the head's maps for B images.
@@ -99,27 +102,20 @@ class ToodLoss:
         _check_targets(out, targets)
         grid = AnchorGrid.of_maps(out.scores, self.preset.anchor_side, self.preset.anchor_offset)
         scores = torch.cat([level.flatten(2) for level in out.scores], dim=2)  # (B, K, A)
-        boxes = torch.cat([level.flatten(2) for level in out.boxes_strides], dim=2).transpose(
-            1, 2
-        )  # (B, A, 4)
+        boxes = torch.cat([level.flatten(2) for level in out.boxes_strides], dim=2)
+        boxes = boxes.transpose(1, 2)  # (B, A, 4)
         targets = [target.to(scores.device) for target in targets]
         warmup = epoch < self.warmup_epochs
-        positives = _join(
-            [
-                self._assign(i, scores, boxes, grid, target, warmup)
-                for i, target in enumerate(targets)
-            ]
-        )
+        by_image = [
+            self._assign(i, scores, boxes, grid, target, warmup) for i, target in enumerate(targets)
+        ]
+        positives = _join(by_image)
         valid = torch.stack([grid.valid_mask(target.valid_hw) for target in targets])
         if self.variant == "authors" and not warmup:
             valid = torch.ones_like(valid)
         cls_factor, box_factor = self._average_factors(positives)
-        cls_anchors = (
-            _class_loss(scores, positives, focal_loss if warmup else quality_focal_loss, valid).sum(
-                0
-            )
-            / cls_factor
-        )
+        class_loss = focal_loss if warmup else quality_focal_loss
+        cls_anchors = _class_loss(scores, positives, class_loss, valid).sum(0) / cls_factor
         box_anchors = self._box_loss(boxes, positives, grid) / box_factor
         cls_levels, box_levels = (
             torch.stack([part.sum() for part in values.split(grid.level_lengths)])
@@ -143,79 +139,95 @@ class ToodLoss:
         warmup: bool,
     ) -> Positives:
         if warmup:
-            found = assign_atss(grid, target.valid_hw, target.boxes)
+            assigned = assign_atss(grid, target.valid_hw, target.boxes)
         else:
             boxes_net = boxes[image].detach() * grid.strides.unsqueeze(1)
             valid = grid.valid_mask(target.valid_hw)
-            found = assign_task_aligned(
+            assigned = assign_task_aligned(
                 scores[image].detach(), boxes_net, grid.points, valid, target.boxes, target.labels
             )
-        return _positives_of_image(image, found, grid, target, warmup)
+        return _positives_of_image(image, assigned, grid, target, warmup)
 
     def _average_factors(self, positives: Positives) -> tuple[Tensor, Tensor]:
-        """What the class and the box loss are divided by, the mean over all workers."""
+        """Return what the class and the box loss are divided by, the mean over all workers."""
         factors = mean_over_ranks(torch.stack((positives.scores.sum(), positives.weights.sum())))
-        factors = (
-            torch.where(factors < TINY_FACTOR, 1.0, factors)
-            if self.variant == "authors"
-            else factors.clamp(min=1.0)
-        )
+        if self.variant == "authors":
+            factors = torch.where(factors < TINY_FACTOR, 1.0, factors)
+        else:
+            factors = factors.clamp(min=1.0)
         return factors[0], factors[1]
 
     def _box_loss(self, boxes: Tensor, positives: Positives, grid: AnchorGrid) -> Tensor:
-        """(A,) weighted GIoU loss, summed over the batch; where there are no positives, zeros that depend on the boxes."""
+        """Return (A,) weighted GIoU loss, summed over the batch.
+
+        Where there are no positives, it is zeros that depend on the boxes: every worker then has a
+        gradient to share.
+
+        Args:
+            boxes: (B, A, 4) predicted, xyxy in strides.
+            positives: of the batch.
+            grid: the anchor points.
+        """
         if not len(positives.anchors):
             return (boxes * 0).sum((0, 2))
         predicted = boxes[positives.images, positives.anchors]
-        wanted = positives.boxes_net / grid.strides[positives.anchors].unsqueeze(1)
-        giou = box_giou(predicted, wanted, clamp_areas=self.variant == "authors")
+        goal = positives.boxes_net / grid.strides[positives.anchors].unsqueeze(1)
+        giou = box_giou(predicted, goal, clamp_areas=self.variant == "authors")
         losses = BOX_WEIGHT * (1 - giou) * positives.weights
         return losses.new_zeros(boxes.shape[1]).index_add(0, positives.anchors, losses)
 
 
-def quality_focal_loss(scores: Tensor, wanted: Tensor) -> Tensor:
-    """|y - p|^2 BCE(p, y), element by element.
+def quality_focal_loss(scores: Tensor, goal: Tensor) -> Tensor:
+    """Compute |y - p|^2 BCE(p, y), element by element.
 
     Args:
         scores: probabilities p.
-        wanted: y, 0 to 1, of the same shape.
+        goal: y, 0 to 1, of the same shape.
     """
-    return (wanted - scores).square() * _cross_entropy(scores, wanted)
+    return (goal - scores).square() * _cross_entropy(scores, goal)
 
 
-def focal_loss(scores: Tensor, wanted: Tensor) -> Tensor:
-    """Focal loss on probabilities, element by element, for `wanted` of exactly 0 or 1."""
-    miss = (wanted - scores).abs()
-    balance = torch.where(wanted > 0, FOCAL_ALPHA, 1 - FOCAL_ALPHA)
-    return balance * miss.pow(FOCAL_GAMMA) * _cross_entropy(scores, wanted)
+def focal_loss(scores: Tensor, goal: Tensor) -> Tensor:
+    """Compute focal loss on probabilities, element by element, for a goal of exactly 0 or 1."""
+    miss = (goal - scores).abs()
+    balance = torch.where(goal > 0, FOCAL_ALPHA, 1 - FOCAL_ALPHA)
+    return balance * miss.pow(FOCAL_GAMMA) * _cross_entropy(scores, goal)
 
 
-def _cross_entropy(scores: Tensor, wanted: Tensor) -> Tensor:
-    # PyTorch stops at NaN with an error that names nothing; so NaN is taken out here, and stays in the factor beside it.
-    return F.binary_cross_entropy(scores.nan_to_num(nan=0.0), wanted, reduction="none")
+def _cross_entropy(scores: Tensor, goal: Tensor) -> Tensor:
+    # PyTorch stops at NaN with an error that names nothing; so NaN is taken out here, and stays in
+    # the factor that this is multiplied by.
+    return F.binary_cross_entropy(scores.nan_to_num(nan=0.0), goal, reduction="none")
 
 
 def _class_loss(
     scores: Tensor, positives: Positives, loss: Callable[[Tensor, Tensor], Tensor], valid: Tensor
 ) -> Tensor:
-    """(B, A) the loss of every anchor point over all classes."""
-    wanted = torch.zeros_like(scores)
-    wanted[positives.images, positives.labels, positives.anchors] = positives.scores
-    return loss(scores, wanted).sum(1) * valid
+    """Return (B, A) the loss of every anchor point over all classes.
+
+    Args:
+        scores: (B, K, A) probabilities.
+        positives: of the batch.
+        loss: of scores and goals, element by element.
+        valid: (B, A) bool; others count for nothing.
+    """
+    goal = torch.zeros_like(scores)
+    goal[positives.images, positives.labels, positives.anchors] = positives.scores
+    return loss(scores, goal).sum(1) * valid
 
 
 def _positives_of_image(
-    image: int, found: Assignment, grid: AnchorGrid, target: Targets, warmup: bool
+    image: int, assigned: Assignment, grid: AnchorGrid, target: Targets, warmup: bool
 ) -> Positives:
-    boxes_net = target.boxes[found.boxes]
+    boxes_net = target.boxes[assigned.boxes]
     if warmup:
-        scores, weights = found.metrics, centerness(grid.points[found.anchors], boxes_net)
+        scores, weights = assigned.metrics, centerness(grid.points[assigned.anchors], boxes_net)
     else:
-        scores = weights = normalised_metrics(found, len(target.boxes))
+        scores = weights = normalised_metrics(assigned, len(target.boxes))
     return Positives(
-        torch.full_like(found.anchors, image),
-        found.anchors,
-        target.labels[found.boxes],
+        torch.full_like(assigned.anchors, image),
+        assigned.anchors,
+        target.labels[assigned.boxes],
         boxes_net,
         scores,
         weights,
@@ -223,7 +235,7 @@ def _positives_of_image(
 
 
 def centerness(points: Tensor, boxes: Tensor) -> Tensor:
-    """(P,) how central points (P, 2) lie inside boxes (P, 4): 1 at the centre, 0 at a side."""
+    """Return (P,) how central points (P, 2) lie in boxes (P, 4): 1 at the centre, 0 at a side."""
     near, far = points - boxes[:, :2], boxes[:, 2:] - points
     return (torch.minimum(near, far) / torch.maximum(near, far)).prod(1).sqrt()
 
@@ -237,10 +249,9 @@ def _check_targets(out: HeadOutput, targets: Sequence[Targets]) -> None:
     if len(targets) != batch:
         raise ToodError(f"{len(targets)} targets for a batch of {batch} images; expected one each")
     for i, target in enumerate(targets):
-        if (
-            target.labels.numel()
-            and not 0 <= int(target.labels.min()) <= int(target.labels.max()) < classes
-        ):
+        labels = target.labels
+        if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
             raise ToodError(
-                f"targets of image {i}: labels {target.labels.tolist()[:8]}; expected class numbers from 0 to {classes - 1}"
+                f"targets of image {i}: labels {labels.tolist()[:8]}; "
+                f"expected class numbers from 0 to {classes - 1}"
             )

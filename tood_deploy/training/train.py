@@ -1,34 +1,41 @@
-"""A whole training as a user asks for it: recipe, data, first weights, the run, its summary. The command's logic without its arguments."""
+"""A whole training as a user asks for it: recipe, data, first weights, the run, its summary.
+
+Paths and options in; the run's folder and a summary out. Knows no command line.
+"""
 
 from __future__ import annotations
 
 import importlib.util
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import torch
 
-from tood_deploy.data.coco import Annotations, read_annotations
 from tood_deploy.errors import ToodError, not_installed
 from tood_deploy.model.tood import Tood
 from tood_deploy.presets import Preset, get_preset
+from tood_deploy.reporter import Reporter
 from tood_deploy.training.checkpoints import BEST, FINAL, LAST
 from tood_deploy.training.config import ONE_X, RECIPES, TWO_X, Progress, Recipe, RunOptions
 from tood_deploy.training.data import Augment, TrainingData
 from tood_deploy.training.distributed import is_main, process_group, world_size
-from tood_deploy.training.evaluate import CocoEvaluator, Evaluation
 from tood_deploy.training.init import load_backbone, load_pretrained, new_model
 from tood_deploy.training.learner import AUTOCAST
 from tood_deploy.training.logger import Journal
 from tood_deploy.training.loop import fit
+from tood_deploy.training.records import LabelledImages, read_labelled_images
 from tood_deploy.training.report import plot_learning, plot_precision_recall
+
+if TYPE_CHECKING:
+    from tood_deploy.training.evaluate import CocoEvaluator, Evaluation
 
 SCHEDULES = {"1x": ONE_X, "2x": TWO_X}
 LEARNING_CURVE, PRECISION_RECALL = "learning.png", "precision_recall.png"
+SHOWN_CLASSES = 10  # in the summary
 
 
 @dataclass(frozen=True)
@@ -42,21 +49,25 @@ class DataPaths:
 
     @classmethod
     def of_coco(cls, folder: Path) -> DataPaths:
-        """COCO's own layout: annotations/instances_{train,val}2017.json beside train2017 and val2017."""
-        notes = folder / "annotations"
+        """Return COCO's own: annotations/instances_{train,val}2017.json, train2017 and val2017."""
+        annotations = folder / "annotations"
         return cls(
-            notes / "instances_train2017.json",
+            annotations / "instances_train2017.json",
             folder / "train2017",
-            notes / "instances_val2017.json",
+            annotations / "instances_val2017.json",
             folder / "val2017",
         )
 
 
 @dataclass(frozen=True)
 class FirstWeights:
-    """Where the first weights come from; at most one is given, none of them takes the published recipe's.
+    """Where the first weights come from; where none is given, from the published recipe's backbone.
 
-    `weights_key` says which weights of the checkpoint, where that holds several.
+    Attributes:
+        checkpoint: of a whole detector, a file or a preset's name.
+        backbone: weights of the backbone, a file or a URL.
+        from_scratch: all weights are random.
+        weights_key: which weights of the checkpoint, where that holds several.
     """
 
     checkpoint: str | None = None
@@ -67,39 +78,41 @@ class FirstWeights:
     def __post_init__(self) -> None:
         if self.weights_key is not None and self.checkpoint is None:
             raise ToodError(
-                "--weights-key says which weights of a checkpoint are meant; give --checkpoint too, or leave it out"
+                "--weights-key says which weights of a checkpoint are meant; "
+                "give --checkpoint too, or leave it out"
             )
         if sum((self.checkpoint is not None, self.backbone is not None, self.from_scratch)) > 1:
             raise ToodError(
-                "--checkpoint, --backbone-weights and --from-scratch exclude one another; give one of them"
+                "--checkpoint, --backbone-weights and --from-scratch exclude one another; "
+                "give one of them"
             )
 
 
 def choose_recipe(preset: str, changes: Mapping[str, Any]) -> tuple[Recipe, list[str]]:
-    """The preset's recipe with a user's changes, and what follows from them.
+    """Return the preset's recipe with a user's changes, and notes on what follows from them.
 
     Args:
         preset: its name.
-        changes: values by field of `Recipe`, and "published": "1x" or "2x". A changed number of epochs moves the drops along,
-            a changed batch the learning rate, unless these are given too.
+        changes: values by field of `Recipe`, and "published": "1x" or "2x". A changed number of
+            epochs moves the drops along, a changed batch the learning rate, unless these are given
+            too.
     """
     changes = dict(changes)
     published = changes.pop("published", None)
     recipe, notes = RECIPES[preset], []
     if published is not None:
-        recipe = replace(
-            recipe, epochs=SCHEDULES[published].epochs, drops=SCHEDULES[published].drops
-        )
+        schedule = SCHEDULES[published]
+        recipe = replace(recipe, epochs=schedule.epochs, drops=schedule.drops)
     if "epochs" in changes and "drops" not in changes and changes["epochs"] != recipe.epochs:
         recipe = recipe.with_epochs(changes["epochs"])
         if changes.get("schedule", recipe.schedule) == "step":
-            notes.append(
-                f"the learning rate drops after epochs {', '.join(map(str, recipe.drops))}, in step with --epochs"
-            )
+            drops = ", ".join(map(str, recipe.drops))
+            notes.append(f"the learning rate drops after epochs {drops}, in step with --epochs")
     if "batch" in changes and "lr" not in changes and changes["batch"] != recipe.batch:
         before, recipe = recipe, recipe.with_batch(changes["batch"])
         notes.append(
-            f"the learning rate is {recipe.lr:g}, scaled with the batch: {before.lr:g} is for {before.batch} images a step"
+            f"the learning rate is {recipe.lr:g}, scaled with the batch: "
+            f"{before.lr:g} is for {before.batch} images a step"
         )
     return replace(recipe, **changes), notes
 
@@ -110,15 +123,15 @@ def train(
     recipe: Recipe,
     options: RunOptions,
     first: FirstWeights,
+    reporter: Reporter,
     *,
     notes: Sequence[str] = (),
     imgsz: tuple[int, int] | None = None,
     class_names: Sequence[str] | None = None,
     evaluation_batch: int = 8,
     threads: int | None = None,
-    quiet: bool = False,
 ) -> str | None:
-    """Trains, alone or as one of the workers that torchrun started.
+    """Train, alone or as one of the workers that torchrun started.
 
     Args:
         preset_name: the network.
@@ -126,35 +139,35 @@ def train(
         recipe: what is learnt how.
         options: where and how; its device is "cpu" or "cuda".
         first: where the first weights come from.
-        notes: lines to say first.
+        reporter: prints lines and progress, on the main worker.
+        notes: lines to print first.
         imgsz: (short side, long side) of images, in place of the preset's.
         class_names: order of classes, in place of the file's.
         evaluation_batch: images at once in evaluation.
         threads: of the CPU; PyTorch's own choice where not given.
-        quiet: say nothing.
 
     Returns:
         The summary, on the main worker, once the last epoch is done.
     """
-    _set_threads(threads)
-    with process_group(str(options.device)) as device:
-        options = replace(options, device=device)
-        journal = Journal(options.output if is_main() else None, quiet)
-        annotations, evaluator = _open_data(paths, class_names, device, evaluation_batch, recipe)
+    with cpu_threads(threads), process_group(options.device) as device:
+        options = replace(options, device=str(device))
+        journal = Journal(options.output, reporter) if is_main() else Journal.silent()
+        reporter = journal.reporter
+        labelled, evaluator = _open_data(paths, class_names, device, evaluation_batch, recipe)
         preset = get_preset(preset_name)
         preset = replace(
             preset,
-            class_names=annotations.class_names,
+            class_names=labelled.class_names,
             imgsz=imgsz or preset.imgsz,
             weights=None,
             published_ap=None,
         )
-        records = annotations.for_training()
-        for line in (*notes, *_describe(preset, recipe, annotations, len(records), device)):
-            journal.say(line)
+        records = labelled.for_training()
+        for line in (*notes, *_describe(preset, recipe, labelled, len(records), device)):
+            reporter.info(line)
         model = new_model(preset, recipe.seed)
         if not (options.resume and (options.output / LAST).is_file()):
-            journal.say(_fill(model, first, recipe))
+            reporter.info(_load_first_weights(model, first, recipe))
         augment = Augment(
             preset.imgsz, recipe.short_sides, recipe.flip, recipe.flip_vertical, recipe.colour
         )
@@ -162,17 +175,29 @@ def train(
         progress = fit(model, data, recipe, options, evaluate=evaluator, journal=journal)
         if not is_main():
             return None
-        return finish_report(
-            options.output, preset, recipe, progress, evaluator.latest if evaluator else None
-        )
+        latest = evaluator.latest if evaluator else None
+        curves = _plot(options.output, progress, latest, reporter)
+        return summarise(options.output, preset, recipe, progress, latest, curves)
 
 
-def _set_threads(threads: int | None) -> None:
+@contextmanager
+def cpu_threads(threads: int | None) -> Iterator[None]:
+    """Let PyTorch use so many threads, and OpenCV one, for as long as the block runs.
+
+    Raises:
+        ToodError: not a positive number.
+    """
+    if threads is not None and threads < 1:
+        raise ToodError(f"threads is {threads}; expected a positive number")
+    before = torch.get_num_threads(), cv2.getNumThreads()
     if threads is not None:
-        if threads < 1:
-            raise ToodError(f"threads is {threads}; expected a positive number")
         torch.set_num_threads(threads)
     cv2.setNumThreads(1)  # OpenCV's threads and PyTorch's get into each other's way
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before[0])
+        cv2.setNumThreads(before[1])
 
 
 def _open_data(
@@ -181,82 +206,99 @@ def _open_data(
     device: torch.device,
     batch: int,
     recipe: Recipe,
-) -> tuple[Annotations, CocoEvaluator | None]:
-    annotations = read_annotations(paths.train_json, paths.train_images, class_names)
+) -> tuple[LabelledImages, CocoEvaluator | None]:
+    labelled = read_labelled_images(paths.train_json, paths.train_images, class_names)
     if paths.val_json is None or paths.val_images is None:
-        return annotations, None
-    validation = read_annotations(paths.val_json, paths.val_images, annotations.class_names)
-    return annotations, CocoEvaluator(validation, device, batch, AUTOCAST[recipe.precision])
+        return labelled, None
+    # Only here, so that training without validation data needs no pycocotools.
+    from tood_deploy.training.evaluate import CocoEvaluator
+
+    validation = read_labelled_images(paths.val_json, paths.val_images, labelled.class_names)
+    return labelled, CocoEvaluator(validation, device, batch, AUTOCAST[recipe.precision])
 
 
 def _describe(
-    preset: Preset, recipe: Recipe, annotations: Annotations, usable: int, device: torch.device
+    preset: Preset, recipe: Recipe, labelled: LabelledImages, usable: int, device: torch.device
 ) -> list[str]:
-    """What is about to happen, in a few lines."""
+    """Return in a few lines what is about to happen."""
     names = ", ".join(preset.class_names[:4]) + (", ..." if preset.num_classes > 4 else "")
     rate = f"{recipe.optimiser} with learning rate {recipe.lr:g}, {recipe.schedule} schedule"
     workers = f"{world_size()} workers" if world_size() > 1 else "1 worker"
     return [
-        f"{preset.name}: {preset.num_classes} classes ({names}), {usable} images of {annotations.path}",
-        *(f"left out or mended: {line}" for line in annotations.problems.lines()),
-        f"{recipe.epochs} epochs of batch {recipe.batch}, {rate}, {recipe.precision}, seed {recipe.seed}, {workers} on {device.type}",
+        f"{preset.name}: {preset.num_classes} classes ({names}), "
+        f"{usable} images of {labelled.path}",
+        *(f"left out or mended: {line}" for line in labelled.problems.lines()),
+        f"{recipe.epochs} epochs of batch {recipe.batch}, {rate}, {recipe.precision}, "
+        f"seed {recipe.seed}, {workers} on {device.type}",
     ]
 
 
-def _fill(model: Tood, first: FirstWeights, recipe: Recipe) -> str:
+def _load_first_weights(model: Tood, first: FirstWeights, recipe: Recipe) -> str:
     if first.checkpoint is not None:
         return load_pretrained(model, first.checkpoint, first.weights_key)
     if first.from_scratch or (first.backbone is None and recipe.frozen_stages < 0):
         if recipe.frozen_stages >= 0 or recipe.freeze_norm:
             raise ToodError(
-                "--from-scratch with frozen layers or batch norms would keep random ones; add --frozen-stages -1 --no-freeze-norm"
+                "--from-scratch with frozen layers or batch norms would keep random ones; "
+                "add --frozen-stages -1 --no-freeze-norm"
             )
         return "all weights are random"
     return load_backbone(model, first.backbone)
 
 
-def finish_report(
-    output: Path, preset: Preset, recipe: Recipe, progress: Progress, latest: Evaluation | None
+def summarise(
+    output: Path,
+    preset: Preset,
+    recipe: Recipe,
+    progress: Progress,
+    latest: Evaluation | None,
+    curves: Sequence[str] = (),
 ) -> str:
-    """Draws the curves and says on one screen what came out and what to do next."""
+    """Return on one screen what came out and what to do next.
+
+    Args:
+        output: the run's folder.
+        preset: the network.
+        recipe: what was learnt how.
+        progress: where the run stands.
+        latest: the last evaluation, if there was one.
+        curves: lines on the images that were drawn.
+    """
     lines = [f"{len(progress.history)} of {recipe.epochs} epochs done, {progress.step} steps"]
-    best = max(
-        (row for row in progress.history if "AP" in row), key=lambda row: row["AP"], default=None
-    )
-    if best is not None:
-        last = next(row for row in reversed(progress.history) if "AP" in row)
+    evaluated = [row for row in progress.history if "AP" in row]
+    if evaluated:
+        last, best = evaluated[-1], max(evaluated, key=lambda row: row["AP"])
         lines += [
             f"AP of the last evaluation (epoch {last['epoch']:.0f}): {_ap(last)}",
             f"AP of the best (epoch {best['epoch']:.0f}): {_ap(best)}",
         ]
     if latest is not None and latest.class_ap:
-        shown = [f"{name} {ap:.3f}" for name, ap in list(latest.class_ap.items())[:10]]
-        lines.append(f"by class: {', '.join(shown)}{', ...' if preset.num_classes > 10 else ''}")
-    lines += _plot(output, progress, latest)
+        shown = [f"{name} {ap:.3f}" for name, ap in list(latest.class_ap.items())[:SHOWN_CLASSES]]
+        more = ", ..." if preset.num_classes > SHOWN_CLASSES else ""
+        lines.append(f"by class: {', '.join(shown)}{more}")
+    lines += curves
     if len(progress.history) < recipe.epochs:
         return "\n".join([*lines, "go on with --resume"])
-    weights = BEST if best is not None else LAST
-    lines.append(f"{output / FINAL}: the weights of {weights}")
-    return "\n".join(
-        [*lines, f"next: tood-export {output / FINAL} --output {output / 'model.onnx'}"]
-    )
+    lines.append(f"{output / FINAL}: the weights of {BEST if evaluated else LAST}")
+    lines.append(f"next: tood-export {output / FINAL} --output {output / 'model.onnx'}")
+    return "\n".join(lines)
 
 
 def _ap(row: Mapping[str, float]) -> str:
-    return ", ".join(
-        f"{name} {row[name]:.3f}"
-        for name in ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
-    )
+    names = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
+    return ", ".join(f"{name} {row[name]:.3f}" for name in names)
 
 
-def _plot(output: Path, progress: Progress, latest: Evaluation | None) -> list[str]:
+def _plot(
+    output: Path, progress: Progress, latest: Evaluation | None, reporter: Reporter
+) -> list[str]:
+    """Draw the curves of a run into its folder; return a line that names them."""
     if importlib.util.find_spec("matplotlib") is None:
-        print(f"no curves are drawn: {not_installed('matplotlib', 'train')}", file=sys.stderr)
+        reporter.problem(f"no curves are drawn: {not_installed('matplotlib', 'train')}")
         return []
     plot_learning(progress.history, output / LEARNING_CURVE)
-    if latest is None or latest.precision is None:
-        return [f"{output / LEARNING_CURVE}: losses and AP"]
-    plot_precision_recall(latest.precision, output / PRECISION_RECALL)
-    return [
-        f"{output / LEARNING_CURVE}: losses and AP; {output / PRECISION_RECALL}: precision over recall"
-    ]
+    line = f"{output / LEARNING_CURVE}: losses and AP"
+    if latest is not None and latest.precision is not None:
+        plot_precision_recall(latest.precision, output / PRECISION_RECALL)
+        line += f"; {output / PRECISION_RECALL}: precision over recall"
+    return [line]

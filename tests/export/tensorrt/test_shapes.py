@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from tood_deploy.data.images import read_image_size
 from tood_deploy.errors import DeviceError, InputError, OutputError, ToodError
-from tood_deploy.export.tensorrt import shapes as shape_plan
 from tood_deploy.export.tensorrt.shapes import (
     ShapeProposal,
     plan_shapes,
@@ -141,7 +141,7 @@ class TestFolder:
         image = cv2.imread(str(path))
         assert image is not None
         assert image.shape[:2] == (64, 48)  # what the detector sees
-        assert shape_plan.image_hw(path) == (64, 48)
+        assert read_image_size(path) == (64, 48)
 
     def test_a_file_that_is_no_image_is_named(self, tmp_path: Path) -> None:
         (tmp_path / "a.jpg").write_text("no image")

@@ -1,8 +1,10 @@
-"""Where to cut: the score and suppression thresholds at which F1 is highest, for every class and for all together.
+"""The best thresholds, what scores mean, and which images hold the mistakes.
 
-A detection is right where it overlaps an object of its class by 0.5 or more (IoU). Lower suppression thresholds than the run's are
-tried by suppressing its detections once more: what a run at that threshold gives, but for the rare box that was suppressed by
-one that would itself be gone. The matching is pycocotools's.
+Annotations, detections and their matches in; cuts, calibration and mistakes out. A detection is
+right where it overlaps an object of its class by 0.5 or more (IoU). Lower suppression thresholds
+than the run's are tried by suppressing its detections once more: what a run at that threshold
+gives, but for the rare box that was suppressed by one that would itself be gone. The matching is
+pycocotools's. Knows no detector and writes nothing.
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
-from tood_deploy.benchmark.evaluation.coco_metrics import OVERLAPS, Matches, match
-from tood_deploy.data.coco import Boxes, Truth
+from tood_deploy.data.coco import Annotations, Boxes
+from tood_deploy.data.coco_metrics import OVERLAPS, Matches, match
 from tood_deploy.data.results import Results
 from tood_deploy.draw import class_colour, draw_boxes, line_width
 
@@ -39,7 +41,7 @@ class F1Curve:
 
     @property
     def f1(self) -> NDArray[np.float64]:
-        """(N,) harmonic mean of the two."""
+        """Return (N,) the harmonic mean of the two."""
         return 2 * self.precision * self.recall / np.maximum(self.precision + self.recall, 1e-12)
 
 
@@ -48,7 +50,8 @@ class Cut:
     """The best thresholds, and what they give.
 
     Attributes:
-        conf: keep detections above this score: halfway between the last one kept and the first one not.
+        conf: keep detections above this score: halfway between the last one kept and the first one
+            not.
         iou: suppression threshold; None for results whose own is unknown and best left as it is.
         f1, precision, recall: fractions.
     """
@@ -78,63 +81,77 @@ class Thresholds:
 
 
 def find_thresholds(
-    truth: Truth, results: Results, conf: float = 0.0, iou: float | None = None
+    truth: Annotations, results: Results, conf: float = 0.0, iou: float | None = None
 ) -> Thresholds:
-    """The best cuts of detections that were made with `conf` and `iou`; None where that is unknown."""
+    """Find the best cuts of detections.
+
+    Args:
+        truth: the annotations.
+        results: the detections.
+        conf: score threshold that they were made with.
+        iou: suppression threshold that they were made with; None where it is unknown.
+    """
     tries: dict[float | None, tuple[Results, Matches]] = {iou: (results, match(truth, results))}
     for lower, kept in zip(lower_ious(iou), suppress(results, lower_ious(iou)), strict=True):
         if not kept.all():
             fewer = results.pick(kept)
             tries[lower] = fewer, match(truth, fewer)
     cuts: dict[str, dict[float | None, Cut]] = {}
+    curves: dict[str, F1Curve] = {}
     for key, name in truth.categories.items():
-        cuts[name] = _cuts(
-            {tried: f1_curve(truth, *pair, key) for tried, pair in tries.items()}, conf
-        )
+        by_iou = {tried: f1_curve(truth, *pair, key) for tried, pair in tries.items()}
+        cuts[name] = _cuts(by_iou, conf)
+        if (curve := by_iou[iou]) is not None:
+            curves[name] = curve
     together = _cuts({tried: f1_curve(truth, *pair, None) for tried, pair in tries.items()}, conf)
-    curves = {
-        name: curve
-        for key, name in truth.categories.items()
-        if (curve := f1_curve(truth, *tries[iou], key)) is not None
-    }
     return Thresholds(
-        {name: _best(found) for name, found in cuts.items() if found},
-        {name: found[iou] for name, found in cuts.items() if iou in found},
+        {name: _best(of_class) for name, of_class in cuts.items() if of_class},
+        {name: of_class[iou] for name, of_class in cuts.items() if iou in of_class},
         _best(together) if together else None,
         curves,
     )
 
 
 def lower_ious(iou: float | None) -> list[float]:
-    """The suppression thresholds to try, all below the run's own."""
+    """Return the suppression thresholds to try, all below the run's own."""
     steps = np.arange(LOWEST_IOU, HIGHEST_IOU + IOU_STEP / 2, IOU_STEP).round(2).tolist()
     return [step for step in steps if iou is None or step < iou - 1e-9]
 
 
 def f1_curve(
-    truth: Truth, results: Results, matches: Matches, category: int | None
+    truth: Annotations, results: Results, matches: Matches, category: int | None
 ) -> F1Curve | None:
-    """Precision and recall over the score of one category, or of all together; None where it has no objects."""
-    objects = np.count_nonzero(
-        ~matches.truth_ignored & ((truth.boxes.category_ids == category) | (category is None))
-    )
+    """Return precision and recall over the score; None where there are no objects.
+
+    Args:
+        truth: the annotations.
+        results: the detections.
+        matches: of the two.
+        category: id; None: all categories counted together.
+    """
+    of_category = (truth.boxes.category_ids == category) | (category is None)
+    objects = np.count_nonzero(~matches.truth_ignored & of_category)
     if not objects:
         return None
     counted = ~matches.ignored[:, 0] & (
         (results.category_ids[matches.rows] == category) | (category is None)
     )
-    scores, found = results.scores[matches.rows[counted]], matches.found[counted, 0]
+    scores, matched = results.scores[matches.rows[counted]], matches.matched[counted, 0]
     order = np.argsort(-scores, kind="stable")
-    scores, right = scores[order], np.cumsum(found[order])
-    last = np.append(np.diff(scores) != 0, True)[
-        : len(scores)
-    ]  # equal scores are kept or dropped together
+    scores, right = scores[order], np.cumsum(matched[order])
+    # Equal scores are kept or dropped together, so only the last of them is a point of the curve.
+    last = np.append(np.diff(scores) != 0, True)[: len(scores)]
     total = np.arange(1, len(scores) + 1)
     return F1Curve(scores[last], (right / total)[last], (right / objects)[last])
 
 
 def suppress(results: Results, ious: Sequence[float]) -> list[NDArray[np.bool_]]:
-    """Which detections remain, (N,) bool, after greedy suppression within image and class at each of these thresholds."""
+    """Return which detections remain, (N,) bool for each threshold, after greedy suppression.
+
+    Args:
+        results: the detections; those of one image and class suppress each other.
+        ious: overlaps above which the weaker of two goes.
+    """
     masks = [np.ones(len(results), bool) for _ in ious]
     order = np.lexsort((-results.scores, results.category_ids, results.image_ids))
     ids = np.stack([results.image_ids[order], results.category_ids[order]])
@@ -150,13 +167,13 @@ def suppress(results: Results, ious: Sequence[float]) -> list[NDArray[np.bool_]]
 
 
 def _overlaps(boxes_xywh: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(N, N) IoU of every pair."""
+    """Return (N, N) the IoU of every pair."""
     boxes: Any = boxes_xywh  # pycocotools's types leave arrays of floats out
     return np.asarray(coco_mask.iou(boxes, boxes, [0] * len(boxes)), np.float64)
 
 
 def _cuts(curves: Mapping[float | None, F1Curve | None], conf: float) -> dict[float | None, Cut]:
-    """The best cut of each curve that has a right detection."""
+    """Return the best cut of each curve that has a right detection."""
     return {
         iou: _cut(curve, conf, iou)
         for iou, curve in curves.items()
@@ -166,15 +183,14 @@ def _cuts(curves: Mapping[float | None, F1Curve | None], conf: float) -> dict[fl
 
 def _cut(curve: F1Curve, conf: float, iou: float | None) -> Cut:
     best = int(np.argmax(curve.f1))
-    below = (
-        curve.scores[best + 1] if best + 1 < len(curve.scores) else min(conf, curve.scores[best])
-    )
+    is_last = best + 1 == len(curve.scores)
+    below = min(conf, curve.scores[best]) if is_last else curve.scores[best + 1]
     values = (float(values[best]) for values in (curve.f1, curve.precision, curve.recall))
     return Cut(float(curve.scores[best] + below) / 2, iou, *values)
 
 
 def _best(cuts: Mapping[float | None, Cut]) -> Cut:
-    """The highest F1; of equals the first: the run's own suppression threshold."""
+    """Return the highest F1; of equals the first: the run's own suppression threshold."""
     return max(cuts.values(), key=lambda cut: cut.f1)
 
 
@@ -188,7 +204,8 @@ class Calibration:
     Attributes:
         counts: (N,) detections in each bin; crowds' are not counted.
         scores: (N,) mean score; NaN in empty bins.
-        right50, right75: (N,) share that overlaps an object by 0.50 and 0.75 (IoU); NaN in empty bins.
+        right50, right75: (N,) share that overlaps an object by 0.50 and 0.75 (IoU); NaN in empty
+            bins.
     """
 
     counts: NDArray[np.int64]
@@ -198,31 +215,29 @@ class Calibration:
 
     @property
     def error50(self) -> float:
-        """Expected calibration error at an overlap of 0.50."""
+        """Return the expected calibration error at an overlap of 0.50."""
         return self._error(self.right50)
 
     @property
     def error75(self) -> float:
-        """Expected calibration error at an overlap of 0.75."""
+        """Return the expected calibration error at an overlap of 0.75."""
         return self._error(self.right75)
 
     def _error(self, right: NDArray[np.float64]) -> float:
         filled = self.counts > 0
-        return float(
-            np.sum(self.counts[filled] * np.abs(self.scores - right)[filled])
-            / max(self.counts.sum(), 1)
-        )
+        distance = np.sum(self.counts[filled] * np.abs(self.scores - right)[filled])
+        return float(distance / max(self.counts.sum(), 1))
 
 
 def calibrate(results: Results, matches: Matches) -> Calibration | None:
-    """The calibration of all classes together; None where scores are no probabilities (outside 0 to 1)."""
+    """Return the calibration of all classes; None where scores are not between 0 and 1."""
     scores = results.scores[matches.rows]
     if len(scores) and (scores.min() < 0 or scores.max() > 1):
         return None
     sums = [_bin_sums(scores, ~matches.ignored[:, 0], scores)]
     for overlap in (0.50, 0.75):
         at = int(np.argmin(np.abs(np.array(OVERLAPS) - overlap)))
-        sums.append(_bin_sums(scores, ~matches.ignored[:, 0], matches.found[:, at]))
+        sums.append(_bin_sums(scores, ~matches.ignored[:, 0], matches.matched[:, at]))
     counts = _bin_sums(scores, ~matches.ignored[:, 0], np.ones_like(scores))
     means = (np.where(counts > 0, total / np.maximum(counts, 1), np.nan) for total in sums)
     return Calibration(counts.astype(np.int64), *means)
@@ -244,7 +259,7 @@ WRONG, IGNORED, RIGHT = 0, 1, 2  # class numbers whose colours are red, blue, gr
 
 @dataclass(frozen=True)
 class Mistakes:
-    """How many objects of a image were missed, and how many detections in it are false."""
+    """How many objects of an image are missed, and how many detections in it are false."""
 
     image_id: int
     missed: int
@@ -252,34 +267,45 @@ class Mistakes:
 
 
 class MistakeFinder:
-    """Mistakes at a score threshold for each category; right is what overlaps by 0.5 (IoU)."""
+    """Finds mistakes at a score threshold for each category; an overlap of 0.5 (IoU) is right."""
 
     def __init__(
-        self, truth: Truth, results: Results, matches: Matches, conf: Mapping[int, float]
+        self, truth: Annotations, results: Results, matches: Matches, conf: Mapping[int, float]
     ) -> None:
-        """Takes what was matched, and the score by category id above which detections count."""
+        """Judge every object and detection.
+
+        Args:
+            truth: the annotations.
+            results: the detections.
+            matches: of the two.
+            conf: by category id, the score above which detections count.
+        """
         self.truth, self.results = truth, results
-        least = np.array([conf[key] for key in truth.boxes.category_ids.tolist()])
+        min_scores = np.array([conf[key] for key in truth.boxes.category_ids.tolist()])
         self.truth_kind = np.where(
-            matches.truth_ignored, IGNORED, np.where(matches.truth_scores > least, RIGHT, WRONG)
+            matches.truth_ignored,
+            IGNORED,
+            np.where(matches.truth_scores > min_scores, RIGHT, WRONG),
         )
         rows = matches.rows
         counted = results.scores[rows] > np.array(
             [conf[key] for key in results.category_ids[rows].tolist()]
         )
-        kind = np.where(matches.ignored[:, 0], IGNORED, np.where(matches.found[:, 0], RIGHT, WRONG))
-        self.found_kind = np.full(len(results), -1)
-        self.found_kind[rows[counted]] = kind[counted]
+        kind = np.where(
+            matches.ignored[:, 0], IGNORED, np.where(matches.matched[:, 0], RIGHT, WRONG)
+        )
+        self.result_kind = np.full(len(results), -1)
+        self.result_kind[rows[counted]] = kind[counted]
 
     def all(self) -> list[Mistakes]:
-        """Of every image, in order of the ids."""
+        """Return those of every image, in order of the ids."""
         ids = np.array(list(self.truth.images))
         missed = np.bincount(
             np.searchsorted(ids, self.truth.boxes.image_ids[self.truth_kind == WRONG]),
             minlength=len(ids),
         )
         false = np.bincount(
-            np.searchsorted(ids, self.results.image_ids[self.found_kind == WRONG]),
+            np.searchsorted(ids, self.results.image_ids[self.result_kind == WRONG]),
             minlength=len(ids),
         )
         return [
@@ -290,15 +316,24 @@ class MistakeFinder:
     def draw(
         self, image_id: int, image_bgr: NDArray[np.uint8]
     ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-        """The image with the truth, red where missed, and with the detections, red where false; crowds are blue.
+        """Draw the truth, red where missed, and beside it the detections, red where false.
+
+        Crowds are blue.
 
         What is right has no label, so that mistakes stand out.
+
+        Args:
+            image_id: of the image.
+            image_bgr: (H, W, 3) uint8.
+
+        Returns:
+            Two images of the same size.
         """
-        objects, found = (
+        objects, detections = (
             table.span(image_id, image_id) for table in (self.truth.boxes, self.results)
         )
-        shown = np.flatnonzero(self.found_kind[found] >= 0)
-        results = self.results.pick(found).pick(shown)
+        shown = np.flatnonzero(self.result_kind[detections] >= 0)
+        results = self.results.pick(detections).pick(shown)
         scores = [f" {score:.2f}" for score in results.scores.tolist()]
         left = self._draw(
             image_bgr,
@@ -306,7 +341,7 @@ class MistakeFinder:
             self.truth_kind[objects],
             [""] * len(self.truth_kind[objects]),
         )
-        return left, self._draw(image_bgr, results, self.found_kind[found][shown], scores)
+        return left, self._draw(image_bgr, results, self.result_kind[detections][shown], scores)
 
     def _draw(
         self,
@@ -319,14 +354,9 @@ class MistakeFinder:
         xyxy = np.concatenate(
             [boxes.boxes_xywh[:, :2], boxes.boxes_xywh[:, :2] + boxes.boxes_xywh[:, 2:]], axis=1
         ).astype(np.float32)
+        width = line_width((image_bgr.shape[0], image_bgr.shape[1]))
         for x1, y1, x2, y2 in np.rint(xyxy[kinds == RIGHT]).astype(int).tolist():
-            cv2.rectangle(
-                drawn,
-                (x1, y1),
-                (x2, y2),
-                class_colour(RIGHT),
-                line_width((image_bgr.shape[0], image_bgr.shape[1])),
-            )
+            cv2.rectangle(drawn, (x1, y1), (x2, y2), class_colour(RIGHT), width)
         names = [self.truth.categories[category] for category in boxes.category_ids.tolist()]
         labels = [name + ending for name, ending in zip(names, endings, strict=True)]
         labelled = np.flatnonzero(kinds != RIGHT)

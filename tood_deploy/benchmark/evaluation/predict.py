@@ -1,10 +1,13 @@
-"""Runs a detector over the images of an annotation file; memory does not grow with the images, and what is done is kept."""
+"""A detector run over annotated images, of which an interrupted run loses little.
+
+A detector, annotations and image files in; detections in a file out. Knows no metrics.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +17,7 @@ from typing import Any, Self, TextIO
 import numpy as np
 
 from tood_deploy import __version__
-from tood_deploy.data.coco import Truth
+from tood_deploy.data.coco import Annotations
 from tood_deploy.data.images import MAX_PIXELS
 from tood_deploy.data.results import Results, empty_results
 from tood_deploy.detections import Detections
@@ -23,11 +26,11 @@ from tood_deploy.files import file_sha256
 from tood_deploy.inference.detector import Detector
 from tood_deploy.inference.output_paths import check_writable
 from tood_deploy.inference.pipeline import Timings, detect_frames
-from tood_deploy.inference.run import Talk
 from tood_deploy.inference.sinks import output_errors
-from tood_deploy.inference.source import open_source
+from tood_deploy.inference.source import Source, open_source
 from tood_deploy.manifest import artefact_sha256
 from tood_deploy.preprocess import padded_size
+from tood_deploy.reporter import Reporter
 
 FORMAT = "tood-eval predictions 1"
 
@@ -43,14 +46,13 @@ class Key:
     values: Mapping[str, Any]
 
     def header(self) -> str:
-        """The first line of the file."""
+        """Return the first line of the file."""
         return json.dumps({"format": FORMAT, "key": self.values}, sort_keys=True, default=str)
 
     def file_in(self, folder: Path) -> Path:
-        """Where detections of this key go."""
-        return (
-            folder / f"predictions-{hashlib.sha256(self.header().encode()).hexdigest()[:16]}.jsonl"
-        )
+        """Return where detections of this key go."""
+        digest = hashlib.sha256(self.header().encode()).hexdigest()
+        return folder / f"predictions-{digest[:16]}.jsonl"
 
 
 class PredictionFile:
@@ -62,7 +64,7 @@ class PredictionFile:
     """
 
     def __init__(self, path: Path, key: Key) -> None:
-        """Reads what an earlier run has left; a line that was cut by its end is taken away.
+        """Read what an earlier run has left; a line that was cut by its end is taken away.
 
         Raises:
             InputError: the file is damaged, or of another key.
@@ -79,8 +81,13 @@ class PredictionFile:
     def __len__(self) -> int:
         return len(self.sizes_hw)
 
-    def add(self, image_id: int, size_hw: tuple[int, int], found: Detections) -> None:
-        """Writes a image's line, at once.
+    def add(self, image_id: int, size_hw: tuple[int, int], detections: Detections) -> None:
+        """Write an image's line, at once.
+
+        Args:
+            image_id: of the image.
+            size_hw: its rows and columns.
+            detections: in it, in its pixels.
 
         Raises:
             OutputError: it cannot be written.
@@ -88,10 +95,10 @@ class PredictionFile:
         values = {
             "image_id": image_id,
             "size_hw": size_hw,
-            "boxes": found.boxes.tolist(),
-            "scores": found.scores.tolist(),
+            "boxes": detections.boxes.tolist(),
+            "scores": detections.scores.tolist(),
         }
-        line = json.dumps(values | {"class_ids": found.class_ids.tolist()})
+        line = json.dumps(values | {"class_ids": detections.class_ids.tolist()})
         with output_errors(self.path):
             assert self._file is not None, "used as a context manager"
             self._file.write(line + "\n")
@@ -99,7 +106,7 @@ class PredictionFile:
         self._keep(json.loads(line))
 
     def results(self, category_ids: Sequence[int | None]) -> Results:
-        """All detections, ids of categories for class numbers; classes without one are left out."""
+        """Return all detections, with category ids for class numbers; None leaves a class out."""
         ids = np.array(
             [-1 if category is None else category for category in category_ids], np.int64
         )
@@ -171,18 +178,28 @@ def _as_results(
     return rows.pick(categories >= 0)
 
 
-def prediction_key(detector: Detector, model: str, truth: Truth, files: Mapping[int, Path]) -> Key:
-    """Everything that detections depend on: model, thresholds, runtime, annotations, images."""
+def prediction_key(
+    detector: Detector, model: str, truth: Annotations, files: Mapping[int, Path]
+) -> Key:
+    """Return everything that detections depend on.
+
+    Args:
+        detector: with its thresholds set.
+        model: what it was opened from.
+        truth: the annotations.
+        files: of the images, by image id.
+    """
     images = hashlib.sha256()
     for key, path in files.items():
         status = path.stat()
         images.update(f"{key} {path} {status.st_size} {status.st_mtime_ns}\n".encode())
     engine = detector.engine
+    runtime = f"{engine.name}, {engine.precision}, {engine.device}, tood_deploy {__version__}"
     return Key(
         {
             "model": artefact_sha256(Path(model)) if Path(model).is_file() else model,
             "manifest": hashlib.sha256(engine.manifest.to_json().encode()).hexdigest(),
-            "runtime": f"{engine.name}, {engine.precision}, {engine.device}, tood_deploy {__version__}",
+            "runtime": runtime,
             "conf": detector.conf,
             "iou": detector.iou,
             "max_det": detector.max_det,
@@ -196,23 +213,24 @@ def prediction_key(detector: Detector, model: str, truth: Truth, files: Mapping[
 
 def predict(
     detector: Detector,
-    truth: Truth,
+    truth: Annotations,
     files: Mapping[int, Path],
     kept: PredictionFile,
     batch: int,
-    quiet: bool,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    reporter: Reporter,
+    description: str = "detecting",
 ) -> Timings:
-    """Detects in every image that has no line yet. Interrupted, it loses at most the images in work.
+    """Detect in every image that has no line yet. Interrupted, it loses at most the images in work.
 
     Args:
         detector: to run.
-        truth: the annotations; tell the images' sizes, by which they are put in order so that batches fill.
+        truth: the annotations; the images are put in order of the sizes that they give, so that
+            batches fill.
         files: of the images, by image id.
         kept: where detections go.
         batch: the most images of one engine call.
-        quiet: no progress bar.
-        progress: called after every image with how many are done and how many there are.
+        reporter: shows how far it is, and warns of images that cannot be read.
+        description: of the work.
 
     Raises:
         InputError: images cannot be read; the others are done.
@@ -228,27 +246,34 @@ def predict(
     ids = {str(files[key]): key for key in todo}
     source = open_source([files[key] for key in todo], MAX_PIXELS)
     results = detect_frames(detector, source, batch, timings)
-    done = 0
-    try:
-        with kept, Talk(source, timings, quiet) as talk, closing(results):
-            for frame, found in results:
-                kept.add(ids[frame.name], frame.size_hw, found)
-                talk.advance()
-                done += 1
-                progress(done, len(todo))
-    except ArtefactError as error:
-        others = f" or one of the {batch - 1} after it" if batch > 1 else ""
-        raise ArtefactError(
-            f"{error} (image {files[todo[min(done, len(todo) - 1)]]}{others})"
-        ) from error
+    warned = 0
+    with reporter.progress(description, len(todo)) as task, kept, closing(results):
+        try:
+            for frame, detections in results:
+                kept.add(ids[frame.name], frame.size_hw, detections)
+                task.advance(state=f"{timings.fps:.1f} images/s")
+                warned = _warn_of_problems(source, warned, reporter)
+        except ArtefactError as error:
+            image = files[todo[min(task.done, len(todo) - 1)]]
+            others = f" or one of the {batch - 1} after it" if batch > 1 else ""
+            raise ArtefactError(f"{error} (image {image}{others})") from error
+        _warn_of_problems(source, warned, reporter)
     if source.skipped:
         raise InputError(
-            f"{source.skipped} of {len(files)} images cannot be read, the first: {source.problems[0]}. "
-            f"Mend them, or take them out of {truth.path}; the others are done and kept"
+            f"{source.skipped} of {len(files)} images cannot be read, the first: "
+            f"{source.problems[0]}. Mend them, or take them out of {truth.path}; "
+            "the others are done and kept"
         )
     return timings
 
 
-def _net_hw(truth: Truth, key: int, detector: Detector) -> tuple[int, int]:
+def _warn_of_problems(source: Source, warned: int, reporter: Reporter) -> int:
+    """Warn of unreadable images beyond the first `warned`; return how many there are now."""
+    for problem in source.problems[warned:]:
+        reporter.warn(problem)
+    return len(source.problems)
+
+
+def _net_hw(truth: Annotations, key: int, detector: Detector) -> tuple[int, int]:
     size_hw = truth.images[key].size_hw
     return (0, 0) if size_hw is None or min(size_hw) < 1 else padded_size(size_hw, detector.sizing)

@@ -1,4 +1,7 @@
-"""The machine a benchmark ran on, and how busy it was with other things."""
+"""The machine a benchmark ran on, and how busy it was with other things.
+
+What the system, psutil and NVML say goes out as plain values. Knows nothing of what is measured.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,8 @@ import psutil
 
 from tood_deploy.errors import DeviceError
 
-# What decides how fast a CPU computes, and whether it adds 8-bit products exactly; by the name that Linux has for it.
+# What decides how fast a CPU computes, and whether it adds 8-bit products exactly; by the name that
+# Linux has for it.
 FEATURES = {
     "avx2": "AVX2",
     "avx512f": "AVX-512",
@@ -34,10 +38,12 @@ class Machine:
 
     Attributes:
         cpu: the model's name, and what it can do.
-        cores, usable_cores: logical ones, and those this process may use.
+        cores: logical ones.
+        usable_cores: those that this process may use.
         governor: of the CPU's frequency.
         memory_gib: of the machine.
-        system, python: versions.
+        system: its name, release and architecture.
+        python: version.
     """
 
     cpu: str
@@ -49,12 +55,12 @@ class Machine:
     python: str
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return plain values."""
         return asdict(self)
 
 
 def describe_machine() -> Machine:
-    """This machine."""
+    """Describe this machine."""
     usable = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
@@ -82,17 +88,18 @@ def _cpu_name() -> str:
 
 
 def _governor(folder: Path = CPU_FOLDER) -> str:
-    found = {
+    governors = {
         path.read_text(encoding="utf-8").strip()
         for path in folder.glob("cpu[0-9]*/cpufreq/scaling_governor")
     }
-    return ", ".join(sorted(found)) or UNKNOWN
+    return ", ".join(sorted(governors)) or UNKNOWN
 
 
 def peak_memory_mib() -> float:
-    """The most memory this process has held, in MiB.
+    """Return the most memory that this process has held, in MiB.
 
-    From Linux's own account of this program, because the process's resource usage also counts the one it was started from.
+    From Linux's own account of this program, because the process's resource usage also counts the
+    one it was started from.
     """
     status = Path("/proc/self/status")
     if status.is_file():
@@ -113,7 +120,8 @@ class Load:
     """How busy the machine was.
 
     Attributes:
-        before, after: load averages of the last minute at the start and the end; None where the system has none.
+        before: load average of the last minute at the start; None where the system has none.
+        after: the same at the end.
         others: cores that were busy with other processes, on average.
         cores: of the machine.
     """
@@ -123,9 +131,13 @@ class Load:
     others: float
     cores: int
 
+    def __str__(self) -> str:
+        averages = f"average {self.before} before, {self.after} after"
+        return f"{averages}; others kept {self.others:.2f} cores busy"
+
     @property
-    def noticed(self) -> str:
-        """A warning; "" where others took less than 5% of the machine."""
+    def warning(self) -> str:
+        """Return a warning; "" where others took less than 5% of the machine."""
         if self.others < NOTICED_SHARE * self.cores:
             return ""
         busy = f"other processes kept {self.others:.1f} of {self.cores} cores busy during the run"
@@ -133,14 +145,18 @@ class Load:
 
 
 class LoadWatch:
-    """Measures between its making and `stop`; child processes must have ended by then to count as ours."""
+    """Measures between its making and `stop`.
+
+    Child processes must have ended by then to count as ours.
+    """
 
     def __init__(self) -> None:
+        """Begin to measure."""
         self._before, self._started = _load_average(), time.perf_counter()
         self._busy, self._own = _busy_seconds(), _own_seconds()
 
     def stop(self) -> Load:
-        """How busy it was."""
+        """Return how busy it was."""
         elapsed = max(time.perf_counter() - self._started, 1e-9)
         others = (_busy_seconds() - self._busy) - (_own_seconds() - self._own)
         return Load(
@@ -174,7 +190,8 @@ class GpuAccount:
     """What was seen during a run.
 
     Attributes:
-        name, driver: of the GPU.
+        name: of the GPU.
+        driver: its version.
         clock_mhz: lowest and highest clock of the multiprocessors.
         power_w: highest.
         throttled: reasons for running below the highest clock.
@@ -187,7 +204,7 @@ class GpuAccount:
     throttled: set[str] = field(default_factory=set)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """Return plain values."""
         return asdict(self) | {"throttled": sorted(self.throttled)}
 
 
@@ -199,7 +216,7 @@ class GpuMeter:
     """
 
     def __init__(self, number: int = 0, nvml: ModuleType | Any = None) -> None:
-        """Starts the account.
+        """Start the account.
 
         Args:
             number: of the GPU.
@@ -213,9 +230,7 @@ class GpuMeter:
                 import pynvml as nvml  # pyright: ignore[reportMissingImports] - optional
             nvml.nvmlInit()
             self._nvml, self._gpu = nvml, nvml.nvmlDeviceGetHandleByIndex(number)
-        except (
-            Exception
-        ) as error:  # NVML's errors are of a type that exists only where the package does
+        except Exception as error:  # NVML's own types exist only where the package does
             remedy = "install nvidia-ml-py and a driver, or use --device cpu"
             raise DeviceError(f"NVML tells nothing of GPU {number} ({error}); {remedy}") from error
         self.account = GpuAccount(
@@ -223,7 +238,7 @@ class GpuMeter:
         )
 
     def sample(self) -> None:
-        """Looks once."""
+        """Look once."""
         nvml, account = self._nvml, self.account
         clock = int(nvml.nvmlDeviceGetClockInfo(self._gpu, nvml.NVML_CLOCK_SM))
         low, high = account.clock_mhz
@@ -232,15 +247,15 @@ class GpuMeter:
         account.throttled |= self._throttle_reasons()
 
     def memory_mib(self) -> float:
-        """In use on the device, by anyone."""
+        """Return the memory in use on the device, by anyone."""
         return int(self._nvml.nvmlDeviceGetMemoryInfo(self._gpu).used) / 2**20
 
     def joules(self) -> float:
-        """Taken by the device since its driver was loaded."""
+        """Return the energy taken by the device since its driver was loaded."""
         return self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._gpu) / 1000
 
     def close(self) -> None:
-        """Ends NVML."""
+        """End NVML."""
         self._nvml.nvmlShutdown()
 
     def _throttle_reasons(self) -> set[str]:

@@ -1,11 +1,15 @@
-"""Latency of several models on one machine: interleaved rounds, so that drift hits all alike, each model in a process of its own."""
+"""Latency of several models on one machine, in interleaved rounds so that drift hits all alike.
+
+A `LatencyPlan` comes in, a `Measurement` for each of its cases goes out; each model runs in a
+process of its own. Knows no reports.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import multiprocessing
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,14 +19,14 @@ from tood_deploy.benchmark.latency.machine import GpuMeter
 from tood_deploy.benchmark.latency.worker import Calls, Case, Failed, Opened, Turn, serve
 from tood_deploy.errors import ToodError
 from tood_deploy.manifest import artefact_files
+from tood_deploy.reporter import Reporter
 
 SAMPLE_EVERY_S = 0.1
 Answer = TypeVar("Answer", Opened, Turn)
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Plan:
+class LatencyPlan:
     """What to measure.
 
     Attributes:
@@ -49,7 +53,7 @@ class Plan:
                 raise ToodError(f"{name} is {value:g}; expected a positive number")
 
     def groups(self) -> Iterator[list[Case]]:
-        """The cases that are measured together: all models at one size and batch."""
+        """Yield the cases that are measured together: all models at one size and batch."""
         for imgsz in self.sizes:
             for batch in sorted(set(self.batches)):
                 yield [replace(case, batch=batch, imgsz=imgsz) for case in self.cases]
@@ -63,7 +67,8 @@ class Measurement:
         case: what was measured.
         opened: start-up and warm-up.
         rounds: the turns, in order.
-        joules, images: energy and images of all turns; joules are 0 without a GPU's meter.
+        joules: energy of all turns; 0 without a GPU's meter.
+        images: of all turns.
         device_mib: memory that opening took on the GPU; None on the CPU.
     """
 
@@ -75,33 +80,37 @@ class Measurement:
     device_mib: float | None = None
 
     def times_ms(self, kind: str, part: str = "total") -> list[list[float]]:
-        """Milliseconds of every call, round by round; nothing where the part does not exist."""
+        """Return milliseconds of every call, round by round.
+
+        Args:
+            kind: of calls.
+            part: of a call; where it does not exist, nothing is returned.
+        """
         return [[call[part] for call in turn.calls[kind] if part in call] for turn in self.rounds]
 
     def calls(self, kind: str) -> Calls:
-        """All calls."""
+        """Return all calls of a kind."""
         return [call for turn in self.rounds for call in turn.calls[kind]]
 
     @property
     def peak_mib(self) -> float:
-        """Most memory the process held."""
+        """Return the most memory that the process held, in MiB."""
         return max(turn.peak_mib for turn in self.rounds)
 
     @property
     def artefact_mib(self) -> float | None:
-        """Size of the file; None for a preset's name."""
+        """Return the size of the artefact's files in MiB; None for a preset's name."""
         path = Path(self.case.model)
-        return (
-            sum(file.stat().st_size for file in artefact_files(path)) / 2**20
-            if path.is_file()
-            else None
-        )
+        if not path.is_file():
+            return None
+        return sum(file.stat().st_size for file in artefact_files(path)) / 2**20
 
 
 class Worker:
     """A process that serves one case; a context manager that ends it."""
 
     def __init__(self, case: Case, meter: GpuMeter | None) -> None:
+        """Start the process; `meter` looks at the GPU while its answers are waited for."""
         self.case, self.meter = case, meter
         context = multiprocessing.get_context("spawn")
         self._connection, other = context.Pipe()
@@ -110,7 +119,7 @@ class Worker:
         other.close()
 
     def receive(self, kind: type[Answer]) -> Answer:
-        """The next answer; looks at the GPU while it waits.
+        """Return the next answer; look at the GPU meanwhile.
 
         Raises:
             ToodError: the process said so, or died.
@@ -124,7 +133,8 @@ class Worker:
             self._process.join()
             code = self._process.exitcode
             raise ToodError(
-                f"{self.case.name}: its process ended with code {code}; -9 means that memory ran out: try a smaller batch"
+                f"{self.case.name}: its process ended with code {code}; "
+                "-9 means that memory ran out: try a smaller batch"
             ) from error
         if isinstance(answer, Failed):
             if answer.expected:
@@ -134,7 +144,7 @@ class Worker:
         return answer
 
     def turn(self, seconds: float) -> Turn:
-        """Lets it have its turn."""
+        """Let it have its turn, of so many seconds for each kind of call."""
         self._connection.send(seconds)
         return self.receive(Turn)
 
@@ -152,9 +162,14 @@ class Worker:
 
 
 def measure(
-    plan: Plan, meter: GpuMeter | None = None, say: Say = lambda text: None
+    plan: LatencyPlan, reporter: Reporter, meter: GpuMeter | None = None
 ) -> list[Measurement]:
-    """Measures all cases, group by group; `say` is told what happens.
+    """Measure all cases, group by group.
+
+    Args:
+        plan: what to measure.
+        reporter: shows what happens.
+        meter: of the GPU, where it takes part.
 
     Raises:
         ToodError: a model cannot be opened or run.
@@ -162,27 +177,27 @@ def measure(
     return [
         measurement
         for group in plan.groups()
-        for measurement in _measure_group(group, plan, meter, say)
+        for measurement in _measure_group(group, plan, meter, reporter)
     ]
 
 
 def _measure_group(
-    cases: Sequence[Case], plan: Plan, meter: GpuMeter | None, say: Say
+    cases: Sequence[Case], plan: LatencyPlan, meter: GpuMeter | None, reporter: Reporter
 ) -> list[Measurement]:
     with ExitStack() as running:
-        pairs = [_open_worker(case, running, meter, say) for case in cases]
+        pairs = [_open_worker(case, running, meter, reporter) for case in cases]
         order = random.Random(0)
         for number in range(plan.rounds):
-            say(f"batch {cases[0].batch}: round {number + 1} of {plan.rounds}")
+            reporter.info(f"batch {cases[0].batch}: round {number + 1} of {plan.rounds}")
             for worker, measurement in order.sample(pairs, len(pairs)):
-                _have_turn(worker, measurement, plan.turn_s, meter)
+                _take_turn(worker, measurement, plan.turn_s, meter)
         return [measurement for _, measurement in pairs]
 
 
 def _open_worker(
-    case: Case, running: ExitStack, meter: GpuMeter | None, say: Say
+    case: Case, running: ExitStack, meter: GpuMeter | None, reporter: Reporter
 ) -> tuple[Worker, Measurement]:
-    say(f"{case.name}, batch {case.batch}: opening and warming up")
+    reporter.info(f"{case.name}, batch {case.batch}: opening and warming up")
     memory = meter.memory_mib() if meter else 0.0
     worker = running.enter_context(Worker(case, meter))
     measurement = Measurement(case, worker.receive(Opened))
@@ -191,7 +206,7 @@ def _open_worker(
     return worker, measurement
 
 
-def _have_turn(
+def _take_turn(
     worker: Worker, measurement: Measurement, seconds: float, meter: GpuMeter | None
 ) -> None:
     joules = meter.joules() if meter else 0.0
@@ -205,7 +220,7 @@ def _have_turn(
 
 
 def describe(measurement: Measurement) -> dict[str, Any]:
-    """Plain values of a measurement but its times."""
+    """Return plain values of a measurement but its times."""
     case, opened = measurement.case, measurement.opened
     return {
         "model": case.name,

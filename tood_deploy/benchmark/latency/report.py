@@ -1,4 +1,7 @@
-"""Reports of latencies: JSON with every single time, Markdown, one HTML page."""
+"""Reports of latencies: JSON with every single time, Markdown, one HTML page.
+
+A `LatencyRun` comes in, tables, figures and files go out.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 
 from tood_deploy.benchmark.html_report import (
     SERIES,
@@ -24,106 +26,53 @@ from tood_deploy.benchmark.html_report import (
     write_markdown,
 )
 from tood_deploy.benchmark.latency.measure import Measurement, describe
+from tood_deploy.benchmark.latency.statistics import Ratio, Summary, speedup, summarise
 from tood_deploy.benchmark.latency.worker import END_TO_END, ENGINE, PARTS
-
-RESAMPLES = 4000
-CONFIDENCE_PERCENT = 95
-
-
-@dataclass(frozen=True)
-class Summary:
-    """Of times in milliseconds.
-
-    Attributes:
-        count: measurements.
-        median, mean, p90, p95, p99: in milliseconds; a 99th percentile of few measurements is their largest.
-        spread: distance between the first and third quartile, in milliseconds.
-    """
-
-    count: int
-    median: float
-    mean: float
-    p90: float
-    p95: float
-    p99: float
-    spread: float
-
-
-def summarise(times_ms: Sequence[float] | NDArray[np.float64]) -> Summary:
-    """The summary of at least one measurement."""
-    values = np.asarray(times_ms, np.float64)
-    first, median, third, p90, p95, p99 = np.percentile(values, [25, 50, 75, 90, 95, 99]).tolist()
-    return Summary(len(values), median, float(values.mean()), p90, p95, p99, third - first)
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """A ratio and the interval that holds it with `CONFIDENCE_PERCENT` percent confidence."""
-
-    value: float
-    low: float
-    high: float
-
-
-def speedup(
-    baseline_ms: Sequence[Sequence[float]], times_ms: Sequence[Sequence[float]], seed: int = 0
-) -> Ratio:
-    """How many times faster than a baseline: ratio of the medians, with a bootstrap interval.
-
-    Rounds are drawn with replacement, both sides of a round together, so that drift, which hits both, cancels out.
-
-    Args:
-        baseline_ms: times of every round; rounds in order.
-        times_ms: the same rounds of what is compared.
-        seed: of the resampling.
-    """
-    both = np.array(
-        [
-            [np.median(first), np.median(second)]
-            for first, second in zip(baseline_ms, times_ms, strict=True)
-        ]
-    )
-    drawn = np.random.default_rng(seed).integers(0, len(both), (RESAMPLES, len(both)))
-    medians = np.median(both[drawn], axis=1)
-    tail = (100 - CONFIDENCE_PERCENT) / 2
-    low, high = np.percentile(medians[:, 0] / medians[:, 1], [tail, 100 - tail]).tolist()
-    middle = np.median(both, axis=0)
-    return Ratio(float(middle[0] / middle[1]), low, high)
-
 
 STAGES = ("pre", *PARTS, "post")
 
 
 def summary_of(measurement: Measurement, kind: str, part: str = "total") -> Summary | None:
-    """Over all rounds; None where the part does not exist on this device."""
+    """Summarise all rounds; None where the part does not exist on this device.
+
+    Args:
+        measurement: of one case.
+        kind: of calls.
+        part: of a call.
+    """
     times = [ms for turn in measurement.times_ms(kind, part) for ms in turn]
     return summarise(times) if times else None
 
 
+def total_of(measurement: Measurement, kind: str) -> Summary:
+    """Summarise whole calls of one kind over all rounds."""
+    summary = summary_of(measurement, kind)
+    assert summary is not None  # every turn makes a call of each kind
+    return summary
+
+
 def fps(measurement: Measurement) -> float:
-    """Images a second, end to end, one call after another."""
-    found = summary_of(measurement, END_TO_END)
-    assert found is not None
-    return 1000 * measurement.case.batch / found.mean
+    """Return images a second, end to end, one call after another."""
+    return 1000 * measurement.case.batch / total_of(measurement, END_TO_END).mean
 
 
 def groups(measurements: Sequence[Measurement]) -> Iterator[list[Measurement]]:
-    """Those that were measured together: the same size asked for, and batch."""
+    """Yield those that were measured together: the same size asked for, and batch."""
     for _, group in itertools.groupby(
-        measurements, key=lambda each: (each.case.imgsz, each.case.batch)
+        measurements, key=lambda measurement: (measurement.case.imgsz, measurement.case.batch)
     ):
         yield list(group)
 
 
 def speedups(measurements: Sequence[Measurement], kind: str = END_TO_END) -> dict[int, Ratio]:
-    """Times faster than the first of the same group, by position; the first itself has none."""
-    found, position = {}, 0
+    """Return the speed-up over the first of the same group, by position; the first has none."""
+    ratios, position = {}, 0
     for group in groups(measurements):
-        for each in group:
-            if each is not group[0]:
-                found[position] = speedup(group[0].times_ms(kind), each.times_ms(kind))
+        for measurement in group:
+            if measurement is not group[0]:
+                ratios[position] = speedup(group[0].times_ms(kind), measurement.times_ms(kind))
             position += 1
-    return found
+    return ratios
 
 
 def _case(measurement: Measurement) -> list[str | int]:
@@ -140,49 +89,54 @@ CASE = ("model", "precision", "batch", "input")
 
 
 def overview_table(measurements: Sequence[Measurement]) -> Table:
-    """The most important numbers, narrow enough for a terminal."""
+    """Return the most important numbers, narrow enough for a terminal."""
     rows = []
     faster = speedups(measurements)
-    for position, each in enumerate(measurements):
-        whole, engine = summary_of(each, END_TO_END), summary_of(each, ENGINE)
-        assert whole is not None
-        assert engine is not None
+    for position, measurement in enumerate(measurements):
+        whole, engine = total_of(measurement, END_TO_END), total_of(measurement, ENGINE)
         ratio = faster.get(position)
         shown = f"{ratio.value:.2f} ({ratio.low:.2f}-{ratio.high:.2f})" if ratio else "1"
-        name, _, batch, size = _case(each)
+        name, _, batch, size = _case(measurement)
         numbers = (
             f"{whole.median:.1f}",
             f"{whole.p95:.1f}",
             f"{engine.median:.1f}",
-            f"{fps(each):.2f}",
+            f"{fps(measurement):.2f}",
             shown,
-            f"{each.peak_mib:.0f}",
+            f"{measurement.peak_mib:.0f}",
         )
         rows.append([name, batch, size, *numbers])
     headers = ("model", "batch", "input", "median", "p95", "engine", "fps", "times faster", "MiB")
     return Table(
         headers,
         rows,
-        "Milliseconds a call, end to end from decoded frames; of the engine alone; times faster with its 95% interval.",
+        "Milliseconds a call, end to end from decoded frames; of the engine alone; "
+        "times faster with its 95% interval.",
     )
 
 
 def latency_table(measurements: Sequence[Measurement], kind: str) -> Table:
-    """Milliseconds a call of one kind, and how many times faster than the first."""
+    """Return milliseconds a call of one kind, and how many times faster than the first."""
     rows = []
     faster = speedups(measurements, kind)
-    for position, each in enumerate(measurements):
-        found = summary_of(each, kind)
-        assert found is not None
+    for position, measurement in enumerate(measurements):
+        summary = total_of(measurement, kind)
         ratio = faster.get(position)
         shown = f"{ratio.value:.2f} ({ratio.low:.2f} to {ratio.high:.2f})" if ratio else "1"
-        numbers = (found.median, found.mean, found.p90, found.p95, found.p99, found.spread)
+        numbers = (
+            summary.median,
+            summary.mean,
+            summary.p90,
+            summary.p95,
+            summary.p99,
+            summary.spread,
+        )
         rows.append(
             [
-                *_case(each),
+                *_case(measurement),
                 *(f"{ms:.1f}" for ms in numbers),
-                found.count,
-                f"{1000 * each.case.batch / found.mean:.2f}",
+                summary.count,
+                f"{1000 * measurement.case.batch / summary.mean:.2f}",
                 shown,
             ]
         )
@@ -206,49 +160,51 @@ def latency_table(measurements: Sequence[Measurement], kind: str) -> Table:
 
 
 def has_transfers(measurements: Sequence[Measurement]) -> bool:
-    """Whether an engine call has more than one part in any of them: none has on a CPU."""
-    return any(summary_of(each, ENGINE, "h2d") for each in measurements)
+    """Return whether an engine call has more than one part in any of them: none has on a CPU."""
+    return any(summary_of(measurement, ENGINE, "h2d") for measurement in measurements)
 
 
 def stage_table(measurements: Sequence[Measurement], kind: str) -> Table:
-    """Where a call of one kind spends its time: medians."""
+    """Return where a call of one kind spends its time: medians."""
     rows = []
     stages = STAGES if kind == END_TO_END else PARTS
-    for each in measurements:
-        medians = [
-            found.median if (found := summary_of(each, kind, stage)) else None for stage in stages
-        ]
-        total = summary_of(each, kind)
-        assert total is not None
+    for measurement in measurements:
+        whole = total_of(measurement, kind).median
+        summaries = [summary_of(measurement, kind, stage) for stage in stages]
         shown = [
-            None if ms is None else f"{ms:.2f} ({100 * ms / total.median:.1f}%)" for ms in medians
+            part and f"{part.median:.2f} ({100 * part.median / whole:.1f}%)" for part in summaries
         ]
-        rows.append([*_case(each), *shown])
+        rows.append([*_case(measurement), *shown])
     note = (
-        "Median milliseconds a call and share of the whole. h2d and d2h: to the GPU and back, with what the CPU does for that. "
-        "A dash: on a CPU nothing is transferred."
+        "Median milliseconds a call and share of the whole. h2d and d2h: to the GPU and back, with "
+        "what the CPU does for that. A dash: on a CPU nothing is transferred."
     )
     return Table((*CASE, *stages), rows, note)
 
 
 def resource_table(measurements: Sequence[Measurement]) -> Table:
-    """Memory, start-up, warm-up, size, energy."""
+    """Return memory, start-up, warm-up, size and energy."""
     rows = []
-    for each in measurements:
-        opened, warm = each.opened, each.opened.warm_ups[END_TO_END]
-        start = f"{opened.load_s + opened.first_result_s:.2f} ({opened.load_s:.2f} + {opened.first_result_s:.2f})"
+    for measurement in measurements:
+        opened, warm = measurement.opened, measurement.opened.warm_ups[END_TO_END]
+        whole_start = opened.load_s + opened.first_result_s
+        start = f"{whole_start:.2f} ({opened.load_s:.2f} + {opened.first_result_s:.2f})"
         warmed = f"{warm.calls} calls, {warm.seconds:.1f} s" + (
             "" if warm.stable else ", NOT stable"
         )
-        joules = f"{each.joules / each.images:.2f}" if each.device_mib is not None else None
+        joules = (
+            f"{measurement.joules / measurement.images:.2f}"
+            if measurement.device_mib is not None
+            else None
+        )
         rows.append(
             [
-                *_case(each),
-                f"{each.peak_mib:.0f}",
-                _rounded(each.device_mib),
+                *_case(measurement),
+                f"{measurement.peak_mib:.0f}",
+                _rounded(measurement.device_mib),
                 start,
                 warmed,
-                _rounded(each.artefact_mib),
+                _rounded(measurement.artefact_mib),
                 joules,
             ]
         )
@@ -262,8 +218,9 @@ def resource_table(measurements: Sequence[Measurement]) -> Table:
         "J an image",
     )
     note = (
-        "Each model in a process of its own. Start-up: loading the runtime and the model, and the first result. "
-        "What a runtime compiles for a shape after many calls is compiled before the warm-up. "
+        "Each model in a process of its own. Start-up: loading the runtime and the model, and the "
+        "first result. What a runtime compiles for a shape after many calls is compiled before the "
+        "warm-up. "
         f"Warm-up of the {END_TO_END} calls, after that of the {ENGINE} ones."
     )
     return Table(headers, rows, note)
@@ -274,14 +231,20 @@ def _rounded(value: float | None) -> str | None:
 
 
 def throughput_table(measurements: Sequence[Measurement]) -> Table:
-    """Frames a second at batch 1, and the best over all batches."""
+    """Return frames a second at batch 1, and the best over all batches."""
     rows = []
-    keys = dict.fromkeys((each.case.name, each.opened.net_hw) for each in measurements)
+    keys = dict.fromkeys(
+        (measurement.case.name, measurement.opened.net_hw) for measurement in measurements
+    )
     for name, net_hw in keys:
         own = [
-            each for each in measurements if (each.case.name, each.opened.net_hw) == (name, net_hw)
+            measurement
+            for measurement in measurements
+            if (measurement.case.name, measurement.opened.net_hw) == (name, net_hw)
         ]
-        single = next((f"{fps(each):.2f}" for each in own if each.case.batch == 1), None)
+        single = next(
+            (f"{fps(measurement):.2f}" for measurement in own if measurement.case.batch == 1), None
+        )
         best = max(own, key=fps)
         rows.append([name, f"{net_hw[0]}x{net_hw[1]}", single, f"{fps(best):.2f}", best.case.batch])
     return Table(
@@ -292,11 +255,11 @@ def throughput_table(measurements: Sequence[Measurement]) -> Table:
 
 
 def distribution_figure(measurements: Sequence[Measurement]) -> Figure:
-    """Share of calls that took at most so long, of each measurement."""
+    """Draw the share of calls that took at most so long, of each measurement."""
     figure, axes = new_figure()
-    for i, each in enumerate(measurements):
-        times = np.sort([ms for turn in each.times_ms(END_TO_END) for ms in turn])
-        label = f"{each.case.name}, batch {each.case.batch}"
+    for i, measurement in enumerate(measurements):
+        times = np.sort([ms for turn in measurement.times_ms(END_TO_END) for ms in turn])
+        label = f"{measurement.case.name}, batch {measurement.case.batch}"
         axes.step(
             times,
             np.arange(1, len(times) + 1) / len(times) * 100,
@@ -311,18 +274,20 @@ def distribution_figure(measurements: Sequence[Measurement]) -> Figure:
 
 
 def throughput_figure(measurements: Sequence[Measurement]) -> Figure:
-    """Frames a second over the batch, a line a model."""
+    """Draw frames a second over the batch, a line a model."""
     figure, axes = new_figure()
-    names = dict.fromkeys(each.case.name for each in measurements)
+    names = dict.fromkeys(measurement.case.name for measurement in measurements)
     for i, name in enumerate(names):
         points = sorted(
-            (each.case.batch, fps(each)) for each in measurements if each.case.name == name
+            (measurement.case.batch, fps(measurement))
+            for measurement in measurements
+            if measurement.case.name == name
         )
         axes.plot(*zip(*points, strict=True), marker="o", label=name, color=SERIES[i % len(SERIES)])
     axes.set(
         xlabel="batch",
         ylabel="frames a second, end to end",
-        xticks=sorted({each.case.batch for each in measurements}),
+        xticks=sorted({measurement.case.batch for measurement in measurements}),
     )
     axes.set_ylim(bottom=0)
     _legend(figure)
@@ -330,17 +295,23 @@ def throughput_figure(measurements: Sequence[Measurement]) -> Figure:
 
 
 def accuracy_figure(measurements: Sequence[Measurement], ap: Mapping[str, float]) -> Figure:
-    """AP over the median latency at the smallest batch."""
+    """Draw AP over the median latency at the smallest batch.
+
+    Args:
+        measurements: all of them.
+        ap: points of AP by model's name.
+    """
     figure, axes = new_figure()
-    smallest = min(each.case.batch for each in measurements)
-    for i, each in enumerate(
-        each for each in measurements if each.case.batch == smallest and each.case.name in ap
-    ):
-        found = summary_of(each, END_TO_END)
-        assert found is not None
-        axes.scatter(
-            found.median, ap[each.case.name], color=SERIES[i % len(SERIES)], label=each.case.name
-        )
+    smallest = min(measurement.case.batch for measurement in measurements)
+    shown = [
+        measurement
+        for measurement in measurements
+        if measurement.case.batch == smallest and measurement.case.name in ap
+    ]
+    for i, measurement in enumerate(shown):
+        name = measurement.case.name
+        median = total_of(measurement, END_TO_END).median
+        axes.scatter(median, ap[name], color=SERIES[i % len(SERIES)], label=name)
     axes.set(xlabel=f"median milliseconds a call, end to end, batch {smallest}", ylabel="AP")
     axes.set_xlim(left=0)
     _legend(figure)
@@ -348,7 +319,7 @@ def accuracy_figure(measurements: Sequence[Measurement], ap: Mapping[str, float]
 
 
 def _legend(figure: Figure) -> None:
-    """Below the axes, where it hides no line."""
+    """Put a legend below the axes, where it hides no line."""
     figure.legend(fontsize=8.5, loc="outside lower center", ncols=2)
 
 
@@ -356,69 +327,65 @@ KINDS = (END_TO_END, ENGINE)
 
 
 def tables(measurements: Sequence[Measurement]) -> dict[str, Table]:
-    """All tables by their titles."""
-    found = {
+    """Return all tables by their titles."""
+    by_title = {
         "End to end": latency_table(measurements, END_TO_END),
         "Engine only": latency_table(measurements, ENGINE),
+        "Parts of an end-to-end call": stage_table(measurements, END_TO_END),
     }
-    found["Parts of an end-to-end call"] = stage_table(measurements, END_TO_END)
     if has_transfers(measurements):
-        found["Parts of an engine call"] = stage_table(measurements, ENGINE)
-    return found | {
+        by_title["Parts of an engine call"] = stage_table(measurements, ENGINE)
+    return by_title | {
         "Throughput": throughput_table(measurements),
         "Memory and start-up": resource_table(measurements),
     }
 
 
-def write_latency_reports(
-    folder: Path,
-    measurements: Sequence[Measurement],
-    facts: Mapping[str, str],
-    machine: Mapping[str, Any],
-    ap: Mapping[str, float],
-    warnings: Sequence[str],
-) -> list[Path]:
-    """Writes latency.json, latency.md and latency.html into a folder.
+@dataclass(frozen=True, eq=False)
+class LatencyRun:
+    """What a report is made of.
 
-    Args:
-        folder: is made where it does not exist.
+    Attributes:
         measurements: in the order they were made.
         facts: what was run on what, for people.
         machine: the same for programs, the load included.
         ap: AP (0 to 100) by model's name, as far as it is known.
         warnings: what speaks against the numbers.
+    """
+
+    measurements: Sequence[Measurement]
+    facts: Mapping[str, str]
+    machine: Mapping[str, object]
+    ap: Mapping[str, float]
+    warnings: Sequence[str]
+
+
+def write_latency_reports(folder: Path, run: LatencyRun) -> list[Path]:
+    """Write latency.json, latency.md and latency.html into a folder.
+
+    Args:
+        folder: is made where it does not exist.
+        run: what was measured.
 
     Raises:
         OutputError: it cannot be written.
     """
     paths = [folder / f"latency.{suffix}" for suffix in ("json", "md", "html")]
-    write_json(
-        paths[0],
-        {
-            "facts": facts,
-            "machine": machine,
-            "ap": ap,
-            "warnings": warnings,
-            "measurements": _values(measurements),
-        },
-    )
+    measurements = run.measurements
+    values = {name: getattr(run, name) for name in ("facts", "machine", "ap", "warnings")}
+    write_json(paths[0], values | {"measurements": _values(measurements)})
     parts = [f"## {title}\n\n{table.markdown()}" for title, table in tables(measurements).items()]
-    notes = "\n".join(
-        [
-            *(f"- {name}: {value}" for name, value in facts.items()),
-            *(f"- warning: {warning}" for warning in warnings),
-        ]
-    )
-    write_markdown(paths[1], ["# Latency", notes, *parts])
-    sections = _sections(measurements, ap)
-    names = ", ".join(dict.fromkeys(each.case.name for each in measurements))
+    notes = [f"- {name}: {value}" for name, value in run.facts.items()]
+    notes += [f"- warning: {warning}" for warning in run.warnings]
+    write_markdown(paths[1], ["# Latency", "\n".join(notes), *parts])
+    names = ", ".join(dict.fromkeys(measurement.case.name for measurement in measurements))
     render_page(
         f"Latency: {names}",
-        sections,
+        _sections(measurements, run.ap),
         paths[2],
         tiles=_tiles(measurements),
-        facts=facts,
-        warnings=warnings,
+        facts=run.facts,
+        warnings=run.warnings,
     )
     return paths
 
@@ -426,8 +393,8 @@ def write_latency_reports(
 def _values(measurements: Sequence[Measurement]) -> list[dict[str, Any]]:
     ratios = speedups(measurements)
     return [
-        _measurement_values(each, asdict(ratios[i]) if i in ratios else None)
-        for i, each in enumerate(measurements)
+        _measurement_values(measurement, asdict(ratios[i]) if i in ratios else None)
+        for i, measurement in enumerate(measurements)
     ]
 
 
@@ -436,10 +403,8 @@ def _measurement_values(
 ) -> dict[str, Any]:
     kinds = {}
     for kind in KINDS:
-        found = {part: summary_of(measurement, kind, part) for part in ("total", *STAGES)}
-        kinds[kind] = {
-            part: asdict(summary) for part, summary in found.items() if summary is not None
-        }
+        parts = {part: summary_of(measurement, kind, part) for part in ("total", *STAGES)}
+        kinds[kind] = {part: asdict(summary) for part, summary in parts.items() if summary}
     rounds = [turn.calls for turn in measurement.rounds]
     return describe(measurement) | {
         "fps": fps(measurement),
@@ -451,16 +416,11 @@ def _measurement_values(
 
 def _tiles(measurements: Sequence[Measurement]) -> list[Tile]:
     tiles = []
-    for each in measurements:
-        found = summary_of(each, END_TO_END)
-        assert found is not None
-        tiles.append(
-            Tile(
-                f"{each.case.name}, batch {each.case.batch}",
-                f"{found.median:.1f} ms",
-                f"{fps(each):.2f} fps, p95 {found.p95:.1f} ms",
-            )
-        )
+    for measurement in measurements:
+        whole = total_of(measurement, END_TO_END)
+        name = f"{measurement.case.name}, batch {measurement.case.batch}"
+        remark = f"{fps(measurement):.2f} fps, p95 {whole.p95:.1f} ms"
+        tiles.append(Tile(name, f"{whole.median:.1f} ms", remark))
     return tiles
 
 
@@ -472,7 +432,7 @@ def _sections(measurements: Sequence[Measurement], ap: Mapping[str, float]) -> l
             "Share of calls that took at most so long.",
         )
     }
-    if len({each.case.batch for each in measurements}) > 1:
+    if len({measurement.case.batch for measurement in measurements}) > 1:
         figures["Throughput over batch"] = (throughput_figure(measurements), "")
     if ap:
         figures["AP over latency"] = (

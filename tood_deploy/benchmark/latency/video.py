@@ -1,8 +1,10 @@
-"""The whole pipeline on a clip: how busy each of its threads is, and so what limits it."""
+"""The whole pipeline on a clip: how busy each of its threads is, and so what limits it.
+
+A detector and a `VideoPlan` come in; a `VideoRun` and its reports go out.
+"""
 
 from __future__ import annotations
 
-import sys
 import tempfile
 import time
 from collections import deque
@@ -25,7 +27,6 @@ from tood_deploy.benchmark.html_report import (
     write_markdown,
 )
 from tood_deploy.benchmark.latency.machine import LoadWatch, describe_machine
-from tood_deploy.benchmark.latency.run import print_table
 from tood_deploy.detections import Detections
 from tood_deploy.errors import InputError, ToodError
 from tood_deploy.inference.detector import Detector
@@ -33,6 +34,7 @@ from tood_deploy.inference.frame import Frame, Source
 from tood_deploy.inference.pipeline import Timings, detect_frames
 from tood_deploy.inference.sinks import Annotated, Sink, SinkThread
 from tood_deploy.inference.source import open_source
+from tood_deploy.reporter import Reporter
 
 SATURATED = 0.9
 ENGINE_FRAMES = 16
@@ -42,15 +44,16 @@ ENGINE_S = 3.0  # how long the engine alone is timed, before and after
 class TimedSource(Source):
     """The first frames of a source, and the seconds that decoding them took."""
 
-    def __init__(self, source: Source, most: int | None) -> None:
+    def __init__(self, source: Source, limit: int | None) -> None:
+        """Take a source, and how many of its frames to give; None for all."""
         super().__init__(source.names, source.length)
-        self.kind, self.inner, self.most = source.kind, source, most
+        self.kind, self.inner, self.limit = source.kind, source, limit
         self.seconds = 0.0
 
     def __iter__(self) -> Iterator[Frame]:
         frames = iter(self.inner)
         given = 0
-        while self.most is None or given < self.most:
+        while self.limit is None or given < self.limit:
             started = time.perf_counter()
             frame = next(frames, None)
             self.seconds += time.perf_counter() - started
@@ -61,7 +64,7 @@ class TimedSource(Source):
         self.skipped, self.problems = self.inner.skipped, self.inner.problems
 
     def close(self) -> None:
-        """Ends a wait for the next frame."""
+        """End a wait for the next frame."""
         self.inner.close()
 
 
@@ -69,11 +72,12 @@ class TimedSink(Sink):
     """A sink, and the seconds that it worked."""
 
     def __init__(self, sink: Sink) -> None:
+        """Take the sink that does the work."""
         self.inner = sink
         self.seconds = 0.0
 
     def write(self, frame: Frame, found: Detections) -> None:
-        """Hands it on."""
+        """Hand a frame and its detections on."""
         started = time.perf_counter()
         self.inner.write(frame, found)
         self.seconds += time.perf_counter() - started
@@ -100,7 +104,8 @@ class VideoRun:
     Attributes:
         frames: that came through.
         seconds: from the first frame's decoding to the last output.
-        busy_s: of every thread of the pipeline: "decode", "scale", "infer", "draw and encode"; seconds at work.
+        busy_s: seconds at work of every thread of the pipeline: "decode", "scale", "infer", "draw
+            and encode".
         engine_fps: frames a second of the engine alone, before and after the run.
         detections: of all frames.
         problems: what was lost, one line each.
@@ -115,80 +120,109 @@ class VideoRun:
 
     @property
     def fps(self) -> float:
-        """Frames a second of the whole pipeline."""
+        """Return frames a second of the whole pipeline."""
         return self.frames / self.seconds
 
     @property
     def share_of_engine(self) -> float:
-        """Of what the engine alone reaches."""
+        """Return the share of what the engine alone reaches."""
         return self.fps / (sum(self.engine_fps) / 2)
 
     @property
     def limit(self) -> str:
-        """What limits it, in a sentence."""
+        """Return what limits it, in a sentence."""
         shares = {stage: seconds / self.seconds for stage, seconds in self.busy_s.items()}
         busiest = max(shares, key=lambda stage: shares[stage])
+        percent = f"{100 * shares[busiest]:.0f}%"
         if shares[busiest] >= SATURATED:
-            return f"{busiest} limits: its thread works {100 * shares[busiest]:.0f}% of the time"
-        return f"no thread works all the time ({busiest} most, {100 * shares[busiest]:.0f}%): they wait for one another or for free cores"
+            return f"{busiest} limits: its thread works {percent} of the time"
+        return (
+            f"no thread works all the time ({busiest} most, {percent}): "
+            "they wait for one another or for free cores"
+        )
 
 
-def run_video(
-    detector: Detector, clip: str, batch: int, most_frames: int | None, encode: bool
-) -> VideoRun:
-    """Runs the pipeline on a clip, as tood-infer does; the annotated video goes into a folder that is then removed.
+@dataclass(frozen=True)
+class VideoPlan:
+    """What to run.
+
+    Attributes:
+        clip: a video.
+        batch: images of one engine call; the last call may have fewer.
+        limit: take the first so many frames only.
+        encode: whether to draw and encode; otherwise results are thrown away.
+    """
+
+    clip: str
+    batch: int = 1
+    limit: int | None = None
+    encode: bool = True
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise ToodError(f"--limit is {self.limit}; expected a positive number of frames")
+        if self.batch < 1:
+            raise ToodError(f"--batch is {self.batch}; expected a positive number")
+
+
+def run_video(detector: Detector, plan: VideoPlan) -> VideoRun:
+    """Run the pipeline on a clip, as tood-infer does.
+
+    The annotated video goes into a folder that is then removed.
 
     Args:
         detector: to run.
-        clip: a video.
-        batch: the most frames of one engine call.
-        most_frames: take the first of them only.
-        encode: whether to draw and encode; otherwise results are thrown away.
+        plan: what to run.
 
     Raises:
         ToodError: not a video, or it cannot be read.
     """
-    if most_frames is not None and most_frames < 1:
-        raise ToodError(f"--limit is {most_frames}; expected a positive number of frames")
-    if batch < 1:
-        raise ToodError(f"--batch is {batch}; expected a positive number")
-    source = open_source(clip)
+    source = open_source(plan.clip)
     if source.kind != "video":
-        raise InputError(f"{clip}: not a video; expected a clip, such as .mp4")
-    before = engine_rate(detector, clip, batch, ENGINE_S)
-    timed, timings, detections = TimedSource(source, most_frames), Timings(), 0
+        raise InputError(f"{plan.clip}: not a video; expected a clip, such as .mp4")
+    before = engine_rate(detector, plan, ENGINE_S)
+    timed, timings, detections = TimedSource(source, plan.limit), Timings(), 0
     with tempfile.TemporaryDirectory() as folder:
-        sinks = (
-            [TimedSink(Annotated({name: Path(folder) / "out.mp4" for name in source.names}))]
-            if encode
-            else []
-        )
+        outputs = {name: Path(folder) / "out.mp4" for name in source.names}
+        sinks = [TimedSink(Annotated(outputs))] if plan.encode else []
         started = time.perf_counter()
-        results = detect_frames(detector, timed, batch, timings)
+        results = detect_frames(detector, timed, plan.batch, timings)
         with SinkThread(sinks) as writer, closing(results):
-            for frame, found in results:
-                writer.put(frame, found)
-                detections += len(found)
+            for frame, in_frame in results:
+                writer.put(frame, in_frame)
+                detections += len(in_frame)
         seconds = time.perf_counter() - started
     if not timings.frames:
-        raise InputError(f"{clip}: gave no frame; expected a video that can be decoded")
+        raise _no_frame(plan)
     busy_s = {
         "decode": timed.seconds,
         "scale": timings.frames * timings.mean_ms("pre") / 1000,
         "infer": timings.frames * (timings.mean_ms("infer") + timings.mean_ms("post")) / 1000,
     }
     busy_s |= {"draw and encode": sinks[0].seconds} if sinks else {}
-    rates = before, engine_rate(detector, clip, batch, ENGINE_S)
+    rates = before, engine_rate(detector, plan, ENGINE_S)
     return VideoRun(timings.frames, seconds, busy_s, rates, detections, tuple(timed.problems))
 
 
-def engine_rate(detector: Detector, clip: str, batch: int, seconds: float) -> float:
-    """Frames a second of the engine alone, on the clip's first frames, scaled beforehand."""
-    frames = [
-        frame.image_bgr for frame in TimedSource(open_source(clip), max(batch, ENGINE_FRAMES))
-    ]
+def _no_frame(plan: VideoPlan) -> InputError:
+    return InputError(f"{plan.clip}: gave no frame; expected a video that can be decoded")
+
+
+def engine_rate(detector: Detector, plan: VideoPlan, seconds: float) -> float:
+    """Return frames a second of the engine alone.
+
+    It runs on the clip's first frames, scaled beforehand.
+
+    Args:
+        detector: whose engine is timed.
+        plan: clip and batch.
+        seconds: how long to run.
+    """
+    batch = plan.batch
+    source = TimedSource(open_source(plan.clip), max(batch, ENGINE_FRAMES))
+    frames = [frame.image_bgr for frame in source]
     if not frames:
-        raise InputError(f"{clip}: gave no frame; expected a video that can be decoded")
+        raise _no_frame(plan)
     prepared = [detector.prepare(frames[i % len(frames)]) for i in range(max(batch, len(frames)))]
     batches = [prepared[i : i + batch] for i in range(0, len(prepared) - batch + 1, batch)]
     detector.run_engine(batches[0])
@@ -202,55 +236,58 @@ def engine_rate(detector: Detector, clip: str, batch: int, seconds: float) -> fl
         times.append(time.perf_counter() - started)
     for ticket in tickets:
         detector.collect(ticket)
-    typical = (
-        np.mean if at_once > 1 else np.median
-    )  # batches that run side by side may end in pairs
+    # Batches that run side by side may end in pairs, which a median would not see.
+    typical = np.mean if at_once > 1 else np.median
     return batch / float(typical(times))
 
 
 def bench_video(
     detector: Detector,
     model: str,
-    clip: str,
+    plan: VideoPlan,
     output: Path,
     *,
-    batch: int,
-    limit: int | None,
-    encode: bool,
     command: str,
-    quiet: bool,
+    reporter: Reporter,
 ) -> VideoRun:
-    """Runs the clip, writes video.json, video.md and video.html into `output`, prints the table.
+    """Run the clip, write video.json, video.md and video.html, and print the table.
+
+    Args:
+        detector: to run.
+        model: its name, for the report.
+        plan: what to run.
+        output: folder for the reports.
+        command: the command line, for the report.
+        reporter: shows the result and warnings.
 
     Raises:
         ToodError: the clip cannot be read, or the reports cannot be written.
     """
     machine, watch = describe_machine(), LoadWatch()
-    run = run_video(detector, clip, batch, limit, encode)
+    run = run_video(detector, plan)
     load = watch.stop()
+    engine, imgsz = detector.engine, f"{detector.imgsz[0]} x {detector.imgsz[1]}"
     facts = {
         "command": command,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "model": f"{model}, {detector.engine.name}, {detector.engine.precision}, {detector.engine.device}",
-        "clip": f"{clip}, scaled to fit {detector.imgsz[0]} x {detector.imgsz[1]}, batch {batch}",
+        "model": f"{model}, {engine.name}, {engine.precision}, {engine.device}",
+        "clip": f"{plan.clip}, scaled to fit {imgsz}, batch {plan.batch}",
         "CPU": f"{machine.cpu}, {machine.cores} logical cores, governor {machine.governor}",
-        "load": f"average {load.before} before, {load.after} after; others kept {load.others:.2f} cores busy",
+        "load": str(load),
         "software": f"tood_deploy {__version__}, Python {machine.python}, {machine.system}",
     }
-    warnings = [*run.problems, *([load.noticed] if load.noticed else [])]
+    warnings = [*run.problems, *([load.warning] if load.warning else [])]
     _write(output, run, facts, warnings, machine.to_dict() | {"load": vars(load)})
-    if not quiet:
-        print_table(stage_table(run))
-        print(
-            f"{run.fps:.2f} fps, {100 * run.share_of_engine:.0f}% of the engine alone; {run.limit}"
-        )
-        for warning in warnings:
-            print(f"warning: {warning}", file=sys.stderr)
+    reporter.table(stage_table(run).rich())
+    share = f"{100 * run.share_of_engine:.0f}% of the engine alone"
+    reporter.result(f"{run.fps:.2f} fps, {share}; {run.limit}")
+    for warning in warnings:
+        reporter.warn(warning)
     return run
 
 
 def stage_table(run: VideoRun) -> Table:
-    """How busy each thread was."""
+    """Return how busy each thread was."""
     rows = [
         [stage, f"{1000 * seconds / run.frames:.2f}", f"{100 * seconds / run.seconds:.0f}%"]
         for stage, seconds in run.busy_s.items()
@@ -277,7 +314,10 @@ def _write(
         output / "video.json",
         {"facts": facts, "machine": machine, "warnings": warnings, "run": values},
     )
-    closing = f"{run.frames} frames in {run.seconds:.1f} s, {run.fps:.2f} fps, {run.detections} objects; {run.limit}."
+    summary = (
+        f"{run.frames} frames in {run.seconds:.1f} s, {run.fps:.2f} fps, "
+        f"{run.detections} objects; {run.limit}."
+    )
     engine = (
         f"The engine alone: {run.engine_fps[0]:.2f} fps before and {run.engine_fps[1]:.2f} after."
     )
@@ -288,13 +328,13 @@ def _write(
         ]
     )
     write_markdown(
-        output / "video.md", ["# Video", notes, f"{closing} {engine}", stage_table(run).markdown()]
+        output / "video.md", ["# Video", notes, f"{summary} {engine}", stage_table(run).markdown()]
     )
     tiles = [
         Tile("frames a second", f"{run.fps:.2f}", f"{run.frames} frames"),
         Tile("of the engine alone", f"{100 * run.share_of_engine:.0f}%", engine),
     ]
-    sections = [Section("Pipeline", stage_table(run).html(), f"{closing} {engine}")]
+    sections = [Section("Pipeline", stage_table(run).html(), f"{summary} {engine}")]
     render_page(
         "Video", sections, output / "video.html", tiles=tiles, facts=facts, warnings=warnings
     )

@@ -1,6 +1,8 @@
-"""One model in a process of its own, so that start-up time and peak memory are its own; does one turn of calls when told to.
+"""One model in a process of its own, so that start-up time and peak memory are its own.
 
-Imports nothing heavy before it is told to start: what the runtime's import takes belongs to start-up.
+A `Case` and numbers of seconds come in through a pipe; what opening it took, and the times of a
+turn of calls, go out. Imports nothing heavy before it opens the model: what the runtime's import
+takes belongs to start-up.
 """
 
 from __future__ import annotations
@@ -37,10 +39,12 @@ class Case:
         batch: images of one call.
         imgsz: (short side, long side); the model's own where None.
         images: folder of images; crops of a photograph where None.
-        device, threads: to run on.
-        conf, iou: thresholds.
+        device: "cpu" or "cuda".
+        threads: of the CPU; the runtime's own choice where None.
+        conf: score that detections must exceed, 0 to 1.
+        iou: overlap above which the weaker of two boxes goes, 0 to 1; the model's own where None.
         warmup_s: the longest warm-up of each kind of call.
-        options: of checkpoints.
+        options: that the model is opened with.
     """
 
     model: str
@@ -51,23 +55,24 @@ class Case:
     device: str = "cpu"
     threads: int | None = None
     conf: float = 0.3
-    iou: float = 0.6
+    iou: float | None = None
     warmup_s: float = 20.0
     options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Opened:
-    """What the worker says when it is warm.
+    """What the worker reports when it is warm.
 
     Attributes:
-        engine, precision: of the model.
+        engine: that runs the model.
+        precision: of its arithmetic.
         load_s: importing the runtime and opening the model.
         first_result_s: the first call after that.
         warm_ups: of each kind of call.
         images: what was run on.
         net_hw: rows and columns of the network's input.
-        detections: found in one batch, so that it is seen that something was.
+        detections: in one batch, so that it is seen that there are any.
     """
 
     engine: str
@@ -82,7 +87,12 @@ class Opened:
 
 @dataclass(frozen=True)
 class Turn:
-    """One turn: milliseconds by part and in total, of every call of each kind; and the most memory held so far."""
+    """One turn.
+
+    Attributes:
+        calls: milliseconds by part and in total, of every call of each kind.
+        peak_mib: the most memory held so far.
+    """
 
     calls: dict[str, Calls]
     peak_mib: float
@@ -90,14 +100,24 @@ class Turn:
 
 @dataclass(frozen=True)
 class Failed:
-    """What went wrong: the message, and whether it is the user's to mend (a ToodError)."""
+    """What went wrong.
+
+    Attributes:
+        message: for the user.
+        expected: whether it is the user's to mend (a ToodError).
+    """
 
     message: str
     expected: bool
 
 
 def serve(connection: Connection, case: Case) -> None:
-    """The process: says `Opened`, then a `Turn` for every number of seconds it is sent, until it is sent None."""
+    """Send `Opened`, then a `Turn` for every number of seconds received, until None is received.
+
+    Args:
+        connection: to the process that measures.
+        case: what is measured.
+    """
     from tood_deploy.errors import ToodError
 
     try:
@@ -134,7 +154,13 @@ class Bench:
     """A detector and the images it is timed on; a context manager that closes the detector."""
 
     def __init__(self, case: Case, detector: Detector, load_s: float) -> None:
+        """Read the images, make the first call, and warm up.
 
+        Args:
+            case: what is measured.
+            detector: opened for it.
+            load_s: seconds that took.
+        """
         self.case, self.detector = case, detector
         self.call = timed_call(detector.engine)
         self.frames, description = read_frames(detector, case)
@@ -165,7 +191,7 @@ class Bench:
         )
 
     def turn(self, seconds: float) -> Turn:
-        """Calls of each kind for so long, at least one each."""
+        """Make calls of each kind for so many seconds, at least one each."""
         from tood_deploy.benchmark.latency.machine import peak_memory_mib
 
         calls: dict[str, Calls] = {}
@@ -177,44 +203,39 @@ class Bench:
         return Turn(calls, peak_memory_mib())
 
     def end_to_end_call(self) -> int:
-        """One call as deployed; how many objects it found."""
+        """Make one call as deployed, and return the number of detections."""
         return self._end_to_end_call(Laps())
 
     def _timed(self, run: Callable[[Laps], Any]) -> dict[str, float]:
-
         laps = Laps()
         run(laps)
         ms = {part: seconds * 1000 for part, seconds in laps.seconds.items()}
         return ms | {"total": sum(ms.values())}
 
     def _batch(self) -> list[int]:
-        """Positions of the next images, round and round."""
+        """Return the positions of the next images, round and round."""
         positions = [(self._next + i) % len(self.frames) for i in range(self.case.batch)]
         self._next = (self._next + self.case.batch) % len(self.frames)
         return positions
 
     def _engine_call(self, laps: Laps) -> None:
-        import numpy as np
-
         prepared = [self.prepared[i] for i in self._batch()]
-        images = np.stack([each.image for each in prepared])
-        valid_hw = np.array([each.transform.resized_hw for each in prepared], np.int32)
+        images = np.stack([item.image for item in prepared])
+        valid_hw = np.array([item.transform.resized_hw for item in prepared], np.int32)
         laps.restart()
-        self.call(images, valid_hw, self.case.conf, self.case.iou, laps)
+        self.call(images, valid_hw, self.case.conf, self.detector.iou, laps)
 
     def _end_to_end_call(self, laps: Laps) -> int:
-        import numpy as np
-
         frames = [self.frames[i] for i in self._batch()]
         laps.restart()
         prepared = [self.detector.prepare(frame) for frame in frames]
-        images = np.stack([each.image for each in prepared])
-        valid_hw = np.array([each.transform.resized_hw for each in prepared], np.int32)
+        images = np.stack([item.image for item in prepared])
+        valid_hw = np.array([item.transform.resized_hw for item in prepared], np.int32)
         laps.lap("pre")
-        found = self.call(images, valid_hw, self.case.conf, self.case.iou, laps)
-        detections = self.detector.to_detections(prepared, found)
+        batch = self.call(images, valid_hw, self.case.conf, self.detector.iou, laps)
+        detections = self.detector.to_detections(prepared, batch)
         laps.lap("post")
-        return sum(len(each) for each in detections)
+        return sum(map(len, detections))
 
     def __enter__(self) -> Bench:
         return self
@@ -224,9 +245,13 @@ class Bench:
 
 
 def read_frames(detector: Detector, case: Case) -> tuple[list[Any], str]:
-    """Decoded images (H, W, 3) uint8 BGR of one padded size, the commonest of the folder, and what they are.
+    """Read the images of one padded size, the commonest of the folder.
 
-    Without a folder, parts of a photograph: of zeros and other plain images the times would come out too good.
+    Without a folder they are parts of a photograph: of zeros and other plain images the times would
+    come out too good.
+
+    Returns:
+        Images (H, W, 3) uint8 BGR, and what they are.
     """
     from collections import Counter
 
@@ -258,17 +283,17 @@ class Laps:
     _last: float = field(default_factory=time.perf_counter)
 
     def restart(self) -> None:
-        """What was before does not count."""
+        """Leave out what was before."""
         self._last = time.perf_counter()
 
     def lap(self, part: str) -> None:
-        """The time since the last lap went into this part."""
+        """Count the time since the last lap for this part."""
         now = time.perf_counter()
         self.seconds[part] = self.seconds.get(part, 0.0) + now - self._last
         self._last = now
 
     def add(self, seconds: Mapping[str, float]) -> None:
-        """The time since the last lap went into these parts, which somebody else measured."""
+        """Count seconds that the engine measured itself in place of the time since the last lap."""
         for part, spent in seconds.items():
             self.seconds[part] = self.seconds.get(part, 0.0) + spent
         self.restart()
@@ -276,12 +301,12 @@ class Laps:
 
 @runtime_checkable
 class TimesItself(Protocol):
-    """An engine that knows how many seconds of a call went to the device, into inference, and back."""
+    """An engine that measures the parts of a call itself."""
 
     def infer_in_parts(
         self, images: Any, valid_hw: Any, score_threshold: float, iou_threshold: float
     ) -> tuple[BatchDetections, tuple[float, float, float]]:
-        """As `infer`, and those three."""
+        """Return what `infer` does, and the seconds of transfer, inference and transfer back."""
         ...
 
 
@@ -289,10 +314,10 @@ Call = Callable[[NDArray[np.uint8], NDArray[np.int32], float, float, Laps], Batc
 
 
 def timed_call(engine: Engine) -> Call:
-    """A function that runs the engine and notes its parts.
+    """Return a function that runs the engine and times its parts.
 
-    On the CPU there are no transfers, only "infer". On a GPU ONNX Runtime and PyTorch are called in steps; TensorRT times itself, by the
-    GPU's clock, so that nothing waits between the steps.
+    On the CPU there are no transfers, only "infer". On a GPU ONNX Runtime and PyTorch are called in
+    steps; TensorRT times itself, by the GPU's clock, so that nothing waits between the steps.
     """
     if engine.device == "cpu":
         return _whole_call(engine)
@@ -305,9 +330,9 @@ def _whole_call(engine: Engine) -> Call:
     def call(
         images: NDArray[np.uint8], valid_hw: NDArray[np.int32], conf: float, iou: float, laps: Laps
     ) -> BatchDetections:
-        found = engine.infer(images, valid_hw, conf, iou)
+        batch = engine.infer(images, valid_hw, conf, iou)
         laps.lap("infer")
-        return found
+        return batch
 
     return call
 
@@ -316,18 +341,19 @@ def _self_timed_call(engine: TimesItself) -> Call:
     def call(
         images: NDArray[np.uint8], valid_hw: NDArray[np.int32], conf: float, iou: float, laps: Laps
     ) -> BatchDetections:
-        found, seconds = engine.infer_in_parts(images, valid_hw, conf, iou)
+        batch, seconds = engine.infer_in_parts(images, valid_hw, conf, iou)
         laps.add(dict(zip(PARTS, seconds, strict=True)))
-        return found
+        return batch
 
     return call
 
 
 def _bound_call(engine: Engine) -> Call:
-    """ONNX Runtime with its inputs and outputs bound to the device."""
+    """Return a call of ONNX Runtime with its inputs and outputs bound to the device."""
     import onnxruntime as ort
 
-    from tood_deploy.engines.onnx_engine import INPUTS, OUTPUTS, OnnxEngine
+    from tood_deploy.engines.onnx_engine import OnnxEngine
+    from tood_deploy.graph_io import OUTPUTS, graph_feeds
 
     assert isinstance(engine, OnnxEngine)
     session, device = engine.session, engine.device
@@ -336,8 +362,7 @@ def _bound_call(engine: Engine) -> Call:
         images: NDArray[np.uint8], valid_hw: NDArray[np.int32], conf: float, iou: float, laps: Laps
     ) -> BatchDetections:
         binding = session.io_binding()
-        values = (images, valid_hw, np.array(conf, np.float32), np.array(iou, np.float32))
-        for name, value in zip(INPUTS, values, strict=True):
+        for name, value in graph_feeds(images, valid_hw, conf, iou).items():
             binding.bind_ortvalue_input(
                 name, ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value), device, 0)
             )
@@ -348,15 +373,15 @@ def _bound_call(engine: Engine) -> Call:
         session.run_with_iobinding(binding)
         binding.synchronize_outputs()
         laps.lap("infer")
-        found = BatchDetections(*binding.copy_outputs_to_cpu())
+        batch = BatchDetections(*binding.copy_outputs_to_cpu())
         laps.lap("d2h")
-        return found
+        return batch
 
     return call
 
 
 def _torch_call(engine: Engine) -> Call:
-    """PyTorch, waiting for the device after each step."""
+    """Return a call of PyTorch that waits for the device after each step."""
     import torch
 
     from tood_deploy.engines.torch_engine import TorchEngine
@@ -374,10 +399,10 @@ def _torch_call(engine: Engine) -> Call:
         inputs = [torch.from_numpy(array).to(engine.device) for array in (images, valid_hw)]
         wait()
         laps.lap("h2d")
-        found = engine.detector(*inputs, conf, iou).detections
+        detections = engine.detector(*inputs, conf, iou).detections
         wait()
         laps.lap("infer")
-        arrays = BatchDetections(*(tensor.cpu().numpy() for tensor in found))
+        arrays = BatchDetections(*(tensor.cpu().numpy() for tensor in detections))
         laps.lap("d2h")
         return arrays
 
@@ -395,7 +420,8 @@ class WarmUp:
     Attributes:
         calls: how many it took.
         seconds: how long.
-        stable: whether the medians of the last two windows of 5 calls agree within 3%; otherwise time ran out.
+        stable: whether the medians of the last two windows of 5 calls agree within 3%; otherwise
+            time ran out.
         times_ms: of every call, in order.
     """
 
@@ -406,13 +432,19 @@ class WarmUp:
 
 
 def warm_up(
-    call: Callable[[], object], most_seconds: float, clock: Callable[[], float] = time.perf_counter
+    call: Callable[[], object], max_seconds: float, clock: Callable[[], float] = time.perf_counter
 ) -> WarmUp:
-    """Calls until stable, at least twice, at most for about `most_seconds`."""
+    """Call until stable, at least twice.
+
+    Args:
+        call: what is warmed up.
+        max_seconds: about the longest time that it may take.
+        clock: in seconds.
+    """
     started = clock()
     times_ms: list[float] = []
     stable = False
-    while not stable and (len(times_ms) < 2 or clock() - started < most_seconds):
+    while not stable and (len(times_ms) < 2 or clock() - started < max_seconds):
         before = clock()
         call()
         times_ms.append((clock() - before) * 1000)
@@ -421,7 +453,7 @@ def warm_up(
 
 
 def is_stable(times_ms: list[float]) -> bool:
-    """Whether the medians of the last two windows agree."""
+    """Return whether the medians of the last two windows agree."""
     if len(times_ms) < 2 * WINDOW:
         return False
     before, last = (

@@ -1,4 +1,7 @@
-"""Reports of comparisons: JSON, Markdown and one self-contained HTML page for all artefacts of a run."""
+"""Reports of comparisons: JSON, Markdown and one self-contained HTML page.
+
+Results of all artefacts of a run come in, files go out.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,6 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from tood_deploy.benchmark.evaluation.coco_metrics import average_precision
 from tood_deploy.benchmark.html_report import (
     SERIES,
     Card,
@@ -29,8 +31,10 @@ from tood_deploy.benchmark.html_report import (
     write_json,
     write_markdown,
 )
-from tood_deploy.benchmark.parity.attribution import Canvas, Difference
+from tood_deploy.benchmark.parity.attribution import Difference, PaddingComparison
+from tood_deploy.benchmark.parity.checks import Float32Check
 from tood_deploy.benchmark.parity.compare import Result
+from tood_deploy.data.coco_metrics import average_precision
 from tood_deploy.detections import Detections
 from tood_deploy.draw import draw_boxes, line_width
 from tood_deploy.matching import MIN_IOU
@@ -39,23 +43,27 @@ from tood_deploy.parity.deviation import Deviation, StageDeviations
 SMALLEST_SHOWN, LARGEST_SHOWN = 1e-9, 1e3
 
 
-def waterfall_figure(carried: StageDeviations, alone: StageDeviations | None) -> Figure:
-    """Largest relative deviation of every stage, as deployed and alone, on a logarithmic axis; first stage on top."""
+def waterfall_figure(deployed: StageDeviations, alone: StageDeviations | None) -> Figure:
+    """Draw the relative deviation of every stage on a logarithmic axis, the first stage on top.
+
+    Args:
+        deployed: as deployed.
+        alone: of each stage by itself; None where not known.
+    """
     figure, axes = new_figure(6.4, 4.2)
-    settings = {"as deployed": carried.waterfall()} | (
-        {} if alone is None else {"alone": alone.waterfall()}
-    )
-    names = list(
-        dict.fromkeys(name for found in reversed(settings.values()) for name in found)
-    )  # boxes that are NaN have no pairs
-    height = 0.8 / len(settings)
-    for i, (label, waterfall) in enumerate(settings.items()):
+    series = {"as deployed": deployed.by_stage()}
+    if alone is not None:
+        series["alone"] = alone.by_stage()
+    # The first may lack stages that the last has: boxes that are NaN have no pairs.
+    names = list(dict.fromkeys(name for stages in reversed(series.values()) for name in stages))
+    height = 0.8 / len(series)
+    for i, (label, stages) in enumerate(series.items()):
         values = [
-            min(waterfall[name].relative_l2, LARGEST_SHOWN) if name in waterfall else 0.0
+            min(stages[name].relative_l2, LARGEST_SHOWN) if name in stages else 0.0
             for name in names
         ]
         axes.barh(
-            np.arange(len(names)) + (i - (len(settings) - 1) / 2) * height,
+            np.arange(len(names)) + (i - (len(series) - 1) / 2) * height,
             values,
             height,
             left=SMALLEST_SHOWN,
@@ -71,7 +79,12 @@ def waterfall_figure(carried: StageDeviations, alone: StageDeviations | None) ->
 
 
 def scores_figure(scores: NDArray[np.float32], name: str) -> Figure:
-    """Score of every box in the reference and in the artefact; a box that only one has lies on the other's axis."""
+    """Draw the score of every box in reference and artefact; a box of one alone lies on an axis.
+
+    Args:
+        scores: (N, 2) in reference and artefact, 0 for the one that lacks the box.
+        name: of the artefact.
+    """
     figure, axes = new_figure(4.6, 4.4)
     both = (scores > 0).all(axis=1)
     axes.plot([0, 1], [0, 1], color=SERIES[7], linewidth=0.8)
@@ -94,30 +107,32 @@ def scores_figure(scores: NDArray[np.float32], name: str) -> Figure:
 
 
 SMALLEST_PX = 480
-SHOWN_ABOVE = 0.3  # score of boxes that both found
+SHOWN_ABOVE = 0.3  # score of boxes that both have
 BOTH_BGR = (200, 140, 40)
 
 
 def draw_difference(difference: Difference) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """The image with what the reference found and with what the artefact found, (H, W, 3) uint8 BGR; small ones are enlarged."""
+    """Draw an image with the reference's detections, and with the artefact's.
+
+    Returns:
+        Two images (H, W, 3) uint8 BGR; small ones are enlarged.
+    """
     image_bgr = difference.image.read()
     scale = max(1, -(-SMALLEST_PX // max(image_bgr.shape[:2])))
     image_bgr = image_bgr.repeat(scale, axis=0).repeat(scale, axis=1)
     left = _draw_side(image_bgr, difference.reference, difference.pairs[:, 0], scale)
-    return left, _draw_side(image_bgr, difference.found, difference.pairs[:, 1], scale)
+    return left, _draw_side(image_bgr, difference.artefact, difference.pairs[:, 1], scale)
 
 
 def _draw_side(
-    image_bgr: NDArray[np.uint8], found: Detections, paired: NDArray[np.intp], scale: int
+    image_bgr: NDArray[np.uint8], detections: Detections, paired: NDArray[np.intp], scale: int
 ) -> NDArray[np.uint8]:
     drawn = image_bgr.copy()
-    for x1, y1, x2, y2 in (
-        np.rint(found[paired].filter(SHOWN_ABOVE).boxes * scale).astype(int).tolist()
-    ):
-        cv2.rectangle(
-            drawn, (x1, y1), (x2, y2), BOTH_BGR, line_width((drawn.shape[0], drawn.shape[1]))
-        )
-    single = found[np.delete(np.arange(len(found)), paired)]
+    width = line_width((drawn.shape[0], drawn.shape[1]))
+    boxes = np.rint(detections[paired].filter(SHOWN_ABOVE).boxes * scale).astype(int)
+    for x1, y1, x2, y2 in boxes.tolist():
+        cv2.rectangle(drawn, (x1, y1), (x2, y2), BOTH_BGR, width)
+    single = detections[np.delete(np.arange(len(detections)), paired)]
     labels = [
         f"{name} {score:.2f}"
         for name, score in zip(single.names(), single.scores.tolist(), strict=True)
@@ -128,63 +143,80 @@ def _draw_side(
 STAGES_NOTE = (
     "As deployed: with what the stages before handed on. Alone: from the reference's own values."
 )
-DETECTIONS_NOTE = "What lies before the detections was not looked at; where the runtime gives no more, the .onnx it was made from does."
+DETECTIONS_NOTE = (
+    "What lies before the detections was not looked at; where the runtime gives no more, "
+    "the .onnx it was made from does."
+)
+LIMITS_NOTE = (
+    "The same comparison and limits as tood-export's (docs/verification.md). All that is below "
+    "explains the verdict and decides nothing."
+)
+
+
+def limits_table(result: Result) -> Table:
+    """Return what was measured beside its limit."""
+    rows = [[row.measure, row.value, row.limit] for row in result.limits]
+    own = ", ".join(
+        f"--{name.replace('_', '-')} {value:g}"
+        for name, value in result.comparison.own.given().items()
+    )
+    note = LIMITS_NOTE + (f" Limits of your own: {own}." if own else "")
+    return Table(("measure", "measured", "limit"), rows, note)
 
 
 def waterfall_table(result: Result) -> Table:
-    """Every stage's deviation, as deployed and alone."""
-    alone = result.comparison.alone.waterfall() if result.comparison.alone else {}
+    """Return every stage's deviation, as deployed and alone."""
+    comparison = result.comparison
+    alone = comparison.alone.by_stage() if comparison.alone else {}
     rows = []
-    for name, found in result.comparison.carried.waterfall().items():
-        beside = _numbers(alone[name], full=False) if name in alone else ["0"] * 3 if alone else []
-        rows.append([name, *_numbers(found, full=True), *beside])
+    for name, deviation in comparison.deployed.by_stage().items():
+        beside = ["0"] * 3 if alone else []
+        if name in alone:
+            beside = _numbers(alone[name], full=False)
+        rows.append([name, *_numbers(deviation, full=True), *beside])
     headers = ["stage", "max", "99 in 100", "relative L2", "outside"]
     return Table(
         headers + [f"alone: {header}" for header in ("max", "relative L2", "outside") if alone],
         rows,
-        f"{STAGES_NOTE if alone else DETECTIONS_NOTE} Outside: share of elements beyond the tolerance. "
-        "Pixels in normalised units, head boxes in strides, other boxes in pixels of the network's input.",
+        f"{STAGES_NOTE if alone else DETECTIONS_NOTE} Outside: share of elements beyond what makes "
+        "a stage suspect. Pixels in normalised units, head boxes in strides, other boxes in pixels "
+        "of the network's input.",
     )
 
 
-def _numbers(found: Deviation, full: bool) -> list[str]:
-    shown = [found.worst, *([found.p99] if full else []), found.relative_l2]
+def _numbers(deviation: Deviation, *, full: bool) -> list[str]:
+    shown = [deviation.worst, *([deviation.p99] if full else []), deviation.relative_l2]
     return [
         *(f"{value:.1e}" if value else "0" for value in shown),
-        f"{100 * found.outside_share:.3g}%",
+        f"{100 * deviation.outside_share:.3g}%",
     ]
 
 
 def matching_table(result: Result) -> Table:
-    """Boxes found again, lost and added."""
+    """Return how many boxes are in both, lost and added."""
     comparison = result.comparison
-    kinds = {
-        "candidates": comparison.carried.rows["candidates"],
-        "detections": comparison.carried.rows["detections"],
-    }
+    kinds = {name: rows.counts for name, rows in comparison.deployed.rows.items()}
     if comparison.alone:
-        kinds |= {
-            "candidates, alone": comparison.alone.rows["candidates"],
-            "detections, alone": comparison.alone.rows["detections"],
-        }
-    kinds["batch slots"] = comparison.slots
-    if comparison.canvas:
-        kinds[_padded(comparison.canvas)] = comparison.canvas.change
+        kinds |= {f"{name}, alone": rows.counts for name, rows in comparison.alone.rows.items()}
+    kinds["batch slots"] = comparison.check.batch_slots
+    if comparison.padding:
+        kinds[_padded(comparison.padding)] = comparison.padding.change.counts
     rows = [
         [
             name,
-            found.reference,
-            found.matched,
-            found.lost,
-            found.added,
-            f"{100 * found.matched_share:.2f}%",
+            counts.reference,
+            counts.matched,
+            counts.reference - counts.matched,
+            counts.added,
+            f"{100 * counts.matched_share:.2f}%",
         ]
-        for name, found in kinds.items()
-        if found.reference + found.added
+        for name, counts in kinds.items()
+        if counts.reference + counts.added
     ]
     note = (
-        f"Matched: same class, IoU above {MIN_IOU}, each box once. Batch slots: the first image in every slot of a batch, "
-        "against itself alone. Padded: on a canvas, as an engine of fixed shape does it, against padded as little as needed."
+        f"Matched: same class, IoU at least {MIN_IOU}, each box once. Batch slots: the first "
+        "image in every slot of a batch, against itself alone. Padded: on a canvas, as an engine "
+        "of fixed shape does it, against padded as little as needed."
     )
     return Table(
         ("boxes", "reference", "matched", "lost", "added", "matched of either"), rows, note
@@ -192,53 +224,54 @@ def matching_table(result: Result) -> Table:
 
 
 def ap_table(result: Result) -> Table:
-    """AP, and what each part costs when it alone is swapped in."""
-    reference, found = (
+    """Return AP, and what each part costs when it alone is substituted."""
+    reference, artefact = (
         average_precision(metrics) for metrics in (result.reference_metrics, result.metrics)
     )
-    rows: list[list[Any]] = [["PyTorch", reference, 0.0], ["artefact", found, reference - found]]
-    rows += [
-        [f"swapped: {part}", reference - cost, cost] for part, cost in result.swap_costs.items()
+    rows: list[tuple[str, float, float]] = [
+        ("PyTorch", reference, 0.0),
+        ("artefact", artefact, reference - artefact),
     ]
-    if result.canvas_ap and result.comparison.canvas:
-        least, padded = result.canvas_ap
-        rows.append([_padded(result.comparison.canvas), padded, least - padded])
+    rows += [
+        (f"swapped: {part}", reference - cost, cost) for part, cost in result.part_costs.items()
+    ]
+    if result.padding_ap and result.comparison.padding:
+        least, padded = result.padding_ap
+        rows.append((_padded(result.comparison.padding), padded, least - padded))
     precise = [[name, f"{ap:.3f}", f"{cost:+.3f}"] for name, ap, cost in rows]
     swapped = "Swapped: the reference, with this part of the artefact in place of its own."
-    note = " ".join(
-        filter(
-            None,
-            (swapped if result.swap_costs else "", _precision_note(result), _canvas_note(result)),
-        )
-    )
-    return Table(("run", "AP", "lost"), precise, note)
+    notes = (swapped if result.part_costs else "", _precision_note(result), _padding_note(result))
+    return Table(("run", "AP", "lost"), precise, " ".join(note for note in notes if note))
 
 
-def _padded(canvas: Canvas) -> str:
-    who = "PyTorch" if canvas.fixed else "artefact"
-    return f"{who}, padded to {canvas.title}"
+def _padded(padding: PaddingComparison) -> str:
+    who = "PyTorch" if padding.fixed else "artefact"
+    return f"{who}, padded to {padding.title}"
 
 
 def _precision_note(result: Result) -> str:
-    precision = result.comparison.subject.engine.precision
-    if "precision" in result.swap_costs:
+    precision = result.comparison.model.engine.precision
+    if "precision" in result.part_costs:
         return f"Precision: the reference's network run by PyTorch in {precision}."
     if precision == "fp32":
         return "Precision costs nothing: the artefact's arithmetic is fp32, as the reference's."
     return f"Precision has no row, because PyTorch cannot run the network in {precision}."
 
 
-def _canvas_note(result: Result) -> str:
-    canvas = result.comparison.canvas
-    if canvas is None:
+def _padding_note(result: Result) -> str:
+    padding = result.comparison.padding
+    if padding is None:
         return ""
-    if canvas.fixed:
-        return "The artefact takes images of fixed sizes alone, so both run on these; the last row is what that costs PyTorch in AP."
+    if padding.fixed:
+        return (
+            "The artefact takes images of fixed sizes alone, so both run on these; the last row is "
+            "what that costs PyTorch in AP."
+        )
     return "The last row is what it costs the artefact to pad every image that far."
 
 
 def class_table(result: Result) -> Table:
-    """AP of every class on both sides."""
+    """Return AP of every class on both sides."""
     assert result.reference_metrics is not None
     assert result.metrics is not None
     first, second = result.reference_metrics.class_ap, result.metrics.class_ap
@@ -252,36 +285,24 @@ def class_table(result: Result) -> Table:
 
 
 def sizes_table(result: Result) -> Table:
-    """How an artefact fares at other input sizes."""
+    """Return how an artefact fares at other input sizes."""
+    in_float32 = isinstance(result.comparison.check, Float32Check)
     rows = []
-    for (height, width), found in result.comparison.sizes.items():
-        detections, waterfall = found.rows["detections"], found.waterfall()
+    for (height, width), size in result.comparison.sizes.items():
+        counts, stages = size.deviations.rows["detections"].counts, size.deviations.by_stage()
         maps = [
-            f"{waterfall[name].worst:.1e}" if name in waterfall else None
+            f"{stages[name].worst:.1e}" if name in stages else None
             for name in ("head: scores", "head: boxes")
         ]
-        verdict = next((failure.stage for failure in found.failures()), "passed")
-        rows.append(
-            [
-                f"{height} x {width}",
-                *maps,
-                detections.reference,
-                detections.matched,
-                detections.added,
-                verdict,
-            ]
-        )
-    headers = (
-        "input",
-        "head scores, max",
-        "head boxes, max",
-        "detections",
-        "matched",
-        "added",
-        "verdict",
-    )
-    fixed = " The artefact takes no others." if result.comparison.subject.engine.canvases_hw else ""
-    return Table(headers, rows, f"One synthetic image each, as deployed.{fixed}")
+        passed = "passed" if in_float32 else "not judged"
+        verdict = size.failures[0].stage if size.failures else passed
+        numbers = counts.reference, counts.matched, counts.added
+        rows.append([f"{height} x {width}", *maps, *numbers, verdict])
+    maps_headers = ("head scores, max", "head boxes, max")
+    headers = ("input", *maps_headers, "detections", "matched", "added", "verdict")
+    fixed = " The artefact takes no others." if result.comparison.model.engine.canvases_hw else ""
+    judged = "" if in_float32 else " A lower precision is judged on real images alone."
+    return Table(headers, rows, f"One synthetic image each, as deployed.{fixed}{judged}")
 
 
 SHOWN_FAILURES = 3
@@ -292,12 +313,12 @@ Facts = Mapping[str, str]
 def write_reports(
     folder: Path, results: Sequence[Result], descriptions: Sequence[dict[str, Any]], facts: Facts
 ) -> list[Path]:
-    """Writes parity.json, parity.md and parity.html into a folder.
+    """Write parity.json, parity.md and parity.html into a folder.
 
     Args:
         folder: is made where it does not exist.
         results: one an artefact.
-        descriptions: of the same, as `verdict.describe` gives them.
+        descriptions: of the same, as `run.describe` gives them.
         facts: what was run on what: command, date, versions.
 
     Raises:
@@ -309,8 +330,8 @@ def write_reports(
         {
             "facts": facts,
             "models": {
-                result.comparison.subject.name: each
-                for result, each in zip(results, descriptions, strict=True)
+                result.comparison.model.name: description
+                for result, description in zip(results, descriptions, strict=True)
             },
         },
     )
@@ -318,7 +339,7 @@ def write_reports(
     sections = [section for result in results for section in _sections(result, len(results) > 1)]
     tiles = [tile for result in results for tile in _tiles(result)]
     warnings = [line for result in results for line in _warnings(result)]
-    names = ", ".join(result.comparison.subject.name for result in results)
+    names = ", ".join(result.comparison.model.name for result in results)
     render_page(
         f"Parity with PyTorch: {names}",
         sections,
@@ -332,9 +353,9 @@ def write_reports(
 
 
 def _warnings(result: Result) -> list[str]:
-    """The first limits that an artefact passed, the guilty stage's before all."""
+    """Return the first limits that an artefact passed."""
     name, shown = (
-        result.comparison.subject.name,
+        result.comparison.model.name,
         [str(failure) for failure in result.failures[:SHOWN_FAILURES]],
     )
     left_out = len(result.failures) - len(shown)
@@ -347,14 +368,14 @@ def _warnings(result: Result) -> list[str]:
 
 
 def headline(results: Sequence[Result]) -> str:
-    """A sentence for each artefact: the verdict, and the guilty stage."""
+    """Return a sentence for each artefact: the verdict, and the guilty stage."""
     return " ".join(
-        f"{result.comparison.subject.name}: {verdict_line(result)}." for result in results
+        f"{result.comparison.model.name}: {verdict_line(result)}." for result in results
     )
 
 
 def verdict_line(result: Result) -> str:
-    """The verdict in a few words, and what costs most AP where anything does."""
+    """Return the verdict in a few words, and what costs most AP where anything does."""
     verdict = (
         "equal to the PyTorch reference within its limits"
         if result.passed
@@ -364,19 +385,23 @@ def verdict_line(result: Result) -> str:
 
 
 def tables(result: Result) -> dict[str, Table]:
-    """All tables of an artefact, by their titles."""
-    found = {"Waterfall": waterfall_table(result), "Boxes": matching_table(result)}
+    """Return all tables of an artefact, by their titles."""
+    by_title = {
+        "Limits": limits_table(result),
+        "Waterfall": waterfall_table(result),
+        "Boxes": matching_table(result),
+    }
     if result.comparison.scoring:
-        found["AP"] = ap_table(result)
+        by_title["AP"] = ap_table(result)
     if result.reference_metrics and result.metrics:
-        found["AP of every class"] = class_table(result)
+        by_title["AP of every class"] = class_table(result)
     if result.comparison.sizes:
-        found["Other input sizes"] = sizes_table(result)
-    return found
+        by_title["Other input sizes"] = sizes_table(result)
+    return by_title
 
 
 def markdown_parts(results: Sequence[Result], facts: Facts) -> list[str]:
-    """The report as Markdown."""
+    """Return the report as Markdown."""
     parts = [
         "# Parity with PyTorch",
         "\n".join(
@@ -385,7 +410,7 @@ def markdown_parts(results: Sequence[Result], facts: Facts) -> list[str]:
         ),
     ]
     for result in results:
-        parts += [f"## {result.comparison.subject.name}", f"**{verdict_line(result)}**"]
+        parts += [f"## {result.comparison.model.name}", f"**{verdict_line(result)}**"]
         parts += ["\n".join(f"- {failure}" for failure in result.failures)]
         for title, table in tables(result).items():
             parts += [f"### {title}", table.markdown()]
@@ -393,8 +418,9 @@ def markdown_parts(results: Sequence[Result], facts: Facts) -> list[str]:
 
 
 def _tiles(result: Result) -> list[Tile]:
-    detections = result.comparison.carried.rows["detections"]
-    name = result.comparison.subject.name
+    detections = result.comparison.deployed.rows["detections"]
+    name = result.comparison.model.name
+    counts = detections.counts
     tiles = [
         Tile(
             "verdict",
@@ -403,8 +429,8 @@ def _tiles(result: Result) -> list[Tile]:
         ),
         Tile(
             "detections matched",
-            f"{100 * detections.matched_share:.2f}%",
-            f"{detections.lost} lost, {detections.added} added of {detections.reference}",
+            f"{100 * counts.matched_share:.2f}%",
+            f"{detections.lost} lost, {counts.added} added of {counts.reference}",
         ),
         Tile(
             "largest score shift",
@@ -413,27 +439,23 @@ def _tiles(result: Result) -> list[Tile]:
         ),
     ]
     if result.comparison.scoring:
-        ap = average_precision(result.metrics)
-        tiles.append(
-            Tile(
-                "AP",
-                f"{ap:.2f}",
-                f"reference {average_precision(result.reference_metrics):.2f}, lost {result.ap_drop:+.3f}",
-            )
-        )
+        ap, reference = map(average_precision, (result.metrics, result.reference_metrics))
+        remark = f"reference {reference:.2f}, lost {result.ap_drop:+.3f}"
+        tiles.append(Tile("AP", f"{ap:.2f}", remark))
     return tiles
 
 
 def _sections(result: Result, several: bool) -> list[Section]:
     comparison = result.comparison
-    prefix = f"{comparison.subject.name}: " if several else ""
+    prefix = f"{comparison.model.name}: " if several else ""
     bodies = {title: table.html() for title, table in tables(result).items()}
     bodies["Waterfall"] = (
-        embed_figure(waterfall_figure(comparison.carried, comparison.alone), "deviation by stage")
+        embed_figure(waterfall_figure(comparison.deployed, comparison.alone), "deviation by stage")
         + bodies["Waterfall"]
     )
     leads = {
-        "Waterfall": "How far every stage is from the reference. Where the bar of a stage alone is long, that stage is guilty."
+        "Waterfall": "How far every stage is from the reference. "
+        "Where the bar of a stage alone is long, that stage is guilty."
     }
     sections = [
         Section(prefix + title, body, leads.get(title, "")) for title, body in bodies.items()
@@ -451,7 +473,7 @@ def _sections(result: Result, several: bool) -> list[Section]:
 def _scores(result: Result) -> Markup:
     scores = result.comparison.differences.scores
     return (
-        embed_figure(scores_figure(scores, result.comparison.subject.name), "scores of both runs")
+        embed_figure(scores_figure(scores, result.comparison.model.name), "scores of both runs")
         if len(scores)
         else paragraph("No boxes at all.")
     )
@@ -459,13 +481,19 @@ def _scores(result: Result) -> Markup:
 
 def _image_section(result: Result, prefix: str) -> Section:
     cards = []
-    for each in result.comparison.differences.images:
-        caption = f"{each.image.name}: {each.exchanged} boxes found by one alone, scores differ by {each.shift:.1e} at most"
-        left, right = draw_difference(each)
+    for difference in result.comparison.differences.images:
+        caption = (
+            f"{difference.image.name}: {difference.exchanged} boxes in one alone, "
+            f"scores differ by {difference.shift:.1e} at most"
+        )
+        left, right = draw_difference(difference)
         sides = pair(
-            image(left, f"{each.image.name}: PyTorch"),
-            image(right, f"{each.image.name}: the artefact"),
+            image(left, f"{difference.image.name}: PyTorch"),
+            image(right, f"{difference.image.name}: the artefact"),
         )
         cards.append(Card(caption, sides))
-    lead = f"First PyTorch, then the artefact. Blue: both found it (score above {SHOWN_ABOVE}). With its name: found by this one alone."
+    lead = (
+        f"First PyTorch, then the artefact. Blue: in both (score above {SHOWN_ABOVE}). "
+        "With its name: in this one alone."
+    )
     return Section(f"{prefix}Most different images", gallery(cards, "one"), lead)

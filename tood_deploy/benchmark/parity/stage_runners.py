@@ -1,8 +1,14 @@
-"""What is compared: an artefact or checkpoint, opened so that its stages can be looked at as far as its runtime lets one."""
+"""What is compared: an artefact or checkpoint, opened so that its stages can be looked at.
+
+A model argument comes in; what runs its stages, as far as its runtime lets one, goes out. Knows
+nothing of limits.
+"""
 
 from __future__ import annotations
 
 import copy
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,23 +23,27 @@ from torch import Tensor
 from tood_deploy.engines import Engine, open_engine
 from tood_deploy.engines.onnx_engine import OnnxEngine
 from tood_deploy.engines.open import CHECKPOINT_SUFFIXES
+from tood_deploy.engines.openvino_engine import OpenVinoEngine
+from tood_deploy.engines.torch_engine import TorchEngine
 from tood_deploy.errors import ToodError
 from tood_deploy.export.graph import inner_values
-from tood_deploy.graph_io import INNER_VALUES, INPUTS, OUTPUTS
+from tood_deploy.export.to_openvino import OpenVinoRunner
+from tood_deploy.graph_io import INNER_VALUES, MAP_NAMES, OUTPUTS, graph_feeds
 from tood_deploy.inference.detector import Detector
 from tood_deploy.manifest import Manifest, artefact_sha256
 from tood_deploy.model.head import HeadOutput
 from tood_deploy.model.postprocess import Candidates, suppress
 from tood_deploy.model.tood import FusedDetector
 from tood_deploy.onnx_file import cut_graph, open_session, with_outputs
-from tood_deploy.parity.reference import Conditioning, measure_conditioning
+from tood_deploy.parity.reference import Conditioning
 from tood_deploy.parity.stages import STAGES, Stage, StageRunner, Values, only_inputs
+from tood_deploy.parity.torch_reference import measure_conditioning
 from tood_deploy.preprocess import ImageTransform
 from tood_deploy.presets import PRESETS, STRIDES
 
 
 @dataclass(frozen=True, eq=False)
-class Subject:
+class ComparedModel:
     """A model and its stages.
 
     Attributes:
@@ -52,60 +62,100 @@ class Subject:
 
     @property
     def manifest(self) -> Manifest:
-        """What the model says of itself."""
+        """Return what the model says of itself."""
         return self.engine.manifest
 
     def prepare(
         self, image_bgr: NDArray[np.uint8], imgsz: tuple[int, int]
     ) -> tuple[NDArray[np.uint8], ImageTransform]:
-        """The network's input for a image, padded as this model takes it, and the transform that leads back."""
+        """Scale and pad an image as this model takes it.
+
+        Args:
+            image_bgr: (H, W, 3) uint8.
+            imgsz: (short side, long side) that it is scaled to fit.
+
+        Returns:
+            (rows, columns, 3) uint8 RGB, and the transform that leads back.
+        """
         prepared = Detector(self.engine, imgsz=imgsz).prepare(image_bgr)
         return prepared.image, prepared.transform
 
-    def most_batch(self, inputs: Values) -> int | None:
-        """The largest batch that it takes of images of this size; None where there is no bound."""
+    def max_batch(self, inputs: Values) -> int | None:
+        """Return the largest batch of images of this size that it takes; None for any."""
         return self.engine.batches_at(net_size(inputs))[1]
 
 
 class DetectionsOnly(StageRunner):
-    """A runtime that lets nobody look inside."""
+    """A runtime that gives nothing but detections."""
 
     has_stages = False
 
     def __init__(self, engine: Engine) -> None:
+        """Take the engine, which stays the caller's."""
         self.engine, self.name = engine, engine.name
 
     def run_all(self, inputs: Values) -> Values:
-        """The detections; where the engine takes no batch as small, of the first images of one that holds them several times."""
+        """Return the detections.
+
+        Where the engine takes no batch as small, it gets one that holds the images several times.
+        """
         count, least = len(inputs["images"]), self.engine.batches_at(net_size(inputs))[0]
         filled = repeat_images(inputs, -(-least // count)) if count < least else inputs
-        thresholds = float(inputs["score_threshold"]), float(inputs["iou_threshold"])
-        found = self.engine.infer(filled["images"], filled["valid_hw"], *thresholds)
-        outputs = (found.num_dets, found.boxes_net, found.scores, found.labels)
+        batch = self.engine.infer(filled["images"], filled["valid_hw"], *_thresholds(inputs))
+        outputs = (batch.num_dets, batch.boxes_net, batch.scores, batch.labels)
         return inputs | {
             name: values[:count] for name, values in zip(OUTPUTS, outputs, strict=True)
         }
 
     def run(self, stage: Stage, values: Values) -> Values:
-        """Raises ToodError, always."""
+        """Raise ToodError, always."""
         raise ToodError(
-            f"{self.name} gives detections alone; the stage {stage.name} cannot be looked at: use the .onnx it was made from"
+            f"{self.name} gives detections alone; the stage {stage.name} cannot be looked at: "
+            "use the .onnx it was made from"
         )
 
 
-def open_subject(
+class OpenVinoMaps(DetectionsOnly):
+    """A float32 .xml, whose maps OpenVINO gives where they are added as outputs, in memory."""
+
+    def __init__(self, engine: Engine, path: Path) -> None:
+        """Take the engine and the file that it has open."""
+        super().__init__(engine)
+        self.path = path
+
+    @functools.cached_property
+    def _with_maps(self) -> OpenVinoRunner:
+        return OpenVinoRunner(self.path, maps=True)
+
+    def run_with_maps(self, inputs: Values) -> Values:
+        """Return the maps of all stages and the detections."""
+        images, valid_hw = inputs["images"], inputs["valid_hw"]
+        outputs = self._with_maps(images, valid_hw, *_thresholds(inputs))
+        return inputs | dict(zip((*OUTPUTS, *MAP_NAMES), outputs, strict=True))
+
+
+def open_compared(
     model: str,
     *,
     device: str,
     threads: int | None,
     stages: bool | None,
-    artefact_options: dict[str, Any] | None = None,
+    artefact_options: Mapping[str, Any] | None = None,
     **load_options: Any,
-) -> Subject:
-    """Opens a model, with `artefact_options` or `load_options`, and, unless `stages` is False, its stages.
+) -> ComparedModel:
+    """Open a model and, unless `stages` is False, its stages.
+
+    Args:
+        model: an artefact, a checkpoint, or a preset's name.
+        device: "cpu" or "cuda".
+        threads: of the CPU; the runtime's own choice where not given.
+        stages: whether to look at the stages; None for: where the runtime lets one.
+        artefact_options: for `open_engine`, of an artefact.
+        **load_options: for `open_engine`, of a checkpoint.
 
     Raises:
-        ToodError: it cannot be opened; or its stages were asked for (True) and its runtime does not give them.
+        ToodError: it cannot be opened; or its stages were asked for (True) and its runtime does not
+            give them.
     """
     options = dict(load_options if is_checkpoint(model) else artefact_options or {})
     if threads is not None:
@@ -115,45 +165,37 @@ def open_subject(
     runner = DetectionsOnly(engine) if stages is False else _open_stages(engine, path)
     if stages and not runner.has_stages:
         raise ToodError(
-            f"{model}: {engine.name} gives detections alone; leave --stages out, or compare the .onnx it was made from"
+            f"{model}: {engine.name} gives detections alone; "
+            "leave --stages out, or compare the .onnx it was made from"
         )
-    return Subject(
-        model,
-        path,
-        engine,
-        runner,
-        artefact_sha256(path) if path else engine.manifest.checkpoint_sha256,
-    )
+    sha256 = artefact_sha256(path) if path else engine.manifest.checkpoint_sha256
+    return ComparedModel(model, path, engine, runner, sha256)
 
 
 def is_checkpoint(model: str) -> bool:
-    """Whether a model argument names a checkpoint or preset, which PyTorch runs."""
+    """Return whether a model argument names a checkpoint or preset, which PyTorch runs."""
     return Path(model).suffix.lower() in CHECKPOINT_SUFFIXES or (
         model in PRESETS and not Path(model).exists()
     )
 
 
 def _open_stages(engine: Engine, path: Path | None) -> StageRunner:
-    if path is None or is_checkpoint(str(path)):
-        from tood_deploy.engines.torch_engine import TorchEngine
-
-        if isinstance(engine, TorchEngine):
-            return TorchStages(engine.detector)
-    if path is not None and path.suffix.lower() == ".onnx":
-        from tood_deploy.engines.onnx_engine import OnnxEngine
-
-        if isinstance(engine, OnnxEngine):
-            return OnnxStages(engine, path)
+    if isinstance(engine, TorchEngine):
+        return TorchStages(engine.detector)
+    if path is not None and isinstance(engine, OnnxEngine):
+        return OnnxStages(engine, path)
+    if path is not None and isinstance(engine, OpenVinoEngine) and engine.precision == "fp32":
+        return OpenVinoMaps(engine, path)
     return DetectionsOnly(engine)
 
 
 def net_size(inputs: Values) -> tuple[int, int]:
-    """Rows and columns of the images in the graph's inputs."""
+    """Return rows and columns of the images in the graph's inputs."""
     return inputs["images"].shape[1], inputs["images"].shape[2]
 
 
 def repeat_images(inputs: Values, times: int) -> Values:
-    """The graph's inputs with every image of the batch so many times, in turn."""
+    """Return the graph's inputs with every image of the batch so many times, in turn."""
     return inputs | {
         name: np.concatenate([inputs[name]] * times) for name in ("images", "valid_hw")
     }
@@ -162,14 +204,15 @@ def repeat_images(inputs: Values, times: int) -> Values:
 def network_inputs(
     image: NDArray[np.uint8], transform: ImageTransform, conf: float, iou: float
 ) -> Values:
-    """The exported graph's inputs for one prepared image (H, W, 3) uint8 RGB."""
-    values = (
-        image[None],
-        np.array([transform.resized_hw], np.int32),
-        np.array(conf, np.float32),
-        np.array(iou, np.float32),
-    )
-    return dict(zip(INPUTS, values, strict=True))
+    """Return the exported graph's inputs for one prepared image.
+
+    Args:
+        image: (H, W, 3) uint8 RGB, padded.
+        transform: that leads back from it.
+        conf: score that detections must exceed, 0 to 1.
+        iou: overlap above which the weaker of two boxes goes, 0 to 1.
+    """
+    return graph_feeds(image[None], np.array([transform.resized_hw], np.int32), conf, iou)
 
 
 TYPES = {
@@ -182,12 +225,16 @@ TYPES = {
 
 
 class OnnxStages(StageRunner):
-    """An artefact that `OnnxEngine` has open."""
+    """The stages of an artefact that `OnnxEngine` has open."""
 
     has_stages = True
 
     def __init__(self, engine: OnnxEngine, path: Path) -> None:
-        """Takes the engine and the file that it has open.
+        """Cut the graph into its stages, and open each.
+
+        Args:
+            engine: stays the caller's.
+            path: the file that it has open.
 
         Raises:
             ArtefactError: the file does not name its inner values: it is of an older version.
@@ -201,19 +248,19 @@ class OnnxStages(StageRunner):
         }
 
     def run_all(self, inputs: Values) -> Values:
-        """All stages; the detections are the shipped file's own."""
+        """Run all stages; the detections are the shipped file's own."""
         inner = self._variant.run(list(INNER_VALUES), only_inputs(inputs))
         shipped = self.engine.session.run(list(OUTPUTS), only_inputs(inputs))
         return inputs | _widened(INNER_VALUES, inner) | _widened(OUTPUTS, shipped)
 
     def run(self, stage: Stage, values: Values) -> Values:
-        """One stage."""
+        """Run one stage."""
         part = self._parts[stage.name]
-        given = {
+        inputs = {
             value.name: values[value.name].astype(TYPES[value.type], copy=False)
             for value in part.get_inputs()
         }
-        return _widened(stage.gives, part.run(list(stage.gives), given))
+        return _widened(stage.gives, part.run(list(stage.gives), inputs))
 
     def _open(self, model: onnx.ModelProto) -> ort.InferenceSession:
         session = self.engine.session
@@ -226,8 +273,8 @@ class OnnxStages(StageRunner):
         )
 
 
-def _widened(names: Any, arrays: Any) -> Values:
-    """Under their names, with every kind of floating-point number as float32."""
+def _widened(names: Sequence[str], arrays: Sequence[Any]) -> Values:
+    """Return arrays under their names, half-precision ones as float32."""
     return {
         name: array.astype(np.float32) if array.dtype == np.float16 else array
         for name, array in zip(names, arrays, strict=True)
@@ -238,19 +285,32 @@ REDUCED = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class TorchStages(StageRunner):
-    """A network in PyTorch, float32 unless `autocast` says otherwise; decoding and what follows always are."""
+    """The stages of a network in PyTorch.
+
+    Float32 unless `autocast` says otherwise; decoding and what follows always are.
+    """
 
     has_stages = True
 
     def __init__(self, detector: FusedDetector, autocast: torch.dtype | None = None) -> None:
-        """Takes a detector in eval mode, on its device; `autocast` is the type of the network's arithmetic, None for float32."""
+        """Take a detector.
+
+        Args:
+            detector: in eval mode, on its device.
+            autocast: the type of the network's arithmetic, None for float32.
+        """
         self.detector, self.autocast = detector, autocast
         self.device = detector.mean.device
         self.name = f"PyTorch {torch.__version__}, eager"
 
+    def with_max_det(self, max_det: int) -> TorchStages:
+        """Return the same network with at most so many detections an image."""
+        detector = FusedDetector(self.detector.model, max_det).to(self.device).eval()
+        return TorchStages(detector, self.autocast)
+
     @torch.inference_mode()
     def run_all(self, inputs: Values) -> Values:
-        """All stages."""
+        """Run all stages."""
         with self._arithmetic():
             stages = self.detector(
                 *self._tensors(inputs, "images", "valid_hw"), *_thresholds(inputs)
@@ -259,39 +319,38 @@ class TorchStages(StageRunner):
         return inputs | _arrays(names, inner_values(stages)) | _arrays(OUTPUTS, stages.detections)
 
     def measure_noise(self, inputs: Values) -> Conditioning:
-        """Measures how far float32 itself is off on these inputs; on the CPU, wherever the network is."""
-        detector = (
-            self.detector if self.device.type == "cpu" else copy.deepcopy(self.detector).cpu()
-        )
+        """Measure on the CPU how far float32 itself is off on these inputs."""
+        on_cpu = self.device.type == "cpu"
+        detector = self.detector if on_cpu else copy.deepcopy(self.detector).cpu()
         return measure_conditioning(
             detector, inputs["images"], inputs["valid_hw"], *_thresholds(inputs)
         )
 
     @torch.inference_mode()
     def run(self, stage: Stage, values: Values) -> Values:
-        """One stage."""
+        """Run one stage."""
         with self._arithmetic():
             return _arrays(stage.gives, self._outputs(stage, values))
 
     def _outputs(self, stage: Stage, values: Values) -> Any:
-        """The stage's tensors, in the order of their names."""
-        given, model = self._tensors(values, *stage.reads), self.detector.model
+        """Return the stage's tensors, in the order of their names."""
+        inputs, model = self._tensors(values, *stage.reads), self.detector.model
         score_threshold, iou_threshold = _thresholds(values)
         images, valid_hw = self._tensors(values, "images", "valid_hw")
         match stage.name:
             case "pixels":
                 return [self.detector.normalise(images, valid_hw)]
             case "backbone":
-                return model.backbone(given[0])
+                return model.backbone(inputs[0])
             case "pyramid":
-                return model.neck(given)
+                return model.neck(inputs)
             case "head":
-                head = model.bbox_head(given)
+                head = model.bbox_head(inputs)
                 return [*head.scores, *head.boxes_strides]
             case "candidates":
-                head = HeadOutput(given[: len(STRIDES)], given[len(STRIDES) :])
+                head = HeadOutput(inputs[: len(STRIDES)], inputs[len(STRIDES) :])
                 return self.detector.select_candidates(head, valid_hw, score_threshold)
-        return suppress(Candidates(*given), iou_threshold, self.detector.max_det)
+        return suppress(Candidates(*inputs), iou_threshold, self.detector.max_det)
 
     def _tensors(self, values: Values, *names: str) -> list[Tensor]:
         return [torch.from_numpy(values[name]).to(self.device) for name in names]
@@ -299,9 +358,8 @@ class TorchStages(StageRunner):
     def _arithmetic(self) -> Any:
         if self.autocast is not None:
             return torch.autocast(self.device.type, self.autocast)
-        return torch.backends.cudnn.flags(
-            enabled=True, allow_tf32=False
-        )  # PyTorch rounds float32 to 10 bits on a GPU unless told not to
+        # PyTorch rounds float32 to 10 bits on a GPU unless this is set.
+        return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 
 
 def _thresholds(values: Values) -> tuple[float, float]:

@@ -20,7 +20,7 @@ import onnx
 from numpy.typing import NDArray
 from onnxruntime.quantization.calibrate import HistogramCollector
 
-from tood_deploy.data import FEWEST_CALIBRATION_IMAGES, MOST_CALIBRATION_IMAGES
+from tood_deploy.data import MAX_CALIBRATION_IMAGES, MIN_CALIBRATION_IMAGES
 from tood_deploy.data.images import choose_images, read_image
 from tood_deploy.errors import ArtefactError
 from tood_deploy.export.config import CalibrationMethod
@@ -153,7 +153,7 @@ def calibrate(
     images: Path,
     sizing: ImageSize,
     *,
-    max_images: int = MOST_CALIBRATION_IMAGES,
+    max_images: int = MAX_CALIBRATION_IMAGES,
     cache: Path | None = None,
     reporter: Reporter | None = None,
 ) -> Calibration:
@@ -205,10 +205,10 @@ def warn_of_few(folder: Path, images: int, reporter: Reporter) -> None:
         images: how many of it are used.
         reporter: gets the warning.
     """
-    if images < FEWEST_CALIBRATION_IMAGES:
+    if images < MIN_CALIBRATION_IMAGES:
         reporter.warn(
             f"{folder}: {images} images to calibrate on; with fewer than "
-            f"{FEWEST_CALIBRATION_IMAGES} ranges may be too narrow"
+            f"{MIN_CALIBRATION_IMAGES} ranges may be too narrow"
         )
 
 

@@ -19,7 +19,7 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from tood_deploy.data import MOST_CALIBRATION_IMAGES
+from tood_deploy.data import MAX_CALIBRATION_IMAGES
 from tood_deploy.data.image_set import photograph_crops
 from tood_deploy.data.images import choose_images, read_image
 from tood_deploy.engines.precision_support import half_precision_of
@@ -49,8 +49,8 @@ from tood_deploy.export.precision.sensitivity import (
 )
 from tood_deploy.manifest_sections import HalfBuild, Int8Build, Parity, SelfTest
 from tood_deploy.onnx_file import OnnxArtefact, artefact_in_memory
+from tood_deploy.parity.onnx_reference import OnnxRunner
 from tood_deploy.parity.reference import Reference
-from tood_deploy.parity.stages import OnnxRunner
 from tood_deploy.parity.tolerances import DETECTION_LIMITS
 from tood_deploy.parity.verify import verify_detections, verify_float32
 from tood_deploy.preprocess import ImageSize, resize_and_pad
@@ -125,7 +125,7 @@ class Int8Options:
     method: CalibrationMethod = "percentile"
     keep: tuple[str, ...] = ()
     max_drop: float | None = None
-    max_images: int = MOST_CALIBRATION_IMAGES
+    max_images: int = MAX_CALIBRATION_IMAGES
 
     def __post_init__(self) -> None:
         for name, value, allowed in (

@@ -17,13 +17,12 @@ from itertools import combinations, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import imagesize
 import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
 
-from tood_deploy.data.images import image_paths
-from tood_deploy.errors import InputError, ToodError, naming_extras
+from tood_deploy.data.images import image_paths, read_image_size
+from tood_deploy.errors import ToodError, naming_extras
 from tood_deploy.export.tensorrt.options import MAX_SHAPES, Shape
 from tood_deploy.files import atomic_path
 from tood_deploy.preprocess import choose_canvas, fit_size, pad_size
@@ -84,21 +83,7 @@ def propose_shapes(folder: Path, imgsz: tuple[int, int], count: int | None = Non
     Raises:
         InputError: no such folder, no images, or one whose size cannot be read.
     """
-    return plan_shapes([image_hw(path) for path in image_paths(folder)], imgsz, count)
-
-
-def image_hw(path: Path) -> Shape:
-    """Return rows and columns of an image by its header, turned as its EXIF orientation says.
-
-    Raises:
-        InputError: not an image.
-    """
-    width, height = imagesize.get(path)
-    if width < 1 or height < 1:
-        raise InputError(
-            f"{path}: its size cannot be read; expected an image: remove or replace it"
-        )
-    return int(height), int(width)
+    return plan_shapes([read_image_size(path) for path in image_paths(folder)], imgsz, count)
 
 
 def plan_shapes(

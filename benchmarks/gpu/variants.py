@@ -1,0 +1,124 @@
+"""List the variants of one cell: runtime, mode and precision, and how to open each.
+
+Settings in, variants with empty rows out; nothing is opened here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.gpu.artefacts import Artefacts
+from benchmarks.gpu.runtime_variants import (
+    open_onnx,
+    open_tensorrt,
+    resident_onnx,
+    resident_tensorrt,
+)
+from benchmarks.gpu.settings import Cell, Mode, Precision, Row, Settings
+from benchmarks.gpu.torch_variants import TITLES, TorchVariant
+from tood_deploy.engines.base import BatchDetections, Engine
+
+Resident = Callable[
+    [NDArray[np.uint8], NDArray[np.int32], float, float], Callable[[], BatchDetections]
+]
+
+# How long a variant takes to open at most on a GPU machine, until the first of its kind was timed.
+# Exporting, building and compiling are part of it.
+GUESSED_SECONDS = {"compiled": 90.0, "onnxruntime": 90.0, "tensorrt": 120.0}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of results, and how to get them.
+
+    Attributes:
+        row: to be filled.
+        kind: variants of a kind take about the same time to open.
+        open: returns the engine, and a function that puts inputs on the device and returns a call
+            on them.
+    """
+
+    row: Row
+    kind: str
+    open: Callable[[], tuple[Engine, Resident]]
+
+    @property
+    def guessed_seconds(self) -> float:
+        """Return how long it may take to open."""
+        return GUESSED_SECONDS.get(self.kind, 5.0)
+
+
+def variants(settings: Settings, artefacts: Artefacts, cell: Cell) -> list[Variant]:
+    """Return the variants of a cell, quick ones first, so that they are measured in any case.
+
+    Args:
+        settings: of the run.
+        artefacts: files that other runtimes run.
+        cell: size and batch.
+    """
+    result: list[Variant] = []
+    for mode in settings.modes:
+        if mode != "compiled":
+            result += _torch_variants(settings, artefacts, cell, mode)
+    if "onnxruntime" in settings.backends:
+        result += [_onnx_variant(settings, artefacts, cell, name) for name in settings.precisions]
+    if "tensorrt" in settings.backends:
+        result += [_tensorrt_variant(artefacts, cell, name) for name in settings.precisions]
+    if "compiled" in settings.modes:
+        result += _torch_variants(settings, artefacts, cell, "compiled")
+    return result
+
+
+def _torch_variants(
+    settings: Settings, artefacts: Artefacts, cell: Cell, mode: Mode
+) -> Iterator[Variant]:
+    if "torch" not in settings.backends:
+        return
+    every = mode != "compiled" or cell.first or settings.compile_all
+    fastest: tuple[Precision, ...] = (
+        ("bf16",) if "bf16" in settings.precisions else settings.precisions[-1:]
+    )
+    for precision in settings.precisions if every else fastest:
+        yield _torch_variant(settings, artefacts, cell, mode, precision)
+
+
+def _torch_variant(
+    settings: Settings, artefacts: Artefacts, cell: Cell, mode: Mode, precision: Precision
+) -> Variant:
+    def open_variant() -> tuple[Engine, Resident]:
+        variant = TorchVariant(
+            artefacts.model, mode, precision, cell, settings.device, settings.compile_mode
+        )
+        return variant, variant.resident
+
+    return Variant(Row(cell, "PyTorch", TITLES[mode], precision), mode, open_variant)
+
+
+def _onnx_variant(
+    settings: Settings, artefacts: Artefacts, cell: Cell, precision: Precision
+) -> Variant:
+    def open_variant() -> tuple[Engine, Resident]:
+        engine = open_onnx(artefacts.onnx(precision), settings.device)
+        engine.canvases_hw = (cell.size_hw,)
+        return engine, lambda *inputs: resident_onnx(engine, *inputs)
+
+    return Variant(
+        Row(cell, "ONNX Runtime", settings.device.upper(), precision), "onnxruntime", open_variant
+    )
+
+
+def _tensorrt_variant(artefacts: Artefacts, cell: Cell, precision: Precision) -> Variant:
+    def open_variant() -> tuple[Engine, Resident]:
+        if artefacts.settings.device != "cuda":
+            from tood_deploy.errors import DeviceError
+
+            raise DeviceError(f"device is {artefacts.settings.device}; TensorRT runs on GPUs")
+        engine = open_tensorrt(artefacts.engine(precision))
+        engine.canvases_hw = (cell.size_hw,)
+        return engine, lambda *inputs: resident_tensorrt(engine, *inputs)
+
+    return Variant(Row(cell, "TensorRT", "engine", precision), "tensorrt", open_variant)
