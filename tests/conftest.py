@@ -1,4 +1,7 @@
-"""What all tests share: thread limits, the folder of goldens, the synthetic image, the stand-in weights."""
+"""What all tests share.
+
+Thread limits, the folder of goldens, the synthetic image, the stand-in weights.
+"""
 
 import os
 
@@ -17,6 +20,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from reference import seeded_weights, synth_image
+from reported_once import pytest_runtest_makereport  # noqa: F401 - a hook
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("TOOD_SHARED") or ROOT / ".." / "shared").resolve()
@@ -38,7 +42,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def own_home(
     tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
 ) -> Iterator[None]:
-    """Caches of the tests stay theirs; graphs, whose keys hold our sources, serve later sessions."""
+    """Caches of the tests stay theirs.
+
+    Graphs, whose keys hold our sources, serve later sessions.
+    """
     home = tmp_path_factory.mktemp("home")
     if pytestconfig.cache is not None:
         (home / "graphs").symlink_to(pytestconfig.cache.mkdir("graphs"))
@@ -68,19 +75,28 @@ def goldens(shared: Path) -> Callable[[str], dict[str, NDArray[Any]]]:
 
 @pytest.fixture(scope="session")
 def synth_image_bgr() -> Callable[[int, int], NDArray[np.uint8]]:
-    """A function of height and width: the seeded test image (H, W, 3) uint8, RGB or BGR as one likes."""
+    """A function of height and width.
+
+    The seeded test image (H, W, 3) uint8, RGB or BGR as one likes.
+    """
     return synth_image.image
 
 
 @pytest.fixture(scope="session")
 def seeded_fill() -> Callable[[dict[str, tuple[int, ...]]], dict[str, NDArray[Any]]]:
-    """A function of shapes by state-dict key: the deterministic stand-in weights behind the goldens."""
+    """A function of shapes by state-dict key.
+
+    The deterministic stand-in weights behind the goldens.
+    """
     return seeded_weights.fill
 
 
 @pytest.fixture(scope="session")
 def seeded_model() -> Callable[..., Any]:
-    """A function of a preset's name, with fields to replace: its network with the stand-in weights."""
+    """A function of a preset's name, with fields to replace.
+
+    Its network with the stand-in weights.
+    """
 
     def build(name: str, **fields: Any) -> Any:
         import torch
@@ -104,7 +120,7 @@ def seeded_model() -> Callable[..., Any]:
 def tiny_checkpoint(
     seeded_model: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """`tiny` with stand-in weights and 80 classes, which finds a hundred things in the synthetic image; our own format."""
+    """`tiny` with stand-in weights: it finds a hundred objects in the synthetic image."""
     from tood_deploy.model import save_checkpoint
 
     path = tmp_path_factory.mktemp("tiny") / "tiny.safetensors"
@@ -125,7 +141,10 @@ def tiny_artefact(tiny_checkpoint: Path) -> Path:
 
 @pytest.fixture
 def stand_in_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Limits for stand-in weights: no detection of theirs stands out, so that roundings exchange more of them."""
+    """Limits for stand-in weights.
+
+    No detection of theirs stands out, so that roundings exchange more of them.
+    """
     from tood_deploy.parity.tolerances import DETECTION_LIMITS
 
     for precision, limits in list(DETECTION_LIMITS.items()):

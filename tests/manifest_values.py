@@ -1,4 +1,4 @@
-"""Manifests as the plain values of their JSON, for tests that look at what is written, or change it."""
+"""Manifests as the plain values of their JSON, for tests that look at it or change it."""
 
 import json
 from pathlib import Path

@@ -17,6 +17,7 @@ PROJECT: dict[str, Any] = tomllib.loads(
 )["project"]
 NO_EXTRAS_OF_USERS = {"dev", "docs"}
 WITHOUT_EXTRA = {
+    "sympy",  # comes with torch, which imports it itself
     "supervision",
     "tensorrt",
     "tensorrt_rtx",
@@ -111,7 +112,7 @@ def test_any_other_missing_module_is_a_bug(name: str | None) -> None:
 
 
 def hide(monkeypatch: pytest.MonkeyPatch, package: str, *ours: str) -> None:
-    """Makes a package missing, and those of our modules not loaded yet that import it when they are."""
+    """Makes a package missing; our modules that import it are loaded again."""
     monkeypatch.setitem(sys.modules, package, None)
     for module in ours:
         monkeypatch.delitem(sys.modules, module, raising=False)

@@ -1,4 +1,7 @@
-"""What is imported when, seen from fresh interpreters: the runtime needs no torch, `--help` nothing heavy at all."""
+"""What is imported when, seen from fresh interpreters.
+
+The runtime needs no torch, `--help` nothing heavy at all.
+"""
 
 import subprocess
 import sys

@@ -1,4 +1,7 @@
-"""The one direction of imports, read from the syntax trees: imports inside functions and for type checkers count too."""
+"""The one direction of imports, read from the syntax trees.
+
+Imports inside functions and for type checkers count too.
+"""
 
 import ast
 from collections.abc import Iterator
@@ -8,7 +11,8 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "tood_deploy"
 
-# A unit may import the units of the rows above it, and itself; units of one row never import one another, save the ground floor's.
+# A unit may import the units of the rows above it, and itself; units of one row never import one
+# another, save the ground floor's.
 LAYERS = (
     {
         "errors",

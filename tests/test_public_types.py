@@ -32,7 +32,8 @@ found = detector(np.zeros((4, 4), np.uint8), color="bgr")
 best = assert_type(found.filter(0.5)[found.scores > 0.6], Detections)
 for x1, y1, x2, y2 in best.boxes.tolist():
     print(x1 + y1, x2 + y2)
-print(found.to_coco(1)[0]["bbox"], found.class_ids[0] + 1, found.scores.max(), found.names()[0].upper(), len(found))
+print(found.to_coco(1)[0]["bbox"], found.class_ids[0] + 1, found.scores.max())
+print(found.names()[0].upper(), len(found))
 print(found.plot(np.zeros((4, 4, 3), np.uint8)).shape)
 for frame, found in detector.stream(["a.mp4", Path("b.mp4")], batch=2):
     print(frame.timestamp_s, frame.image_bgr.shape, assert_type(found, Detections).names())
@@ -42,7 +43,8 @@ print(detector.collect(detector.submit([prepared])).scores.shape)
 
 engine = assert_type(open_engine("a.onnx", device="cpu", threads=2), Engine)
 batch = engine.infer(np.zeros((1, 32, 32, 3), np.uint8), np.array([[32, 32]], np.int32), 0.3, 0.6)
-print(assert_type(batch, BatchDetections).num_dets[0], engine.manifest.preset.class_names, engine.precision)
+print(assert_type(batch, BatchDetections).num_dets[0], engine.precision)
+print(engine.manifest.preset.class_names)
 with Detector(engine) as again:
     print(again.class_names, again.engine.name)
 

@@ -1,4 +1,7 @@
-"""tood_deploy: from a TOOD checkpoint to fast, proven detections. Names are imported when first used."""
+"""tood_deploy: from a TOOD checkpoint to fast, proven detections.
+
+Names are imported when first used.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -36,13 +36,14 @@ class Detections:
         count = len(self.scores)
         if self.boxes.shape != (count, 4) or self.class_ids.shape != (count,):
             raise ToodError(
-                f"boxes {self.boxes.shape}, scores {self.scores.shape} and class_ids {self.class_ids.shape} "
+                f"boxes {self.boxes.shape}, scores {self.scores.shape} and class_ids "
+                f"{self.class_ids.shape} "
                 "do not belong together; expected (D, 4), (D,) and (D,)"
             )
 
     @classmethod
     def empty(cls, class_names: Sequence[str] = ()) -> Detections:
-        """No objects at all."""
+        """Return no objects at all."""
         return cls(
             np.zeros((0, 4), np.float32),
             np.zeros(0, np.float32),
@@ -54,21 +55,24 @@ class Detections:
         return len(self.scores)
 
     def __getitem__(self, index: int | slice | NDArray[Any]) -> Detections:
-        """A subset, by position, slice, mask or array of positions; always again `Detections`."""
+        """Return a subset, by position, slice, mask or array of positions.
+
+        Always again `Detections`.
+        """
         chosen = np.atleast_1d(np.arange(len(self))[index])
         return Detections(
             self.boxes[chosen], self.scores[chosen], self.class_ids[chosen], self.class_names
         )
 
     def filter(self, min_score: float = 0.0, class_ids: Sequence[int] | None = None) -> Detections:
-        """Those with a score above `min_score` and, if given, one of these classes."""
+        """Return those with a score above `min_score` and, if given, one of these classes."""
         mask = self.scores > min_score
         if class_ids is not None:
             mask &= np.isin(self.class_ids, list(class_ids))
         return self[mask]
 
     def names(self) -> list[str]:
-        """The class name of every object; the class number where no names are known."""
+        """Return the class name of every object; the class number where no names are known."""
         return [
             self.class_names[i] if i < len(self.class_names) else str(i)
             for i in map(int, self.class_ids)
@@ -77,7 +81,7 @@ class Detections:
     def to_coco(
         self, image_id: int, category_ids: Sequence[int] | None = None
     ) -> list[dict[str, Any]]:
-        """COCO results: one dictionary an object, `bbox` as x, y, width, height in pixels.
+        """Return COCO results: one dictionary an object, `bbox` as x, y, width, height in pixels.
 
         Args:
             image_id: the image's id in the annotations.
@@ -99,7 +103,7 @@ class Detections:
         return rows
 
     def to_supervision(self) -> supervision.Detections:
-        """The same as `supervision.Detections`.
+        """Return the same as `supervision.Detections`.
 
         Raises:
             ToodError: the package supervision is not installed.
@@ -108,7 +112,8 @@ class Detections:
             import supervision  # pyright: ignore[reportMissingImports] - optional
         except ImportError as error:
             raise ToodError(
-                "to_supervision needs the package supervision; install it with: pip install supervision"
+                "to_supervision needs the package supervision; install it with: pip install "
+                "supervision"
             ) from error
         return supervision.Detections(
             xyxy=self.boxes,
@@ -118,7 +123,7 @@ class Detections:
         )
 
     def plot(self, image_bgr: NDArray[Any]) -> NDArray[np.uint8]:
-        """A copy of the image, (H, W, 3) uint8 BGR, with boxes, class names and scores drawn on it."""
+        """Return a copy of the image, (H, W, 3) uint8 BGR, with the detections drawn on it."""
         labels = [
             f"{name} {score:.2f}"
             for name, score in zip(self.names(), self.scores.tolist(), strict=True)

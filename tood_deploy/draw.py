@@ -1,4 +1,7 @@
-"""Boxes and labels drawn on a copy of a image. NumPy and OpenCV alone; knows nothing of models or files."""
+"""Boxes and labels drawn on a copy of an image.
+
+NumPy and OpenCV alone; knows nothing of models or files.
+"""
 
 import colorsys
 from collections.abc import Sequence
@@ -13,30 +16,36 @@ SHADES = ((0.85, 0.95), (0.60, 1.0), (0.95, 0.65))  # saturation and value, in t
 FONT, FONT_WEIGHT = "sans", 500
 SMALLEST_TEXT, LARGEST_TEXT = 11, 90  # pixels
 DARK_TEXT_ABOVE = 140  # luminance, 0 to 255
-MOST_PATCHES = 256  # labels kept, of some kilobytes each: in a video they come again
+MAX_PATCHES = 256  # labels kept, of some kilobytes each: in a video they come again
 
 
 def class_colour(class_id: int) -> tuple[int, int, int]:
-    """The colour of a class, BGR, 0 to 255: always the same, neighbouring numbers far apart."""
+    """Return the colour of a class, BGR, 0 to 255.
+
+    Always the same, neighbouring numbers far apart.
+    """
     saturation, value = SHADES[class_id % len(SHADES)]
     red, green, blue = colorsys.hsv_to_rgb((class_id * GOLDEN_RATIO) % 1.0, saturation, value)
     return round(blue * 255), round(green * 255), round(red * 255)
 
 
 def text_colour(background_bgr: tuple[int, int, int]) -> tuple[int, int, int]:
-    """Black or white, whichever is easier to read on this colour (luminance of ITU-R BT.601)."""
+    """Return black or white, whichever is easier to read on this colour.
+
+    By the luminance of ITU-R BT.601.
+    """
     blue, green, red = background_bgr
     luminance = 0.114 * blue + 0.587 * green + 0.299 * red
     return (0, 0, 0) if luminance > DARK_TEXT_ABOVE else (255, 255, 255)
 
 
 def line_width(image_hw: tuple[int, int]) -> int:
-    """Width of a box's line in pixels, by the image's size."""
+    """Return the width of a box's line in pixels, by the image's size."""
     return max(1, round(0.0025 * sum(image_hw) / 2 + 0.5))
 
 
 def text_size(image_hw: tuple[int, int]) -> int:
-    """Height of the text in pixels, by the image's size."""
+    """Return the height of the text in pixels, by the image's size."""
     return min(LARGEST_TEXT, max(SMALLEST_TEXT, round(0.015 * sum(image_hw) / 2 + 5)))
 
 
@@ -46,11 +55,12 @@ def draw_boxes(
     class_ids: NDArray[np.int32],
     labels: Sequence[str],
 ) -> NDArray[np.uint8]:
-    """A copy of the image with a box and a filled label for every object.
+    """Return a copy of the image with a box and a filled label for every object.
 
     Args:
         image_bgr: (H, W, 3) uint8 BGR.
-        boxes: (D, 4) xyxy in the image's pixels, best first; what lies outside the image is cut off.
+        boxes: (D, 4) xyxy in the image's pixels, best first; what lies outside the image is cut
+            off.
         class_ids: (D,) class numbers: they choose the colour.
         labels: D texts; letters of any script.
     """
@@ -82,11 +92,14 @@ def draw_boxes(
     return drawn
 
 
-@lru_cache(maxsize=MOST_PATCHES)
+@lru_cache(maxsize=MAX_PATCHES)
 def _label_patch(
     label: str, background_bgr: tuple[int, int, int], size: int, room: int
 ) -> NDArray[np.uint8]:
-    """The filled label as a small image; the text shrinks, down to half the smallest size, to fit into `room` pixels."""
+    """Return the filled label as a small image.
+
+    The text shrinks, down to half the smallest size, to fit into `room` pixels.
+    """
     font = cv2.FontFace(FONT)
     margin = max(2, size // 6)
     while size > SMALLEST_TEXT // 2 and _text_width(label, font, size) + 2 * margin > room:
@@ -112,7 +125,10 @@ def _text_width(label: str, font: cv2.FontFace, size: int) -> int:
 def _label_places(
     boxes: list[list[int]], labels_hw: list[tuple[int, int]], image_hw: tuple[int, int]
 ) -> list[tuple[int, int]]:
-    """Left and top of every label, inside the image: the first place at its box that hides no better object's label."""
+    """Return the left and top of every label, inside the image.
+
+    The first place at its box that hides no better object's label.
+    """
     taken = np.zeros((len(boxes), 4), np.int64)
     for i, ((x1, y1, x2, y2), (height, width)) in enumerate(zip(boxes, labels_hw, strict=True)):
         wished = [
@@ -132,7 +148,7 @@ def _label_places(
 
 
 def _overlaps(places: NDArray[np.int64], taken: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Pixels (P,) that each of the places (P, 4) xyxy has in common with those (n, 4) that are taken."""
+    """Return the pixels (P,) that places (P, 4) xyxy share with those (n, 4) that are taken."""
     sides = np.minimum(places[:, None, 2:], taken[:, 2:]) - np.maximum(
         places[:, None, :2], taken[:, :2]
     )

@@ -1,4 +1,7 @@
-"""The errors a user can meet. Every message says what was found, what was expected and what to do."""
+"""The errors a user can meet.
+
+Every message says what was found, what was expected and what to do.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ class ArtefactError(ToodError):
 
 
 class InputError(ToodError):
-    """A image, video, folder or stream that cannot be read."""
+    """An image, video, folder or stream that cannot be read."""
 
 
 class OutputError(ToodError):
@@ -48,7 +51,8 @@ class Package:
 
     Attributes:
         distribution: its name for pip.
-        extras: those that bring it, the usual one first; none where it belongs to every installation.
+        extras: those that bring it, the usual one first; none where it belongs to every
+            installation.
     """
 
     distribution: str
@@ -82,16 +86,21 @@ PACKAGES = {  # by the name that is imported
     "tensorboard": Package("tensorboard", ("train",)),
     "pynvml": Package("nvidia-ml-py", ("gpu",)),
 }
-ONNXRUNTIME_CURE = "run pip uninstall --yes onnxruntime onnxruntime-gpu, then pip install --no-deps onnxruntime (onnxruntime-gpu for an NVIDIA GPU)"
+ONNXRUNTIME_CURE = (
+    "run pip uninstall --yes onnxruntime onnxruntime-gpu, then pip install --no-deps onnxruntime "
+    "(onnxruntime-gpu for an NVIDIA GPU)"
+)
 
 
 def not_installed(module: str, *extras: str) -> str:
-    """Return the sentence for a missing package: what is missing, and how to install what brings it.
+    """Return the sentence for a missing package.
+
+    What is missing, and how to install what brings it.
 
     Args:
         module: the imported name, a key of `PACKAGES`.
-        extras: all that the command at hand needs; named together if one of them brings the package, else the package's
-            usual extra is named.
+        extras: all that the command at hand needs; named together if one of them brings the
+            package, else the package's usual extra is named.
     """
     package = PACKAGES[module]
     if module == "onnxruntime":
@@ -106,13 +115,14 @@ def not_installed(module: str, *extras: str) -> str:
     wheel = f"tood_deploy-{__version__}-py3-none-any.whl{brackets}"
     return (
         f"the package {package.distribution} is not installed; {brought_by}: "
-        f'run pip install ".{brackets}" in a checkout, or pip install "{wheel}" in the folder of the wheel'
+        f'run pip install ".{brackets}" in a checkout, or pip install "{wheel}" in the folder of '
+        "the wheel"
     )
 
 
 @contextmanager
 def naming_extras(*extras: str) -> Iterator[None]:
-    """Turn a missing package of ours, imported inside the block, into the sentence of `not_installed`.
+    """Turn a missing package, imported inside the block, into the error of `not_installed`.
 
     Any other module that is not found passes through: that is a bug, not a matter of installing.
 
@@ -132,10 +142,11 @@ def naming_extras(*extras: str) -> Iterator[None]:
 
 
 def _missing_module(name: str) -> str | None:
-    """Return the key of `PACKAGES` that is not installed, if that is why the module `name` was not found.
+    """Return the key of `PACKAGES` whose absence is why the module `name` was not found.
 
-    A part of a package that is installed (`torch.something`) is none: another version is there, not nothing. A name space
-    that several packages share (`cuda`, `google`) is not found where none of them is installed, and stands for the first.
+    A part of a package that is installed (`torch.something`) is none: another version is there, not
+    nothing. A name space that several packages share (`cuda`, `google`) is not found where none of
+    them is installed, and stands for the first.
     """
     for module in PACKAGES:
         if name == module or module.startswith(f"{name}."):

@@ -16,7 +16,10 @@ from tood_deploy.errors import OutputError
 
 
 def home_folder(name: str) -> Path:
-    """`$TOOD_HOME/<name>`, else `tood_deploy/<name>` in `$XDG_CACHE_HOME` or `~/.cache`. May not exist yet."""
+    """Return `$TOOD_HOME/<name>`, else `tood_deploy/<name>` in `$XDG_CACHE_HOME` or `~/.cache`.
+
+    May not exist yet.
+    """
     if home := os.environ.get("TOOD_HOME"):
         return Path(home).expanduser() / name
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
@@ -25,7 +28,7 @@ def home_folder(name: str) -> Path:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` that becomes `path` if the block succeeds and vanishes if not.
+    """Yield a temporary name that becomes `path` if the block succeeds, and vanishes if not.
 
     Raises:
         OutputError: the folder cannot be written, or the disk is full.
@@ -50,7 +53,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_paths(*paths: Path) -> Iterator[tuple[Path, ...]]:
-    """Like `atomic_path`, for files of one folder that belong together: all become themselves if the block succeeds, none if not.
+    """Yield temporary names, as `atomic_path`, for files of one folder that belong together.
+
+    All become themselves if the block succeeds, none if not.
 
     The temporary ones carry the final names, in a folder of their own.
 
@@ -77,7 +82,7 @@ def atomic_paths(*paths: Path) -> Iterator[tuple[Path, ...]]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file whole or not at all.
+    """Write a text file whole or not at all.
 
     Raises:
         OutputError: the folder cannot be written, or the disk is full.
@@ -87,7 +92,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 def file_sha256(*paths: Path) -> str:
-    """SHA-256, hexadecimal, of a file's bytes, or of several files one after the other. Remembered until a file changes."""
+    """Return SHA-256, hexadecimal, of a file's bytes, or of several files one after the other.
+
+    Remembered until a file changes.
+    """
     status = [(path, path.stat()) for path in paths]
     return _sha256(
         tuple(
@@ -118,5 +126,5 @@ def _new_file(path: Path) -> Path:
 
 
 def absolute_path(name: str | Path) -> Path:
-    """The path from the root, without `.` and `..`, symbolic links left as they are."""
+    """Return the path from the root, without `.` and `..`, symbolic links left as they are."""
     return Path(os.path.normpath(Path(name).absolute()))

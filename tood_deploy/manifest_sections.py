@@ -1,7 +1,7 @@
 """The typed sections of a manifest, and their JSON.
 
-How an artefact was built, its verdict of parity, its self-test, what an engine was built for, and the
-form that a server takes. The JSON keeps the names of version 0.1.0 ("picture_png" for an image,
+How an artefact was built, its verdict of parity, its self-test, what an engine was built for, and
+the form that a server takes. The JSON keeps the names of version 0.1.0 ("picture_png" for an image,
 "rest" for the fallback precision), and what a section does not know by name stays in its `details`,
 so that manifests of other versions are written back whole. Knows no file and no runtime.
 """

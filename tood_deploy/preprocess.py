@@ -1,9 +1,13 @@
-"""From a image as OpenCV reads it to what the network takes, and boxes back again. NumPy and OpenCV alone.
+"""From an image as OpenCV reads it to what the network takes, and boxes back again.
 
-Equal to the test pipeline of both public implementations (reference/SPEC.md section 4): resize bilinearly, with the aspect kept
-unless the `Sizing` says otherwise, then pad at the right and bottom. Normalising is part of the network's graph.
+NumPy and OpenCV alone.
 
-Wherever a size to fit is asked for, plain (short side, long side) stands for `Sizing((short side, long side))`.
+Equal to the test pipeline of both public implementations (reference/SPEC.md section 4): resize
+bilinearly, with the aspect kept unless the `Sizing` says otherwise, then pad at the right and
+bottom. Normalising is part of the network's graph.
+
+Wherever a size to fit is asked for, plain (short side, long side) stands for `Sizing((short side,
+long side))`.
 """
 
 import math
@@ -22,7 +26,7 @@ ImageSize = Sizing | tuple[int, int]
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """How a image became the network's input.
+    """How an image became the network's input.
 
     Attributes:
         image_hw: rows and columns of the original image.
@@ -35,7 +39,10 @@ class ImageTransform:
     net_hw: tuple[int, int]
 
     def boxes_to_image(self, boxes_net: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Boxes (D, 4) xyxy from pixels of the network input to pixels of the original image, not clipped.
+        """Return boxes (D, 4) xyxy in pixels of the original image, not clipped.
+
+        Args:
+            boxes_net: (D, 4) xyxy in pixels of the network input.
 
         The two directions have their own factor, as rounding made them.
         """
@@ -49,7 +56,7 @@ class ImageTransform:
 
 
 def check_imgsz(imgsz: Sequence[int]) -> tuple[int, int]:
-    """(short side, long side), put in that order.
+    """Return (short side, long side), in that order.
 
     Raises:
         ToodError: not two positive whole numbers.
@@ -57,17 +64,21 @@ def check_imgsz(imgsz: Sequence[int]) -> tuple[int, int]:
     values = tuple(int(side) for side in imgsz)
     if len(values) != 2 or min(values) < 1:
         raise ToodError(
-            f"imgsz is {' '.join(map(str, imgsz))}; expected two positive numbers, for example 800 1333"
+            f"imgsz is {' '.join(map(str, imgsz))}; expected two positive numbers, for example 800 "
+            "1333"
         )
     return min(values), max(values)
 
 
 def with_imgsz(preset: Preset, imgsz: Sequence[int] | None) -> Preset:
-    """Return the preset with another image size, which a fixed canvas follows; the preset itself where None is given.
+    """Return the preset with another image size, which a fixed canvas follows.
+
+    The preset itself where None is given.
 
     Args:
         preset: says what a size means.
-        imgsz: (short side, long side) to fit, in any order; (rows, columns) where the preset stretches images.
+        imgsz: (short side, long side) to fit, in any order; (rows, columns) where the preset
+            stretches images.
 
     Raises:
         ToodError: not two positive whole numbers.
@@ -117,7 +128,10 @@ def fit_size(image_hw: tuple[int, int], imgsz: ImageSize) -> tuple[int, int]:
 
 
 def padded_size(image_hw: tuple[int, int], imgsz: ImageSize) -> tuple[int, int]:
-    """Return the rows and columns of the network's input for an image: the fixed canvas, or the next multiples of the divisor."""
+    """Return the rows and columns of the network's input for an image.
+
+    The fixed canvas, or the next multiples of the divisor.
+    """
     sizing = _sizing(imgsz)
     return sizing.canvas_hw or pad_size(fit_size(image_hw, sizing), sizing.divisor)
 
@@ -127,13 +141,19 @@ def _sizing(imgsz: ImageSize) -> Sizing:
 
 
 def pad_size(resized_hw: tuple[int, int], divisor: int = SIZE_DIVISOR) -> tuple[int, int]:
-    """Rows and columns rounded up to a multiple of `divisor`."""
+    """Return rows and columns rounded up to a multiple of `divisor`."""
     height, width = (-(-side // divisor) * divisor for side in resized_hw)
     return height, width
 
 
 def fit_imgsz(image_hw: tuple[int, ...], imgsz: ImageSize, net_hw: tuple[int, int]) -> ImageSize:
-    """Return the size to fit: `imgsz`, or less where the canvas `net_hw` has no room for that."""
+    """Return the size to fit: `imgsz`, or less where the canvas has no room for that.
+
+    Args:
+        image_hw: rows and columns of the image.
+        imgsz: the size to fit where there is room.
+        net_hw: rows and columns of the canvas.
+    """
     height, width = image_hw[:2]
     resized = fit_size((height, width), imgsz)
     if resized[0] <= net_hw[0] and resized[1] <= net_hw[1]:
@@ -146,27 +166,33 @@ def fit_imgsz(image_hw: tuple[int, ...], imgsz: ImageSize, net_hw: tuple[int, in
 
 
 def choose_canvas(
-    image_hw: tuple[int, ...], imgsz: ImageSize, canvases_hw: Sequence[tuple[int, int]]
+    image_hw: tuple[int, ...], imgsz: ImageSize, input_shapes_hw: Sequence[tuple[int, int]]
 ) -> tuple[int, int]:
-    """Of the padded sizes that an engine takes, the one that shrinks a image least, then the one with the fewest pixels.
+    """Return the padded size that shrinks an image least; of several, the one with fewest pixels.
 
     Args:
         image_hw: rows and columns of the image.
         imgsz: the size to fit where there is room.
-        canvases_hw: rows and columns of every padded size, at least one.
+        input_shapes_hw: rows and columns of every padded size, at least one.
     """
 
     def shrinkage_and_area(canvas_hw: tuple[int, int]) -> tuple[float, int]:
         resized_hw = fit_size((image_hw[0], image_hw[1]), fit_imgsz(image_hw, imgsz, canvas_hw))
         return -float(resized_hw[0] * resized_hw[1]), canvas_hw[0] * canvas_hw[1]
 
-    return min(canvases_hw, key=shrinkage_and_area)
+    return min(input_shapes_hw, key=shrinkage_and_area)
 
 
 def resize(
     image_bgr: NDArray[np.uint8], imgsz: ImageSize, image_hw: tuple[int, int] | None = None
 ) -> NDArray[np.uint8]:
-    """Resize an image (H, W, 3) uint8 as `imgsz` says: OpenCV's bilinear; `image_hw`: see `resize_and_pad`."""
+    """Resize an image with OpenCV's bilinear interpolation.
+
+    Args:
+        image_bgr: (H, W, 3) uint8.
+        imgsz: the size to fit.
+        image_hw: as `resize_and_pad` takes it.
+    """
     height, width = fit_size(image_hw or (image_bgr.shape[0], image_bgr.shape[1]), imgsz)
     return np.asarray(
         cv2.resize(image_bgr, (width, height), interpolation=cv2.INTER_LINEAR), np.uint8
@@ -179,14 +205,15 @@ def resize_and_pad(
     net_hw: tuple[int, int] | None = None,
     image_hw: tuple[int, int] | None = None,
 ) -> tuple[NDArray[np.uint8], ImageTransform]:
-    """The network's input for one image.
+    """Return the network's input for one image.
 
     Args:
         image_bgr: (H, W, 3) uint8, as OpenCV reads it.
         imgsz: the size to fit, with (short side, long side) in pixels, or a preset's `sizing`.
-        net_hw: rows and columns to pad to; where not given those of `padded_size`. An image that a preset's fixed canvas has no room
-            for is shrunk to fit; the training code stops there.
-        image_hw: rows and columns of the original image, where `image_bgr` is all of it but smaller; boxes go back to the original.
+        net_hw: rows and columns to pad to; where not given those of `padded_size`. An image that a
+            preset's fixed canvas has no room for is shrunk to fit; the training code stops there.
+        image_hw: rows and columns of the original image, where `image_bgr` is all of it but
+            smaller; boxes go back to the original.
 
     Returns:
         (rows, columns, 3) uint8 RGB, zeros where padded, and the transform that leads back.
@@ -201,7 +228,8 @@ def resize_and_pad(
         or not image_bgr.size
     ):
         raise InputError(
-            f"image is {image_bgr.dtype} {image_bgr.shape}; expected uint8 (H, W, 3) in BGR order, as cv2.imread gives it"
+            f"image is {image_bgr.dtype} {image_bgr.shape}; expected uint8 (H, W, 3) in BGR order, "
+            "as cv2.imread gives it"
         )
     image_hw = image_hw or (image_bgr.shape[0], image_bgr.shape[1])
     if net_hw is None:
@@ -211,7 +239,8 @@ def resize_and_pad(
     resized_hw = resized.shape[0], resized.shape[1]
     if net_hw[0] < resized_hw[0] or net_hw[1] < resized_hw[1]:
         raise InputError(
-            f"image is {resized_hw} after resizing, the network takes {net_hw}; give a smaller imgsz"
+            f"image is {resized_hw} after resizing, the network takes {net_hw}; give a smaller "
+            "imgsz"
         )
     padded = np.zeros((*net_hw, 3), np.uint8)
     cv2.cvtColor(resized, cv2.COLOR_BGR2RGB, dst=padded[: resized_hw[0], : resized_hw[1]])

@@ -1,8 +1,9 @@
 """The published TOOD models, and our own small one, as literal values. Knows nothing of torch.
 
-A `Preset` says everything that building, loading and running a detector needs: the network's dimensions, the classes,
-the test-time convention and the input statistics. Derive variants with `dataclasses.replace`.
-Sources: reference/SPEC.md sections 1, 2, 4 and 6; the MMDetection 3.3.0 model index; the authors' README.
+A `Preset` says everything that building, loading and running a detector needs: the network's
+dimensions, the classes, the test-time convention and the input statistics. Derive variants with
+`dataclasses.replace`. Sources: reference/SPEC.md sections 1, 2, 4 and 6; the MMDetection 3.3.0
+model index; the authors' README.
 """
 
 from dataclasses import asdict, dataclass, fields
@@ -29,18 +30,25 @@ ALLOWED = {
 }
 
 COCO_CLASSES = tuple(
-    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,bench,"
+    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop "
+    "sign,parking meter,bench,"
     "bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,tie,suitcase,frisbee,skis,snowboard,"
-    "sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,tennis racket,bottle,wine glass,cup,fork,knife,spoon,"
-    "bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,potted plant,bed,dining table,"
-    "toilet,tv,laptop,mouse,remote,keyboard,cell phone,microwave,oven,toaster,sink,refrigerator,book,clock,vase,scissors,"
+    "sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,tennis racket,bottle,wine "
+    "glass,cup,fork,knife,spoon,"
+    "bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,potted "
+    "plant,bed,dining table,"
+    "toilet,tv,laptop,mouse,remote,keyboard,cell "
+    "phone,microwave,oven,toaster,sink,refrigerator,book,clock,vase,scissors,"
     "teddy bear,hair drier,toothbrush".split(",")
 )
 
 
 @dataclass(frozen=True)
 class PublishedWeights:
-    """Where weights are published: the URL and the first 8 hexadecimal digits of the file's SHA-256."""
+    """Where weights are published.
+
+    The URL and the first 8 hexadecimal digits of the file's SHA-256.
+    """
 
     url: str
     sha256_prefix: str
@@ -51,11 +59,14 @@ class Sizing:
     """How an image is brought to the size of the network's input; `preprocess` carries it out.
 
     Attributes:
-        imgsz: where images fit, (short side, long side) in pixels; where they are stretched, (rows, columns).
+        imgsz: where images fit, (short side, long side) in pixels; where they are stretched, (rows,
+            columns).
         resize: "fit" keeps the aspect, "stretch" does not.
-        scale_factor: of rows and columns; in place of `imgsz`, every image is resized to its own size times this.
+        scale_factor: of rows and columns; in place of `imgsz`, every image is resized to its own
+            size times this.
         divisor: rows and columns are padded to a multiple of it.
-        canvas_hw: rows and columns that every image is padded to; None for the next multiples of `divisor`.
+        canvas_hw: rows and columns that every image is padded to; None for the next multiples of
+            `divisor`.
     """
 
     imgsz: tuple[int, int]
@@ -88,16 +99,23 @@ class Preset:
     Attributes:
         name: the preset's name, or "custom" for a network that no preset describes.
         depth: ResNet depth: 18, 34 (basic blocks), 50, 101 or 152 (bottlenecks).
-        groups, base_width: ResNeXt's cardinality and width per group; a plain ResNet has one group, and its width counts for nothing.
-        base_channels: channels of the stem; the stages hold 1, 2, 4, 8 times as many (times 4 for bottlenecks).
-        deform_stages: backbone stages (1 to 4) whose 3x3 convolutions are deformable (DCNv2, one offset group).
+        groups, base_width: ResNeXt's cardinality and width per group; a plain ResNet has one group,
+            and its width counts for nothing.
+        base_channels: channels of the stem; the stages hold 1, 2, 4, 8 times as many (times 4 for
+            bottlenecks).
+        deform_stages: backbone stages (1 to 4) whose 3x3 convolutions are deformable (DCNv2, one
+            offset group).
         channels: channels of pyramid and head.
         tower_stages: convolutions of the head's tower.
-        deform_tower: how many of these, from the first, are deformable (DCNv2, `TOWER_OFFSET_GROUPS` offset groups).
-        anchor: "free" decodes distances, "based" decodes deltas against one square anchor of 8 strides.
+        deform_tower: how many of these, from the first, are deformable (DCNv2,
+            `TOWER_OFFSET_GROUPS` offset groups).
+        anchor: "free" decodes distances, "based" decodes deltas against one square anchor of 8
+            strides.
         class_names: one name per class, in the order of the scores.
-        convention: whose test-time behaviour to follow, MMDetection's or the authors' (reference/SPEC.md section 4).
-        imgsz: (short side, long side) in pixels that an image is scaled to fit; (rows, columns) where it is stretched.
+        convention: whose test-time behaviour to follow, MMDetection's or the authors'
+            (reference/SPEC.md section 4).
+        imgsz: (short side, long side) in pixels that an image is scaled to fit; (rows, columns)
+            where it is stretched.
         mean, std: RGB, in pixel values of 0 to 255.
         norm_groups, norm_eps: of the head's group norms.
         batch_norm_eps: of the backbone's batch norms.
@@ -107,7 +125,8 @@ class Preset:
         channel_order: that the network takes. Artefacts take RGB in any case, and reorder it.
         pad_value: what padding holds after normalising, in the order RGB.
         resize, scale_factor, pad_divisor, canvas_hw: see `Sizing`.
-        score_threshold, iou_threshold, max_det: what evaluation uses where it is not told otherwise.
+        score_threshold, iou_threshold, max_det: what evaluation uses where it is not told
+            otherwise.
         candidates_per_level: (anchor, class) pairs of every level that go into suppression.
         weights: the published checkpoint, None where none can be downloaded.
         published_ap: COCO AP (0 to 100) its publisher states, on val2017.
@@ -211,14 +230,17 @@ class Preset:
         return len(self.class_names)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; the download address stays out, an artefact does not need it."""
+        """Return plain values for JSON.
+
+        The download address stays out, an artefact does not need it.
+        """
         values = asdict(self)
         del values["weights"]
         return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Preset":
-        """The preset that `to_dict` wrote.
+        """Return the preset that `to_dict` wrote.
 
         Raises:
             ToodError: a field is missing, unknown or out of range.
@@ -226,7 +248,8 @@ class Preset:
         known = {field.name for field in fields(cls)} - {"weights"}
         if unknown := set(values) - known:
             raise ToodError(
-                f"preset holds unknown fields {sorted(unknown)}; it was written by another version of tood_deploy"
+                f"preset holds unknown fields {sorted(unknown)}; it was written by another version "
+                "of tood_deploy"
             )
         arguments: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
@@ -293,7 +316,8 @@ PRESETS: dict[str, Preset] = {
             ),
             published_ap=49.3,
         ),
-        # Published by the authors alone, on file-sharing sites that no program can download from; 50.5 is their minival.
+        # Published by the authors alone, on file-sharing sites that no program can download from;
+        # 50.5 is their minival.
         Preset(
             "x101-dcn-2x",
             101,
@@ -309,7 +333,7 @@ PRESETS: dict[str, Preset] = {
 
 
 def get_preset(name: str) -> Preset:
-    """The preset of that name.
+    """Return the preset of that name.
 
     Raises:
         ToodError: there is none; the message lists those there are.

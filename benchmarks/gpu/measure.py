@@ -190,7 +190,7 @@ def _prepare(
         resident: puts inputs on the device and returns a call on them.
         frames: of one batch.
     """
-    detector = Detector(engine, conf=CONF, iou=IOU, imgsz=engine.canvases_hw[0])
+    detector = Detector(engine, conf=CONF, iou=IOU, imgsz=engine.input_shapes_hw[0])
     batch = [detector.prepare(frame) for frame in frames]
     images = np.stack([prepared.image for prepared in batch])
     valid_hw = np.array([prepared.transform.resized_hw for prepared in batch], np.int32)

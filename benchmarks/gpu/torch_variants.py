@@ -95,7 +95,7 @@ class TorchVariant(Engine):
         detector = kind(model, DTYPES[precision]).to(device)
         self.manifest = Manifest(model.preset, max_det=detector.fused.max_det)
         self.device, self.name = device, f"PyTorch {torch.__version__}"
-        self.canvases_hw, self.most_batch = (cell.size_hw,), cell.batch
+        self.input_shapes_hw, self.max_batch = (cell.size_hw,), cell.batch
         self.repeated = 0
         self._function: Callable[..., PackedResult] = detector
         if mode == "compiled":

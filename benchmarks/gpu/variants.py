@@ -103,7 +103,7 @@ def _onnx_variant(
 ) -> Variant:
     def open_variant() -> tuple[Engine, Resident]:
         engine = open_onnx(artefacts.onnx(precision), settings.device)
-        engine.canvases_hw = (cell.size_hw,)
+        engine.input_shapes_hw = (cell.size_hw,)
         return engine, lambda *inputs: resident_onnx(engine, *inputs)
 
     return Variant(
@@ -118,7 +118,7 @@ def _tensorrt_variant(artefacts: Artefacts, cell: Cell, precision: Precision) ->
 
             raise DeviceError(f"device is {artefacts.settings.device}; TensorRT runs on GPUs")
         engine = open_tensorrt(artefacts.engine(precision))
-        engine.canvases_hw = (cell.size_hw,)
+        engine.input_shapes_hw = (cell.size_hw,)
         return engine, lambda *inputs: resident_tensorrt(engine, *inputs)
 
     return Variant(Row(cell, "TensorRT", "engine", precision), "tensorrt", open_variant)

@@ -38,7 +38,10 @@ def run(
     tmp_path: Path,
     engine: RedEngine,
 ) -> Run:
-    """Runs tood-infer with a stand-in engine in an empty folder; gives exit code, stdout and stderr."""
+    """Runs tood-infer with a stand-in engine in an empty folder.
+
+    Gives exit code, stdout and stderr.
+    """
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     asked: list[dict[str, Any]] = []
@@ -236,7 +239,7 @@ class TestBadInput:
             "cut",
         )
 
-    @pytest.mark.parametrize("data", [b"", b"plain text, not a image\n" * 20])
+    @pytest.mark.parametrize("data", [b"", b"plain text, not an image\n" * 20])
     def test_a_file_that_is_no_image(self, run: Run, tmp_path: Path, data: bytes) -> None:
         (tmp_path / "a.jpg").write_bytes(data)
         assert_one_line(run(tmp_path / "a.jpg", "--output", "out"), "a.jpg", "image")
@@ -289,7 +292,7 @@ class TestBadInput:
         assert len(out.splitlines()) == 2
         assert sorted(path.name for path in Path("out").iterdir()) == ["a.png", "c.png"]
         warning, closing_line, failure = err.splitlines()
-        assert warning.startswith(f"warning: {tmp_path / 'images' / 'b.png'}: not a image")
+        assert warning.startswith(f"warning: {tmp_path / 'images' / 'b.png'}: not an image")
         assert closing_line.startswith("2 frames in ")
         assert failure == "failed: 1 images or frames could not be read"
 

@@ -1,4 +1,7 @@
-"""The options of runtimes, in every command that has them: they reach the engine, or are refused in one line."""
+"""The options of runtimes, in every command that has them.
+
+They reach the engine, or are refused in one line.
+"""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -16,8 +16,11 @@ if TYPE_CHECKING:
 def bench(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Bench]:
-    """A fake GPU and a plan on it, of either flavour, whichever is installed; in the end nothing of the GPU's may be held."""
+    """A fake GPU and a plan on it, of either flavour, whichever is installed.
+
+    In the end nothing of the GPU's may be held.
+    """
     from engines.tensorrt_bench import fake_bench
 
-    with fake_bench(request.param, tmp_path, monkeypatch) as made:
-        yield made
+    with fake_bench(request.param, tmp_path, monkeypatch) as bench:
+        yield bench

@@ -1,7 +1,11 @@
-"""A CUDA driver made of Python, for tests of what no machine without a GPU can run: memory, streams, events and graphs.
+"""A CUDA driver made of Python, for tests of what no machine without a GPU can run.
 
-It is as lazy as a GPU may be: work given to a stream is done when somebody waits for it, and not before. So code that reads results too
-early, or overwrites buffers that are still to be copied, finds wrong bytes here. What is not given back is counted. Its clock stands still
+Memory, streams, events and graphs.
+
+It is as lazy as a GPU may be: work given to a stream is done when somebody waits for it, and not
+before. So code that reads results too
+early, or overwrites buffers that are still to be copied, finds wrong bytes here. What is not given
+back is counted. Its clock stands still
 but for what work is said to take.
 """
 
@@ -48,7 +52,10 @@ class Mark:
 
 
 def in_context(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A call that needs a current context, may have been told to fail, and is refused while the thread records if it is unsafe then."""
+    """A call that needs a current context, and may have been told to fail.
+
+    It is refused while the thread records if it is unsafe then.
+    """
 
     @functools.wraps(function)
     def checked(self: FakeDriver, *arguments: Any) -> Any:

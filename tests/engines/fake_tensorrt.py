@@ -1,6 +1,9 @@
-"""A TensorRT made of Python, on top of the fake CUDA driver: it runs a little formula instead of a network.
+"""A TensorRT made of Python, on top of the fake CUDA driver.
 
-It holds its user to the rules: contexts get scratch memory, shapes within a profile, aligned addresses, and go before the memory does.
+It runs a little formula instead of a network.
+
+It holds its user to the rules: contexts get scratch memory, shapes within a profile, aligned
+addresses, and go before the memory does.
 """
 
 from __future__ import annotations
@@ -105,7 +108,10 @@ class FakeContext:
         return True
 
     def _work(self, addresses: dict[str, int]) -> Callable[[], None]:
-        """The run with the shapes and addresses of now, whatever the context is set to later; a graph keeps it so."""
+        """The run with the shapes and addresses of now, whatever the context is set to later.
+
+        A graph keeps it so.
+        """
         shapes, driver, scratch = dict(self._shapes), self._plan.driver, self._scratch
 
         def work() -> None:

@@ -159,7 +159,10 @@ class TestOpening:
     def test_provider_that_does_not_start_is_an_error(
         self, tiny_artefact: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """A build with the CUDA provider on a machine without CUDA: ONNX Runtime itself would fall back in silence."""
+        """A build with the CUDA provider on a machine without CUDA.
+
+        ONNX Runtime itself would fall back in silence.
+        """
         monkeypatch.setattr(
             onnxruntime, "get_available_providers", lambda: list(PROVIDERS.values())
         )

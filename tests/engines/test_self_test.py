@@ -1,9 +1,11 @@
-"""The golden self-test: what passes, what does not, and that a pass is remembered for exactly these circumstances."""
+"""The stored image must give the stored answer; the stored answer survives JSON."""
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,15 +15,18 @@ from manifest_values import changed, plain
 from tood_deploy.engines import BatchDetections, Engine, open_engine
 from tood_deploy.engines import self_test as module
 from tood_deploy.engines.self_test import (
-    FEWEST,
-    MOST,
+    MAX_DETECTIONS,
+    MIN_DETECTIONS,
     Golden,
+    GoldenCase,
     check_self_test,
     self_test_from,
     tolerance_of,
 )
 from tood_deploy.errors import ArtefactError
 from tood_deploy.manifest import Manifest, manifest_path, read_manifest
+from tood_deploy.manifest_sections import SelfTest, SelfTestCase
+from tood_deploy.matching import NetDetections
 from tood_deploy.model import FusedDetector, load_checkpoint
 from tood_deploy.parity.tolerances import LOW_PRECISION, SAME_FLOAT32, SAME_INT8, SAME_TF32
 from tood_deploy.parity.torch_reference import TorchRunner
@@ -71,7 +76,7 @@ class Recited(Engine):
         assert manifest is not None
         stored = manifest.self_test
         assert stored is not None
-        self.manifest, self.change, self.most_batch = (
+        self.manifest, self.change, self.max_batch = (
             replace(manifest, precision=precision),
             change,
             slots,
@@ -107,7 +112,7 @@ class TestMaking:
     def test_answers_lie_in_a_gap_between_the_scores(self, reference: TorchRunner) -> None:
         golden = Golden.from_manifest(self_test_from(reference), "made")
         (case,) = golden.cases
-        assert FEWEST <= len(case.expected) <= MOST
+        assert MIN_DETECTIONS <= len(case.expected) <= MAX_DETECTIONS
         everything = reference(*golden.inputs(case.net_hw), 0.0, golden.iou_threshold)[2][0]
         assert (
             everything[len(case.expected) - 1]
@@ -174,7 +179,7 @@ class TestOutcome:
             if slot < len(found.num_dets):
                 change(BatchDetections(*(array[slot : slot + 1] for array in vars(found).values())))
 
-        message = rf"fails its self-test in recited 1\.0, fp32 on cpu.*{word}.*slot {slot + 1} of.*--no-self-test"
+        message = rf"in recited 1\.0, fp32 on cpu.*{word}.*slot {slot + 1} of.*--no-self-test"
         with pytest.raises(ArtefactError, match=message):
             check_self_test(Recited(artefact, in_slot), artefact)
 
@@ -222,7 +227,7 @@ class TestOutcome:
 
     def test_no_answer_for_the_engines_sizes(self, artefact: Path) -> None:
         engine = Recited(artefact)
-        engine.canvases_hw = ((320, 320),)
+        engine.input_shapes_hw = ((320, 320),)
         with pytest.raises(
             ArtefactError, match=r"no answer for any of its input sizes \(\(320, 320\),\)"
         ):
@@ -230,7 +235,7 @@ class TestOutcome:
 
     def test_sizes_that_the_engine_does_not_take_are_left_out(self, artefact: Path) -> None:
         engine = Recited(artefact)
-        engine.canvases_hw = (CANVASES[1],)
+        engine.input_shapes_hw = (CANVASES[1],)
         check_self_test(engine, artefact)
         assert {shape[1:3] for shape in engine.calls} == {CANVASES[1]}
 
@@ -324,3 +329,63 @@ class TestOpening:
     def test_unless_asked_not_to_look(self, broken: Path, fresh_home: Path) -> None:
         open_engine(broken, threads=1, self_test=False).close()
         assert not fresh_home.exists()
+
+
+RNG = np.random.default_rng(7)
+
+
+@pytest.fixture
+def golden() -> Golden:
+    rows = NetDetections(
+        RNG.random((3, 4), np.float32) * 100,
+        RNG.random(3, np.float32),
+        np.array([0, 5, 79], np.int32),
+    )
+    nothing = NetDetections(
+        np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int32)
+    )
+    image = RNG.integers(0, 256, (21, 33, 3)).astype(np.uint8)
+    return Golden(
+        image,
+        0.6,
+        "PyTorch",
+        (GoldenCase((32, 64), 0.25, rows), GoldenCase((64, 64), 0.0, nothing)),
+    )
+
+
+def test_json_keeps_every_bit(golden: Golden) -> None:
+    stored = SelfTest.from_dict(json.loads(json.dumps(golden.for_manifest().to_dict())))
+    again = Golden.from_manifest(stored, "a.onnx")
+    assert np.array_equal(again.image, golden.image)
+    assert (again.iou_threshold, again.reference) == (0.6, "PyTorch")
+    for old, new in zip(golden.cases, again.cases, strict=True):
+        assert (old.net_hw, old.score_threshold) == (new.net_hw, new.score_threshold)
+        for name in ("boxes", "scores", "labels"):
+            before, after = getattr(old.expected, name), getattr(new.expected, name)
+            assert before.dtype == after.dtype
+            assert np.array_equal(before, after)
+
+
+def test_the_image_lies_in_every_slot(golden: Golden) -> None:
+    images, valid_hw = golden.inputs((64, 96), batch=3)
+    assert images.shape == (3, 64, 96, 3)
+    assert valid_hw.tolist() == [[21, 33]] * 3
+    for image in images:
+        assert np.array_equal(image[:21, :33], golden.image)
+        assert image.sum() == golden.image.sum(dtype=int)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"image_png": "?"},
+        {"image_png": "aGFsbG8="},
+        {"cases": (SelfTestCase((32, 64), 0.0, ((1.0, 2.0),), (1.0,), (1,)),)},
+    ],
+)
+def test_damage_is_one_clear_line(damage: dict[str, Any], golden: Golden) -> None:
+    with pytest.raises(
+        ArtefactError,
+        match=r"a\.onnx: the self-test in its manifest is damaged.*export the model again",
+    ):
+        Golden.from_manifest(replace(golden.for_manifest(), **damage), "a.onnx")

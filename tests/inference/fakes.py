@@ -1,4 +1,7 @@
-"""Stand-ins for the tests of inference: an engine that finds red pixels, and small videos made on the spot."""
+"""Stand-ins for the tests of inference.
+
+An engine that finds red pixels, and small videos made on the spot.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,10 @@ CLASSES = ("red thing", "other/thing")
 
 
 class RedEngine(Engine):
-    """Finds one object per image: the box around its red pixels. Sleeps as long as an engine would work."""
+    """Finds one object per image: the box around its red pixels.
+
+    Sleeps as long as an engine would work.
+    """
 
     def __init__(
         self,

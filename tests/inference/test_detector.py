@@ -1,4 +1,4 @@
-"""The detector: from a image to detections in its own pixels."""
+"""The detector: from an image to detections in its own pixels."""
 
 from dataclasses import replace
 from pathlib import Path

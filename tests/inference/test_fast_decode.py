@@ -129,13 +129,13 @@ def images(tmp_path: Path) -> Path:
     return tmp_path / "images"
 
 
-@pytest.mark.parametrize("canvases_hw", [(), ((64, 64), (96, 96))])
+@pytest.mark.parametrize("input_shapes_hw", [(), ((64, 64), (96, 96))])
 def test_the_same_boxes_in_pixels_of_the_whole_image(
-    images: Path, canvases_hw: tuple[tuple[int, int], ...]
+    images: Path, input_shapes_hw: tuple[tuple[int, int], ...]
 ) -> None:
     def results(fast: bool) -> list:
         engine = RedEngine()
-        engine.canvases_hw = canvases_hw
+        engine.input_shapes_hw = input_shapes_hw
         return list(Detector(engine, imgsz=IMGSZ, fast_decode=fast).stream(images))
 
     for (whole_frame, whole), (frame, found) in zip(results(False), results(True), strict=True):

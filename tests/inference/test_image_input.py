@@ -1,4 +1,7 @@
-"""Images as users hold them in memory, made BGR; what is no image, in one sentence with its cure."""
+"""Images as users hold them in memory, made BGR.
+
+What is no image, in one sentence with its cure.
+"""
 
 import io
 import subprocess
@@ -100,7 +103,7 @@ def test_a_cut_file_of_pillow_is_named() -> None:
         (None, "None was given; cv2.imread gives None"),
         (
             "street.jpg",
-            r"the path street.jpg was given; read it with cv2.imread, or use detector.stream\('street.jpg'\)",
+            r"the path street.jpg was given; .* cv2.imread, .*detector.stream\('street.jpg'\)",
         ),
         (Path("street.jpg"), r"detector.stream\('street.jpg'\)"),
         (b"\xff\xd8\xff", "3 bytes were given; decode them with cv2.imdecode"),
@@ -130,8 +133,9 @@ def test_what_is_no_image_is_told_with_its_cure(image: Any, message: str) -> Non
 
 
 def test_pillow_is_not_imported() -> None:
-    code = "import sys, numpy as np; from tood_deploy.inference.image_input import bgr_from; bgr_from(np.zeros((4, 4), np.uint8), 'bgr')"
-    code += "\ntry: bgr_from(3, 'bgr')\nexcept Exception as error: print(type(error).__name__, 'PIL' in sys.modules)"
+    code = "import sys, numpy as np; from tood_deploy.inference.image_input import bgr_from"
+    code += "\nbgr_from(np.zeros((4, 4), np.uint8), 'bgr')\ntry: bgr_from(3, 'bgr')"
+    code += "\nexcept Exception as error: print(type(error).__name__, 'PIL' in sys.modules)"
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )

@@ -73,7 +73,10 @@ def test_only_images_of_one_padded_size_share_a_batch() -> None:
 
 
 class Overlapping(RedEngine):
-    """Works on several batches at a time; remembers the most that were under way, and those never collected."""
+    """Works on several batches at a time.
+
+    Remembers the most that were under way, and those never collected.
+    """
 
     def __init__(self, in_flight: int, fail_at_call: int | None = None) -> None:
         super().__init__()
@@ -144,7 +147,7 @@ def test_images_of_one_canvas_share_a_batch(batch: int) -> None:
     sizes_hw = [(48, 64), (40, 64), (64, 48), (64, 40), (60, 64), (48, 64), (33, 40)]
     images = [red_image(*size_hw, left=2 * i) for i, size_hw in enumerate(sizes_hw)]
     engine = RedEngine()
-    engine.canvases_hw = ((96, 128), (128, 96))
+    engine.input_shapes_hw = ((96, 128), (128, 96))
     results = list(detect_frames(detector(engine), Images(images), batch))
     assert [frame.index for frame, _ in results] == list(range(7))
     for i, (_, found) in enumerate(results):
@@ -212,7 +215,7 @@ def test_a_slow_consumer_holds_the_source_back(batch: int) -> None:
 
 
 def test_large_images_are_held_back_by_their_bytes() -> None:
-    in_flight = InFlight(least=1, most=10, most_bytes=5 * 48 * 64 * 3)
+    in_flight = InFlight(min_frames=1, max_frames=10, max_bytes=5 * 48 * 64 * 3)
     frame = Frame(red_image(), "memory")
     for _ in range(4):
         in_flight.enter(frame)

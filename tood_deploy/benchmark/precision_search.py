@@ -1,7 +1,7 @@
 """`tood-export --autotune-precision`: the fastest mixture of precisions whose quality stays.
 
-A float32 artefact comes in, the graph of the best mixture goes out. Puts together what others do: one
-calibration, mixed graphs, their latency in the target's runtime, their quality, the search itself.
+A float32 artefact comes in, the graph of the best mixture goes out. Puts together what others do:
+one calibration, mixed graphs, their latency in the target's runtime, their quality, the search.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ SCORE_THRESHOLD, IOU_THRESHOLD = 0.05, 0.6
 class ApDrop:
     """Points of AP that graphs lose against a float32 one.
 
-    ONNX Runtime on the CPU runs both: half precision is emulated, and what is quantised for TensorRT
-    is computed in float32 (`needs_float_arithmetic`).
+    ONNX Runtime on the CPU runs both: half precision is emulated, and what is quantised for
+    TensorRT is computed in float32 (`needs_float_arithmetic`).
     """
 
     def __init__(self, data: DataSet, reference: OnnxArtefact, *, quiet: bool = True) -> None:
@@ -106,7 +106,7 @@ class ApDrop:
             return expected
 
     def file_ap(self, path: Path, **engine_options: Any) -> float:
-        """Measure AP of an artefact in points, 0 to 100, in the runtime that its file belongs to."""
+        """Measure AP of an artefact, 0 to 100 points, in the runtime that its file belongs to."""
         with tempfile.TemporaryDirectory(prefix="tood-") as folder:
             kept = PredictionFile(Path(folder) / "predictions.jsonl", Key({}))
             with Detector(
@@ -296,7 +296,7 @@ class PrecisionSearch:
 
     Attributes:
         opener: opens graphs in the runtime that they are made for.
-        calib_data: a folder of images to calibrate on; the first is also what latency is measured on.
+        calib_data: a folder of images to calibrate on; latency is measured on the first of them.
         int8: how 8-bit layers are made; its `max_drop` is the most that quality may drop.
         half: the half precision that takes part, of what is not 8-bit, too; None for none.
         quality: makes what tells how much worse a graph is; per cent of mismatched detections where not given.

@@ -42,7 +42,8 @@ def run_command(
             missing.
 
     Returns:
-        What the command returns; 1 for a failed check, 2 for wrong use or bad input, 130 for Ctrl-C.
+        What the command returns; 1 for a failed check, 2 for wrong use or bad input, 130 for
+        Ctrl-C.
     """
     try:
         with naming_extras(*extras):
@@ -70,7 +71,10 @@ class CommandParser(argparse.ArgumentParser):
     """
 
     def __init__(self, prog: str, **options: Any) -> None:
-        """Take what argparse takes; `prog` is a command of `COMMANDS`, or has a subcommand after it."""
+        """Take what argparse takes.
+
+        `prog` is a command of `COMMANDS`, or has a subcommand after it.
+        """
         options.setdefault("description", COMMANDS.get(prog))
         super().__init__(prog, **options)
         command = self.prog.split()[0]
@@ -207,7 +211,8 @@ def add_runtime_options(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--precision",
         choices=("fp32", "bf16"),
-        help="OpenVINO alone: of all that is not quantised (default: what the artefact was made for)",
+        help="OpenVINO alone: of all that is not quantised "
+        "(default: what the artefact was made for)",
     )
     parser.add_argument(
         "--no-self-test",
@@ -223,7 +228,8 @@ def add_fast_decode(parser: argparse._ActionsContainer) -> None:
         "--fast-decode",
         action="store_true",
         default=None,
-        help="decode JPEG images at 1/2, 1/4 or 1/8 of their size where the network takes no more; scores change a little",
+        help="decode JPEG images at 1/2, 1/4 or 1/8 of their size where the network takes no more; "
+        "scores change a little",
     )
 
 
@@ -280,6 +286,7 @@ def class_names_from(text: str | None) -> list[str] | None:
     names = [part.strip() for part in parts if part.strip()]
     if not names or len(set(names)) != len(names):
         raise ToodError(
-            f"--classes {text}: {len(names)} names, {len(set(names))} different; expected one different name for each class"
+            f"--classes {text}: {len(names)} names, {len(set(names))} different; expected one "
+            "different name for each class"
         )
     return names

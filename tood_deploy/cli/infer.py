@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,17 +21,19 @@ from tood_deploy.cli.common import (
     takes_hint,
 )
 from tood_deploy.errors import ToodError
+from tood_deploy.reporter import Reporter
 
 EPILOG = """\
-A single image or video that cannot be read ends the run with exit code 2. Among several, one that cannot be read is told and
-the rest goes on; the exit code is then 1, as it is for a video that is cut or has broken frames. Ctrl-C completes the outputs so
-far (exit code 130). A camera or stream gives the latest frame whenever the model is free, and counts those it drops.
+A single image or video that cannot be read ends the run with exit code 2. Among several, one that
+cannot be read is named and the rest goes on; the exit code is then 1, as it is for a video that is
+cut or has broken frames. Ctrl-C completes the outputs so far (exit code 130). A camera or stream
+gives the latest frame whenever the model is free, and counts those it drops.
 """
 OPENCV_PIXEL_LIMIT = 2**30
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The options of tood-infer."""
+    """Return the options of tood-infer."""
     parser = CommandParser(prog="tood-infer", epilog=EPILOG)
     parser.add_argument(
         "model",
@@ -43,8 +44,17 @@ def build_parser() -> argparse.ArgumentParser:
         "source",
         metavar="SOURCE",
         nargs="+",
-        help="a image, folder, glob, text file with one path a line, video, camera (0 or /dev/video0), rtsp:// or http(s):// address",
+        help="an image, folder, glob, text file with one path a line, video, camera (0 or "
+        "/dev/video0), rtsp:// or http(s):// address",
     )
+    add_inference_options(parser)
+    add_output_options(parser)
+    add_model_options(parser)
+    return parser
+
+
+def add_inference_options(parser: argparse.ArgumentParser) -> None:
+    """Add how images are read and the model is run."""
     add_device(parser)
     parser.add_argument(
         "--imgsz",
@@ -62,13 +72,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--iou",
         type=float,
-        help="overlap above which the weaker of two boxes goes, 0 to 1 (default: the model's, 0.6 as published)",
+        help="overlap above which the weaker of two boxes goes, 0 to 1 "
+        "(default: the model's, 0.6 as published)",
     )
     parser.add_argument(
         "--max-det",
         type=int,
         metavar="N",
-        help="the most detections a image (default: what the model gives, 100)",
+        help="largest number of detections in an image (default: what the model gives, 100)",
     )
     parser.add_argument(
         "--batch", type=int, default=1, metavar="N", help="frames of one engine call (default: 1)"
@@ -85,13 +96,10 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="refuse larger images (default: 200000000)",
     )
-    add_output_options(parser)
-    add_model_options(parser)
-    return parser
 
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:
-    """What to write and where."""
+    """Add what to write and where."""
     group = parser.add_argument_group("output")
     group.add_argument(
         "--output",
@@ -115,7 +123,7 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
         "--jsonl", metavar="FILE", help="one JSON object a frame, as they come; - for stdout"
     )
     group.add_argument(
-        "--crops", type=Path, metavar="DIR", help="every object as a image of its own"
+        "--crops", type=Path, metavar="DIR", help="every object as an image of its own"
     )
     group.add_argument("--show", action="store_true", help="show the frames in a window; q ends")
     group.add_argument(
@@ -124,7 +132,7 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
 
 
 def infer_command(argv: Sequence[str] | None = None) -> int:
-    """Runs tood-infer; errors pass through."""
+    """Run tood-infer; errors pass through."""
     args = build_parser().parse_args(argv)
     if (
         args.max_pixels > OPENCV_PIXEL_LIMIT
@@ -141,8 +149,9 @@ def infer_command(argv: Sequence[str] | None = None) -> int:
     cv2.utils.logging.setLogLevel(
         cv2.utils.logging.LOG_LEVEL_SILENT
     )  # what fails is said once, by us
+    reporter = Reporter(args.quiet)
     outputs = Outputs(
-        args.output, args.json, args.coco_annotations, args.jsonl, args.crops, args.show, args.quiet
+        args.output, args.json, args.coco_annotations, args.jsonl, args.crops, args.show
     )
     source = open_source(args.source, args.max_pixels)
     options = {
@@ -161,18 +170,19 @@ def infer_command(argv: Sequence[str] | None = None) -> int:
         if is_artefact(args.model) and (
             doubt := doubts(Path(args.model), detector.engine.manifest)
         ):
-            print(f"warning: {doubt}", file=sys.stderr)
-        run_inference(detector, source, outputs, args.batch)
+            reporter.warn(doubt)
+        run_inference(detector, source, outputs, reporter, args.batch)
     if source.skipped and source.kind != "live":  # a lost connection has been told
-        print(f"failed: {source.skipped} images or frames could not be read", file=sys.stderr)
+        reporter.problem(f"failed: {source.skipped} images or frames could not be read")
     return FAILED_CHECK if source.skipped else DONE
 
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What `open_engine` takes beyond the device, as far as given.
+    """Return what `open_engine` takes beyond the device, as far as given.
 
     Raises:
-        ToodError: options of checkpoints beside an artefact, which has all of that inside; or the other way round.
+        ToodError: options of checkpoints beside an artefact, which has all of that inside; or the
+            other way round.
     """
     options = load_options(args)
     if options and is_artefact(args.model):
@@ -183,11 +193,12 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     chosen = runtime_options(args)
     if chosen and not is_artefact(args.model):
         raise ToodError(
-            f"{args.model}: a checkpoint is run by PyTorch in float32; leave --runtime, --precision, --no-self-test out, or export it first"
+            f"{args.model}: a checkpoint is run by PyTorch in float32; leave --runtime, "
+            "--precision, --no-self-test out, or export it first"
         )
     return options | chosen | ({"threads": args.threads} if args.threads is not None else {})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The entry point of tood-infer; see `run_command` for the exit codes."""
+    """Run tood-infer as a command; see `run_command` for the exit codes."""
     return run_command(infer_command, argv)

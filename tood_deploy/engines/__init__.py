@@ -1,4 +1,7 @@
-"""Runtimes behind one face: `open_engine` picks one by the model's file name. Names are imported when first used."""
+"""Runtimes behind one face: `open_engine` picks one by the model's file name.
+
+Names are imported when first used.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,7 @@
-"""The one face of every runtime: a batch of padded images in, detections in network pixels out. NumPy alone."""
+"""The one face of every runtime: padded images in, detections in network pixels out.
+
+Knows no runtime; imports NumPy alone.
+"""
 
 from __future__ import annotations
 
@@ -43,18 +46,22 @@ class Engine(ABC):
         manifest: what the model says of itself.
         device: where it runs: "cpu" or "cuda".
         name: the runtime and its version, for reports.
-        canvases_hw: the padded sizes it takes, rows and columns; empty where every multiple of 32 will do.
-        most_batch: the largest batch it takes; None where there is no bound.
-        notes: remarks of the runtime for the user, in the order they came up; more may come while it runs.
-        in_flight: how many batches should be submitted before the first is collected, for throughput.
-        loaded_from: what it was made of: "artefact", or "cache" where the runtime kept what it had compiled; for the self-test.
+        input_shapes_hw: the padded sizes it takes, rows and columns; empty where every multiple of
+            32 will do.
+        max_batch: the largest batch it takes; None where there is no bound.
+        notes: remarks of the runtime for the user, in the order they came up; more may come while
+            it runs.
+        in_flight: how many batches should be submitted before the first is collected, for
+            throughput.
+        loaded_from: what it was made of: "artefact", or "cache" where the runtime kept what it had
+            compiled; for the self-test.
     """
 
     manifest: Manifest
     device: str
     name: str
-    canvases_hw: tuple[tuple[int, int], ...] = ()
-    most_batch: int | None = None
+    input_shapes_hw: tuple[tuple[int, int], ...] = ()
+    max_batch: int | None = None
     notes: Sequence[str] = ()
     in_flight: int = 1
     loaded_from: str = "artefact"
@@ -62,11 +69,11 @@ class Engine(ABC):
 
     @property
     def precision(self) -> str:
-        """Of the arithmetic as it runs here, such as "fp32", or "int8, bf16" where int8 stands beside another."""
+        """The arithmetic as it runs here, such as "fp32"; "int8, bf16" where it is mixed."""
         return self.manifest.precision
 
     def saturates(self) -> bool:
-        """Tell whether this runtime, on this machine, adds products of 8-bit numbers in fewer bits than they need."""
+        """Return whether sums of 8-bit products overflow in this runtime on this machine."""
         return False
 
     def infer(
@@ -76,11 +83,12 @@ class Engine(ABC):
         score_threshold: float,
         iou_threshold: float,
     ) -> BatchDetections:
-        """Runs a batch.
+        """Run a batch.
 
         Args:
             images: (B, H, W, 3) uint8 RGB; H and W multiples of 32.
-            valid_hw: (B, 2) int32, rows and columns of each image that hold real pixels; what lies outside counts as padding.
+            valid_hw: (B, 2) int32, rows and columns of each image that hold real pixels; what lies
+                outside counts as padding.
             score_threshold: detections have a score above it.
             iou_threshold: of two boxes of a class that overlap by more, the lower-scored goes.
 
@@ -99,9 +107,13 @@ class Engine(ABC):
         score_threshold: float,
         iou_threshold: float,
     ) -> Any:
-        """Starts a batch, given as to `infer`, and returns what `collect` takes. The arrays must stay as they are until then.
+        """Start a batch, and return what `collect` takes.
 
-        A runtime that cannot run batches beside one another runs it at once. No more than `in_flight` should be under way.
+        The arrays must stay as they are until then. A runtime that cannot work on several batches
+        at a time runs it at once. No more than `in_flight` should be under way.
+
+        Args:
+            images, valid_hw, score_threshold, iou_threshold: as `infer` takes them.
 
         Raises:
             ToodError: as `infer`.
@@ -110,7 +122,7 @@ class Engine(ABC):
         return self._submit(images, valid_hw, score_threshold, iou_threshold)
 
     def collect(self, ticket: Any) -> BatchDetections:
-        """Waits for a batch that was submitted; each can be collected once.
+        """Wait for a batch that was submitted, and return its detections; once for each batch.
 
         Raises:
             ToodError: as `infer`.
@@ -135,19 +147,22 @@ class Engine(ABC):
         check_inputs(images, valid_hw)
         self._check_profile(images)
 
-    def _checked(self, found: BatchDetections) -> BatchDetections:
-        if not (np.isfinite(found.boxes_net).all() and np.isfinite(found.scores).all()):
+    def _checked(self, detections: BatchDetections) -> BatchDetections:
+        if not (np.isfinite(detections.boxes_net).all() and np.isfinite(detections.scores).all()):
             raise ArtefactError(
-                f"{self.name}: the model gave NaN or infinite values; check the checkpoint, or export in higher precision"
+                f"{self.name}: the model gave NaN or infinite values; check the checkpoint, or "
+                "export in higher precision"
             )
-        return found
+        return detections
 
     def batches_at(self, net_hw: tuple[int, int]) -> tuple[int, int | None]:
-        """The smallest and the largest batch it takes at a padded size; None where there is no bound."""
-        return 1, self.most_batch
+        """Return the smallest and the largest batch at a padded size; None for no bound."""
+        return 1, self.max_batch
 
     def settle(self, batch: int, net_hw: tuple[int, int]) -> None:  # noqa: B027 - most do nothing
-        """Does now what would else be done after many batches of one shape; nothing, for most runtimes.
+        """Do now what would else be done after many batches of one shape.
+
+        Most runtimes have nothing to do.
 
         Args:
             batch: images in a batch.
@@ -159,14 +174,16 @@ class Engine(ABC):
 
     def _check_profile(self, images: NDArray[np.uint8]) -> None:
         batch, height, width, _ = images.shape
-        if self.canvases_hw and (height, width) not in self.canvases_hw:
-            takes = ", ".join(f"{rows} x {columns}" for rows, columns in self.canvases_hw)
+        if self.input_shapes_hw and (height, width) not in self.input_shapes_hw:
+            takes = ", ".join(f"{rows} x {columns}" for rows, columns in self.input_shapes_hw)
             raise InputError(
-                f"images are {height} x {width}, this model takes {takes}; pad to one of these, or export with --shapes {height}x{width}"
+                f"images are {height} x {width}, this model takes {takes}; pad to one of these, or "
+                f"export with --shapes {height}x{width}"
             )
-        if self.most_batch is not None and batch > self.most_batch:
+        if self.max_batch is not None and batch > self.max_batch:
             raise InputError(
-                f"a batch of {batch}, this model takes at most {self.most_batch}; give a smaller --batch, or export with a larger one"
+                f"a batch of {batch}, this model takes at most {self.max_batch}; give a smaller "
+                "--batch, or export with a larger one"
             )
 
     @abstractmethod
@@ -179,7 +196,7 @@ class Engine(ABC):
     ) -> BatchDetections: ...
 
     def close(self) -> None:
-        """Frees what the runtime holds; may be called again."""
+        """Free what the runtime holds; may be called again."""
         self.closed = True
 
     def __enter__(self) -> Self:
@@ -195,20 +212,21 @@ class Engine(ABC):
 
 
 def check_hint(hint: str) -> None:
-    """Raises ToodError unless it is a `Hint`."""
+    """Raise ToodError unless it is a `Hint`."""
     if hint not in HINTS:
         raise ToodError(f"hint is {hint!r}; expected {' or '.join(HINTS)}")
 
 
 def check_inputs(images: NDArray[np.uint8], valid_hw: NDArray[np.int32]) -> None:
-    """Raises InputError unless the arrays are what `Engine.infer` takes."""
+    """Raise InputError unless the arrays are what `Engine.infer` takes."""
     if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8 or not images.size:
         raise InputError(
             f"images are {images.dtype} {images.shape}; expected uint8 (B, H, W, 3) in RGB order"
         )
     if images.shape[1] % SIZE_DIVISOR or images.shape[2] % SIZE_DIVISOR:
         raise InputError(
-            f"images are {images.shape[1]} x {images.shape[2]}; expected multiples of {SIZE_DIVISOR}: use resize_and_pad"
+            f"images are {images.shape[1]} x {images.shape[2]}; expected multiples of "
+            f"{SIZE_DIVISOR}: use resize_and_pad"
         )
     if valid_hw.shape != (len(images), 2) or valid_hw.dtype != np.int32:
         raise InputError(

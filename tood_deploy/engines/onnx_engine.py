@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from tood_deploy.engines.base import BatchDetections, Engine, Hint, check_hint
 from tood_deploy.engines.precision_support import saturates_in_onnxruntime, why_not_on_cpus
 from tood_deploy.errors import ArtefactError, DeviceError, ToodError
-from tood_deploy.graph_io import INPUTS, OUTPUTS
+from tood_deploy.graph_io import INPUTS, OUTPUTS, graph_feeds
 from tood_deploy.manifest import METADATA_KEY, Manifest, read_manifest
 from tood_deploy.onnx_file import CPU, open_session
 
@@ -34,14 +34,15 @@ class OnnxEngine(Engine):
         hint: Hint = "latency",
         float_arithmetic: bool = False,
     ) -> None:
-        """Opens the artefact.
+        """Open the artefact.
 
         Args:
             path: the .onnx file.
             device: "cpu" or "cuda" (needs onnxruntime-gpu; never falls back to the CPU).
             threads: on the CPU, of all inferences together; the number of cores where not given.
-            hint: "latency": all threads work on one batch; "throughput", on the CPU: two batches run beside one another (`in_flight`),
-                whose threads need not wait for each other after every layer.
+            hint: "latency": all threads work on one batch; "throughput", on the CPU: two batches
+                run beside one another (`in_flight`), whose threads need not wait for each other
+                after every layer.
             float_arithmetic: compute quantised layers as their Q/DQ nodes define them, in float32;
                 what is quantised for TensorRT is compared so (`needs_float_arithmetic`).
 
@@ -53,12 +54,14 @@ class OnnxEngine(Engine):
         check_hint(hint)
         if hint == "throughput" and device != "cpu":
             raise ToodError(
-                f"hint is throughput, which ONNX Runtime has on the CPU, and device is {device}; leave the hint out, give a batch"
+                f"hint is throughput, which ONNX Runtime has on the CPU, and device is {device}; "
+                "leave the hint out, give a batch"
             )
         provider = PROVIDERS[device]
         if provider not in ort.get_available_providers():
             raise DeviceError(
-                f"device {device} needs {provider}, this onnxruntime has {ort.get_available_providers()}: {_remedy(device)}"
+                f"device {device} needs {provider}, this onnxruntime has "
+                f"{ort.get_available_providers()}: {_remedy(device)}"
             )
         if device == "cpu":
             _check_precision(path)
@@ -73,7 +76,8 @@ class OnnxEngine(Engine):
         )
         if self.session.get_providers()[0] != provider:
             raise DeviceError(
-                f"ONNX Runtime could not start {provider} and offers {self.session.get_providers()}: {_remedy(device)}"
+                f"ONNX Runtime could not start {provider} and offers "
+                f"{self.session.get_providers()}: {_remedy(device)}"
             )
         self.manifest = _session_manifest(self.session, path)
         self.device = device
@@ -82,7 +86,7 @@ class OnnxEngine(Engine):
         self.in_flight = STREAMS if side_by_side else 1
 
     def saturates(self) -> bool:
-        """See `Engine.saturates`; asked of the CPU alone."""
+        """Return as `Engine.saturates` does; never on a GPU."""
         return self.device == "cpu" and saturates_in_onnxruntime()
 
     def _run(
@@ -92,10 +96,9 @@ class OnnxEngine(Engine):
         score_threshold: float,
         iou_threshold: float,
     ) -> BatchDetections:
-        thresholds = np.float32(score_threshold), np.float32(iou_threshold)
-        values = (images, valid_hw, *(np.asarray(threshold) for threshold in thresholds))
-        found: Any = self.session.run(list(OUTPUTS), dict(zip(INPUTS, values, strict=True)))
-        return BatchDetections(*found)
+        feeds = graph_feeds(images, valid_hw, score_threshold, iou_threshold)
+        outputs: Any = self.session.run(list(OUTPUTS), feeds)
+        return BatchDetections(*outputs)
 
     def _submit(
         self,
@@ -111,7 +114,7 @@ class OnnxEngine(Engine):
         return ticket.result() if isinstance(ticket, Future) else ticket
 
     def close(self) -> None:
-        """Frees the session; may be called again."""
+        """Free the session; may be called again."""
         super().close()
         if (callers := vars(self).pop("_callers", None)) is not None:
             callers.shutdown()
@@ -119,7 +122,7 @@ class OnnxEngine(Engine):
 
 
 def _cores() -> int:
-    """That this process may use."""
+    """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -132,7 +135,7 @@ def _remedy(device: str) -> str:
 
 
 def _check_precision(path: Path) -> None:
-    """Refuse by its manifest what ONNX Runtime does not compute on CPUs, before it fails with a reason of its own.
+    """Refuse, by its manifest, what ONNX Runtime does not compute on CPUs.
 
     Raises:
         DeviceError: the artefact is in bf16, or in int8 beside half precision.
@@ -155,11 +158,14 @@ def _open_session(
         reason = str(error).strip().splitlines()[0]
         if "NOT_IMPLEMENTED" in reason:  # by its text: the type has no public name
             raise ArtefactError(
-                f"{path}: ONNX Runtime {ort.__version__} lacks an operator of it in its precision ({reason}); bf16 needs OpenVINO "
-                "(--runtime openvino) or an engine (tood-export --to engine), all else a newer onnxruntime"
+                f"{path}: ONNX Runtime {ort.__version__} lacks an operator of it in its precision "
+                f"({reason}); bf16 needs OpenVINO "
+                "(--runtime openvino) or an engine (tood-export --to engine), all else a newer "
+                "onnxruntime"
             ) from error
         raise ArtefactError(
-            f"{path}: ONNX Runtime cannot open it, cut or not an ONNX file ({reason}); export it again"
+            f"{path}: ONNX Runtime cannot open it, cut or not an ONNX file ({reason}); export it "
+            "again"
         ) from error
 
 
@@ -171,7 +177,8 @@ def _session_manifest(session: ort.InferenceSession, path: Path) -> Manifest:
     )
     if text is None or names != ([*INPUTS], [*OUTPUTS]):
         raise ArtefactError(
-            f"{path}: an ONNX file, but not one of tood_deploy (inputs {names[0]}, outputs {names[1]}, expected {INPUTS} and {OUTPUTS}); "
+            f"{path}: an ONNX file, but not one of tood_deploy (inputs {names[0]}, outputs "
+            f"{names[1]}, expected {INPUTS} and {OUTPUTS}); "
             "make it from the checkpoint with tood-export"
         )
     inside = Manifest.from_json(text, str(path))

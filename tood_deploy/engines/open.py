@@ -1,8 +1,8 @@
 """Which runtime opens which model.
 
 Comes in: the path of an artefact or checkpoint, or a preset's name. Goes out: an `Engine`. A
-runtime is imported only when it is asked for; this module itself is light, as the commands' `--help`
-reads the table of runtimes.
+runtime is imported only when it is asked for; this module itself is light, as the commands'
+`--help` reads the table of runtimes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""OpenVINO, and a model's files as it reads them: whether they are ours, and what it says if it cannot. Compiles nothing."""
+"""OpenVINO, and a model's files as it reads them.
+
+Whether they are ours, and what it says if it cannot. Compiles nothing.
+"""
 
 from __future__ import annotations
 
@@ -26,14 +29,17 @@ BEGINNINGS = {
 
 
 def load_openvino() -> ModuleType:
-    """The package, without the telemetry that importing it would send to a statistics service unless the machine's user had opted out.
+    """Return the package, without the telemetry that importing it would send.
+
+    It goes to a statistics service unless the machine's user has opted out.
 
     Raises:
         DeviceError: it is not installed, or does not load.
     """
     muted = TELEMETRY not in sys.modules
     if muted:
-        sys.modules[TELEMETRY] = None  # pyright: ignore[reportArgumentType] - as if not installed: OpenVINO has a stub for that
+        # As if it were not installed: OpenVINO has a stub for that.
+        sys.modules[TELEMETRY] = None  # pyright: ignore[reportArgumentType]
     try:
         with naming_extras():
             import openvino
@@ -49,10 +55,11 @@ def load_openvino() -> ModuleType:
 
 @cache
 def shared_core() -> Any:
-    """The one Core of this process.
+    """Return the one Core of this process.
 
-    With a Core OpenVINO's CPU plugin gives its thread another stack for signals, and takes it back in the end. Of several Cores that end in
-    another order than they began, one leaves a stack behind that is freed, and the next Ctrl-C ends the process (2026.4).
+    With a Core OpenVINO's CPU plugin gives its thread another stack for signals, and takes it back
+    in the end. Of several Cores that end in another order than they began, one leaves a stack
+    behind that is freed, and the next Ctrl-C ends the process (2026.4).
 
     Raises:
         DeviceError: OpenVINO is not installed.
@@ -61,16 +68,20 @@ def shared_core() -> Any:
 
 
 def check_precision(core: Any, precision: str) -> None:
-    """Raises DeviceError where the CPU lacks the instructions; OpenVINO would take another precision in silence."""
+    """Raise DeviceError where the CPU lacks the instructions.
+
+    OpenVINO would take another precision in silence.
+    """
     if precision == "bf16" and "BF16" not in core.get_property(CPU, "OPTIMIZATION_CAPABILITIES"):
         name = core.get_property(CPU, "FULL_DEVICE_NAME")
         raise DeviceError(
-            f"precision bf16 is not there: this CPU ({name}) has no bf16 instructions; use fp32, or another machine"
+            f"precision bf16 is not there: this CPU ({name}) has no bf16 instructions; use fp32, "
+            "or another machine"
         )
 
 
 def check_files(path: Path) -> None:
-    """Looks at what every frontend of OpenVINO would otherwise try to read, aloud.
+    """Refuse a file that every frontend of OpenVINO would try to read, and print errors about.
 
     Raises:
         ArtefactError: a file is missing, or cannot be what its name says.
@@ -78,7 +89,8 @@ def check_files(path: Path) -> None:
     for file in artefact_files(path):
         if not file.is_file():
             raise ArtefactError(
-                f"{file}: is missing; an OpenVINO model is an .xml and a .bin of the same name: copy both"
+                f"{file}: is missing; an OpenVINO model is an .xml and a .bin of the same name: "
+                "copy both"
             )
     with path.open("rb") as opened:
         if not opened.read(5).startswith(BEGINNINGS[path.suffix.lower()]):
@@ -88,7 +100,7 @@ def check_files(path: Path) -> None:
 
 
 def read_model(core: Any, path: Path) -> Any:
-    """The model of an .onnx or .xml file.
+    """Return the model of an .onnx or .xml file.
 
     Raises:
         ArtefactError: it cannot be read, or has operators that OpenVINO lacks.
@@ -101,25 +113,30 @@ def read_model(core: Any, path: Path) -> Any:
 
 
 def refusal(path: Path, error: RuntimeError) -> ArtefactError:
-    """OpenVINO's several lines on a file that it cannot open as one, with what to do."""
+    """Return the error for a file that OpenVINO cannot open: its several lines as one."""
     reason = reason_of(error)
     if "DeformConv" in reason:
         return ArtefactError(
-            f"{path}: holds deformable convolutions as an operator, which OpenVINO lacks; export the checkpoint again with --deform gather"
+            f"{path}: holds deformable convolutions as an operator, which OpenVINO lacks; export "
+            "the checkpoint again with --deform gather"
         )
     return ArtefactError(
-        f"{path}: OpenVINO cannot open it, cut or not a model that it knows ({reason}); export it again with tood-export"
+        f"{path}: OpenVINO cannot open it, cut or not a model that it knows ({reason}); export it "
+        "again with tood-export"
     )
 
 
 def reason_of(error: RuntimeError) -> str:
-    """The last line of what OpenVINO says, which holds the reason; those before it are places in its sources."""
+    """Return the last line of what OpenVINO says, which holds the reason.
+
+    Those before it are places in its sources.
+    """
     lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
 
 
 def manifest_inside(model: Any, path: Path) -> Manifest:
-    """The manifest that a model carries itself.
+    """Return the manifest that a model carries itself.
 
     Raises:
         ArtefactError: there is none.
@@ -130,7 +147,7 @@ def manifest_inside(model: Any, path: Path) -> Manifest:
 
 
 def is_ours(model: Any) -> bool:
-    """Whether a model, read or compiled, has the inputs and outputs of DESIGN section 4."""
+    """Return whether a model, read or compiled, has the inputs and outputs of DESIGN section 4."""
     pairs = ((model.inputs, INPUTS), (model.outputs, OUTPUTS))
     return all(
         len(ports) == len(names)
@@ -140,16 +157,17 @@ def is_ours(model: Any) -> bool:
 
 
 def foreign(path: Path, model: Any) -> ArtefactError:
-    """The refusal of a model, read or compiled, that has not our inputs and outputs, or no manifest."""
+    """Return the error for a model, read or compiled, that is not one of ours."""
     names = [[value.any_name for value in values] for values in (model.inputs, model.outputs)]
     return ArtefactError(
-        f"{path}: a model, but not one of tood_deploy (inputs {names[0]}, outputs {names[1]}, expected {INPUTS} and {OUTPUTS} and a "
+        f"{path}: a model, but not one of tood_deploy (inputs {names[0]}, outputs {names[1]}, "
+        f"expected {INPUTS} and {OUTPUTS} and a "
         "manifest); make it from the checkpoint with tood-export"
     )
 
 
 def make_cache_folder(folder: Path) -> str:
-    """The folder for compiled models, made if need be.
+    """Return the folder for compiled models, made if need be.
 
     Raises:
         OutputError: it cannot be made.
@@ -158,6 +176,7 @@ def make_cache_folder(folder: Path) -> str:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(
-            f"{folder}: cannot keep compiled models ({error.strerror}); name another folder in TOOD_HOME"
+            f"{folder}: cannot keep compiled models ({error.strerror}); name another folder in "
+            "TOOD_HOME"
         ) from error
     return str(folder)

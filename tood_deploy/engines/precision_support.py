@@ -1,7 +1,10 @@
-"""Which runtimes are right for an .onnx in half precision, and what to do with one. Knows manifests, no runtime.
+"""Which runtimes are right for an .onnx in half precision, and what to do with one.
 
-Seen with ONNX Runtime 1.31.1 on CPUs: bf16 is not opened (no convolution in it), fp16 is computed in float32 between casts, as fast as
-float32 at best. OpenVINO 2026.4 runs a graph in bf16 as it is, where the CPU has the instructions, and computes one in fp16 in float32.
+Knows manifests, no runtime.
+
+Seen with ONNX Runtime 1.31.1 on CPUs: bf16 is not opened (no convolution in it), fp16 is computed
+in float32 between casts, as fast as float32 at best. OpenVINO 2026.4 runs a graph in bf16 as it is,
+where the CPU has the instructions, and computes one in fp16 in float32.
 """
 
 from __future__ import annotations
@@ -22,14 +25,19 @@ ON_CPUS = {
     "fp16": "ONNX Runtime on CPUs emulates fp16 by casts to float32, no faster than float32",
 }
 COMMANDS = {
-    "openvino": "in OpenVINO, on a CPU with bf16: tood-infer {0} IMAGES --output DIR --runtime openvino",
-    "onnxruntime-cuda": "in ONNX Runtime, on a GPU: tood-infer {0} IMAGES --output DIR --device cuda",
+    "openvino": "in OpenVINO, on a CPU with bf16: "
+    "tood-infer {0} IMAGES --output DIR --runtime openvino",
+    "onnxruntime-cuda": "in ONNX Runtime, on a GPU: "
+    "tood-infer {0} IMAGES --output DIR --device cuda",
     "tensorrt": "in TensorRT, on a GPU: tood-export {0} --to engine",
 }
 
 
 def half_precision_of(manifest: Manifest) -> str:
-    """Return the half precision that an .onnx computes in, alone or beside 8 bits: "bf16", "fp16", or "" for none."""
+    """Return the half precision that an .onnx computes in, alone or beside 8 bits.
+
+    "bf16", "fp16", or "" for none.
+    """
     if manifest.precision in RUNTIMES:
         return manifest.precision
     return manifest.build.half.precision if manifest.build.half else ""
@@ -57,7 +65,9 @@ def advise_on(name: str, manifest: Manifest) -> list[str]:
 
 
 def why_not_on_cpus(name: str, manifest: Manifest) -> str:
-    """Return why ONNX Runtime on the CPU does not run an .onnx, and what to do, as one sentence; "" where it does.
+    """Return why ONNX Runtime on the CPU does not run an .onnx, and what to do, as one sentence.
+
+    "" where it does.
 
     Args:
         name: of the file, as commands take it.
@@ -65,9 +75,11 @@ def why_not_on_cpus(name: str, manifest: Manifest) -> str:
     """
     half = half_precision_of(manifest)
     if mixes_int8_and_half(manifest):
-        return f"{name}: is in int8 beside {half}, which ONNX Runtime computes wrongly: run it {COMMANDS['tensorrt'].format(name)}"
+        command = COMMANDS["tensorrt"].format(name)
+        return f"{name}: is in int8 beside {half}, which ONNX Runtime gets wrong: run it {command}"
     if half == "bf16":
-        return f"{name}: is in bf16; {ON_CPUS[half]}: run it {', or '.join(COMMANDS[runtime].format(name) for runtime in RUNTIMES[half])}"
+        commands = ", or ".join(COMMANDS[runtime].format(name) for runtime in RUNTIMES[half])
+        return f"{name}: is in bf16; {ON_CPUS[half]}: run it {commands}"
     return ""
 
 

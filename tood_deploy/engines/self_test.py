@@ -1,6 +1,9 @@
-"""The golden self-test: a stored image must give the stored answer, alone and in every slot of a batch.
+"""The golden self-test.
 
-Runs when an artefact is first opened on a machine; that it passed is kept, so that later openings cost a hash of the file.
+A stored image must give the stored answer, alone and in every slot of a batch.
+
+Runs when an artefact is first opened on a machine; that it passed is kept, so that later openings
+cost a hash of the file.
 """
 
 from __future__ import annotations
@@ -70,7 +73,7 @@ class GoldenCase:
 
 @dataclass(frozen=True, eq=False)
 class Golden:
-    """A image and its answers.
+    """An image and its answers.
 
     Attributes:
         image: (rows, columns, 3) uint8 RGB, lies at the top left of every canvas.
@@ -87,7 +90,10 @@ class Golden:
     def inputs(
         self, net_hw: tuple[int, int], batch: int = 1
     ) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
-        """The image in every slot of a batch on a canvas: `images` and `valid_hw` as an engine takes them."""
+        """Return the image in every slot of a batch on a canvas.
+
+        `images` and `valid_hw` as an engine takes them.
+        """
         rows, columns, _ = self.image.shape
         images = np.zeros((batch, *net_hw, 3), np.uint8)
         images[:, :rows, :columns] = self.image
@@ -117,23 +123,30 @@ class Golden:
         except (TypeError, ValueError, IndexError, cv2.error) as error:
             reason = f"{type(error).__name__}: {error}"
             raise ArtefactError(
-                f"{origin}: the self-test in its manifest is damaged ({reason}); export the model again"
+                f"{origin}: the self-test in its manifest is damaged ({reason}); export the model "
+                "again"
             ) from error
 
 
-# In place of the canvases of an artefact that takes every size: not square, three levels with several cells.
+# In place of the canvases of an artefact that takes every size: not square, three levels with
+# several cells.
 ANY_SIZE = ((160, 224),)
 IMAGE_HW = (150, 210)  # fewer rows and columns than the canvas, so that padding takes part
 PADDING_HW = (10, 14)
 SEED, COARSE = 3, 0xF0  # without the grain of the synthetic image its PNG takes a fifth
 IOU_THRESHOLD = 0.6
-FEWEST, MOST = 8, 24  # detections in an answer: enough for a verdict, few enough for a manifest
+MIN_DETECTIONS, MAX_DETECTIONS = (
+    8,
+    24,
+)  # detections in an answer: enough for a verdict, few enough for a manifest
 SLOTS = 3  # of the batch, where an engine has no largest one
 CPU_INFO = Path("/proc/cpuinfo")
 
 
 def check_self_test(engine: Engine, artefact: Path) -> None:
-    """Runs the self-test that an artefact's manifest holds, unless it has passed before with all that could change its outcome.
+    """Run the self-test that an artefact's manifest holds, unless it has passed here before.
+
+    "Here" is all that could change its outcome.
 
     Raises:
         ArtefactError: an answer is not the stored one; the message says how far off.
@@ -145,19 +158,20 @@ def check_self_test(engine: Engine, artefact: Path) -> None:
     if stored is None:
         return
     circumstances = _circumstances(engine, artefact, stored)
-    record = (
-        home_folder("self_tests")
-        / f"{hashlib.sha256(json.dumps(circumstances, sort_keys=True).encode()).hexdigest()[:32]}.json"
-    )
+    key = hashlib.sha256(json.dumps(circumstances, sort_keys=True).encode()).hexdigest()
+    record = home_folder("self_tests") / f"{key[:32]}.json"
     if record.is_file():
         return
     golden = Golden.from_manifest(stored, str(artefact))
     cases = [
-        case for case in golden.cases if not engine.canvases_hw or case.net_hw in engine.canvases_hw
+        case
+        for case in golden.cases
+        if not engine.input_shapes_hw or case.net_hw in engine.input_shapes_hw
     ]
     if not cases:
         raise ArtefactError(
-            f"{artefact}: its self-test has no answer for any of its input sizes {engine.canvases_hw}; export it again"
+            f"{artefact}: its self-test has no answer for any of its input sizes "
+            f"{engine.input_shapes_hw}; export it again"
         )
     for case in cases:
         _check_case(engine, artefact, golden, case)
@@ -170,7 +184,11 @@ def check_self_test(engine: Engine, artefact: Path) -> None:
 
 
 def tolerance_of(engine: Engine, golden_reference: str = "") -> AnswerTolerance:
-    """By the precision that the engine runs in, where, and whether its own runtime gave the stored answer."""
+    """Return the tolerance between an engine's answer and the stored one.
+
+    It depends on the precision and the device that the engine runs in, and on whether its own
+    runtime gave the stored answer.
+    """
     return answer_tolerance(
         engine.precision, engine.device, same_runtime=golden_reference.startswith(f"{engine.name},")
     )
@@ -179,33 +197,38 @@ def tolerance_of(engine: Engine, golden_reference: str = "") -> AnswerTolerance:
 def _check_products(engine: Engine, artefact: Path) -> None:
     if saturating_weights(engine.manifest) and engine.saturates():
         raise ArtefactError(
-            f"{artefact}: its 8-bit weights need a CPU with VNNI instructions, and on this one ({processor()}) sums of products saturate "
-            f"in {engine.name}: results would be wrong; export it again with --target-cpu portable, or run the float32 artefact"
+            f"{artefact}: its 8-bit weights need a CPU with VNNI instructions, and on this one "
+            f"({processor()}) sums of products saturate "
+            f"in {engine.name}: results would be wrong; export it again with --target-cpu "
+            "portable, or run the float32 artefact"
         )
 
 
 def _check_case(engine: Engine, artefact: Path, golden: Golden, case: GoldenCase) -> None:
     tolerance = tolerance_of(engine, golden.reference)
-    least, most = engine.batches_at(case.net_hw)
-    for batch in sorted({least, most or SLOTS}):
-        found = engine.infer(
+    smallest, largest = engine.batches_at(case.net_hw)
+    for batch in sorted({smallest, largest or SLOTS}):
+        detections = engine.infer(
             *golden.inputs(case.net_hw, batch), case.score_threshold, golden.iou_threshold
         )
-        for slot, rows in enumerate(_rows(found)):
+        for slot, rows in enumerate(_rows(detections)):
             if wrong := answer_deviation(case.expected, rows, tolerance):
                 raise ArtefactError(
-                    f"{artefact}: fails its self-test in {engine.name}, {engine.precision} on {engine.device}: {wrong} "
-                    f"(canvas {case.net_hw[0]} x {case.net_hw[1]}, slot {slot + 1} of a batch of {batch}, answer of {golden.reference}); "
-                    "update the runtime, export the model again, or open it all the same with --no-self-test"
+                    f"{artefact}: fails its self-test in {engine.name}, {engine.precision} on "
+                    f"{engine.device}: {wrong} "
+                    f"(canvas {case.net_hw[0]} x {case.net_hw[1]}, slot {slot + 1} of a batch of "
+                    f"{batch}, answer of {golden.reference}); "
+                    "update the runtime, export the model again, or open it all the same with "
+                    "--no-self-test"
                 )
 
 
-def _rows(found: BatchDetections) -> list[NetDetections]:
-    return split_batch((found.num_dets, found.boxes_net, found.scores, found.labels))
+def _rows(batch: BatchDetections) -> list[NetDetections]:
+    return split_batch((batch.num_dets, batch.boxes_net, batch.scores, batch.labels))
 
 
 def _circumstances(engine: Engine, artefact: Path, stored: SelfTest) -> dict[str, str]:
-    """All that the outcome depends on."""
+    """Return all that the outcome depends on."""
     return {
         "machine": platform.node(),
         "processor": processor(),
@@ -229,14 +252,16 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def self_test_from(run: Runner, canvases_hw: Sequence[tuple[int, int]] = ()) -> SelfTest:
-    """A built-in image and the answers to it, for `Manifest.self_test`.
+def self_test_from(run: Runner, input_shapes_hw: Sequence[tuple[int, int]] = ()) -> SelfTest:
+    """Return a built-in image and the answers to it, for `Manifest.self_test`.
 
     Args:
-        run: the reference: the network in PyTorch, or an artefact in float32 that was proven equal to it.
-        canvases_hw: the padded sizes that the artefact takes; empty where every multiple of 32 will do.
+        run: the reference: the network in PyTorch, or an artefact in float32 that was proven equal
+            to it.
+        input_shapes_hw: the padded sizes that the artefact takes; empty where every multiple of 32
+            will do.
     """
-    canvases = tuple(canvases_hw) or ANY_SIZE
+    canvases = tuple(input_shapes_hw) or ANY_SIZE
     height, width = (
         min(IMAGE_HW[axis], min(canvas[axis] for canvas in canvases) - PADDING_HW[axis])
         for axis in (0, 1)
@@ -248,13 +273,16 @@ def self_test_from(run: Runner, canvases_hw: Sequence[tuple[int, int]] = ()) -> 
 
 
 def _answer(run: Runner, golden: Golden, net_hw: tuple[int, int]) -> GoldenCase:
-    """What the reference finds, cut at the widest gap between its scores: suppression is greedy, so a higher threshold only cuts."""
+    """Return what the reference finds, cut at the widest gap between its scores.
+
+    Suppression is greedy, so a higher threshold only cuts.
+    """
     (rows,) = split_batch(run(*golden.inputs(net_hw), 0.0, golden.iou_threshold))
-    if len(rows) <= FEWEST:
+    if len(rows) <= MIN_DETECTIONS:
         return GoldenCase(net_hw, 0.0, rows)
-    scores = rows.scores[FEWEST - 1 : MOST + 1].astype(np.float64)
+    scores = rows.scores[MIN_DETECTIONS - 1 : MAX_DETECTIONS + 1].astype(np.float64)
     gap = int(((scores[:-1] - scores[1:]) / scores[:-1]).argmax())
-    count = FEWEST + gap
+    count = MIN_DETECTIONS + gap
     return GoldenCase(
         net_hw,
         float(scores[gap : gap + 2].mean()),

@@ -1,4 +1,7 @@
-"""PyTorch: runs a checkpoint as it is, eagerly. The reference that every artefact is compared with."""
+"""PyTorch: runs a checkpoint as it is, eagerly.
+
+The reference that every artefact is compared with.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ class TorchEngine(Engine):
         threads: int | None = None,
         **load_options: Any,
     ) -> None:
-        """Loads the checkpoint.
+        """Load the checkpoint.
 
         Args:
             checkpoint: a file, a preset's name, or a network that is loaded already.
@@ -40,7 +43,8 @@ class TorchEngine(Engine):
         """
         if device == "cuda" and not torch.cuda.is_available():
             raise DeviceError(
-                f"device cuda is not there for PyTorch {torch.__version__}; install a CUDA build and driver, or use --device cpu"
+                f"device cuda is not there for PyTorch {torch.__version__}; install a CUDA build "
+                "and driver, or use --device cpu"
             )
         if threads is not None:
             if threads < 1:
@@ -67,10 +71,10 @@ class TorchEngine(Engine):
         iou_threshold: float,
     ) -> BatchDetections:
         inputs = (torch.from_numpy(array).to(self.device) for array in (images, valid_hw))
-        found = self.detector(*inputs, score_threshold, iou_threshold).detections
-        return BatchDetections(*(tensor.cpu().numpy() for tensor in found))
+        outputs = self.detector(*inputs, score_threshold, iou_threshold).detections
+        return BatchDetections(*(tensor.cpu().numpy() for tensor in outputs))
 
     def close(self) -> None:
-        """Frees the network; may be called again."""
+        """Free the network; may be called again."""
         super().close()
         vars(self).pop("detector", None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
 from os import PathLike
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -14,26 +13,13 @@ from numpy.typing import NDArray
 from tood_deploy.detections import Detections
 from tood_deploy.engines import BatchDetections, Engine, open_engine
 from tood_deploy.errors import ToodError
+from tood_deploy.inference.frame import Prepared
 from tood_deploy.inference.image_input import Color, ImageInput, bgr_from, check_color
-from tood_deploy.preprocess import (
-    ImageTransform,
-    choose_canvas,
-    fit_imgsz,
-    resize_and_pad,
-    with_imgsz,
-)
+from tood_deploy.preprocess import choose_canvas, fit_imgsz, resize_and_pad, with_imgsz
 
 if TYPE_CHECKING:
     from tood_deploy.inference.frame import Frame
     from tood_deploy.inference.source import Spec
-
-
-@dataclass(frozen=True, eq=False)
-class Prepared:
-    """A image ready for the network: (rows, columns, 3) uint8 RGB, and the way back."""
-
-    image: NDArray[np.uint8]
-    transform: ImageTransform
 
 
 class Detector:
@@ -52,21 +38,23 @@ class Detector:
         fast_decode: bool = False,
         **engine_options: Any,
     ) -> None:
-        """Opens the model.
+        """Open the model.
 
         Args:
             model: an artefact, a checkpoint, a preset's name, or an engine that is open already.
             conf: score that a detection must exceed, 0 to 1.
-            iou: overlap above which the lower-scored of two boxes of one class goes, 0 to 1; the model's own (0.6 in the published
-                configurations) where not given.
-            max_det: the most detections a image; as many as the model gives (100) where not said.
-            imgsz: (short side, long side) in pixels that images are scaled to fit, (rows, columns) for a model that stretches them;
-                the model's own where not given.
+            iou: overlap above which the lower-scored of two boxes of one class goes, 0 to 1; the
+                model's own (0.6 in the published configurations) where not given.
+            max_det: largest number of detections in an image; as many as the model gives (100)
+                where not given.
+            imgsz: (short side, long side) in pixels that images are scaled to fit, (rows, columns)
+                for a model that stretches them; the model's own where not given.
             device: "cpu" or "cuda".
-            color: order of the channels of the arrays that are given to the detector, "bgr" or "rgb"; a call may say
-                otherwise. Frames of `stream` are BGR whatever it is.
-            fast_decode: whether `stream` may decode JPEG images at 1/2, 1/4 or 1/8 of their size where `imgsz` needs no more. Results
-                then differ a little; `Frame.image_bgr` is smaller, boxes stay in pixels of the whole image (`Frame.size_hw`).
+            color: order of the channels of the arrays that are given to the detector, "bgr" or
+                "rgb"; a call may say otherwise. Frames of `stream` are BGR whatever it is.
+            fast_decode: whether `stream` may decode JPEG images at 1/2, 1/4 or 1/8 of their size
+                where `imgsz` needs no more. Results then differ a little; `Frame.image_bgr` is
+                smaller, boxes stay in pixels of the whole image (`Frame.size_hw`).
             **engine_options: passed on to `open_engine`.
 
         Raises:
@@ -81,15 +69,15 @@ class Detector:
             if isinstance(model, Engine)
             else open_engine(model, device=device, **engine_options)
         )
-        most = self.engine.manifest.max_det
-        if max_det is not None and not 1 <= max_det <= most:
-            raise ToodError(f"max_det is {max_det}; expected 1 to {most}, what this model gives")
+        given = self.engine.manifest.max_det
+        if max_det is not None and not 1 <= max_det <= given:
+            raise ToodError(f"max_det is {max_det}; expected 1 to {given}, what this model gives")
         self.color, self.fast_decode = color, fast_decode
         preset = with_imgsz(self.engine.manifest.preset, imgsz)
         self.conf, self.iou, self.max_det = (
             conf,
             preset.iou_threshold if iou is None else iou,
-            max_det or most,
+            max_det or given,
         )
         self.sizing, self.imgsz = preset.sizing, preset.imgsz
 
@@ -102,12 +90,13 @@ class Detector:
         """Find the objects in one image, with boxes in its own pixels.
 
         Args:
-            image: (H, W, 3) uint8, as OpenCV reads it; or (H, W, 4) with alpha, which is left out; or grey, (H, W) or
-                (H, W, 1); or an image of Pillow, in modes 1, L, LA, P, PA, RGB, RGBA, CMYK and YCbCr. Pillow does not turn
-                an image by the orientation in its EXIF data, and nor does this: `PIL.ImageOps.exif_transpose` does.
-                `cv2.imread` has turned it already.
-            color: order of an array's channels, "bgr" or "rgb"; what the detector was made with where not given. Of no
-                effect on Pillow's images and on grey ones.
+            image: (H, W, 3) uint8, as OpenCV reads it; or (H, W, 4) with alpha, which is left out;
+                or grey, (H, W) or (H, W, 1); or an image of Pillow, in modes 1, L, LA, P, PA, RGB,
+                RGBA, CMYK and YCbCr. Pillow does not turn an image by the orientation in its EXIF
+                data, and nor does this: `PIL.ImageOps.exif_transpose` does. `cv2.imread` has turned
+                it already.
+            color: order of an array's channels, "bgr" or "rgb"; what the detector was made with
+                where not given. Of no effect on Pillow's images and on grey ones.
 
         Raises:
             InputError: not such an image.
@@ -125,14 +114,15 @@ class Detector:
 
         Args:
             image: as a call takes it.
-            image_hw: rows and columns of the original, where `image` was decoded smaller; boxes will be in its pixels.
+            image_hw: rows and columns of the original, where `image` was decoded smaller; boxes
+                will be in its pixels.
             color: as a call takes it.
 
         Raises:
             InputError: not such an image.
         """
         image_bgr = bgr_from(image, self.color if color is None else color)
-        canvases, size_hw = self.engine.canvases_hw, image_hw or image_bgr.shape
+        canvases, size_hw = self.engine.input_shapes_hw, image_hw or image_bgr.shape
         if not canvases:
             return Prepared(*resize_and_pad(image_bgr, self.sizing, image_hw=image_hw))
         net_hw = choose_canvas(size_hw, self.sizing, canvases)
@@ -141,10 +131,11 @@ class Detector:
         )
 
     def infer(self, batch: Sequence[Prepared]) -> list[Detections]:
-        """The second half: the network and the way back, for images of one padded size.
+        """Return the second half: the network and the way back, for images of one padded size.
 
-        The head pools over the whole padded input (reference/SPEC.md section 2), so a image that is padded further for the
-        sake of its neighbours gives other results: batch images of the same `transform.net_hw` only.
+        The head pools over the whole padded input (reference/SPEC.md section 2), so an image that
+        is padded further for the sake of its neighbours gives other results: batch images of the
+        same `transform.net_hw` only.
 
         Raises:
             ToodError: the padded sizes differ.
@@ -152,7 +143,9 @@ class Detector:
         return self.to_detections(batch, self.run_engine(batch))
 
     def submit(self, batch: Sequence[Prepared]) -> Any:
-        """Starts the network on images of one padded size; `collect` takes what comes back. See `Engine.submit`.
+        """Start the network on images of one padded size; `collect` takes what comes back.
+
+        See `Engine.submit`.
 
         Raises:
             ToodError: the padded sizes differ.
@@ -160,11 +153,11 @@ class Detector:
         return self.engine.submit(*self._inputs(batch), self.conf, self.iou)
 
     def collect(self, ticket: Any) -> BatchDetections:
-        """Waits for what was submitted."""
+        """Wait for what was submitted."""
         return self.engine.collect(ticket)
 
     def run_engine(self, batch: Sequence[Prepared]) -> BatchDetections:
-        """The network alone, for images of one padded size.
+        """Return the network alone, for images of one padded size.
 
         Raises:
             ToodError: the padded sizes differ.
@@ -174,7 +167,8 @@ class Detector:
     def _inputs(self, batch: Sequence[Prepared]) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
         if len({prepared.transform.net_hw for prepared in batch}) != 1:
             raise ToodError(
-                f"a batch of {len(batch)} images of different padded sizes; expected one size (group by transform.net_hw)"
+                f"a batch of {len(batch)} images of different padded sizes; expected one size "
+                "(group by transform.net_hw)"
             )
         images = (
             batch[0].image[None]
@@ -184,15 +178,20 @@ class Detector:
         valid_hw = np.array([prepared.transform.resized_hw for prepared in batch], np.int32)
         return images, valid_hw
 
-    def to_detections(self, batch: Sequence[Prepared], found: BatchDetections) -> list[Detections]:
-        """What the network found, one `Detections` a image, with boxes in the image's own pixels."""
+    def to_detections(
+        self, batch: Sequence[Prepared], detections: BatchDetections
+    ) -> list[Detections]:
+        """Return the detections of each image, with boxes in its own pixels."""
         results = []
         for i, prepared in enumerate(batch):
-            count = min(int(found.num_dets[i]), self.max_det)
-            boxes = prepared.transform.boxes_to_image(found.boxes_net[i, :count])
+            count = min(int(detections.num_dets[i]), self.max_det)
+            boxes = prepared.transform.boxes_to_image(detections.boxes_net[i, :count])
             results.append(
                 Detections(
-                    boxes, found.scores[i, :count], found.labels[i, :count], self.class_names
+                    boxes,
+                    detections.scores[i, :count],
+                    detections.labels[i, :count],
+                    self.class_names,
                 )
             )
         return results
@@ -200,9 +199,12 @@ class Detector:
     def stream(
         self, source: Spec | Sequence[Spec], batch: int = 1, max_pixels: int | None = None
     ) -> Generator[tuple[Frame, Detections], None, None]:
-        """Every frame of images, folders, videos, a camera or a stream with its detections, in order.
+        """Yield every frame of what is named, with its detections, in order.
 
-        Reading, scaling and inference run at the same time, in bounded queues. Close the iterator to stop early.
+        Images, folders, videos, a camera or a stream.
+
+        Reading, scaling and inference run at the same time, in bounded queues. Close the iterator
+        to stop early.
 
         Args:
             source: one or several of what `open_source` takes.
@@ -221,7 +223,7 @@ class Detector:
         )
 
     def close(self) -> None:
-        """Frees what the runtime holds."""
+        """Free what the runtime holds."""
         self.engine.close()
 
     def __enter__(self) -> Self:

@@ -1,4 +1,7 @@
-"""One decoded image and where it came from; and what gives such images, one after another. Knows no files."""
+"""One decoded image and where it came from; and what gives such images, one after another.
+
+Knows no files.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tood_deploy.errors import InputError
-from tood_deploy.preprocess import ImageSize
+from tood_deploy.preprocess import ImageSize, ImageTransform
 
 Kind = Literal["images", "video", "live"]
 
@@ -25,10 +28,12 @@ class Frame:
     Attributes:
         image_bgr: (H, W, 3) uint8 BGR, upright.
         name: path or address of what it came from.
-        index: its number in that file or stream, from 0; a live stream counts the frames that were dropped, too.
-        pts, time_base: its time is pts * time_base seconds, as the file has it; None for a image.
+        index: its number in that file or stream, from 0; a live stream counts the frames that were
+            dropped, too.
+        pts, time_base: its time is pts * time_base seconds, as the file has it; None for an image.
         decoded_s: when it was decoded, in seconds of `time.perf_counter`.
-        original_hw: rows and columns of the image in its file, where it was decoded smaller; None where it was not.
+        original_hw: rows and columns of the image in its file, where it was decoded smaller; None
+            where it was not.
     """
 
     image_bgr: NDArray[np.uint8]
@@ -46,18 +51,28 @@ class Frame:
 
     @property
     def timestamp_s(self) -> float | None:
-        """Seconds, as the file has them (live: since the first frame came); None for a image."""
+        """Seconds, as the file has them (live: since the first frame came); None for an image."""
         return (
             None if self.pts is None or self.time_base is None else float(self.pts * self.time_base)
         )
 
     def age_s(self) -> float:
-        """Seconds since it was decoded."""
+        """Return seconds since it was decoded."""
         return time.perf_counter() - self.decoded_s
 
 
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """An image ready for the network: (rows, columns, 3) uint8 RGB, and the way back."""
+
+    image: NDArray[np.uint8]
+    transform: ImageTransform
+
+
 class Source(ABC):
-    """Gives frames when iterated over. What cannot be read is counted and told, and the rest goes on.
+    """Gives frames when iterated over.
+
+    What cannot be read is counted and told, and the rest goes on.
 
     Attributes:
         kind: "images", "video" (every frame, in time) or "live" (the latest frame wins).
@@ -66,8 +81,8 @@ class Source(ABC):
         skipped: images and frames that could not be read.
         dropped: frames of a live source that nobody had time for.
         problems: what was lost, one line each, in the order it happened.
-        fit: the size that images will be scaled to fit: JPEG images may then be decoded at 1/2, 1/4 or 1/8 of
-            their size where that is enough; None, as at first: all of their pixels.
+        fit: the size that images will be scaled to fit: JPEG images may then be decoded at 1/2, 1/4
+            or 1/8 of their size where that is enough; None, as at first: all of their pixels.
     """
 
     kind: Kind
@@ -83,21 +98,22 @@ class Source(ABC):
     def __iter__(self) -> Iterator[Frame]: ...
 
     def decode_to_fit(self, imgsz: ImageSize) -> None:
-        """Lets JPEG images be decoded smaller, as `fit` says.
+        """Let JPEG images be decoded smaller, as `fit` says.
 
         Raises:
             InputError: the source is no images.
         """
         if self.kind != "images":
             raise InputError(
-                f"{self.names[0]}: a video or stream has no smaller decoding, JPEG images have; leave --fast-decode out"
+                f"{self.names[0]}: a video or stream has no smaller decoding, JPEG images have; "
+                "leave --fast-decode out"
             )
         self.fit = imgsz
 
     def skip(self, problem: str, count: int = 1) -> None:
-        """Counts what could not be read and keeps the line that says so."""
+        """Count what could not be read and keeps the line that says so."""
         self.skipped += count
         self.problems.append(problem)
 
     def close(self) -> None:  # noqa: B027 - most sources hold nothing between frames
-        """Ends a wait for the next frame."""
+        """End a wait for the next frame."""

@@ -1,4 +1,6 @@
-"""Images as users hold them in memory (BGR, RGB, grey, with alpha, Pillow's), made (H, W, 3) uint8 BGR.
+"""Images as users hold them in memory, made (H, W, 3) uint8 BGR.
+
+Comes in: BGR, RGB, grey, with alpha, or Pillow's.
 
 Knows no files. Pillow is recognised where the user has imported it, and is not needed.
 """
@@ -59,12 +61,15 @@ def bgr_from(image: ImageInput, color: str) -> NDArray[np.uint8]:
     """Return an image as the rest of the package takes it.
 
     Args:
-        image: (H, W, 3), grey (H, W) or (H, W, 1), or (H, W, 4) with alpha last, uint8; or an image of Pillow.
-        color: order of the channels of an array, "bgr" or "rgb". Pillow's images say themselves what their channels are.
+        image: (H, W, 3), grey (H, W) or (H, W, 1), or (H, W, 4) with alpha last, uint8; or an image
+            of Pillow.
+        color: order of the channels of an array, "bgr" or "rgb". Pillow's images say themselves
+            what their channels are.
 
     Returns:
-        (H, W, 3) uint8 BGR; grey in all three, alpha left out. The array itself where it is that already. A Pillow image is
-        taken as it is, not turned by the orientation in its EXIF data: boxes are in its own pixels.
+        (H, W, 3) uint8 BGR; grey in all three, alpha left out. The array itself where it is that
+        already. A Pillow image is taken as it is, not turned by the orientation in its EXIF data:
+        boxes are in its own pixels.
 
     Raises:
         InputError: no image, or of a kind that is not taken.
@@ -97,7 +102,8 @@ def _array_from_pillow(image: Any) -> NDArray[np.uint8]:
             else 'give image.convert("RGB")'
         )
         raise InputError(
-            f"the image is one of Pillow, of mode {image.mode}; expected {', '.join(PILLOW_MODES)}: {cure}"
+            f"the image is one of Pillow, of mode {image.mode}; expected "
+            f"{', '.join(PILLOW_MODES)}: {cure}"
         )
     mode = PILLOW_MODES[image.mode]
     try:
@@ -111,7 +117,11 @@ def _array_from_pillow(image: Any) -> NDArray[np.uint8]:
 def _what_else(image: object) -> str:
     """Return the sentence for what is neither an array nor one of Pillow's images."""
     if image is None:
-        return "an image is due, None was given; cv2.imread gives None where it cannot read a file: look at its path"
+        return (
+            "an image is due, None was given; cv2.imread gives None where it cannot read a file: "
+            "look "
+            "at its path"
+        )
     if isinstance(image, str | PathLike):
         cure = f"read it with cv2.imread, or use detector.stream({str(image)!r})"
         return f"an image is due, the path {image} was given; {cure}"
@@ -127,7 +137,7 @@ def _what_else(image: object) -> str:
 
 
 def _check_array(image: NDArray[Any]) -> None:
-    """Raise InputError unless the array is uint8, of one to four channels but not two, and not empty."""
+    """Raise InputError unless the array is uint8, of 1, 3 or 4 channels, and not empty."""
     problem = f"the image is {image.dtype} {image.shape}"
     if image.dtype != np.uint8:
         raise InputError(f"{problem}; expected uint8: {_uint8_cure(image)}")
@@ -150,7 +160,13 @@ def _uint8_cure(image: NDArray[Any]) -> str:
     if image.dtype == np.bool_:
         return "image.astype(np.uint8) * 255"
     if image.dtype == np.uint16:
-        return "(image // 257).astype(np.uint8) where its values go up to 65535; a camera of 12 bits needs image // 16"
+        return (
+            "(image // 257).astype(np.uint8) where its values go up to 65535; a camera of 12 bits "
+            "needs image // 16"
+        )
     if np.issubdtype(image.dtype, np.floating):
-        return "(image * 255).round().astype(np.uint8) where its values go from 0 to 1, and not normalised"
+        return (
+            "(image * 255).round().astype(np.uint8) where its values go from 0 to 1, and not "
+            "normalised"
+        )
     return "image.astype(np.uint8) where its values go from 0 to 255"

@@ -1,4 +1,7 @@
-"""Which file each input's output goes to: no input is overwritten, no two outputs have one name. Writes nothing."""
+"""Which file each input's output goes to: no input is overwritten, no two outputs have one name.
+
+Writes nothing.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,10 @@ DEFAULT_IMAGE, DEFAULT_VIDEO = ".png", ".mp4"
 
 
 def check_writable(path: Path) -> None:
-    """Raises OutputError unless files can be made in this folder, or in the one it would be made in. Leaves nothing behind."""
+    """Raise OutputError unless files can be made in this folder.
+
+    Or in the one that it would be made in. Leaves nothing behind.
+    """
     existing = next(
         folder for folder in (path, *path.absolute().parents) if os.path.lexists(folder)
     )
@@ -37,14 +43,15 @@ def check_writable(path: Path) -> None:
 
 
 def plan_outputs(names: Sequence[str], output: Path) -> dict[str, Path]:
-    """The annotated image's or video's file for each input.
+    """Return the annotated image's or video's file for each input.
 
     Args:
         names: paths and addresses of the inputs.
         output: a folder, there or not yet; for a single input also a file.
 
     Raises:
-        OutputError: one file for several inputs, a kind of file that cannot be written, or an input would be overwritten.
+        OutputError: one file for several inputs, a kind of file that cannot be written, or an input
+            would be overwritten.
     """
     suffix = output.suffix.lower()
     if suffix in IMAGE_SUFFIXES | VIDEO_SUFFIXES and not output.is_dir():
@@ -63,14 +70,24 @@ def plan_outputs(names: Sequence[str], output: Path) -> dict[str, Path]:
 def plan_names(
     names: Sequence[str], folder: Path, suffix_of: Callable[[str], str]
 ) -> dict[str, Path]:
-    """A file in `folder` for each name: the input's own file name; with its folders where two share one."""
+    """Return a file for each input: its own file name, with its folders where two share one.
+
+    Args:
+        names: paths and addresses of the inputs.
+        folder: that the files will lie in.
+        suffix_of: gives the ending of the file for an input.
+
+    Raises:
+        OutputError: the inputs cannot have different files.
+    """
     parts = {name: _relative_parts(name, names) for name in names}
     for name_of in (_bare_name, _nested_name, _numbered_suffix_name):
         planned = {name: folder / name_of(parts[name], suffix_of(name)) for name in names}
         if max(Counter(str(path).casefold() for path in planned.values()).values()) == 1:
             return planned
     raise OutputError(
-        f"{folder}: cannot give each of {len(names)} inputs a file name of its own; name fewer inputs at once"
+        f"{folder}: cannot give each of {len(names)} inputs a file name of its own; name fewer "
+        "inputs at once"
     )
 
 
@@ -83,12 +100,12 @@ def _nested_name(parts: tuple[str, ...], suffix: str) -> PurePath:
 
 
 def _numbered_suffix_name(parts: tuple[str, ...], suffix: str) -> PurePath:
-    """Keeps the old suffix before the new one: a.avi and a.mov become a.avi.mp4 and a.mov.mp4."""
+    """Keep the old suffix before the new one: a.avi and a.mov become a.avi.mp4 and a.mov.mp4."""
     return PurePath(*parts[:-1], parts[-1] + suffix)
 
 
 def _relative_parts(name: str, names: Sequence[str]) -> tuple[str, ...]:
-    """The path below the folder that all inputs share; for an address, a name made of it."""
+    """Return the path below the folder that all inputs share; for an address, a name made of it."""
     if "://" in name:
         address = urlsplit(name)
         return (
@@ -116,6 +133,7 @@ def _single_file(names: Sequence[str], output: Path) -> Path:
     allowed = IMAGE_OUTPUTS if is_image else VIDEO_OUTPUTS
     if output.suffix.lower() not in allowed:
         raise OutputError(
-            f"{output}: cannot hold this input; expected a folder, or a file ending in {', '.join(sorted(allowed))}"
+            f"{output}: cannot hold this input; expected a folder, or a file ending in "
+            f"{', '.join(sorted(allowed))}"
         )
     return output

@@ -1,6 +1,7 @@
 """Overlaps reading, scaling and inference: three threads, with a bound on what lies between them.
 
-A source of frames and a detector come in; frames with their detections come out, in order. It knows no files and draws nothing.
+A source of frames and a detector come in; frames with their detections come out, in order. It knows
+no files and draws nothing.
 """
 
 from __future__ import annotations
@@ -8,28 +9,30 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tood_deploy.detections import Detections
+from tood_deploy.engines import BatchDetections, Engine
 from tood_deploy.errors import ToodError
-from tood_deploy.inference.frame import Frame, Source
-
-if TYPE_CHECKING:
-    from tood_deploy.inference.detector import Detector, Prepared
-
+from tood_deploy.inference.frame import Frame, Prepared, Source
+from tood_deploy.preprocess import ImageSize
 
 STAGES = {"pre": "pre", "infer": "infer", "post": "post", "end_to_end": "end-to-end"}
 KEPT_FRAMES = 100_000
 
 
 class Timings:
-    """Milliseconds per frame of every stage: scaling, engine, boxes back, and from the decoded frame to its result."""
+    """Milliseconds per frame of every stage.
+
+    Scaling, engine, boxes back, and from the decoded frame to its result.
+    """
 
     def __init__(self) -> None:
         self.frames = 0
@@ -37,21 +40,27 @@ class Timings:
         self._ms: dict[str, deque[float]] = {stage: deque(maxlen=KEPT_FRAMES) for stage in STAGES}
 
     def add(self, stage: str, seconds: float, frames: int = 1) -> None:
-        """Notes what a stage took for so many frames together."""
+        """Add what a stage took for some frames together.
+
+        Args:
+            stage: a key of `STAGES`.
+            seconds: for all of the frames.
+            frames: how many there were.
+        """
         self._ms[stage].extend([seconds * 1000 / frames] * frames)
 
     def finish_frame(self, decoded_s: float) -> None:
-        """Notes that a frame that was decoded then has its result now."""
+        """Count a frame that was decoded at that moment and has its result now."""
         self.ended_s = time.perf_counter()
         self.frames += 1
         self.add("end_to_end", self.ended_s - decoded_s)
 
     def percentile_ms(self, stage: str, percent: float) -> float:
-        """Of a stage, per frame; 0 where nothing ran."""
+        """Return a percentile of a stage's time per frame; 0 where nothing ran."""
         return float(np.percentile(list(self._ms[stage]), percent)) if self._ms[stage] else 0.0
 
     def mean_ms(self, stage: str) -> float:
-        """Of a stage, per frame; 0 where nothing ran."""
+        """Return the mean of a stage's time per frame; 0 where nothing ran."""
         return float(np.mean(list(self._ms[stage]))) if self._ms[stage] else 0.0
 
     @property
@@ -60,12 +69,15 @@ class Timings:
         return self.frames / max(self.ended_s - self.started_s, 1e-9)
 
     def summary(self) -> str:
-        """All of it in one line: medians, 95th percentiles, frames a second."""
+        """Return all of it in one line: medians, 95th percentiles, frames a second."""
         stages = (
             f"{name} {self.percentile_ms(stage, 50):.1f} (p95 {self.percentile_ms(stage, 95):.1f})"
             for stage, name in STAGES.items()
         )
-        return f"{self.frames} frames in {self.ended_s - self.started_s:.1f} s, {self.fps:.1f} fps; ms per frame: {', '.join(stages)}"
+        return (
+            f"{self.frames} frames in {self.ended_s - self.started_s:.1f} s, {self.fps:.1f} fps; "
+            f"ms per frame: {', '.join(stages)}"
+        )
 
 
 MAX_BYTES_IN_FLIGHT = 256 * 2**20
@@ -73,21 +85,69 @@ MAX_BYTES_IN_FLIGHT = 256 * 2**20
 Item = TypeVar("Item")
 
 
-def detect_frames(
-    detector: Detector, source: Source, batch: int = 1, timings: Timings | None = None
-) -> Generator[tuple[Frame, Detections], None, None]:
-    """Every frame of a source with what the detector found in it, in order.
+class BatchDetector(Protocol):
+    """What the pipeline needs of a detector; `Detector` is one."""
 
-    Frames of one padded size are batched; results do not depend on the batch. Closing the iterator early stops all threads.
+    @property
+    def engine(self) -> Engine:
+        """The model."""
+        ...
+
+    @property
+    def sizing(self) -> ImageSize:
+        """The size that images are scaled to fit."""
+        ...
+
+    @property
+    def fast_decode(self) -> bool:
+        """Whether JPEG images may be decoded smaller than they are."""
+        ...
+
+    def prepare(
+        self, image: NDArray[np.uint8], image_hw: tuple[int, int] | None, *, color: Literal["bgr"]
+    ) -> Prepared:
+        """Scale and pad an image.
+
+        Args:
+            image: (H, W, 3) uint8 BGR.
+            image_hw: rows and columns of the original, where it was decoded smaller.
+            color: order of the channels.
+        """
+        ...
+
+    def submit(self, batch: Sequence[Prepared]) -> Any:
+        """Start the network on images of one padded size."""
+        ...
+
+    def collect(self, ticket: Any) -> BatchDetections:
+        """Wait for what was submitted."""
+        ...
+
+    def to_detections(
+        self, batch: Sequence[Prepared], detections: BatchDetections
+    ) -> list[Detections]:
+        """Return the detections of each image, in its own pixels."""
+        ...
+
+
+def detect_frames(
+    detector: BatchDetector, source: Source, batch: int = 1, timings: Timings | None = None
+) -> Generator[tuple[Frame, Detections], None, None]:
+    """Yield every frame of a source with what the detector found in it, in order.
+
+    Frames of one padded size are batched; results do not depend on the batch. Closing the iterator
+    early stops all threads.
 
     Args:
         detector: runs in a thread of its own.
-        source: is read in a thread of its own; its errors come out here, after the frames before them.
-        batch: the most frames of one engine call.
-        timings: where to note what each stage took.
+        source: is read in a thread of its own; its errors come out here, after the frames before
+            them.
+        batch: largest number of frames in an engine call.
+        timings: gets what every stage took.
 
     Raises:
-        ToodError: batch is not positive, fast decoding of what is no images, or whatever the source or the engine raised.
+        ToodError: batch is not positive, fast decoding of what is no images, or whatever the source
+            or the engine raised.
     """
     if batch < 1:
         raise ToodError(f"batch is {batch}; expected a positive number")
@@ -97,35 +157,40 @@ def detect_frames(
 
 
 class InFlight:
-    """Bounds the frames between reading and the consumer, by number and bytes, but always lets one batch through."""
+    """The frames between reading and the consumer, bounded by number and bytes.
 
-    def __init__(self, least: int, most: int, most_bytes: int = MAX_BYTES_IN_FLIGHT) -> None:
-        self.least, self.most, self.most_bytes = least, most, most_bytes
+    One batch is always let through.
+    """
+
+    def __init__(
+        self, min_frames: int, max_frames: int, max_bytes: int = MAX_BYTES_IN_FLIGHT
+    ) -> None:
+        self.min_frames, self.max_frames, self.max_bytes = min_frames, max_frames, max_bytes
         self.frames = self.bytes = 0
         self.stopped = False
         self._changed = threading.Condition()
 
     def wait_for_room(self) -> bool:
-        """Waits until another frame may be read; False once stopped."""
+        """Wait until another frame may be read; False once stopped."""
         with self._changed:
             self._changed.wait_for(lambda: self.stopped or self._has_room())
             return not self.stopped
 
     def _has_room(self) -> bool:
-        return self.frames < self.least or (
-            self.frames < self.most and self.bytes < self.most_bytes
+        return self.frames < self.min_frames or (
+            self.frames < self.max_frames and self.bytes < self.max_bytes
         )
 
     def enter(self, frame: Frame) -> None:
-        """Counts a frame in."""
+        """Count a frame in."""
         self._change(1, frame.image_bgr.nbytes)
 
     def leave(self, frame: Frame) -> None:
-        """Counts a frame out."""
+        """Count a frame out."""
         self._change(-1, -frame.image_bgr.nbytes)
 
     def stop(self) -> None:
-        """Lets nothing more in."""
+        """Let nothing more in."""
         self.stopped = True
         self._change(0, 0)
 
@@ -143,7 +208,7 @@ class _End:
     error: BaseException | None = None
 
 
-_Decoded = tuple[Frame, "Prepared"]
+_Decoded = tuple[Frame, Prepared]
 _Result = tuple[Frame, Detections]
 
 
@@ -157,7 +222,9 @@ class _Running:
 
 
 class _Pipeline:
-    def __init__(self, detector: Detector, source: Source, batch: int, timings: Timings) -> None:
+    def __init__(
+        self, detector: BatchDetector, source: Source, batch: int, timings: Timings
+    ) -> None:
         self.detector, self.source, self.batch, self.timings = detector, source, batch, timings
         # Live: one batch in the engine, one waiting, so that no result is older than it must be.
         self.at_once = 1 if source.kind == "live" else detector.engine.in_flight
@@ -184,9 +251,9 @@ class _Pipeline:
         for thread in threads:
             thread.start()
         try:
-            for frame, found in _items(self.results):
+            for frame, detections in _items(self.results):
                 self.in_flight.leave(frame)
-                yield frame, found
+                yield frame, detections
         finally:
             self.in_flight.stop()
             self.source.close()
@@ -223,13 +290,13 @@ class _Pipeline:
                     self.detector.collect(running.ticket)
 
     def _finish(self, waiting: list[_Decoded]) -> None:
-        """Runs what still waits, and hands all results on."""
+        """Run what still waits, and hands all results on."""
         self._submit(waiting)
         while self.running:
             self._collect()
 
     def _submit(self, waiting: list[_Decoded]) -> None:
-        """Starts what waits, leaves nothing waiting, and hands on what must be done before more may be started."""
+        """Start all that waits, and hand on what must be done before more may be started."""
         decoded = list(waiting)
         waiting.clear()
         if not decoded or self.in_flight.stopped:
@@ -242,12 +309,12 @@ class _Pipeline:
             self._collect()
 
     def _collect(self) -> None:
-        """Waits for the batch that was started first, and hands its results on."""
+        """Wait for the batch that was started first, and hands its results on."""
         running = self.running.popleft()
         batch = [prepared for _, prepared in running.decoded]
-        found = self.detector.collect(running.ticket)
+        collected = self.detector.collect(running.ticket)
         inferred = time.perf_counter()
-        detections = self.detector.to_detections(batch, found)
+        detections = self.detector.to_detections(batch, collected)
         self.timings.add(
             "infer", inferred - max(running.started_s, self.collected_s), len(batch)
         )  # while the one before ran, it waited
@@ -259,7 +326,7 @@ class _Pipeline:
 
 
 def _run_stage(work: Callable[[], None], results: SimpleQueue) -> None:
-    """A thread's work; however it ends, the next stage is told."""
+    """Return a thread's work; however it ends, the next stage is told."""
     try:
         work()
     except BaseException as error:  # raised again in the consumer's thread
@@ -271,7 +338,7 @@ def _run_stage(work: Callable[[], None], results: SimpleQueue) -> None:
 def _items(
     queue: SimpleQueue[Item | _End], at_end: Callable[[], None] = lambda: None
 ) -> Iterator[Item]:
-    """What a queue holds, to its end; raises the error it ended with, after `at_end`."""
+    """Yield what a queue holds, to its end; raises the error it ended with, after `at_end`."""
     while not isinstance(item := queue.get(), _End):
         yield item
     at_end()

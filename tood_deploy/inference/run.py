@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
-
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
 
 from tood_deploy.data.coco import read_coco_ids
 from tood_deploy.errors import InputError, ToodError
@@ -36,51 +25,42 @@ from tood_deploy.inference.sinks import (
     SinkThread,
     TextLines,
 )
+from tood_deploy.reporter import Reporter
 
 
-class Talk:
-    """Follows one run. Quiet: only problems are told."""
+class RunProgress:
+    """Progress of one run, what could not be read, the engine's remarks, and a closing line."""
 
     def __init__(
-        self, source: Source, timings: Timings, quiet: bool, notes: Sequence[str] = ()
+        self, source: Source, timings: Timings, reporter: Reporter, notes: Sequence[str] = ()
     ) -> None:
-        self.source, self.timings, self.quiet, self.notes = source, timings, quiet, notes
-        self.console = Console(
-            stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True
-        )
-        columns = (
-            SpinnerColumn(),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(),
-        )
-        self.bar = Progress(
-            *columns,
-            console=self.console,
-            disable=quiet or not sys.stderr.isatty(),
-            transient=True,
-            redirect_stdout=sys.stdout.isatty(),  # results that go into a pipe or file must stay there
-        )
-        self.task = self.bar.add_task("frames", total=source.length, rate="")
-        self._told = self._noted = 0
+        """Show nothing yet.
+
+        Args:
+            source: what is read; its problems become warnings.
+            timings: of the run, for the rate and the closing line.
+            reporter: prints all of it.
+            notes: remarks of the engine; more may come while it runs.
+        """
+        self.source, self.timings, self.reporter, self.notes = source, timings, reporter, notes
+        self._problems = self._notes = 0  # how many of each were printed
 
     def advance(self) -> None:
-        """One more frame is done."""
+        """Count one more frame."""
         dropped = f", {self.source.dropped} dropped" if self.source.kind == "live" else ""
-        self.bar.update(self.task, advance=1, rate=f"{self.timings.fps:.1f} fps{dropped}")
-        self._tell_problems()
+        self._task.advance(state=f"{self.timings.fps:.1f} fps{dropped}")
+        self._print_news()
 
-    def _tell_problems(self) -> None:
-        for problem in self.source.problems[self._told :]:
-            self.console.print(f"warning: {problem}")
-            self._told += 1
-        for note in () if self.quiet else self.notes[self._noted :]:
-            self.console.print(f"note: {note}")
-            self._noted += 1
+    def _print_news(self) -> None:
+        for problem in self.source.problems[self._problems :]:
+            self.reporter.warn(problem)
+            self._problems += 1
+        for note in self.notes[self._notes :]:
+            self.reporter.note(note)
+            self._notes += 1
 
     def __enter__(self) -> Self:
-        self.bar.start()
+        self._task = self.reporter.progress("frames", self.source.length)
         return self
 
     def __exit__(
@@ -89,16 +69,19 @@ class Talk:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.bar.stop()
-        self._tell_problems()
-        if not self.quiet and (error is None or isinstance(error, KeyboardInterrupt)):
-            self.console.print(self.timings.summary() + self._live_summary())
+        self._task.close()
+        self._print_news()
+        if error is None or isinstance(error, KeyboardInterrupt):
+            self.reporter.info(self.timings.summary() + self._live_summary())
 
     def _live_summary(self) -> str:
         if self.source.kind != "live":
             return ""
         median, p95 = (self.timings.percentile_ms("end_to_end", percent) for percent in (50, 95))
-        return f"; results were {median:.0f} ms old (p95 {p95:.0f}), {self.source.dropped} frames dropped"
+        return (
+            f"; results were {median:.0f} ms old (p95 {p95:.0f}), "
+            f"{self.source.dropped} frames dropped"
+        )
 
 
 @dataclass(frozen=True)
@@ -106,13 +89,13 @@ class Outputs:
     """What a run writes.
 
     Attributes:
-        annotated: folder, or for a single input a file, for images or videos with the detections drawn on them.
+        annotated: folder, or for a single input a file, for images or videos with the detections
+            drawn on them.
         coco_json: file for COCO results.
         coco_annotations: file that gives the COCO results their image and category ids.
         json_lines: file for one JSON object a frame; "-" for stdout.
-        crops: folder for every object as a image.
+        crops: folder for every object as an image.
         show: whether to show the frames in a window.
-        quiet: print no line a frame, no progress and no closing line.
     """
 
     annotated: Path | None = None
@@ -121,35 +104,44 @@ class Outputs:
     json_lines: str | None = None
     crops: Path | None = None
     show: bool = False
-    quiet: bool = False
 
     def __post_init__(self) -> None:
         if self.coco_annotations is not None and self.coco_json is None:
             raise ToodError(
-                "--coco-annotations gives ids to COCO results, and none are asked for; add --json FILE"
+                "--coco-annotations gives ids to COCO results, and none are asked for; add --json "
+                "FILE"
             )
 
     def needing_pixels(self) -> list[str]:
-        """Options given that show or cut out images, and so need all of their pixels."""
+        """Return the options given that draw on images or cut them, and need all pixels."""
         given = {
             "--output": self.annotated is not None,
             "--crops": self.crops is not None,
             "--show": self.show,
         }
-        return [name for name, wanted in given.items() if wanted]
+        return [option for option, is_given in given.items() if is_given]
 
 
-def open_sinks(outputs: Outputs, source: Source, class_names: Sequence[str]) -> list[Sink]:
-    """A sink for everything that was asked for; nothing is written before the first result.
+def open_sinks(
+    outputs: Outputs, source: Source, class_names: Sequence[str], reporter: Reporter
+) -> list[Sink]:
+    """Return a sink for everything that was asked for; nothing is written before the first result.
+
+    Args:
+        outputs: what was asked for.
+        source: what will be read.
+        class_names: of the detector.
+        reporter: prints the lines of the frames, unless JSON takes stdout.
 
     Raises:
-        ToodError: a place cannot be written, an input would be overwritten, ids are missing, or there is no display.
+        ToodError: a place cannot be written, an input would be overwritten, ids are missing, or
+            there is no display.
     """
     sinks: list[Sink] = []
     if outputs.json_lines is not None:
         sinks.append(JsonLines(outputs.json_lines, source.kind == "live"))
-    if not outputs.quiet and outputs.json_lines != STDOUT:
-        sinks.append(TextLines())
+    if outputs.json_lines != STDOUT:
+        sinks.append(TextLines(reporter))
     if outputs.coco_json is not None:
         sinks.append(
             _coco_results(outputs.coco_json, outputs.coco_annotations, source, class_names)
@@ -175,31 +167,44 @@ def _coco_results(
         return CocoResults(path, numbers, None)
     if source.kind != "images":
         raise InputError(
-            f"{annotations}: --coco-annotations gives ids to images, the source is a video; leave the option out"
+            f"{annotations}: --coco-annotations gives ids to images, the source is a video; leave "
+            "the option out"
         )
     return CocoResults(path, *read_coco_ids(annotations, source.names, class_names))
 
 
-def run_inference(detector: Detector, source: Source, outputs: Outputs, batch: int = 1) -> Timings:
-    """Runs the detector over a source and writes what was asked for. Ctrl-C completes the outputs so far.
+def run_inference(
+    detector: Detector, source: Source, outputs: Outputs, reporter: Reporter, batch: int = 1
+) -> Timings:
+    """Run the detector over a source and write what was asked for.
+
+    Ctrl-C completes the outputs so far.
+
+    Args:
+        detector: to run.
+        source: to read.
+        outputs: what to write.
+        reporter: prints progress and a line for every frame.
+        batch: largest number of frames in an engine call.
 
     Raises:
-        ToodError: the source cannot be read at all, an output cannot be written, or the engine failed; or images shall be decoded
-            smaller than they are, and drawn on.
+        ToodError: the source cannot be read at all, an output cannot be written, or the engine
+            failed; or images shall be decoded smaller than they are, and drawn on.
     """
     if detector.fast_decode and (shown := outputs.needing_pixels()):
         raise ToodError(
-            f"--fast-decode reads images smaller than they are, whole ones are needed for {' and '.join(shown)}; leave one out"
+            "--fast-decode reads images smaller than they are, whole ones are needed for "
+            f"{' and '.join(shown)}; leave one out"
         )
-    sinks = open_sinks(outputs, source, detector.class_names)
+    sinks = open_sinks(outputs, source, detector.class_names, reporter)
     timings = Timings()
     results = detect_frames(detector, source, batch, timings)
     with (
-        Talk(source, timings, outputs.quiet, detector.engine.notes) as talk,
+        RunProgress(source, timings, reporter, detector.engine.notes) as progress,
         SinkThread(sinks) as writer,
         closing(results),
     ):
-        for frame, found in results:
-            writer.put(frame, found)
-            talk.advance()
+        for frame, detections in results:
+            writer.put(frame, detections)
+            progress.advance()
     return timings

@@ -1,4 +1,7 @@
-"""Where results go: one face for all kinds of output, and a thread that writes while the detector runs on."""
+"""Where results go: one face for all kinds of output, and a thread that writes.
+
+Comes in: frames with their detections. Knows no detector.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +29,7 @@ from tood_deploy.files import atomic_path
 from tood_deploy.inference.frame import Frame
 from tood_deploy.inference.output_paths import check_writable, plan_names
 from tood_deploy.inference.video import VideoWriter
+from tood_deploy.reporter import Reporter
 
 WAITING_FRAMES = 2
 
@@ -35,11 +39,14 @@ class Finished(Exception):  # noqa: N818 - not an error
 
 
 class Sink(ABC):
-    """Takes results one after another. A context manager: left with an error, it leaves no half-written file behind."""
+    """Takes results one after another.
+
+    A context manager: left with an error, it leaves no half-written file behind.
+    """
 
     @abstractmethod
-    def write(self, frame: Frame, found: Detections) -> None:
-        """Takes one frame and what was found in it.
+    def write(self, frame: Frame, detections: Detections) -> None:
+        """Take one frame and its detections.
 
         Raises:
             OutputError: it cannot be written.
@@ -54,22 +61,26 @@ class Sink(ABC):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Completes the output; removes it where there was an error."""
+        """Complete the output; removes it where there was an error."""
 
 
 @contextmanager
 def output_errors(path: Path | str) -> Iterator[None]:
-    """Makes an OSError, such as a full disk, the OutputError that names the file."""
+    """Make an OSError, such as a full disk, the OutputError that names the file."""
     try:
         yield
     except OSError as error:
         raise OutputError(
-            f"{path}: writing failed ({error.strerror or error}); expected a place with room that can be written"
+            f"{path}: writing failed ({error.strerror or error}); expected a place with room that "
+            "can be written"
         ) from error
 
 
 class SinkThread:
-    """Feeds sinks in a thread of its own, over a bounded queue. Ctrl-C completes the outputs, an error removes them."""
+    """Feeds sinks in a thread of its own, over a bounded queue.
+
+    Ctrl-C completes the outputs, an error removes them.
+    """
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
         self.sinks = sinks
@@ -78,8 +89,8 @@ class SinkThread:
         self._files = ExitStack()
         self._error: BaseException | None = None
 
-    def put(self, frame: Frame, found: Detections) -> None:
-        """Hands over one result; waits while two others wait.
+    def put(self, frame: Frame, detections: Detections) -> None:
+        """Hand over one result; waits while two others wait.
 
         Raises:
             OutputError: an earlier one could not be written.
@@ -87,7 +98,7 @@ class SinkThread:
         """
         if self._error is not None:
             raise self._error
-        self._waiting.put((frame, found))
+        self._waiting.put((frame, detections))
 
     def _run(self) -> None:
         while (item := self._waiting.get()) is not None:
@@ -127,7 +138,7 @@ JPEG_QUALITY = [cv2.IMWRITE_JPEG_QUALITY, 95]
 
 
 def write_image(path: Path, image_bgr: NDArray[np.uint8]) -> None:
-    """Writes a image (H, W, 3) uint8 BGR, whole or not at all, in the format its suffix names.
+    """Write an image (H, W, 3) uint8 BGR, whole or not at all, in the format its suffix names.
 
     Raises:
         OutputError: the format cannot hold it, the folder cannot be written, or the disk is full.
@@ -140,17 +151,21 @@ def write_image(path: Path, image_bgr: NDArray[np.uint8]) -> None:
     if not written:
         size = f"{image_bgr.shape[1]} x {image_bgr.shape[0]}"
         raise OutputError(
-            f"{path}: {size} pixels cannot be written as {path.suffix}; choose another --output, ending in .png"
+            f"{path}: {size} pixels cannot be written as {path.suffix}; choose another --output, "
+            "ending in .png"
         )
     with atomic_path(path) as temporary:
         temporary.write_bytes(data.tobytes())
 
 
 class Annotated(Sink):
-    """One annotated file per input: a image for a image, an H.264 video with the same frame times for a video."""
+    """One annotated file per input.
+
+    An image for an image, an H.264 video with the same frame times for a video.
+    """
 
     def __init__(self, files: Mapping[str, Path]) -> None:
-        """Takes the file of each input's name.
+        """Take the file of each input's name.
 
         Raises:
             OutputError: a folder cannot be written.
@@ -160,9 +175,9 @@ class Annotated(Sink):
         for folder in {path.parent for path in files.values()}:
             check_writable(folder)
 
-    def write(self, frame: Frame, found: Detections) -> None:
-        """Draws a frame and adds it to its file."""
-        path, drawn = self.files[frame.name], found.plot(frame.image_bgr)
+    def write(self, frame: Frame, detections: Detections) -> None:
+        """Draw a frame and adds it to its file."""
+        path, drawn = self.files[frame.name], detections.plot(frame.image_bgr)
         if frame.pts is None or frame.time_base is None:
             self._close(None)
             write_image(path, drawn)
@@ -173,7 +188,7 @@ class Annotated(Sink):
         self._writer.write(drawn, frame.pts)
 
     def _close(self, error: BaseException | None) -> None:
-        """Completes the video being written, or removes it where there was an error."""
+        """Complete the video being written, or removes it where there was an error."""
         writer, self._writer = self._writer, None
         if writer is not None:
             writer.__exit__(type(error) if error else None, error, None)
@@ -192,10 +207,13 @@ UNSAFE = re.compile(r"[^\w-]+")  # in a class name that becomes part of a file n
 
 
 class Crops(Sink):
-    """JPEG files `<input>_<frame>_<number>_<class>.jpg`, the best object of a frame first; images have no frame number."""
+    """JPEG files `<input>_<frame>_<number>_<class>.jpg`, the best object of a frame first.
+
+    Images have no frame number.
+    """
 
     def __init__(self, folder: Path, names: Sequence[str]) -> None:
-        """Takes the folder and the names of all inputs.
+        """Take the folder and the names of all inputs.
 
         Raises:
             OutputError: the folder cannot be written.
@@ -206,11 +224,11 @@ class Crops(Sink):
             for name, path in plan_names(names, folder, lambda _: ".jpg").items()
         }
 
-    def write(self, frame: Frame, found: Detections) -> None:
-        """Cuts out what lies inside the image."""
+    def write(self, frame: Frame, detections: Detections) -> None:
+        """Cut out what lies inside the image."""
         stem = self.stems[frame.name]
         number = "" if frame.pts is None else f"_{frame.index:06d}"
-        for i, (box, name) in enumerate(zip(found.boxes, found.names(), strict=True)):
+        for i, (box, name) in enumerate(zip(detections.boxes, detections.names(), strict=True)):
             crop = crop_box(frame.image_bgr, box)
             if crop.size:
                 write_image(
@@ -219,7 +237,10 @@ class Crops(Sink):
 
 
 def crop_box(image_bgr: NDArray[np.uint8], box: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """The part (h, w, 3) of the image that a box, xyxy in pixels, touches; no rows or columns where it lies outside."""
+    """Return the part (h, w, 3) of the image that a box, xyxy in pixels, touches.
+
+    No rows or columns where it lies outside.
+    """
     height, width = image_bgr.shape[:2]
     left, top = np.clip(np.floor(box[:2]), 0, (width, height)).astype(int)
     right, bottom = np.clip(np.ceil(box[2:]), 0, (width, height)).astype(int)
@@ -235,7 +256,7 @@ class CocoResults(Sink):
     def __init__(
         self, path: Path, image_ids: Mapping[str, int] | None, category_ids: Sequence[int] | None
     ) -> None:
-        """Takes where to write and the ids.
+        """Take where to write and the ids.
 
         Args:
             path: of the JSON file.
@@ -251,13 +272,13 @@ class CocoResults(Sink):
         self._file: TextIO | None = None
         self._frames = self._rows = 0
 
-    def write(self, frame: Frame, found: Detections) -> None:
-        """Adds a frame's rows."""
+    def write(self, frame: Frame, detections: Detections) -> None:
+        """Add a frame's rows."""
         with output_errors(self.path):
             file = self._file or self._open()
             self._frames += 1
             image_id = self._frames if self.image_ids is None else self.image_ids[frame.name]
-            for row in found.to_coco(image_id, self.category_ids):
+            for row in detections.to_coco(image_id, self.category_ids):
                 file.write(("[\n" if not self._rows else ",\n") + json.dumps(row))
                 self._rows += 1
 
@@ -279,10 +300,10 @@ class CocoResults(Sink):
 
 
 class JsonLines(Sink):
-    """One JSON object a frame, written the moment it is there, so that another program can follow."""
+    """One JSON object a frame, written at once, so that another program can follow."""
 
     def __init__(self, target: str, live: bool) -> None:
-        """Takes a file's path, or "-" for stdout; `live`: also tell the age of each result.
+        """Take a file's path, or "-" for stdout; `live`: also tell the age of each result.
 
         Raises:
             OutputError: the folder cannot be written.
@@ -292,15 +313,15 @@ class JsonLines(Sink):
         if target != STDOUT:
             check_writable(Path(target).parent)
 
-    def write(self, frame: Frame, found: Detections) -> None:
-        """Writes one line."""
+    def write(self, frame: Frame, detections: Detections) -> None:
+        """Write one line."""
         with output_errors("stdout" if self.target == STDOUT else self.target):
             if self._file is None:
                 path = Path(self.target)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self._file = path.open("w", encoding="utf-8")
             self._file.write(
-                json.dumps(frame_record(frame, found, self.live), ensure_ascii=False) + "\n"
+                json.dumps(frame_record(frame, detections, self.live), ensure_ascii=False) + "\n"
             )
             self._file.flush()
 
@@ -315,13 +336,19 @@ class JsonLines(Sink):
                 self._file.close()
 
 
-def frame_record(frame: Frame, found: Detections, live: bool) -> dict[str, Any]:
-    """A frame as plain values: where it is from, its size, and its objects with boxes xyxy in pixels."""
+def frame_record(frame: Frame, detections: Detections, live: bool) -> dict[str, Any]:
+    """Return a frame as plain values: where it is from, its size, and its objects.
+
+    Args:
+        frame: the image.
+        detections: in it, boxes xyxy in pixels.
+        live: whether to state the age of the result, too.
+    """
     rows = zip(
-        found.boxes.tolist(),
-        found.scores.tolist(),
-        found.class_ids.tolist(),
-        found.names(),
+        detections.boxes.tolist(),
+        detections.scores.tolist(),
+        detections.class_ids.tolist(),
+        detections.names(),
         strict=True,
     )
     record: dict[str, Any] = {
@@ -341,14 +368,18 @@ def frame_record(frame: Frame, found: Detections, live: bool) -> dict[str, Any]:
 class TextLines(Sink):
     """One readable line a frame on stdout: "street.mp4 1.240 s: 3 car, 1 person"."""
 
-    def write(self, frame: Frame, found: Detections) -> None:
-        """Prints one line."""
+    def __init__(self, reporter: Reporter) -> None:
+        """Take what prints the lines."""
+        self.reporter = reporter
+
+    def write(self, frame: Frame, detections: Detections) -> None:
+        """Print one line."""
         counts = ", ".join(
-            f"{count} {name}" for name, count in Counter(found.names()).most_common()
+            f"{count} {name}" for name, count in Counter(detections.names()).most_common()
         )
         moment = "" if frame.timestamp_s is None else f" {frame.timestamp_s:.3f} s"
         with output_errors("stdout"):
-            print(f"{frame.name}{moment}: {counts or 'nothing'}", flush=True)
+            self.reporter.result(f"{frame.name}{moment}: {counts or 'nothing'}")
 
 
 TITLE = "tood-infer: q or Esc ends"
@@ -359,14 +390,15 @@ class Window(Sink):
     """Shows every frame; q, Esc or closing the window ends the run as if the source had ended."""
 
     def __init__(self) -> None:
-        """Makes sure that there is something to show on.
+        """Make sure that there is something to show on.
 
         Raises:
             OutputError: OpenCV has no windows, or there is no display.
         """
         if any(line.split() == ["GUI:", "NONE"] for line in cv2.getBuildInformation().splitlines()):
             raise OutputError(
-                "--show: this OpenCV is built without windows; replace opencv-python-headless by opencv-python, or use --output"
+                "--show: this OpenCV is built without windows; replace opencv-python-headless by "
+                "opencv-python, or use --output"
             )
         if sys.platform.startswith("linux") and not (
             os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
@@ -375,9 +407,9 @@ class Window(Sink):
                 "--show: no display (neither DISPLAY nor WAYLAND_DISPLAY is set); use --output"
             )
 
-    def write(self, frame: Frame, found: Detections) -> None:
-        """Shows a frame, and asks for keys."""
-        cv2.imshow(TITLE, found.plot(frame.image_bgr))
+    def write(self, frame: Frame, detections: Detections) -> None:
+        """Show a frame, and asks for keys."""
+        cv2.imshow(TITLE, detections.plot(frame.image_bgr))
         closed = (
             cv2.waitKey(1) & 0xFF in CLOSING_KEYS
             or cv2.getWindowProperty(TITLE, cv2.WND_PROP_VISIBLE) < 1

@@ -1,4 +1,7 @@
-"""What to read: turns what a user names (images, folders, globs, lists, videos, cameras, addresses) into a source of frames."""
+"""What to read: turns what a user names into a source of frames.
+
+Comes in: images, folders, globs, lists, videos, cameras, addresses. Knows no detector.
+"""
 
 from __future__ import annotations
 
@@ -31,14 +34,17 @@ MICROSECOND = Fraction(1, 1_000_000)
 
 
 class LiveSource(Source):
-    """A camera or stream. Its frames are timed by when they came; the age of a result is that of its frame."""
+    """A camera or stream. Its frames are timed by when they came.
+
+    The age of a result is that of its frame.
+    """
 
     kind = "live"
 
     def __init__(
         self, address: str, max_pixels: int = MAX_PIXELS, container: InputContainer | None = None
     ) -> None:
-        """Connects.
+        """Connect.
 
         Args:
             address: /dev/videoN, rtsp:// or http(s)://.
@@ -62,7 +68,7 @@ class LiveSource(Source):
         self._closing = False
 
     def __iter__(self) -> Iterator[Frame]:
-        """The latest frame whenever asked, until the connection ends or `close`.
+        """Yield the latest frame whenever asked, until the connection ends or `close`.
 
         Raises:
             InputError: the connection ended before the first frame.
@@ -80,21 +86,23 @@ class LiveSource(Source):
             return
         if first_s is None:
             raise InputError(
-                f"{self.address}: not one frame came ({self._decoder.end}); check the camera or the stream"
+                f"{self.address}: not one frame came ({self._decoder.end}); check the camera or "
+                "the stream"
             )
         broken = f", {self._decoder.broken} more were broken" if self._decoder.broken else ""
         self.skip(
-            f"{self.address}: the connection ended after {next_index} frames ({self._decoder.end}){broken}"
+            f"{self.address}: the connection ended after {next_index} frames "
+            f"({self._decoder.end}){broken}"
         )
 
     def close(self) -> None:
-        """Ends the stream: the reading thread closes the connection."""
+        """End the stream: the reading thread closes the connection."""
         with self._arrived:
             self._closing = self._ended = True
             self._arrived.notify_all()
 
     def _take(self) -> tuple[VideoFrame, int, float] | None:
-        """Waits for a frame newer than the last one taken; None at the end."""
+        """Wait for a frame newer than the last one taken; None at the end."""
         with self._arrived:
             self._arrived.wait_for(lambda: self._latest is not None or self._ended)
             taken, self._latest = self._latest, None
@@ -122,15 +130,17 @@ Spec = str | PathLike[str]
 
 
 def open_source(specs: Spec | Sequence[Spec], max_pixels: int = MAX_PIXELS) -> Source:
-    """Opens what a user named.
+    """Open what a user named.
 
     Args:
-        specs: one or several of: a image; a folder (its own files, not its subfolders'); a glob; a text file with one path a
-            line (relative to that file's folder); a video; a camera ("0" or /dev/video0); an rtsp:// or http(s):// address.
+        specs: one or several of: an image; a folder (its own files, not its subfolders'); a glob; a
+            text file with one path a line (relative to that file's folder); a video; a camera ("0"
+            or /dev/video0); an rtsp:// or http(s):// address.
         max_pixels: refuse images and frames with more.
 
     Raises:
-        InputError: nothing there, nothing that can be read, or a camera or stream that is not alone.
+        InputError: nothing there, nothing that can be read, or a camera or stream that is not
+            alone.
     """
     if max_pixels < 1:
         raise ToodError(f"max_pixels is {max_pixels}; expected a positive number")
@@ -138,7 +148,8 @@ def open_source(specs: Spec | Sequence[Spec], max_pixels: int = MAX_PIXELS) -> S
     live = [address for address in map(_live_address, listed) if address]
     if live and len(listed) > 1:
         raise InputError(
-            f"{live[0]}: a camera or stream beside other sources; expected it alone, as it need not end"
+            f"{live[0]}: a camera or stream beside other sources; expected it alone, as it need "
+            "not end"
         )
     if live:
         return _open_address(live[0], max_pixels)
@@ -153,7 +164,10 @@ def open_source(specs: Spec | Sequence[Spec], max_pixels: int = MAX_PIXELS) -> S
 
 
 class FileSources(Source):
-    """Several images and videos, one after another; one that cannot be read is told, and the rest goes on."""
+    """Several images and videos, one after another.
+
+    One that cannot be read is told, and the rest goes on.
+    """
 
     def __init__(self, paths: Sequence[Path], max_pixels: int = MAX_PIXELS) -> None:
         super().__init__(tuple(map(str, paths)), len(paths))
@@ -163,7 +177,7 @@ class FileSources(Source):
             self.kind, self.length = "video", None
 
     def __iter__(self) -> Iterator[Frame]:
-        """Raises InputError where not one of them can be read."""
+        """Raise InputError where not one of them can be read."""
         given = 0
         for path in self.paths:
             try:
@@ -174,7 +188,8 @@ class FileSources(Source):
                 self.skip(str(error))
         if not given:
             raise InputError(
-                f"none of the {len(self.paths)} images and videos can be read; the first: {self.problems[0]}"
+                f"none of the {len(self.paths)} images and videos can be read; the first: "
+                f"{self.problems[0]}"
             )
 
     def _frames_of(self, path: Path) -> Iterator[Frame]:
@@ -186,7 +201,7 @@ class FileSources(Source):
 
 
 def _live_address(spec: Spec) -> str:
-    """The device file or address of a camera or stream; "" for anything else."""
+    """Return the device file or address of a camera or stream; "" for anything else."""
     text = str(spec)
     if text.isdecimal() and not Path(text).exists():
         return f"/dev/video{text}"
@@ -194,7 +209,10 @@ def _live_address(spec: Spec) -> str:
 
 
 def _open_address(address: str, max_pixels: int) -> Source:
-    """A live source; but a recording that is only served over HTTP, with a known end, is read in full."""
+    """Return a live source.
+
+    But a recording that is only served over HTTP, with a known end, is read in full.
+    """
     container = open_container(address)
     if address.startswith("http") and container.duration:
         container.close()
@@ -214,7 +232,7 @@ def _looks_like_image(path: Path) -> bool:
 
 
 def _expand(spec: Spec) -> list[Path]:
-    """The files that one argument stands for."""
+    """Return the files that one argument stands for."""
     path = Path(spec)
     try:
         if path.is_dir():
@@ -223,18 +241,20 @@ def _expand(spec: Spec) -> list[Path]:
             return _files_of_list(path) if path.suffix.lower() == LIST_SUFFIX else [path]
     except OSError as error:
         raise InputError(
-            f"{spec}: cannot be read ({error.strerror}); expected a image, folder, glob, list or video"
+            f"{spec}: cannot be read ({error.strerror}); expected an image, folder, glob, list or "
+            "video"
         ) from error
     if glob.has_magic(str(spec)):
         names = sorted(glob.glob(str(spec), recursive=True))  # noqa: PTH207 - Path.glob takes no absolute pattern
-        found = [Path(name) for name in names if Path(name).is_file()]
-        if not found:
+        files = [Path(name) for name in names if Path(name).is_file()]
+        if not files:
             raise InputError(
                 f"{spec}: no file has such a name; expected a glob that finds images or videos"
             )
-        return found
+        return files
     raise InputError(
-        f"{spec}: no such file or folder; expected a image, folder, glob, list, video, camera number or address"
+        f"{spec}: no such file or folder; expected an image, folder, glob, list, video, camera "
+        "number or address"
     )
 
 
@@ -242,13 +262,13 @@ def _files_of_folder(folder: Path) -> list[Path]:
     files = sorted(
         path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")
     )
-    wanted = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES]
-    if not wanted:
+    readable = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES]
+    if not readable:
         raise InputError(
             f"{folder}: holds {len(files)} files, but no image or video; "
             f"subfolders are searched only by a glob, such as '{folder}/**/*.jpg'"
         )
-    return wanted
+    return readable
 
 
 def _files_of_list(path: Path) -> list[Path]:
@@ -274,12 +294,12 @@ class ImageSource(Source):
         self.path, self.max_pixels = path, max_pixels
 
     def __iter__(self) -> Iterator[Frame]:
-        """Raises InputError where the image cannot be read."""
+        """Raise InputError where the image cannot be read."""
         try:
             data = self.path.read_bytes()
         except OSError as error:
             raise InputError(
-                f"{self.path}: cannot be read ({error.strerror}); expected a image"
+                f"{self.path}: cannot be read ({error.strerror}); expected an image"
             ) from error
         image, original_hw = decode_to_fit(data, str(self.path), self.fit, self.max_pixels)
         yield Frame(image, str(self.path), original_hw=original_hw)

@@ -1,4 +1,7 @@
-"""Frames of video files: every one, with its true time, upright. Broken ones are counted and left out. PyAV decodes."""
+"""Frames of video files: every one, with its true time, upright.
+
+Broken ones are counted and left out. PyAV decodes.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,11 @@ from tood_deploy.files import atomic_path
 from tood_deploy.inference.frame import Frame, Source
 
 VIDEO_SUFFIXES = frozenset(
-    ".264 .265 .3gp .asf .avi .flv .h264 .hevc .m2ts .m4v .mjpeg .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .webm .wmv".split()
+    (
+        ".264 .265 .3gp .asf .avi .flv .h264 .hevc .m2ts .m4v .mjpeg .mkv .mov .mp4 .mpeg .mpg "
+        ".mts "
+        ".ogv .ts .webm .wmv"
+    ).split()
 )
 DECODER_THREADS = 4
 MAX_FAILURES_IN_A_ROW = (
@@ -38,7 +45,9 @@ TIMEOUT_S = 10.0
 
 
 def open_container(name: str, timeout_s: float = TIMEOUT_S) -> InputContainer:
-    """Opens a file, a camera's device file or an address with PyAV; a silence of `timeout_s` seconds is an error.
+    """Open a file, a camera's device file or an address with PyAV.
+
+    A silence of `timeout_s` seconds is an error.
 
     Raises:
         InputError: nothing there, or not a video.
@@ -49,18 +58,24 @@ def open_container(name: str, timeout_s: float = TIMEOUT_S) -> InputContainer:
         return av.open(name, format=camera_format, options=options, timeout=timeout_s)
     except FFmpegError as error:
         raise InputError(
-            f"{name}: cannot be opened as a video ({error.strerror or error}); expected a image, video, camera or stream"
+            f"{name}: cannot be opened as a video ({error.strerror or error}); expected an image, "
+            "video, camera or stream"
         ) from error
     except (OSError, ValueError) as error:
         raise InputError(
-            f"{name}: cannot be opened ({error}); expected a image, video, camera or stream"
+            f"{name}: cannot be opened ({error}); expected an image, video, camera or stream"
         ) from error
 
 
 def find_video_stream(
     container: InputContainer, name: str, max_pixels: int = MAX_PIXELS
 ) -> VideoStream:
-    """The video of a container, its decoder set up; a cover image does not count.
+    """Return the video of a container, its decoder set up; a cover image does not count.
+
+    Args:
+        container: open.
+        name: of the file or address, for errors.
+        max_pixels: refuse larger frames.
 
     Raises:
         InputError: there is none, or its frames are too large.
@@ -72,11 +87,12 @@ def find_video_stream(
     ]
     if not streams:
         raise InputError(f"{name}: holds no video; expected a file with a video stream")
-    stream = max(streams, key=lambda one: one.codec_context.width * one.codec_context.height)
+    stream = max(streams, key=lambda other: other.codec_context.width * other.codec_context.height)
     pixels = stream.codec_context.width * stream.codec_context.height
     if pixels > max_pixels:
         raise InputError(
-            f"{name}: frames of {pixels:,} pixels, more than {max_pixels:,}; if you trust it, raise the limit with --max-pixels"
+            f"{name}: frames of {pixels:,} pixels, more than {max_pixels:,}; if you trust it, "
+            "raise the limit with --max-pixels"
         )
     stream.codec_context.thread_type = "AUTO"
     stream.codec_context.thread_count = DECODER_THREADS
@@ -84,7 +100,7 @@ def find_video_stream(
 
 
 def upright_bgr(frame: VideoFrame) -> NDArray[np.uint8]:
-    """The frame as (H, W, 3) uint8 BGR, turned the way its metadata says."""
+    """Return the frame as (H, W, 3) uint8 BGR, turned the way its metadata says."""
     image = np.asarray(
         frame.to_ndarray(format="bgr24", threads=1), np.uint8
     )  # threads made anew for each frame do not pay
@@ -98,7 +114,7 @@ class VideoSource(Source):
     kind = "video"
 
     def __init__(self, name: str, max_pixels: int = MAX_PIXELS) -> None:
-        """Reads the header.
+        """Read the header.
 
         Raises:
             InputError: not a video, or one without a video stream.
@@ -110,7 +126,7 @@ class VideoSource(Source):
             self.length = stream.frames or _estimated_frames(container, stream)
 
     def __iter__(self) -> Iterator[Frame]:
-        """Every frame that can be decoded; what could not is told at the end.
+        """Yield every frame that can be decoded; what could not is told at the end.
 
         Raises:
             InputError: there is not a single one.
@@ -122,7 +138,8 @@ class VideoSource(Source):
                 yield Frame(upright_bgr(frame), self.name, index, pts, decoder.time_base)
             if index < 0:
                 raise InputError(
-                    f"{self.name}: not one frame can be decoded; expected a video, this one is empty or damaged"
+                    f"{self.name}: not one frame can be decoded; expected a video, this one is "
+                    "empty or damaged"
                 )
             if decoder.broken:
                 self.skip(
@@ -130,7 +147,8 @@ class VideoSource(Source):
                 )
             if loss := decoder.loss_at_end():
                 self.skip(
-                    f"{self.name}: cut or damaged: {loss}; what could be decoded, {index + 1} frames, is kept",
+                    f"{self.name}: cut or damaged: {loss}; what could be decoded, {index + 1} "
+                    "frames, is kept",
                     0,
                 )
                 self.skipped += max(1, decoder.missing)
@@ -141,7 +159,8 @@ class Decoder:
 
     Attributes:
         broken: packets and frames that could not be decoded.
-        missing: packets that the header promises and the file does not hold, as far as it can be told.
+        missing: packets that the header promises and the file does not hold, as far as it can be
+            told.
         time_base: seconds of one unit of the frames' pts.
         end: why reading ended.
     """
@@ -155,11 +174,14 @@ class Decoder:
 
     @property
     def missing(self) -> int:
-        """Packets that the header promises and the file does not hold; 0 where the header does not say."""
+        """Packets that the header promises and the file does not hold.
+
+        0 where the header does not say.
+        """
         return max(0, self.stream.frames - self.packets)
 
     def frames(self) -> Iterator[tuple[VideoFrame, int]]:
-        """Every good frame and its pts, which always grows."""
+        """Yield every good frame and its pts, which always grows."""
         for packet in self._packets():
             try:
                 decoded = self.stream.codec_context.decode(packet)
@@ -173,7 +195,7 @@ class Decoder:
                     yield frame, self._next_pts(frame)
 
     def loss_at_end(self) -> str:
-        """What is missing at the end of the file, by its header; "" where nothing is."""
+        """Return what is missing at the end of the file, by its header; "" where nothing is."""
         promised_s = _promised_end_s(self.container, self.stream)
         if self.missing:
             return f"it holds {self.packets} of {self.stream.frames} frames"
@@ -182,7 +204,7 @@ class Decoder:
         return ""
 
     def _packets(self) -> Iterator[Packet | None]:
-        """All packets, then None, which makes the decoder give what it still holds."""
+        """Yield all packets, then None, which makes the decoder give what it still holds."""
         failures = 0
         while failures < MAX_FAILURES_IN_A_ROW:
             try:
@@ -209,7 +231,7 @@ class Decoder:
             )
 
     def _next_pts(self, frame: VideoFrame) -> int:
-        """The frame's own time where it has one that grows, else one frame after the last."""
+        """Return the frame's own time if it grows, else one frame after the last."""
         step = max(1, round(1 / (float(self.stream.guessed_rate or 25) * self.time_base)))
         after_last = 0 if self._last_pts is None else self._last_pts + step
         stalls = frame.pts is None or (self._last_pts is not None and frame.pts <= self._last_pts)
@@ -229,7 +251,7 @@ def _estimated_frames(container: InputContainer, stream: VideoStream) -> int | N
 
 
 def _promised_end_s(container: InputContainer, stream: VideoStream) -> float:
-    """When the video ends by its header, in seconds; 0 where it does not say."""
+    """Return when the video ends by its header, in seconds; 0 where it is not stated."""
     if stream.duration and stream.time_base:
         return float((stream.start_time or 0) + stream.duration) * float(stream.time_base)
     if container.duration and len(container.streams) == 1:
@@ -247,10 +269,13 @@ BT709, LIMITED_RANGE = (
 
 
 class VideoWriter:
-    """A video under a temporary name; leaving the context completes and renames it, leaving with an error removes it."""
+    """A video under a temporary name.
+
+    Leaving the context completes and renames it, leaving with an error removes it.
+    """
 
     def __init__(self, path: Path, frame_wh: tuple[int, int], time_base: Fraction) -> None:
-        """Opens the file.
+        """Open the file.
 
         Args:
             path: .mp4, .mkv or .mov.
@@ -280,15 +305,17 @@ class VideoWriter:
         except (FFmpegError, ValueError, OverflowError) as error:
             self._drop(error)
             raise OutputError(
-                f"{path}: frames of {frame_wh[0]} x {frame_wh[1]} cannot be encoded as H.264 ({error})"
+                f"{path}: frames of {frame_wh[0]} x {frame_wh[1]} cannot be encoded as H.264 "
+                f"({error})"
             ) from error
 
     def write(self, image_bgr: NDArray[np.uint8], pts: int) -> None:
-        """Adds a frame; one of another size than the first is scaled to it.
+        """Add a frame; one of another size than the first is scaled to it.
 
         Args:
             image_bgr: (H, W, 3) uint8 BGR.
-            pts: its time in units of `time_base`; moved behind the last frame's where it is not later.
+            pts: its time in units of `time_base`; moved behind the last frame's where it is not
+                later.
 
         Raises:
             OutputError: writing failed, for example on a full disk.
@@ -323,7 +350,8 @@ class VideoWriter:
             self._container.mux(self._stream.encode(frame))
         except FFmpegError as error:
             raise OutputError(
-                f"{self.path}: writing failed ({error.strerror or error}); expected a place with room that can be written"
+                f"{self.path}: writing failed ({error.strerror or error}); expected a place with "
+                "room that can be written"
             ) from error
 
     def __enter__(self) -> Self:
@@ -344,12 +372,13 @@ class VideoWriter:
         except (FFmpegError, OutputError) as failure:
             self._drop(failure)
             raise OutputError(
-                f"{self.path}: writing failed ({failure}); expected a place with room that can be written"
+                f"{self.path}: writing failed ({failure}); expected a place with room that can be "
+                "written"
             ) from failure
         self._file.__exit__(None, None, None)
 
     def _drop(self, error: BaseException) -> None:
-        """Closes what is open and removes the temporary file."""
+        """Close what is open and removes the temporary file."""
         with suppress(FFmpegError):  # writing the trailer of a file that is removed anyway
             if hasattr(self, "_container"):
                 self._container.close()

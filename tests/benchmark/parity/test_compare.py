@@ -59,8 +59,8 @@ def model(seeded_fill: Callable) -> Tood:
 class FixedEngine(TorchEngine):
     """Takes two or three images of 128 x 128."""
 
-    canvases_hw = ((128, 128),)
-    most_batch = 3
+    input_shapes_hw = ((128, 128),)
+    max_batch = 3
 
     def batches_at(self, net_hw: tuple[int, int]) -> tuple[int, int | None]:
         return 2, 3

@@ -76,10 +76,10 @@ class TimedSink(Sink):
         self.inner = sink
         self.seconds = 0.0
 
-    def write(self, frame: Frame, found: Detections) -> None:
+    def write(self, frame: Frame, detections: Detections) -> None:
         """Hand a frame and its detections on."""
         started = time.perf_counter()
-        self.inner.write(frame, found)
+        self.inner.write(frame, detections)
         self.seconds += time.perf_counter() - started
 
     def __enter__(self) -> TimedSink:

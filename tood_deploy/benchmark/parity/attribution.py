@@ -83,7 +83,7 @@ class PaddingComparison:
     as needed.
 
     Attributes:
-        canvases_hw: rows and columns; an image goes to the canvas that shrinks it least.
+        input_shapes_hw: rows and columns; an image goes to the canvas that shrinks it least.
         fixed: whether the artefact takes nothing but the canvases.
         rows: COCO results with the other padding.
         change: from as little padding as needed to the canvases, in the image's pixels.
@@ -93,7 +93,7 @@ class PaddingComparison:
     def __init__(
         self,
         runner: StageRunner,
-        canvases_hw: Sequence[tuple[int, int]],
+        input_shapes_hw: Sequence[tuple[int, int]],
         *,
         fixed: bool,
         imgsz: tuple[int, int],
@@ -105,14 +105,14 @@ class PaddingComparison:
 
         Args:
             runner: what runs with the other padding.
-            canvases_hw: see the class.
+            input_shapes_hw: see the class.
             fixed: see the class.
             imgsz: (short side, long side) that images are scaled to fit.
             conf: score that detections must exceed, 0 to 1.
             iou: overlap above which the weaker of two boxes goes, 0 to 1.
             scoring: against annotations, where there are any.
         """
-        self.runner, self.canvases_hw, self.fixed = runner, tuple(canvases_hw), fixed
+        self.runner, self.input_shapes_hw, self.fixed = runner, tuple(input_shapes_hw), fixed
         self.imgsz, self.conf, self.iou, self.scoring = imgsz, conf, iou, scoring
         self.rows: CocoRows = []
         self.change = BoxDeviation()
@@ -121,7 +121,7 @@ class PaddingComparison:
     @property
     def title(self) -> str:
         """Return the canvases as text, such as "800x1344, 1344x800"."""
-        return ", ".join(f"{height}x{width}" for height, width in self.canvases_hw)
+        return ", ".join(f"{height}x{width}" for height, width in self.input_shapes_hw)
 
     def add(self, source_image: ImageEntry, usual: Detections) -> None:
         """Add one image; `usual` is found with the padding that the artefact is compared with."""
@@ -132,7 +132,7 @@ class PaddingComparison:
             self.rows += self.scoring.rows(other, source_image.image_id)
 
     def _detect(self, image_bgr: NDArray[np.uint8], class_names: Sequence[str]) -> Detections:
-        net_hw = choose_canvas(image_bgr.shape, self.imgsz, self.canvases_hw)
+        net_hw = choose_canvas(image_bgr.shape, self.imgsz, self.input_shapes_hw)
         fitting = fit_imgsz(image_bgr.shape, self.imgsz, net_hw)
         self.shrunk += fitting != self.imgsz
         image, transform = (

@@ -196,7 +196,7 @@ def compare(
 def _padding(
     runner: TorchStages, model: ComparedModel, settings: Settings, scoring: Scoring | None
 ) -> PaddingComparison | None:
-    canvases = model.engine.canvases_hw
+    canvases = model.engine.input_shapes_hw
     if canvases and settings.net_hw is not None:
         raise ToodError(
             f"{model.name}: takes images of {len(canvases)} fixed sizes alone; "
@@ -224,7 +224,7 @@ def _reference_metrics(comparisons: Sequence[Comparison]) -> list[CocoMetrics | 
     keys = []
     for comparison in comparisons:
         model, scoring = comparison.model, comparison.scoring
-        keys.append((model.engine.canvases_hw, model.manifest.max_det))
+        keys.append((model.engine.input_shapes_hw, model.manifest.max_det))
         if keys[-1] not in known:
             known[keys[-1]] = scoring.metrics(comparison.reference_rows) if scoring else None
     return [known[key] for key in keys]
@@ -264,7 +264,7 @@ def _prepare(
 def _run_sizes(runner: TorchStages, comparisons: Sequence[Comparison], settings: Settings) -> None:
     """Run a synthetic image of every size that was asked for, or that an artefact alone takes."""
     sizes_of = [
-        comparison.model.engine.canvases_hw or settings.sizes_hw for comparison in comparisons
+        comparison.model.engine.input_shapes_hw or settings.sizes_hw for comparison in comparisons
     ]
     for seed, net_hw in enumerate(dict.fromkeys(size for sizes in sizes_of for size in sizes)):
         imgsz = min(net_hw), max(net_hw)

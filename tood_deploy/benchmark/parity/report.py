@@ -300,7 +300,9 @@ def sizes_table(result: Result) -> Table:
         rows.append([f"{height} x {width}", *maps, *numbers, verdict])
     maps_headers = ("head scores, max", "head boxes, max")
     headers = ("input", *maps_headers, "detections", "matched", "added", "verdict")
-    fixed = " The artefact takes no others." if result.comparison.model.engine.canvases_hw else ""
+    fixed = (
+        " The artefact takes no others." if result.comparison.model.engine.input_shapes_hw else ""
+    )
     judged = "" if in_float32 else " A lower precision is judged on real images alone."
     return Table(headers, rows, f"One synthetic image each, as deployed.{fixed}{judged}")
 

@@ -276,7 +276,7 @@ def _describe_padding(result: Result) -> dict[str, Any] | None:
         return None
     least, padded = result.padding_ap or (float("nan"), float("nan"))
     return {
-        "canvases_hw": padding.canvases_hw,
+        "canvases_hw": padding.input_shapes_hw,
         "fixed": padding.fixed,
         "shrunk": padding.shrunk,
         "change": padding.change.to_dict(),

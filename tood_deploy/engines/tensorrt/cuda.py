@@ -1,6 +1,9 @@
-"""One NVIDIA GPU through the CUDA driver: whether it is there, whether the driver is new enough, its context for the calling thread.
+"""One NVIDIA GPU through the CUDA driver.
 
-All that talks to CUDA does so through `call`, which turns a status into an error. Knows no TensorRT and no arrays.
+Whether it is there, whether the driver is new enough, its context for the calling thread.
+
+All that talks to CUDA does so through `call`, which turns a status into an error. Knows no TensorRT
+and no arrays.
 """
 
 from __future__ import annotations
@@ -23,7 +26,8 @@ try:
         driver: Any = importlib.import_module("cuda.bindings.driver")
 except ImportError as error:
     raise DeviceError(
-        f"cuda-bindings is installed but does not load ({error}); reinstall the package cuda-bindings"
+        f"cuda-bindings is installed but does not load ({error}); reinstall the package "
+        "cuda-bindings"
     ) from error
 
 
@@ -36,7 +40,7 @@ class OutOfDeviceMemory(CudaError):  # noqa: N818 - what is out, not that it is 
 
 
 def call(function: Callable[..., tuple[Any, ...]], *arguments: Any) -> Any:
-    """Calls a function of the CUDA driver.
+    """Call a function of the CUDA driver.
 
     Returns:
         What it gives beside its status: an empty tuple, a value, or a tuple of values.
@@ -51,15 +55,17 @@ def call(function: Callable[..., tuple[Any, ...]], *arguments: Any) -> Any:
             OutOfDeviceMemory if status == driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY else CudaError
         )
         raise kind(
-            f"{function.__name__} failed with {_describe(status)}; look at nvidia-smi, and start the program again"
+            f"{function.__name__} failed with {_describe(status)}; look at nvidia-smi, and start "
+            "the program again"
         )
     return values[0] if len(values) == 1 else tuple(values)
 
 
 def release(function: Callable[..., tuple[Any, ...]], handle: Any) -> None:
-    """Gives something back to CUDA.
+    """Give something back to CUDA.
 
-    Its status is not looked at: giving back fails only where an earlier call failed, which raised, and broke the context for good.
+    Its status is not looked at: giving back fails only where an earlier call failed, which raised,
+        and broke the context for good.
     """
     function(handle)
 
@@ -70,16 +76,18 @@ def _describe(status: Any) -> str:
 
 
 def check_driver() -> None:
-    """Raises DeviceError unless there is a GPU, and a driver that is new enough for the CUDA bindings."""
+    """Raise DeviceError unless there is a GPU, and a driver new enough for the bindings."""
     try:
         status, *_ = driver.cuInit(0)
     except RuntimeError as error:  # libcuda was not found
         raise DeviceError(
-            "no NVIDIA driver found; run this on a machine with an NVIDIA GPU, and install its driver"
+            "no NVIDIA driver found; run this on a machine with an NVIDIA GPU, and install its "
+            "driver"
         ) from error
     if status != driver.CUresult.CUDA_SUCCESS:
         raise DeviceError(
-            f"no NVIDIA GPU that CUDA can use ({status.name}); look at nvidia-smi and CUDA_VISIBLE_DEVICES"
+            f"no NVIDIA GPU that CUDA can use ({status.name}); look at nvidia-smi and "
+            "CUDA_VISIBLE_DEVICES"
         )
     version = call(driver.cuDriverGetVersion)
     needed = int(bindings_version.split(".")[0])
@@ -101,7 +109,7 @@ class Gpu:
     """
 
     def __init__(self, ordinal: int = 0) -> None:
-        """Retains the primary context; `close` gives it back.
+        """Retain the primary context; `close` gives it back.
 
         Raises:
             DeviceError: no such GPU, or no driver that can use it.
@@ -110,7 +118,8 @@ class Gpu:
         count = call(driver.cuDeviceGetCount)
         if not 0 <= ordinal < count:
             raise DeviceError(
-                f"gpu is {ordinal}, this machine has {count} that CUDA can see; expected 0 to {count - 1}"
+                f"gpu is {ordinal}, this machine has {count} that CUDA can see; expected 0 to "
+                f"{count - 1}"
             )
         device = call(driver.cuDeviceGet, ordinal)
         attributes = driver.CUdevice_attribute
@@ -132,7 +141,7 @@ class Gpu:
 
     @contextmanager
     def current(self) -> Iterator[None]:
-        """Makes the context current in the calling thread for the block, and leaves the thread as it was."""
+        """Make the context current in the calling thread for the block."""
         call(driver.cuCtxPushCurrent, self._context)
         try:
             yield
@@ -140,12 +149,12 @@ class Gpu:
             call(driver.cuCtxPopCurrent)
 
     def free_bytes(self) -> tuple[int, int]:
-        """Free and total bytes of the GPU's memory; in a block of `current`."""
+        """Return free and total bytes of the GPU's memory; in a block of `current`."""
         free, total = call(driver.cuMemGetInfo)
         return free, total
 
     def close(self) -> None:
-        """Gives the context back; once."""
+        """Give the context back; once."""
         release(driver.cuDevicePrimaryCtxRelease, self._device)
 
 
@@ -153,7 +162,7 @@ class DeviceBuffer:
     """Bytes in the GPU's memory, aligned to 256 at least."""
 
     def __init__(self, size: int, purpose: str) -> None:
-        """Allocates.
+        """Allocate.
 
         Raises:
             OutOfDeviceMemory: no room; the message names `purpose`.
@@ -165,7 +174,7 @@ class DeviceBuffer:
         self.address = int(self._pointer)
 
     def close(self) -> None:
-        """Frees the memory; once."""
+        """Free the memory; once."""
         release(driver.cuMemFree, self._pointer)
 
 
@@ -173,7 +182,7 @@ class PinnedBuffer:
     """Bytes of the host's memory that the GPU reads and writes directly, while the CPU goes on."""
 
     def __init__(self, size: int, purpose: str) -> None:
-        """Allocates.
+        """Allocate.
 
         Raises:
             OutOfDeviceMemory: no room; the message names `purpose`.
@@ -192,11 +201,16 @@ class PinnedBuffer:
         self._bytes = memoryview((ctypes.c_uint8 * max(size, 1)).from_address(self.address))
 
     def view(self, offset: int, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
-        """A part of the buffer as an array; not to be used after `close`."""
+        """Return a part of the buffer as an array; not to be used after `close`.
+
+        Args:
+            offset: where it begins, in bytes.
+            shape, dtype: of the array.
+        """
         return np.ndarray(shape, dtype, buffer=self._bytes, offset=offset)
 
     def close(self) -> None:
-        """Frees the memory; once."""
+        """Free the memory; once."""
         release(driver.cuMemFreeHost, self.address)
 
 
@@ -208,7 +222,8 @@ def _allocate(
     except OutOfDeviceMemory as error:
         free, total = (value / 2**20 for value in call(driver.cuMemGetInfo))
         raise OutOfDeviceMemory(
-            f"no room {where} for {size / 2**20:.0f} MiB of {purpose} ({free:.0f} of the GPU's {total:.0f} MiB are free); "
+            f"no room {where} for {size / 2**20:.0f} MiB of {purpose} ({free:.0f} of the GPU's "
+            f"{total:.0f} MiB are free); "
             "build the engine with a smaller largest --batch, or stop what else uses the GPU"
         ) from error
 
@@ -217,18 +232,20 @@ class Event:
     """A mark in a stream that others wait for, or whose time is asked for."""
 
     def __init__(self, *, timed: bool = False) -> None:
-        """Makes an event; one that is timed takes the GPU a little longer."""
+        """Make an event; one that is timed takes the GPU a little longer."""
         flags = driver.CUevent_flags
         self._event = call(
             driver.cuEventCreate, flags.CU_EVENT_DEFAULT if timed else flags.CU_EVENT_DISABLE_TIMING
         )
 
     def record(self, stream: Stream) -> None:
-        """Puts the mark after all work that the stream has been given so far."""
+        """Put the mark after all work that the stream has been given so far."""
         call(driver.cuEventRecord, self._event, stream.handle)
 
     def wait(self) -> None:
-        """Waits until the GPU has come past the mark, if it was ever put; other Python threads run meanwhile.
+        """Wait until the GPU has come past the mark, if it was ever put.
+
+        Other Python threads run meanwhile.
 
         Raises:
             CudaError: work before the mark failed.
@@ -236,7 +253,9 @@ class Event:
         call(driver.cuEventSynchronize, self._event)
 
     def seconds_since(self, earlier: Event) -> float:
-        """How long the GPU took from another mark to this one; both are timed, and the GPU has come past both.
+        """Return how long the GPU took from another mark to this one.
+
+        Both are timed, and the GPU has come past both.
 
         Raises:
             CudaError: it has not, or one of them is not timed.
@@ -244,35 +263,53 @@ class Event:
         return call(driver.cuEventElapsedTime, earlier._event, self._event) / 1000
 
     def hold_back(self, stream: Stream) -> None:
-        """Lets later work of a stream begin only once the GPU has come past the mark, if it was ever put."""
+        """Hold later work of a stream back until the GPU has come past the mark, if it was put."""
         call(driver.cuStreamWaitEvent, stream.handle, self._event, 0)
 
     def close(self) -> None:
-        """Destroys the event; once."""
+        """Destroy the event; once."""
         release(driver.cuEventDestroy, self._event)
 
 
 class Stream:
-    """Work of the GPU, done in order; independent of the default stream, so that nobody else's work holds it up."""
+    """Work of the GPU, done in order.
+
+    Independent of the default stream, so that nobody else's work holds it up.
+    """
 
     def __init__(self) -> None:
         self._stream = call(driver.cuStreamCreate, driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
         self.handle = int(self._stream)
 
     def to_device(self, target: int, source: int, size: int) -> None:
-        """Copies bytes from pinned host memory to the GPU."""
+        """Copy bytes from pinned host memory to the GPU.
+
+        Args:
+            target, source: addresses.
+            size: in bytes.
+        """
         call(driver.cuMemcpyHtoDAsync, target, source, size, self.handle)
 
     def to_host(self, target: int, source: int, size: int) -> None:
-        """Copies bytes from the GPU to pinned host memory."""
+        """Copy bytes from the GPU to pinned host memory.
+
+        Args:
+            target, source: addresses.
+            size: in bytes.
+        """
         call(driver.cuMemcpyDtoHAsync, target, source, size, self.handle)
 
     def within_device(self, target: int, source: int, size: int) -> None:
-        """Copies bytes between addresses that the GPU reaches."""
+        """Copy bytes between addresses that the GPU reaches.
+
+        Args:
+            target, source: addresses.
+            size: in bytes.
+        """
         call(driver.cuMemcpyAsync, target, source, size, self.handle)
 
     def synchronise(self) -> None:
-        """Waits until all work is done.
+        """Wait until all work is done.
 
         Raises:
             CudaError: some of it failed.
@@ -280,11 +317,11 @@ class Stream:
         call(driver.cuStreamSynchronize, self.handle)
 
     def drain(self) -> None:
-        """Waits until all work is over, however it ended."""
+        """Wait until all work is over, however it ended."""
         release(driver.cuStreamSynchronize, self.handle)
 
     def close(self) -> None:
-        """Destroys the stream; once."""
+        """Destroy the stream; once."""
         release(driver.cuStreamDestroy, self.handle)
 
 
@@ -292,13 +329,14 @@ class Graph:
     """Work that was recorded once and is launched as a whole."""
 
     def __init__(self, stream: Stream, work: Callable[[], None]) -> None:
-        """Records what `work` gives the stream, without doing it.
+        """Record what `work` gives the stream, without doing it.
 
         Raises:
             CudaError: some of it cannot be recorded. The stream can be used on.
             Exception: whatever `work` raised, likewise.
         """
-        # Thread-local: allocations of other threads, of another engine for example, do not spoil the recording.
+        # Thread-local: allocations of other threads, of another engine for example, do not spoil
+        # the recording.
         call(
             driver.cuStreamBeginCapture,
             stream.handle,
@@ -317,17 +355,17 @@ class Graph:
 
     @staticmethod
     def _abandon(stream: Stream) -> None:
-        """Ends a recording that failed; CUDA gives no graph, or one that nobody needs."""
+        """End a recording that failed; CUDA gives no graph, or one that nobody needs."""
         status, graph = driver.cuStreamEndCapture(stream.handle)
         if status == driver.CUresult.CUDA_SUCCESS and int(graph):
             release(driver.cuGraphDestroy, graph)
 
     def launch(self, stream: Stream) -> None:
-        """Gives the recorded work to the stream."""
+        """Give the recorded work to the stream."""
         call(driver.cuGraphLaunch, self._executable, stream.handle)
 
     def close(self) -> None:
-        """Destroys the graph; once."""
+        """Destroy the graph; once."""
         release(driver.cuGraphExecDestroy, self._executable)
 
 
@@ -343,7 +381,9 @@ _UNREADABLE = (
 
 @dataclass(frozen=True, eq=False)
 class DeviceArray:
-    """A contiguous array in a GPU's memory; answers to the same names as a NumPy array where shape and type are checked.
+    """A contiguous array in a GPU's memory.
+
+    Answers to the same names as a NumPy array where shape and type are checked.
 
     Attributes:
         address: of its first byte.
@@ -377,7 +417,7 @@ class DeviceArray:
 
 
 def view_array(value: Any, name: str, *, gpu: int, stream: int) -> NDArray[Any] | DeviceArray:
-    """A view of an array, without a copy.
+    """Return a view of an array, without a copy.
 
     Args:
         value: a NumPy array, or anything with DLPack or `__cuda_array_interface__`.
@@ -403,18 +443,23 @@ def view_array(value: Any, name: str, *, gpu: int, stream: int) -> NDArray[Any] 
         ) from error
     if view.device_id != gpu:
         raise InputError(
-            f"{name}: lies on GPU {view.device_id}, the engine runs on GPU {gpu}; copy it there first"
+            f"{name}: lies on GPU {view.device_id}, the engine runs on GPU {gpu}; copy it there "
+            "first"
         )
     shape = tuple(view.shape)
     if view.strides is not None and not _is_contiguous(shape, tuple(view.strides)):
         raise InputError(
-            f"{name}: strides {tuple(view.strides)} for shape {shape} on the GPU; expected rows without gaps, as contiguous() makes them"
+            f"{name}: strides {tuple(view.strides)} for shape {shape} on the GPU; expected rows "
+            "without gaps, as contiguous() makes them"
         )
     return DeviceArray(view.ptr, shape, np.dtype(view.dtype), view)
 
 
 def _memory_view() -> Any:
-    """The class of cuda-core that reads both protocols; most users give NumPy arrays and need not have it."""
+    """Return the class of cuda-core that reads both protocols.
+
+    Most users give NumPy arrays and need not have it.
+    """
     try:
         with naming_extras():
             from cuda.core.utils import StridedMemoryView  # pyright: ignore[reportMissingImports]
@@ -426,7 +471,7 @@ def _memory_view() -> Any:
 
 
 def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    """Whether strides, in values, are those of C order; axes of length 1 may have any."""
+    """Return whether strides, in values, are those of C order; axes of length 1 may have any."""
     expected = 1
     for length, stride in zip(reversed(shape), reversed(strides), strict=True):
         if length != 1 and stride != expected:

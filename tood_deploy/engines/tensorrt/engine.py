@@ -1,6 +1,7 @@
 """TensorRT or TensorRT-RTX: runs a plan file on an NVIDIA GPU, two batches in flight. No torch.
 
-The plan is checked against its manifest before TensorRT sees it. While the GPU computes one batch, the other is copied.
+The plan is checked against its manifest before TensorRT sees it. While the GPU computes one batch,
+the other is copied.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from tood_deploy.engines.base import BatchDetections, Engine
 from tood_deploy.engines.tensorrt.cuda import DeviceBuffer, Gpu, view_array
 from tood_deploy.engines.tensorrt.execution import CudaGraph
 from tood_deploy.engines.tensorrt.library import TITLES, Flavour, load_flavour
-from tood_deploy.engines.tensorrt.plan import Plan
+from tood_deploy.engines.tensorrt.plan import AddNote, Plan
 from tood_deploy.engines.tensorrt.plan_check import (
     Machine,
     check_plan,
@@ -61,30 +62,33 @@ class TensorRTEngine(Engine):
     def __init__(
         self, path: Path, *, device: str = "cuda", gpu: int = 0, cuda_graph: CudaGraph = "auto"
     ) -> None:
-        """Opens the plan.
+        """Open the plan.
 
         Args:
             path: the .engine or .plan file, its manifest beside it.
             device: "cuda".
             gpu: which of the GPUs that CUDA sees.
-            cuda_graph: whether to replay each shape, from its second batch on, as a CUDA graph: "auto" where that can be recorded (if not,
-                `notes` says so); True, or an error; False, never.
+            cuda_graph: whether to replay each shape, from its second batch on, as a CUDA graph:
+                "auto" where that can be recorded (if not, `notes` says so); True, or an error;
+                False, never.
 
         Raises:
-            ArtefactError: the plan is damaged, or was built for another machine; every mismatch is named.
+            ArtefactError: the plan is damaged, or was built for another machine; every mismatch is
+                named.
             DeviceError: no GPU, driver or TensorRT, or not enough memory.
         """
         if device != "cuda":
             raise DeviceError(
-                f"{path}: device is {device}, a TensorRT engine runs on a GPU; give --device cuda, or use an .onnx artefact"
+                f"{path}: device is {device}, a TensorRT engine runs on a GPU; give --device cuda, "
+                "or use an .onnx artefact"
             )
         if cuda_graph not in ("auto", True, False):
             raise ToodError(f"cuda_graph is {cuda_graph!r}; expected auto, True or False")
         self.manifest, target = read_plan_manifest(path)
         self._path = path
         flavour = _flavour_for(path, target, self.manifest)
-        self._remarks: list[str] = []
-        self.notes = self._remarks
+        self._notes: list[str] = []
+        self.notes = self._notes
         self._gpu = Gpu(gpu)
         self.device, self.name = device, f"{flavour.title}, {self._gpu.name}"
         resources = ExitStack()
@@ -111,8 +115,8 @@ class TensorRTEngine(Engine):
             flavour.name, flavour.version, here, self._gpu.compute_capability, self._gpu.name
         )
         check_plan(path, self.manifest, target, machine, hashlib.sha256(blob).hexdigest())
-        if remark := tuned_elsewhere(path, target, machine):
-            self._remarks.append(remark)
+        if note := tuned_elsewhere(path, target, machine):
+            self._notes.append(note)
         return blob
 
     def _open(
@@ -125,7 +129,7 @@ class TensorRTEngine(Engine):
         resources: ExitStack,
     ) -> None:
         remedy = rebuild(path, self.manifest)
-        note = _once(self._remarks)
+        add_note = _once(self._notes)
         kernels = _kernels_file(self.manifest, self._gpu, flavour)
         plan = Plan(
             blob,
@@ -134,62 +138,84 @@ class TensorRTEngine(Engine):
             host_code=target.version_compatible,
             remedy=remedy,
             kernels=kernels,
-            note=note,
+            add_note=add_note,
         )
         resources.callback(plan.close)
-        stated, found = (target.profiles, self.manifest.max_det), (plan.profiles, plan.max_det)
-        if stated != found:
+        stated, actual = (target.profiles, self.manifest.max_det), (plan.profiles, plan.max_det)
+        if stated != actual:
             raise ArtefactError(
-                f"{path}: its manifest states profiles and detections {stated}, the plan has {found}; {remedy}"
+                f"{path}: its manifest states profiles and detections {stated}, the plan has "
+                f"{actual}; {remedy}"
             )
         self._profiles = plan.profiles
-        self.canvases_hw = tuple(dict.fromkeys(profile.size_hw for profile in plan.profiles))
-        self.most_batch = max(profile.max_batch for profile in plan.profiles)
+        self.input_shapes_hw = tuple(dict.fromkeys(profile.size_hw for profile in plan.profiles))
+        self.max_batch = max(profile.max_batch for profile in plan.profiles)
         scratch = DeviceBuffer(plan.scratch_bytes, "scratch memory")
         resources.callback(scratch.close)
         self._buffers: list[Slot] = []
         for _ in range(self.in_flight):
-            self._buffers.append(Slot(plan, scratch, cuda_graph=cuda_graph, note=note))
+            self._buffers.append(Slot(plan, scratch, cuda_graph=cuda_graph, add_note=add_note))
             resources.callback(self._buffers[-1].close)
 
     def infer(
         self, images: Any, valid_hw: Any, score_threshold: float, iou_threshold: float
     ) -> BatchDetections:
-        """As every engine; and arrays may be of any library that speaks DLPack or `__cuda_array_interface__`, on the CPU or on this GPU.
+        """Run a batch, as every engine does.
 
-        Images on the GPU are read where they lie if they begin at a multiple of 256 bytes and no CUDA graph is replayed, whose addresses
-        are fixed; otherwise they are copied within the GPU.
+        Arrays may be of any library that speaks DLPack or `__cuda_array_interface__`, on the CPU or
+        on this GPU.
+
+        Images on the GPU are read where they lie if they begin at a multiple of 256 bytes and no
+        CUDA graph is replayed, whose addresses are fixed; otherwise they are copied within the GPU.
+
+        Args:
+            images, valid_hw, score_threshold, iou_threshold: as `Engine.infer` takes them.
         """
         return super().infer(images, valid_hw, score_threshold, iou_threshold)
 
     def infer_in_parts(
         self, images: Any, valid_hw: Any, score_threshold: float, iou_threshold: float
     ) -> tuple[BatchDetections, CallSeconds]:
-        """As `infer`, and how long each part took; waiting for a batch that is in flight counts to the inference."""
+        """Run a batch as `infer` does, and measure how long each part took.
+
+        Waiting for a batch that is in flight counts to the inference.
+
+        Args:
+            images, valid_hw, score_threshold, iou_threshold: as `infer` takes them.
+        """
         begun = time.perf_counter()
         with self._slots.take() as (slot, _), self._gpu.current():
             batch = self._start(slot, images, valid_hw, score_threshold, iou_threshold, timed=True)
-            found = self._checked(slot.detections(batch))
+            detections = self._checked(slot.detections(batch))
             to_device, inference = slot.seconds(begun)
-        return found, CallSeconds(
+        return detections, CallSeconds(
             to_device, inference, time.perf_counter() - begun - to_device - inference
         )
 
     def submit(
         self, images: Any, valid_hw: Any, score_threshold: float, iou_threshold: float
     ) -> Ticket:
-        """As `infer`, without waiting. NumPy arrays may change afterwards; arrays on the GPU must stay as they are until `collect`."""
+        """Start a batch without waiting for it.
+
+        NumPy arrays may change afterwards; arrays on the GPU must stay as they are until `collect`.
+
+        Args:
+            images, valid_hw, score_threshold, iou_threshold: as `infer` takes them.
+        """
         return super().submit(images, valid_hw, score_threshold, iou_threshold)
 
     def batches_at(self, net_hw: tuple[int, int]) -> tuple[int, int | None]:
-        """The smallest and the largest batch that a profile of this size takes."""
+        """Return the smallest and the largest batch that a profile of this size takes."""
         sized = [profile for profile in self._profiles if profile.size_hw == net_hw]
         return min(profile.min_batch for profile in sized), max(
             profile.max_batch for profile in sized
         )
 
     def _check_call(self, images: Any, valid_hw: Any) -> None:
-        """Nothing yet: an array on a GPU is viewed for the stream that will read it, and that comes with the slot."""
+        """Do nothing yet; `_start` checks.
+
+        An array on a GPU is viewed for the stream that will read it, which comes with the slot.
+        """
 
     def _run(
         self, images: Any, valid_hw: Any, score_threshold: float, iou_threshold: float
@@ -209,12 +235,12 @@ class TensorRTEngine(Engine):
         with self._slots.resume(ticket) as slot, self._gpu.current():
             return slot.detections(ticket.batch)
 
-    def _checked(self, found: BatchDetections) -> BatchDetections:
-        if (found.num_dets < 0).any():
+    def _checked(self, detections: BatchDetections) -> BatchDetections:
+        if (detections.num_dets < 0).any():
             raise ArtefactError(
-                f"{self._path}: {_unsettled(found.num_dets.tolist(), self.manifest)}"
+                f"{self._path}: {_unsettled(detections.num_dets.tolist(), self.manifest)}"
             )
-        return super()._checked(found)
+        return super()._checked(detections)
 
     def _start(
         self,
@@ -226,7 +252,7 @@ class TensorRTEngine(Engine):
         *,
         timed: bool = False,
     ) -> int:
-        """Puts a batch into a slot, and the GPU to work on it; how many images it holds."""
+        """Put a batch into a slot, start the GPU, and return how many images there are."""
         views: tuple[Any, Any] = (
             view_array(images, "images", gpu=self._gpu.ordinal, stream=slot.stream.handle),
             view_array(valid_hw, "valid_hw", gpu=self._gpu.ordinal, stream=slot.stream.handle),
@@ -245,13 +271,16 @@ class TensorRTEngine(Engine):
         return shape[0]
 
     def close(self) -> None:
-        """Waits for calls at work, then frees everything; may be called again. Batches that were not collected are lost."""
+        """Wait for calls at work, then free everything; may be called again.
+
+        Batches that were not collected are lost.
+        """
         super().close()
         self._release()
 
 
 def choose_profile(profiles: Sequence[OptimizationProfile], shape: tuple[int, ...]) -> int:
-    """The number of the profile that is tuned best for images of a shape (B, H, W, 3).
+    """Return the number of the profile that is tuned best for images of a shape (B, H, W, 3).
 
     Raises:
         InputError: none takes so many images of that size.
@@ -269,18 +298,24 @@ def choose_profile(profiles: Sequence[OptimizationProfile], shape: tuple[int, ..
         takes = " or ".join(f"{profile.min_batch} to {profile.max_batch}" for _, profile in sized)
         size = f"{size_hw[0]} x {size_hw[1]}"
         raise InputError(
-            f"a batch of {batch} at {size}, this engine takes {takes}; choose such a --batch, or build it for others"
+            f"a batch of {batch} at {size}, this engine takes {takes}; choose such a --batch, or "
+            "build it for others"
         )
     return min(fitting)[1]
 
 
 def _unsettled(num_dets: Sequence[int], manifest: Manifest) -> str:
-    """What to say where suppression in a fixed number of rounds did not come to its end, for which a count is negative."""
+    """Return the sentence for suppression that did not end within its rounds.
+
+    A negative count marks such an image.
+    """
     rounds = manifest.build.nms_rounds or "a fixed number of"
     images = ", ".join(str(number) for number, count in enumerate(num_dets, 1) if count < 0)
     return (
-        f"{rounds} rounds of suppression were too few for image {images} of a batch of {len(num_dets)} (num_dets is {min(num_dets)}); "
-        "build the engine with more --nms-rounds, or with --nms loop, which takes as many as it needs"
+        f"{rounds} rounds of suppression were too few for image {images} of a batch of "
+        f"{len(num_dets)} (num_dets is {min(num_dets)}); "
+        "build the engine with more --nms-rounds, or with --nms loop, which takes as many as it "
+        "needs"
     )
 
 
@@ -295,15 +330,21 @@ def _flavour_for(path: Path, target: EngineTarget, manifest: Manifest) -> Flavou
 
 
 def _kernels_file(manifest: Manifest, gpu: Gpu, flavour: Flavour) -> Path:
-    """Where TensorRT-RTX keeps what it compiles of one plan for one kind of GPU."""
+    """Return where TensorRT-RTX keeps what it compiles of one plan for one kind of GPU."""
     key = hashlib.sha256(
         f"{manifest.artefact_sha256} {gpu.name} {flavour.version}".encode()
     ).hexdigest()
     return home_folder("kernels") / f"{key[:32]}.bin"
 
 
-def _once(notes: list[str]) -> Callable[[str], None]:
-    return lambda note: None if note in notes else notes.append(note)
+def _once(notes: list[str]) -> AddNote:
+    """Return a function that appends a note unless it is in the list already."""
+
+    def add(note: str) -> None:
+        if note not in notes:
+            notes.append(note)
+
+    return add
 
 
 def _close(gpu: Gpu, resources: ExitStack, slots: Slots[Slot] | None = None) -> None:

@@ -1,6 +1,9 @@
-"""One shape of a plan, ready to run on one set of buffers: an execution context and, where it can be recorded, its CUDA graph.
+"""One shape of a plan, ready to run on one set of buffers.
 
-TensorRT asks for one context per recorded graph: a graph holds the state and the addresses of the context it was recorded from.
+An execution context and, where it can be recorded, its CUDA graph.
+
+TensorRT asks for one context per recorded graph: a graph holds the state and the addresses of the
+context it was recorded from.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from tood_deploy.engines.tensorrt.cuda import CudaError, DeviceBuffer, Graph, Stream
-from tood_deploy.engines.tensorrt.plan import Note, Plan, refusal
+from tood_deploy.engines.tensorrt.plan import AddNote, Plan, refusal
 from tood_deploy.errors import DeviceError
 
 CudaGraph = Literal["auto"] | bool
@@ -20,7 +23,8 @@ class Execution:
     """A plan at one shape, with its addresses bound. In a block of `Gpu.current`, all of it.
 
     Attributes:
-        replays: whether it runs, from the second time on, as a CUDA graph, whose addresses stay what they are.
+        replays: whether it runs, from the second time on, as a CUDA graph, whose addresses stay
+            what they are.
     """
 
     def __init__(
@@ -33,9 +37,9 @@ class Execution:
         stream: Stream,
         *,
         cuda_graph: CudaGraph,
-        note: Note,
+        add_note: AddNote,
     ) -> None:
-        """Makes the context.
+        """Make the context.
 
         Args:
             plan: what to run.
@@ -44,13 +48,14 @@ class Execution:
             addresses: on the GPU, of all inputs and outputs.
             scratch: memory that other executions may use at other times.
             stream: the only one it will run on.
-            cuda_graph: whether to record: yes or an error; no; or "auto", where not being able to goes to `note`.
-            note: takes a remark for the user.
+            cuda_graph: whether to record: yes or an error; no; or "auto", where not being able to
+                goes to `add_note`.
+            add_note: takes a remark for the user.
 
         Raises:
             DeviceError: TensorRT refuses.
         """
-        self._plan, self._stream, self._note = plan, stream, note
+        self._plan, self._stream, self._add_note = plan, stream, add_note
         self._must_record = cuda_graph is True
         self.replays = bool(cuda_graph)
         self._graph: Graph | None = None
@@ -76,7 +81,8 @@ class Execution:
         addresses: Mapping[str, int],
         scratch: DeviceBuffer,
     ) -> bool:
-        # No local name for the context: the frames of an error would keep it alive beyond its memory.
+        # No local name for the context: the frames of an error would keep it alive beyond its
+        # memory.
         self._context.set_device_memory(scratch.address, scratch.size)
         if not self._context.set_optimization_profile_async(profile, self._stream.handle):
             return False
@@ -91,7 +97,7 @@ class Execution:
         )
 
     def run(self, images: int | None = None) -> None:
-        """Gives the stream the work. The first time, runs and then records.
+        """Give the stream the work. The first time, run and then record.
 
         Args:
             images: another address to read the images from, where it does not replay.
@@ -121,7 +127,7 @@ class Execution:
             )
 
     def _record(self) -> None:
-        """Records the graph, after a run as TensorRT asks for: it settles the context."""
+        """Record the graph, after a run as TensorRT asks for: it settles the context."""
         try:
             # TensorRT-RTX knows beforehand.
             if hasattr(
@@ -133,15 +139,16 @@ class Execution:
             reason = str(error).partition("; ")[0]
             if self._must_record:
                 raise DeviceError(
-                    f"{self._plan.path}: no CUDA graph can be recorded ({reason}); leave cuda_graph at auto"
+                    f"{self._plan.path}: no CUDA graph can be recorded ({reason}); leave "
+                    "cuda_graph at auto"
                 ) from error
             self.replays = False
-            self._note(
+            self._add_note(
                 f"{self._plan.path.name} runs without CUDA graphs: none can be recorded ({reason})"
             )
 
     def close(self) -> None:
-        """Frees context and graph. May be called again."""
+        """Free context and graph. May be called again."""
         if self._graph is not None:
             self._graph.close()
             self._graph = None

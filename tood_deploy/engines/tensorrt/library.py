@@ -1,7 +1,10 @@
-"""TensorRT or TensorRT-RTX, whichever is installed: one Python API under two package names. Knows neither building nor running.
+"""TensorRT or TensorRT-RTX, whichever is installed: one Python API under two package names.
 
-Both are heard through one logger for the whole process, as the library itself keeps the first logger it is given: what it says while a
-block of `collecting` runs ends up in that block's `Messages`, and nothing on the terminal.
+Knows neither building nor running.
+
+Both are heard through one logger for the whole process, as the library itself keeps the first
+logger it is given: what it says while a block of `collecting` runs ends up in that block's
+`Messages`, and nothing on the terminal.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ class Messages:
     warnings: list[str] = field(default_factory=list)
 
     def reason(self) -> str:
-        """The errors in one line; the warnings where there are none."""
+        """Return the errors in one line; the warnings where there are none."""
         return (
             "; ".join(dict.fromkeys(self.errors or self.warnings)) or "the library gave no reason"
         )
@@ -45,7 +48,7 @@ class CollectingLogger(Protocol):
     """The library's `ILogger`, to hand to its builder, parser and runtime."""
 
     def collecting(self) -> AbstractContextManager[Messages]:
-        """A block whose `Messages` gather what any thread makes the library say."""
+        """Return a block whose `Messages` gather what any thread makes the library say."""
         ...
 
 
@@ -72,10 +75,11 @@ class Flavour:
 
 
 def load_flavour(name: str | None = None) -> Flavour:
-    """The library that is installed.
+    """Return the library that is installed.
 
     Args:
-        name: "tensorrt" or "tensorrt_rtx", where it has to be that one; whichever is there where not given.
+        name: "tensorrt" or "tensorrt_rtx", where it has to be that one; whichever is there where
+            not given.
 
     Raises:
         ToodError: an unknown name, or both are installed and no name was given.
@@ -86,15 +90,18 @@ def load_flavour(name: str | None = None) -> Flavour:
     installed = [known for known in NAMES if _is_installed(known)]
     if name is None and len(installed) == 2:
         raise ToodError(
-            f"both {' and '.join(installed)} are installed; say which of the two to use with --flavour {' or --flavour '.join(NAMES)}"
+            f"both {' and '.join(installed)} are installed; say which of the two to use with "
+            f"--flavour {' or --flavour '.join(NAMES)}"
         )
     if not installed:
         raise DeviceError(
-            f"neither TensorRT nor TensorRT-RTX is installed; install the Python package {(name or NAMES[1]).replace('_', '-')}"
+            "neither TensorRT nor TensorRT-RTX is installed; install the Python package "
+            f"{(name or NAMES[1]).replace('_', '-')}"
         )
     if name is not None and name not in installed:
         raise DeviceError(
-            f"{TITLES[name]} is not installed, {TITLES[installed[0]]} is; install the Python package {name.replace('_', '-')}"
+            f"{TITLES[name]} is not installed, {TITLES[installed[0]]} is; install the Python "
+            f"package {name.replace('_', '-')}"
         )
     return _load(cast(Name, name or installed[0]))
 
@@ -112,14 +119,16 @@ def _load(name: Name) -> Flavour:
         OSError,
     ) as error:  # OSError: the shared libraries that the package opens itself
         raise DeviceError(
-            f"{TITLES[name]} is installed but does not load ({_tidy(str(error))}); reinstall {name} and its libraries"
+            f"{TITLES[name]} is installed but does not load ({_tidy(str(error))}); reinstall "
+            f"{name} and its libraries"
         ) from error
     version = str(module.__version__)
-    found = tuple(int(part) for part in version.split(".")[:2])
-    if found < OLDEST[name]:
+    numbers = tuple(int(part) for part in version.split(".")[:2])
+    if numbers < OLDEST[name]:
         expected = ".".join(map(str, OLDEST[name]))
         raise DeviceError(
-            f"{TITLES[name]} {version} is installed; expected {expected} or newer: update the package {name}"
+            f"{TITLES[name]} {version} is installed; expected {expected} or newer: update the "
+            f"package {name}"
         )
     logger = _new_logger(module)
     module.init_libnvinfer_plugins(
@@ -129,12 +138,15 @@ def _load(name: Name) -> Flavour:
 
 
 def _tidy(message: str) -> str:
-    """One line, without the places in the library's source."""
+    """Return a message as one line, without the places in the library's source."""
     return " ".join(SOURCE_NOTE.sub("", message).split())
 
 
 def _new_logger(module: Any) -> CollectingLogger:
-    """A subclass of that library's own ILogger: the base class is known only once the library is loaded."""
+    """Return a subclass of that library's own ILogger.
+
+    The base class is known only once the library is loaded.
+    """
 
     class Logger(module.ILogger):
         def __init__(self) -> None:

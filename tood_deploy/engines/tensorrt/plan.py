@@ -1,6 +1,7 @@
 """A TensorRT plan, deserialised: what it takes and gives, and new execution contexts of it.
 
-Comes in: the bytes of a plan that was checked against its manifest. In a block of `Gpu.current`, all of it. Knows no images.
+Comes in: the bytes of a plan that was checked against its manifest. In a block of `Gpu.current`,
+all of it. Knows no images.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from tood_deploy.files import atomic_path
 from tood_deploy.graph_io import INPUTS, OUTPUTS
 from tood_deploy.manifest_sections import OptimizationProfile
 
+AddNote = Callable[[str], None]  # takes a remark for the user
+
 
 class KernelCache:
     """An IRuntimeCache and its file.
@@ -25,28 +28,38 @@ class KernelCache:
         cache: what every runtime configuration of the engine is given.
     """
 
-    def __init__(self, cache: Any, path: Path, note: Callable[[str], None]) -> None:
-        """Fills an empty cache from the file, if there is one that fits; where it does not fit, says so to `note`."""
+    def __init__(self, cache: Any, path: Path, add_note: AddNote) -> None:
+        """Fill an empty cache from the file, if there is one that fits.
+
+        Where it does not fit, says so to `add_note`.
+        """
         self.cache, self._path = cache, path
         self._kept = b""
         with suppress(OSError):
             self._kept = path.read_bytes()
         if self._kept and not cache.deserialize(self._kept):
-            note(
-                f"{path}: holds kernels of another driver, or is damaged; they are compiled again, and it is replaced"
+            add_note(
+                f"{path}: holds kernels of another driver, or is damaged; they are compiled again, "
+                "and it is replaced"
             )
 
     def save(self) -> None:
-        """Writes the file if there is anything new. Where nothing can be kept, the kernels are compiled again next time."""
+        """Write the file if there is anything new.
+
+        Where nothing can be kept, the kernels are compiled again next time.
+        """
         serialised = self.cache.serialize()
-        if serialised is None or (found := bytes(memoryview(serialised))) == self._kept:
+        if serialised is None or (kernels := bytes(memoryview(serialised))) == self._kept:
             return
         with suppress(OutputError), atomic_path(self._path) as temporary:
-            temporary.write_bytes(found)
+            temporary.write_bytes(kernels)
 
 
-Note = Callable[[str], None]
-OTHER_GPU = "TensorRT-RTX has no kernels in it for this GPU: build it with this GPU's --compute-capability, or by TensorRT"
+OTHER_GPU = (
+    "TensorRT-RTX has no kernels in it for this GPU: build it with this GPU's "
+    "--compute-capability, "
+    "or by TensorRT"
+)
 INPUT_TYPES = dict(zip(INPUTS, ("UINT8", "INT32", "FLOAT", "FLOAT"), strict=True))
 OUTPUT_TYPES = dict(zip(OUTPUTS, ("INT32", "FLOAT", "FLOAT", "INT32"), strict=True))
 
@@ -59,7 +72,8 @@ class Plan:
         logger: hears what TensorRT says.
         profiles: its optimisation profiles, in its own order.
         max_det: rows D of the outputs.
-        scratch_bytes: what a context needs on the GPU while it runs, beside inputs and outputs; contexts that take turns can share it.
+        scratch_bytes: what a context needs on the GPU while it runs, beside inputs and outputs;
+            contexts that take turns can share it.
     """
 
     def __init__(
@@ -71,9 +85,9 @@ class Plan:
         host_code: bool,
         remedy: str,
         kernels: Path,
-        note: Note,
+        add_note: AddNote,
     ) -> None:
-        """Deserialises.
+        """Deserialise.
 
         Args:
             blob: the plan.
@@ -82,13 +96,13 @@ class Plan:
             host_code: whether it may bring code for the CPU along, as version-compatible plans do.
             remedy: what to do if it cannot be used, for errors.
             kernels: file for what TensorRT-RTX compiles.
-            note: takes a remark for the user.
+            add_note: takes a remark for the user.
 
         Raises:
             ArtefactError: TensorRT refuses it, or it is no plan of tood_deploy.
             DeviceError: the driver is too old for it, or the GPU's memory is full.
         """
-        self.path, self.logger, self._note = path, flavour.logger, note
+        self.path, self.logger, self._add_note = path, flavour.logger, add_note
         self._trt, self._is_rtx, self._remedy = (
             flavour.module,
             flavour.name == "tensorrt_rtx",
@@ -122,13 +136,14 @@ class Plan:
             raise refusal(f"{self.path}: cannot be opened", messages, self._remedy, ArtefactError)
 
     def _check_validity(self, blob: bytes, messages: Messages) -> None:
-        """TensorRT-RTX tells beforehand whether a plan suits the machine, and why not."""
+        """Refuse a plan that does not suit the machine, which TensorRT-RTX knows beforehand."""
         if not hasattr(self._runtime, "get_engine_validity"):
             return
         validity, flags = self._runtime.get_engine_validity(blob)
         if validity == self._trt.EngineValidity.SUBOPTIMAL:
-            self._note(
-                f"{self.path.name}: runs on this GPU, but was not built for it and may be slower than it could be"
+            self._add_note(
+                f"{self.path.name}: runs on this GPU, but was not built for it and may be slower "
+                "than it could be"
             )
         if validity == self._trt.EngineValidity.INVALID:
             reasons = [
@@ -150,12 +165,14 @@ class Plan:
         outputs = {name: self._type_of(name) for name in names if not self._is_input(name)}
         if (inputs, outputs) != (INPUT_TYPES, OUTPUT_TYPES):
             raise ArtefactError(
-                f"{self.path}: a plan, but not one of tood_deploy (inputs {inputs}, outputs {outputs}, expected {INPUT_TYPES} and {OUTPUT_TYPES}); "
+                f"{self.path}: a plan, but not one of tood_deploy (inputs {inputs}, outputs "
+                f"{outputs}, expected {INPUT_TYPES} and {OUTPUT_TYPES}); "
                 "make it from the checkpoint with tood-export --to engine"
             )
         if len(self._engine.get_tensor_shape("score_threshold")):
             raise ArtefactError(
-                f"{self.path}: takes thresholds for each image, the form for Triton; make one to be run here with tood-export --to engine"
+                f"{self.path}: takes thresholds for each image, the form for Triton; make one to "
+                "be run here with tood-export --to engine"
             )
         on_host = [
             name
@@ -164,7 +181,8 @@ class Plan:
         ]
         if on_host:
             raise ArtefactError(
-                f"{self.path}: wants {', '.join(on_host)} in host memory, as no plan of tood_deploy does; {self._remedy}"
+                f"{self.path}: wants {', '.join(on_host)} in host memory, as no plan of "
+                f"tood_deploy does; {self._remedy}"
             )
 
     def _type_of(self, name: str) -> str:
@@ -185,7 +203,7 @@ class Plan:
         return OptimizationProfile((largest[1], largest[2]), smallest[0], best[0], largest[0])
 
     def new_context(self) -> Any:
-        """A new IExecutionContext, without scratch memory of its own.
+        """Return a new IExecutionContext, without scratch memory of its own.
 
         Raises:
             DeviceError: TensorRT could not make one; the GPU's memory is full, for example.
@@ -205,9 +223,10 @@ class Plan:
         return context
 
     def _runtime_config(self, strategy: Any) -> Any:
-        """How TensorRT-RTX, which compiles kernels on the machine, shall do that.
+        """Return how TensorRT-RTX, which compiles kernels on the machine, shall do that.
 
-        Eagerly: by default kernels are exchanged for faster ones while the engine runs, which a recorded CUDA graph would not take part in.
+        Eagerly: by default kernels are exchanged for faster ones while the engine runs, which a
+            recorded CUDA graph would not take part in.
         All contexts share what was compiled, now or before.
         """
         config = self._engine.create_runtime_config()
@@ -217,13 +236,13 @@ class Plan:
         )
         if self._kernels is None:
             self._kernels = KernelCache(
-                config.create_runtime_cache(), self._kernels_path, self._note
+                config.create_runtime_cache(), self._kernels_path, self._add_note
             )
         config.set_runtime_cache(self._kernels.cache)
         return config
 
     def close(self) -> None:
-        """Frees engine and runtime; contexts must be gone before. May be called again."""
+        """Free engine and runtime; contexts must be gone before. May be called again."""
         if self._kernels is not None:
             self._kernels.save()
         self._kernels = None
@@ -234,7 +253,7 @@ class Plan:
 def refusal(
     what: str, messages: Messages, remedy: str, kind: type[ToodError] = CudaError
 ) -> ToodError:
-    """The error that says what TensorRT said, in one line.
+    """Return the error that says what TensorRT said, in one line.
 
     Args:
         what: what failed.
@@ -250,10 +269,12 @@ def refusal(
         )
     if "out of memory" in lowered or "outofmemory" in lowered:
         return OutOfDeviceMemory(
-            f"{what}: the GPU's memory is full; use a smaller --batch, or stop what else uses the GPU ({reason})"
+            f"{what}: the GPU's memory is full; use a smaller --batch, or stop what else uses the "
+            f"GPU ({reason})"
         )
     if "cudaerror" in lowered:
         return DeviceError(
-            f"{what}: CUDA failed; look at nvidia-smi, update the driver, and start the program again ({reason})"
+            f"{what}: CUDA failed; look at nvidia-smi, update the driver, and start the program "
+            f"again ({reason})"
         )
     return kind(f"{what} ({reason}); {remedy}")

@@ -1,6 +1,7 @@
-"""Whether a TensorRT plan file may be opened on this machine, decided from its manifest alone, before TensorRT sees the file.
+"""Decide from its manifest alone whether a TensorRT plan may be opened on this machine.
 
-Comes in: the manifest, the file's SHA-256, and the machine in words. Goes out: nothing, or an error that names every mismatch.
+Comes in: the manifest, the file's SHA-256, and the machine in words. Goes out: nothing, or an error
+that names every mismatch.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class Machine:
 
 
 def read_plan_manifest(path: Path) -> tuple[Manifest, EngineTarget]:
-    """The manifest beside a plan, and what it says the plan was built for.
+    """Return the manifest beside a plan, and what it says the plan was built for.
 
     Raises:
         ArtefactError: there is none, or it is damaged or not a plan's.
@@ -34,7 +35,8 @@ def read_plan_manifest(path: Path) -> tuple[Manifest, EngineTarget]:
     manifest = read_manifest(path)
     if manifest is None:
         raise ArtefactError(
-            f"{path}: its manifest {manifest_path(path).name} is missing; put it back beside the plan, or {rebuild(path)}"
+            f"{path}: its manifest {manifest_path(path).name} is missing; put it back beside the "
+            f"plan, or {rebuild(path)}"
         )
     if manifest.target is None or manifest.target.flavour not in TITLES:
         given = manifest.target.flavour if manifest.target else "nothing"
@@ -48,7 +50,7 @@ def read_plan_manifest(path: Path) -> tuple[Manifest, EngineTarget]:
 def check_plan(
     path: Path, manifest: Manifest, target: EngineTarget, machine: Machine, sha256: str
 ) -> None:
-    """Raises ArtefactError, naming every mismatch and the way out, unless the plan was built for this machine.
+    """Raise ArtefactError unless the plan was built for this machine; name every mismatch.
 
     Args:
         path: the plan, for the message.
@@ -56,37 +58,54 @@ def check_plan(
         machine: where it shall run.
         sha256: of the file as it is now.
     """
-    found = [
+    mismatches = [
         _file_mismatch(manifest, sha256),
         _flavour_mismatch(target, machine),
         _version_mismatch(target, machine),
         _platform_mismatch(target, machine),
         _gpu_mismatch(target, machine),
     ]
-    if mismatches := [mismatch for mismatch in found if mismatch]:
+    if stated := [mismatch for mismatch in mismatches if mismatch]:
         raise ArtefactError(
-            f"{path}: cannot be used here: {'; '.join(mismatches)}; {rebuild(path, manifest)}"
+            f"{path}: cannot be used here: {'; '.join(stated)}; {rebuild(path, manifest)}"
         )
 
 
 def tuned_elsewhere(path: Path, target: EngineTarget, machine: Machine) -> str:
-    """A remark on a plan that may run here, but whose kernels were chosen on another model of GPU; "" where there is none to make."""
+    """Return a remark on a plan whose kernels were chosen on another model of GPU, else "".
+
+    Args:
+        path: the plan, for the remark.
+        target: what it was built for.
+        machine: where it will run.
+    """
     if target.gpu in ("", machine.gpu_name):
         return ""
-    return f"{path.name}: was tuned on {target.gpu}, this is {machine.gpu_name}; built here it may be faster"
+    return (
+        f"{path.name}: was tuned on {target.gpu}, this is {machine.gpu_name}; built here it may be "
+        "faster"
+    )
 
 
 def rebuild(path: Path, manifest: Manifest | None = None) -> str:
-    """What to do about a plan that cannot be used: the command that made it, where the manifest tells."""
+    """Return what to do about a plan that cannot be used.
+
+    The command that made it, where the manifest tells.
+    """
     command = manifest.build.rebuild if manifest else ""
-    return f"build it again, for this machine: {command or f'tood-export MODEL --to engine --output {path}'}"
+    usual = f"tood-export MODEL --to engine --output {path}"
+    return f"build it again, for this machine: {command or usual}"
 
 
 def _file_mismatch(manifest: Manifest, sha256: str) -> str:
     if manifest.artefact_sha256 == sha256:
         return ""
     stated = manifest.artefact_sha256[:12] or "nothing"
-    return f"the file has SHA-256 {sha256[:12]}.., its manifest states {stated}..: it was cut, changed or exchanged"
+    return (
+        f"the file has SHA-256 {sha256[:12]}.., its manifest states {stated}..: it was cut, "
+        "changed "
+        "or exchanged"
+    )
 
 
 def _flavour_mismatch(target: EngineTarget, machine: Machine) -> str:
@@ -106,7 +125,7 @@ def _version_mismatch(target: EngineTarget, machine: Machine) -> str:
 
 
 def _is_later(version: str, than: str) -> bool:
-    """Whether a version follows another within one major version."""
+    """Return whether a version follows another within one major version."""
     numbers = [
         [int(part) for part in text.split(".") if part.isdigit()] for text in (version, than)
     ]
@@ -122,15 +141,18 @@ def _platform_mismatch(target: EngineTarget, machine: Machine) -> str:
 
 
 def _gpu_mismatch(target: EngineTarget, machine: Machine) -> str:
-    built, found = target.compute_capabilities, machine.compute_capability
-    if found in built or (target.later_compute_capabilities and _is_above(found, built)):
+    built, here = target.compute_capabilities, machine.compute_capability
+    if here in built or (target.later_compute_capabilities and _is_above(here, built)):
         return ""
-    if target.hardware_compatibility == "ampere_plus" and _is_above(found, ("8.0",)):
+    if target.hardware_compatibility == "ampere_plus" and _is_above(here, ("8.0",)):
         return ""
-    return f"it was built for GPUs of compute capability {', '.join(built)}, {machine.gpu_name} has {found}"
+    return (
+        f"it was built for GPUs of compute capability {', '.join(built)}, "
+        f"{machine.gpu_name} has {here}"
+    )
 
 
 def _is_above(capability: str, others: tuple[str, ...]) -> bool:
-    """Whether a compute capability is at least the lowest of others."""
+    """Return whether a compute capability is at least the lowest of others."""
     numbers = [tuple(int(part) for part in text.split(".")) for text in (capability, *others)]
     return numbers[0] >= min(numbers[1:])

@@ -1,6 +1,9 @@
-"""One of the sets of buffers that a TensorRT engine works in: its stream, its memory on both sides, and the plan bound to them.
+"""One of the sets of buffers that a TensorRT engine works in.
 
-Two of them let the copies of one batch overlap with the computing of another. In a block of `Gpu.current`, all of it.
+Its stream, its memory on both sides, and the plan bound to them.
+
+Two of them let the copies of one batch overlap with the computing of another. In a block of
+`Gpu.current`, all of it.
 """
 
 from __future__ import annotations
@@ -26,17 +29,17 @@ from tood_deploy.engines.tensorrt.cuda import (
     Stream,
 )
 from tood_deploy.engines.tensorrt.execution import ALIGNMENT, CudaGraph, Execution
-from tood_deploy.engines.tensorrt.plan import Note, Plan
+from tood_deploy.engines.tensorrt.plan import AddNote, Plan
 from tood_deploy.errors import ToodError
 
 Array = NDArray[Any] | DeviceArray
 
 
 class Tensors:
-    """Where tensors of the largest batch lie in one block of memory, each aligned, so that one copy moves them all."""
+    """Places of the largest batch's tensors in one block of memory, so that one copy moves all."""
 
     def __init__(self, tensors: Mapping[str, tuple[tuple[int, ...], type[np.generic]]]) -> None:
-        """Lays out tensors, given by name as (shape, type), one after the other."""
+        """Lay out tensors, given by name as (shape, type), one after the other."""
         self.tensors = dict(tensors)
         self.offsets: dict[str, int] = {}
         self.size = 0
@@ -45,11 +48,17 @@ class Tensors:
             self.size += -(-prod(shape) * np.dtype(dtype).itemsize // ALIGNMENT) * ALIGNMENT
 
     def addresses(self, base: int) -> dict[str, int]:
-        """By name, in a block that begins at `base`."""
+        """Return the addresses by name, in a block that begins at `base`."""
         return {name: base + offset for name, offset in self.offsets.items()}
 
     def view(self, buffer: PinnedBuffer, name: str, shape: tuple[int, ...]) -> NDArray[Any]:
-        """A tensor of a smaller batch, or of another size, in its place."""
+        """Return a tensor of a smaller batch, or of another size, in its place.
+
+        Args:
+            buffer: of at least `size` bytes.
+            name: of the tensor.
+            shape: that it has in this batch.
+        """
         return buffer.view(self.offsets[name], shape, self.tensors[name][1])
 
 
@@ -57,19 +66,19 @@ class Slot:
     """Buffers for one batch at a time."""
 
     def __init__(
-        self, plan: Plan, scratch: DeviceBuffer, *, cuda_graph: CudaGraph, note: Note
+        self, plan: Plan, scratch: DeviceBuffer, *, cuda_graph: CudaGraph, add_note: AddNote
     ) -> None:
-        """Allocates for the largest batch and size that the plan takes.
+        """Allocate for the largest batch and size that the plan takes.
 
         Args:
             plan: what will run here.
             scratch: memory that all slots share, taking turns.
-            cuda_graph, note: as `Execution` takes them.
+            cuda_graph, add_note: as `Execution` takes them.
 
         Raises:
             OutOfDeviceMemory: no room.
         """
-        self._plan, self._scratch, self._note = plan, scratch, note
+        self._plan, self._scratch, self._add_note = plan, scratch, add_note
         self._cuda_graph: CudaGraph = cuda_graph
         largest = max(profile.max_batch for profile in plan.profiles)
         pixels = max(profile.max_batch * prod(profile.size_hw) for profile in plan.profiles) * 3
@@ -121,7 +130,13 @@ class Slot:
     def fill(
         self, images: Array, valid_hw: Array, score_threshold: float, iou_threshold: float
     ) -> None:
-        """Takes a batch, once the GPU is through with what lay here before."""
+        """Take a batch, once the GPU is through with what lay here before.
+
+        Args:
+            images: (B, H, W, 3) uint8 RGB, in host memory or on the GPU.
+            valid_hw: (B, 2) int32.
+            score_threshold, iou_threshold: 0 to 1.
+        """
         self.done.wait()
         self._on_device.clear()
         values = {
@@ -139,12 +154,13 @@ class Slot:
     def start(
         self, profile: int, shape: tuple[int, ...], others: list[Event], *, timed: bool = False
     ) -> None:
-        """Gives the GPU the copies and the computing of the batch, and does not wait for them.
+        """Give the GPU the copies and the computing of the batch, and does not wait for them.
 
         Args:
             profile: the number of the optimisation profile.
             shape: of the images, (B, H, W, 3).
-            others: marks of other slots; computing begins after them, since all use the same scratch memory.
+            others: marks of other slots; computing begins after them, since all use the same
+                scratch memory.
             timed: whether `seconds` will be asked for.
 
         Raises:
@@ -176,10 +192,13 @@ class Slot:
             self._marks[number].record(self.stream)
 
     def seconds(self, since: float) -> tuple[float, float]:
-        """Of a batch that was timed, and whose detections are there: how long to bring it to the GPU, and to compute.
+        """Return how long a timed batch took to the GPU, and to compute there.
+
+        How long to bring it to the GPU, and to compute.
 
         Args:
-            since: the moment of `time.perf_counter` from which on bringing it counts: what the CPU did before the GPU began.
+            since: the moment of `time.perf_counter` from which on bringing it counts: what the CPU
+                did before the GPU began.
         """
         begun, brought, computed = self._marks
         return self._begun - since + brought.seconds_since(begun), computed.seconds_since(brought)
@@ -204,13 +223,16 @@ class Slot:
             self._scratch,
             self.stream,
             cuda_graph=self._cuda_graph,
-            note=self._note,
+            add_note=self._add_note,
         )
         self._executions[profile, shape[0]] = execution
         return execution
 
     def _copy_in(self, execution: Execution, pixels: int) -> int | None:
-        """Brings the inputs to the GPU; the address of the images where they can be read where they lie."""
+        """Bring the inputs to the GPU.
+
+        The address of the images where they can be read where they lie.
+        """
         addresses = self._inputs.addresses(self._device_in.address)
         images = self._on_device.get("images")
         in_place = images is not None and not execution.replays and images.address % ALIGNMENT == 0
@@ -226,7 +248,7 @@ class Slot:
         return images.address if images is not None and in_place else addresses["images"]
 
     def detections(self, batch: int) -> BatchDetections:
-        """What was found in the batch, waiting for it if need be.
+        """Return what was found in the batch, waiting for it if need be.
 
         Raises:
             CudaError: the GPU failed.
@@ -249,7 +271,7 @@ class Slot:
             self._executions.popitem()[1].close()
 
     def close(self) -> None:
-        """Waits for the GPU, then frees everything. May be called again."""
+        """Wait for the GPU, then frees everything. May be called again."""
         self._on_device.clear()
         self._resources.close()
 
@@ -276,7 +298,7 @@ class Slots(Generic[Item]):
     """Hands out slots. A call waits where another thread is going to give one back."""
 
     def __init__(self, items: Sequence[Item], name: str) -> None:
-        """Takes the sets of buffers; `name` is the engine's, for errors."""
+        """Take the sets of buffers; `name` is the engine's, for errors."""
         self._items = tuple(items)
         self._name = name
         self._free = set(range(len(items)))
@@ -287,17 +309,21 @@ class Slots(Generic[Item]):
 
     @contextmanager
     def take(self) -> Iterator[tuple[Item, Callable[[int], Ticket]]]:
-        """A free slot for the block, and a function that keeps it for a batch of so many images beyond the block.
+        """Yield a free slot for the block, and a function that keeps it beyond the block.
+
+        The function takes the number of images of the batch that stays in it.
 
         Raises:
-            ToodError: all slots hold batches that this thread submitted and did not collect; or the engine was closed.
+            ToodError: all slots hold batches that this thread submitted and did not collect; or the
+                engine was closed.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._closed or self._free or self._blocked_by_caller())
             self._check_open()
             if not self._free:
                 raise ToodError(
-                    f"{self._name}: {len(self._items)} batches are submitted already; collect the oldest one first"
+                    f"{self._name}: {len(self._items)} batches are submitted already; collect the "
+                    "oldest one first"
                 )
             index = min(
                 self._free
@@ -314,16 +340,18 @@ class Slots(Generic[Item]):
 
     @contextmanager
     def resume(self, ticket: Ticket) -> Iterator[Item]:
-        """The slot of a submitted batch for the block; free after it.
+        """Yield the slot of a submitted batch for the block; free after it.
 
         Raises:
-            ToodError: the ticket was collected before or is of another engine; or the engine was closed.
+            ToodError: the ticket was collected before or is of another engine; or the engine was
+                closed.
         """
         with self._changed:
             self._check_open()
             if self._held.get(ticket.index) is not ticket:
                 raise ToodError(
-                    f"{self._name}: this ticket was collected already, or is another engine's; collect each ticket once"
+                    f"{self._name}: this ticket was collected already, or is another engine's; "
+                    "collect each ticket once"
                 )
             del self._held[ticket.index]
             self._busy += 1
@@ -333,7 +361,10 @@ class Slots(Generic[Item]):
             self._give_back(ticket.index)
 
     def close(self) -> None:
-        """Lets nobody in any more, and waits for the calls at work; batches that were not collected are lost."""
+        """Let nobody in any more, and waits for the calls at work.
+
+        Batches that were not collected are lost.
+        """
         with self._changed:
             self._closed = True
             self._changed.notify_all()

@@ -1,4 +1,4 @@
-"""Arrays of other libraries in the TensorRT engine, on a CUDA driver and a TensorRT made of Python."""
+"""Arrays of other libraries in the TensorRT engine, on a GPU made of Python."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ class TestArraysOnTheGpu:
     @pytest.mark.parametrize("cuda_graph", ["auto", False])
     @pytest.mark.parametrize("shift", [0, 16])
     def test_dlpack_with_a_fake_gpu(self, bench: Bench, cuda_graph: Any, shift: int) -> None:
-        """Read where they lie if that is aligned and nothing is replayed; otherwise copied within the GPU. Never through the host."""
+        """Read where they lie if that is aligned and nothing is replayed.
+
+        Otherwise copied within the GPU. Never through the host.
+        """
         images, valid_hw = make_images(2)
         address, free = self.device_copy(bench, images, shift)
         array = DlpackArray(address, images.shape, np.uint8)
@@ -45,7 +48,10 @@ class TestArraysOnTheGpu:
         free()
 
     def test_a_failed_batch_lets_go_of_them_with_a_fake_gpu(self, bench: Bench) -> None:
-        """Their owner may free them once the error is out: nothing that still waits on the GPU may read them."""
+        """Their owner may free them once the error is out.
+
+        Nothing that still waits on the GPU may read them.
+        """
         images, valid_hw = make_images(1)
         address, free = self.device_copy(bench, images)
         with bench.open() as engine:

@@ -1,4 +1,7 @@
-"""The GPU as the CUDA driver tells of it; without one, on a driver made of Python, and the names say so."""
+"""The GPU as the CUDA driver tells of it.
+
+Without one, on a driver made of Python, and the names say so.
+"""
 
 import shutil
 from contextlib import closing
@@ -44,8 +47,7 @@ def test_what_a_gpu_is_with_a_fake_gpu(driver: FakeDriver) -> None:
 def test_no_gpu_beside_a_driver_with_a_fake_gpu(driver: FakeDriver) -> None:
     driver.count = 0
     with pytest.raises(
-        DeviceError,
-        match=r"no NVIDIA GPU that CUDA can use \(CUDA_ERROR_NO_DEVICE\); look at nvidia-smi and CUDA_VISIBLE_DEVICES",
+        DeviceError, match=r"\(CUDA_ERROR_NO_DEVICE\); look at nvidia-smi and CUDA_VISIBLE_DEVICES"
     ):
         Gpu()
 
@@ -57,7 +59,7 @@ def test_driver_too_old_with_a_fake_gpu(
     driver.version = 12080
     with pytest.raises(
         DeviceError,
-        match=r"driver runs CUDA up to 12\.8, cuda-bindings 13\.5\.0 needs one for CUDA 13\.0; update the driver",
+        match=r"up to 12\.8, cuda-bindings 13\.5\.0 needs .* CUDA 13\.0; update the driver",
     ):
         Gpu()
     driver.version = 13000

@@ -82,7 +82,7 @@ def test_agrees_with_onnx_runtime_at_every_shape(
         open_on_gpu(plan, cuda_graph=cuda_graph) as engine,
         open_engine(tiny_artefact) as reference,
     ):
-        assert engine.canvases_hw == SIZES_HW
+        assert engine.input_shapes_hw == SIZES_HW
         for size_hw in SIZES_HW:
             for batch in range(1, MOST + 1):
                 inputs = make_images(batch, size_hw, batch)
@@ -212,7 +212,10 @@ def test_images_that_lie_on_the_gpu(plan: Path, cuda_graph: Any, offered: str) -
 def test_the_self_test_passes_in_every_slot(
     plan: Path, tiny_artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the export gives an engine its self-test: from the ONNX artefact, on the engine's canvases."""
+    """As the export gives an engine its self-test.
+
+    From the ONNX artefact, on the engine's canvases.
+    """
     from tood_deploy.engines.self_test import self_test_from
     from tood_deploy.export.tensorrt.options import Profiles
     from tood_deploy.export.tensorrt.to_tensorrt import engine_from_onnx

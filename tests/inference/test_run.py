@@ -1,4 +1,4 @@
-"""What a run says on stderr."""
+"""What a run prints on stderr."""
 
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from inference.fakes import RedEngine, red_image, write_image
 from tood_deploy.inference.detector import Detector
 from tood_deploy.inference.run import Outputs, run_inference
 from tood_deploy.inference.source import open_source
+from tood_deploy.reporter import Reporter
 
 
 class RemarkingEngine(RedEngine):
@@ -31,7 +32,9 @@ def test_remarks_of_the_engine_are_told_once(
 ) -> None:
     for number in range(3):
         write_image(tmp_path / f"{number}.png", red_image())
-    run_inference(Detector(RemarkingEngine()), open_source(str(tmp_path)), Outputs(quiet=quiet))
+    run_inference(
+        Detector(RemarkingEngine()), open_source(str(tmp_path)), Outputs(), Reporter(quiet)
+    )
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
     assert told == (
         [] if quiet else ["note: it was tuned elsewhere", "note: it runs without graphs"]

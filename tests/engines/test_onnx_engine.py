@@ -1,4 +1,4 @@
-"""ONNX Runtime with two batches beside one another: the same answers, in order, and every thread gone at the end."""
+"""ONNX Runtime works on two batches at a time."""
 
 import threading
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""What the TensorRT engine refuses, and what TensorRT-RTX does beyond TensorRT, on a CUDA driver and a TensorRT made of Python."""
+"""What the TensorRT engine refuses, and what TensorRT-RTX does beyond TensorRT.
+
+On a CUDA driver and a TensorRT made of Python.
+"""
 
 from __future__ import annotations
 
@@ -40,8 +43,7 @@ class TestRefusals:
     def test_without_manifest_with_a_fake_gpu(self, bench: Bench) -> None:
         manifest_path(bench.path).unlink()
         with pytest.raises(
-            ArtefactError,
-            match=r"model\.engine: its manifest model\.json is missing; .*tood-export MODEL --to engine",
+            ArtefactError, match=r"manifest model\.json is missing; .*tood-export MODEL --to engine"
         ):
             bench.open()
 
@@ -49,7 +51,7 @@ class TestRefusals:
         bench.path.write_bytes(b"pla")
         with pytest.raises(
             ArtefactError,
-            match=r"the file has SHA-256 .*its manifest states .*cut, changed or exchanged.*tood-export",
+            match=r"SHA-256 .*its manifest states .*changed or exchanged.*tood-export",
         ):
             bench.open()
         assert bench.plan.host_code == [], "TensorRT has seen it"
@@ -64,7 +66,7 @@ class TestRefusals:
         name = plain(bench.manifest)["target"]["flavour"]
         with pytest.raises(
             DeviceError,
-            match=rf"was built by .* 10\.13\.3\.9, and here {name} is absent; install it; or build it again",
+            match=rf"by .* 10\.13\.3\.9, and here {name} is absent; install it; or build",
         ):
             bench.open()
 
@@ -95,7 +97,7 @@ class TestRefusals:
         bench.plan.failures["deserialize"] = "Error Code 1: Serialization (magicTag)"
         with pytest.raises(
             ArtefactError,
-            match=r"cannot be opened \(Error Code 1: Serialization \(magicTag\)\); .*for this machine: tood-export tiny",
+            match=r"cannot be opened \(.* Serialization \(magicTag\)\); .*: tood-export tiny",
         ):
             bench.open()
         assert capfd.readouterr() == ("", "")
@@ -111,11 +113,11 @@ class TestRefusals:
 
     def test_cuda_that_fails_inside_the_library_with_a_fake_gpu(self, bench: Bench) -> None:
         bench.plan.failures["deserialize"] = (
-            "Error reading properties: (cudaError 36: API call is not supported in the installed CUDA driver)"
+            "Error reading properties: (cudaError 36: API call is not supported in the installed "
+            "CUDA driver)"
         )
         with pytest.raises(
-            DeviceError,
-            match=r"cannot be opened: CUDA failed; look at nvidia-smi, update the driver.*cudaError 36",
+            DeviceError, match=r"CUDA failed; look at nvidia-smi, update the driver.*cudaError 36"
         ):
             bench.open()
 
@@ -146,7 +148,7 @@ class TestRefusals:
         bench.driver.fail(function, Status.CUDA_ERROR_OUT_OF_MEMORY)
         with pytest.raises(
             DeviceError,
-            match=rf"no room {place} for \d+ MiB of .* \(5 of the GPU's 80 MiB are free\).*smaller largest --batch",
+            match=rf"no room {place} for \d+ MiB of .* \(5 of .* 80 MiB are free\).* --batch",
         ):
             bench.open()
 
@@ -155,13 +157,13 @@ class TestRefusals:
             bench.driver.fail("cuEventSynchronize", Status.CUDA_ERROR_ILLEGAL_ADDRESS, 2)
             with pytest.raises(
                 DeviceError,
-                match=r"failed at this batch: cuEventSynchronize failed with CUDA_ERROR_ILLEGAL_ADDRESS, text of .*start the program",
+                match=r"cuEventSynchronize failed with CUDA_ERROR_ILLEGAL_ADDRESS, text of .*start",
             ):
                 engine.infer(*make_images(1), 0.25, 0.5)
 
     def test_a_plan_of_somebody_else_with_a_fake_gpu(self, bench: Bench) -> None:
         bench.plan.types = {"images": np.float32, "boxes": np.float32}
-        message = r"not one of tood_deploy \(inputs {'images': 'FLOAT'}, outputs {'boxes': 'FLOAT'}, expected"
+        message = r"\(inputs {'images': 'FLOAT'}, outputs {'boxes': 'FLOAT'}, expected"
         with pytest.raises(ArtefactError, match=message) as refusal:
             bench.open()
         assert not bench.plan.engines, f"alive as long as the error: {refusal.value}"
@@ -169,8 +171,7 @@ class TestRefusals:
     def test_a_plan_for_triton_with_a_fake_gpu(self, bench: Bench) -> None:
         bench.plan.threshold_shape = (-1, 1)
         with pytest.raises(
-            ArtefactError,
-            match=r"takes thresholds for each image, the form for Triton; .* tood-export --to engine",
+            ArtefactError, match=r"thresholds for each image, .* Triton; .* tood-export --to engine"
         ):
             bench.open()
 
@@ -303,7 +304,7 @@ class TestTensorRTRtx:
         )
         with pytest.raises(
             ArtefactError,
-            match=r"cannot be opened: UNSUPPORTED_CC, OLD_CUDA_DRIVER .*; .*--compute-capability, or by TensorRT$",
+            match=r"UNSUPPORTED_CC, OLD_CUDA_DRIVER .*; .*--compute-capability, or by TensorRT$",
         ):
             bench.open()
         bench.plan.validity = trt.EngineValidity.INVALID, int(flags.OLD_CUDA_DRIVER)
@@ -317,7 +318,8 @@ class TestTensorRTRtx:
         bench.plan.validity = trt.EngineValidity.SUBOPTIMAL, 0
         with bench.open() as engine:
             assert engine.notes == [
-                "model.engine: runs on this GPU, but was not built for it and may be slower than it could be"
+                "model.engine: runs on this GPU, but was not built for it and may be slower than "
+                "it could be"
             ]
 
     def run(self, bench: Bench, *batches: int) -> list[str]:
@@ -344,7 +346,8 @@ class TestTensorRTRtx:
         kept.write_bytes(b"of another driver")
         assert self.run(bench, 1) == ["1x64x96x3"]
         assert self.notes == [
-            f"{kept}: holds kernels of another driver, or is damaged; they are compiled again, and it is replaced"
+            f"{kept}: holds kernels of another driver, or is damaged; they are compiled again, "
+            "and it is replaced"
         ]
         assert self.run(bench, 1) == []
 

@@ -1,3 +1,5 @@
+"""Which file each output goes to."""
+
 from pathlib import Path
 
 import pytest

@@ -1,4 +1,4 @@
-"""Which TensorRT is loaded, what is said where there is none, and that what the library says is heard."""
+"""Which TensorRT is loaded, what is said where there is none, and what the library logs."""
 
 import importlib.util
 import sys
@@ -62,7 +62,8 @@ class TestChoice:
                 {},
                 None,
                 DeviceError,
-                "neither TensorRT nor TensorRT-RTX is installed; install the Python package tensorrt-rtx",
+                "neither TensorRT nor TensorRT-RTX is installed; install the Python package "
+                "tensorrt-rtx",
             ),
             (
                 {},

@@ -1,4 +1,7 @@
-"""The TensorRT engine at work. Where no GPU can be, on a CUDA driver and a TensorRT made of Python, and the names say so."""
+"""The TensorRT engine at work.
+
+Where no GPU can be, on a CUDA driver and a TensorRT made of Python, and the names say so.
+"""
 
 from __future__ import annotations
 
@@ -36,10 +39,13 @@ Status = real_driver.CUresult
 @pytest.mark.parametrize("cuda_graph", ["auto", False])
 def test_answers_at_every_shape_with_a_fake_gpu(bench: Bench, cuda_graph: Any) -> None:
     with bench.open(cuda_graph=cuda_graph) as engine:
-        assert engine.canvases_hw == ((64, 96), (96, 32))
-        assert [engine.batches_at(size_hw) for size_hw in engine.canvases_hw] == [(1, 4), (1, 2)]
+        assert engine.input_shapes_hw == ((64, 96), (96, 32))
+        assert [engine.batches_at(size_hw) for size_hw in engine.input_shapes_hw] == [
+            (1, 4),
+            (1, 2),
+        ]
         assert engine.name.endswith(" 10.13.3.9, Fake GPU")
-        assert (engine.most_batch, engine.in_flight, engine.device, engine.notes) == (
+        assert (engine.max_batch, engine.in_flight, engine.device, engine.notes) == (
             4,
             2,
             "cuda",
@@ -82,7 +88,7 @@ class TestTooFewRoundsOfSuppression:
         bench.write(options={"nms": "unrolled", "nms_rounds": 16})
         return bench
 
-    MESSAGE = r"model\.engine: 16 rounds of suppression were too few for image 3 of a batch of 4 .*; build .* --nms-rounds, or .* --nms loop"
+    MESSAGE = r"16 rounds .* image 3 of a batch of 4 .* --nms-rounds, or .* --nms loop"
 
     def test_is_an_error_with_a_fake_gpu(self, unsettled: Bench) -> None:
         images, valid_hw = make_images(4)
@@ -153,7 +159,10 @@ class TestCudaGraphs:
 
 class TestTwoInFlight:
     def test_nothing_waits_until_collected_with_a_fake_gpu(self, bench: Bench) -> None:
-        """After the first batch of each buffer, which records, submitting only queues work; and the GPU takes turns."""
+        """After the first batch of each buffer, which records, submitting only queues work.
+
+        And the GPU takes turns.
+        """
         batches = [make_images(2, seed) for seed in range(6)]
         with bench.open() as engine:
             warm = [engine.submit(*batch, 0.25, 0.5) for batch in batches[:2]]
@@ -177,7 +186,8 @@ class TestTwoInFlight:
             engine.collect(second)
             streams = [entry.split()[-1] for entry in bench.driver.history]
             kinds = [entry.split()[-2] for entry in bench.driver.history]
-            # Of the second: its images come in; then the first's whole run, since they share memory; then its own.
+            # Of the second: its images come in; then the first's whole run, since they share
+            # memory; then its own.
             assert kinds == ["in", "in", "run", "run", "out"]
             assert streams[0] == streams[3] == streams[4] != streams[1] == streams[2]
             engine.collect(first)
@@ -208,7 +218,10 @@ class TestTwoInFlight:
                     assert_answers(engine.collect(ticket), *expected)
 
     def test_the_detectors_stream_with_a_fake_gpu(self, bench: Bench, tmp_path: Path) -> None:
-        """The pipeline keeps two batches in flight; what comes out is what one image at a time gives."""
+        """The pipeline keeps two batches in flight.
+
+        What comes out is what one image at a time gives.
+        """
         generator = np.random.default_rng(0)
         images = [
             generator.integers(0, 256, (*size_hw, 3), np.uint8)
@@ -271,7 +284,10 @@ class TestTwoInFlight:
 
 
 class TestPartsOfACall:
-    """The fake GPU's clock is the only one, so that every second is known; 2 ms go in, 8 ms are computed, 1 ms goes back."""
+    """The fake GPU's clock is the only one, so that every second is known.
+
+    2 ms go in, 8 ms are computed, 1 ms goes back.
+    """
 
     @pytest.fixture
     def bench(self, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Bench:
@@ -457,7 +473,7 @@ class TestLifecycle:
                 bench.plan.failures["execute"] = "enqueueV3: Error Code 1: Myelin (something odd)"
                 with pytest.raises(
                     DeviceError,
-                    match=r"running failed \(enqueueV3: Error Code 1: Myelin \(something odd\)\); start the",
+                    match=r"running failed \(enqueueV3: .* Myelin \(something odd\)\); start the",
                 ):
                     engine.infer(*make_images(2), 0.25, 0.5)
             assert_answers(engine.infer(*batch, 0.25, 0.5), *batch)

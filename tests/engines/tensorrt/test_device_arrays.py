@@ -67,7 +67,8 @@ def test_dlpack_on_a_gpu_that_is_claimed(strides: tuple[int, ...] | None) -> Non
         ),
         (
             [1, 2],
-            "images: a list cannot be read .*; expected a NumPy array, or one with DLPack or __cuda_array_interface__",
+            "images: a list cannot be read .*; expected a NumPy array, or one with DLPack or "
+            "__cuda_array_interface__",
         ),
         (None, "images: a NoneType cannot be read"),
     ],
@@ -89,7 +90,7 @@ def test_what_an_exporter_refuses_is_named() -> None:
 
 
 def test_cuda_array_interface_with_a_fake_view(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real reader asks the driver whose memory it is, so that here another stands in its place."""
+    """The real reader asks the driver whose memory it is, so another stands in its place."""
     asked: list[Any] = []
 
     class View:
