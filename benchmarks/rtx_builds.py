@@ -28,22 +28,22 @@ from tood_deploy import __version__
 from tood_deploy.benchmark.latency.machine import describe_machine
 from tood_deploy.engines.tensorrt.library import load_flavour
 from tood_deploy.errors import ToodError
-from tood_deploy.export.config import (
+from tood_deploy.export.precision.half import lower_precision
+from tood_deploy.export.precision.quantize import calibrated_values, quantize
+from tood_deploy.export.tensorrt.layers import shares
+from tood_deploy.export.tensorrt.options import (
     EngineOptions,
     Nms,
     Profiles,
     batch_from_text,
     shapes_from_text,
 )
-from tood_deploy.export.precision.half import lower_precision
-from tood_deploy.export.precision.quantize import calibrated_values, quantize
-from tood_deploy.export.tensorrt.layers import shares
 from tood_deploy.export.tensorrt.to_tensorrt import engine_from_onnx
 from tood_deploy.export.to_onnx import onnx_from_model
 from tood_deploy.files import write_text
 from tood_deploy.manifest import Manifest
 from tood_deploy.model import build_model
-from tood_deploy.onnx_file import save_onnx
+from tood_deploy.onnx_file import artefact_in_memory, write_onnx
 from tood_deploy.presets import PRESETS
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
@@ -164,7 +164,8 @@ def save_precision(work: Path, preset: str, precision: str) -> None:
     if not plain.is_file():
         torch.manual_seed(0)
         model = build_model(preset).eval()
-        save_onnx(onnx_from_model(model, deform="gather"), Manifest(model.preset), plain)
+        exported = onnx_from_model(model, deform="gather")
+        write_onnx(artefact_in_memory(plain, exported, Manifest(model.preset)), plain)
     if precision == "fp32":
         return
     exported = onnx.load(plain)
@@ -173,7 +174,8 @@ def save_precision(work: Path, preset: str, precision: str) -> None:
             exported, dict.fromkeys(calibrated_values(exported), INT8_RANGE), scheme="s8s8"
         )
     converted, _ = lower_precision(exported, "bf16" if precision == "bf16" else "fp16")
-    save_onnx(converted, replace(Manifest(PRESETS[preset]), precision=precision), path)
+    manifest = replace(Manifest(PRESETS[preset]), precision=precision)
+    write_onnx(artefact_in_memory(path, converted, manifest), path)
 
 
 def onnx_path(work: Path, preset: str, precision: str) -> Path:

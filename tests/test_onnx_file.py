@@ -1,13 +1,72 @@
+"""Artefacts in files and in memory: what is read back, refused, cut, extended and run."""
+
 from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from export.small_graph import save_small, small_graph
 from onnx import TensorProto, helper, numpy_helper
 
-from tood_deploy.errors import ArtefactError
-from tood_deploy.onnx_file import cut_graph, needs_float_arithmetic, open_session, with_outputs
+from tood_deploy.errors import ArtefactError, ToodError
+from tood_deploy.files import file_sha256
+from tood_deploy.manifest import manifest_path, read_manifest
+from tood_deploy.onnx_file import (
+    cut_graph,
+    needs_float_arithmetic,
+    open_session,
+    read_onnx,
+    with_outputs,
+)
+
+
+def test_the_manifest_inside_is_read(tmp_path: Path) -> None:
+    path = save_small(tmp_path / "a.onnx", "fp16")
+    artefact = read_onnx(path)
+    assert (artefact.manifest.precision, artefact.manifest.preset.name) == ("fp16", "tiny")
+    assert artefact.sha256 == file_sha256(path)
+
+
+def test_the_manifest_beside_comes_first(tmp_path: Path) -> None:
+    path = save_small(tmp_path / "a.onnx", stated="fp16")
+    manifest_path(path).write_text(read_onnx(path).manifest.with_artefact(path).to_json())
+    read = read_manifest(path)
+    assert read is not None
+    assert read_onnx(path).manifest == read
+    assert read.artefact_sha256
+
+
+def test_what_is_not_ours_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.onnx"
+    with pytest.raises(ToodError, match=r"a\.onnx: no such file"):
+        read_onnx(path)
+    path.write_text("no ONNX at all")
+    with pytest.raises(ArtefactError, match="cannot be read as ONNX"):
+        read_onnx(path)
+    onnx.save(small_graph(), path)
+    with pytest.raises(ArtefactError, match="an ONNX file, but not one of tood_deploy"):
+        read_onnx(path)
+
+
+def test_other_inputs_are_refused(tmp_path: Path) -> None:
+    path = save_small(tmp_path / "a.onnx")
+    model = onnx.load(path)
+    del model.graph.output[-1]
+    onnx.save(model, path)
+    with pytest.raises(ArtefactError, match=r"outputs \['num_dets', 'boxes', 'scores'\], expected"):
+        read_onnx(path)
+
+
+def test_a_changed_file_is_refused(tmp_path: Path) -> None:
+    path = save_small(tmp_path / "a.onnx")
+    manifest_path(path).write_text(read_onnx(path).manifest.with_artefact(path).to_json())
+    save_small(path, "fp16")
+    with pytest.raises(ArtefactError, match="is not the file its manifest describes"):
+        read_onnx(path)
 
 
 @pytest.fixture
@@ -125,5 +184,5 @@ class TestFloatArithmetic:
             value = ""
         assert value == ("1" if in_float else "")
         x = np.array([[1, 2], [3, 4]], np.float32)
-        (y,) = session.run(None, {"x": x})
-        np.testing.assert_allclose(y, np.full((2, 2), 63.5))
+        outputs: Any = session.run(None, {"x": x})
+        np.testing.assert_allclose(outputs[0], np.full((2, 2), 63.5))

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from tood_deploy import Detector
 from tood_deploy.data.image_set import synthetic_image
 from tood_deploy.errors import ToodError
-from tood_deploy.export.config import Profiles, TritonOptions
+from tood_deploy.export.tensorrt.options import Profiles
 from tood_deploy.export.triton.config import read_config
+from tood_deploy.export.triton.options import TritonOptions
 from tood_deploy.export.triton.repository import triton_repository
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"

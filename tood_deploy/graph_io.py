@@ -1,6 +1,7 @@
-"""The face of an exported artefact: names of the graph's values, file endings, and the graph's inputs by name.
+"""Name what an exported artefact has: the graph's values, and the endings of its files.
 
-Other modules import these names and endings and never write them again (DESIGN section 4). Knows no runtime and no graph.
+Other modules import these names and endings and never write them again (DESIGN section 4). Knows no
+runtime and no graph.
 """
 
 from __future__ import annotations

@@ -1,18 +1,23 @@
-"""Reads an .onnx artefact of ours back in, as further exports start from it; anything else is refused. Needs no torch."""
+"""Read, write and run the .onnx artefacts of this package.
+
+Comes in: a file, or a graph and its manifest. Goes out: an `OnnxArtefact` (anything else is
+refused), its file, graphs with further outputs, and sessions of ONNX Runtime. Needs no torch.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import onnxruntime as ort
 
 from tood_deploy.errors import ArtefactError, DeviceError, ToodError, not_installed
-from tood_deploy.files import file_sha256
+from tood_deploy.files import atomic_paths, file_sha256
 from tood_deploy.graph_io import INPUTS, OUTPUTS
-from tood_deploy.manifest import METADATA_KEY, Manifest, read_manifest
+from tood_deploy.manifest import METADATA_KEY, Manifest, manifest_path, read_manifest
 
 if TYPE_CHECKING:  # the runtime opens sessions without the package onnx
     import onnx
@@ -20,7 +25,14 @@ if TYPE_CHECKING:  # the runtime opens sessions without the package onnx
 
 @dataclass(frozen=True, eq=False)
 class OnnxArtefact:
-    """An .onnx file of tood-export: where it lies, its SHA-256, its graph, and what it says of itself."""
+    """An .onnx artefact of tood-export, read from its file or still in memory.
+
+    Attributes:
+        path: of the file, or what names the artefact in messages.
+        sha256: of its bytes.
+        model: the graph, with the manifest in its metadata.
+        manifest: beside the file, else the one inside.
+    """
 
     path: Path
     sha256: str
@@ -29,7 +41,7 @@ class OnnxArtefact:
 
 
 def read_onnx(path: Path) -> OnnxArtefact:
-    """The artefact at `path`.
+    """Return the artefact at `path`.
 
     Raises:
         ToodError: there is no such file.
@@ -44,7 +56,8 @@ def read_onnx(path: Path) -> OnnxArtefact:
         model = onnx.load(path)
     except (DecodeError, OSError, ValueError) as error:
         raise ArtefactError(
-            f"{path}: cannot be read as ONNX, cut or another kind of file; export it again with tood-export"
+            f"{path}: cannot be read as ONNX, cut or another kind of file; export it again with "
+            "tood-export"
         ) from error
     inside = {prop.key: prop.value for prop in model.metadata_props}.get(METADATA_KEY)
     names = (
@@ -53,13 +66,15 @@ def read_onnx(path: Path) -> OnnxArtefact:
     )
     if inside is None or names != ([*INPUTS], [*OUTPUTS]):
         raise ArtefactError(
-            f"{path}: an ONNX file, but not one of tood_deploy (inputs {names[0]}, outputs {names[1]}, expected {INPUTS} and {OUTPUTS}); "
+            f"{path}: an ONNX file, but not one of tood_deploy (inputs {names[0]}, outputs "
+            f"{names[1]}, expected {INPUTS} and {OUTPUTS}); "
             "make it from the checkpoint with tood-export"
         )
     beside, sha256 = read_manifest(path), file_sha256(path)
     if beside and beside.artefact_sha256 not in ("", sha256):
         raise ArtefactError(
-            f"{path}: is not the file its manifest describes (another SHA-256); export it again with tood-export"
+            f"{path}: is not the file its manifest describes (another SHA-256); export it again "
+            "with tood-export"
         )
     return OnnxArtefact(path, sha256, model, beside or Manifest.from_json(inside, str(path)))
 
@@ -67,9 +82,10 @@ def read_onnx(path: Path) -> OnnxArtefact:
 def cut_graph(
     model: onnx.ModelProto, given: Sequence[str], wanted: Sequence[str]
 ) -> onnx.ModelProto:
-    """The part of a graph that computes `wanted`, with `given` as its inputs.
+    """Return the part of a graph that computes `wanted`, with `given` as its inputs.
 
-    What the part needs beyond these stays an input where it is one of the whole graph (sizes are taken from `images`).
+    What the part needs beyond these stays an input where it is one of the whole graph (sizes are
+    taken from `images`).
 
     Args:
         model: a model whose inner values have types that shape inference can tell.
@@ -108,7 +124,7 @@ def cut_graph(
 
 
 def _reads(node: onnx.NodeProto) -> Iterator[str]:
-    """All values a node reads, those that its inner graphs take from outside included."""
+    """Yield all values that a node reads, also those that its inner graphs read from outside."""
     import onnx
 
     yield from (name for name in node.input if name)
@@ -120,14 +136,15 @@ def _reads(node: onnx.NodeProto) -> Iterator[str]:
 
 
 def _typed(model: onnx.ModelProto, name: str) -> onnx.ValueInfoProto:
-    """A value's type, without its shape, which is dynamic."""
+    """Return a value's type, without its shape, which is dynamic."""
     import onnx
 
     value = next(value for value in model.graph.value_info if value.name == name)
     return onnx.helper.make_tensor_value_info(name, value.type.tensor_type.elem_type, None)
 
 
-# Of onnxruntime and onnxruntime-gpu, which write one folder, one was removed: what is left is a folder without the module.
+# Of onnxruntime and onnxruntime-gpu, which write one folder, one was removed: what is left is a
+# folder without the module.
 if not hasattr(ort, "InferenceSession"):
     raise DeviceError(not_installed("onnxruntime"))
 
@@ -154,12 +171,14 @@ def open_session(
             not by integer kernels; see `needs_float_arithmetic`.
 
     Raises:
-        Exception: of ONNX Runtime's own types, which share no public base, where it cannot open the model.
+        Exception: of ONNX Runtime's own types, which share no public base, where it cannot open the
+            model.
     """
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.enable_cpu_mem_arena = keeps_memory
-    # To plan which values share memory takes half a second, seven tenths of the time to open a ResNet-50. On the CPU that gains little:
+    # To plan which values share memory takes half a second, seven tenths of the time to open a
+    # ResNet-50. On the CPU that gains little:
     # calls are as fast without, and the peak is 2% higher (docs/performance.md).
     options.enable_mem_reuse = provider != CPU
     if float_arithmetic:
@@ -188,7 +207,9 @@ def needs_float_arithmetic(model: onnx.ModelProto) -> bool:
 
 
 def with_outputs(shipped: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
-    """A copy of a shipped graph that also gives these inner values; their types are the runtime's to tell.
+    """Return a copy of a shipped graph that also gives these inner values.
+
+    Their types are the runtime's to tell.
 
     Raises:
         ArtefactError: the graph does not hold them.
@@ -198,7 +219,8 @@ def with_outputs(shipped: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelPr
     made = {name for node in shipped.graph.node for name in node.output}
     if missing := [name for name in names if name not in made]:
         raise ArtefactError(
-            f"the graph has no values {', '.join(missing[:3])}: it is of an older tood_deploy, or was rewritten; export it again"
+            f"the graph has no values {', '.join(missing[:3])}: it is of an older tood_deploy, or "
+            "was rewritten; export it again"
         )
     extended = onnx.ModelProto()
     extended.CopyFrom(shipped)
@@ -206,8 +228,17 @@ def with_outputs(shipped: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelPr
     return extended
 
 
-def save_onnx(exported: onnx.ModelProto, manifest: Manifest, path: Path) -> None:
-    """Writes the shipped graph: without the stages' values as outputs, with the manifest in its metadata, checked by ONNX's checker."""
+def artefact_in_memory(path: Path, exported: onnx.ModelProto, manifest: Manifest) -> OnnxArtefact:
+    """Return the artefact that a graph will be, checked by ONNX's checker.
+
+    It has no outputs but `OUTPUTS`, and the manifest in its metadata, without verdict and
+    self-test.
+
+    Args:
+        path: names it in messages; nothing is written.
+        exported: the graph, with or without further outputs. Stays as it is.
+        manifest: of the artefact.
+    """
     import onnx
 
     shipped = onnx.ModelProto()
@@ -215,6 +246,28 @@ def save_onnx(exported: onnx.ModelProto, manifest: Manifest, path: Path) -> None
     outputs = [value for value in shipped.graph.output if value.name in OUTPUTS]
     del shipped.graph.output[:]
     shipped.graph.output.extend(outputs)
-    onnx.helper.set_model_props(shipped, {METADATA_KEY: manifest.to_json()})
-    onnx.save(shipped, path)
-    onnx.checker.check_model(path, full_check=True)
+    inside = replace(manifest, artefact_sha256="", parity=None, self_test=None)
+    onnx.helper.set_model_props(shipped, {METADATA_KEY: inside.to_json()})
+    onnx.checker.check_model(shipped, full_check=True)
+    sha256 = hashlib.sha256(shipped.SerializeToString()).hexdigest()
+    return OnnxArtefact(path, sha256, shipped, manifest)
+
+
+def write_onnx(artefact: OnnxArtefact, output: Path) -> Manifest:
+    """Write an artefact and the manifest beside it, both or none.
+
+    Args:
+        artefact: in memory.
+        output: an .onnx file; what is there already is replaced.
+
+    Returns:
+        The manifest as it is written, with the SHA-256 of the file.
+
+    Raises:
+        OutputError: the place cannot be written.
+    """
+    with atomic_paths(output, manifest_path(output)) as (file, described):
+        file.write_bytes(artefact.model.SerializeToString())
+        manifest = artefact.manifest.with_artefact(file)
+        described.write_text(manifest.to_json(), encoding="utf-8")
+    return manifest

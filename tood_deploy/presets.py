@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from math import isfinite
 from typing import Any, Literal
 
-from tood_deploy.errors import ToodError
+from tood_deploy.errors import DownloadError, ToodError
 
 Anchor = Literal["free", "based"]
 Convention = Literal["mmdet", "authors"]
@@ -341,3 +341,23 @@ def get_preset(name: str) -> Preset:
     if name not in PRESETS:
         raise ToodError(f"no preset is called {name!r}; expected one of {', '.join(PRESETS)}")
     return PRESETS[name]
+
+
+def published_weights(preset: Preset) -> PublishedWeights:
+    """Return where a preset's weights can be downloaded.
+
+    Raises:
+        DownloadError: they cannot; the message says what to do instead.
+    """
+    if preset.weights is not None:
+        return preset.weights
+    if preset.published_ap is None:
+        raise DownloadError(
+            f"{preset.name}: no weights are published for this preset; "
+            "give the path of a checkpoint"
+        )
+    raise DownloadError(
+        f"{preset.name}: its weights are published by the authors alone, on file-sharing sites "
+        "that need a browser; download them by hand (links: README of fcjian/TOOD) and give the "
+        "path of the file"
+    )

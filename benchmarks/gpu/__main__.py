@@ -19,7 +19,7 @@ from typing import get_args
 from benchmarks.gpu.settings import BACKENDS, H200_TFLOPS, MODES, PRECISIONS, Mode, Settings
 from tood_deploy.cli.common import run_command
 from tood_deploy.errors import DeviceError, ToodError
-from tood_deploy.export.config import shapes_from_text
+from tood_deploy.export.tensorrt.options import shapes_from_text
 from tood_deploy.presets import PRESETS
 
 

@@ -55,16 +55,17 @@ class Artefacts:
 
             export_onnx(self.model, path)
             return
-        from tood_deploy.export.precision.convert import low_precision_onnx
+        from tood_deploy.export.precision.convert import lower_artefact
+        from tood_deploy.onnx_file import read_onnx, write_onnx
 
-        low_precision_onnx(self.onnx("fp32"), path, precision)
+        write_onnx(lower_artefact(read_onnx(self.onnx("fp32")), precision), path)
 
     def _make_engine(self, path: Path, precision: Precision) -> None:
-        from tood_deploy.export.config import Profiles
+        from tood_deploy.export.tensorrt.options import Profiles
         from tood_deploy.export.tensorrt.to_tensorrt import engine_from_onnx
 
         batches = sorted(self.settings.batches)
         profiles = Profiles(
             self.settings.sizes_hw, (batches[0], batches[len(batches) // 2], batches[-1])
         )
-        engine_from_onnx(self.onnx(precision), path, profiles=profiles, quiet=True)
+        engine_from_onnx(self.onnx(precision), path, profiles=profiles)

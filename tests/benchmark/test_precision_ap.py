@@ -39,7 +39,7 @@ def drop_and_lowered(
     artefact = read_onnx(folder / "model.onnx")
     values, imgsz = calibrated_values(artefact.model), artefact.manifest.preset.imgsz
     ranges = calibrate(
-        artefact.model, values, calib, imgsz, most=IMAGES, cache=folder / "cache"
+        artefact.model, values, calib, imgsz, max_images=IMAGES, cache=folder / "cache"
     ).ranges("percentile")
 
     def lowered(precision: str) -> onnx.ModelProto:

@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 from manifest_values import plain
+from recording import RecordingReporter
 
 from tood_deploy.benchmark import precision_search as search_module
 from tood_deploy.benchmark.precision_search import (
@@ -21,15 +22,15 @@ from tood_deploy.benchmark.precision_search import (
     graph_precision,
 )
 from tood_deploy.data.image_set import synthetic_image
-from tood_deploy.engines import Engine, open_engine
+from tood_deploy.engines import Engine
 from tood_deploy.errors import DeviceError, ToodError
-from tood_deploy.export.precision.convert import Int8Options, Lowered, PrecisionOptions, lower_onnx
-from tood_deploy.export.precision.search import Tuned
+from tood_deploy.export.config import PrecisionOptions
+from tood_deploy.export.precision.convert import ConvertedGraph, Int8Options, convert_precision
+from tood_deploy.export.precision.search import SearchResult
 from tood_deploy.export.precision.sensitivity import network_parts
-from tood_deploy.manifest import read_manifest
 from tood_deploy.manifest_sections import Int8Build
 from tood_deploy.onnx_file import OnnxArtefact, read_onnx
-from tood_deploy.parity.onnx_reference import onnx_reference
+from tood_deploy.reporter import Reporter
 
 pytestmark = pytest.mark.usefixtures("stand_in_limits")
 
@@ -96,19 +97,18 @@ def some_parts(model: onnx.ModelProto) -> dict[str, tuple[str, ...]]:
 
 def search(
     monkeypatch: pytest.MonkeyPatch, artefact: OnnxArtefact, images: Path
-) -> tuple[Lowered, list[Any]]:
+) -> tuple[ConvertedGraph, RecordingReporter]:
     monkeypatch.setattr(search_module, "LatencyBench", InventedBench)
     monkeypatch.setattr(search_module, "network_parts", some_parts)
-    told: list[Any] = []
-    return PrecisionSearch(Opener("onnx"), images, INT8, quality=neck_is_sensitive, quiet=True)(
-        artefact, told.append
-    ), told
+    reporter = RecordingReporter()
+    find = PrecisionSearch(Opener("onnx"), images, INT8, quality=neck_is_sensitive)
+    return find(artefact, reporter), reporter
 
 
 def test_finds_what_may_be_in_8_bits(
     monkeypatch: pytest.MonkeyPatch, artefact: OnnxArtefact, images: Path
 ) -> None:
-    lowered, told = search(monkeypatch, artefact, images)
+    lowered, reporter = search(monkeypatch, artefact, images)
     assert lowered.mixture is not None
     found: dict[str, Any] = dict(lowered.mixture.details)
     assert found["best"]["mixture"] == {
@@ -127,10 +127,10 @@ def test_finds_what_may_be_in_8_bits(
         "max_drop": 1.0,
         "precisions": ("fp32", "int8"),
     }
-    lines = [line for line in told if isinstance(line, str) and line.startswith("trial ")]
+    lines = [line for line in reporter.lines if line.startswith("trial ")]
     assert len(lines) == len(found["trials"])
     assert "fp32; 10.000 ms" in lines[0]
-    assert told[-1].row_count == len(lines)
+    assert reporter.tables[-1].row_count == len(lines)
     assert json.loads(json.dumps(found))["best"] == found["best"]
     again, _ = search(monkeypatch, artefact, images)
     assert again.mixture == lowered.mixture
@@ -145,7 +145,7 @@ def test_half_precision_beside_8_bits(
     monkeypatch.setattr(Opener, "check", lambda self: None)
     built: list[onnx.ModelProto] = []
 
-    def build_all(groups: Any, precisions: Any, hands: Any, **options: Any) -> Tuned:
+    def build_all(groups: Any, precisions: Any, hands: Any, **options: Any) -> SearchResult:
         assert (precisions, options) == (("fp32", "fp16", "int8"), {"max_drop": 1.0})
         built.extend(hands.build(dict.fromkeys(groups, precision)) for precision in precisions)
         return real(groups, ("fp32",), hands, max_drop=1.0)
@@ -154,8 +154,8 @@ def test_half_precision_beside_8_bits(
     monkeypatch.setattr(search_module, "autotune", build_all)
     monkeypatch.setattr(search_module, "network_parts", some_parts)
     monkeypatch.setattr(search_module, "LatencyBench", InventedBench)
-    lowered = PrecisionSearch(Opener("engine"), images, INT8, "fp16", neck_is_sensitive, True)(
-        artefact, lambda part: None
+    lowered = PrecisionSearch(Opener("engine"), images, INT8, "fp16", neck_is_sensitive)(
+        artefact, Reporter.silent()
     )
     assert [graph_precision(model) for model in built] == ["fp32", "fp16", "int8"]
     assert onnx.TensorProto.FLOAT16 in {tensor.data_type for tensor in built[2].graph.initializer}
@@ -163,29 +163,16 @@ def test_half_precision_beside_8_bits(
     assert lowered.precision == "fp32"
 
 
-def test_a_mixture_becomes_an_artefact(artefact: OnnxArtefact, tmp_path: Path) -> None:
-    told: list[Any] = []
+def test_a_mixture_becomes_an_artefact(artefact: OnnxArtefact) -> None:
+    def mix(source: OnnxArtefact, reporter: Reporter) -> ConvertedGraph:
+        return ConvertedGraph(source.model, "fp32", mixture=Int8Build(details={"trials": [1]}))
 
-    def lower(source: OnnxArtefact, tell: Any) -> Lowered:
-        tell("looked")
-        return Lowered(source.model, "fp32", Int8Build(details={"trials": [1]}))
-
-    path = lower_onnx(
-        artefact.path,
-        tmp_path,
-        PrecisionOptions(lower=lower),
-        onnx_reference(artefact),
-        tell=told.append,
+    wanted = PrecisionOptions(autotune=True, max_drop=1.0)
+    mixed = convert_precision(artefact, wanted, "u8s7", search=mix, reporter=Reporter.silent())
+    assert plain(mixed.manifest)["options"]["autotune"]["trials"] == [1]
+    assert (
+        plain(mixed.manifest)["options"]["deform"] == plain(artefact.manifest)["options"]["deform"]
     )
-    manifest = read_manifest(path)
-    assert manifest is not None
-    assert plain(manifest)["options"]["autotune"]["trials"] == [1]
-    assert plain(manifest)["options"]["deform"] == plain(artefact.manifest)["options"]["deform"]
-    assert plain(manifest)["parity"]["detections"]["reference"] > 0
-    assert manifest.self_test == artefact.manifest.self_test
-    assert told[0] == "looked"
-    with open_engine(path) as engine:
-        assert engine.precision == "fp32"
 
 
 class Clock:

@@ -19,9 +19,17 @@ from manifest_values import changed
 from tood_deploy.cli import export as export_cli
 from tood_deploy.cli.export import main
 from tood_deploy.engines import openvino_runtime as openvino_model
-from tood_deploy.export import preflight as output_place
-from tood_deploy.export.config import Profiles, TritonOptions
+from tood_deploy.errors import OutputError, ToodError
+from tood_deploy.export import preflight
+from tood_deploy.export.preflight import (
+    check_artefact,
+    check_inputs_stay,
+    check_space,
+    check_writable,
+)
+from tood_deploy.export.tensorrt.options import Profiles
 from tood_deploy.export.triton.config import config_text, triton_config
+from tood_deploy.export.triton.options import TritonOptions
 from tood_deploy.files import write_text
 from tood_deploy.manifest import Manifest, manifest_path, read_manifest
 
@@ -94,7 +102,9 @@ class TestInstructions:
         monkeypatch.setattr(openvino_model, "load_openvino", lambda: None)
         monkeypatch.setattr(export_cli, "is_installed", lambda name: True)
 
-    @pytest.mark.parametrize("precision", [("--precision", "bf16"), (*INT8, "--rest", "bf16")])
+    @pytest.mark.parametrize(
+        "precision", [("--precision", "bf16"), (*INT8, "--fallback-precision", "bf16")]
+    )
     @pytest.mark.parametrize("source", ["small.onnx", "tood.pth"])
     def test_bf16(
         self, source: str, precision: tuple[str, ...], refused: Callable[..., str]
@@ -109,7 +119,7 @@ class TestInstructions:
         )
 
     def test_the_graph_alone_needs_none(self) -> None:
-        with pytest.raises(ModuleNotFoundError, match="carry_out"):
+        with pytest.raises(ModuleNotFoundError, match=r"export\.export"):
             main(["small.onnx", "--precision", "bf16"])
 
 
@@ -145,7 +155,7 @@ class TestPackages:
         monkeypatch.setattr(
             export_cli, "is_installed", lambda name: name not in ("openvino", "pycocotools")
         )
-        with pytest.raises(ModuleNotFoundError, match="carry_out"):
+        with pytest.raises(ModuleNotFoundError, match=r"export\.export"):
             main(["tood.pth"])
 
     def test_a_module_that_is_blocked_is_not_installed(
@@ -180,6 +190,13 @@ class TestSource:
             (("tood.pth", "--to", "engine", "--batch", "4,2,1"), "expected MIN,OPT,MAX"),
             ((*("tood.pth", *INT8), "--max-drop", "-1"), "the largest drop is -1.0"),
             (("small.onnx",), "small.onnx is an .onnx already"),
+            (("tiny",), "no weights are published"),
+            (("x101-dcn-2x",), "published by the authors alone"),
+            (
+                ("small.onnx", "--precision", "fp16", "--keep-fp32", "nothing"),
+                "nothing in the graph is called nothing",
+            ),
+            (("small.onnx", *INT8, "--keep-fp32", "nothing"), "no 8-bit layer is called nothing"),
         ],
     )
     def test_refused(
@@ -256,7 +273,7 @@ class TestServing:
         )
 
     def test_fp16_on_gpus_goes_on(self) -> None:
-        with pytest.raises(ModuleNotFoundError, match="carry_out"):
+        with pytest.raises(ModuleNotFoundError, match=r"export\.export"):
             main([stated("half.onnx", **half("fp16")), "--to", "triton", "--output", "repo"])
 
     @pytest.mark.parametrize(
@@ -326,7 +343,7 @@ class TestPlace:
         self, monkeypatch: pytest.MonkeyPatch, refused: Callable[..., str]
     ) -> None:
         monkeypatch.setattr(
-            output_place.shutil, "disk_usage", lambda _: SimpleNamespace(free=50 * 2**20)
+            preflight.shutil, "disk_usage", lambda _: SimpleNamespace(free=50 * 2**20)
         )
         assert "50 MiB are free, and this export needs about 64" in refused("tood.pth")
 
@@ -426,7 +443,7 @@ class TestAnnotations:
 
 def test_what_is_in_order_goes_on_and_leaves_nothing(tmp_path: Path) -> None:
     before = tree()
-    with pytest.raises(ModuleNotFoundError, match="carry_out"):
+    with pytest.raises(ModuleNotFoundError, match=r"export\.export"):
         main(["tood.pth", *INT8, "--verify-images", "images", "--output", "new/folder/a.onnx"])
     assert tree() == before
 
@@ -446,3 +463,78 @@ def test_pytorch_is_not_imported(tmp_path: Path) -> None:
         )
         assert result.returncode == 2, result.stderr
         assert result.stderr.count("\n") == 1
+
+
+MIB = 2**20
+
+
+class TestArtefact:
+    def test_a_new_one_and_one_of_ours(self, tmp_path: Path) -> None:
+        check_artefact(tmp_path / "no" / "folder" / "a.onnx", (".onnx",), "onnx")
+        (tmp_path / "a.onnx").touch()
+        (tmp_path / "a.json").write_text(json.dumps({"format": 0, "preset": {}}))
+        check_artefact(tmp_path / "a.onnx", (".onnx",), "onnx")
+        check_artefact(tmp_path / "a.ONNX", (".onnx",), "onnx")
+
+    @pytest.mark.parametrize("content", ["", "[]", "{", '{"images": [], "format": 1}', "\udc80"])
+    def test_json_of_something_else(self, content: str, tmp_path: Path) -> None:
+        (tmp_path / "a.json").write_bytes(content.encode("utf-8", "surrogateescape"))
+        with pytest.raises(OutputError, match=r"a\.json: is no manifest of tood-export"):
+            check_artefact(tmp_path / "a.onnx", (".onnx",), "onnx")
+
+    def test_weights_of_something_else(self, tmp_path: Path) -> None:
+        (tmp_path / "a.bin").touch()
+        check_artefact(tmp_path / "a.onnx", (".onnx",), "onnx")
+        with pytest.raises(OutputError, match=r"a\.bin: belongs to no \.xml"):
+            check_artefact(tmp_path / "a.xml", (".xml",), "openvino")
+        (tmp_path / "a.xml").touch()
+        check_artefact(tmp_path / "a.xml", (".xml",), "openvino")
+
+    def test_another_name_is_proposed(self, tmp_path: Path) -> None:
+        (tmp_path / "a.onnx").touch()
+        with pytest.raises(ToodError, match=r"such as \S+a-openvino\.xml"):
+            check_artefact(tmp_path / "a.xml", (".xml",), "openvino")
+
+
+def test_inputs_stay(tmp_path: Path) -> None:
+    (tmp_path / "link.onnx").symlink_to(tmp_path / "source.onnx")
+    check_inputs_stay([tmp_path / "a", tmp_path / "b"], [tmp_path / "c"])
+    with pytest.raises(OutputError, match=r"link\.onnx: is an input"):
+        check_inputs_stay([tmp_path / "a", tmp_path / "link.onnx"], [tmp_path / "source.onnx"])
+    with pytest.raises(OutputError, match="two results"):
+        check_inputs_stay([tmp_path / "a", tmp_path / "b" / ".." / "a"], [])
+
+
+class TestWritable:
+    def test_what_is_there_already(self, tmp_path: Path) -> None:
+        before = tree()
+        assert check_writable(tmp_path, "") == tmp_path
+        assert check_writable(tmp_path / "new" / "folder", "") == tmp_path
+        assert check_writable(Path("new/folder"), "").samefile(tmp_path)
+        assert check_writable(Path(), "") == Path()
+        assert tree() == before
+
+    def test_a_file_in_the_way(self, tmp_path: Path) -> None:
+        (tmp_path / "file").touch()
+        with pytest.raises(OutputError, match=r"file is a file; go elsewhere"):
+            check_writable(tmp_path / "file" / "new", "go elsewhere")
+
+    def test_not_allowed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """By a stand-in: whoever runs the tests may be allowed everything."""
+
+        def refuse(**_: object) -> None:
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr(preflight.tempfile, "TemporaryFile", refuse)
+        with pytest.raises(
+            OutputError, match=r"new: cannot be written \(Permission denied\); go elsewhere"
+        ):
+            check_writable(tmp_path / "new", "go elsewhere")
+
+
+def test_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_space(tmp_path, 0)
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: SimpleNamespace(free=100 * MIB))
+    check_space(tmp_path, 36 * MIB)
+    with pytest.raises(OutputError, match="100 MiB are free, and this export needs about 101"):
+        check_space(tmp_path, 37 * MIB)

@@ -138,7 +138,7 @@ class TestMade:
         self, tiny_artefact: Path, reference: Reference, tmp_path: Path
     ) -> None:
         manifest = openvino_from_onnx(
-            tiny_artefact, tmp_path / "a.xml", reference=reference, rest="bf16", images=IMAGES
+            tiny_artefact, tmp_path / "a.xml", reference=reference, fallback="bf16", images=IMAGES
         )
         assert (manifest.precision, plain(manifest)["options"]["rest"]) == ("bf16", "bf16")
         assert 1e-5 < plain(manifest)["parity"]["score_deviation"] <= DETECTION_LIMITS["bf16"].score

@@ -13,7 +13,7 @@ from model.configs import CONFIG_2X, CONFIG_3X, NAMES
 
 from tood_deploy import Detector
 from tood_deploy.errors import CheckpointError
-from tood_deploy.export.result import describe
+from tood_deploy.export.result import describe_preset
 from tood_deploy.model.checkpoint_file import read_checkpoint
 from tood_deploy.model.checkpoint_metadata import read_config
 from tood_deploy.presets import PRESETS, Preset
@@ -316,13 +316,13 @@ def test_top_level_preprocessor_counts_where_the_model_has_none() -> None:
 
 
 def test_fields_that_differ_are_shown_before_an_export() -> None:
-    assert "other than published" not in describe(preset_of(CONFIG_3X))
+    assert "other than published" not in describe_preset(preset_of(CONFIG_3X))
     changes = (
         ("type='BN'", "type='BN', eps=0.001"),
         (RGB, "bgr_to_rgb=False"),
         ("max_per_img=100", "max_per_img=300"),
     )
-    line = describe(preset_of(CONFIG_3X, *changes))
+    line = describe_preset(preset_of(CONFIG_3X, *changes))
     for part in ("0.001", "bgr", "300 detections", "103.53 116.28 123.675"):
         assert part in line
 

@@ -27,24 +27,29 @@ from tood_deploy.data.categories import map_categories
 from tood_deploy.data.coco_metrics import evaluate
 from tood_deploy.engines import Engine, open_engine
 from tood_deploy.errors import ArtefactError, InputError, ToodError
-from tood_deploy.export.config import EngineOptions, Profiles
 from tood_deploy.export.precision.calibrate import Calibration, calibrate
-from tood_deploy.export.precision.convert import Int8Options, Lowered, QualityOf, prepare_images
+from tood_deploy.export.precision.convert import (
+    ConvertedGraph,
+    Int8Options,
+    QualityOf,
+    prepare_images,
+)
 from tood_deploy.export.precision.half import DATA_TYPES, LowPrecision, emulate_low_precision
 from tood_deploy.export.precision.quantize import all_layers, calibrated_values, quantize
-from tood_deploy.export.precision.search import Hands, Mixture, Tuned, autotune
+from tood_deploy.export.precision.search import Mixture, SearchResult, TrialSteps, autotune
 from tood_deploy.export.precision.sensitivity import (
     DetectionMismatch,
     Prepared,
     mix_precisions,
     network_parts,
 )
+from tood_deploy.export.tensorrt.options import EngineOptions, Profiles
 from tood_deploy.export.tensorrt.to_tensorrt import engine_from_onnx
 from tood_deploy.inference.detector import Detector
 from tood_deploy.manifest import METADATA_KEY
 from tood_deploy.manifest_sections import Int8Build
 from tood_deploy.onnx_file import OnnxArtefact, needs_float_arithmetic
-from tood_deploy.reporter import Reporter, progress_bar
+from tood_deploy.reporter import Reporter
 
 SCORE_THRESHOLD, IOU_THRESHOLD = 0.05, 0.6
 
@@ -188,7 +193,6 @@ class Opener:
             profiles=Profiles((net_hw,), (1, 1, 1)),
             options=self.options,
             flavour=self.flavour,
-            quiet=True,
         )
         return open_engine(plan, device="cuda", self_test=False)
 
@@ -286,12 +290,9 @@ class LatencyBench:
         self._resources.close()
 
 
-Tell = Callable[[Any], None]
-
-
 @dataclass(frozen=True)
 class PrecisionSearch:
-    """A search, to be had by calling it with the float32 artefact; see `export.lowering.Lower`.
+    """A search, to be had by calling it with the float32 artefact; a `convert.Search`.
 
     Attributes:
         opener: opens graphs in the runtime that they are made for.
@@ -299,7 +300,6 @@ class PrecisionSearch:
         int8: how 8-bit layers are made; its `max_drop` is the most that quality may drop.
         half: the half precision that takes part, of what is not 8-bit, too; None for none.
         quality: makes what tells how much worse a graph is; per cent of mismatched detections where not given.
-        quiet: no progress bars.
     """
 
     opener: Opener
@@ -307,7 +307,6 @@ class PrecisionSearch:
     int8: Int8Options
     half: LowPrecision | None = None
     quality: QualityOf | None = None
-    quiet: bool = False
 
     def __post_init__(self) -> None:
         if self.int8.max_drop is None:
@@ -325,31 +324,31 @@ class PrecisionSearch:
         """Those that a part of the network may have, the reference first."""
         return ("fp32", *([self.half] if self.half else []), "int8")
 
-    def __call__(self, artefact: OnnxArtefact, tell: Tell) -> Lowered:
-        """Searches; `tell` is given a line for every trial, and the table of all.
+    def __call__(self, artefact: OnnxArtefact, reporter: Reporter) -> ConvertedGraph:
+        """Search; report a line for every trial, and the table of all.
 
         Raises:
             ToodError: images cannot be read, classes and categories differ, or a graph cannot be built or run.
         """
         images = prepare_images(self.calib_data, artefact.manifest.preset.sizing)
         evaluate, unit = self._quality(artefact, images)
-        calibration = self._calibrate(artefact, tell)
+        calibration = self._calibrate(artefact, reporter)
         mixer = Mixer(artefact, calibration, self.int8, self.half)
         assert self.int8.max_drop is not None
         with LatencyBench(artefact.model, self.opener, images[0]) as bench:
-            hands = Hands(build=mixer, measure=bench, evaluate=evaluate, say=tell)
+            steps = TrialSteps(build=mixer, measure=bench, evaluate=evaluate, reporter=reporter)
             tuned = autotune(
-                tuple(mixer.parts), self.precisions, hands, max_drop=self.int8.max_drop
+                tuple(mixer.parts), self.precisions, steps, max_drop=self.int8.max_drop
             )
-            told = {
+            described = {
                 "target": self.opener.target,
                 "runtime": bench.runtime,
                 "unit": unit,
                 **self._describe(tuned, calibration),
             }
-        tell(tuned.table())
+        reporter.table(tuned.table())
         model = mixer(tuned.best.mixture)
-        return Lowered(model, graph_precision(model), Int8Build.from_dict(told))
+        return ConvertedGraph(model, graph_precision(model), mixture=Int8Build.from_dict(described))
 
     def _quality(
         self, artefact: OnnxArtefact, images: Sequence[Prepared]
@@ -360,21 +359,17 @@ class PrecisionSearch:
         mismatch = DetectionMismatch(artefact.model, images)
         return lambda model: mismatch(emulate_low_precision(model)), "per cent of detections"
 
-    def _calibrate(self, artefact: OnnxArtefact, tell: Tell) -> Calibration:
-        model, sizing = artefact.model, artefact.manifest.preset.sizing
-        with progress_bar("calibrating", self.quiet) as progress:
-            most = self.int8.max_images
-            return calibrate(
-                model,
-                calibrated_values(model),
-                self.calib_data,
-                sizing,
-                most=most,
-                progress=progress,
-                say=tell,
-            )
+    def _calibrate(self, artefact: OnnxArtefact, reporter: Reporter) -> Calibration:
+        return calibrate(
+            artefact.model,
+            calibrated_values(artefact.model),
+            self.calib_data,
+            artefact.manifest.preset.sizing,
+            max_images=self.int8.max_images,
+            reporter=reporter,
+        )
 
-    def _describe(self, tuned: Tuned, calibration: Calibration) -> dict[str, Any]:
+    def _describe(self, tuned: SearchResult, calibration: Calibration) -> dict[str, Any]:
         """What the manifest says of a search beside its target."""
         how = {
             "max_drop": self.int8.max_drop,

@@ -1,20 +1,20 @@
-"""Carries out a whole export: a checkpoint or an .onnx in; .onnx, OpenVINO, engine or Triton model out, or nothing at all.
+"""Export: load, make the graph, change its precision, write the target; prove each step.
 
-Every target is made from one float32 .onnx, which is proven equal to the network first; then comes the precision, then the target.
+Comes in: an `ExportConfig` that `preflight` has passed. Goes out: one artefact with its manifest,
+proven equal to its reference, or nothing at all. The graph and its manifest stay in memory until
+the last step, which alone writes. What only some targets need is imported where they begin.
 """
 
 from __future__ import annotations
 
 import platform
-import shutil
-import tempfile
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import onnx
@@ -24,40 +24,246 @@ from numpy.typing import NDArray
 
 from tood_deploy import __version__
 from tood_deploy.data.images import read_images
-from tood_deploy.engines.precision_support import RUNTIMES, half_precision_of
 from tood_deploy.engines.self_test import self_test_from
-from tood_deploy.engines.tensorrt.library import load_flavour
-from tood_deploy.errors import OutputError, ToodError
-from tood_deploy.export.config import Order, Profiles, default_shapes
-from tood_deploy.export.graph import DeformForm
+from tood_deploy.errors import ToodError
+from tood_deploy.export.config import DeformForm, ExportConfig, PrecisionOptions
 from tood_deploy.export.graph_cache import graph_of
-from tood_deploy.export.precision.convert import (
-    AnnotatedAp,
-    PrecisionOptions,
-    images_to_verify,
-    lower_onnx,
-)
-from tood_deploy.export.precision.half import emulate_low_precision
-from tood_deploy.export.preflight import MOST_VERIFY_IMAGES, check_deform
-from tood_deploy.export.result import Made, describe
-from tood_deploy.export.tensorrt.to_tensorrt import engine_from_onnx
+from tood_deploy.export.options import flag_of
+from tood_deploy.export.preflight import MAX_VERIFY_IMAGES, check_deform, needs_gather
+from tood_deploy.export.result import ExportResult, describe_preset
 from tood_deploy.export.timings import timed
 from tood_deploy.export.to_onnx import OPSET
-from tood_deploy.export.to_openvino import openvino_from_onnx
-from tood_deploy.export.triton.fit import plan_serving
-from tood_deploy.export.triton.repository import triton_repository
-from tood_deploy.files import atomic_path, atomic_paths, write_text
-from tood_deploy.manifest import Manifest, manifest_path, read_manifest
-from tood_deploy.manifest_sections import Build, Parity, SelfTest
+from tood_deploy.graph_io import INNER_VALUES, ONNX_SUFFIX, Target
+from tood_deploy.manifest import Manifest
+from tood_deploy.manifest_sections import Build, Parity
 from tood_deploy.model.checkpoint import load_checkpoint
 from tood_deploy.model.tood import Tood
-from tood_deploy.onnx_file import read_onnx, save_onnx
+from tood_deploy.onnx_file import OnnxArtefact, artefact_in_memory, read_onnx, write_onnx
 from tood_deploy.parity.onnx_reference import OnnxRunner, onnx_reference
 from tood_deploy.parity.reference import Reference
 from tood_deploy.parity.torch_reference import torch_reference
 from tood_deploy.parity.verify import verify_float32
 from tood_deploy.preprocess import with_imgsz
 from tood_deploy.presets import MAX_CANDIDATES, Preset
+from tood_deploy.reporter import Reporter
+
+if TYPE_CHECKING:
+    from tood_deploy.data.images import ImagesToCheck
+    from tood_deploy.export.precision.convert import AnnotatedAp, Search
+    from tood_deploy.export.tensorrt.options import Profiles
+
+Images = Sequence[NDArray[np.uint8]]
+
+
+class AnnotatedImages(Protocol):
+    """Annotated images, on which AP is measured."""
+
+    @property
+    def images(self) -> ImagesToCheck:
+        """Return the images, to be looked at before the long work."""
+        ...
+
+    def check_classes(self, class_names: Sequence[str]) -> None:
+        """Raise ToodError for class names that are not the categories of the annotations."""
+        ...
+
+    def measure(self, artefact: OnnxArtefact) -> AnnotatedAp:
+        """Return what measures AP against that of a float32 artefact."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedExport:
+    """What every target is written from.
+
+    Attributes:
+        artefact: the graph in its final precision, with its manifest.
+        reference: what the written artefact is compared with.
+        profiles: sizes and batches; None where none were asked for.
+        images: (H, W, 3) uint8 BGR, to verify on in addition to the built-in ones.
+        ap: measures AP for the verdict; None without annotations.
+    """
+
+    artefact: OnnxArtefact
+    reference: Reference
+    profiles: Profiles | None
+    images: Images
+    ap: AnnotatedAp | None
+
+
+def run_export(
+    config: ExportConfig,
+    *,
+    annotated: AnnotatedImages | None = None,
+    search: Search | None = None,
+    reporter: Reporter | None = None,
+) -> ExportResult:
+    """Make what is asked for, and prove it.
+
+    Args:
+        config: `check_export` has passed it.
+        annotated: the images of `config.precision.annotations`.
+        search: chooses the mixture of precisions where `config.precision.autotune` asks for it.
+        reporter: of every step.
+
+    Raises:
+        ToodError: something that is asked for cannot be.
+        CheckFailed: the artefact deviates from its reference; nothing is left behind.
+    """
+    reporter = reporter or Reporter.silent()
+    if config.from_engine:
+        reporter.info(f"{config.source}: copying the engine into {config.place}")
+        return _serve(config, Path(config.source), None, reporter)
+    images = read_images(config.verify_images, MAX_VERIFY_IMAGES) if config.verify_images else []
+    with _no_empty_folder(config.place.parent):
+        artefact, reference = _float32_artefact(config, images, annotated, reporter)
+        profiles = _choose_profiles(config, reference, reporter)
+        ap = annotated.measure(artefact) if annotated else None
+        if _graph_precision(config).changes_graph:
+            with timed("precision"):
+                artefact = _convert(config, artefact, reference, images, ap, search, reporter)
+        prepared = PreparedExport(artefact, reference, profiles, images, ap)
+        reporter.info(f"{config.place}: {_STEPS[config.to]}")
+        with timed("target"):
+            return _WRITERS[config.to](config, prepared, reporter)
+
+
+@contextmanager
+def _no_empty_folder(folder: Path) -> Iterator[None]:
+    """Leave no folder behind that was made for the output, if nothing came into it."""
+    new = not folder.exists()
+    try:
+        yield
+    finally:
+        if new:
+            with suppress(OSError):  # it was never made, or there is something in it
+                folder.rmdir()
+
+
+def _float32_artefact(
+    config: ExportConfig, images: Images, annotated: AnnotatedImages | None, reporter: Reporter
+) -> tuple[OnnxArtefact, Reference]:
+    """Return the float32 artefact, and what everything made from it is compared with."""
+    if config.from_onnx:
+        artefact = read_onnx(Path(config.source))
+        return artefact, onnx_reference(_runnable(artefact))
+    options = config.checkpoint
+    reporter.info(f"{config.source}: loading the checkpoint")
+    with timed("checkpoint"):
+        model = load_checkpoint(config.source, **options.load)
+    model.preset = with_imgsz(model.preset, options.imgsz)
+    reporter.info(f"{config.source}: {describe_preset(model.preset)}")
+    max_det = model.preset.max_det if options.max_det is None else options.max_det
+    _check_loaded(config, model, max_det, annotated)
+    artefact = onnx_from_checkpoint(
+        model,
+        deform=options.deform or ("gather" if needs_gather(config) else "op"),
+        max_det=max_det,
+        verify_images=images,
+        reporter=reporter,
+    )
+    return artefact, torch_reference(model, max_det)
+
+
+def _runnable(artefact: OnnxArtefact) -> OnnxArtefact:
+    """Return an artefact that ONNX Runtime runs on CPUs: bf16, which it lacks there, emulated."""
+    from tood_deploy.engines.precision_support import half_precision_of
+
+    if half_precision_of(artefact.manifest) != "bf16":
+        return artefact
+    from tood_deploy.export.precision.half import emulate_low_precision
+
+    return replace(artefact, model=emulate_low_precision(artefact.model))
+
+
+def _check_loaded(
+    config: ExportConfig, model: Tood, max_det: int, annotated: AnnotatedImages | None
+) -> None:
+    """Refuse, before the long work, what only the checkpoint could tell that it cannot be."""
+    preset = model.preset
+    if _is_deformable(preset):
+        check_deform(config.source, config.checkpoint.deform or "none", config)
+    if annotated is not None:
+        annotated.check_classes(preset.class_names)
+    if config.to == "triton":
+        from tood_deploy.export.triton.fit import plan_serving
+
+        manifest, profiles = Manifest(preset, max_det=max_det), config.sizes.profiles(preset.imgsz)
+        plan_serving(Path(config.source), manifest, config.place, config.served_as, profiles)
+    if config.precision.changes_graph:
+        _check_patterns(config.precision, model)
+
+
+def _check_patterns(precision: PrecisionOptions, model: Tood) -> None:
+    """Refuse patterns of what stays float32 that fit no layer.
+
+    Those that fit none of the 8-bit layers only the graph can tell. Half precision also takes the
+    names of operators and of the stages' values; other names are those of a graph that exists.
+    """
+    layers = [key.removesuffix(".weight") for key in model.state_dict() if key.endswith(".weight")]
+    names = [*layers]
+    if precision.precision != "int8":
+        names += [schema.name for schema in onnx.defs.get_all_schemas()] + [*INNER_VALUES]
+    strange = [
+        pattern
+        for pattern in precision.keep_fp32
+        if not any(fnmatchcase(name, pattern) for name in names)
+    ]
+    if strange:
+        raise ToodError(
+            f"{flag_of(PrecisionOptions, 'keep_fp32')} {','.join(strange)} fits no layer; expected "
+            f"patterns of names such as {', '.join(layers[:3])} (names of the graph's nodes and "
+            "values: with an .onnx in place of the checkpoint)"
+        )
+
+
+def onnx_from_checkpoint(
+    model: Tood,
+    *,
+    deform: DeformForm = "op",
+    max_det: int | None = None,
+    verify_images: Images = (),
+    reporter: Reporter | None = None,
+) -> OnnxArtefact:
+    """Return the float32 artefact of a network, in memory, after proving it equal to the network.
+
+    Args:
+        model: as `load_checkpoint` gives it.
+        deform: deformable convolutions as ONNX's operator, or as gathers for runtimes that lack it.
+        max_det: rows D of the outputs; the preset's where not given.
+        verify_images: (H, W, 3) uint8 BGR, to verify on in addition to the built-in ones.
+        reporter: of every step.
+
+    Raises:
+        ToodError: `max_det` is out of range.
+        CheckFailed: the artefact deviates from PyTorch.
+    """
+    reporter = reporter or Reporter.silent()
+    max_det = model.preset.max_det if max_det is None else max_det
+    if not 1 <= max_det <= MAX_CANDIDATES:
+        raise ToodError(f"max_det is {max_det}; expected 1 to {MAX_CANDIDATES}")
+    manifest = Manifest(
+        model.preset,
+        max_det=max_det,
+        checkpoint_sha256=model.checkpoint_sha256,
+        build=Build(
+            format="onnx", opset=OPSET, deform=deform if _is_deformable(model.preset) else "none"
+        ),
+        versions=_versions(),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    reporter.info("making the graph")
+    graph = graph_of(model, deform=deform, max_det=max_det, say=reporter.info)
+    with timed("check"):
+        artefact = artefact_in_memory(Path(f"{model.preset.name}{ONNX_SUFFIX}"), graph, manifest)
+    reference = torch_reference(model, max_det)
+    with timed("verify"):
+        run = OnnxRunner(artefact.model)
+        parity = verify_float32(reference, run, images=verify_images, say=reporter.info)
+        reporter.info("making its self-test")
+        self_test = self_test_from(reference.run)
+    proven = replace(manifest, parity=Parity.from_dict(parity), self_test=self_test)
+    return replace(artefact, manifest=proven)
 
 
 def export_onnx(
@@ -66,54 +272,30 @@ def export_onnx(
     *,
     deform: DeformForm = "op",
     max_det: int | None = None,
-    verify_images: Sequence[NDArray[np.uint8]] = (),
-    say: Callable[[str], None] = lambda line: None,
+    verify_images: Images = (),
+    reporter: Reporter | None = None,
 ) -> Manifest:
-    """Writes `output` (.onnx) and the manifest beside it, after proving the former equal to the network.
+    """Write the float32 artefact of a network and its manifest, after proving it equal.
 
     Args:
-        model: the network, as `load_checkpoint` gives it.
-        output: where to; an artefact that is there already is replaced in one step.
-        deform: the form of deformable convolutions: ONNX's operator, or gathers for runtimes that lack it.
-        max_det: rows D of the outputs; the preset's where not given.
-        verify_images: (H, W, 3) uint8 BGR, to verify on in addition to the built-in ones.
-        say: told what goes on, a line each.
+        model: as `load_checkpoint` gives it.
+        output: an .onnx file; an artefact that is there already is replaced in one step.
+        deform, max_det, verify_images, reporter: as `onnx_from_checkpoint` takes them.
 
     Raises:
         ToodError: an argument out of range, or a place that cannot be written.
         CheckFailed: the artefact deviates from PyTorch; nothing is left behind.
     """
-    if output.suffix.lower() != ".onnx":
-        raise ToodError(f"output is {output}; expected a name ending in .onnx")
-    max_det = model.preset.max_det if max_det is None else max_det
-    if not 1 <= max_det <= MAX_CANDIDATES:
-        raise ToodError(f"max_det is {max_det}; expected 1 to {MAX_CANDIDATES}")
-    manifest = Manifest(
-        model.preset,
-        max_det=max_det,
-        checkpoint_sha256=model.checkpoint_sha256,
-        build=Build(format="onnx", opset=OPSET, deform=deform if _is_deformable(model) else "none"),
-        versions=_versions(),
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    if output.suffix.lower() != ONNX_SUFFIX:
+        raise ToodError(f"output is {output}; expected a name ending in {ONNX_SUFFIX}")
+    artefact = onnx_from_checkpoint(
+        model, deform=deform, max_det=max_det, verify_images=verify_images, reporter=reporter
     )
-    with atomic_path(output) as temporary:
-        say("making the graph")
-        graph = graph_of(model, deform=deform, max_det=max_det, say=say)
-        with timed("check"):
-            save_onnx(graph, manifest, temporary)
-        reference = torch_reference(model, max_det)
-        with timed("verify"):
-            parity = verify_float32(reference, OnnxRunner(temporary), images=verify_images, say=say)
-            say("making its self-test")
-            manifest = replace(
-                manifest, parity=Parity.from_dict(parity), self_test=self_test_from(reference.run)
-            ).with_artefact(temporary)
-        write_text(manifest_path(output), manifest.to_json())
-    return manifest
+    return write_onnx(artefact, output)
 
 
-def _is_deformable(model: Tood) -> bool:
-    return bool(model.preset.deform_stages or model.preset.deform_tower)
+def _is_deformable(preset: Preset) -> bool:
+    return bool(preset.deform_stages or preset.deform_tower)
 
 
 def _versions() -> dict[str, str]:
@@ -126,280 +308,174 @@ def _versions() -> dict[str, str]:
     }
 
 
-Say = Callable[[str], None]
+def _choose_profiles(
+    config: ExportConfig, reference: Reference, reporter: Reporter
+) -> Profiles | None:
+    """Return the sizes and batches of the target, before the long work, as they may be wrong."""
+    sizes, imgsz = config.sizes, reference.sizing.imgsz
+    if sizes.shapes != "auto":
+        return sizes.profiles(imgsz)
+    from tood_deploy.export.tensorrt.shapes import plot_proposal, proposal_table, propose_shapes
+
+    assert config.images is not None  # a rule of the options
+    proposal = propose_shapes(config.images, imgsz)
+    reporter.table(proposal_table(proposal))
+    if sizes.shapes_plot is not None:
+        plot_proposal(proposal, sizes.shapes_plot)
+    return sizes.profiles(imgsz, proposal.shapes_hw)
 
 
-@dataclass(frozen=True, eq=False)
-class Ready:
-    """What every target is made from.
-
-    Attributes:
-        path: the .onnx artefact in its final precision.
-        reference: what an artefact is compared with.
-        profiles: sizes and batches; None where none were asked for.
-        images: (H, W, 3) uint8 BGR, to verify on in addition to the built-in ones.
-        ap: measures AP for the verdict; None without annotations.
-    """
-
-    path: Path
-    reference: Reference
-    profiles: Profiles | None
-    images: Sequence[NDArray[np.uint8]]
-    ap: AnnotatedAp | None = None
+def _graph_precision(config: ExportConfig) -> PrecisionOptions:
+    """Return what is written into the graph; bf16 in OpenVINO is a property of the run."""
+    precision = config.precision
+    if config.to != "openvino":
+        return precision
+    return (
+        PrecisionOptions() if precision.precision == "bf16" else replace(precision, fallback=None)
+    )
 
 
-def deliver(order: Order, ready: Ready, say: Say) -> Made:
-    """Makes the order's target.
+def _convert(
+    config: ExportConfig,
+    artefact: OnnxArtefact,
+    reference: Reference,
+    images: Images,
+    ap: AnnotatedAp | None,
+    search: Search | None,
+    reporter: Reporter,
+) -> OnnxArtefact:
+    """Return the artefact in the precision that is asked for, compared with the reference.
 
     Args:
-        order: whose.
-        ready: what it is made from.
-        say: told what goes on, a line each.
-
-    Raises:
-        ToodError: something of the order cannot be.
-        CheckFailed: the artefact deviates from its reference; nothing is left behind.
+        config: what is asked for.
+        artefact: in float32.
+        reference: what both are compared with.
+        images: (H, W, 3) uint8 BGR, given to verify on.
+        ap: measures AP; None without annotations.
+        search: chooses the mixture of precisions, where that is asked for.
+        reporter: of every step.
     """
-    say(f"{order.output}: {_STEPS[order.to]}")
-    return _DELIVER[order.to](order, ready, say)
+    from tood_deploy.export.precision.convert import (
+        convert_precision,
+        images_to_verify,
+        verify_converted,
+    )
+
+    precision = _graph_precision(config)
+    name = "the best mixture of precisions" if precision.autotune else precision.precision
+    reporter.info(
+        f"{config.source}: writing {name} into the graph, and comparing it with "
+        f"{reference.run.name}"
+    )
+    converted = convert_precision(
+        artefact,
+        precision,
+        config.int8_scheme,
+        quality=None if ap is None or precision.max_ap_drop is None else lambda _: ap,
+        search=search,
+        reporter=reporter,
+    )
+    return verify_converted(
+        converted,
+        reference,
+        images_to_verify(precision.calib_data, images),
+        self_test=artefact.manifest.self_test,
+        # What OpenVINO is given is measured in OpenVINO, at the end.
+        ap=None if config.to == "openvino" else ap,
+        reporter=reporter,
+    )
 
 
-def _deliver_onnx(order: Order, ready: Ready, say: Say) -> Made:
-    manifest = read_manifest(ready.path)
-    assert manifest is not None
+def _write_onnx(config: ExportConfig, prepared: PreparedExport, reporter: Reporter) -> ExportResult:
+    from tood_deploy.engines.precision_support import RUNTIMES, half_precision_of
+
+    artefact, manifest = prepared.artefact, prepared.artefact.manifest
     if half := half_precision_of(manifest):
-        manifest = replace(manifest, build=replace(manifest.build, runtimes=RUNTIMES[half]))
-    with atomic_paths(order.output, manifest_path(order.output)) as (onnx_file, manifest_file):
-        shutil.move(ready.path, onnx_file)
-        manifest_file.write_text(manifest.to_json(), encoding="utf-8")
-    return Made(order.output, manifest)
+        build = replace(manifest.build, runtimes=RUNTIMES[half])
+        artefact = artefact_in_memory(config.place, artefact.model, replace(manifest, build=build))
+    return ExportResult(config.place, write_onnx(artefact, config.place))
 
 
-def _deliver_openvino(order: Order, ready: Ready, say: Say) -> Made:
-    wanted = order.precision
-    rest: Any = {"bf16": "bf16", "int8": wanted.rest}.get(
-        wanted.precision
-    )  # else what the .onnx says
-    images = ready.images
-    if wanted.precision != "fp32" or read_onnx(ready.path).manifest.precision != "fp32":
-        images = images_to_verify(wanted.calib_data, images)
+def _write_openvino(
+    config: ExportConfig, prepared: PreparedExport, reporter: Reporter
+) -> ExportResult:
+    from tood_deploy.export.precision.convert import images_to_verify
+    from tood_deploy.export.to_openvino import openvino_from_onnx
+
+    precision, images = config.precision, prepared.images
+    # Of an .onnx that is not changed, its own manifest names the precision of the run.
+    runs_in_bf16 = precision.precision == "bf16" or (
+        precision.precision == "int8" and precision.fallback == "bf16"
+    )
+    if precision.precision != "fp32" or prepared.artefact.manifest.precision != "fp32":
+        images = images_to_verify(precision.calib_data, images)
     manifest = openvino_from_onnx(
-        ready.path,
-        order.output,
-        reference=ready.reference,
-        rest=rest,
+        prepared.artefact,
+        config.place,
+        reference=prepared.reference,
+        fallback="bf16" if runs_in_bf16 else "fp32" if precision.precision == "int8" else None,
         images=images,
-        ap=ready.ap,
-        say=say,
+        ap=prepared.ap,
+        reporter=reporter,
     )
-    return Made(order.output, manifest)
+    return ExportResult(config.place, manifest)
 
 
-def _deliver_engine(order: Order, ready: Ready, say: Say) -> Made:
-    profiles = ready.profiles or Profiles(default_shapes(ready.reference.sizing.imgsz))
+def _write_engine(
+    config: ExportConfig, prepared: PreparedExport, reporter: Reporter
+) -> ExportResult:
+    from tood_deploy.export.tensorrt.options import Profiles, default_shapes
+    from tood_deploy.export.tensorrt.to_tensorrt import engine_from_onnx
+
+    artefact, reference = prepared.artefact, prepared.reference
+    profiles = prepared.profiles or Profiles(default_shapes(reference.sizing.imgsz))
+    # The form that servers batch has thresholds for every image, which no engine of ours is given.
+    is_served = artefact.manifest.build.serving is not None
     built = engine_from_onnx(
-        ready.path,
-        order.output,
+        artefact,
+        config.place,
         profiles=profiles,
-        options=order.engine,
-        flavour=order.flavour,
-        self_test=_self_test(ready, profiles),
-        rebuild=order.command,
-        quiet=order.quiet,
+        options=config.engine,
+        flavour=config.flavour,
+        self_test=None if is_served else self_test_from(reference.run, profiles.shapes_hw),
+        rebuild=config.command,
+        reporter=reporter,
     )
-    return Made(order.output, built.manifest, built.layers)
+    return ExportResult(config.place, built.manifest, built.layers)
 
 
-def _self_test(ready: Ready, profiles: Profiles) -> SelfTest | None:
-    """None for the form that servers batch: it has thresholds for every image, which no engine of ours is given."""
-    if read_onnx(ready.path).manifest.build.serving:
-        return None
-    return self_test_from(ready.reference.run, profiles.shapes_hw)
+def _write_triton(
+    config: ExportConfig, prepared: PreparedExport, reporter: Reporter
+) -> ExportResult:
+    return _serve(config, prepared.artefact, prepared.profiles, reporter)
 
 
-def _deliver_triton(order: Order, ready: Ready, say: Say) -> Made:
-    return serve(order, ready.path, ready.profiles)
+def _serve(
+    config: ExportConfig, model: OnnxArtefact | Path, profiles: Profiles | None, reporter: Reporter
+) -> ExportResult:
+    """Add an .onnx artefact, or the file of an engine, to the Triton repository."""
+    from tood_deploy.export.triton.repository import triton_repository
 
-
-def serve(order: Order, model: Path, profiles: Profiles | None = None) -> Made:
-    """Adds an .onnx artefact or an engine to the order's Triton repository."""
     served = triton_repository(
         model,
-        order.output,
-        order.served_as,
+        config.place,
+        config.served_as,
         profiles=profiles,
-        engine_options=order.engine,
-        quiet=order.quiet,
+        engine_options=config.engine,
+        reporter=reporter,
     )
-    return Made(served.path, served.manifest)
+    return ExportResult(served.path, served.manifest)
 
 
-_STEPS = {
+_STEPS: dict[Target, str] = {
     "onnx": "writing it",
     "openvino": "converting to OpenVINO, and comparing what it computes",
     "engine": "building the engine, which can take minutes",
     "triton": "adding the model to the repository, and comparing the form that is served",
 }
-_DELIVER = {
-    "onnx": _deliver_onnx,
-    "openvino": _deliver_openvino,
-    "engine": _deliver_engine,
-    "triton": _deliver_triton,
+_WRITERS: dict[Target, Callable[[ExportConfig, PreparedExport, Reporter], ExportResult]] = {
+    "onnx": _write_onnx,
+    "openvino": _write_openvino,
+    "engine": _write_engine,
+    "triton": _write_triton,
 }
-
-
-def carry_out(
-    order: Order, lowering: PrecisionOptions, say: Say, tell: Callable[[Any], None]
-) -> Made:
-    """Makes what is asked for, and proves it.
-
-    Args:
-        order: what; `check_order` has passed it.
-        lowering: how the order's precision is made.
-        say: told what goes on, a line each.
-        tell: given tables to print.
-
-    Raises:
-        ToodError: something of the order cannot be.
-        CheckFailed: the artefact deviates from its reference; nothing is left behind.
-    """
-    if order.from_engine:
-        say(f"{order.source}: copying the engine into {order.output}")
-        return serve(order, Path(order.source))
-    images = read_images(order.verify_images, MOST_VERIFY_IMAGES) if order.verify_images else []
-    with _working_folder(order.output) as folder:
-        float_onnx, reference = _float_onnx(order, lowering, folder, images, say)
-        profiles = order.sizes.profiles(
-            reference.sizing.imgsz, tell
-        )  # before the long work, as it may be wrong
-        path = float_onnx
-        ap = lowering.measure_ap and lowering.measure_ap(read_onnx(float_onnx))
-        options = _in_the_graph(order, lowering)
-        if options.wanted:
-            say(
-                f"{order.source}: writing {options.wanted} into the graph, and comparing it with {reference.run.name}"
-            )
-            own_ap = (
-                None if order.to == "openvino" else ap
-            )  # what is made in the end is measured in its own runtime
-            with timed("precision"):
-                path = lower_onnx(
-                    float_onnx,
-                    folder,
-                    options,
-                    reference,
-                    images=images,
-                    ap=own_ap,
-                    tell=tell,
-                    quiet=order.quiet,
-                )
-        with timed("target"):
-            return deliver(order, Ready(path, reference, profiles, images, ap), say)
-
-
-@contextmanager
-def _working_folder(output: Path) -> Iterator[Path]:
-    """A folder beside the output that is gone afterwards, and so is the one that the output should have come into if nothing did.
-
-    Raises:
-        OutputError: it cannot be made.
-    """
-    new = not output.parent.exists()
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{output.stem}-", dir=output.parent))
-    except OSError as error:
-        raise OutputError(
-            f"{output}: cannot be written ({error.strerror}); choose another --output"
-        ) from error
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        if new:
-            with suppress(OSError):  # there is something in it
-                output.parent.rmdir()
-
-
-def _float_onnx(
-    order: Order,
-    lowering: PrecisionOptions,
-    folder: Path,
-    images: Sequence[NDArray[np.uint8]],
-    say: Say,
-) -> tuple[Path, Reference]:
-    """The float32 .onnx with its manifest, and what everything made from it is compared with."""
-    if order.from_onnx:
-        return Path(order.source), _given_reference(Path(order.source))
-    options = order.checkpoint
-    say(f"{order.source}: loading the checkpoint")
-    with timed("checkpoint"):
-        model = load_checkpoint(order.source, **options.load)
-    model.preset = with_imgsz(model.preset, options.imgsz)
-    say(f"{order.source}: {describe(model.preset)}")
-    max_det = model.preset.max_det if options.max_det is None else options.max_det
-    _check_loaded(order, model.preset, max_det)
-    if lowering.precision == "int8":
-        _check_layers(
-            lowering.keep,
-            [key.removesuffix(".weight") for key in model.state_dict() if key.endswith(".weight")],
-        )
-    path = folder / "float32.onnx"
-    deform = options.deform or _deform_form(order)
-    export_onnx(model, path, deform=deform, max_det=max_det, verify_images=images, say=say)
-    return path, torch_reference(model, max_det)
-
-
-def _check_loaded(order: Order, preset: Preset, max_det: int) -> None:
-    """Refuses, before the long work, what only the checkpoint could tell that it cannot be."""
-    is_deformable = bool(preset.deform_stages or preset.deform_tower)
-    check_deform(
-        order.source, order.checkpoint.deform or "none" if is_deformable else "none", order
-    )
-    if order.check_classes is not None:
-        order.check_classes(preset.class_names)
-    if order.to == "triton":
-        manifest = Manifest(preset, max_det=max_det)
-        plan_serving(
-            Path(order.source),
-            manifest,
-            order.output,
-            order.served_as,
-            order.sizes.without_proposal(preset.imgsz),
-        )
-
-
-def _check_layers(patterns: Collection[str], names: Collection[str]) -> None:
-    """Refuses patterns that fit no layer at all; those that fit none of the 8-bit ones only the graph can tell."""
-    if strangers := [
-        pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name in names)
-    ]:
-        raise ToodError(
-            f"--keep {','.join(strangers)} fits no layer; expected patterns of names such as {', '.join(list(names)[:3])}"
-        )
-
-
-def _given_reference(path: Path) -> Reference:
-    """The given .onnx as what its further forms are compared with; bf16 is emulated, as ONNX Runtime has none on CPUs."""
-    artefact = read_onnx(path)
-    if half_precision_of(artefact.manifest) == "bf16":
-        artefact = replace(artefact, model=emulate_low_precision(artefact.model))
-    return onnx_reference(artefact)
-
-
-def _deform_form(order: Order) -> Literal["op", "gather"]:
-    """The form that the target has."""
-    if order.to == "openvino":
-        return "gather"
-    return (
-        "gather"
-        if order.to == "engine" and load_flavour(order.flavour).name == "tensorrt_rtx"
-        else "op"
-    )
-
-
-def _in_the_graph(order: Order, lowering: PrecisionOptions) -> PrecisionOptions:
-    """The precision that is written into the graph; bf16 in OpenVINO is a property of the run."""
-    if order.to != "openvino":
-        return lowering
-    return PrecisionOptions() if lowering.precision == "bf16" else replace(lowering, rest="fp32")

@@ -1,6 +1,7 @@
-"""Asks for everything that the end of an export needs before its beginning: within two seconds, without PyTorch, writing nothing.
+"""Check, before the long work, all that the end of an export needs.
 
-What a checkpoint alone can tell is not known here yet; `carry_out` asks for that once it is loaded.
+Comes in: an `ExportConfig`. Goes out: nothing, or one error. Takes about two seconds, imports no
+PyTorch and writes nothing. What only the loaded checkpoint can tell, `run_export` checks then.
 """
 
 from __future__ import annotations
@@ -12,38 +13,38 @@ import tempfile
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tood_deploy.data.images import ImagesToCheck, check_images, choose_images, image_paths
-from tood_deploy.engines import openvino_runtime as openvino_model
-from tood_deploy.engines.precision_support import (
-    half_precision_of,
-    saturates_in_onnxruntime,
-    saturates_in_openvino,
-)
 from tood_deploy.engines.tensorrt.library import load_flavour
 from tood_deploy.errors import ArtefactError, CheckpointError, DeviceError, OutputError, ToodError
-from tood_deploy.export.config import SUFFIXES, Order
-from tood_deploy.export.tensorrt.build import known_capabilities
-from tood_deploy.export.tensorrt.shapes import PLOT_SUFFIXES
-from tood_deploy.export.triton.fit import (
-    SERVED_FLAVOUR,
-    check_batches,
-    check_precision,
-    choose_backend,
-    plan_serving,
-    read_engine_manifest,
-)
-from tood_deploy.export.triton.folder import read_present
+from tood_deploy.export.config import ExportConfig, PrecisionOptions
+from tood_deploy.export.options import flag_of
+from tood_deploy.export.tensorrt.options import EngineOptions, SizeOptions
 from tood_deploy.files import home_folder
-from tood_deploy.graph_io import ARTEFACT_SUFFIXES
+from tood_deploy.graph_io import (
+    ARTEFACT_SUFFIXES,
+    OPENVINO_SUFFIX,
+    OPENVINO_WEIGHTS_SUFFIX,
+    TARGET_SUFFIXES,
+)
 from tood_deploy.manifest import Manifest, manifest_path, neighbour
 from tood_deploy.manifest_sections import HalfBuild, Int8Build
-from tood_deploy.onnx_file import read_onnx
+from tood_deploy.onnx_file import OnnxArtefact, read_onnx
 from tood_deploy.preprocess import check_imgsz
-from tood_deploy.presets import MAX_CANDIDATES, PRESETS, SIZE_DIVISOR, get_preset
+from tood_deploy.presets import MAX_CANDIDATES, PRESETS, get_preset, published_weights
+
+if TYPE_CHECKING:
+    from tood_deploy.export.export import AnnotatedImages
+
+MAX_VERIFY_IMAGES = 16
+ELSEWHERE = "choose another --output"
+# Copies of the float32 weights that lie in the output's folder at a time.
+COPIES = {"onnx": 1, "openvino": 1, "engine": 2, "triton": 2}
 
 MIB = 2**20
 SPARE_BYTES = 64 * MIB  # beside the artefacts themselves
+PUBLISHED_BYTES = 256 * MIB  # of the largest weights that a preset's name stands for
 
 
 def check_artefact(output: Path, suffixes: Collection[str], alternative: str) -> None:
@@ -72,15 +73,17 @@ def check_artefact(output: Path, suffixes: Collection[str], alternative: str) ->
         )
     if manifest.exists() and not _is_manifest(manifest):
         raise OutputError(
-            f"{manifest}: is no manifest of tood-export, and would be replaced by one; give another --output"
+            f"{manifest}: is no manifest of tood-export, and would be replaced by one; "
+            "give another --output"
         )
     if (
-        output.suffix.lower() == ".xml"
-        and output.with_suffix(".bin").exists()
+        output.suffix.lower() == OPENVINO_SUFFIX
+        and (weights := output.with_suffix(OPENVINO_WEIGHTS_SUFFIX)).exists()
         and not output.exists()
     ):
         raise OutputError(
-            f"{output.with_suffix('.bin')}: belongs to no .xml, and would be replaced; give another --output"
+            f"{weights}: belongs to no {OPENVINO_SUFFIX}, and would be replaced; "
+            "give another --output"
         )
 
 
@@ -105,11 +108,13 @@ def check_inputs_stay(written: Collection[Path], inputs: Collection[Path]) -> No
         place = path.resolve()
         if place in read:
             raise OutputError(
-                f"{path}: is an input of this export, and would be replaced by its result; give another name"
+                f"{path}: is an input of this export, and would be replaced by its result; "
+                "give another name"
             )
         if place in places:
             raise OutputError(
-                f"{path}: two results of this export would be written there; give each a name of its own"
+                f"{path}: two results of this export would be written there; "
+                "give each a name of its own"
             )
         places.add(place)
 
@@ -150,57 +155,74 @@ def check_space(folder: Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed_bytes + SPARE_BYTES:
         raise OutputError(
-            f"{folder}: {free // MIB} MiB are free, and this export needs about {(needed_bytes + SPARE_BYTES) // MIB}; "
-            "make room, or give an --output on another disk"
+            f"{folder}: {free // MIB} MiB are free, and this export needs about "
+            f"{(needed_bytes + SPARE_BYTES) // MIB}; make room, or give an --output on another disk"
         )
 
 
-MOST_VERIFY_IMAGES = 16
-ELSEWHERE = "choose another --output"
-# How often the float32 weights lie in the output's folder at a time: the float32 .onnx first, then what is made from it.
-COPIES = {"onnx": 1, "openvino": 2, "engine": 3, "triton": 2}
-ANY_IMGSZ = (SIZE_DIVISOR, SIZE_DIVISOR)  # in place of a checkpoint's own
-PUBLISHED_BYTES = 256 * MIB  # of the largest weights that a preset's name stands for
-
-
-def check_order(order: Order) -> None:
-    """Refuse an order that would fail later.
+def check_export(config: ExportConfig, annotated: AnnotatedImages | None = None) -> None:
+    """Refuse what would fail later.
 
     Args:
-        order: whose options go together, as `check_options` tells.
+        config: whose options go together, as `check_rules` finds.
+        annotated: the images of its annotations.
 
     Raises:
-        ToodError: what is missing or wrong, in one line.
+        ToodError: something is missing or wrong; one line names it and the cure.
     """
-    _check_numbers(order)
-    source = _check_source(order)
-    _check_precision(order, source)
-    _check_output(order, source)
-    _check_device(order, source)
-    _check_folders(order)
-    check_images(list(_image_sets(order)))
+    _check_numbers(config, annotated)
+    source = _check_source(config, annotated)
+    _check_precision(config, source)
+    _check_output(config, source)
+    _check_device(config)
+    if config.precision.autotune or config.precision.precision == "int8":
+        # Where a calibration will keep what it has measured.
+        check_writable(home_folder("calibration"), "name another folder in TOOD_HOME")
+    check_images(list(_image_sets(config, annotated)))
 
 
-def check_deform(name: str, deform: str, order: Order) -> None:
+def _check_numbers(config: ExportConfig, annotated: AnnotatedImages | None) -> None:
+    """Refuse values that no export can have."""
+    options = config.checkpoint
+    if options.imgsz is not None:
+        check_imgsz(options.imgsz)
+    if options.max_det is not None and not 1 <= options.max_det <= MAX_CANDIDATES:
+        raise ToodError(f"max_det is {options.max_det}; expected 1 to {MAX_CANDIDATES}")
+    if isinstance(preset := options.load.get("preset"), str):
+        get_preset(preset)
+    if annotated is not None and (names := options.load.get("class_names")):
+        annotated.check_classes(names)
+
+
+def needs_gather(config: ExportConfig) -> bool:
+    """Tell whether the target lacks ONNX's operator for deformable convolutions."""
+    return bool(_lacks_deform_op(config))
+
+
+def _lacks_deform_op(config: ExportConfig) -> str:
+    """Return the target's name if it has no operator for deformable convolutions, else ""."""
+    if config.to == "openvino":
+        return "OpenVINO"
+    if config.to == "engine" and load_flavour(config.flavour).name == "tensorrt_rtx":
+        return "TensorRT-RTX"
+    return ""
+
+
+def check_deform(name: str, deform: str, config: ExportConfig) -> None:
     """Refuse deformable convolutions in a form that the target lacks.
 
     Args:
         name: of the source.
         deform: "op", "gather", or "none" for a network without any.
-        order: with the target.
+        config: with the target.
 
     Raises:
         ToodError: the target has no such operator.
     """
-    if deform != "op":
-        return
-    lacking = "OpenVINO" if order.to == "openvino" else None
-    if order.to == "engine" and load_flavour(order.flavour).name == "tensorrt_rtx":
-        lacking = "TensorRT-RTX"
-    if lacking:
+    if deform == "op" and (lacking := _lacks_deform_op(config)):
         cure = (
             "export the checkpoint again with --deform gather"
-            if order.from_onnx
+            if config.from_onnx
             else "leave --deform out"
         )
         raise ToodError(
@@ -208,45 +230,45 @@ def check_deform(name: str, deform: str, order: Order) -> None:
         )
 
 
-def _check_numbers(order: Order) -> None:
-    """Refuse values that no export can have."""
-    order.sizes.without_proposal(ANY_IMGSZ)
-    options, precision = order.checkpoint, order.precision
-    if options.imgsz is not None:
-        check_imgsz(options.imgsz)
-    if options.max_det is not None and not 1 <= options.max_det <= MAX_CANDIDATES:
-        raise ToodError(f"max_det is {options.max_det}; expected 1 to {MAX_CANDIDATES}")
-    if isinstance(preset := options.load.get("preset"), str):
-        get_preset(preset)
-    if order.check_classes is not None and (names := options.load.get("class_names")):
-        order.check_classes(names)
-    if precision.max_drop is not None and not precision.max_drop >= 0:
-        raise ToodError(f"the largest drop is {precision.max_drop}; expected 0 or more")
-
-
-def _check_source(order: Order) -> Manifest | None:
+def _check_source(config: ExportConfig, annotated: AnnotatedImages | None) -> Manifest | None:
     """Look at the source; return what it says of itself, None where it is a checkpoint."""
-    path = Path(order.source)
-    if order.from_engine:
-        if order.to != "triton":
+    path = Path(config.source)
+    if config.from_engine:
+        from tood_deploy.export.triton.fit import choose_backend, read_engine_manifest
+
+        if config.to != "triton":
             raise ToodError(
-                f"{path} is an engine, which can be served and not exported; give --to triton, or the .onnx it was built from"
+                f"{path} is an engine, which can be served and not exported; "
+                "give --to triton, or the .onnx it was built from"
             )
-        choose_backend(path, order.triton)
+        choose_backend(path, config.triton)
         return read_engine_manifest(path)
-    if order.from_onnx:
-        manifest = read_onnx(path).manifest
-        _check_given_onnx(order, manifest)
-        return manifest
-    if not path.exists() and order.source in PRESETS:
-        return None
+    if config.from_onnx:
+        artefact = read_onnx(path)
+        _check_given_onnx(config, artefact.manifest)
+        if annotated is not None:
+            annotated.check_classes(artefact.manifest.preset.class_names)
+        _check_kept(config, artefact)
+        return artefact.manifest
+    _check_checkpoint(config.source)
+    return None
+
+
+def _check_checkpoint(source: str) -> None:
+    """Refuse what is no checkpoint that can be read, and a preset without published weights."""
+    path = Path(source)
+    if not path.exists() and source in PRESETS:
+        published_weights(PRESETS[source])
+        return
     if path.suffix.lower() in ARTEFACT_SUFFIXES:
         raise ToodError(
-            f"{path}: an artefact for OpenVINO cannot be exported further; give the .onnx or the checkpoint it was made from"
+            f"{path}: an artefact for OpenVINO cannot be exported further; "
+            "give the .onnx or the checkpoint it was made from"
         )
     if not path.is_file():
         raise CheckpointError(
-            f"{path}: no such file; expected a checkpoint (.pth, .pt or .safetensors), an .onnx, or a preset's name"
+            f"{path}: no such file; expected a checkpoint (.pth, .pt or .safetensors), an .onnx, "
+            "or a preset's name"
         )
     try:
         with path.open("rb") as file:
@@ -259,174 +281,209 @@ def _check_source(order: Order) -> Manifest | None:
         raise CheckpointError(
             f"{path}: is an empty file; expected a checkpoint: copy or download it again"
         )
-    return None
 
 
-def _check_given_onnx(order: Order, manifest: Manifest) -> None:
-    """Refuse an .onnx from which the order does not lead on."""
-    path, changes = Path(order.source), order.precision.changes_graph
+def _check_given_onnx(config: ExportConfig, manifest: Manifest) -> None:
+    """Refuse an .onnx that cannot become what is asked for."""
+    path, changes = Path(config.source), config.precision.changes_graph
     if manifest.precision != "fp32" and changes:
         raise ToodError(
-            f"{path} is in {manifest.precision} already; leave --precision out, or start from the float32 .onnx"
+            f"{path} is in {manifest.precision} already; leave --precision out, or start from the "
+            "float32 .onnx"
         )
-    if order.to == "onnx" and not changes:
+    if config.to == "onnx" and not changes:
         raise ToodError(
             f"{path} is an .onnx already; give --precision or --to openvino, engine or triton"
         )
-    if manifest.build.serving and (changes or order.to == "openvino"):
+    if manifest.build.serving and (changes or config.to == "openvino"):
         raise ArtefactError(
-            f"{path}: has the form that Triton serves, with thresholds for every image; start from what it was made from"
+            f"{path}: has the form that Triton serves, with thresholds for every image; "
+            "start from what it was made from"
         )
-    if (
-        order.builds_engine
-        and manifest.precision == "int8"
-        and manifest.build.int8_scheme.startswith("u8")
-    ):
+    has_zero_points = manifest.precision == "int8" and manifest.build.int8_scheme.startswith("u8")
+    if config.builds_engine and has_zero_points:
         raise ToodError(
             f"{path}: its 8-bit numbers have zero points, as CPUs want them and TensorRT does not; "
             "quantise the float32 .onnx with --to engine"
         )
-    if order.check_classes is not None:
-        order.check_classes(manifest.preset.class_names)
-    check_deform(str(path), manifest.build.deform or "none", order)
+    check_deform(str(path), manifest.build.deform or "none", config)
 
 
-def _check_precision(order: Order, source: Manifest | None) -> None:
-    """Refuse a precision that the target does not compute in."""
-    wanted = order.precision
-    halves = {
-        wanted.precision,
-        wanted.rest,
-        half_precision_of(source) if source and order.from_onnx else "",
-    }
-    if order.to == "openvino" and "fp16" in halves:
-        raise ToodError(
-            "OpenVINO on CPUs computes in fp32, bf16 and int8; give --precision bf16, or another --to"
-        )
-    if order.to == "openvino" and "bf16" in halves:
-        openvino_model.check_precision(openvino_model.shared_core(), "bf16")
-    if wanted.target_cpu == "native" and (
-        saturates_in_openvino() if order.to == "openvino" else saturates_in_onnxruntime()
-    ):
-        raise DeviceError(
-            "--target-cpu native: this CPU has no VNNI instructions, and sums of 8-bit products saturate on it, so the artefact could "
-            "not be verified here; leave --target-cpu out, or export on a CPU like the one that it is for"
-        )
+def _check_kept(config: ExportConfig, artefact: OnnxArtefact) -> None:
+    """Refuse patterns of what stays float32 that fit nothing in a given graph."""
+    precision = config.precision
+    if not precision.keep_fp32 or not precision.changes_graph:
+        return
+    import onnx_ir as ir
 
+    from tood_deploy.export.precision.half import check_patterns
+    from tood_deploy.export.precision.quantize import choose_layers
 
-def _check_output(order: Order, source: Manifest | None) -> None:
-    """Refuse a place that cannot be written, is too small, or is taken."""
-    if order.to == "triton":
-        _check_repository(order, source)
-        folder, written = order.output, []
+    graph = ir.from_proto(artefact.model).graph
+    if precision.precision == "int8":
+        choose_layers(graph, precision.keep_fp32)
     else:
-        check_artefact(order.output, SUFFIXES[order.to], order.to)
-        folder, written = order.output.parent, [order.output, manifest_path(order.output)]
-    plot, cache = order.sizes.plot, order.engine.timing_cache
-    if plot is not None:
+        check_patterns(graph, precision.keep_fp32)
+
+
+def _check_precision(config: ExportConfig, source: Manifest | None) -> None:
+    """Refuse a precision that the target does not compute in."""
+    precision = config.precision
+    if config.to == "openvino":
+        _check_openvino_precision(config, source)
+    if precision.target_cpu != "native":
+        return
+    from tood_deploy.engines.precision_support import (
+        saturates_in_onnxruntime,
+        saturates_in_openvino,
+    )
+
+    if saturates_in_openvino() if config.to == "openvino" else saturates_in_onnxruntime():
+        flag = flag_of(PrecisionOptions, "target_cpu")
+        raise DeviceError(
+            f"{flag} native: this CPU has no VNNI instructions, and sums of 8-bit products "
+            "saturate on it, so the artefact could not be verified here; "
+            f"leave {flag} out, or export on a CPU like the one that it is for"
+        )
+
+
+def _check_openvino_precision(config: ExportConfig, source: Manifest | None) -> None:
+    """Refuse fp16, and bf16 where this CPU lacks it."""
+    from tood_deploy.engines import openvino_runtime
+    from tood_deploy.engines.precision_support import half_precision_of
+
+    asked = {config.precision.precision, config.precision.fallback}
+    if source is not None and config.from_onnx:
+        asked.add(half_precision_of(source))
+    if "fp16" in asked:
+        raise ToodError(
+            "OpenVINO on CPUs computes in fp32, bf16 and int8; "
+            "give --precision bf16, or another --to"
+        )
+    if "bf16" in asked:
+        openvino_runtime.check_precision(openvino_runtime.shared_core(), "bf16")
+
+
+def _check_output(config: ExportConfig, source: Manifest | None) -> None:
+    """Refuse a place that cannot be written, is too small, or is taken."""
+    place = config.place
+    if config.to == "triton":
+        _check_repository(config, source)
+        folder, written = place, []
+    else:
+        check_artefact(place, TARGET_SUFFIXES[config.to], config.to)
+        folder, written = place.parent, [place, manifest_path(place)]
+    if (plot := config.sizes.shapes_plot) is not None:
         _check_plot(plot)
         written.append(plot)
-    read = (Path(order.source), order.precision.annotations)
-    check_inputs_stay(
-        [*written, *([cache] if cache else [])], [path for path in read if path is not None]
-    )
-    present = check_writable(folder, ELSEWHERE)
-    check_space(present, (COPIES[order.to] + order.precision.changes_graph) * _weights_bytes(order))
+    if (cache := config.engine.timing_cache) is not None:
+        written.append(cache)
+    read = (Path(config.source), config.precision.annotations)
+    check_inputs_stay(written, [path for path in read if path is not None])
+    check_space(check_writable(folder, ELSEWHERE), COPIES[config.to] * _weights_bytes(config))
 
 
-def _weights_bytes(order: Order) -> int:
+def _weights_bytes(config: ExportConfig) -> int:
     """Return the size of the source, which holds the weights in float32 or more beside them."""
-    path = Path(order.source)
+    path = Path(config.source)
     return path.stat().st_size if path.is_file() else PUBLISHED_BYTES
 
 
-def _check_repository(order: Order, source: Manifest | None) -> None:
-    """Refuse a model that cannot be served as asked, and a repository or a name that is something else's."""
-    path, options = Path(order.source), order.served_as
+def _check_repository(config: ExportConfig, source: Manifest | None) -> None:
+    """Refuse a model that cannot be served as asked, and a repository or name that is taken."""
+    from tood_deploy.export.triton.fit import (
+        check_batches,
+        check_precision,
+        choose_backend,
+        plan_serving,
+    )
+    from tood_deploy.export.triton.folder import read_present
+
+    path, options = Path(config.source), config.served_as
     backend = choose_backend(path, options)
     if source is not None:
-        lowered = _as_ordered(order, source)
-        profiles = None if order.from_engine else order.sizes.without_proposal(source.preset.imgsz)
-        plan_serving(path, lowered, order.output, options, profiles)
+        profiles = None if config.from_engine else config.sizes.profiles(source.preset.imgsz)
+        plan_serving(path, _as_converted(config, source), config.place, options, profiles)
         return
-    yet_to_come = Manifest(
-        PRESETS["tiny"]
-    )  # which network it is does not count: what is served is in the precision asked for
-    check_precision(path.name, _as_ordered(order, yet_to_come), backend, options)
-    check_batches(order.sizes.batches, options)
-    read_present(order.output, options.name)
+    # Which network it is does not count: what is served is in the precision asked for.
+    converted = _as_converted(config, Manifest(PRESETS["tiny"]))
+    check_precision(path.name, converted, backend, options)
+    check_batches(config.sizes.batches, options)
+    read_present(config.place, options.name)
 
 
-def _as_ordered(order: Order, source: Manifest) -> Manifest:
-    """Return a manifest that says of the precision what the finished artefact will say."""
-    wanted = order.precision
-    if not wanted.changes_graph:
+def _as_converted(config: ExportConfig, source: Manifest) -> Manifest:
+    """Return a manifest that states the precision as that of the finished artefact will."""
+    precision = config.precision
+    if not precision.changes_graph:
         return source
-    build = replace(
-        source.build,
-        int8=Int8Build("s8s8" if order.builds_engine else "u8s7"),
-        half=source.build.half if wanted.rest == "fp32" else HalfBuild(wanted.rest),
-    )
-    return replace(source, precision=wanted.precision, build=build)
+    half = source.build.half
+    if precision.fallback not in (None, "fp32"):
+        half = HalfBuild(str(precision.fallback))
+    build = replace(source.build, int8=Int8Build(config.int8_scheme), half=half)
+    return replace(source, precision=precision.precision, build=build)
 
 
 def _check_plot(path: Path) -> None:
+    """Refuse a plot that cannot be drawn or written."""
+    from tood_deploy.export.tensorrt.shapes import PLOT_SUFFIXES
+
     if path.suffix.lower() not in PLOT_SUFFIXES:
         raise ToodError(f"plot is {path}; expected a name ending in {', '.join(PLOT_SUFFIXES)}")
     if importlib.util.find_spec("matplotlib") is None:
         raise DeviceError("a plot needs matplotlib; pip install matplotlib")
     if path.is_dir():
         raise ToodError(f"plot is {path}, a folder; expected the name of a file")
-    check_writable(path.parent, "give another --shapes-plot")
+    check_writable(path.parent, f"give another {flag_of(SizeOptions, 'shapes_plot')}")
 
 
-def _check_device(order: Order, source: Manifest | None) -> None:
+def _check_device(config: ExportConfig) -> None:
     """Refuse what this machine cannot build: no library, no GPU, no such option."""
-    if order.to == "openvino":
-        openvino_model.load_openvino()
-    if not order.builds_engine:
-        return
-    library = load_flavour(order.flavour if order.to == "engine" else SERVED_FLAVOUR)
-    order.engine.check(library)
-    capabilities = order.engine.compute_capabilities
-    if capabilities and (
-        unknown := [name for name in capabilities if name not in known_capabilities(library)]
-    ):
-        known = ", ".join(known_capabilities(library))
-        raise ToodError(
-            f"compute capability {', '.join(unknown)}: {library.title} builds for {known}"
-        )
-    if (
-        library.name == "tensorrt" or order.precision.tuned
-    ):  # it builds on the GPU that it builds for; a search measures there
+    if config.to == "openvino":
+        from tood_deploy.engines.openvino_runtime import load_openvino
+
+        load_openvino()
+    if config.builds_engine:
+        _check_builder(config)
+
+
+def _check_builder(config: ExportConfig) -> None:
+    """Refuse what TensorRT cannot build here."""
+    from tood_deploy.export.tensorrt.build import check_capabilities
+    from tood_deploy.export.triton.fit import SERVED_FLAVOUR
+
+    library = load_flavour(config.flavour if config.to == "engine" else SERVED_FLAVOUR)
+    config.engine.check(library)
+    check_capabilities(library, config.engine.compute_capabilities)
+    # TensorRT builds on the GPU that it builds for; a search measures there.
+    if library.name == "tensorrt" or config.precision.autotune:
         from tood_deploy.engines.tensorrt.cuda import check_driver
 
         check_driver()
-    if (cache := order.engine.timing_cache) is not None:
+    if (cache := config.engine.timing_cache) is not None:
+        flag = flag_of(EngineOptions, "timing_cache")
         if cache.exists() and not cache.is_file():
-            raise ToodError(f"{cache}: is no file; give another --timing-cache")
-        check_writable(cache.parent, "give another --timing-cache")
+            raise ToodError(f"{cache}: is no file; give another {flag}")
+        check_writable(cache.parent, f"give another {flag}")
 
 
-def _check_folders(order: Order) -> None:
-    """Refuse a cache that cannot be written where a calibration will want to keep what it has measured."""
-    if order.precision.tuned or order.precision.precision == "int8":
-        check_writable(home_folder("calibration"), "name another folder in TOOD_HOME")
-
-
-def _image_sets(order: Order) -> Iterator[ImagesToCheck]:
+def _image_sets(config: ExportConfig, annotated: AnnotatedImages | None) -> Iterator[ImagesToCheck]:
     """Yield the images that the export will read, by the option that names them.
 
     Raises:
         InputError: a folder does not exist or holds none.
     """
-    wanted = order.precision
-    if wanted.calib_data is not None:
-        yield ImagesToCheck("--calib-data", choose_images(wanted.calib_data, wanted.most_images))
-    if order.verify_images is not None:
-        yield ImagesToCheck("--verify-images", image_paths(order.verify_images, MOST_VERIFY_IMAGES))
-    if wanted.annotated is not None:
-        yield wanted.annotated
-    if order.sizes.shapes == "auto":
-        assert order.sizes.images is not None
-        yield ImagesToCheck("--images", image_paths(order.sizes.images), decode=None)
+    precision = config.precision
+    if precision.calib_data is not None:
+        flag = flag_of(PrecisionOptions, "calib_data")
+        yield ImagesToCheck(flag, choose_images(precision.calib_data, precision.calib_images))
+    if config.verify_images is not None:
+        flag = flag_of(ExportConfig, "verify_images")
+        yield ImagesToCheck(flag, image_paths(config.verify_images, MAX_VERIFY_IMAGES))
+    if annotated is not None:
+        yield annotated.images
+    if config.sizes.shapes == "auto":
+        assert config.images is not None  # a rule of the options
+        yield ImagesToCheck(
+            flag_of(ExportConfig, "images"), image_paths(config.images), decode=None
+        )

@@ -1,60 +1,77 @@
-"""What an export made, and how to tell a person."""
+"""Describe what an export has come to: lines and tables for a person.
+
+Comes in: an artefact's manifest, of an engine also its layers. Knows no runtime.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.table import Column, Table
-from rich.text import Text
-
-from tood_deploy.engines.precision_support import advise_on
-from tood_deploy.export.tensorrt.layers import Layer, LayerReport, shares_table
-from tood_deploy.graph_io import ARTEFACT_SUFFIXES
+from tood_deploy.graph_io import ARTEFACT_SUFFIXES, ONNX_SUFFIX
 from tood_deploy.manifest import Manifest, artefact_files, manifest_path
 from tood_deploy.presets import Preset
+from tood_deploy.reporter import Reporter
+
+if TYPE_CHECKING:
+    from tood_deploy.export.tensorrt.layers import LayerReport
 
 
 @dataclass(frozen=True)
-class Made:
+class ExportResult:
     """An artefact and its manifest; of an engine also its layers."""
 
     path: Path
     manifest: Manifest
     layers: LayerReport | None = None
 
-    def report(self, list_layers: bool = False) -> Iterator[Any]:
-        """Lines and tables to print."""
-        size = sum(file.stat().st_size for file in artefact_files(self.path)) / 2**20
-        yield f"{self.path}  {size:.1f} MiB, {describe_precision(self.manifest)}, {describe_sizes(self.manifest)}"
-        yield f"{manifest_path(self.path)}  manifest"
-        yield from describe_parity(self.manifest.parity.to_dict() if self.manifest.parity else {})
+    def print(self, reporter: Reporter, list_layers: bool = False) -> None:
+        """Report the artefact, its verdict and its layers, and what to do next.
+
+        Args:
+            reporter: prints it.
+            list_layers: whether to print every layer of an engine.
+        """
+        size_mib = sum(file.stat().st_size for file in artefact_files(self.path)) / 2**20
+        sizes = describe_sizes(self.manifest)
+        reporter.result(
+            f"{self.path}  {size_mib:.1f} MiB, {describe_precision(self.manifest)}, {sizes}"
+        )
+        reporter.result(f"{manifest_path(self.path)}  manifest")
+        for line in describe_parity(self.manifest.parity.to_dict() if self.manifest.parity else {}):
+            reporter.result(line)
         if self.layers is not None:
-            yield shares_table(self.layers)
-            if list_layers:
-                yield layers_table(self.layers.engine or self.layers.network)
+            self._print_layers(self.layers, reporter, list_layers)
         if self.path.suffix.lower() in ARTEFACT_SUFFIXES and not self.manifest.build.serving:
-            yield from self._next_steps()
+            for line in self._next_steps():
+                reporter.result(line)
 
-    def _next_steps(self) -> Iterator[str]:
-        """What to do with the artefact; nothing that it would refuse."""
-        if self.path.suffix.lower() == ".onnx" and (
-            lines := advise_on(str(self.path), self.manifest)
-        ):
-            yield from lines
-            return
+    def _print_layers(self, report: LayerReport, reporter: Reporter, list_layers: bool) -> None:
+        from tood_deploy.export.tensorrt.layers import layers_table, shares_table
+
+        reporter.table(shares_table(report))
+        if list_layers:
+            reporter.table(layers_table(report.engine or report.network))
+
+    def _next_steps(self) -> list[str]:
+        """Return what to do with the artefact; nothing that it would refuse."""
+        if self.path.suffix.lower() == ONNX_SUFFIX:
+            from tood_deploy.engines.precision_support import advise_on
+
+            if lines := advise_on(str(self.path), self.manifest):
+                return lines
         device = " --device cuda" if self.layers is not None else ""
-        yield f"next: tood-infer {self.path} IMAGES --output DIR{device}"
+        return [f"next: tood-infer {self.path} IMAGES --output DIR{device}"]
 
 
-def describe(preset: Preset) -> str:
-    """One line on a detector."""
+def describe_preset(preset: Preset) -> str:
+    """Return a line on a detector."""
     names = ", ".join(preset.class_names[:3]) + (", ..." if preset.num_classes > 3 else "")
     return (
-        f"{preset.name}, anchor-{preset.anchor}, {preset.num_classes} classes ({names}), {preset.convention} convention, "
-        f"images {preset.sizing}{_differences(preset)}"
+        f"{preset.name}, anchor-{preset.anchor}, {preset.num_classes} classes ({names}), "
+        f"{preset.convention} convention, images {preset.sizing}{_differences(preset)}"
     )
 
 
@@ -78,7 +95,7 @@ SETTINGS = {
 
 
 def _differences(preset: Preset) -> str:
-    """Say which settings are not those of the published configurations; "" where all are."""
+    """Return which settings are not those of the published configurations; "" where all are."""
     published = Preset("published", preset.depth)
     values = {
         name: getattr(preset, name)
@@ -90,32 +107,28 @@ def _differences(preset: Preset) -> str:
 
 
 def _text(value: object) -> str:
-    return (
-        " ".join(map(_text, value))
-        if isinstance(value, tuple)
-        else f"{value:g}"
-        if isinstance(value, float)
-        else str(value)
-    )
+    if isinstance(value, tuple):
+        return " ".join(map(_text, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def describe_precision(manifest: Manifest) -> str:
-    """The precision, and what is not in it."""
+    """Return the precision, and what is not in it."""
     kept = manifest.build.int8.keep if manifest.build.int8 else ()
     return f"{manifest.precision}, {', '.join(kept)} not" if kept else manifest.precision
 
 
 def describe_sizes(manifest: Manifest) -> str:
-    """The sizes and batches it takes."""
+    """Return the sizes and batches that the artefact takes."""
     if manifest.target is None:
         return "dynamic batch and size"
     profiles = manifest.target.profiles
-    shapes = ", ".join(f"{rows} x {columns}" for rows, columns in (p.size_hw for p in profiles))
+    shapes = ", ".join(f"{profile.size_hw[0]} x {profile.size_hw[1]}" for profile in profiles)
     return f"images of {shapes}, batches of {profiles[0].min_batch} to {profiles[0].max_batch}"
 
 
 def describe_parity(parity: dict[str, Any]) -> Iterator[str]:
-    """How equal to its reference it is: every value beside its limit."""
+    """Yield lines on how equal an artefact is to its reference: every value beside its limit."""
     if not parity:
         return
     if parity.get("judged_by") == "detections":
@@ -133,46 +146,45 @@ def _compared(parity: dict[str, Any]) -> str:
 
 
 def _describe_float32(parity: dict[str, Any]) -> Iterator[str]:
-    found, limits = parity["detections"], parity["limits"]
+    detections, limits = parity["detections"], parity["limits"]
     worst = {
-        key: max(each[key] for each in parity["maps"].values())
+        key: max(deviation[key] for deviation in parity["maps"].values())
         for key in ("rms_ratio", "largest_ratio")
     }
     rms_limits = f"limit {limits['rms']:g}, of maps with few cells {limits['rms_of_few']:g}"
     yield (
-        f"{_compared(parity)}every map is within {worst['rms_ratio']:.2g} times what float32 itself explains ({rms_limits}), "
-        f"every value within {worst['largest_ratio']:.2g} times (limit {limits['largest']:g}); {found['matched']} of {found['reference']} "
-        f"detections matched, scores within {found['score_deviation']:.1e}, boxes within {found['box_deviation_px']:.1e} px"
+        f"{_compared(parity)}every map is within {worst['rms_ratio']:.2g} times what float32 "
+        f"itself explains ({rms_limits}), every value within {worst['largest_ratio']:.2g} times "
+        f"(limit {limits['largest']:g}); {detections['matched']} of {detections['reference']} "
+        f"detections matched, scores within {detections['score_deviation']:.1e}, "
+        f"boxes within {detections['box_deviation_px']:.1e} px"
     )
     if named := parity["ill_conditioned"]:
-        yield f"too ill-conditioned in float32 to be judged by their values, and judged by detections: {', '.join(named)}"
-    if not found["reference"]:
-        yield "no detection on these images: only the maps were compared; give --verify-images a folder of real images"
+        yield (
+            "too ill-conditioned in float32 to be judged by their values, and judged by "
+            f"detections: {', '.join(named)}"
+        )
+    if not detections["reference"]:
+        yield (
+            "no detection on these images: only the maps were compared; "
+            "give --verify-images a folder of real images"
+        )
 
 
 def _describe_detections(parity: dict[str, Any]) -> str:
     limits, ap = parity["limits"], parity["ap"]
     text = (
-        f"{_compared(parity)}of {parity['reference_detections']} detections with a score above {parity['score_threshold']:.2g} "
-        f"{parity['lost']} lost ({parity['lost_share']:.1%}, limit {limits['lost']:.0%}), of {parity['artefact_detections']} "
-        f"{parity['added']} added ({parity['added_share']:.1%}, limit {limits['added']:.0%}); "
+        f"{_compared(parity)}of {parity['reference_detections']} detections with a score above "
+        f"{parity['score_threshold']:.2g} {parity['lost']} lost ({parity['lost_share']:.1%}, "
+        f"limit {limits['lost']:.0%}), of {parity['artefact_detections']} {parity['added']} added "
+        f"({parity['added_share']:.1%}, limit {limits['added']:.0%}); "
         f"scores within {parity['score_deviation']:.2g} (limit {limits['score']:g}), "
-        f"overlap at least {parity['least_iou']:.2f} (limit {limits['iou']:g}), boxes within {parity['box_deviation_px']:.1f} px"
+        f"overlap at least {parity['least_iou']:.2f} (limit {limits['iou']:g}), "
+        f"boxes within {parity['box_deviation_px']:.1f} px"
     )
     if ap is not None:
-        text += f"; AP {ap['reference']:.2f} -> {ap['artefact']:.2f}, drop {ap['drop']:.2f} (limit {limits['ap_drop']:g})"
-    return text
-
-
-def layers_table(layers: Sequence[Layer]) -> Table:
-    """Every layer with its precision and arithmetic."""
-    name = Column("layer", overflow="fold")  # whole, in a file of 80 columns too
-    table = Table(name, "kind", "precision", "GMAC a image", title="layers")
-    for layer in layers:
-        table.add_row(
-            Text(layer.name),
-            layer.kind,
-            layer.precision,
-            f"{layer.macs / 1e9:.3g}" if layer.macs else "",
+        text += (
+            f"; AP {ap['reference']:.2f} -> {ap['artefact']:.2f}, drop {ap['drop']:.2f} "
+            f"(limit {limits['ap_drop']:g})"
         )
-    return table
+    return text

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
+from rich.console import Console
 from rich.table import Table
 
 
@@ -22,8 +24,14 @@ class Timings:
         before = self.steps.get(step, (0.0, 0.0))
         self.steps[step] = before[0] + wall_s, before[1] + cpu_s
 
-    def table(self) -> Table:
-        """Return the steps and their sum, to print."""
+    def text(self) -> str:
+        """Return the steps and their sum as the lines of a table."""
+        console = Console(width=80, file=io.StringIO())
+        with console.capture() as captured:
+            console.print(self._table())
+        return captured.get().rstrip()
+
+    def _table(self) -> Table:
         result = Table("step", title="where the time went")
         for name in ("seconds", "CPU seconds", "share"):
             result.add_column(name, justify="right")

@@ -18,7 +18,7 @@ from filelock import FileLock
 
 from tood_deploy.errors import DownloadError
 from tood_deploy.files import file_sha256, home_folder
-from tood_deploy.presets import Preset, PublishedWeights
+from tood_deploy.presets import Preset, PublishedWeights, published_weights
 from tood_deploy.reporter import Reporter
 
 TIMEOUT_S = 30.0
@@ -44,15 +44,14 @@ def fetch_weights(
         DownloadError: nothing is published for this preset, or it cannot be downloaded or stored,
             or arrived with another hash.
     """
-    if preset.weights is None:
-        raise DownloadError(_no_weights(preset))
+    weights = published_weights(preset)
     folder = home_folder("weights") if cache is None else cache
-    target = folder / preset.weights.url.rsplit("/", 1)[1]
+    target = folder / weights.url.rsplit("/", 1)[1]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f"{target.name}.lock"):
-            if not (target.is_file() and _is_published(target, preset.weights)):
-                _fetch(preset.weights, target, reporter or Reporter())
+            if not (target.is_file() and _is_published(target, weights)):
+                _fetch(weights, target, reporter or Reporter())
     except OSError as error:
         reason = error.strerror or error
         raise DownloadError(
@@ -60,18 +59,6 @@ def fetch_weights(
             "make room, or name another folder in TOOD_HOME"
         ) from error
     return target
-
-
-def _no_weights(preset: Preset) -> str:
-    """Return why a preset's weights cannot be downloaded, and what to do."""
-    if preset.published_ap is None:
-        problem = "no weights are published for this preset"
-        return f"{preset.name}: {problem}; give the path of a checkpoint"
-    return (
-        f"{preset.name}: its weights are published by the authors alone, on file-sharing sites "
-        "that need a browser; download them by hand (links: README of fcjian/TOOD) and give the "
-        "path of the file"
-    )
 
 
 def _is_published(path: Path, weights: PublishedWeights) -> bool:

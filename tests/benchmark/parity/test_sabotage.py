@@ -24,7 +24,7 @@ from tood_deploy.inference.detector import Detector
 from tood_deploy.manifest import Manifest
 from tood_deploy.model.checkpoint import load_checkpoint, save_checkpoint
 from tood_deploy.model.tood import build_model
-from tood_deploy.onnx_file import save_onnx
+from tood_deploy.onnx_file import artefact_in_memory, write_onnx
 
 pytestmark = pytest.mark.slow
 
@@ -97,7 +97,9 @@ def judge(
         broken = onnx.ModelProto()
         broken.CopyFrom(exported)
         sabotage(broken)
-        save_onnx(broken, Manifest(reference.manifest.preset), tmp_path / "broken.onnx")
+        path = tmp_path / "broken.onnx"
+        manifest = Manifest(reference.manifest.preset)
+        write_onnx(artefact_in_memory(path, broken, manifest), path)
         artefact = open_compared(
             str(tmp_path / "broken.onnx"), device="cpu", threads=2, stages=None
         )
@@ -216,7 +218,8 @@ def test_a_float32_xml_is_judged_by_its_maps(
         if name == "broken":
             weaken_one_weight(graph)
         manifest = Manifest(reference.manifest.preset)
-        save_onnx(graph, manifest, tmp_path / f"{name}.onnx")
+        path = tmp_path / f"{name}.onnx"
+        write_onnx(artefact_in_memory(path, graph, manifest), path)
         model = read_model(shared_core(), tmp_path / f"{name}.onnx")
         model.set_rt_info(manifest.to_json(), PLACE)
         path = tmp_path / f"{name}.xml"

@@ -27,11 +27,11 @@ CONF, IOU = 0.03, 0.6
 @pytest.fixture(scope="module")
 def plan(tiny_artefact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`tiny` in float32, by the TensorRT that is installed."""
-    from tood_deploy.export.config import Profiles
+    from tood_deploy.export.tensorrt.options import Profiles
     from tood_deploy.export.tensorrt.to_tensorrt import engine_from_onnx
 
     path = tmp_path_factory.mktemp("plan") / "tiny.engine"
-    engine_from_onnx(tiny_artefact, path, profiles=Profiles(SIZES_HW, (1, 2, MOST)), quiet=True)
+    engine_from_onnx(tiny_artefact, path, profiles=Profiles(SIZES_HW, (1, 2, MOST)))
     try:
         open_on_gpu(path).close()
     except ToodError as error:
@@ -217,7 +217,7 @@ def test_the_self_test_passes_in_every_slot(
     From the ONNX artefact, on the engine's canvases.
     """
     from tood_deploy.engines.self_test import self_test_from
-    from tood_deploy.export.config import Profiles
+    from tood_deploy.export.tensorrt.options import Profiles
     from tood_deploy.export.tensorrt.to_tensorrt import engine_from_onnx
     from tood_deploy.parity.onnx_reference import OnnxRunner
 
@@ -225,11 +225,7 @@ def test_the_self_test_passes_in_every_slot(
     path = tmp_path / "tiny.engine"
     self_test = self_test_from(OnnxRunner(tiny_artefact), SIZES_HW)
     engine_from_onnx(
-        tiny_artefact,
-        path,
-        profiles=Profiles(SIZES_HW, (1, 2, MOST)),
-        self_test=self_test,
-        quiet=True,
+        tiny_artefact, path, profiles=Profiles(SIZES_HW, (1, 2, MOST)), self_test=self_test
     )
     open_engine(path, device="cuda").close()
     assert list((tmp_path / "home").rglob("*.json")), "no record of it"

@@ -1,20 +1,17 @@
 """Inner values of a graph, image by image: the same numbers as from the whole graph at once, and not all at the same time."""
 
-from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
 
-from tood_deploy.errors import ArtefactError, InputError
+from tood_deploy.errors import ArtefactError
 from tood_deploy.export.precision.activations import (
     IOU_THRESHOLD,
     SCORE_THRESHOLD,
     ActivationReader,
-    iterate_activations,
 )
 from tood_deploy.graph_io import HEAD_OUTPUTS
 from tood_deploy.onnx_file import with_outputs
@@ -39,13 +36,13 @@ def test_equal_to_the_whole_graph(
 ) -> None:
     image = synth_image_bgr(*SIZE_HW)
     reader = ActivationReader(model, names, threads=1, together=together)
-    found, largest = {}, 0
+    read, largest = {}, 0
     for values in reader.read(image, (60, 90)):
-        assert found.keys().isdisjoint(values)
+        assert read.keys().isdisjoint(values)
         largest = max(largest, len(values))
-        found.update(values)
+        read.update(values)
     assert largest <= together
-    assert found.keys() == set(names)
+    assert read.keys() == set(names)
     thresholds = {
         "score_threshold": np.array(SCORE_THRESHOLD, np.float32),
         "iou_threshold": np.array(IOU_THRESHOLD, np.float32),
@@ -62,7 +59,7 @@ def test_equal_to_the_whole_graph(
         names, {"images": image[None], "valid_hw": np.array([[60, 90]], np.int32), **thresholds}
     )
     for name, array in zip(names, expected, strict=True):
-        np.testing.assert_allclose(found[name], array, rtol=1e-3, atol=1e-3, err_msg=name)
+        np.testing.assert_allclose(read[name], array, rtol=1e-3, atol=1e-3, err_msg=name)
 
 
 def test_nothing_is_computed_beyond_the_last_wanted_value(
@@ -75,20 +72,6 @@ def test_nothing_is_computed_beyond_the_last_wanted_value(
     assert values["c3"].shape[2:] == (8, 12)
 
 
-def test_folders_in_order_of_names(
-    model: onnx.ModelProto, synth_image_bgr: Any, tmp_path: Path
-) -> None:
-    for name, size in (("b.png", (40, 80)), ("a.png", (64, 64)), ("c.png", (90, 60))):
-        cv2.imwrite(str(tmp_path / name), synth_image_bgr(*size))
-    shapes = [
-        values["pixels"].shape[2:]
-        for values in iterate_activations(model, tmp_path, (64, 96), ["pixels"], most=2)
-    ]
-    assert shapes == [(64, 64), (64, 96)]
-
-
-def test_bad_input(model: onnx.ModelProto, tmp_path: Path) -> None:
+def test_bad_input(model: onnx.ModelProto) -> None:
     with pytest.raises(ArtefactError, match="makes no values conv_of_another_graph"):
         ActivationReader(model, ["c3", "conv_of_another_graph"])
-    with pytest.raises(InputError, match="no images in it"):
-        next(iterate_activations(model, tmp_path, (64, 96), ["c3"]))

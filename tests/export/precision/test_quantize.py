@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import onnx
@@ -19,11 +19,10 @@ from onnx import numpy_helper
 from tood_deploy.data.image_set import synthetic_image
 from tood_deploy.engines.openvino_runtime import shared_core
 from tood_deploy.errors import ToodError
+from tood_deploy.export.config import Scheme
 from tood_deploy.export.precision.quantize import (
     ALWAYS_FLOAT,
-    SCHEMES,
     Ranges,
-    Scheme,
     activation_parameters,
     calibrated_values,
     choose_layers,
@@ -36,6 +35,8 @@ from tood_deploy.onnx_file import with_outputs
 
 IMGSZ = (96, 128)
 BLOCK = "backbone.layer1.1"
+
+SCHEMES = get_args(Scheme)
 
 
 @pytest.fixture(scope="module")

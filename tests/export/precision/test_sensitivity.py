@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import pytest
 from numpy.typing import NDArray
+from recording import RecordingReporter
 
 from tood_deploy.data.image_set import synthetic_image
 from tood_deploy.errors import InputError
@@ -91,14 +92,10 @@ class TestList:
         groups = ("backbone.conv1", "bbox_head.inter_convs.*", "*")
         monkeypatch.setattr(sensitivity_module, "layer_groups", lambda _: groups[:2])
         spoilt = dict(ranges) | {"pixels": (0.0, 0.5)}
-        seen: list[tuple[int, int]] = []
         bad, good = (
-            measure_sensitivity(
-                model, found, IMAGES[:1], scheme="u8s8", progress=lambda *done: seen.append(done)
-            )
+            measure_sensitivity(model, found, IMAGES[:1], scheme="u8s8")
             for found in (spoilt, ranges)
         )
-        assert seen == [(1, 2), (2, 2)] * 2
         assert [one.group for one in bad] == list(groups[:2])
         damage = {one.group: one.damage for one in good}
         assert bad[0].damage > 3 * damage["backbone.conv1"] > 0
@@ -119,8 +116,8 @@ class TestSearch:
             asked.append(len(patterns))
             return 0.5 if len(patterns) >= needed else 0.6 + needed - len(patterns)
 
-        said: list[str] = []
-        found = choose_kept(self.RANKED, drop_of, 0.5, said.append)
+        reporter = RecordingReporter()
+        found = choose_kept(self.RANKED, drop_of, 0.5, reporter)
         assert found.keep == tuple(f"layer{i}" for i in range(needed))
         assert found.drop == (
             0.5 if needed < 11 else 0.0
@@ -128,8 +125,10 @@ class TestSearch:
         assert len(set(asked)) == len(asked) <= 8
         assert [count for count, _ in found.trials if count < 11] == asked
         assert found.ranked == self.RANKED
-        assert said[0].startswith("most sensitive to 8 bits: layer0 1.0000, layer1 0.5000, ")
-        assert len(said) == 1 + len(found.trials)
+        assert reporter.lines[0].startswith(
+            "most sensitive to 8 bits: layer0 1.0000, layer1 0.5000, "
+        )
+        assert len(reporter.lines) == 1 + len(found.trials)
 
 
 class TestMismatch:

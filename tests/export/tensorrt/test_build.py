@@ -1,28 +1,40 @@
-"""The builder: options arrive, failures become one line with advice, the monitor stops it."""
+"""TensorRT's builder: parsing, options, failures as one line with advice, timings, cancelling."""
 
+import os
+import signal
+import threading
+import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import onnx
 import pytest
 from export.small_graph import save_small
-from onnx import helper
+from onnx import TensorProto, helper
+from recording import RecordingReporter
 
 from tood_deploy.engines.tensorrt.library import Flavour, Messages, load_flavour
 from tood_deploy.errors import ArtefactError, DeviceError, ToodError
-from tood_deploy.export.config import EngineOptions, Profiles
 from tood_deploy.export.tensorrt.build import (
     ParsedNetwork,
     _failure,
+    build_monitor,
     build_plan,
-    build_progress,
+    kept_timings,
     known_capabilities,
     parse_network,
+    run_cancellable,
 )
+from tood_deploy.export.tensorrt.options import EngineOptions, Profiles
 from tood_deploy.onnx_file import read_onnx
+from tood_deploy.reporter import Reporter
 
 pytest.importorskip("tensorrt_rtx")
+
+
 PROFILES = Profiles(((64, 96),), (1, 1, 2))
 
 
@@ -33,7 +45,7 @@ def network(tmp_path: Path) -> ParsedNetwork:
 
 def build(parsed: ParsedNetwork, profiles: Profiles = PROFILES, **options: Any) -> bytes:
     flavour = load_flavour("tensorrt_rtx")
-    with build_progress(flavour, quiet=True) as monitor:
+    with build_monitor(flavour, Reporter.silent()) as monitor:
         return bytes(build_plan(flavour, parsed, profiles, EngineOptions(**options), monitor))
 
 
@@ -192,7 +204,218 @@ class TestFailures:
 class TestCancelling:
     def test_the_monitor_stops_the_library(self, network: ParsedNetwork) -> None:
         flavour = load_flavour("tensorrt_rtx")
-        with build_progress(flavour, quiet=True) as monitor:
+        with build_monitor(flavour, Reporter.silent()) as monitor:
             monitor.cancel()
             with pytest.raises(ArtefactError, match="Build canceled by user"):
                 build_plan(flavour, network, PROFILES, EngineOptions(), monitor)
+
+
+def run_phases(reporter: Reporter) -> list[bool]:
+    """Run two phases, of which the inner never ends and the outer lacks its step."""
+    with build_monitor(load_flavour("tensorrt_rtx"), reporter) as plain:
+        monitor: Any = plain
+        monitor.phase_start("Building engine", None, 2)
+        monitor.phase_start("Timing tactics", "Building engine", 3)
+        answers = [monitor.step_complete("Timing tactics", 0)]
+        answers.append(monitor.step_complete("a phase that never began", 0))
+        monitor.cancel()
+        answers.append(monitor.step_complete("Building engine", 0))
+        monitor.phase_finish("Building engine")
+        monitor.phase_finish("Building engine")
+    return answers
+
+
+def test_phases_are_shown_and_cancelling_stops_the_builder() -> None:
+    reporter = RecordingReporter()
+    assert run_phases(reporter) == [True, True, False]
+    assert any("cancelling" in line for line in reporter.lines)
+    assert not reporter._tasks, "every phase is closed"
+
+
+def test_ctrl_c_waits_for_the_builder_to_stop() -> None:
+    stopped, ended = threading.Event(), []
+
+    class Monitor:
+        def cancel(self) -> None:
+            stopped.set()
+
+    def long_build() -> None:
+        time.sleep(0.2)  # until the main thread waits
+        os.kill(os.getpid(), signal.SIGINT)
+        stopped.wait(10)
+        ended.append(time.perf_counter())
+
+    with pytest.raises(KeyboardInterrupt):
+        run_cancellable(long_build, Monitor())
+    assert ended
+    assert stopped.is_set()
+
+
+def parse(path: Path) -> ParsedNetwork:
+    return parse_network(load_flavour("tensorrt_rtx"), read_onnx(path))
+
+
+def node(operator: str, *inputs: str) -> onnx.NodeProto:
+    return helper.make_node(operator, inputs, ["more"], name=f"the_{operator}")
+
+
+def constant(name: str, values: Sequence[int]) -> onnx.NodeProto:
+    return helper.make_node(
+        "Constant", [], [name], value=onnx.numpy_helper.from_array(np.array(values, np.int64))
+    )
+
+
+def in_loop(body_node: onnx.NodeProto) -> list[onnx.NodeProto]:
+    """A loop of one round around a node."""
+    values = [
+        helper.make_tensor_value_info(name, kind, shape)
+        for name, kind, shape in (("i", 7, []), ("go", 9, []), ("done", 9, []))
+    ]
+    body = helper.make_graph(
+        [body_node, helper.make_node("Identity", ["go"], ["done"])], "body", values[:2], values[2:]
+    )
+    once = helper.make_node(
+        "Constant", [], ["once"], value=helper.make_tensor("", TensorProto.INT64, [], [1])
+    )
+    return [once, helper.make_node("Loop", ["once", ""], [], body=body)]
+
+
+DEFORM = (
+    "pixels",
+    "weight",
+    "convolved",
+)  # the shapes do not matter: the parser does not come so far
+
+
+def test_ours_is_taken(tmp_path: Path) -> None:
+    network = parse(save_small(tmp_path / "a.onnx")).network
+    names = [network.get_input(i).name for i in range(network.num_inputs)]
+    assert names == ["images", "valid_hw", "score_threshold", "iou_threshold"]
+    assert network.get_output(1).shape[1:] == (100, 4)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (
+            [node("DeformConv", *DEFORM)],
+            r"1\.7.* has no operator DeformConv; export the ONNX with --deform gather$",
+        ),
+        ([node("Det", "pixels")], "has no operator Det; export the ONNX again with tood-export$"),
+        (
+            [node("DeformConv", *DEFORM), node("Unique", "pixels")],
+            "has no operator DeformConv, Unique; export .* --deform gather$",
+        ),
+        (in_loop(node("DeformConv", *DEFORM)), "has no operator DeformConv; "),
+    ],
+)
+def test_a_missing_operator_is_named(
+    extra: list[onnx.NodeProto], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ArtefactError, match=message):
+        parse(save_small(tmp_path / "a.onnx", extra=extra))
+
+
+def test_a_refused_use_of_an_operator_is_named(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    few, many = (
+        constant("few", [1, 2]),
+        constant("many", [0, 1, 0, 1]),
+    )  # more indices than there are places to write to
+    with pytest.raises(
+        ArtefactError,
+        match=r"cannot take it: operator ScatterElements at node the_ScatterElements: .*[Ii]ndices",
+    ):
+        parse(
+            save_small(
+                tmp_path / "a.onnx",
+                extra=[few, many, node("ScatterElements", "few", "many", "many")],
+            )
+        )
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.fixture
+def flavour() -> Flavour:
+    """TensorRT-RTX's logger under TensorRT's name."""
+    return Flavour("tensorrt", None, "11.4", load_flavour("tensorrt_rtx").logger)
+
+
+class FakeConfig:
+    """A builder configuration that takes what begins with "timings"."""
+
+    def __init__(self, here: bool = True) -> None:
+        self.here, self.content = here, b""
+
+    def create_timing_cache(self, content: bytes) -> Any:
+        if content and not content.startswith(b"timings"):
+            library = load_flavour("tensorrt_rtx")
+            cast(Any, library.logger).log(library.module.ILogger.ERROR, "timing cache is corrupted")
+            return None
+        self.content = content
+        return SimpleNamespace(
+            serialize=lambda: self.content + b" and more" if self.content else b"timings"
+        )
+
+    def set_timing_cache(self, cache: Any, ignore_mismatch: bool) -> bool:
+        assert not ignore_mismatch
+        return self.here
+
+
+def test_timings_are_read_and_written_faked(flavour: Flavour, tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "cache.bin"
+    with kept_timings(flavour, FakeConfig(), path):
+        assert not path.exists()
+    assert path.read_bytes() == b"timings"
+    with kept_timings(flavour, FakeConfig(), path):
+        pass
+    assert path.read_bytes() == b"timings and more"
+
+
+def test_without_a_file_nothing_is_asked_of_the_library_faked(flavour: Flavour) -> None:
+    with kept_timings(flavour, object(), None):
+        pass
+
+
+def test_a_failed_build_leaves_the_file_as_it_was_faked(flavour: Flavour, tmp_path: Path) -> None:
+    path = tmp_path / "cache.bin"
+    path.write_bytes(b"timings")
+    with (
+        pytest.raises(ValueError, match="the build failed"),
+        kept_timings(flavour, FakeConfig(), path),
+    ):
+        raise ValueError("the build failed")
+    assert path.read_bytes() == b"timings"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_is_refused_before_the_build_faked(flavour: Flavour, tmp_path: Path) -> None:
+    message = r"cannot be read as a file \(Is a directory\); give another --timing-cache"
+    with pytest.raises(ArtefactError, match=message), kept_timings(flavour, FakeConfig(), tmp_path):
+        raise AssertionError("builds")
+
+
+@pytest.mark.parametrize(
+    ("content", "here", "message"),
+    [
+        (
+            b"corrupted",
+            True,
+            r"cache\.bin: not a timing cache \(timing cache is corrupted\); delete it, or give another --timing-cache",
+        ),
+        (
+            b"timings",
+            False,
+            r"cache\.bin: measured on another GPU, or with another version than TensorRT 11\.4 .*; delete it",
+        ),
+    ],
+)
+def test_timings_that_do_not_fit_are_refused_faked(
+    content: bytes, here: bool, message: str, flavour: Flavour, tmp_path: Path
+) -> None:
+    path = tmp_path / "cache.bin"
+    path.write_bytes(content)
+    with pytest.raises(ArtefactError, match=message), kept_timings(flavour, FakeConfig(here), path):
+        pass
+    assert path.read_bytes() == content

@@ -12,13 +12,13 @@ from rich.console import Console
 
 from tood_deploy.engines.tensorrt.library import load_flavour
 from tood_deploy.errors import ArtefactError
-from tood_deploy.export.result import layers_table
 from tood_deploy.export.tensorrt.build import parse_network
 from tood_deploy.export.tensorrt.layers import (
     Layer,
     LayerReport,
     engine_layers,
     inspect_plan,
+    layers_table,
     network_layers,
     shares,
     shares_table,

@@ -1,4 +1,4 @@
-"""From an ONNX artefact to an engine and its manifest by TensorRT-RTX, which needs no GPU to build; and that failures leave nothing."""
+"""Engines of .onnx artefacts: what is written, what is refused, and that nothing is left behind."""
 
 import importlib.util
 import os
@@ -10,45 +10,46 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from types import SimpleNamespace
+from typing import Any, Literal, cast
 
 import onnx
 import pytest
 from export.small_graph import MACS_A_PIXEL, save_small
 from manifest_values import plain
 
+from tood_deploy.engines.tensorrt.library import Flavour, Name
 from tood_deploy.errors import ArtefactError, DeviceError, OutputError, ToodError
-from tood_deploy.export.config import EngineOptions, Nms, Profiles
-from tood_deploy.export.precision.convert import low_precision_onnx
+from tood_deploy.export.precision.convert import lower_artefact
 from tood_deploy.export.precision.half import lower_precision
 from tood_deploy.export.precision.quantize import calibrated_values, quantize
 from tood_deploy.export.tensorrt.layers import shares
-from tood_deploy.export.tensorrt.to_tensorrt import BuiltEngine, engine_from_onnx
+from tood_deploy.export.tensorrt.options import EngineOptions, Nms, Profiles
+from tood_deploy.export.tensorrt.to_tensorrt import BuiltEngine, engine_from_onnx, engine_target
 from tood_deploy.export.to_onnx import onnx_from_model
 from tood_deploy.export.triton.repository import serving_form
 from tood_deploy.files import file_sha256
 from tood_deploy.manifest import Manifest, manifest_path, read_manifest
 from tood_deploy.manifest_sections import Parity, SelfTest
-from tood_deploy.onnx_file import read_onnx, save_onnx
+from tood_deploy.onnx_file import OnnxArtefact, artefact_in_memory, read_onnx
 
 pytest.importorskip("tensorrt_rtx")
+
+
 PROFILES = Profiles(((64, 96),), (1, 1, 2))
+SELF_TEST = SelfTest("", 0.6, "a reference", ())
 LOOP = {"TRIP_LIMIT", "RECURRENCE", "ITERATOR", "LOOP_OUTPUT"}  # what the library makes of one
 PLAN_START = b"vtrt"  # of every plan of TensorRT-RTX
 
 
-def build(onnx_path: Path, output: Path, **options: Any) -> BuiltEngine:
+def build(source: Path | OnnxArtefact, output: Path, **options: Any) -> BuiltEngine:
     """Of a graph that has no suppression, where `options` say nothing else."""
     defaults = {
         "profiles": PROFILES,
         "flavour": "tensorrt_rtx",
-        "quiet": True,
         "options": EngineOptions(nms="loop"),
     }
-    return engine_from_onnx(onnx_path, output, **defaults | options)
-
-
-SELF_TEST = SelfTest("", 0.6, "a reference", ())
+    return engine_from_onnx(source, output, **defaults | options)
 
 
 class TestArtefact:
@@ -78,8 +79,9 @@ class TestArtefact:
         assert plain(manifest)["options"]["precisions"]["fp16"]["arithmetic"] == 1.0
         assert manifest.versions.keys() == {"onnx", "tood_deploy", "tensorrt_rtx"}
         assert plain(manifest)["target"]["version"] == manifest.versions["tensorrt_rtx"]
-        assert manifest.target is not None
-        assert manifest.target.profiles == PROFILES.for_manifest()
+        assert plain(manifest)["target"]["profiles"] == [
+            profile.to_dict() for profile in PROFILES.for_manifest()
+        ]
         assert capfd.readouterr() == ("", "")
 
     def test_sizes_follow_the_model_where_not_given(self, tmp_path: Path) -> None:
@@ -216,7 +218,9 @@ class TestRefusals:
 class TestTiny:
     """The real graph, at a small size."""
 
-    def check(self, source: Path, precision: str, tmp_path: Path, nms: Nms = "unrolled") -> None:
+    def check(
+        self, source: Path | OnnxArtefact, precision: str, tmp_path: Path, nms: Nms = "unrolled"
+    ) -> None:
         built = build(source, tmp_path / "model.engine", options=EngineOptions(nms=nms))
         assert built.manifest.precision == precision
         layers = [layer for layer in built.layers.network if layer.kind == "CONVOLUTION"]
@@ -238,8 +242,7 @@ class TestTiny:
     def test_half_precision(
         self, precision: Literal["fp16", "bf16"], tiny_artefact: Path, tmp_path: Path
     ) -> None:
-        low_precision_onnx(tiny_artefact, tmp_path / "low.onnx", precision)
-        self.check(tmp_path / "low.onnx", precision, tmp_path)
+        self.check(lower_artefact(read_onnx(tiny_artefact), precision), precision, tmp_path)
 
     @pytest.mark.slow
     def test_int8(self, tiny_artefact: Path, tmp_path: Path) -> None:
@@ -248,8 +251,8 @@ class TestTiny:
             calibrated_values(artefact.model), (-4.0, 4.0)
         )  # a build does not look at them
         model, _ = lower_precision(quantize(artefact.model, ranges, scheme="s8s8"), "fp16")
-        save_onnx(model, replace(artefact.manifest, precision="int8"), tmp_path / "low.onnx")
-        self.check(tmp_path / "low.onnx", "int8", tmp_path)
+        manifest = replace(artefact.manifest, precision="int8")
+        self.check(artefact_in_memory(artefact.path, model, manifest), "int8", tmp_path)
 
     @pytest.mark.slow
     def test_the_form_that_servers_batch(self, tiny_artefact: Path, tmp_path: Path) -> None:
@@ -261,10 +264,9 @@ class TestTiny:
         self, seeded_model: Callable[..., Any], tmp_path: Path
     ) -> None:
         model = seeded_model("tiny", deform_tower=1)
-        save_onnx(
-            onnx_from_model(model, deform="gather"), Manifest(model.preset), tmp_path / "a.onnx"
-        )
-        self.check(tmp_path / "a.onnx", "fp32", tmp_path)
+        exported = onnx_from_model(model, deform="gather")
+        artefact = artefact_in_memory(Path("a.onnx"), exported, Manifest(model.preset))
+        self.check(artefact, "fp32", tmp_path)
 
     def test_ctrl_c_leaves_nothing(self, tiny_artefact: Path, tmp_path: Path) -> None:
         source = Path(shutil.copy(tiny_artefact, tmp_path / "a.onnx"))
@@ -272,3 +274,60 @@ class TestTiny:
         with pytest.raises(KeyboardInterrupt):
             build(source, tmp_path / "out" / "b.engine")
         assert [path.name for path in tmp_path.iterdir()] == ["a.onnx"]
+
+
+TARGET_PROFILES = Profiles(((64, 96),), (1, 2, 4))
+
+
+def target(name: str, **options: Any) -> dict[str, Any]:
+    flavour = Flavour(cast(Name, name), None, "1.7.1", cast(Any, None))
+    built: Any = engine_target(flavour, TARGET_PROFILES, EngineOptions(**options))
+    return built.to_dict()
+
+
+def test_rtx_is_for_ampere_and_later_unless_told() -> None:
+    found = target("tensorrt_rtx")
+    assert found["compute_capabilities"] == ["8.0", "8.6", "8.9", "12.0"]
+    assert found["later_compute_capabilities"]
+    assert (found["flavour"], found["version"]) == ("tensorrt_rtx", "1.7.1")
+    assert found["platform"].startswith(sys.platform)
+    assert found["profiles"] == [{"size_hw": [64, 96], "batch": [1, 2, 4]}]
+    chosen = target("tensorrt_rtx", compute_capabilities=("8.9",))
+    assert (chosen["compute_capabilities"], chosen["later_compute_capabilities"]) == (
+        ["8.9"],
+        False,
+    )
+
+
+class TestTensorRT:
+    def test_the_gpu_of_this_machine_faked(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        closed = []
+        gpu = SimpleNamespace(
+            name="NVIDIA H200", compute_capability="9.0", close=lambda: closed.append(True)
+        )
+        driver = SimpleNamespace(cuDriverGetVersion=lambda: 12080)
+        device: Any = SimpleNamespace(
+            Gpu=lambda: gpu, call=lambda function: function(), driver=driver
+        )
+        monkeypatch.setitem(sys.modules, "tood_deploy.engines.tensorrt.cuda", device)
+        found = target("tensorrt")
+        assert found["driver"] == "CUDA 12.8"
+        assert (
+            found["compute_capabilities"],
+            found["later_compute_capabilities"],
+            found["gpu"],
+        ) == (["9.0"], False, "NVIDIA H200")
+        assert (found["hardware_compatibility"], found["version_compatible"]) == ("none", False)
+        assert closed == [True]
+        wide = target("tensorrt", hardware_compatible=True, version_compatible=True)
+        assert wide["later_compute_capabilities"]
+        assert (wide["hardware_compatibility"], wide["version_compatible"]) == ("ampere_plus", True)
+
+    def test_no_gpu_is_an_error_faked(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse() -> None:
+            raise DeviceError("no NVIDIA driver")
+
+        device: Any = SimpleNamespace(Gpu=refuse, call=None, driver=None)
+        monkeypatch.setitem(sys.modules, "tood_deploy.engines.tensorrt.cuda", device)
+        with pytest.raises(DeviceError, match="no NVIDIA driver"):
+            target("tensorrt")

@@ -8,8 +8,8 @@ from export.small_graph import save_small
 from manifest_values import stated
 
 from tood_deploy.errors import ToodError
-from tood_deploy.export.config import TritonOptions
 from tood_deploy.export.triton.fit import check_precision, plan_serving
+from tood_deploy.export.triton.options import TritonOptions
 from tood_deploy.export.triton.repository import triton_repository
 from tood_deploy.manifest import Manifest
 
@@ -27,21 +27,21 @@ MIXED = {"int8": {"scheme": "s8s8"}, "half_precision": {"precision": "bf16"}}
         (
             manifest("bf16"),
             "onnxruntime",
-            "gpu",
+            "cuda",
             "in bf16: .* serve fp32, int8, or fp16 on GPUs, or give --backend tensorrt",
         ),
         (manifest("fp16"), "onnxruntime", "cpu", "in fp16 and device cpu"),
-        (manifest("int8", **MIXED), "onnxruntime", "gpu", "in int8 beside bf16"),
+        (manifest("int8", **MIXED), "onnxruntime", "cuda", "in int8 beside bf16"),
         (
             manifest("int8", int8={"scheme": "u8s8"}),
             "tensorrt",
-            "gpu",
+            "cuda",
             "zero points, which TensorRT lacks",
         ),
         (
             manifest("int8", autotune={"scheme": "u8s8"}),
             "tensorrt",
-            "gpu",
+            "cuda",
             "zero points, which TensorRT lacks",
         ),
     ],
@@ -56,9 +56,9 @@ def test_refused(source: Manifest, backend: Any, device: Any, message: str) -> N
     [
         (manifest("fp32"), "onnxruntime", "cpu"),
         (manifest("int8", int8={"scheme": "u8s8"}), "onnxruntime", "cpu"),
-        (manifest("fp16"), "onnxruntime", "gpu"),
-        (manifest("bf16"), "tensorrt", "gpu"),
-        (manifest("int8", **MIXED), "tensorrt", "gpu"),
+        (manifest("fp16"), "onnxruntime", "cuda"),
+        (manifest("bf16"), "tensorrt", "cuda"),
+        (manifest("int8", **MIXED), "tensorrt", "cuda"),
     ],
 )
 def test_served(source: Manifest, backend: Any, device: Any, tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
-"""What an ONNX graph computes on images: named inner values, image by image, in ONNX Runtime. Knows nothing of what for.
+"""Compute a graph's inner values on images, in ONNX Runtime.
 
-A network's inner values together take gigabytes a image. So the graph is cut, in the order of its nodes, into segments that give a few
-of the wanted values each; every node runs once a image, and only what later segments read stays in memory.
+Comes in: a graph, names of its values, images. Goes out: the values as arrays, image by image. A
+network's inner values together take gigabytes for an image. So the graph is cut, in the order of
+its nodes, into segments that give a few of the wanted values each; every node runs once for an
+image, and only what later segments read stays in memory. Knows nothing of what the values are for.
 """
 
 from __future__ import annotations
@@ -18,11 +20,9 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx_ir.analysis import analyze_implicit_usage
 
-from tood_deploy.data.images import image_paths, read_image
 from tood_deploy.errors import ArtefactError
 from tood_deploy.graph_io import INPUTS
 from tood_deploy.onnx_file import open_session
-from tood_deploy.preprocess import ImageSize, resize_and_pad
 
 TOGETHER = 4  # wanted values of one segment: below 0.3 GB for the largest networks at 800 x 1344
 SCORE_THRESHOLD, IOU_THRESHOLD = 0.05, 0.6
@@ -37,15 +37,15 @@ class _Segment:
     Attributes:
         session: runs it.
         reads: the values it takes, by name.
-        gives: the values it makes that are wanted or that later segments read.
-        wanted: of these, the wanted ones.
+        gives: the values it makes that are targets or that later segments read.
+        targets: of these, the values that are asked for.
         last: values that no later segment reads.
     """
 
     session: ort.InferenceSession
     reads: tuple[str, ...]
     gives: tuple[str, ...]
-    wanted: tuple[str, ...]
+    targets: tuple[str, ...]
     last: tuple[str, ...]
 
 
@@ -60,7 +60,7 @@ class ActivationReader:
         threads: int | None = None,
         together: int = TOGETHER,
     ) -> None:
-        """Cuts the graph and opens a session for every segment.
+        """Cut the graph and open a session for every segment.
 
         Args:
             model: an exported graph, or its file.
@@ -73,17 +73,22 @@ class ActivationReader:
         """
         proto = onnx.load(model) if isinstance(model, Path) else model
         typed = ir.from_proto(onnx.shape_inference.infer_shapes(proto))
-        made = {value.name: value for node in typed.graph for value in node.outputs if value.name}
-        if missing := [name for name in names if name not in made]:
+        by_name = {
+            value.name: value for node in typed.graph for value in node.outputs if value.name
+        }
+        if missing := [name for name in names if name not in by_name]:
             raise ArtefactError(
-                f"the graph makes no values {', '.join(missing[:3])}; take names of the graph itself, or export it again"
+                f"the graph makes no values {', '.join(missing[:3])}; take names of the graph "
+                "itself, or export it again"
             )
         self._segments = list(
-            _segments(typed, [made[name] for name in dict.fromkeys(names)], threads, together)
+            _segments(typed, [by_name[name] for name in dict.fromkeys(names)], threads, together)
         )
 
     def read(self, image: NDArray[np.uint8], valid_hw: tuple[int, int]) -> Iterator[Values]:
-        """The wanted values of one image, some at a time: take from each dictionary what is needed before asking for the next.
+        """Yield the wanted values of one image, some at a time.
+
+        Take from each dictionary what is needed before asking for the next.
 
         Args:
             image: (rows, columns, 3) uint8 RGB, padded, as `resize_and_pad` gives it.
@@ -94,53 +99,26 @@ class ActivationReader:
             zip(INPUTS, (image[None], np.array([valid_hw], np.int32), *thresholds), strict=True)
         )
         for segment in self._segments:
-            found: Any = segment.session.run(
+            outputs: Any = segment.session.run(
                 list(segment.gives), {name: held[name] for name in segment.reads}
             )
-            held.update(zip(segment.gives, found, strict=True))
-            del found
-            yield {name: held[name] for name in segment.wanted}
+            held.update(zip(segment.gives, outputs, strict=True))
+            del outputs
+            yield {name: held[name] for name in segment.targets}
             for name in segment.last:
                 del held[name]
 
 
-def iterate_activations(
-    model: Path | onnx.ModelProto,
-    images: Path,
-    sizing: ImageSize,
-    names: Sequence[str],
-    *,
-    most: int | None = None,
-) -> Iterator[Values]:
-    """Inner values over the images of a folder, in order of their file names, some at a time and in flat memory.
-
-    Args:
-        model: an exported graph, or its file.
-        images: the folder.
-        sizing: how images are brought to the size of the network's input.
-        names: the wanted values. Each is given once a image.
-        most: at most so many images; all where not given.
-
-    Raises:
-        InputError: no such folder, no image in it, or one that cannot be read.
-        ArtefactError: the graph holds no value of such a name.
-    """
-    reader = ActivationReader(model, names)
-    for path in image_paths(images, most):
-        image, transform = resize_and_pad(read_image(path), sizing)
-        yield from reader.read(image, transform.resized_hw)
-
-
 def _segments(
-    model: ir.Model, wanted: Sequence[ir.Value], threads: int | None, together: int
+    model: ir.Model, targets: Sequence[ir.Value], threads: int | None, together: int
 ) -> Iterator[_Segment]:
-    """The graph in parts, each from what was computed before to the next few wanted values."""
+    """Yield the graph in parts, each ending with the next few wanted values."""
     place = {value: i for i, node in enumerate(model.graph) for value in node.outputs}
-    reads = _reads(model.graph, wanted)
-    wanted = sorted(wanted, key=place.__getitem__)
+    reads = _reads(model.graph, targets)
+    targets = sorted(targets, key=place.__getitem__)
     known, start = set(model.graph.inputs), 0
-    for first in range(0, len(wanted), together):
-        part = wanted[first : first + together]
+    for first in range(0, len(targets), together):
+        part = targets[first : first + together]
         end = place[part[-1]] + 1
         later = set[ir.Value]().union(*reads[end:])
         gives = [
@@ -154,11 +132,14 @@ def _segments(
         known, start = held & later, end
 
 
-def _reads(graph: ir.Graph, wanted: Sequence[ir.Value]) -> list[set[ir.Value]]:
-    """What each node reads, its inner graphs included; nothing where none of the wanted values depends on the node."""
+def _reads(graph: ir.Graph, targets: Sequence[ir.Value]) -> list[set[ir.Value]]:
+    """Return what each node reads, its inner graphs included.
+
+    Nothing where none of the wanted values depends on the node.
+    """
     inner = analyze_implicit_usage(graph)
     reads: list[set[ir.Value]] = []
-    needed = set(wanted)
+    needed = set(targets)
     for node in reversed(list(graph)):
         if needed.isdisjoint(node.outputs):
             reads.append(set())
@@ -180,7 +161,7 @@ def _open_segment(
     model: ir.Model,
     takes: set[ir.Value],
     gives: list[ir.Value],
-    wanted: list[ir.Value],
+    targets: list[ir.Value],
     last: set[ir.Value],
     threads: int | None,
 ) -> _Segment:
@@ -192,7 +173,7 @@ def _open_segment(
         session,
         tuple(reads),
         tuple(map(_name, gives)),
-        tuple(map(_name, wanted)),
+        tuple(map(_name, targets)),
         tuple(map(_name, last)),
     )
 

@@ -1,14 +1,18 @@
-"""From a float32 .onnx to one in the precision that is asked for, compared with what the float32 one was compared with."""
+"""Convert a float32 artefact to the precision that is asked for, in memory.
+
+The result is compared with what the float32 artefact was compared with. Calibrates, quantises and
+lowers through the other modules of this folder; writes no file and knows no target.
+"""
 
 from __future__ import annotations
 
 import functools
 import glob
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol, get_args
 
 import numpy as np
 import onnx
@@ -21,10 +25,9 @@ from tood_deploy.data.images import choose_images, read_image
 from tood_deploy.engines.precision_support import half_precision_of
 from tood_deploy.engines.self_test import self_test_from
 from tood_deploy.errors import ToodError
+from tood_deploy.export.config import CalibrationMethod, PrecisionOptions, Scheme
 from tood_deploy.export.precision.calibrate import (
-    METHODS,
     RANGE_IMAGES,
-    Method,
     calibrate,
     measure_ranges,
     values_at_risk,
@@ -36,14 +39,7 @@ from tood_deploy.export.precision.half import (
     half_values,
     lower_precision,
 )
-from tood_deploy.export.precision.quantize import (
-    SCHEMES,
-    Ranges,
-    Scheme,
-    calibrated_values,
-    choose_layers,
-    quantize,
-)
+from tood_deploy.export.precision.quantize import Ranges, calibrated_values, choose_layers, quantize
 from tood_deploy.export.precision.sensitivity import (
     DetectionMismatch,
     KeptLayers,
@@ -51,27 +47,64 @@ from tood_deploy.export.precision.sensitivity import (
     choose_kept,
     measure_sensitivity,
 )
-from tood_deploy.files import atomic_path, write_text
-from tood_deploy.manifest import manifest_path
-from tood_deploy.manifest_sections import Build, HalfBuild, Int8Build, Parity
-from tood_deploy.onnx_file import OnnxArtefact, read_onnx, save_onnx
+from tood_deploy.manifest_sections import HalfBuild, Int8Build, Parity, SelfTest
+from tood_deploy.onnx_file import OnnxArtefact, artefact_in_memory
 from tood_deploy.parity.onnx_reference import OnnxRunner
 from tood_deploy.parity.reference import Reference
 from tood_deploy.parity.tolerances import DETECTION_LIMITS
 from tood_deploy.parity.verify import verify_detections, verify_float32
 from tood_deploy.preprocess import ImageSize, resize_and_pad
-from tood_deploy.reporter import progress_bar
+from tood_deploy.reporter import Reporter
 
 NEEDS: dict[Scheme, str] = {
     "u8s7": "any CPU",
     "u8s8": "a CPU with VNNI instructions",
     "s8s8": "TensorRT",
 }
-RANKING_IMAGES = 3
-QUALITY_IMAGES = 16
+RANKING_IMAGES, QUALITY_IMAGES = 3, 16
+REPORTED_RANGES, REPORTED_RISKS = 5, 10  # in the manifest; as lines
 
-Progress = Callable[[int, int], None]
 Quality = Callable[[onnx.ModelProto], float]
+QualityOf = Callable[[OnnxArtefact], Quality]
+
+
+class AnnotatedAp(Protocol):
+    """AP on annotated images, in points, 0 to 100."""
+
+    @property
+    def reference_ap(self) -> float:
+        """Return the AP of the float32 artefact."""
+        ...
+
+    def __call__(self, model: onnx.ModelProto) -> float:
+        """Return by how much a graph that was made from the float32 one is worse."""
+        ...
+
+    def file_ap(self, path: Path, **engine_options: Any) -> float:
+        """Return the AP of an artefact in its own runtime."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class ConvertedGraph:
+    """A graph made from a float32 one.
+
+    Attributes:
+        model: the graph.
+        precision: what the manifest calls it.
+        int8: how it got its 8-bit layers.
+        half: which part of it is in half precision.
+        mixture: what a search of mixed precisions made of it, in place of these.
+    """
+
+    model: onnx.ModelProto
+    precision: str
+    int8: Int8Build | None = None
+    half: HalfBuild | None = None
+    mixture: Int8Build | None = None
+
+
+Search = Callable[[OnnxArtefact, Reporter], ConvertedGraph]
 
 
 @dataclass(frozen=True)
@@ -79,24 +112,25 @@ class Int8Options:
     """What an int8 artefact shall be.
 
     Attributes:
-        scheme: "u8s7" for ONNX Runtime and OpenVINO on any CPU, "u8s8" on CPUs with VNNI instructions, "s8s8" for TensorRT.
-        method: how ranges come from what was measured: "percentile", "entropy" or "minmax".
+        scheme: "u8s7" for ONNX Runtime and OpenVINO on any CPU, "u8s8" on CPUs with VNNI
+            instructions, "s8s8" for TensorRT.
+        method: how ranges come from what was measured.
         keep: patterns (as of file names) of layers that stay float32.
-        max_drop: the most that quality may drop: the most sensitive layers then stay float32, as many as it takes. None: all that can
-            become 8-bit do.
+        max_drop: the most that quality may drop: the most sensitive layers then stay float32, as
+            many as it takes. None: all that can become 8-bit do.
         max_images: to calibrate on, evenly spread over the folder.
     """
 
     scheme: Scheme = "u8s7"
-    method: Method = "percentile"
+    method: CalibrationMethod = "percentile"
     keep: tuple[str, ...] = ()
     max_drop: float | None = None
     max_images: int = MAX_CALIBRATION_IMAGES
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
-            ("scheme", self.scheme, SCHEMES),
-            ("method", self.method, METHODS),
+            ("scheme", self.scheme, get_args(Scheme)),
+            ("method", self.method, get_args(CalibrationMethod)),
         ):
             if value not in allowed:
                 raise ToodError(f"{name} is {value}; expected one of {', '.join(allowed)}")
@@ -104,50 +138,129 @@ class Int8Options:
             raise ToodError(f"the largest drop is {self.max_drop}; expected 0 or more")
 
 
-def int8_from_onnx(
-    onnx_path: Path,
-    output: Path,
+def int8_options(options: PrecisionOptions, scheme: Scheme) -> Int8Options:
+    """Return how 8-bit layers are made, of all that is asked for.
+
+    Args:
+        options: the options of precision.
+        scheme: of what will compute with them.
+    """
+    return Int8Options(
+        scheme, options.calib_method, options.keep_fp32, options.largest_drop, options.calib_images
+    )
+
+
+def convert_precision(
+    artefact: OnnxArtefact,
+    options: PrecisionOptions,
+    scheme: Scheme,
+    *,
+    quality: QualityOf | None = None,
+    search: Search | None = None,
+    reporter: Reporter,
+) -> OnnxArtefact:
+    """Return a float32 artefact in the precision that is asked for; it is yet to be verified.
+
+    Args:
+        artefact: in float32.
+        options: the options of precision.
+        scheme: of 8-bit numbers, by what will compute with them.
+        quality: makes from the float32 artefact what measures how much worse an int8 graph is; per
+            cent of mismatched detections where not given.
+        search: chooses precisions itself, in place of the options.
+        reporter: of warnings, trials and progress.
+
+    Raises:
+        ToodError: a pattern that fits nothing, or images that cannot be read.
+    """
+    if search is not None:
+        return _restate(artefact, search(artefact, reporter))
+    converted = artefact
+    if options.precision == "int8":
+        assert options.calib_data is not None  # a rule of the options
+        int8 = int8_options(options, scheme)
+        converted = quantize_artefact(
+            artefact,
+            options.calib_data,
+            int8,
+            quality=quality and quality(artefact),
+            reporter=reporter,
+        )
+    half = options.fallback if options.precision == "int8" else options.precision
+    if half == "fp16" or half == "bf16":
+        converted = lower_artefact(
+            converted,
+            half,
+            keep=options.keep_fp32,
+            calib_data=options.calib_data,
+            max_images=options.calib_images,
+            reporter=reporter,
+        )
+    return converted
+
+
+def _restate(artefact: OnnxArtefact, converted: ConvertedGraph) -> OnnxArtefact:
+    """Return the converted graph as an artefact; parity is yet to be shown."""
+    opset = next(entry.version for entry in converted.model.opset_import if not entry.domain)
+    source = artefact.manifest.build
+    build = replace(
+        source,
+        opset=opset,
+        int8=converted.int8 or source.int8,
+        half=converted.half or source.half,
+        mixture=converted.mixture or source.mixture,
+    )
+    manifest = replace(
+        artefact.manifest,
+        precision=converted.precision,
+        build=build,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        artefact_sha256="",
+        parity=None,
+        self_test=None,
+    )
+    return artefact_in_memory(artefact.path, converted.model, manifest)
+
+
+def quantize_artefact(
+    artefact: OnnxArtefact,
     calib_data: Path,
     options: Int8Options,
     *,
     quality: Quality | None = None,
     cache: Path | None = None,
-    progress: Progress = lambda done, total: None,
-    say: Callable[[str], None] = lambda line: None,
-) -> Build:
-    """Writes `output` (.onnx), its metadata included, or nothing at all. No manifest beside it: parity is yet to be shown.
+    reporter: Reporter | None = None,
+) -> OnnxArtefact:
+    """Return a float32 artefact in int8; it is yet to be verified.
 
     Args:
-        onnx_path: an .onnx artefact of tood-export in float32.
-        output: where to; a file that is there already is replaced in one step.
+        artefact: in float32.
         calib_data: a folder of images like those to come, 64 or more.
         options: how.
-        quality: for `max_drop`: how much worse than the float32 graph another one is, such as in points of AP; per cent of mismatched
-            detections on some of the calibration images where not given.
+        quality: for `max_drop`: how much worse than the float32 graph another one is, such as in
+            points of AP; per cent of mismatched detections on some of the calibration images where
+            not given.
         cache: the folder that keeps calibrations; the package's own where not given.
-        progress: called with how much of the present step is done and how much there is.
-        say: told warnings and what was tried, a line each.
-
-    Returns:
-        How it was built, for the manifest.
+        reporter: of warnings, trials and progress.
 
     Raises:
-        ToodError: not such an artefact, a pattern that fits nothing, or images that cannot be read.
+        ToodError: not float32, a pattern that fits nothing, or images that cannot be read.
     """
-    artefact = read_onnx(onnx_path)
-    if artefact.manifest.precision != "fp32":
-        raise ToodError(
-            f"{onnx_path} is in {artefact.manifest.precision} already; start from the float32 artefact"
-        )
+    _check_precision(artefact, ("fp32",))
+    reporter = reporter or Reporter.silent()
     model, sizing = artefact.model, artefact.manifest.preset.sizing
-    choose_layers(
-        ir.from_proto(model).graph, options.keep
-    )  # a wrong pattern is told before the images are run
-    names, most = calibrated_values(model), options.max_images
+    # A wrong pattern is refused before the images are run.
+    choose_layers(ir.from_proto(model).graph, options.keep)
     calibration = calibrate(
-        model, names, calib_data, sizing, most=most, cache=cache, progress=progress, say=say
+        model,
+        calibrated_values(model),
+        calib_data,
+        sizing,
+        max_images=options.max_images,
+        cache=cache,
+        reporter=reporter,
     )
-    told = asdict(options) | {
+    described = asdict(options) | {
         "needs": NEEDS[options.scheme],
         "images": calibration.images,
         "calibration": calibration.key,
@@ -155,34 +268,26 @@ def int8_from_onnx(
     ranges = calibration.ranges(options.method)
     if options.max_drop is not None:
         images = prepare_images(calib_data, sizing)
-        found = _find_kept(
-            model,
-            ranges,
-            images,
-            options,
-            quality or DetectionMismatch(model, images),
-            progress,
-            say,
-        )
-        told |= found.to_dict() | {"keep": (*options.keep, *found.keep)}
-    manifest = replace(
-        artefact.manifest,
-        precision="int8",
-        build=replace(artefact.manifest.build, int8=Int8Build.from_dict(told)),
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        artefact_sha256="",
-        parity=None,
-        self_test=None,
+        quality = quality or DetectionMismatch(model, images)
+        kept = _find_kept(model, ranges, images, options, quality, reporter)
+        described |= kept.to_dict() | {"keep": (*options.keep, *kept.keep)}
+    quantized = quantize(model, ranges, scheme=options.scheme, keep=described["keep"])
+    return _restate(
+        artefact, ConvertedGraph(quantized, "int8", int8=Int8Build.from_dict(described))
     )
-    with atomic_path(output) as temporary:
-        save_onnx(
-            quantize(model, ranges, scheme=options.scheme, keep=told["keep"]), manifest, temporary
+
+
+def _check_precision(artefact: OnnxArtefact, allowed: Collection[str]) -> None:
+    """Refuse an artefact that has been converted already."""
+    if artefact.manifest.precision not in allowed:
+        raise ToodError(
+            f"{artefact.path} is in {artefact.manifest.precision} already; "
+            "start from the float32 artefact"
         )
-    return manifest.build
 
 
 def prepare_images(folder: Path, sizing: ImageSize) -> list[Prepared]:
-    """Some images of a folder to measure quality on, scaled and padded as for the network.
+    """Return some images of a folder to measure quality on, scaled and padded for the network.
 
     Raises:
         InputError: fewer than two images, or one that cannot be read.
@@ -199,9 +304,9 @@ def _find_kept(
     images: Sequence[Prepared],
     options: Int8Options,
     quality: Quality,
-    progress: Progress,
-    say: Callable[[str], None],
+    reporter: Reporter,
 ) -> KeptLayers:
+    """Return the fewest layers that must stay float32 for the quality that is asked for."""
     assert options.max_drop is not None
 
     @functools.cache
@@ -211,328 +316,161 @@ def _find_kept(
         )
 
     if (drop := drop_of(())) <= options.max_drop:  # the usual case needs no list
-        say(f"all layers in 8 bits: {drop:.3f} worse, at most {options.max_drop:g} allowed")
+        reporter.info(
+            f"all layers in 8 bits: {drop:.3f} worse, at most {options.max_drop:g} allowed"
+        )
         return KeptLayers((), drop, ((0, drop),))
     ranked = measure_sensitivity(
-        model, ranges, images[:RANKING_IMAGES], scheme=options.scheme, progress=progress
+        model, ranges, images[:RANKING_IMAGES], scheme=options.scheme, reporter=reporter
     )
-    return choose_kept(ranked, drop_of, options.max_drop, say)
+    return choose_kept(ranked, drop_of, options.max_drop, reporter)
 
 
-LARGEST_REPORTED, MOST_TOLD = 5, 10
-
-Say = Callable[[str], None]
-
-
-def low_precision_onnx(
-    onnx_path: Path,
-    output: Path,
+def lower_artefact(
+    artefact: OnnxArtefact,
     precision: LowPrecision,
     *,
     keep: Collection[str] = (),
     calib_data: Path | None = None,
     max_images: int = RANGE_IMAGES,
-    progress: Progress = lambda done, total: None,
-    say: Say = lambda line: None,
-) -> Build:
-    """Writes `output` (.onnx), its metadata included, or nothing at all. No manifest beside it: parity is yet to be shown.
+    reporter: Reporter | None = None,
+) -> OnnxArtefact:
+    """Return an artefact in half precision; it is yet to be verified.
 
     Args:
-        onnx_path: an .onnx artefact of tood-export in float32, or in int8: then what is not 8-bit becomes half precision.
-        output: where to; a file that is there already is replaced in one step.
+        artefact: in float32, or in int8: then what is not 8-bit becomes half precision.
         precision: "fp16" or "bf16".
         keep: patterns of what stays float32, see `lower_precision`.
-        calib_data: a folder of images. For fp16, values that it cannot hold on them stay float32; bf16 holds all.
+        calib_data: a folder of images. For fp16, values that it cannot hold on them stay float32;
+            bf16 holds all.
         max_images: of the folder, evenly spread over it.
-        progress: called after every image with how many are done and how many there are.
-        say: told warnings, and what fp16 cannot hold, a line each.
-
-    Returns:
-        How it was built, for the manifest.
+        reporter: of warnings, of what fp16 cannot hold, and of progress.
 
     Raises:
-        ToodError: not such an artefact, a pattern that fits nothing, or images that cannot be read.
+        ToodError: in half precision already, a pattern that fits nothing, or images that cannot be
+            read.
     """
-    artefact = read_onnx(onnx_path)
-    if artefact.manifest.precision not in ("fp32", "int8"):
-        raise ToodError(
-            f"{onnx_path} is in {artefact.manifest.precision} already; start from the float32 artefact"
-        )
-    wishes, found = dict.fromkeys(keep, "asked for"), {}
+    _check_precision(artefact, ("fp32", "int8"))
+    reporter = reporter or Reporter.silent()
+    reasons, measured = dict.fromkeys(keep, "asked for"), {}
     if precision == "fp16" and calib_data is not None:
-        if artefact.manifest.precision == "fp32":  # that of 8 bits has been told
-            warn_of_few(calib_data, len(choose_images(calib_data, max_images)), say)
-        risks, found = _find_risks(artefact, keep, calib_data, max_images, progress)
-        _tell_risks(risks, found["values_measured"], say)
-        wishes |= risks
-    model, report = lower_precision(artefact.model, precision, keep=wishes)
-    opset = next(entry.version for entry in model.opset_import if not entry.domain)
-    half = HalfBuild.from_dict(report.to_dict() | found)
-    build = replace(artefact.manifest.build, opset=opset, half=half)
-    named = artefact.manifest.precision if artefact.manifest.precision == "int8" else precision
-    created = datetime.now(UTC).isoformat(timespec="seconds")
-    manifest = replace(
-        artefact.manifest,
-        precision=named,
-        build=build,
-        created=created,
-        artefact_sha256="",
-        parity=None,
-        self_test=None,
-    )
-    with atomic_path(output) as temporary:
-        save_onnx(model, manifest, temporary)
-    return build
+        if artefact.manifest.precision == "fp32":  # the calibration of int8 has warned already
+            warn_of_few(calib_data, len(choose_images(calib_data, max_images)), reporter)
+        risks, measured = _find_risks(artefact, keep, calib_data, max_images, reporter)
+        _report_risks(risks, measured["values_measured"], reporter)
+        reasons |= {glob.escape(name): reason for name, reason in risks.items()}
+    model, report = lower_precision(artefact.model, precision, keep=reasons)
+    described = HalfBuild.from_dict(report.to_dict() | measured)
+    name = "int8" if artefact.manifest.precision == "int8" else precision
+    return _restate(artefact, ConvertedGraph(model, name, half=described))
 
 
 def _find_risks(
-    artefact: OnnxArtefact, keep: Collection[str], images: Path, most: int, progress: Progress
+    artefact: OnnxArtefact, keep: Collection[str], images: Path, max_images: int, reporter: Reporter
 ) -> tuple[dict[str, str], dict[str, Any]]:
-    """Patterns of the values that fp16 cannot hold, with the reasons; and what the manifest says of the ranges."""
+    """Return the values that fp16 cannot hold, with the reasons; and what to note of ranges."""
     names = half_values(artefact.model, keep=keep)
     ranges = measure_ranges(
-        artefact.model, names, images, artefact.manifest.preset.sizing, most=most, progress=progress
+        artefact.model,
+        names,
+        images,
+        artefact.manifest.preset.sizing,
+        max_images=max_images,
+        reporter=reporter,
     )
     risks = values_at_risk(ranges)
-    largest = sorted(ranges, key=lambda name: -ranges[name].largest)[:LARGEST_REPORTED]
-    told = {
+    largest = sorted(ranges, key=lambda name: -ranges[name].largest)[:REPORTED_RANGES]
+    described = {
         name: asdict(ranges[name]) | {"risk": risks.get(name, "")} for name in (*largest, *risks)
     }
-    return {glob.escape(name): reason for name, reason in risks.items()}, {
-        "values_measured": len(names),
-        "ranges": told,
-    }
+    return risks, {"values_measured": len(names), "ranges": described}
 
 
-def _tell_risks(risks: Mapping[str, str], measured: int, say: Say) -> None:
+def _report_risks(risks: Mapping[str, str], measured: int, reporter: Reporter) -> None:
+    """Report which values stay float32 because fp16 cannot hold them."""
     if not risks:
-        say(f"fp16 holds all {measured} values that it is given on these images")
+        reporter.info(f"fp16 holds all {measured} values that it is given on these images")
         return
-    say(
-        f"fp16 cannot hold {len(risks)} of {measured} values, which stay float32; the manifest has the whole list"
+    reporter.info(
+        f"fp16 cannot hold {len(risks)} of {measured} values, which stay float32; "
+        "the manifest has the whole list"
     )
-    for name, reason in list(risks.items())[:MOST_TOLD]:
-        say(f"stays float32: {name} {reason}")
+    for name, reason in list(risks.items())[:REPORTED_RISKS]:
+        reporter.info(f"stays float32: {name} {reason}")
 
 
-Precision = Literal["fp32", "bf16", "fp16", "int8"]
-Rest = Literal["fp32", "bf16", "fp16"]
-Tell = Callable[[Any], None]
-QualityOf = Callable[[OnnxArtefact], Quality]
-
-
-class AnnotatedAp(Protocol):
-    """AP on annotated images, in points, 0 to 100."""
-
-    @property
-    def reference_ap(self) -> float:
-        """Of the float32 artefact."""
-        ...
-
-    def __call__(self, model: onnx.ModelProto) -> float:
-        """Return by how much a graph that was made from the float32 one is worse."""
-        ...
-
-    def file_ap(self, path: Path, **engine_options: Any) -> float:
-        """Return the AP of an artefact in its own runtime."""
-        ...
-
-
-AnnotatedApOf = Callable[[OnnxArtefact], AnnotatedAp]
-
-
-@dataclass(frozen=True, eq=False)
-class Lowered:
-    """A graph made from a float32 one.
-
-    Attributes:
-        model: the graph.
-        precision: what the manifest calls it.
-        mixture: what a search of mixed precisions came to, for the manifest.
-    """
-
-    model: onnx.ModelProto
-    precision: str
-    mixture: Int8Build | None = None
-
-
-Lower = Callable[[OnnxArtefact, Tell], Lowered]
-
-
-@dataclass(frozen=True)
-class PrecisionOptions:
-    """How a float32 graph becomes one of lower precision.
-
-    Attributes:
-        precision: of convolutions and matrix products.
-        rest: int8 alone: of what is not 8-bit.
-        keep: patterns of layers that stay float32.
-        calib_data: images to calibrate on; for fp16 to find values that it cannot hold.
-        int8: how 8-bit layers are made; what stays float32 is in `keep`.
-        quality: int8 alone: makes from the float32 artefact what tells how much worse another graph is; per cent of mismatched
-            detections where not given.
-        measure_ap: makes from the float32 artefact what measures AP for the verdict; None without annotations.
-        lower: chooses precisions itself, in place of all of the above but the images; gives lines and tables to its second argument.
-    """
-
-    precision: Precision = "fp32"
-    rest: Rest = "fp32"
-    keep: tuple[str, ...] = ()
-    calib_data: Path | None = None
-    int8: Int8Options = field(default_factory=Int8Options)
-    quality: QualityOf | None = None
-    measure_ap: AnnotatedApOf | None = None
-    lower: Lower | None = None
-
-    def __post_init__(self) -> None:
-        if self.precision == "int8" and self.calib_data is None:
-            raise ToodError(
-                "precision int8 needs images to calibrate on; give --calib-data a folder of 64 or more like those to come"
-            )
-
-    @property
-    def wanted(self) -> str:
-        """What becomes of a float32 graph, in words; empty where it stays as it is."""
-        if self.lower is not None:
-            return "the best mixture of precisions"
-        return "" if self.precision == "fp32" else self.precision
-
-
-def lower_onnx(
-    float_onnx: Path,
-    folder: Path,
-    options: PrecisionOptions,
-    reference: Reference,
-    *,
-    images: Sequence[NDArray[np.uint8]] = (),
-    ap: AnnotatedAp | None = None,
-    tell: Tell = lambda part: None,
-    quiet: bool = False,
-) -> Path:
-    """Writes the .onnx in lower precision and its manifest into `folder`.
-
-    Args:
-        float_onnx: the float32 artefact.
-        folder: exists, and is the caller's.
-        options: what to make.
-        reference: what the result is compared with.
-        images: (H, W, 3) uint8 BGR, to verify on in addition to the built-in ones.
-        ap: measures AP for the verdict; None without annotations.
-        tell: given warnings and what was tried, a line each, and tables to print.
-        quiet: no progress bars.
-
-    Raises:
-        ToodError: an option out of range, or images that cannot be read.
-        CheckFailed: it deviates from the reference by more than its precision explains.
-    """
-    if options.lower is not None:
-        path = _write(options.lower(read_onnx(float_onnx), tell), float_onnx, folder / "mixed.onnx")
-    else:
-        path = _to_precision(float_onnx, folder, options, tell, quiet)
-    _describe(path, float_onnx, reference, images_to_verify(options.calib_data, images), ap, tell)
-    return path
-
-
-def _write(lowered: Lowered, float_onnx: Path, output: Path) -> Path:
-    """An artefact with its metadata; parity is yet to be shown."""
-    source = read_onnx(float_onnx).manifest
-    opset = next(entry.version for entry in lowered.model.opset_import if not entry.domain)
-    manifest = replace(
-        source,
-        precision=lowered.precision,
-        build=replace(source.build, opset=opset, mixture=lowered.mixture),
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        artefact_sha256="",
-        parity=None,
-        self_test=None,
-    )
-    with atomic_path(output) as temporary:
-        save_onnx(lowered.model, manifest, temporary)
-    return output
-
-
-def _to_precision(
-    float_onnx: Path, folder: Path, options: PrecisionOptions, say: Say, quiet: bool
-) -> Path:
-    path = float_onnx
-    if options.precision == "int8":
-        path = _to_int8(path, folder / "int8.onnx", options, say, quiet)
-    half = options.rest if options.precision == "int8" else options.precision
-    if half == "fp16" or half == "bf16":
-        with progress_bar("measuring ranges", quiet) as progress:
-            output = folder / f"{path.stem}-{half}.onnx"
-            low_precision_onnx(
-                path,
-                output,
-                half,
-                keep=options.keep,
-                calib_data=options.calib_data,
-                max_images=options.int8.max_images,
-                progress=progress,
-                say=say,
-            )
-        path = output
-    return path
-
-
-def _to_int8(
-    float_onnx: Path, output: Path, options: PrecisionOptions, say: Say, quiet: bool
-) -> Path:
-    assert options.calib_data is not None
-    wanted = replace(options.int8, keep=options.keep)
-    quality = options.quality and options.quality(read_onnx(float_onnx))
-    with progress_bar("calibrating", quiet) as progress:
-        int8_from_onnx(
-            float_onnx,
-            output,
-            options.calib_data,
-            wanted,
-            quality=quality,
-            progress=progress,
-            say=say,
-        )
-    return output
-
-
-def _describe(
-    path: Path,
-    float_onnx: Path,
+def verify_converted(
+    artefact: OnnxArtefact,
     reference: Reference,
     images: Sequence[NDArray[np.uint8]],
-    ap: AnnotatedAp | None,
-    say: Say,
-) -> None:
-    """Compares a lowered artefact with the reference, and writes its manifest. The float32 answer to the self-test stays the right one.
+    *,
+    self_test: SelfTest | None,
+    ap: AnnotatedAp | None = None,
+    reporter: Reporter,
+) -> OnnxArtefact:
+    """Compare a converted artefact with the reference; return it with the verdict in its manifest.
 
-    Half precision is emulated: ONNX Runtime has no bf16 on CPUs, and leaves out casts to fp16, which would hide what overflows. 8 bits
-    run as they will, on calibration images: the self-test's image lies outside the ranges that these have, so its right answer is then
-    what the 8 bits themselves give here.
+    Half precision is emulated: ONNX Runtime has no bf16 on CPUs, and leaves out casts to fp16,
+    which would hide what overflows. 8 bits run as they will, on calibration images: the self-test's
+    image lies outside the ranges that these have, so its right answer is then what the 8 bits
+    themselves give here. Else the float32 answer to the self-test stays the right one.
+
+    Args:
+        artefact: as `convert_precision` gives it.
+        reference: the float32 network, or an .onnx that was proven equal to it.
+        images: (H, W, 3) uint8 BGR, of the user's kind.
+        self_test: of the float32 artefact.
+        ap: measures AP for the verdict; None without annotations.
+        reporter: of what is being compared.
+
+    Raises:
+        CheckFailed: it deviates from the reference by more than its precision explains.
     """
-    lowered, source = read_onnx(path), read_onnx(float_onnx).manifest
-    precision = lowered.manifest.precision
-    run = OnnxRunner(emulate_low_precision(lowered.model), maps=False)
-    if half := half_precision_of(lowered.manifest):
-        run.name += f", {half} emulated"
-    measure_ap = (
-        None if ap is None else lambda: (ap.reference_ap, ap.reference_ap - ap(lowered.model))
-    )
+    precision = artefact.manifest.precision
     if precision == "fp32":  # what a search of mixtures may come to
-        parity = verify_float32(reference, OnnxRunner(lowered.model), images=images, say=say)
-    else:
-        parity = verify_detections(
-            reference, run, images, DETECTION_LIMITS[precision], measure_ap=measure_ap, say=say
+        parity = verify_float32(
+            reference, OnnxRunner(artefact.model), images=images, say=reporter.info
         )
-    self_test = self_test_from(run) if precision == "int8" else source.self_test
-    manifest = replace(
-        lowered.manifest, parity=Parity.from_dict(parity), self_test=self_test
-    ).with_artefact(path)
-    write_text(manifest_path(path), manifest.to_json())
+        return _with_verdict(artefact, parity, self_test)
+    run = OnnxRunner(emulate_low_precision(artefact.model), maps=False)
+    if half := half_precision_of(artefact.manifest):
+        run.name += f", {half} emulated"
+
+    def measure_ap() -> tuple[float, float]:
+        assert ap is not None
+        return ap.reference_ap, ap.reference_ap - ap(artefact.model)
+
+    parity = verify_detections(
+        reference,
+        run,
+        images,
+        DETECTION_LIMITS[precision],
+        measure_ap=measure_ap if ap else None,
+        say=reporter.info,
+    )
+    if precision == "int8":
+        self_test = self_test_from(run)
+    return _with_verdict(artefact, parity, self_test)
+
+
+def _with_verdict(
+    artefact: OnnxArtefact, parity: dict[str, Any], self_test: SelfTest | None
+) -> OnnxArtefact:
+    """Return the artefact with a verdict and a self-test in its manifest."""
+    verdict = Parity.from_dict(parity)
+    manifest = replace(artefact.manifest, parity=verdict, self_test=self_test)
+    return replace(artefact, manifest=manifest)
 
 
 def images_to_verify(
     calib_data: Path | None, images: Sequence[NDArray[np.uint8]] = ()
 ) -> Sequence[NDArray[np.uint8]]:
-    """Images of the user's kind, (H, W, 3) uint8 BGR: of calibration, and those given to verify on; crops of a photograph without any."""
+    """Return images of the user's kind; crops of a photograph where there are none.
+
+    Args:
+        calib_data: a folder of images to calibrate on.
+        images: (H, W, 3) uint8 BGR, given to verify on.
+    """
     calibrated = (
         [read_image(path) for path in choose_images(calib_data, QUALITY_IMAGES)]
         if calib_data is not None

@@ -1,7 +1,9 @@
-"""Half precision written into an ONNX graph: float32 in, a strongly typed mixture out. Knows no runtime.
+"""Write half precision into an ONNX graph.
 
-Layers and what lies between them (`low_region`) compute in fp16 or bf16, on weights stored so; casts stand where precisions meet. The
-general converters do not fit: that of ONNX Runtime knows no bf16 and sends values between two float32 nodes through fp16.
+Comes in: a float32 graph. Goes out: a strongly typed mixture. Layers and what lies between them
+(`low_region`) compute in fp16 or bf16, on weights stored so; casts stand where precisions meet. The
+general converters do not fit: that of ONNX Runtime has no bf16 and sends values between two float32
+nodes through fp16. Knows no runtime.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from tood_deploy.errors import ToodError
 LAYERS = frozenset({"Conv", "MatMul", "Gemm"})
 # Their outputs are values of their inputs, unchanged but for zeros.
 MOVING = frozenset(
-    "Concat Expand Flatten Gather Identity MaxPool Pad Relu Reshape Resize Slice Split Squeeze Transpose Unsqueeze".split()
+    "Concat Expand Flatten Gather Identity MaxPool Pad Relu Reshape Resize Slice Split Squeeze "
+    "Transpose Unsqueeze".split()
 )
 POINTWISE = frozenset({"Add"})
 PRODUCTS = frozenset({"Mul"})  # one operand of low precision is enough: the other is a factor
@@ -31,7 +34,7 @@ ANY_TYPE = frozenset({"Shape", "Size"})  # read no numbers
 
 
 def low_region(graph: ir.Graph, kept: Collection[ir.Node]) -> set[ir.Node]:
-    """The nodes that compute in half precision.
+    """Return the nodes that compute in half precision.
 
     Args:
         graph: whose values have types. Inner graphs, as of loops, are left alone.
@@ -61,12 +64,15 @@ def low_region(graph: ir.Graph, kept: Collection[ir.Node]) -> set[ir.Node]:
 
 
 def is_layer(node: ir.Node) -> bool:
-    """Whether a node is a convolution or a product with a constant."""
+    """Return whether a node is a convolution or a product with a constant."""
     return node.op_type in LAYERS and any(is_constant(value) for value in node.inputs[:2])
 
 
 def layer_name(node: ir.Node) -> str:
-    """What a layer is called: as its weight, without what all weights begin and end with; the same at all levels, which share it."""
+    """Return a layer's name: its weight's, without what all weights begin and end with.
+
+    It is the same at all levels, which share the weight.
+    """
     for value in reversed(node.inputs[:2]):
         if is_constant(value):
             while value is not None and (made_by := value.producer()) is not None:
@@ -80,13 +86,13 @@ def layer_name(node: ir.Node) -> str:
 
 
 def is_vector_layer(node: ir.Node) -> bool:
-    """Whether a layer works on one position alone, as attention on pooled values does."""
+    """Return whether a layer works on one position alone, as attention on pooled values does."""
     shape = node.outputs[0].shape
     return node.op_type == "Conv" and shape is not None and tuple(shape[2:]) == (1, 1)
 
 
 def is_constant(value: ir.Value | None) -> bool:
-    """Whether a value is a constant, be it moved around or stored in 8 bits."""
+    """Return whether a value is a constant, be it moved around or stored in 8 bits."""
     if value is None:
         return False
     node = value.producer()
@@ -98,7 +104,10 @@ def is_constant(value: ir.Value | None) -> bool:
 
 
 def typed_inputs(node: ir.Node) -> Iterator[tuple[int, ir.Value]]:
-    """The inputs of a node whose type is that of its arithmetic, by their positions: not indices, shapes, or numbers of 8 bits."""
+    """Yield the inputs of a node that have the type of its arithmetic, with their positions.
+
+    Indices, shapes and 8-bit numbers have another type.
+    """
     assert node.graph is not None
     schema = onnx.defs.get_schema(node.op_type, node.graph.opset_imports[node.domain], node.domain)
     own = (schema.inputs if node.op_type == "QuantizeLinear" else schema.outputs)[0].type_str
@@ -108,19 +117,22 @@ def typed_inputs(node: ir.Node) -> Iterator[tuple[int, ir.Value]]:
 
 
 def _feeds(node: ir.Node, nodes: Collection[ir.Node]) -> bool:
-    """Whether one of the nodes reads what this one makes."""
+    """Return whether one of the nodes reads an output of this one."""
     return any(use.node in nodes for value in node.outputs for use in value.uses())
 
 
 def _feeds_only(node: ir.Node, low: Collection[ir.Node]) -> bool:
-    """Whether a node restores 8-bit numbers, or moves one value, for nodes of low precision alone: then the cast goes before it."""
+    """Return whether a cast for nodes of low precision should go before this node.
+
+    It should where the node restores 8-bit numbers, or moves one value, for these nodes alone.
+    """
     uses = node.outputs[0].uses()
     moves = node.op_type in MOVING | {"DequantizeLinear"} and node.op_type != "Concat"
     return moves and not _interpolates(node) and bool(uses) and all(use.node in low for use in uses)
 
 
 def _merges(node: ir.Node, low: Collection[ir.Node]) -> bool:
-    """Whether a sum makes one value of several of low precision, which would need a cast each."""
+    """Return whether a sum joins several values of low precision, which would need a cast each."""
     return (
         node.op_type in POINTWISE
         and sum(value.producer() in low for _, value in typed_inputs(node)) > 1
@@ -128,7 +140,7 @@ def _merges(node: ir.Node, low: Collection[ir.Node]) -> bool:
 
 
 def _interpolates(node: ir.Node) -> bool:
-    """Whether a Resize computes means, instead of repeating values."""
+    """Return whether a Resize computes means, instead of repeating values."""
     return node.op_type == "Resize" and node.attributes.get_string("mode", "nearest") != "nearest"
 
 
@@ -138,7 +150,7 @@ def _reads_float(node: ir.Node) -> bool:
 
 
 def _joins(node: ir.Node, at_hand: Collection[ir.Value]) -> bool:
-    """Whether a node may work on what is at hand in half precision."""
+    """Return whether a node may compute on the values that are in half precision already."""
     if node.op_type not in FLEXIBLE | {"QuantizeLinear"} or _interpolates(node):
         return False
     reads = [value for _, value in typed_inputs(node)]
@@ -160,9 +172,10 @@ Reader = tuple[ir.Node, int]
 
 
 def lower_nodes(graph: ir.Graph, low: Collection[ir.Node], data_type: ir.DataType) -> int:
-    """Gives nodes a half-precision type; all others keep theirs.
+    """Give nodes a half-precision type; all others keep theirs.
 
-    Values keep their names, constants that only these nodes read are stored in half precision, and outputs of the graph stay float32.
+    Values keep their names, constants that only these nodes read are stored in half precision, and
+    outputs of the graph stay float32.
 
     Args:
         graph: whose values have types.
@@ -172,9 +185,9 @@ def lower_nodes(graph: ir.Graph, low: Collection[ir.Node], data_type: ir.DataTyp
     Returns:
         How many casts were put in.
     """
-    made = low_outputs(graph, low)
-    casts = sum(_widen_elsewhere(graph, value, low, data_type) for value in made)
-    for value in made:
+    outputs = low_outputs(graph, low)
+    casts = sum(_widen_elsewhere(graph, value, low, data_type) for value in outputs)
+    for value in outputs:
         value.type = ir.TensorType(data_type)
     reads: dict[ir.Value, list[Reader]] = {}
     for node in graph:
@@ -187,7 +200,7 @@ def lower_nodes(graph: ir.Graph, low: Collection[ir.Node], data_type: ir.DataTyp
 
 
 def low_outputs(graph: ir.Graph, low: Collection[ir.Node]) -> list[ir.Value]:
-    """The float32 values that these nodes make, in the order of the graph."""
+    """Return the float32 outputs of these nodes, in the order of the graph."""
     return [
         value
         for node in graph
@@ -200,7 +213,10 @@ def low_outputs(graph: ir.Graph, low: Collection[ir.Node]) -> list[ir.Value]:
 def _widen_elsewhere(
     graph: ir.Graph, value: ir.Value, low: Collection[ir.Node], data_type: ir.DataType
 ) -> bool:
-    """Lets readers that are not low read a float32 copy of a value that becomes low; whether that took a cast."""
+    """Let readers that are not low read a float32 copy of a value that becomes low.
+
+    Returns whether that took a cast.
+    """
     readers = [
         (use.node, use.idx)
         for use in value.uses()
@@ -219,7 +235,10 @@ def _widen_elsewhere(
 def _narrow(
     graph: ir.Graph, value: ir.Value, readers: Collection[Reader], data_type: ir.DataType
 ) -> bool:
-    """Lets these readers read a value in half precision: a constant as stored so, else a cast; whether that took one."""
+    """Let these readers read a value in half precision: a constant is stored so, others are cast.
+
+    Returns whether that took a cast.
+    """
     if value.const_value is None:
         _cast(graph, value, data_type, readers)
         return True
@@ -235,7 +254,7 @@ def _narrow(
 def _cast(
     graph: ir.Graph, value: ir.Value, to: ir.DataType, readers: Collection[Reader]
 ) -> ir.Value:
-    """A copy of another type, which these readers then read."""
+    """Return a copy of another type, which these readers then read."""
     node = ir.node("Cast", [value], {"to": to}, name=f"cast_{value.name}{SUFFIXES[to]}")
     cast = node.outputs[0]
     cast.name, cast.type, cast.shape = f"{value.name}{SUFFIXES[to]}", ir.TensorType(to), value.shape
@@ -278,7 +297,7 @@ class PrecisionReport:
     casts: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for the manifest."""
+        """Return plain values for the manifest."""
         return asdict(self) | {"lowered": list(self.lowered)}
 
 
@@ -288,12 +307,14 @@ def lower_precision(
     *,
     keep: Collection[str] | Mapping[str, str] = (),
 ) -> tuple[onnx.ModelProto, PrecisionReport]:
-    """The same graph with its convolutions and products with constants in half precision.
+    """Return the same graph with its convolutions and products with constants in half precision.
 
     Args:
-        model: an exported graph, float32 or with Q/DQ pairs (then what is not 8-bit becomes half precision). Stays as it is.
+        model: an exported graph, float32 or with Q/DQ pairs (then what is not 8-bit becomes half
+            precision). Stays as it is.
         precision: "fp16" or "bf16"; the latter raises the graph's opset to 22.
-        keep: patterns (as of file names) of what stays float32: names of layers, of nodes, of operators, or of values, which keep
+        keep: patterns (as of file names) of what stays float32: names of layers, of nodes, of
+            operators, or of values, which keep
             both who makes and who reads them. A mapping gives the reasons, for the report.
 
     Raises:
@@ -320,7 +341,10 @@ def lower_precision(
 
 
 def half_values(model: onnx.ModelProto, *, keep: Collection[str] = ()) -> tuple[str, ...]:
-    """Names of the values that `lower_precision` would make or read in half precision, constants apart."""
+    """Return the names of the values that `lower_precision` would put in half precision.
+
+    Constants are left out.
+    """
     graph = ir.from_proto(onnx.shape_inference.infer_shapes(model)).graph
     _complete_types(graph)
     low = low_region(graph, _kept_nodes(graph, dict.fromkeys(keep, ""), ir.DataType.FLOAT16))
@@ -340,7 +364,7 @@ def half_values(model: onnx.ModelProto, *, keep: Collection[str] = ()) -> tuple[
 
 
 def _complete_types(graph: ir.Graph) -> None:
-    """Types of values that shape inference leaves open: those of what they are made of."""
+    """Fill in types of values that shape inference leaves open: those of their inputs."""
     for node in graph:
         value = node.outputs[0] if node.outputs else None
         if value is not None and value.type is None:
@@ -356,14 +380,11 @@ def _opset(model: onnx.ModelProto) -> int:
 def _kept_nodes(
     graph: ir.Graph, keep: Mapping[str, str], data_type: ir.DataType
 ) -> dict[ir.Node, str]:
-    """The nodes that must not be lowered, and why."""
+    """Return the nodes that must not be lowered, and why."""
+    check_patterns(graph, keep)
     kept: dict[ir.Node, str] = {}
-    unused = set(keep)
     for node in graph:
-        names = _names(node)
-        fitting = [pattern for pattern in keep if any(fnmatchcase(name, pattern) for name in names)]
-        unused.difference_update(fitting)
-        if fitting:
+        if fitting := _fitting(node, keep):
             kept[node] = f"{fitting[0]}: {keep[fitting[0]]}"
         elif node.op_type == "DeformConv":
             kept[node] = "its sampling positions have the type of its weights"
@@ -371,11 +392,29 @@ def _kept_nodes(
             kept[node] = "works on one position alone"
         elif not _constants_fit(node, data_type):
             kept[node] = "a weight is too large for it, or the scale of 8-bit numbers too small"
-    if unused:
-        raise ToodError(
-            f"nothing in the graph is called {', '.join(sorted(unused))}; expected patterns of layers, nodes, operators or values"
-        )
     return kept
+
+
+def check_patterns(graph: ir.Graph, patterns: Collection[str]) -> None:
+    """Refuse patterns of what stays float32 that fit nothing in a graph.
+
+    Raises:
+        ToodError: there are such patterns.
+    """
+    fitting = {pattern for node in graph for pattern in _fitting(node, patterns)}
+    if unused := sorted(set(patterns) - fitting):
+        raise ToodError(
+            f"nothing in the graph is called {', '.join(unused)}; "
+            "expected patterns of layers, nodes, operators or values"
+        )
+
+
+def _fitting(node: ir.Node, patterns: Collection[str]) -> list[str]:
+    """Return the patterns that fit a node, its layer, its operator or one of its values."""
+    if not patterns:
+        return []
+    names = _names(node)
+    return [pattern for pattern in patterns if any(fnmatchcase(name, pattern) for name in names)]
 
 
 def _names(node: ir.Node) -> list[str]:
@@ -386,7 +425,7 @@ def _names(node: ir.Node) -> list[str]:
 
 
 def _constants_fit(node: ir.Node, data_type: ir.DataType) -> bool:
-    """Whether half precision holds the weights of a layer, or the scale of a Q/DQ node."""
+    """Return whether half precision holds the weights of a layer, or the scale of a Q/DQ node."""
     limits = ml_dtypes.finfo(NUMPY_TYPES[data_type])
     if node.op_type in (
         "QuantizeLinear",
@@ -410,7 +449,10 @@ def _constants(values: Sequence[ir.Value | None]) -> list[NDArray[Any]]:
 
 
 def emulate_low_precision(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A graph that gives what a graph of `lower_precision` gives, and needs no operator in half precision but Cast."""
+    """Return a graph that computes what a graph of `lower_precision` does, by casts alone.
+
+    It needs no operator in half precision but Cast.
+    """
     emulated = ir.from_proto(model)
     graph = emulated.graph
     for value in graph.initializers.values():
@@ -427,7 +469,10 @@ def emulate_low_precision(model: onnx.ModelProto) -> onnx.ModelProto:
 def _compute_in_float32(
     graph: ir.Graph, node: ir.Node, value: ir.Value, data_type: ir.DataType
 ) -> None:
-    """Makes a node's output float32, and rounded, unless the node only moves numbers that are rounded already."""
+    """Make a node's output float32, and rounded.
+
+    Where the node only moves numbers, they are rounded already.
+    """
     name, readers = value.name, value.uses()
     if node.op_type != "Cast":
         value.type = ir.TensorType(ir.DataType.FLOAT)

@@ -1,10 +1,13 @@
-"""INT8 by explicit Q/DQ pairs: a float32 graph and the ranges of its values in, the same graph with 8-bit convolutions out.
+"""Write INT8 into an ONNX graph, by explicit Q/DQ pairs.
 
-Weights are symmetric int8 a channel and stored as such, activations 8-bit a tensor, biases stay float32. What is quantised and where the
-pairs go is `quantizable`'s to say. Knows no runtime: TensorRT takes scheme "s8s8", the CPU's runtimes "u8s7" or "u8s8".
+Comes in: a float32 graph and the ranges of its values. Goes out: the same graph with 8-bit
+convolutions. Weights are symmetric int8 for each channel and stored as such, activations 8-bit for
+each tensor, biases stay float32. Knows no runtime: TensorRT takes scheme "s8s8", the CPU's runtimes
+"u8s7" or "u8s8".
 
-CPUs without VNNI instructions add two products of uint8 and int8 in 16 bits, which saturate at 32767: with "u8s8" they give wrong sums.
-"u8s7" spends the weights' levels so that the two largest of a channel add up to no more than 128: 255 * 128 fits, whichever two meet.
+CPUs without VNNI instructions add two products of uint8 and int8 in 16 bits, which saturate at
+32767: with "u8s8" they give wrong sums. "u8s7" spends the weights' levels so that the two largest
+of a channel add up to no more than 128: 255 * 128 fits, whichever two meet.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import onnx
@@ -20,13 +23,15 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from tood_deploy.errors import ToodError
+from tood_deploy.export.config import Scheme
 from tood_deploy.export.precision.half import layer_name
 
 Reader = tuple[ir.Node, int]  # who reads a value: a node, and the position among its inputs
 Pairs = dict[ir.Value, dict[Reader, None]]
 
 CHANNEL_AXES = {"Conv": 0, "MatMul": -1}  # of the weight's output channels
-# What gives scores, distances and offsets, where a cell moves by its error; and the attention, which works on one number a channel.
+# What gives scores, distances and offsets, where a cell moves by its error; and the attention,
+# which works on one number a channel.
 ALWAYS_FLOAT = (
     "*.tood_cls",
     "*.tood_reg",
@@ -42,7 +47,8 @@ class Layer:
     """A convolution or matrix product with a constant.
 
     Attributes:
-        name: of its weight, without what all weights begin and end with; the same at all levels, which share it.
+        name: of its weight, without what all weights begin and end with; the same at all levels,
+            which share it.
         node: in the graph.
         weight: the constant.
     """
@@ -53,13 +59,13 @@ class Layer:
 
     @property
     def channel_axis(self) -> int:
-        """The weight's axis of output channels."""
+        """Return the weight's axis of output channels."""
         assert self.weight.shape is not None
         return CHANNEL_AXES[self.node.op_type] % len(self.weight.shape)
 
 
 def all_layers(graph: ir.Graph) -> list[Layer]:
-    """Every layer that may become 8-bit, in the order of the graph."""
+    """Return every layer that may become 8-bit, in the order of the graph."""
     layers = []
     for node in graph:
         weight = node.inputs[1] if node.op_type in CHANNEL_AXES else None
@@ -73,7 +79,7 @@ def all_layers(graph: ir.Graph) -> list[Layer]:
 
 
 def choose_layers(graph: ir.Graph, keep: Collection[str]) -> list[Layer]:
-    """The layers that become 8-bit: all but those that `keep` names.
+    """Return the layers that become 8-bit: all but those that `keep` names.
 
     Raises:
         ToodError: a pattern of `keep` fits no layer.
@@ -84,7 +90,8 @@ def choose_layers(graph: ir.Graph, keep: Collection[str]) -> list[Layer]:
         pattern for pattern in keep if not any(fnmatchcase(name, pattern) for name in names)
     ]:
         raise ToodError(
-            f"no 8-bit layer is called {', '.join(strangers)}; expected patterns of {', '.join(names)}"
+            f"no 8-bit layer is called {', '.join(strangers)}; expected patterns of "
+            f"{', '.join(names)}"
         )
     return [layer for layer in layers if not _fits(layer.name, keep)]
 
@@ -94,15 +101,19 @@ def _fits(name: str, patterns: Collection[str]) -> bool:
 
 
 def place_pairs(layers: Collection[Layer], everywhere: bool) -> Pairs:
-    """The values that get a Q/DQ pair, each with those who read from behind it.
+    """Return the values that get a Q/DQ pair, each with those who read from behind it.
 
-    One pair serves all readers of a value. It stands before a pooling or an enlargement, not behind, so that these work on 8 bits, too.
-    Of a sum, TensorRT fuses one side, the output of a convolution, which then has no pair, and reads the other in 8 bits.
+    One pair serves all readers of a value. It stands before a pooling or an enlargement, not
+    behind, so that these work on 8 bits, too.
+    Of a sum, TensorRT fuses one side, the output of a convolution, which then has no pair, and
+    reads the other in 8 bits.
 
     Args:
         layers: that become 8-bit.
-        everywhere: also behind every layer: ONNX Runtime computes in 8 bits only between two pairs, OpenVINO fuses sums only between
-            two, and what comes between layers, as normalisation does, then moves a quarter of the bytes.
+        everywhere: also behind every layer: ONNX Runtime computes in 8 bits only between two pairs,
+            OpenVINO fuses sums only between
+            two, and what comes between layers, as normalisation does, then moves a quarter of the
+            bytes.
     """
     pairs: Pairs = {}
     for layer in layers:
@@ -122,7 +133,10 @@ def _add(pairs: Pairs, reader: Reader) -> None:
 
 
 def _origin(reader: Reader) -> tuple[ir.Value, Reader]:
-    """The value whose pair gives this reader 8-bit numbers, and who must read from behind that pair."""
+    """Return the value whose Q/DQ pair serves a reader, and the reader behind that pair.
+
+    They differ from the value that is read where a pooling or an enlargement lies between.
+    """
     value = reader[0].inputs[reader[1]]
     assert value is not None
     made_by = value.producer()
@@ -134,14 +148,18 @@ def _origin(reader: Reader) -> tuple[ir.Value, Reader]:
 
 
 def _is_transparent(node: ir.Node) -> bool:
-    """Whether its output holds numbers of its input, unchanged."""
+    """Return whether a node's output holds numbers of its input, unchanged."""
     return node.op_type == "MaxPool" or (
         node.op_type == "Resize" and node.attributes.get_string("mode", "nearest") == "nearest"
     )
 
 
 def _summands(layers: Collection[Layer]) -> Iterator[tuple[Reader, bool]]:
-    """The sides of sums beside the output of a layer that nobody else reads, and whether they are such outputs before a ReLU, too."""
+    """Yield the other operand of every sum that a layer's output goes into, for a Q/DQ pair.
+
+    Only layers whose output has no other reader count. With each operand comes whether both
+    operands are such outputs and the sum is followed by a ReLU alone.
+    """
     own = dict.fromkeys(
         layer.node for layer in layers if len(layer.node.outputs[0].uses()) == 1
     )  # in order: the same graph every time
@@ -159,14 +177,14 @@ def _summands(layers: Collection[Layer]) -> Iterator[tuple[Reader, bool]]:
 
 
 def _activated(layer: Layer) -> ir.Value:
-    """What a layer gives, behind its ReLU where that follows at once."""
+    """Return a layer's output, behind its ReLU where that follows at once."""
     value = layer.node.outputs[0]
     readers = [use.node for use in value.uses()]
     return readers[0].outputs[0] if [node.op_type for node in readers] == ["Relu"] else value
 
 
 def _readers(value: ir.Value, layers: Collection[ir.Node]) -> dict[Reader, None]:
-    """All that read a value but layers that stay float32."""
+    """Return all that read a value, without layers that stay float32."""
     return {
         (use.node, use.idx): None
         for use in value.uses()
@@ -174,8 +192,6 @@ def _readers(value: ir.Value, layers: Collection[ir.Node]) -> dict[Reader, None]
     }
 
 
-Scheme = Literal["s8s8", "u8s8", "u8s7"]
-SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
 Ranges = Mapping[str, tuple[float, float]]
 
 WEIGHT_LEVELS = 127  # -128 stays unused, so that the range is symmetric
@@ -193,12 +209,14 @@ class Parameters:
 def quantize(
     model: onnx.ModelProto, ranges: Ranges, *, scheme: Scheme, keep: Collection[str] = ()
 ) -> onnx.ModelProto:
-    """The same graph with its convolutions and products with constants in 8 bits.
+    """Return the same graph with its convolutions and products with constants in 8 bits.
 
     Args:
         model: an exported float32 graph.
-        ranges: lowest and highest value of every activation that `calibrated_values` names, by name.
-        scheme: "s8s8" has symmetric int8 activations (zero point 0), "u8s8" uint8 ones: zero point 0 where no value is negative;
+        ranges: lowest and highest value of every activation that `calibrated_values` names, by
+            name.
+        scheme: "s8s8" has symmetric int8 activations (zero point 0), "u8s8" uint8 ones: zero point
+            0 where no value is negative;
             "u8s7" is "u8s8" with weights that no CPU saturates on.
         keep: patterns (as of file names) of layers that stay float32, besides those that always do.
 
@@ -221,7 +239,10 @@ def quantize(
 
 
 def calibrated_values(model: onnx.ModelProto) -> tuple[str, ...]:
-    """Names of the activations whose ranges `quantize` may ask for, whatever the scheme and whatever it keeps."""
+    """Return the names of the activations whose ranges `quantize` may need.
+
+    They cover every scheme, and every choice of layers to keep.
+    """
     return tuple(
         value.name or ""
         for value in place_pairs(all_layers(ir.from_proto(model).graph), everywhere=True)
@@ -229,7 +250,7 @@ def calibrated_values(model: onnx.ModelProto) -> tuple[str, ...]:
 
 
 def activation_parameters(low: float, high: float, scheme: Scheme) -> Parameters:
-    """Scale and zero point of an activation whose values lie between `low` and `high`; zero is always exact."""
+    """Return scale and zero point of an activation between `low` and `high`; zero stays exact."""
     low, high = min(low, 0.0), max(high, 0.0)
     if scheme == "s8s8":
         return Parameters(_scale(max(-low, high) / 127), np.array(0, np.int8))
@@ -238,7 +259,7 @@ def activation_parameters(low: float, high: float, scheme: Scheme) -> Parameters
 
 
 def weight_parameters(weight: NDArray[np.float32], axis: int, scheme: Scheme) -> Parameters:
-    """Symmetric scales of a weight, one for each of its output channels, which lie along `axis`."""
+    """Return symmetric scales of a weight, one for each output channel along `axis`."""
     sizes = np.sort(np.abs(np.moveaxis(weight, axis, 0).reshape(weight.shape[axis], -1)), axis=1)
     scale = sizes[:, -1] / WEIGHT_LEVELS
     if scheme == "u8s7":
@@ -248,7 +269,7 @@ def weight_parameters(weight: NDArray[np.float32], axis: int, scheme: Scheme) ->
 
 
 def _scale(scale: Any) -> NDArray[np.float32]:
-    """As float32; 1 where all values are zero."""
+    """Return a scale as float32; 1 where all values are zero."""
     scale = np.asarray(scale, np.float32)
     return np.where(scale > np.finfo(np.float32).tiny, scale, np.float32(1))
 
@@ -256,7 +277,7 @@ def _scale(scale: Any) -> NDArray[np.float32]:
 def _insert_pair(
     graph: ir.Graph, value: ir.Value, readers: Collection[Reader], parameters: Parameters
 ) -> None:
-    """A Q/DQ pair behind a value, from which `readers` then read."""
+    """Insert a Q/DQ pair behind a value, from which `readers` then read."""
     constants = _constants(graph, f"{value.name}_", parameters)
     quantized = ir.node("QuantizeLinear", [value, *constants], name=f"{value.name}_quantize")
     restored = ir.node(
@@ -276,7 +297,7 @@ def _insert_pair(
 
 
 def _quantize_weights(graph: ir.Graph, layers: Collection[Layer], scheme: Scheme) -> None:
-    """Every weight as int8 and its way back; layers of several levels share them."""
+    """Store every weight as int8 with its way back; layers of several levels share them."""
     restored: dict[str, ir.Value] = {}
     for layer in layers:
         name = layer.weight.name

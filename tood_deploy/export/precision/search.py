@@ -1,8 +1,12 @@
-"""The fastest mixture of precisions whose quality stays. Knows no runtime: building, speed and quality are handed in.
+"""Search the fastest mixture of precisions whose quality stays.
 
-First from above: where the fastest uniform precision loses too much, groups of layers are raised until it does not, those first that give
-back most quality for their time. Then from below: changes of single groups that gain time are put together, those first that gain most
-for what they lose. Nothing is left to chance: the same measurements give the same mixture.
+Comes in: groups of layers, precisions, and functions that build, measure and evaluate. Goes out:
+the best mixture with all trials. Knows no runtime.
+
+First from above: where the fastest uniform precision loses too much, groups of layers are raised
+until it does not, those first that give back most quality for their time. Then from below: changes
+of single groups that gain time are combined, those first that gain most for what they lose. Nothing
+is random: the same measurements give the same mixture.
 """
 
 from __future__ import annotations
@@ -16,8 +20,10 @@ from typing import Any, Generic, TypeVar
 from rich.table import Table
 
 from tood_deploy.errors import ToodError
+from tood_deploy.reporter import Reporter
 
-LEAST_LOSS = 1e-3  # counts as lost at least, so that changes that cost nothing have an order too: by the time they gain
+# Counts as lost at least, so that changes that cost nothing are ordered by the time they gain.
+MIN_LOSS = 1e-3
 MIN_GAIN = 0.01
 BACKTRACKS = 3
 
@@ -41,22 +47,22 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Tuned:
-    """What a search found: the best mixture, and all trials in their order."""
+class SearchResult:
+    """The outcome of a search: the best mixture, and all trials in their order."""
 
     best: Trial
     trials: tuple[Trial, ...]
 
     def groups_in(self, precision: str) -> tuple[str, ...]:
-        """The groups that the best mixture has in a precision."""
-        return tuple(group for group, found in self.best.mixture.items() if found == precision)
+        """Return the groups that the best mixture has in a precision."""
+        return tuple(group for group, own in self.best.mixture.items() if own == precision)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for the manifest."""
+        """Return plain values for the manifest."""
         return {"best": asdict(self.best), "trials": [asdict(trial) for trial in self.trials]}
 
     def table(self) -> Table:
-        """All trials as a table to print, the best one marked."""
+        """Return all trials as a table to print, the best one marked."""
         table = Table("trial", "mixture", "latency (ms)", "drop", title="mixtures of precision")
         for number, trial in enumerate(self.trials, start=1):
             drop = "-" if trial.drop is None else f"{trial.drop:.3f}"
@@ -72,58 +78,63 @@ class Tuned:
 
 
 @dataclass(frozen=True)
-class Hands(Generic[Model]):
-    """What a search needs done.
+class TrialSteps(Generic[Model]):
+    """The steps of a trial.
 
     Attributes:
         build: makes the model of a mixture.
-        measure: its latency in milliseconds, of the runtime that it is for.
-        evaluate: how much worse than the reference it is, in points of AP or per cent of detections; not asked of the reference.
-        say: told one line for every trial.
+        measure: returns its latency in milliseconds, in the runtime that it is for.
+        evaluate: returns how much worse than the reference it is, in points of AP or per cent of
+            detections; never called for the reference.
+        reporter: of every trial.
     """
 
     build: Callable[[Mixture], Model]
     measure: Callable[[Model], float]
     evaluate: Callable[[Model], float]
-    say: Callable[[str], None]
+    reporter: Reporter
 
 
 def autotune(
     groups: Sequence[str],
     precisions: Sequence[str],
-    hands: Hands[Any],
+    steps: TrialSteps[Any],
     *,
     max_drop: float,
     ranked: Sequence[str] = (),
     min_gain: float = MIN_GAIN,
     backtracks: int = BACKTRACKS,
-) -> Tuned:
-    """Searches for the fastest mixture.
+) -> SearchResult:
+    """Search for the fastest mixture.
 
     Args:
         groups: of layers, in the order of the network.
         precisions: the reference first.
-        hands: what does the work.
-        max_drop: the most that quality may drop, as `hands.evaluate` counts.
-        ranked: groups in the order in which they should be raised, the most sensitive first; measured where not given.
+        steps: do the work.
+        max_drop: the most that quality may drop, as `steps.evaluate` counts.
+        ranked: groups in the order in which they should be raised, the most sensitive first;
+            measured where not given.
         min_gain: a change must make it faster by this share; less is noise.
-        backtracks: how often the change with the least gain per loss may be taken back for a later one.
+        backtracks: how often the change with the least gain per loss may be taken back for a later
+            one.
 
     Raises:
-        ToodError: a limit below zero, nothing to choose from, the same name twice, or an unknown one.
+        ToodError: a limit below zero, nothing to choose from, the same name twice, or an unknown
+            one.
     """
     _check(groups, precisions, ranked, max_drop)
-    search = _Search(groups, precisions, hands, max_drop, min_gain)
+    search = _Search(groups, precisions, steps, max_drop, min_gain)
     start, fastest = search.uniform()
     if not search.is_good(fastest):
         search.raise_groups(fastest, start, ranked or search.rank_raises(fastest, start))
     start = search.best_known()
     search.combine(start, search.single_changes(start), backtracks)
     best = search.best_known()
-    hands.say(
-        f"best of {len(search.trials)}: {describe_mixture(best.mixture)}; {best.latency_ms:.3f} ms, drop {best.drop:.3f}"
+    steps.reporter.info(
+        f"best of {len(search.trials)}: {describe_mixture(best.mixture)}; "
+        f"{best.latency_ms:.3f} ms, drop {best.drop:.3f}"
     )
-    return Tuned(best, tuple(search.trials.values()))
+    return SearchResult(best, tuple(search.trials.values()))
 
 
 def _check(
@@ -132,18 +143,20 @@ def _check(
     for what, names in (("groups", groups), ("precisions", precisions)):
         if len(set(names)) != len(names) or not names:
             raise ToodError(
-                f"{what} are {', '.join(names) or 'none'}; expected at least one, none of them twice"
+                f"{what} are {', '.join(names) or 'none'}; expected at least one, none of them "
+                "twice"
             )
     if strangers := [group for group in ranked if group not in groups]:
         raise ToodError(
-            f"ranked are {', '.join(strangers)}, which are no groups; expected some of {', '.join(groups)}"
+            f"ranked are {', '.join(strangers)}, which are no groups; "
+            f"expected some of {', '.join(groups)}"
         )
     if max_drop < 0:
         raise ToodError(f"the largest drop is {max_drop}; expected 0 or more")
 
 
 def describe_mixture(mixture: Mixture) -> str:
-    """A mixture in words: its most frequent precision, and what differs."""
+    """Return a mixture in words: its most frequent precision, and what differs."""
     common = Counter(mixture.values()).most_common(1)[0][0]
     others: dict[str, list[str]] = {}
     for group, precision in mixture.items():
@@ -159,16 +172,20 @@ class _Search:
         self,
         groups: Sequence[str],
         precisions: Sequence[str],
-        hands: Hands[Any],
+        steps: TrialSteps[Any],
         max_drop: float,
         min_gain: float,
     ) -> None:
-        self.groups, self.precisions, self.hands = groups, precisions, hands
+        self.groups, self.precisions, self.steps = groups, precisions, steps
         self.max_drop, self.min_gain = max_drop, min_gain
         self.trials: dict[tuple[str, ...], Trial] = {}
 
     def uniform(self) -> tuple[Trial, Trial]:
-        """Of the mixtures of one precision alone, the fastest that is good enough, as the reference always is; and the fastest of all."""
+        """Try the mixtures of one precision alone.
+
+        Returns:
+            The fastest that is good enough, as the reference always is; and the fastest of all.
+        """
         best = fastest = self.trial(dict.fromkeys(self.groups, self.precisions[0]), None)
         for precision in self.precisions[1:]:
             trial = self.trial(dict.fromkeys(self.groups, precision), best)
@@ -177,7 +194,12 @@ class _Search:
         return best, fastest
 
     def rank_raises(self, fastest: Trial, start: Trial) -> list[str]:
-        """The groups in order of the quality that each gives back for its time, if it alone of the fastest mixture is as in `start`."""
+        """Return the groups in order of the quality that raising each gives back for its time.
+
+        Args:
+            fastest: the fastest mixture, of which one group at a time is raised.
+            start: the mixture whose precision that group gets.
+        """
         ratios: dict[str, float] = {}
         for group in self.groups:
             trial = self.trial({**fastest.mixture, group: start.mixture[group]}, start)
@@ -190,7 +212,13 @@ class _Search:
         return sorted(ratios, key=lambda group: -ratios[group])
 
     def raise_groups(self, fastest: Trial, start: Trial, order: Sequence[str]) -> None:
-        """Tries the fastest mixture with one group after the other as in `start`, until it is good enough or no faster than that."""
+        """Raise one group of the fastest mixture after the other, until it is good enough.
+
+        Args:
+            fastest: the fastest mixture.
+            start: whose precision the groups get; a mixture no faster than this one ends it, too.
+            order: of the groups.
+        """
         mixture = dict(fastest.mixture)
         for group in order:
             mixture[group] = start.mixture[group]
@@ -199,57 +227,72 @@ class _Search:
                 return
 
     def single_changes(self, start: Trial) -> list[tuple[str, str]]:
-        """The changes of one group, not back to the reference, that alone gain time and lose little enough; the best ratio first."""
+        """Return the changes of one group that gain time and lose little enough, best ratio first.
+
+        Changes back to the reference are left out.
+        """
         ratios: dict[tuple[str, str], float] = {}
         for group in self.groups:
             for precision in self.precisions[1:]:
                 trial = self.trial({**start.mixture, group: precision}, start)
                 if trial is not start and self.is_better(trial, start):
                     ratios[group, precision] = (start.latency_ms - trial.latency_ms) / max(
-                        _loss(start, trial), LEAST_LOSS
+                        _loss(start, trial), MIN_LOSS
                     )
         return sorted(ratios, key=lambda change: -ratios[change])
 
     def combine(self, start: Trial, changes: Sequence[tuple[str, str]], backtracks: int) -> None:
-        """Tries changes together, taken in their order; one that loses too much may replace the last that was taken."""
+        """Combine changes in their order; one that loses too much may replace the last one.
+
+        Args:
+            start: the mixture to change.
+            changes: pairs of a group and its precision.
+            backtracks: how often a change may replace the last one.
+        """
         best, taken = start, dict[str, str]()
         for group, precision in changes:
-            wanted = {**taken, group: precision}
-            trial = self.trial({**start.mixture, **wanted}, best)
+            changed = {**taken, group: precision}
+            trial = self.trial({**start.mixture, **changed}, best)
             if trial.drop is not None and not self.is_good(trial) and backtracks and taken:
                 backtracks -= 1
-                wanted = {**dict(list(taken.items())[:-1]), group: precision}
-                trial = self.trial({**start.mixture, **wanted}, best)
+                changed = {**dict(list(taken.items())[:-1]), group: precision}
+                trial = self.trial({**start.mixture, **changed}, best)
             if self.is_better(trial, best):
-                best, taken = trial, wanted
+                best, taken = trial, changed
 
     def best_known(self) -> Trial:
-        """Of all trials that are good enough, the fastest."""
+        """Return the fastest of all trials that are good enough."""
         return min(filter(self.is_good, self.trials.values()), key=lambda trial: trial.latency_ms)
 
     def is_better(self, trial: Trial, than: Trial) -> bool:
-        """Whether a trial is good enough, and faster than another by more than noise."""
+        """Return whether a trial is good enough, and faster than another by more than noise."""
         return self.is_good(trial) and self.is_faster(trial.latency_ms, than)
 
     def is_good(self, trial: Trial) -> bool:
-        """Whether a trial's quality is known and good enough."""
+        """Return whether a trial's quality is known and good enough."""
         return trial.drop is not None and trial.drop <= self.max_drop
 
     def is_faster(self, latency_ms: float, than: Trial) -> bool:
-        """Whether a latency is lower than that of a trial by more than noise."""
+        """Return whether a latency is lower than that of a trial by more than noise."""
         return latency_ms < than.latency_ms * (1 - self.min_gain)
 
     def trial(self, mixture: Mixture, than: Trial | None) -> Trial:
-        """Measures a mixture, once; its quality only where it is faster than another trial. None: the reference itself."""
+        """Measure a mixture, once; its quality only where it is faster than another trial.
+
+        Args:
+            mixture: a precision for every group.
+            than: the trial to be faster than; None for the reference itself.
+        """
         key = tuple(mixture[group] for group in self.groups)
         if key not in self.trials:
-            model = self.hands.build(mixture)
-            latency_ms = self.hands.measure(model)
+            model = self.steps.build(mixture)
+            latency_ms = self.steps.measure(model)
             worth_it = than is not None and self.is_faster(latency_ms, than)
-            drop = 0.0 if than is None else self.hands.evaluate(model) if worth_it else None
+            drop = 0.0 if than is None else self.steps.evaluate(model) if worth_it else None
             self.trials[key] = Trial(dict(mixture), latency_ms, drop)
-            self.hands.say(
-                f"trial {len(self.trials)}: {describe_mixture(mixture)}; {latency_ms:.3f} ms, {self._verdict(drop)}"
+            self.steps.reporter.info(
+                f"trial {len(self.trials)}: {describe_mixture(mixture)}; {latency_ms:.3f} ms, "
+                f"{self._verdict(drop)}"
             )
         return self.trials[key]
 

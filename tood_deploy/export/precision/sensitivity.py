@@ -1,4 +1,8 @@
-"""Which layers lose most when they become 8-bit, measured one by one, and the fewest that must stay float32 for a wanted quality."""
+"""Measure which layers lose most in 8 bits, and choose the fewest that must stay float32.
+
+Comes in: a float32 graph, ranges of its values, images. Goes out: layers by the damage that 8 bits
+do to them, and graphs of mixed precision. Knows neither files nor targets.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +31,9 @@ from tood_deploy.export.precision.quantize import Ranges, Scheme, all_layers, qu
 from tood_deploy.graph_io import HEAD_OUTPUTS, INPUTS, OUTPUTS, graph_feeds
 from tood_deploy.matching import NetDetections, box_iou, match_boxes, split_batch
 from tood_deploy.onnx_file import needs_float_arithmetic, open_session
+from tood_deploy.reporter import Reporter
 
-MOST_TOLD = 5
+REPORTED = 5  # of the most sensitive groups, in a line
 
 Maps = list[NDArray[Any]]
 Prepared = tuple[
@@ -42,7 +47,8 @@ class Sensitivity:
 
     Attributes:
         group: a pattern that fits the names of its layers.
-        damage: how far the head's maps move where the reference finds something: the change of the score plus the loss of overlap,
+        damage: how far the head's maps move where the reference finds something: the change of the
+            score plus the loss of overlap,
             averaged over cells by the square of their best score. 0 where nothing moves.
     """
 
@@ -67,12 +73,15 @@ class KeptLayers:
     ranked: tuple[Sensitivity, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for the manifest."""
+        """Return plain values for the manifest."""
         return asdict(self)
 
 
 def layer_groups(model: onnx.ModelProto) -> tuple[str, ...]:
-    """Patterns of the layers that are measured together, in the order of the network: one layer, or the parts of one that was cut."""
+    """Return patterns of the layers that are measured together, in the order of the network.
+
+    A group is one layer, or the parts of one that was cut.
+    """
     names = dict.fromkeys(layer.name for layer in all_layers(ir.from_proto(model).graph))
     return tuple(dict.fromkeys(re.sub(r"\.\d+$", ".*", name) for name in names))
 
@@ -83,56 +92,60 @@ def measure_sensitivity(
     images: Sequence[Prepared],
     *,
     scheme: Scheme,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    reporter: Reporter | None = None,
 ) -> list[Sensitivity]:
-    """The damage of every group of layers, the largest first.
+    """Return the damage of every group of layers, the largest first.
 
     Args:
         model: an exported float32 graph.
         ranges: of its activations.
         images: to measure on; two or three will do for the order.
         scheme: see `quantize`.
-        progress: called with how many groups are done and how many there are.
+        reporter: of progress.
     """
     groups = layer_groups(model)
     references = _head_maps(model, images)
-    found = []
-    for done, group in enumerate(groups, start=1):
+    measured = []
+    reporter = reporter or Reporter.silent()
+    for group in reporter.track(groups, "measuring layers"):
         others = [other for other in groups if other != group]
         maps = _head_maps(quantize(model, ranges, scheme=scheme, keep=others), images)
         damages = [
             map_damage(reference, moved) for reference, moved in zip(references, maps, strict=True)
         ]
-        found.append(Sensitivity(group, float(np.mean(damages))))
-        progress(done, len(groups))
-    return sorted(found, key=lambda one: -one.damage)
+        measured.append(Sensitivity(group, float(np.mean(damages))))
+    return sorted(measured, key=lambda one: -one.damage)
 
 
 def choose_kept(
     ranked: Sequence[Sensitivity],
     drop_of: Callable[[Collection[str]], float],
     max_drop: float,
-    say: Callable[[str], None],
+    reporter: Reporter,
 ) -> KeptLayers:
-    """The fewest of the most sensitive layers that must stay float32, by doubling their number and then halving the interval.
+    """Return the fewest of the most sensitive layers that must stay float32.
+
+    Their number is doubled until it is enough, and the last interval then halved.
 
     Args:
         ranked: as `measure_sensitivity` gives them.
-        drop_of: makes all layers 8-bit but those of these patterns, and tells how much worse that is.
+        drop_of: makes all layers 8-bit but those of these patterns, and returns how much worse
+            that is.
         max_drop: the most it may be.
-        say: told the first of the list, and one line for every trial.
+        reporter: of the first of the list, and of every trial.
     """
     groups = [one.group for one in ranked]
-    say(
+    reporter.info(
         "most sensitive to 8 bits: "
-        + ", ".join(f"{one.group} {one.damage:.4f}" for one in ranked[:MOST_TOLD])
+        + ", ".join(f"{one.group} {one.damage:.4f}" for one in ranked[:REPORTED])
     )
     drops: dict[int, float] = {}
 
     def is_enough(count: int) -> bool:
         drops[count] = drop_of(tuple(groups[:count])) if count < len(groups) else 0.0
-        say(
-            f"{count} of {len(groups)} groups of layers stay float32: {drops[count]:.3f} worse, at most {max_drop:g} allowed"
+        reporter.info(
+            f"{count} of {len(groups)} groups of layers stay float32: {drops[count]:.3f} worse, "
+            f"at most {max_drop:g} allowed"
         )
         return drops[count] <= max_drop
 
@@ -145,13 +158,13 @@ def choose_kept(
     return KeptLayers(tuple(groups[:count]), drops[count], tuple(drops.items()), tuple(ranked))
 
 
-def map_damage(reference: Maps, found: Maps) -> float:
-    """How far the maps of one image are from the reference: see `Sensitivity.damage`."""
+def map_damage(reference: Maps, measured: Maps) -> float:
+    """Return how far the maps of one image are from the reference: see `Sensitivity.damage`."""
     total, weights = 0.0, 0.0
     half = len(HEAD_OUTPUTS) // 2
     for i in range(half):
-        scores, moved = (_by_cell(maps[i]) for maps in (reference, found))
-        boxes, moved_boxes = (_by_cell(maps[half + i]) for maps in (reference, found))
+        scores, moved = (_by_cell(maps[i]) for maps in (reference, measured))
+        boxes, moved_boxes = (_by_cell(maps[half + i]) for maps in (reference, measured))
         weight = np.square(scores.max(axis=1))
         damage = np.abs(scores - moved).max(axis=1) + 1 - box_iou(boxes, moved_boxes)
         total += float((weight * damage).sum())
@@ -160,16 +173,16 @@ def map_damage(reference: Maps, found: Maps) -> float:
 
 
 def _by_cell(values: NDArray[Any]) -> NDArray[np.float64]:
-    """(cells, channels) of a map (1, channels, h, w)."""
+    """Return (cells, channels) of a map (1, channels, h, w)."""
     return values[0].reshape(values.shape[1], -1).T.astype(np.float64)
 
 
 def _head_maps(model: onnx.ModelProto, images: Sequence[Prepared]) -> list[Maps]:
-    """What the head says of every image; candidates and suppression are left out."""
+    """Return the head's maps of every image; candidates and suppression are left out."""
     whole = ir.from_proto(model)
-    made = {value.name: value for node in whole.graph for value in node.outputs}
+    by_name = {value.name: value for node in whole.graph for value in node.outputs}
     part = ir.convenience.extract(
-        whole.graph, whole.graph.inputs[:2], [made[name] for name in HEAD_OUTPUTS]
+        whole.graph, whole.graph.inputs[:2], [by_name[name] for name in HEAD_OUTPUTS]
     )
     proto = ir.to_proto(ir.Model(part, ir_version=whole.ir_version))
     session = open_session(
@@ -179,8 +192,8 @@ def _head_maps(model: onnx.ModelProto, images: Sequence[Prepared]) -> list[Maps]
         dict(zip(INPUTS, (image[None], np.array([valid_hw], np.int32)), strict=False))
         for image, valid_hw in images
     ]
-    found: Any = [session.run(list(HEAD_OUTPUTS), values) for values in inputs]
-    return found
+    maps: Any = [session.run(list(HEAD_OUTPUTS), values) for values in inputs]
+    return maps
 
 
 NAME_PARTS = 2  # of a layer's name: "backbone.layer3", "bbox_head.inter_convs"
@@ -189,7 +202,7 @@ Quantize = Callable[[onnx.ModelProto, Collection[str]], onnx.ModelProto]
 
 
 def network_parts(model: onnx.ModelProto) -> dict[str, tuple[str, ...]]:
-    """The names of a network's layers by the part of the network that they belong to, in the order of the network."""
+    """Return the names of a network's layers by the part that they belong to, in order."""
     parts: dict[str, dict[str, None]] = {}
     for node in ir.from_proto(model).graph:
         if is_layer(node) and not is_vector_layer(node):
@@ -201,7 +214,10 @@ def network_parts(model: onnx.ModelProto) -> dict[str, tuple[str, ...]]:
 def rank_parts(
     parts: Mapping[str, Sequence[str]], sensitivities: Sequence[Sensitivity]
 ) -> tuple[str, ...]:
-    """The parts in order of the damage that 8 bits do to all their layers together, the largest first; see `measure_sensitivity`."""
+    """Return the parts by the damage that 8 bits do to all their layers, the largest first.
+
+    See `measure_sensitivity`.
+    """
     damages = {
         part: sum(
             one.damage
@@ -221,13 +237,14 @@ def mix_precisions(
     quantize: Quantize | None = None,
     beside_int8: LowPrecision | None = None,
 ) -> onnx.ModelProto:
-    """The graph with a precision for every part.
+    """Return the graph with a precision for every part.
 
     Args:
         model: an exported float32 graph.
         mixture: "fp32", "int8", and one of "fp16" and "bf16", by part.
         parts: names of the layers by part, as of `network_parts`.
-        quantize: makes all layers 8-bit but those whose names are given, and others that it knows to be sensitive; needed for int8.
+        quantize: makes all layers 8-bit but those whose names are given, and others that it knows
+            to be sensitive; needed for int8.
         beside_int8: what computes, of parts in int8, what cannot be 8-bit; float32 where not given.
 
     Raises:
@@ -235,9 +252,7 @@ def mix_precisions(
     """
 
     def layers_in(precision: str) -> list[str]:
-        return [
-            name for part, found in mixture.items() if found == precision for name in parts[part]
-        ]
+        return [name for part, own in mixture.items() if own == precision for name in parts[part]]
 
     used = set(mixture.values()) | (
         {beside_int8} if beside_int8 and "int8" in mixture.values() else set()
@@ -248,7 +263,8 @@ def mix_precisions(
     if quantized := set(layers_in("int8")):
         if quantize is None:
             raise ToodError(
-                "int8 is part of the mixture and there is nothing to quantise with; give calibration images"
+                "int8 is part of the mixture and there is nothing to quantise with; give "
+                "calibration images"
             )
         possible = dict.fromkeys(layer.name for layer in all_layers(ir.from_proto(model).graph))
         model = quantize(model, [name for name in possible if name not in quantized])
@@ -271,7 +287,7 @@ class DetectionMismatch:
         images: Sequence[Prepared],
         score_threshold: float = SCORE_THRESHOLD,
     ) -> None:
-        """Runs the reference; detections have a score above the threshold.
+        """Run the reference; detections have a score above the threshold.
 
         Raises:
             InputError: it finds nothing in the images.
@@ -280,17 +296,21 @@ class DetectionMismatch:
         self.expected = self._detect(reference)
         if not any(map(len, self.expected)):
             raise InputError(
-                f"nothing is found with a score above {score_threshold} in {len(images)} calibration images, so quality cannot be "
+                f"nothing is found with a score above {score_threshold} in {len(images)} "
+                "calibration images, so quality cannot be "
                 "measured; give images of what is to be found"
             )
 
     def __call__(self, model: onnx.ModelProto) -> float:
-        """Per cent of the detections of both that only one of the two has; a pair overlaps and differs little in score."""
-        found = self._detect(model)
-        total = sum(map(len, self.expected)) + sum(map(len, found))
+        """Return the per cent of the detections of both that only one of the two has.
+
+        A pair overlaps and differs little in score.
+        """
+        detections = self._detect(model)
+        total = sum(map(len, self.expected)) + sum(map(len, detections))
         matched = sum(
             match_boxes(*rows, max_score_difference=SCORE_TOLERANCE).counts.matched
-            for rows in zip(self.expected, found, strict=True)
+            for rows in zip(self.expected, detections, strict=True)
         )
         return 100 * (1 - 2 * matched / total)
 
@@ -303,6 +323,6 @@ class DetectionMismatch:
             inputs = graph_feeds(
                 image[None], np.array([valid_hw], np.int32), self.score_threshold, IOU_THRESHOLD
             )
-            found: Any = session.run(list(OUTPUTS), inputs)
-            rows += split_batch(found)
+            outputs: Any = session.run(list(OUTPUTS), inputs)
+            rows += split_batch(outputs)
         return rows

@@ -1,9 +1,12 @@
-"""Runs TensorRT's builder on a parsed network: a plan in memory, or one clear error. Writes no plan."""
+"""Run TensorRT's builder on an artefact's graph.
+
+Comes in: an artefact, profiles and options. Goes out: a plan in memory, or one clear error. Writes
+no plan, and knows nothing of manifests.
+"""
 
 from __future__ import annotations
 
 import re
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,23 +16,13 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import onnx
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-)
 
 from tood_deploy.engines.tensorrt.library import Flavour, Messages
 from tood_deploy.errors import ArtefactError, DeviceError, ToodError
-from tood_deploy.export.config import EngineOptions, Profiles
+from tood_deploy.export.tensorrt.options import EngineOptions, Profiles
 from tood_deploy.files import atomic_path
 from tood_deploy.onnx_file import OnnxArtefact
-from tood_deploy.reporter import Heartbeat, print_line
+from tood_deploy.reporter import ProgressTask, Reporter
 
 Result = TypeVar("Result")
 
@@ -38,36 +31,15 @@ class Monitor(Protocol):
     """The library's `IProgressMonitor`, for a builder configuration."""
 
     def cancel(self) -> None:
-        """The build stops at the end of the step it is at."""
+        """Stop the build at the end of the step it is at."""
         ...
 
 
-@contextmanager
-def build_progress(flavour: Flavour, quiet: bool = False) -> Iterator[Monitor]:
-    """Shows, while the block runs, how far a build is that is given the monitor: bars on a terminal, elsewhere a line now and then."""
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    console = Console(stderr=True)
-    with Progress(
-        *columns, console=console, disable=quiet or not sys.stderr.isatty(), transient=True
-    ) as bar:
-        yield _new_monitor(
-            flavour.module,
-            bar,
-            Heartbeat(print_line) if not quiet and not sys.stderr.isatty() else lambda line: None,
-        )
-
-
 def run_cancellable(build: Callable[[], Result], monitor: Monitor) -> Result:
-    """Runs `build` in a thread of its own, and cancels it on Ctrl-C.
+    """Run `build` in a thread of its own, and cancel it on Ctrl-C.
 
-    Python hears of Ctrl-C between two steps of the main thread. A build is one long step, and the steps within it, where the library calls
-    back, swallow the interrupt.
+    Python handles Ctrl-C between two instructions of the main thread. A build is one long
+    instruction, and the library's calls back into Python swallow the interrupt.
     """
     with ThreadPoolExecutor(1) as pool:
         try:
@@ -77,35 +49,47 @@ def run_cancellable(build: Callable[[], Result], monitor: Monitor) -> Result:
             raise  # on leaving the block, once the builder has stopped
 
 
-def _new_monitor(module: Any, bar: Progress, say: Callable[[str], None]) -> Monitor:
-    """A subclass of that library's own IProgressMonitor. The library calls it from threads of its own."""
+@contextmanager
+def build_monitor(flavour: Flavour, reporter: Reporter) -> Iterator[Monitor]:
+    """Show, while the block runs, the phases of a build that is given the monitor.
 
-    class BuildMonitor(module.IProgressMonitor):
+    Args:
+        flavour: the library, whose own `IProgressMonitor` is the base class; it calls the monitor
+            from threads of its own.
+        reporter: shows the phases.
+    """
+    base: Any = flavour.module.IProgressMonitor
+
+    class BuildMonitor(base):
         def __init__(self) -> None:
-            module.IProgressMonitor.__init__(self)
-            self._tasks: dict[str, TaskID] = {}
+            base.__init__(self)
+            self.tasks: dict[str, ProgressTask] = {}
             self._cancelled = threading.Event()
 
         def cancel(self) -> None:
             self._cancelled.set()
-            bar.update(
-                bar.add_task("cancelling, TensorRT stops at the end of this step", total=None)
-            )
+            reporter.info("cancelling; TensorRT stops at the end of this step")
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            self._tasks[phase_name] = bar.add_task(phase_name, total=num_steps)
+            self.tasks[phase_name] = reporter.progress(
+                f"building the engine: {phase_name}", num_steps
+            )
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            if phase_name in self._tasks:
-                bar.update(self._tasks[phase_name], completed=step + 1)
-                say(f"building the engine: {phase_name}, step {step + 1}")
+            if phase_name in self.tasks:
+                self.tasks[phase_name].update(step + 1)
             return not self._cancelled.is_set()
 
         def phase_finish(self, phase_name: str) -> None:
-            if phase_name in self._tasks:
-                bar.remove_task(self._tasks.pop(phase_name))
+            if phase_name in self.tasks:
+                self.tasks.pop(phase_name).close()
 
-    return BuildMonitor()
+    monitor = BuildMonitor()
+    try:
+        yield monitor
+    finally:
+        for task in monitor.tasks.values():  # of a build that failed on the way
+            task.close()
 
 
 AVOIDED_BY = {"DeformConv": "export the ONNX with --deform gather"}
@@ -113,7 +97,10 @@ AVOIDED_BY = {"DeformConv": "export the ONNX with --deform gather"}
 
 @dataclass(frozen=True, eq=False)
 class ParsedNetwork:
-    """A network and what must live as long as it: the builder it belongs to, and the parser that owns its weights."""
+    """A network, and what must live as long as it.
+
+    These are the builder that it belongs to, and the parser that owns its weights.
+    """
 
     builder: Any
     parser: Any
@@ -121,7 +108,7 @@ class ParsedNetwork:
 
 
 def parse_network(flavour: Flavour, artefact: OnnxArtefact) -> ParsedNetwork:
-    """The network of an artefact.
+    """Return the network of an artefact.
 
     Raises:
         ArtefactError: the library lacks an operator, or refuses how one is used.
@@ -145,13 +132,14 @@ def parse_network(flavour: Flavour, artefact: OnnxArtefact) -> ParsedNetwork:
         )
     if not parser.parse(artefact.model.SerializeToString()):
         raise ArtefactError(
-            f"{artefact.path}: {flavour.title} cannot take it: {_first_error(parser)}; export the ONNX again with tood-export"
+            f"{artefact.path}: {flavour.title} cannot take it: {_first_error(parser)}; export the "
+            "ONNX again with tood-export"
         )
     return ParsedNetwork(builder, parser, network)
 
 
 def operators(graph: onnx.GraphProto) -> Iterator[str]:
-    """The operator of every node, those in the bodies of loops too."""
+    """Yield the operator of every node, those in the bodies of loops too."""
     for node in graph.node:
         yield node.op_type
         for attribute in node.attribute:
@@ -163,12 +151,17 @@ def _first_error(parser: Any) -> str:
     if not parser.num_errors:
         return "the parser gave no reason"
     error = parser.get_error(0)
-    return f"operator {error.node_operator()} at node {error.node_name()}: {' '.join(error.desc().split())}"
+    return (
+        f"operator {error.node_operator()} at node {error.node_name()}: "
+        f"{' '.join(error.desc().split())}"
+    )
 
 
 @contextmanager
 def kept_timings(flavour: Flavour, config: Any, path: Path | None) -> Iterator[None]:
-    """Gives the timings in the file to the builder for the block; writes them back, with what it measured, if the block succeeds.
+    """Give the timings in a file to the builder for the block.
+
+    If the block succeeds, they are written back with what the builder measured.
 
     Args:
         flavour: the library.
@@ -186,11 +179,13 @@ def kept_timings(flavour: Flavour, config: Any, path: Path | None) -> Iterator[N
         cache = config.create_timing_cache(_content(path))
         if cache is None or messages.errors:
             raise ArtefactError(
-                f"{path}: not a timing cache ({messages.reason()}); delete it, or give another --timing-cache"
+                f"{path}: not a timing cache ({messages.reason()}); delete it, or give another "
+                "--timing-cache"
             )
         if not config.set_timing_cache(cache, ignore_mismatch=False):
             raise ArtefactError(
-                f"{path}: measured on another GPU, or with another version than {flavour.title} ({messages.reason()}); "
+                f"{path}: measured on another GPU, or with another version than {flavour.title} "
+                f"({messages.reason()}); "
                 "delete it, or give another --timing-cache"
             )
     yield
@@ -199,7 +194,7 @@ def kept_timings(flavour: Flavour, config: Any, path: Path | None) -> Iterator[N
 
 
 def _content(path: Path) -> bytes:
-    """What was kept before; nothing where there is no file yet."""
+    """Return the timings of earlier builds; nothing where there is no file yet."""
     try:
         return path.read_bytes()
     except FileNotFoundError:
@@ -224,7 +219,7 @@ def build_plan(
     options: EngineOptions,
     monitor: Monitor,
 ) -> Any:
-    """The engine's plan as a buffer.
+    """Return the engine's plan as a buffer.
 
     Raises:
         DeviceError: no GPU where the library needs one, or out of memory.
@@ -274,18 +269,29 @@ def _configure(
 def _set_capabilities(flavour: Flavour, config: Any, capabilities: tuple[str, ...]) -> None:
     if not capabilities:
         return
+    check_capabilities(flavour, capabilities)
     known = known_capabilities(flavour)
-    if unknown := [name for name in capabilities if name not in known]:
-        raise ToodError(
-            f"compute capability {', '.join(unknown)}: {flavour.title} builds for {', '.join(known)}"
-        )
     config.num_compute_capabilities = len(capabilities)
     for i, name in enumerate(capabilities):
         config.set_compute_capability(known[name], i)
 
 
+def check_capabilities(flavour: Flavour, capabilities: tuple[str, ...]) -> None:
+    """Refuse compute capabilities that a library does not build for.
+
+    Raises:
+        ToodError: there is one; the message lists those that there are.
+    """
+    known = known_capabilities(flavour) if capabilities else {}
+    if unknown := [name for name in capabilities if name not in known]:
+        raise ToodError(
+            f"compute capability {', '.join(unknown)}: {flavour.title} builds for "
+            f"{', '.join(known)}"
+        )
+
+
 def known_capabilities(flavour: Flavour) -> dict[str, Any]:
-    """What TensorRT-RTX can build for, such as "8.9", and its own value for it."""
+    """Return what TensorRT-RTX can build for, such as "8.9", with its own value for it."""
     members = flavour.module.ComputeCapability.__members__
     numbered = {
         name.removeprefix("SM"): value for name, value in members.items() if name.startswith("SM")
@@ -294,7 +300,10 @@ def known_capabilities(flavour: Flavour) -> dict[str, Any]:
 
 
 def _add_profiles(parsed: ParsedNetwork, config: Any, profiles: Profiles) -> None:
-    """One optimisation profile a size. Inputs beside the images have the batch first, or, as numbers, no shape at all."""
+    """Add one optimisation profile for each size.
+
+    Inputs beside the images have the batch first, or, as numbers, no shape at all.
+    """
     inputs = [parsed.network.get_input(i) for i in range(parsed.network.num_inputs)]
     for size_hw in profiles.shapes_hw:
         profile = parsed.builder.create_optimization_profile()
@@ -306,17 +315,20 @@ def _add_profiles(parsed: ParsedNetwork, config: Any, profiles: Profiles) -> Non
 
 
 def _failure(flavour: Flavour, messages: Messages, options: EngineOptions) -> ToodError:
-    """What went wrong, by what the library said of it."""
+    """Return the error of a build, by the messages of the library."""
     reason, limit = messages.reason(), options.workspace_mib
     full = OUT_OF_MEMORY.search(reason)
-    # TensorRT-RTX builds without a GPU: there the only memory that can be full is the workspace it was granted.
+    # TensorRT-RTX builds without a GPU: there the only memory that can be full is the workspace it
+    # was granted.
     if limit is not None and (NO_ROOM.search(reason) or (full and flavour.name == "tensorrt_rtx")):
         return ToodError(
-            f"a layer needs more workspace than {limit} MiB ({reason}); give a larger --workspace, or leave it out"
+            f"a layer needs more workspace than {limit} MiB ({reason}); give a larger "
+            "--workspace, or leave it out"
         )
     if full:
         return DeviceError(
-            f"{flavour.title} ran out of memory in the build ({reason}); give a smaller --workspace, --batch or --shapes"
+            f"{flavour.title} ran out of memory in the build ({reason}); give a smaller "
+            "--workspace, --batch or --shapes"
         )
     if "CUDA" in reason.upper():
         return DeviceError(

@@ -1,7 +1,8 @@
-"""In which precision an engine computes: its layers, and the share of layers and of arithmetic per precision.
+"""Tell in which precision an engine computes, by its layers and their arithmetic.
 
-A network is strongly typed, so the network that was built says it with certainty. What the builder made of it (layers fused, types of
-the tensors between them) is read from the engine where the library opens its plan: that takes a GPU.
+Comes in: a parsed network or a plan. Goes out: layers, and shares of layers and of arithmetic per
+precision. A network is strongly typed, so its own types are certain. What the builder has made of
+it (layers fused, types of the tensors between them) is read from the plan, which takes a GPU.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
 from tood_deploy.engines.tensorrt.library import Flavour
 from tood_deploy.errors import ArtefactError
-from tood_deploy.export.config import Shape
+from tood_deploy.export.tensorrt.options import Shape
 
 PRECISIONS = ("int8", "fp16", "bf16", "fp32")
 TYPES = {  # as the two versions of the API and of the inspector write them
@@ -30,13 +32,8 @@ TYPES = {  # as the two versions of the API and of the inspector write them
     "FP32": "fp32",
     "FLOAT32": "fp32",
 }
-NO_WORK = (
-    "CONSTANT",
-    "SHAPE",
-    "QUANTIZE",
-    "DEQUANTIZE",
-    "CAST",
-)  # what they hold or change is not arithmetic in a precision
+# What these hold or change is not arithmetic in a precision.
+NO_WORK = ("CONSTANT", "SHAPE", "QUANTIZE", "DEQUANTIZE", "CAST")
 
 
 @dataclass(frozen=True)
@@ -47,7 +44,8 @@ class Layer:
         name: the network's.
         kind: such as "CONVOLUTION".
         precision: one of `PRECISIONS`; "" for whole numbers, shapes and conversions.
-        macs: multiplications of a convolution or matrix product for one image; 0 for others. The body of a loop counts once.
+        macs: multiplications of a convolution or matrix product for one image; 0 for others. The
+            body of a loop counts once.
     """
 
     name: str
@@ -81,28 +79,35 @@ class LayerReport:
     note: str = ""
 
     def check(self, asked: str) -> None:
-        """Raises ArtefactError if the precision that was asked for does none of the arithmetic."""
-        share = shares(self.network).get(asked)
-        if asked != "fp32" and (share is None or not share.macs):
-            found = ", ".join(
-                f"{name} {100 * share.mac_share:.0f}%"
-                for name, share in shares(self.network).items()
-            )
-            raise ArtefactError(
-                f"{asked} was asked for and no arithmetic of the network is in it (found: {found}); export the ONNX again"
-            )
+        """Refuse a network that does none of its arithmetic in the precision that was asked for.
+
+        Raises:
+            ArtefactError: it does not.
+        """
+        present = shares(self.network)
+        if asked == "fp32" or (asked in present and present[asked].macs):
+            return
+        listed = ", ".join(
+            f"{name} {100 * share.mac_share:.0f}%" for name, share in present.items()
+        )
+        raise ArtefactError(
+            f"{asked} was asked for and no arithmetic of the network is in it (found: {listed}); "
+            "export the ONNX again"
+        )
 
     def to_dict(self) -> dict[str, dict[str, float]]:
-        """Plain values for the manifest: the shares of the network's layers and arithmetic per precision."""
-        found = shares(self.network).items()
+        """Return plain values for the manifest: shares of layers and arithmetic per precision."""
         return {
             name: {"layers": round(share.layer_share, 4), "arithmetic": round(share.mac_share, 4)}
-            for name, share in found
+            for name, share in shares(self.network).items()
         }
 
 
 def shares(layers: Sequence[Layer]) -> dict[str, Share]:
-    """Per precision that occurs, lowest first, its share of the layers that have one, and of their multiplications."""
+    """Return, per precision that occurs, lowest first, its share of layers and multiplications.
+
+    Layers that have no precision are not counted.
+    """
     counted = [layer for layer in layers if layer.precision]
     all_macs = sum(layer.macs for layer in counted)
     result = {}
@@ -117,7 +122,15 @@ def shares(layers: Sequence[Layer]) -> dict[str, Share]:
 
 
 def network_layers(flavour: Flavour, network: Any, shape_hw: Shape) -> tuple[Layer, ...]:
-    """The layers of a parsed network, for one image of `shape_hw`. Fixes the network's inputs to that: parse it again to build it."""
+    """Return the layers of a parsed network, for one image.
+
+    Fixes the network's inputs to that: parse it again to build it.
+
+    Args:
+        flavour: that parsed it.
+        network: the library's own.
+        shape_hw: rows and columns of the image.
+    """
     for tensor in (network.get_input(i) for i in range(network.num_inputs)):
         if rest := tuple(tensor.shape)[1:]:
             tensor.shape = (1, *shape_hw, rest[-1]) if tensor.name == "images" else (1, *rest)
@@ -139,9 +152,8 @@ def _describe(flavour: Flavour, layer: Any, from_quantised: set[str]) -> Layer:
     if output is None or kind in NO_WORK:
         return Layer(layer.name, kind, "", 0)
     macs = _multiplications(flavour, layer, inputs, output)
-    if (
-        macs and len(inputs) > 1 and all(tensor.name in from_quantised for tensor in inputs[:2])
-    ):  # activations and weights
+    # Activations and weights both come from 8 bits.
+    if macs and len(inputs) > 1 and all(tensor.name in from_quantised for tensor in inputs[:2]):
         return Layer(layer.name, kind, "int8", macs)
     return Layer(layer.name, kind, TYPES.get((inputs[0] if macs else output).dtype.name, ""), macs)
 
@@ -149,9 +161,8 @@ def _describe(flavour: Flavour, layer: Any, from_quantised: set[str]) -> Layer:
 def _multiplications(flavour: Flavour, layer: Any, inputs: list[Any], output: Any) -> int:
     trt = flavour.module
     if layer.type == trt.LayerType.CONVOLUTION:
-        layer.__class__ = (
-            trt.IConvolutionLayer
-        )  # the API gives layers as their base class, and this is its way to the attributes
+        # The API gives layers as their base class, and this is its way to the attributes.
+        layer.__class__ = trt.IConvolutionLayer
         return (
             math.prod(output.shape)
             * math.prod(layer.kernel_size_nd)
@@ -168,7 +179,9 @@ def _multiplications(flavour: Flavour, layer: Any, inputs: list[Any], output: An
 def inspect_plan(
     flavour: Flavour, plan: Any, *, host_code: bool = False
 ) -> tuple[tuple[Layer, ...] | None, str]:
-    """The layers of a built engine, or None and the reason in one line. Opening a plan takes a GPU.
+    """Return the layers of a built engine, or None and the reason in one line.
+
+    Opening a plan takes a GPU.
 
     Args:
         flavour: that built it.
@@ -183,14 +196,18 @@ def inspect_plan(
     if engine is None:
         return (
             None,
-            f"the built engine was not inspected: {flavour.title} opens a plan only on a GPU that it is for ({messages.reason()})",
+            f"the built engine was not inspected: {flavour.title} opens a plan only on a GPU that "
+            f"it is for ({messages.reason()})",
         )
     text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
     return tuple(engine_layers(text)), ""
 
 
 def engine_layers(inspected: str) -> Iterator[Layer]:
-    """The layers in the JSON of the library's engine inspector: of TensorRT 10 ("Format/Datatype") and of 11 ("DataType")."""
+    """Yield the layers in the JSON of the library's engine inspector.
+
+    TensorRT 10 writes types as "Format/Datatype", 11 as "DataType".
+    """
     for layer in json.loads(inspected)["Layers"]:
         if isinstance(layer, str):  # a name alone: the engine was built without detail
             yield Layer(layer, "", "", 0)
@@ -210,9 +227,9 @@ def _precision(tensor: dict[str, Any]) -> str:
 
 
 def shares_table(report: LayerReport) -> Table:
-    """The shares as a table to print."""
+    """Return the shares as a table to print."""
     table = Table(title="precision of the network's layers")
-    for column in ("precision", "layers", "share", "GMAC a image", "share of arithmetic"):
+    for column in ("precision", "layers", "share", "GMAC per image", "share of arithmetic"):
         table.add_column(column, justify="left" if column == "precision" else "right")
     for name, share in shares(report.network).items():
         table.add_row(
@@ -228,4 +245,19 @@ def shares_table(report: LayerReport) -> Table:
 
 def _engine_summary(layers: Sequence[Layer]) -> str:
     parts = [f"{share.layers} {name}" for name, share in shares(layers).items()]
-    return f"the built engine has {len(layers)} layers after fusing: {', '.join(parts) or 'it does not tell their precision'}"
+    listed = ", ".join(parts) or "it does not tell their precision"
+    return f"the built engine has {len(layers)} layers after fusing: {listed}"
+
+
+def layers_table(layers: Sequence[Layer]) -> Table:
+    """Return every layer with its precision and arithmetic, as a table to print."""
+    name = Column("layer", overflow="fold")  # whole, in a file of 80 columns too
+    table = Table(name, "kind", "precision", "GMAC per image", title="layers")
+    for layer in layers:
+        table.add_row(
+            Text(layer.name),
+            layer.kind,
+            layer.precision,
+            f"{layer.macs / 1e9:.3g}" if layer.macs else "",
+        )
+    return table

@@ -1,8 +1,11 @@
-"""Which few padded sizes an engine should take for the images of a folder: those that waste the fewest pixels on padding.
+"""Choose the few padded sizes an engine should take for the images of a folder.
 
-Every image goes to the smallest size that holds it, as the detector does; none is scaled down for want of room. The best set is searched
-among the sizes that hold one image or two of them together, by exchanging two at a time until no exchange gains anything (k-medoids):
-one or two sizes are the very best, more are within some percent of it. The same images always give the same plan.
+Comes in: images, of which only the headers are read. Goes out: the sizes that waste the fewest
+pixels on padding. Every image goes to the smallest size that holds it, as the detector does; none
+is scaled down for want of room. The best set is searched among the sizes that hold one image or two
+of them together, by exchanging two at a time until no exchange gains anything (k-medoids): one or
+two sizes are the very best, more are within some percent of it. The same images always give the
+same plan. Knows nothing of TensorRT.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from rich.table import Table
 
 from tood_deploy.data.images import image_paths, read_image_size
 from tood_deploy.errors import ToodError, naming_extras
-from tood_deploy.export.config import MOST_SHAPES, Shape
+from tood_deploy.export.tensorrt.options import MAX_SHAPES, Shape
 from tood_deploy.files import atomic_path
 from tood_deploy.preprocess import choose_canvas, fit_size, pad_size
 
@@ -52,7 +55,8 @@ class ShapeProposal:
 
     Attributes:
         plans: one for each number of sizes, while a further size saves anything; at most six.
-        chosen: the position in `plans` of the proposed one: the first after which a further size saves less than 2% of all pixels.
+        chosen: the position in `plans` of the proposed one: the first after which a further size
+            saves less than 2% of all pixels.
         sizes_hw: rows and columns of every image as scaled, before padding.
         least: the padding that multiples of 32 cost in any case.
     """
@@ -64,12 +68,12 @@ class ShapeProposal:
 
     @property
     def shapes_hw(self) -> tuple[Shape, ...]:
-        """The proposed sizes."""
+        """Return the proposed sizes."""
         return self.plans[self.chosen].shapes_hw
 
 
 def propose_shapes(folder: Path, imgsz: tuple[int, int], count: int | None = None) -> ShapeProposal:
-    """Sizes for the images of a folder.
+    """Return sizes for the images of a folder.
 
     Args:
         folder: of images; only their headers are read.
@@ -85,7 +89,7 @@ def propose_shapes(folder: Path, imgsz: tuple[int, int], count: int | None = Non
 def plan_shapes(
     images_hw: Sequence[Shape], imgsz: tuple[int, int], count: int | None = None
 ) -> ShapeProposal:
-    """Sizes for images of these rows and columns; see `propose_shapes`."""
+    """Return sizes for images of these rows and columns; see `propose_shapes`."""
     sizes = tuple(fit_size(image, imgsz) for image in images_hw)
     needed = Counter(pad_size(size) for size in sizes)
     plans = [_weigh(shapes, images_hw, imgsz, sizes) for shapes in _best_sets(needed)]
@@ -108,7 +112,7 @@ def _weigh(
     imgsz: tuple[int, int],
     sizes: Sequence[Shape],
 ) -> ShapePlan:
-    """What the detector makes of a set of sizes."""
+    """Return how the detector uses a set of sizes."""
     in_order = sorted(
         shapes, key=lambda shape: (shape[0] * shape[1], shape)
     )  # of sizes that do equally well the detector takes the first
@@ -119,7 +123,7 @@ def _weigh(
 
 
 def _best_sets(needed: Counter[Shape]) -> list[list[Shape]]:
-    """The best sets of 1, 2, ... sizes for padded sizes that occur so often, up to six or as many as there are."""
+    """Return the best sets of 1, 2, ... sizes, up to six or as many as there are."""
     items = sorted(needed)
     candidates = sorted({(max(a[0], b[0]), max(a[1], b[1])) for a in items for b in items})
     costs = _costs(items, candidates, needed)
@@ -128,7 +132,7 @@ def _best_sets(needed: Counter[Shape]) -> list[list[Shape]]:
     )
     best: list[int] = [everything]
     sets = [[candidates[everything]]]
-    while len(best) < min(MOST_SHAPES, len(items)):
+    while len(best) < min(MAX_SHAPES, len(items)):
         best = _exchange(costs, [*best, _cheapest(costs, best)])
         sets.append([candidates[i] for i in best])
     return sets
@@ -137,7 +141,10 @@ def _best_sets(needed: Counter[Shape]) -> list[list[Shape]]:
 def _costs(
     items: list[Shape], candidates: list[Shape], needed: Counter[Shape]
 ) -> NDArray[np.float64]:
-    """(items, candidates): pixels that the images of one padded size take in one candidate; infinite where they do not fit."""
+    """Return (items, candidates): pixels that images of a padded size take in a candidate.
+
+    Infinite where they do not fit.
+    """
     sides, rooms = np.array(items, float), np.array(candidates, float)
     fits = (sides[:, None, :] <= rooms[None, :, :]).all(2)
     numbers = np.array([needed[item] for item in items], float)
@@ -145,12 +152,12 @@ def _costs(
 
 
 def _cheapest(costs: NDArray[np.float64], others: list[int]) -> int:
-    """The candidate that, beside the others, makes the whole cheapest."""
+    """Return the candidate that, beside the others, makes the whole cheapest."""
     return int(np.minimum(_alone(costs, others)[:, None], costs).sum(0).argmin())
 
 
 def _exchange(costs: NDArray[np.float64], chosen: list[int]) -> list[int]:
-    """Exchanges two candidates after two others for better ones until none are left."""
+    """Exchange two candidates after two others for better ones until none are left."""
     improving = True
     while improving:
         improving = False
@@ -164,7 +171,7 @@ def _exchange(costs: NDArray[np.float64], chosen: list[int]) -> list[int]:
 
 
 def _cheapest_pair(costs: NDArray[np.float64], others: list[int]) -> tuple[int, int]:
-    """The two candidates that, beside the others, make the whole cheapest."""
+    """Return the two candidates that, beside the others, make the whole cheapest."""
     with_one = np.minimum(_alone(costs, others)[:, None], costs)
     totals = np.stack([np.minimum(column[:, None], costs).sum(0) for column in with_one.T])
     first, second = np.unravel_index(int(totals.argmin()), totals.shape)
@@ -172,7 +179,7 @@ def _cheapest_pair(costs: NDArray[np.float64], others: list[int]) -> tuple[int, 
 
 
 def _alone(costs: NDArray[np.float64], chosen: list[int]) -> NDArray[np.float64]:
-    """(items,): pixels with these candidates alone."""
+    """Return (items,): pixels with these candidates alone."""
     return costs[:, chosen].min(1, initial=np.inf)
 
 
@@ -189,7 +196,7 @@ LARGEST_DOT = 400.0  # area of the dot where most images lie, in square points
 
 
 def proposal_table(proposal: ShapeProposal) -> Table:
-    """One row for each number of sizes, the proposed one marked."""
+    """Return one row for each number of sizes, the proposed one marked."""
     table = Table(title=f"padded sizes for {len(proposal.sizes_hw)} images")
     for column in ("", "sizes", "padding", "rows x columns: images"):
         table.add_column(column, justify="right" if column in ("sizes", "padding") else "left")
@@ -208,7 +215,7 @@ def proposal_table(proposal: ShapeProposal) -> Table:
 
 
 def plot_proposal(proposal: ShapeProposal, path: Path) -> None:
-    """Writes a figure: the images with the proposed sizes around them, and the padding by number of sizes.
+    """Write a figure: images with the proposed sizes around them, and padding by number of sizes.
 
     Args:
         proposal: the sizes.
@@ -254,7 +261,10 @@ def plot_proposal(proposal: ShapeProposal, path: Path) -> None:
 
 
 def _plot_images(axes: Axes, proposal: ShapeProposal) -> None:
-    """Every image as a dot at its width and height as scaled, every proposed size as the rectangle from the origin."""
+    """Draw every image as a dot at its width and height as scaled.
+
+    Every proposed size is a rectangle from the origin.
+    """
     numbers = Counter(proposal.sizes_hw)
     widths, heights = [width for _, width in numbers], [height for height, _ in numbers]
     largest = max(numbers.values())

@@ -1,4 +1,8 @@
-"""From an ONNX artefact to a TensorRT engine: a plan file that holds the plan alone, and the manifest beside it, or nothing at all."""
+"""Make a TensorRT engine of an .onnx artefact.
+
+Comes in: an artefact, in memory or its file. Goes out: a plan file that holds the plan alone, and
+the manifest beside it, or nothing at all. Knows nothing of checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -14,23 +18,25 @@ from typing import Any
 from tood_deploy import __version__
 from tood_deploy.engines.tensorrt.library import Flavour, load_flavour
 from tood_deploy.errors import OutputError, ToodError
-from tood_deploy.export.config import EngineOptions, Profiles, default_shapes
 from tood_deploy.export.tensorrt.build import (
     Monitor,
+    build_monitor,
     build_plan,
-    build_progress,
     parse_network,
     run_cancellable,
 )
 from tood_deploy.export.tensorrt.layers import LayerReport, inspect_plan, network_layers
+from tood_deploy.export.tensorrt.options import EngineOptions, Profiles, default_shapes
 from tood_deploy.export.tensorrt.unroll_nms import unroll_nms
 from tood_deploy.files import atomic_paths
 from tood_deploy.graph_io import ENGINE_SUFFIXES
 from tood_deploy.manifest import Manifest, manifest_path, neighbour
 from tood_deploy.manifest_sections import EngineTarget, SelfTest
 from tood_deploy.onnx_file import OnnxArtefact, read_onnx
+from tood_deploy.reporter import Reporter
 
-# NVIDIA: "By default, an engine built by TensorRT-RTX can be run on GPU devices with compute capability 8.0, 8.6, 8.9, 12.0, and later."
+# NVIDIA: "By default, an engine built by TensorRT-RTX can be run on GPU devices with compute
+# capability 8.0, 8.6, 8.9, 12.0, and later."
 RTX_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0")
 
 
@@ -38,7 +44,8 @@ def engine_target(flavour: Flavour, profiles: Profiles, options: EngineOptions) 
     """Return what an engine is built for, for the manifest.
 
     Raises:
-        DeviceError: TensorRT builds for the GPU of this machine, and there is none that CUDA can use.
+        DeviceError: TensorRT builds for the GPU of this machine, and there is none that CUDA can
+            use.
     """
     chosen = options.compute_capabilities
     target = EngineTarget(
@@ -91,7 +98,7 @@ class BuiltEngine:
 
 
 def engine_from_onnx(
-    onnx_path: Path,
+    source: Path | OnnxArtefact,
     output: Path,
     *,
     profiles: Profiles | None = None,
@@ -99,35 +106,39 @@ def engine_from_onnx(
     flavour: str | None = None,
     self_test: SelfTest | None = None,
     rebuild: str = "",
-    quiet: bool = False,
+    reporter: Reporter | None = None,
 ) -> BuiltEngine:
-    """Writes `output` (.engine or .plan) and the manifest beside it.
+    """Write an engine and the manifest beside it.
 
     Args:
-        onnx_path: an .onnx artefact of tood-export; its precision is the engine's.
-        output: where to; an engine that is there already is replaced in one step.
-        profiles: the sizes and batches it takes; landscape and portrait of the model's own size, batches of 1 to 8 where not given.
+        source: an .onnx artefact of tood-export, or its file; its precision is the engine's.
+        output: an .engine or .plan file; what is there already is replaced in one step.
+        profiles: the sizes and batches it takes; landscape and portrait of the model's own size,
+            batches of 1 to 8 where not given.
         options: of the builder.
         flavour: "tensorrt" or "tensorrt_rtx"; the one that is installed where not given.
-        self_test: a stored image and the answers to it on every size of `profiles`, for the manifest; see `self_test_from`.
+        self_test: a stored image and the answers to it on every size of `profiles`, for the
+            manifest; see `self_test_from`.
         rebuild: the command that builds this engine again, for the manifest.
-        quiet: no progress bar, on a terminal neither.
+        reporter: of progress.
 
     Raises:
         DeviceError: no TensorRT, no GPU where it needs one, or out of memory.
-        ArtefactError: not an ONNX of ours, an operator that TensorRT lacks, a precision that the network does not have, or suppression
-            that cannot be unrolled.
+        ArtefactError: not an ONNX of ours, an operator that TensorRT lacks, a precision that the
+            network does not have, or suppression that cannot be unrolled.
         ToodError: an argument out of range, or a place that cannot be written.
     """
     options = options or EngineOptions()
     _check_output(output)
     library = load_flavour(flavour)
     options.check(library)
-    artefact = _in_engine_form(read_onnx(onnx_path), options)
+    artefact = read_onnx(source) if isinstance(source, Path) else source
+    if options.nms == "unrolled":
+        artefact = unroll_nms(artefact, options.nms_rounds)
     profiles = profiles or Profiles(default_shapes(artefact.manifest.preset.imgsz))
     target = engine_target(library, profiles, options)
     started = time.perf_counter()
-    with build_progress(library, quiet) as monitor:
+    with build_monitor(library, reporter or Reporter.silent()) as monitor:
         plan, layers = run_cancellable(
             lambda: _build(library, artefact, profiles, options, monitor), monitor
         )
@@ -142,11 +153,6 @@ def engine_from_onnx(
     return BuiltEngine(manifest, layers, seconds, output.stat().st_size)
 
 
-def _in_engine_form(artefact: OnnxArtefact, options: EngineOptions) -> OnnxArtefact:
-    """The artefact with suppression in the form that was asked for."""
-    return unroll_nms(artefact, options.nms_rounds) if options.nms == "unrolled" else artefact
-
-
 def _check_output(output: Path) -> None:
     if output.suffix.lower() not in ENGINE_SUFFIXES:
         raise ToodError(
@@ -154,7 +160,8 @@ def _check_output(output: Path) -> None:
         )
     if other := neighbour(output):
         raise OutputError(
-            f"{output}: its manifest {manifest_path(output).name} would replace that of {other.name}; "
+            f"{output}: its manifest {manifest_path(output).name} would replace that of "
+            f"{other.name}; "
             f"give another --output, such as {output.with_stem(output.stem + '-trt')}"
         )
 
@@ -166,7 +173,10 @@ def _build(
     options: EngineOptions,
     monitor: Monitor,
 ) -> tuple[Any, LayerReport]:
-    """The plan, and the report on its layers; a precision that nothing is computed in is found before the long build."""
+    """Return the plan, and the report on its layers.
+
+    A precision that nothing is computed in is refused before the long build.
+    """
     layers = LayerReport(
         network_layers(library, parse_network(library, artefact).network, profiles.shapes_hw[0])
     )
@@ -184,7 +194,7 @@ def _describe(
     layers: LayerReport,
     rebuild: str,
 ) -> Manifest:
-    """The manifest of the engine: that of its ONNX, and what was added."""
+    """Return the manifest of the engine: that of its ONNX, and what was added."""
     source = artefact.manifest
     settings = {
         "workspace_mib": options.workspace_mib,

@@ -1,7 +1,8 @@
-"""Puts suppression without a loop in the place of the loops that an exported graph has, so that TensorRT can record it as a CUDA graph.
+"""Replace the loops of suppression in an exported graph, so that TensorRT can use CUDA graphs.
 
-Works on every graph of tood-export, in whatever precision and with thresholds for each image too: suppression is float32 in all of them.
-A image for which the fixed number of rounds is too few gets -1 as its count and no detections.
+Comes in: an artefact in whatever precision, with thresholds for each image too: suppression is
+float32 in all of them. Goes out: the same with a fixed number of rounds. An image for which these
+are too few gets -1 as its count and no detections. Knows no runtime.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class Suppression:
 
     Attributes:
         loop: the outer Loop; it gives its counter, the positions kept, and how many these are.
-        reads: boxes (B, N, 4), scores (B, N) and labels (B, N) of the candidates, and the threshold of their overlap.
+        reads: boxes (B, N, 4), scores (B, N) and labels (B, N) of the candidates, and the threshold
+            of their overlap.
         count: N.
     """
 
@@ -42,34 +44,40 @@ class Suppression:
 
 
 def unroll_nms(artefact: OnnxArtefact, rounds: int | None = None) -> OnnxArtefact:
-    """The artefact with another graph in memory, whose suppression has no loop; its file stays as it is. Its manifest says the rounds.
+    """Return the artefact with suppression without a loop, in memory; its manifest has the rounds.
+
+    Its file stays as it is.
 
     Args:
         artefact: of tood-export, in any precision.
         rounds: of suppression; those of `nms_unrolled` where not given.
 
     Raises:
-        ArtefactError: the graph does not hold suppression as tood-export writes it, or more than once.
+        ArtefactError: the graph does not hold suppression as tood-export writes it, or more than
+            once.
     """
     from tood_deploy.model.nms import ROUNDS
 
     model = ir.from_proto(artefact.model)
-    found = list(_suppressions(model.graph))
-    if len(found) != 1:
+    suppressions = list(_suppressions(model.graph))
+    if len(suppressions) != 1:
         raise ArtefactError(
-            f"{artefact.path}: the graph holds suppression in the form that tood-export writes {len(found)} times, expected once; "
+            f"{artefact.path}: the graph holds suppression in the form that tood-export writes "
+            f"{len(suppressions)} times, expected once; "
             "export the ONNX again, or give --nms loop to build the graph as it is"
         )
     rounds = rounds or ROUNDS
-    unrolled = suppression_graph(found[0].count, artefact.manifest.max_det, rounds)
-    _replace(model.graph, found[0], ir.from_proto(onnx.compose.add_prefix(unrolled, PREFIX)).graph)
+    unrolled = suppression_graph(suppressions[0].count, artefact.manifest.max_det, rounds)
+    _replace(
+        model.graph, suppressions[0], ir.from_proto(onnx.compose.add_prefix(unrolled, PREFIX)).graph
+    )
     RemoveUnusedNodesPass()(model)
     manifest = replace(artefact.manifest, build=replace(artefact.manifest.build, nms_rounds=rounds))
     return replace(artefact, model=ir.to_proto(model), manifest=manifest)
 
 
 def _suppressions(graph: ir.Graph) -> Iterator[Suppression]:
-    """Every outer Loop that reads padded candidates, and compares something with a threshold from outside."""
+    """Yield every suppression: an outer Loop that reads padded candidates and a threshold."""
     captured = analyze_implicit_usage(graph)
     for node in graph:
         if node.op_type == "Loop" and len(node.outputs) == 3:
@@ -85,7 +93,7 @@ def _suppressions(graph: ir.Graph) -> Iterator[Suppression]:
 
 
 def _maker(value: ir.Value) -> str:
-    """The operator that makes a value; "" for inputs and constants of the graph."""
+    """Return the operator that makes a value; "" for inputs and constants of the graph."""
     node = value.producer()
     return "" if node is None else node.op_type
 
@@ -95,7 +103,7 @@ def _kind(value: ir.Value) -> tuple[ir.DataType | None, int | None]:
 
 
 def _thresholds(body: ir.Graph, captured: Collection[ir.Value]) -> set[ir.Value]:
-    """What the body compares overlaps with: the one value from outside, no constant, that something must be greater than."""
+    """Return the values from outside, no constants, that the body compares overlaps with."""
     compared = {node.inputs[1] for node in body if node.op_type == "Greater"}
     return {
         value
@@ -105,7 +113,7 @@ def _thresholds(body: ir.Graph, captured: Collection[ir.Value]) -> set[ir.Value]
 
 
 def _pad(padded: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """What a Pad reads: the values, and by how much they are padded."""
+    """Return what a Pad reads: the values, and by how much they are padded."""
     maker = padded.producer()
     assert maker is not None
     values, pads = maker.inputs[:2]
@@ -119,7 +127,10 @@ def _before_pad(padded: ir.Value) -> ir.Value:
 
 
 def _candidates(padded_scores: ir.Value | None) -> list[int]:
-    """N alone, the columns that are padded to less those that the Pad appends; nothing where the graph does not tell."""
+    """Return N alone, the columns less those that the Pad appends.
+
+    Nothing where the graph does not tell.
+    """
     if padded_scores is None or padded_scores.shape is None:
         return []
     columns, pads = padded_scores.shape[1], ir.convenience.get_const_tensor(_pad(padded_scores)[1])
@@ -129,7 +140,7 @@ def _candidates(padded_scores: ir.Value | None) -> list[int]:
 
 
 def _replace(graph: ir.Graph, old: Suppression, new: ir.Graph) -> None:
-    """Moves the nodes of `new` into `graph`, in front of the loop, and takes the loop out."""
+    """Move the nodes of `new` into `graph`, in front of the loop, and take the loop out."""
     for given, read in zip(new.inputs, old.reads, strict=True):
         given.replace_all_uses_with(read)
     constants, outputs, nodes = list(new.initializers.values()), list(new.outputs), list(new)
@@ -159,14 +170,17 @@ class UnrolledSuppression(nn.Module):
     def forward(
         self, boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """What `OUTPUTS` names: positions (B, max_det) and how many count (B,), both int64."""
-        found = nms_unrolled(boxes, scores, labels, iou_threshold, self.max_det, rounds=self.rounds)
-        return found.kept, torch.where(found.exact, found.num_dets, -1)
+        """Return positions (B, max_det) and how many of them count (B,), both int64."""
+        kept = nms_unrolled(boxes, scores, labels, iou_threshold, self.max_det, rounds=self.rounds)
+        return kept.kept, torch.where(kept.exact, kept.num_dets, -1)
 
 
 @lru_cache(maxsize=4)
 def suppression_graph(count: int, max_det: int, rounds: int) -> onnx.ModelProto:
-    """The graph for `count` candidates a image, dynamic in the batch; not to be changed, as further calls give the same."""
+    """Return the graph for `count` candidates of an image, dynamic in the batch.
+
+    Not to be changed, as further calls give the same object.
+    """
     batch = torch.export.Dim("batch", min=1)
     shape = (EXAMPLE_BATCH, count)
     example = (

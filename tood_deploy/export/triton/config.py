@@ -1,4 +1,8 @@
-"""The configuration of a model on Triton Inference Server, from its manifest; and the data its warm-up runs on."""
+"""Write the configuration of a model on Triton Inference Server.
+
+Comes in: a manifest and how the model is served. Goes out: the text of `config.pbtxt`, and the data
+that the warm-up runs on. Knows neither the repository nor a runtime.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,8 @@ from numpy.typing import NDArray
 
 from tood_deploy import __version__
 from tood_deploy.data.image_set import synthetic_image
-from tood_deploy.export.config import Backend, Profiles, Shape, TritonOptions
+from tood_deploy.export.tensorrt.options import Profiles, Shape
+from tood_deploy.export.triton.options import Backend, TritonOptions
 from tood_deploy.graph_io import INPUTS, OUTPUTS
 from tood_deploy.manifest import Manifest
 from tood_deploy.preprocess import resize_and_pad
@@ -39,7 +44,9 @@ def _message_class() -> type[Message]:
 
 
 def new_config(**fields: Any) -> Any:
-    """A `ModelConfig` with these fields; nested messages as dictionaries, enumerations by name.
+    """Return a `ModelConfig` with these fields.
+
+    Nested messages are dictionaries, enumerations names.
 
     Raises:
         ValueError, TypeError: the schema has no such field, or it takes no such value.
@@ -48,12 +55,12 @@ def new_config(**fields: Any) -> Any:
 
 
 def config_text(config: Message) -> str:
-    """The text of `config.pbtxt`."""
+    """Return the text of `config.pbtxt`."""
     return text_format.MessageToString(config, as_utf8=True)
 
 
 def read_config(text: str) -> Any:
-    """The `ModelConfig` in the text of a `config.pbtxt`.
+    """Return the `ModelConfig` in the text of a `config.pbtxt`.
 
     Raises:
         google.protobuf.text_format.ParseError: it is none by Triton's schema.
@@ -72,7 +79,7 @@ OURS = "tood_deploy"  # the parameter by which a configuration of ours is known
 def triton_config(
     manifest: Manifest, backend: Backend, options: TritonOptions, profiles: Profiles
 ) -> Any:
-    """The `ModelConfig`.
+    """Return the `ModelConfig` of a model.
 
     Args:
         manifest: of the model.
@@ -80,17 +87,17 @@ def triton_config(
         options: with the model's name.
         profiles: the largest batch, and the sizes to warm up; a TensorRT plan has just these.
     """
-    most = profiles.batch[-1]
+    max_batch = profiles.batch[-1]
     return new_config(
         name=options.name,
         platform=PLATFORMS[backend],
         backend=backend,
         default_model_filename=MODEL_FILES[backend],
-        max_batch_size=most,
+        max_batch_size=max_batch,
         input=_inputs(),
         output=_outputs(manifest.max_det),
         dynamic_batching={"max_queue_delay_microseconds": options.queue_delay_us}
-        if most > 1
+        if max_batch > 1
         else None,
         instance_group=[
             _instances(options, len(profiles.shapes_hw) if backend == "tensorrt" else 0)
@@ -137,7 +144,7 @@ def _outputs(max_det: int) -> list[dict[str, Any]]:
 def _instances(options: TritonOptions, profiles: int) -> dict[str, Any]:
     group: dict[str, Any] = {
         "count": options.instances,
-        "kind": f"KIND_{options.device.upper()}",
+        "kind": "KIND_CPU" if options.device == "cpu" else "KIND_GPU",
         "gpus": options.gpus,
     }
     return group | (
@@ -148,7 +155,7 @@ def _instances(options: TritonOptions, profiles: int) -> dict[str, Any]:
 def _warm_up(shape: Shape, batch: int) -> dict[str, Any]:
     inputs = {}
     for name, array in warm_up_arrays(shape).items():
-        kind = next(each["data_type"] for each in _inputs() if each["name"] == name)
+        kind = next(one["data_type"] for one in _inputs() if one["name"] == name)
         inputs[name] = {
             "data_type": kind,
             "dims": array.shape,
@@ -158,7 +165,10 @@ def _warm_up(shape: Shape, batch: int) -> dict[str, Any]:
 
 
 def warm_up_arrays(shape: Shape) -> dict[str, NDArray[Any]]:
-    """A synthetic image that fills a padded size, as one request of batch 1 without the batch axis: name to array."""
+    """Return a synthetic image that fills a padded size, as one request: name to array.
+
+    A request of batch 1 has no batch axis.
+    """
     height, width = shape
     image, transform = resize_and_pad(
         synthetic_image(height, width, seed=0), (min(shape), max(shape)), shape
@@ -170,7 +180,10 @@ def warm_up_arrays(shape: Shape) -> dict[str, NDArray[Any]]:
 
 
 def write_warm_up(folder: Path, shapes_hw: Sequence[Shape]) -> None:
-    """The files that the configuration's warm-up names, little-endian as Triton reads them: a folder a size, a file an input."""
+    """Write the files that the configuration's warm-up names: a folder a size, a file an input.
+
+    Little-endian, as Triton reads them.
+    """
     for shape in shapes_hw:
         place = folder / _size_name(shape)
         place.mkdir(parents=True)
@@ -183,7 +196,10 @@ def _size_name(shape: Shape) -> str:
 
 
 def _parameters(manifest: Manifest) -> dict[str, str]:
-    """What clients need to know of the model and cannot see in its inputs and outputs; they can ask the server for it."""
+    """Return what clients need to know of the model and cannot see in its inputs and outputs.
+
+    They can ask the server for it.
+    """
     preset = manifest.preset
     return {
         OURS: __version__,

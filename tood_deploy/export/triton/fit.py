@@ -1,4 +1,7 @@
-"""Whether and how Triton can serve a model: asked of manifests and options, before anything is made. Imports nothing heavy."""
+"""Decide whether and how Triton can serve a model, before anything is made.
+
+Comes in: manifests and options. Goes out: a plan, or one error. Imports nothing heavy.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,10 @@ from pathlib import Path
 
 from tood_deploy.engines.precision_support import ON_CPUS, half_precision_of, mixes_int8_and_half
 from tood_deploy.errors import ArtefactError, ToodError
-from tood_deploy.export.config import Backend, Profiles, TritonOptions, default_shapes
+from tood_deploy.export.tensorrt.options import Profiles, default_shapes
 from tood_deploy.export.triton.config import triton_config
 from tood_deploy.export.triton.folder import next_version
+from tood_deploy.export.triton.options import Backend, TritonOptions
 from tood_deploy.graph_io import ENGINE_SUFFIXES
 from tood_deploy.manifest import Manifest, artefact_sha256, manifest_path, read_manifest
 
@@ -53,7 +57,8 @@ def plan_serving(
         profiles: as asked for.
 
     Raises:
-        ToodError: options that do not fit, a precision that the back end does not compute, or a place that is taken.
+        ToodError: options that do not fit, a precision that the back end does not compute, or a
+            place that is taken.
     """
     backend = choose_backend(model, options)
     if not is_engine(model):
@@ -73,17 +78,19 @@ def choose_backend(model: Path, options: TritonOptions) -> Backend:
     backend: Backend = options.backend or ("tensorrt" if is_engine(model) else "onnxruntime")
     if is_engine(model) and backend != "tensorrt":
         raise ToodError(
-            f"{model}: {backend} does not run an engine; give the .onnx artefact, or leave the backend out"
+            f"{model}: {backend} does not run an engine; give the .onnx artefact, or leave the "
+            "backend out"
         )
     if backend == "tensorrt" and options.device == "cpu":
         raise ToodError(
-            f"{model}: device is cpu, and TensorRT runs on GPUs; give device gpu, or an .onnx artefact and backend onnxruntime"
+            f"{model}: device is cpu, and TensorRT runs on GPUs; give device cuda, or an .onnx "
+            "artefact and backend onnxruntime"
         )
     return backend
 
 
 def check_precision(name: str, source: Manifest, backend: Backend, options: TritonOptions) -> None:
-    """Refuse a graph that the back end cannot load, computes wrongly, or computes no faster than float32.
+    """Refuse a graph that the back end cannot load, gets wrong, or runs no faster than float32.
 
     Raises:
         ToodError: it is such a graph; the message names the precision and the cure.
@@ -92,22 +99,26 @@ def check_precision(name: str, source: Manifest, backend: Backend, options: Trit
     if backend == "tensorrt":
         if source.precision == "int8" and source.build.int8_scheme.startswith("u8"):
             raise ToodError(
-                f"{name}: its 8-bit numbers have zero points, which TensorRT lacks; quantise the float32 .onnx with --backend tensorrt"
+                f"{name}: its 8-bit numbers have zero points, which TensorRT lacks; quantise the "
+                "float32 .onnx with --backend tensorrt"
             )
         return
     if mixes_int8_and_half(source):
         raise ToodError(
-            f"{name} in int8 beside {half}: Triton's back end onnxruntime computes it wrongly; serve int8 beside fp32, "
+            f"{name} in int8 beside {half}: Triton's back end onnxruntime computes it wrongly; "
+            "serve int8 beside fp32, "
             "or give --backend tensorrt"
         )
     if half == "bf16":
         raise ToodError(
-            f"{name} in bf16: Triton's back end onnxruntime does not compute it; serve fp32, int8, or fp16 on GPUs, "
+            f"{name} in bf16: Triton's back end onnxruntime does not compute it; serve fp32, "
+            "int8, or fp16 on GPUs, "
             "or give --backend tensorrt"
         )
     if half == "fp16" and options.device == "cpu":
         raise ToodError(
-            f"{name} in fp16 and device cpu: {ON_CPUS['fp16']}; serve fp32 or int8, or give --device gpu"
+            f"{name} in fp16 and device cpu: {ON_CPUS['fp16']}; serve fp32 or int8, or give "
+            "--device cuda"
         )
 
 
@@ -139,11 +150,13 @@ def check_batches(batch: tuple[int, int, int], options: TritonOptions) -> None:
     smallest, _, largest = batch
     if smallest > 1:
         raise ToodError(
-            f"batch is at least {smallest}; a server also gets images one by one: give a --batch from 1"
+            f"batch is at least {smallest}; a server also gets images one by one: give a --batch "
+            "from 1"
         )
     if options.warm_up_batches and max(options.warm_up_batches) > largest:
         raise ToodError(
-            f"warm-up batch is {max(options.warm_up_batches)}; expected at most {largest}, the largest batch"
+            f"warm-up batch is {max(options.warm_up_batches)}; expected at most {largest}, the "
+            "largest batch"
         )
 
 
@@ -172,15 +185,18 @@ def read_engine_manifest(engine: Path) -> Manifest:
     manifest = read_manifest(engine)
     if manifest is None or manifest.artefact_sha256 != artefact_sha256(engine):
         raise ArtefactError(
-            f"{engine}: its manifest {manifest_path(engine).name} is missing or describes another file; export it again"
+            f"{engine}: its manifest {manifest_path(engine).name} is missing or describes another "
+            "file; export it again"
         )
     if manifest.build.serving is None:
         raise ArtefactError(
-            f"{engine}: has one threshold for all images, and Triton batches only what has one for each; give the .onnx artefact"
+            f"{engine}: has one threshold for all images, and Triton batches only what has one "
+            "for each; give the .onnx artefact"
         )
     flavour = manifest.target.flavour if manifest.target else "nothing"
     if flavour != SERVED_FLAVOUR:
         raise ArtefactError(
-            f"{engine}: is a plan of {flavour}, Triton runs those of {SERVED_FLAVOUR}; build it with that"
+            f"{engine}: is a plan of {flavour}, Triton runs those of {SERVED_FLAVOUR}; build it "
+            "with that"
         )
     return manifest

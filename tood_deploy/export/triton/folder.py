@@ -1,4 +1,8 @@
-"""A model's folder in a Triton model repository: made whole or not at all, and given a next version without disturbing a server."""
+"""Make a model's folder in a Triton model repository, whole or not at all.
+
+Comes in: a repository and a model's name. Goes out: a folder to fill, which becomes the model's, or
+its next version without disturbing a server. Knows nothing of what the files hold.
+"""
 
 import shutil
 import tempfile
@@ -19,10 +23,11 @@ FIRST_VERSION = "1"
 
 
 def next_version(repository: Path, config: Any) -> int:
-    """The version that a model of this configuration gets in a repository.
+    """Return the version that a model of this configuration gets in a repository.
 
     Raises:
-        OutputError: the folder holds something else than a model repository, the model is not of tood-export, or its clients would break.
+        OutputError: the folder holds something else than a model repository, the model is not of
+            tood-export, or its clients would break.
     """
     folder, present = repository / config.name, read_present(repository, config.name)
     if present is None:
@@ -33,11 +38,13 @@ def next_version(repository: Path, config: Any) -> int:
         if getattr(present, part) != getattr(config, part)
     ]:
         raise OutputError(
-            f"{folder}: the model there has another {differing[0]}; give another --name, or delete the folder"
+            f"{folder}: the model there has another {differing[0]}; give another --name, or "
+            "delete the folder"
         )
     if present.parameters["class_names"] != config.parameters["class_names"]:
         raise OutputError(
-            f"{folder}: the model there has other classes, which its clients count on; give another --name, or delete the folder"
+            f"{folder}: the model there has other classes, which its clients count on; give "
+            "another --name, or delete the folder"
         )
     return 1 + max(
         (int(path.name) for path in folder.iterdir() if path.name.isdecimal()), default=0
@@ -45,10 +52,11 @@ def next_version(repository: Path, config: Any) -> int:
 
 
 def read_present(repository: Path, name: str) -> Any:
-    """Return the configuration of the model of that name in a repository; None where there is none yet.
+    """Return the configuration of a model in a repository; None where there is none yet.
 
     Raises:
-        OutputError: the folder holds something else than a model repository, or the model is not of tood-export.
+        OutputError: the folder holds something else than a model repository, or the model is not of
+            tood-export.
     """
     if repository.exists() and not repository.is_dir():
         raise OutputError(f"{repository}: is a file; expected a folder, the model repository")
@@ -58,7 +66,8 @@ def read_present(repository: Path, name: str) -> Any:
         and not any(repository.glob(f"*/{CONFIG_FILE}"))
     ):
         raise OutputError(
-            f"{repository}: holds files, but no model with a {CONFIG_FILE}; give a new folder or a Triton model repository"
+            f"{repository}: holds files, but no model with a {CONFIG_FILE}; give a new folder or "
+            "a Triton model repository"
         )
     folder = repository / name
     return _read_ours(folder) if folder.exists() else None
@@ -70,18 +79,22 @@ def _read_ours(folder: Path) -> Any:
     except (OSError, UnicodeDecodeError, text_format.ParseError) as error:
         reason = str(error).splitlines()[0]
         raise OutputError(
-            f"{folder}: holds no {CONFIG_FILE} that can be read ({reason}); give another --name, or delete the folder"
+            f"{folder}: holds no {CONFIG_FILE} that can be read ({reason}); give another --name, "
+            "or delete the folder"
         ) from error
     if OURS not in config.parameters:
         raise OutputError(
-            f"{folder}: the model there was not written by tood-export; give another --name, or delete the folder"
+            f"{folder}: the model there was not written by tood-export; give another --name, or "
+            "delete the folder"
         )
     return config
 
 
 @contextmanager
 def new_model_folder(folder: Path, version: int) -> Iterator[Path]:
-    """A model's folder to fill, its version's files in `FIRST_VERSION`: becomes `folder`, or part of it, if the block succeeds.
+    """Give a model's folder to fill; it becomes `folder`, or part of it, if the block succeeds.
+
+    The files of its version go into `FIRST_VERSION`.
 
     Raises:
         OutputError: the place cannot be written, or the disk is full; nothing is left behind.
@@ -97,15 +110,15 @@ def new_model_folder(folder: Path, version: int) -> Iterator[Path]:
             f"{folder}: cannot be written ({error.strerror}); choose another --output"
         ) from error
     try:
-        made = (
+        new = (
             staging / folder.name
         )  # unlike its parent readable for all: the server may be another user
-        (made / FIRST_VERSION).mkdir(parents=True)
-        yield made
+        (new / FIRST_VERSION).mkdir(parents=True)
+        yield new
         if folder.exists():
-            _add_version(made, folder, version)
+            _add_version(new, folder, version)
         else:
-            made.rename(folder)
+            new.rename(folder)
     except OSError as error:
         raise OutputError(
             f"{folder}: writing failed ({error.strerror or error}); nothing was left behind"
@@ -114,11 +127,11 @@ def new_model_folder(folder: Path, version: int) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _add_version(made: Path, folder: Path, version: int) -> None:
-    """Moves files in, the configuration last: it names the others."""
-    (made / FIRST_VERSION).rename(folder / str(version))
-    files = [path for path in made.rglob("*") if path.is_file()]
+def _add_version(new: Path, folder: Path, version: int) -> None:
+    """Move files in, the configuration last: it names the others."""
+    (new / FIRST_VERSION).rename(folder / str(version))
+    files = [path for path in new.rglob("*") if path.is_file()]
     for path in sorted(files, key=lambda path: path.name == CONFIG_FILE):
-        place = folder / path.relative_to(made)
+        place = folder / path.relative_to(new)
         place.parent.mkdir(parents=True, exist_ok=True)
         path.replace(place)

@@ -11,29 +11,37 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto
+from recording import RecordingReporter
 from rich.console import Console
 
 from tood_deploy.errors import ToodError
 from tood_deploy.export.precision.half import LowPrecision
-from tood_deploy.export.precision.search import Hands, Mixture, Tuned, autotune, describe_mixture
+from tood_deploy.export.precision.search import (
+    Mixture,
+    SearchResult,
+    TrialSteps,
+    autotune,
+    describe_mixture,
+)
 from tood_deploy.export.precision.sensitivity import (
     Sensitivity,
     mix_precisions,
     network_parts,
     rank_parts,
 )
+from tood_deploy.reporter import Reporter
 
 PRECISIONS = ("fp32", "fp16", "int8")
 Costs = Mapping[tuple[str, str], tuple[float, float]]
 
 
-class Made:
+class FakeNetwork:
     """A network of which a group in a precision takes a known time and costs a known quality; keeps what was asked of it."""
 
     def __init__(self, costs: Costs) -> None:
         self.costs = costs
         self.evaluated: list[Mixture] = []
-        self.lines: list[str] = []
+        self.reporter = RecordingReporter()
 
     def latency_ms(self, mixture: Mixture) -> float:
         return sum(self.costs[item][0] for item in mixture.items())
@@ -45,10 +53,10 @@ class Made:
         self.evaluated.append(mixture)
         return self.drop(mixture)
 
-    def tune(self, max_drop: float, **options: Any) -> Tuned:
+    def tune(self, max_drop: float, **options: Any) -> SearchResult:
         groups = list(dict.fromkeys(group for group, _ in self.costs))
-        hands = Hands(lambda mixture: mixture, self.latency_ms, self.evaluate, self.lines.append)
-        return autotune(groups, PRECISIONS, hands, max_drop=max_drop, **options)
+        steps = TrialSteps(lambda mixture: mixture, self.latency_ms, self.evaluate, self.reporter)
+        return autotune(groups, PRECISIONS, steps, max_drop=max_drop, **options)
 
 
 def costs(**groups: tuple[float, float]) -> dict[tuple[str, str], tuple[float, float]]:
@@ -60,27 +68,27 @@ def costs(**groups: tuple[float, float]) -> dict[tuple[str, str], tuple[float, f
 
 
 def test_all_in_the_lowest_precision_where_nothing_is_lost() -> None:
-    tuned = Made(costs(stem=(1.0, 0.0), tower=(1.0, 0.0))).tune(0.2)
+    tuned = FakeNetwork(costs(stem=(1.0, 0.0), tower=(1.0, 0.0))).tune(0.2)
     assert set(tuned.best.mixture.values()) == {"int8"}
     assert tuned.groups_in("int8") == ("stem", "tower")
 
 
 def test_groups_that_cost_quality_stay_high() -> None:
-    made = Made(costs(stem=(1.0, 0.5), body=(1.0, 0.05), tower=(1.5, 0.3)))
+    made = FakeNetwork(costs(stem=(1.0, 0.5), body=(1.0, 0.05), tower=(1.5, 0.3)))
     tuned = made.tune(0.2)
     assert tuned.best.mixture == {"stem": "fp16", "body": "int8", "tower": "fp16"}
     assert tuned.best.drop == pytest.approx(0.07)
 
 
 def test_what_gains_most_per_loss_goes_first() -> None:
-    tuned = Made(costs(cheap=(1.9, 0.02), dear=(0.5, 0.19), good=(1.0, 0.05))).tune(0.2)
+    tuned = FakeNetwork(costs(cheap=(1.9, 0.02), dear=(0.5, 0.19), good=(1.0, 0.05))).tune(0.2)
     assert tuned.best.mixture == {"cheap": "int8", "dear": "fp16", "good": "int8"}
 
 
-def three_groups() -> Made:
+def three_groups() -> FakeNetwork:
     """In order of time gained per quality lost: first, second, third. All three lose too much; slow makes int8 as a whole slow."""
     made = costs(first=(1.5, 0.05), second=(1.8, 0.04), third=(1.5, 0.12), slow=(9.0, 0.0))
-    return Made(
+    return FakeNetwork(
         made | {(group, "fp16"): (2.0, 0.0) for group in ("first", "second", "third", "slow")}
     )
 
@@ -94,12 +102,12 @@ def test_an_earlier_change_is_taken_back_for_a_better_one() -> None:
 
 
 def test_of_two_groups_the_one_that_gains_more_is_lowered() -> None:
-    tuned = Made(costs(small=(1.8, 0.02), large=(0.5, 0.17))).tune(0.185)
+    tuned = FakeNetwork(costs(small=(1.8, 0.02), large=(0.5, 0.17))).tune(0.185)
     assert tuned.best.mixture == {"small": "fp16", "large": "int8"}
 
 
 def test_a_mixture_that_is_not_faster_is_not_evaluated() -> None:
-    made = Made(costs(stem=(2.5, 0.0), tower=(1.0, 0.0)))
+    made = FakeNetwork(costs(stem=(2.5, 0.0), tower=(1.0, 0.0)))
     tuned = made.tune(0.2)
     assert tuned.best.mixture == {"stem": "fp16", "tower": "int8"}
     slow = [trial.mixture for trial in tuned.trials if trial.drop is None]
@@ -110,7 +118,7 @@ def test_a_mixture_that_is_not_faster_is_not_evaluated() -> None:
 def test_what_is_fast_only_together_is_found_from_above() -> None:
     """As with 8-bit layers, which need conversions where they meet others: alone none is faster."""
 
-    class Bound(Made):
+    class Bound(FakeNetwork):
         def latency_ms(self, mixture: Mixture) -> float:
             borders = sum(a != b for a, b in itertools.pairwise(mixture.values()))
             return super().latency_ms(mixture) + 1.5 * borders
@@ -124,19 +132,27 @@ def test_what_is_fast_only_together_is_found_from_above() -> None:
 
 def test_a_known_order_saves_trials() -> None:
     made = costs(stem=(1.0, 0.5), body=(1.0, 0.05), tower=(1.5, 0.3))
-    measured, known = Made(made).tune(0.2), Made(made).tune(0.2, ranked=("stem", "tower", "body"))
+    measured, known = (
+        FakeNetwork(made).tune(0.2),
+        FakeNetwork(made).tune(0.2, ranked=("stem", "tower", "body")),
+    )
     assert known.best.mixture == measured.best.mixture
     assert len(known.trials) < len(measured.trials)
 
 
 def test_noise_is_no_gain() -> None:
     made = costs(stem=(1.999, 0.0), tower=(1.0, 0.0))
-    assert Made(made).tune(0.2).best.mixture["stem"] == "int8"  # all in int8 was tried as a whole
-    assert Made(costs(stem=(1.999, 0.5), tower=(1.0, 0.0))).tune(0.2).best.mixture["stem"] == "fp16"
+    assert (
+        FakeNetwork(made).tune(0.2).best.mixture["stem"] == "int8"
+    )  # all in int8 was tried as a whole
+    assert (
+        FakeNetwork(costs(stem=(1.999, 0.5), tower=(1.0, 0.0))).tune(0.2).best.mixture["stem"]
+        == "fp16"
+    )
 
 
 def test_the_reference_is_left_where_nothing_else_is_good_enough() -> None:
-    tuned = Made(costs(stem=(1.0, 0.5))).tune(0.0)
+    tuned = FakeNetwork(costs(stem=(1.0, 0.5))).tune(0.0)
     assert tuned.best.mixture == {"stem": "fp32"}
     assert tuned.best.drop == 0
 
@@ -152,11 +168,11 @@ def test_within_the_limit_never_slower_than_uniform_and_reproducible(
         for group in groups
         for p in PRECISIONS
     }
-    tuned, again = Made(made).tune(max_drop), Made(made).tune(max_drop)
+    tuned, again = FakeNetwork(made).tune(max_drop), FakeNetwork(made).tune(max_drop)
     assert tuned == again
     assert tuned.best.drop is not None
     assert tuned.best.drop <= max_drop
-    whole = Made(made)
+    whole = FakeNetwork(made)
     for precision in PRECISIONS:
         uniform = dict.fromkeys(groups, precision)
         if whole.drop(uniform) <= max_drop:
@@ -177,7 +193,7 @@ def test_close_to_the_best_of_all_on_random_networks() -> None:
                 (group, "fp16"): (time / 2, 0.01),
                 (group, "int8"): (time / 3, chance.uniform(0, 0.2)),
             }
-        network = Made(made)
+        network = FakeNetwork(made)
         mixtures = [
             dict(zip(groups, chosen, strict=True))
             for chosen in itertools.product(PRECISIONS, repeat=len(groups))
@@ -191,13 +207,13 @@ def test_close_to_the_best_of_all_on_random_networks() -> None:
 
 
 def test_the_log_has_a_line_for_every_trial() -> None:
-    made = Made(costs(stem=(1.0, 0.5), tower=(1.0, 0.0)))
+    made = FakeNetwork(costs(stem=(1.0, 0.5), tower=(1.0, 0.0)))
     tuned = made.tune(0.2)
-    assert len(made.lines) == len(tuned.trials) + 1
-    assert made.lines[0] == "trial 1: fp32; 8.000 ms, drop 0.000, within 0.2"
-    assert made.lines[2] == "trial 3: int8; 2.000 ms, drop 0.500, beyond 0.2"
+    assert len(made.reporter.lines) == len(tuned.trials) + 1
+    assert made.reporter.lines[0] == "trial 1: fp32; 8.000 ms, drop 0.000, within 0.2"
+    assert made.reporter.lines[2] == "trial 3: int8; 2.000 ms, drop 0.500, beyond 0.2"
     assert (
-        made.lines[-1]
+        made.reporter.lines[-1]
         == f"best of {len(tuned.trials)}: fp16, but int8 in tower; 3.000 ms, drop 0.010"
     )
     printed = StringIO()
@@ -224,11 +240,13 @@ def test_mixtures_in_words() -> None:
 def test_bad_input(
     groups: list[str], precisions: tuple[str, ...], max_drop: float, word: str
 ) -> None:
-    hands = Hands(lambda mixture: mixture, lambda model: 1.0, lambda model: 0.0, lambda line: None)
+    steps = TrialSteps(
+        lambda mixture: mixture, lambda model: 1.0, lambda model: 0.0, Reporter.silent()
+    )
     with pytest.raises(ToodError, match=word):
-        autotune(groups, precisions, hands, max_drop=max_drop)
+        autotune(groups, precisions, steps, max_drop=max_drop)
     with pytest.raises(ToodError, match="ranked are b, which are no groups"):
-        autotune(["a"], PRECISIONS, hands, max_drop=0.2, ranked=["b"])
+        autotune(["a"], PRECISIONS, steps, max_drop=0.2, ranked=["b"])
 
 
 def pretend_to_quantize(
