@@ -12,6 +12,7 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 from onnx_edits import all_nodes, edit_weight, maker
+from recording import RecordingReporter
 
 from tood_deploy.data.image_set import synthetic_image
 from tood_deploy.errors import CheckFailed, ToodError
@@ -164,9 +165,9 @@ class TestFloat32:
     def test_a_sound_artefact_passes_and_says_how_near_it_is(
         self, reference: Reference, run: OnnxRunner
     ) -> None:
-        told: list[str] = []
-        parity = verify_float32(reference, run, say=told.append)
-        assert len(told) == len(SIZES_HW)
+        reporter = RecordingReporter()
+        parity = verify_float32(reference, run, reporter=reporter)
+        assert len(reporter.lines) == len(SIZES_HW)
         assert set(parity["maps"]) == set(MAP_NAMES)
         ratios = [each["rms_ratio"] for name, each in parity["maps"].items() if name != "pixels"]
         assert 0.01 < min(ratios) <= max(ratios) <= parity["limits"]["rms_of_few"]

@@ -299,7 +299,8 @@ class PrecisionSearch:
         calib_data: a folder of images to calibrate on; latency is measured on the first of them.
         int8: how 8-bit layers are made; its `max_drop` is the most that quality may drop.
         half: the half precision that takes part, of what is not 8-bit, too; None for none.
-        quality: makes what tells how much worse a graph is; per cent of mismatched detections where not given.
+        quality: makes what measures how much worse a graph is; per cent of mismatched detections
+            where not given.
     """
 
     opener: Opener
@@ -311,24 +312,27 @@ class PrecisionSearch:
     def __post_init__(self) -> None:
         if self.int8.max_drop is None:
             raise ToodError(
-                "the most that quality may drop is not given; give --max-ap-drop with annotations, or --max-drop without"
+                "the most that quality may drop is not given; "
+                "give --max-ap-drop with annotations, or --max-drop without"
             )
         if self.half is not None and self.opener.target != "engine":
             raise ToodError(
-                f"{self.half} takes part in the search for {self.opener.target}, which is measured on the CPU; leave it out"
+                f"{self.half} takes part in the search for {self.opener.target}, "
+                "which is measured on the CPU; leave it out"
             )
         self.opener.check()
 
     @property
     def precisions(self) -> tuple[str, ...]:
-        """Those that a part of the network may have, the reference first."""
+        """Return those that a part of the network may have, the reference's first."""
         return ("fp32", *([self.half] if self.half else []), "int8")
 
     def __call__(self, artefact: OnnxArtefact, reporter: Reporter) -> ConvertedGraph:
         """Search; report a line for every trial, and the table of all.
 
         Raises:
-            ToodError: images cannot be read, classes and categories differ, or a graph cannot be built or run.
+            ToodError: images cannot be read, classes and categories differ, or a graph cannot be
+                built or run.
         """
         images = prepare_images(self.calib_data, artefact.manifest.preset.sizing)
         evaluate, unit = self._quality(artefact, images)
@@ -370,7 +374,7 @@ class PrecisionSearch:
         )
 
     def _describe(self, tuned: SearchResult, calibration: Calibration) -> dict[str, Any]:
-        """What the manifest says of a search beside its target."""
+        """Return what the manifest says of a search beside its target."""
         how = {
             "max_drop": self.int8.max_drop,
             "scheme": self.int8.scheme,

@@ -259,7 +259,7 @@ def onnx_from_checkpoint(
     reference = torch_reference(model, max_det)
     with timed("verify"):
         run = OnnxRunner(artefact.model)
-        parity = verify_float32(reference, run, images=verify_images, say=reporter.info)
+        parity = verify_float32(reference, run, images=verify_images, reporter=reporter)
         reporter.info("making its self-test")
         self_test = self_test_from(reference.run)
     proven = replace(manifest, parity=Parity.from_dict(parity), self_test=self_test)

@@ -172,7 +172,7 @@ def _verify(
     fallback = "bf16" if manifest.build.fallback_precision == "bf16" else "fp32"
     run = OpenVinoRunner(xml, fallback, maps=in_float32)
     if in_float32:
-        parity = verify_float32(reference, run, images=images, say=reporter.info)
+        parity = verify_float32(reference, run, images=images, reporter=reporter)
         return replace(manifest, parity=Parity.from_dict(parity))
     parity = verify_detections(
         reference,
@@ -180,7 +180,7 @@ def _verify(
         images,
         DETECTION_LIMITS[manifest.precision],
         measure_ap=None if ap is None else lambda: (ap.reference_ap, ap.file_ap(xml)),
-        say=reporter.info,
+        reporter=reporter,
     )
     if manifest.precision == "int8":  # whose right answer is what OpenVINO's own rounding gives
         manifest = replace(manifest, self_test=self_test_from(run))

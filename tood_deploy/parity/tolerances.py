@@ -182,16 +182,6 @@ def base_precision(precision: str) -> str:
     return precision.split(",")[0]
 
 
-def limits_of(precision: str) -> Float32Limits | DetectionLimits:
-    """Return the limits that decide on an artefact.
-
-    Args:
-        precision: of its arithmetic, such as "fp32" or "int8, bf16".
-    """
-    base = base_precision(precision)
-    return FLOAT32_LIMITS if base == "fp32" else DETECTION_LIMITS[base]
-
-
 def answer_tolerance(precision: str, device: str, *, same_runtime: bool) -> AnswerTolerance:
     """Return how far an answer to a self-test may be off.
 

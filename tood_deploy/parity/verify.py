@@ -24,6 +24,7 @@ from tood_deploy.parity.float32_verdict import Allowance, Float32Judge, Float32V
 from tood_deploy.parity.reference import Outputs, Reference, Runner
 from tood_deploy.parity.tolerances import FLOAT32_LIMITS, DetectionLimits, Failure, Float32Limits
 from tood_deploy.preprocess import ImageSize, resize_and_pad
+from tood_deploy.reporter import Reporter
 
 SIZES_HW = {"square": (320, 320), "portrait": (416, 256), "tiny": (64, 64)}
 PADDING_HW = (10, 6)  # rows and columns fewer than the padded size, so that padding takes part
@@ -31,9 +32,9 @@ DIFFERENT = 2  # images in a batch whose maps are compared
 BATCH = 3  # slots that must give the same
 SCORE_THRESHOLD = 0.05
 MAX_LISTED = 3  # failures in a message
+SILENT = Reporter.silent()
 
 Batch = tuple[NDArray[np.uint8], NDArray[np.int32]]
-Say = Callable[[str], None]
 
 
 class Float32Verifier:
@@ -154,7 +155,7 @@ def verify_float32(
     run: Runner,
     *,
     images: Sequence[NDArray[np.uint8]] = (),
-    say: Say = lambda line: None,
+    reporter: Reporter = SILENT,
 ) -> dict[str, Any]:
     """Compare a float32 artefact with its reference: at three sizes, alone and in batches.
 
@@ -163,7 +164,7 @@ def verify_float32(
         run: the shipped artefact in a runtime, with its maps.
         images: (H, W, 3) uint8 BGR of the user's, compared at the model's own image size in
             addition to the built-in ones: of the first the maps, of all the detections.
-        say: given a line on what is being compared.
+        reporter: shows what is being compared.
 
     Returns:
         The parity verdict for the manifest.
@@ -174,14 +175,14 @@ def verify_float32(
     """
     verifier = Float32Verifier(reference, run)
     for number, (height, width) in enumerate(SIZES_HW.values()):
-        say(f"comparing with {reference.run.name} on images of {height}x{width}")
+        reporter.info(f"comparing with {reference.run.name} on images of {height}x{width}")
         size_hw = height - PADDING_HW[0], width - PADDING_HW[1]
         batch = [synthetic_image(*size_hw, seed=BATCH * number + i) for i in range(DIFFERENT)]
         imgsz = min(size_hw), max(size_hw)
         allowance = verifier.compare(batch, imgsz)
         verifier.compare_slots(batch[0], imgsz, allowance)
     if len(images):
-        say(f"comparing with {reference.run.name} on {len(images)} images of your own")
+        reporter.info(f"comparing with {reference.run.name} on {len(images)} images of your own")
         allowance = verifier.compare(images[:1], reference.sizing)
         for image in images[1:]:
             verifier.compare_detections(image, reference.sizing, allowance)
@@ -206,7 +207,7 @@ def verify_detections(
     limits: DetectionLimits,
     *,
     measure_ap: Callable[[], tuple[float, float]] | None = None,
-    say: Say = lambda line: None,
+    reporter: Reporter = SILENT,
 ) -> dict[str, Any]:
     """Compare an artefact in lower precision with its reference as a user would see it.
 
@@ -216,7 +217,7 @@ def verify_detections(
         source_images: (H, W, 3) uint8 BGR, like those to come.
         limits: of its precision.
         measure_ap: returns points of AP of reference and artefact on annotated images.
-        say: given a line on what is being compared.
+        reporter: shows what is being compared.
 
     Returns:
         The parity verdict for the manifest.
@@ -229,7 +230,7 @@ def verify_detections(
         raise ToodError(
             "no images to verify on; give --verify-images a folder of images like those to come"
         )
-    say(f"comparing detections with {reference.run.name} on {len(source_images)} images")
+    reporter.info(f"comparing detections with {reference.run.name} on {len(source_images)} images")
     batches = [prepare([image], reference.sizing) for image in source_images]
     iou = reference.iou_threshold
     expected = [_detect(reference.run, batch, 0.0, iou)[0] for batch in batches]
@@ -242,7 +243,7 @@ def verify_detections(
         b"".join(batch[0].tobytes() for batch in batches)
     ).hexdigest()
     if measure_ap is not None:
-        say("measuring AP of both on the annotated images")
+        reporter.info("measuring AP of both on the annotated images")
         before, after = measure_ap()
         verdict.ap = {"reference": before, "artefact": after, "drop": before - after}
     if failures := verdict.failures(limits):

@@ -429,7 +429,7 @@ def verify_converted(
     precision = artefact.manifest.precision
     if precision == "fp32":  # what a search of mixtures may come to
         parity = verify_float32(
-            reference, OnnxRunner(artefact.model), images=images, say=reporter.info
+            reference, OnnxRunner(artefact.model), images=images, reporter=reporter
         )
         return _with_verdict(artefact, parity, self_test)
     run = OnnxRunner(emulate_low_precision(artefact.model), maps=False)
@@ -446,7 +446,7 @@ def verify_converted(
         images,
         DETECTION_LIMITS[precision],
         measure_ap=measure_ap if ap else None,
-        say=reporter.info,
+        reporter=reporter,
     )
     if precision == "int8":
         self_test = self_test_from(run)

@@ -31,6 +31,7 @@ from tood_deploy.export.precision.quantize import Ranges, Scheme, all_layers, qu
 from tood_deploy.graph_io import HEAD_OUTPUTS, INPUTS, OUTPUTS, graph_feeds
 from tood_deploy.matching import NetDetections, box_iou, match_boxes, split_batch
 from tood_deploy.onnx_file import needs_float_arithmetic, open_session
+from tood_deploy.parity.tolerances import DEPLOYMENT_SCORE, DETECTION_LIMITS
 from tood_deploy.reporter import Reporter
 
 REPORTED = 5  # of the most sensitive groups, in a line
@@ -274,8 +275,8 @@ def mix_precisions(
     return model
 
 
-SCORE_THRESHOLD, IOU_THRESHOLD = 0.3, 0.6
-SCORE_TOLERANCE = 0.1
+SCORE_THRESHOLD, IOU_THRESHOLD = DEPLOYMENT_SCORE, 0.6
+SCORE_TOLERANCE = DETECTION_LIMITS["int8"].score
 
 
 class DetectionMismatch:
