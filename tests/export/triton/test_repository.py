@@ -20,8 +20,8 @@ from tood_deploy.data.image_set import synthetic_image
 from tood_deploy.errors import ArtefactError, CheckFailed, DeviceError, OutputError, ToodError
 from tood_deploy.export.tensorrt.options import Profiles
 from tood_deploy.export.tensorrt.to_tensorrt import engine_from_onnx
+from tood_deploy.export.triton import folder as triton_folder
 from tood_deploy.export.triton import repository as to_triton
-from tood_deploy.export.triton import repository as triton_folder
 from tood_deploy.export.triton.config import read_config
 from tood_deploy.export.triton.options import TritonOptions
 from tood_deploy.export.triton.repository import (
