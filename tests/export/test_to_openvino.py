@@ -66,7 +66,8 @@ def copy(
         onnx.save(graph, path)
     manifest = read_manifest(artefact)
     assert manifest is not None
-    manifest_path(path).write_text(changed(manifest, **fields).to_json())
+    stated = changed(manifest, **fields).with_artefact(path)
+    manifest_path(path).write_text(stated.to_json())
     return path
 
 

@@ -250,7 +250,7 @@ class TestRepository:
 
     def test_manifest_beside_the_model(self, served: ServedModel, tiny_artefact: Path) -> None:
         manifest = served.manifest
-        assert manifest == read_manifest(served.path)
+        assert plain(manifest) == plain(read_manifest(served.path))
         assert manifest.artefact_sha256 == file_sha256(served.path)
         assert plain(manifest)["options"]["serving"]["onnx_sha256"] == file_sha256(tiny_artefact)
         assert plain(manifest)["options"]["serving"]["equal_detections"] > 100
