@@ -73,7 +73,8 @@ def test_fp16(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_bf16(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It says what it is for, is refused by name where it does not run, and can be taken further: its reference is emulated."""
+    """It says what it is for, is refused by name where it does not run, and can be taken further:
+    its reference is emulated."""
     assert main([str(source), "--precision", "bf16"]) == 0
     said = capsys.readouterr().out
     assert "ONNX Runtime has no bf16 convolutions on CPUs" in said
@@ -130,7 +131,8 @@ def test_an_engine_says_how_to_run_it(source: Path, capsys: pytest.CaptureFixtur
 
 @pytest.mark.slow
 def test_an_engine_of_what_a_server_has(source: Path) -> None:
-    """The way to a plan for a server, as far as it goes without TensorRT for Triton: docs/serving.md."""
+    """The way to a plan for a server, as far as it goes without TensorRT for Triton:
+    docs/serving.md."""
     assert (
         main(
             [
@@ -251,7 +253,8 @@ def test_wrong_use_is_one_line_and_leaves_nothing(
         (
             ("tensorrt", "tensorrt_rtx"),
             ["engine"],
-            "both tensorrt and tensorrt_rtx are installed; say which of the two to use with --flavour",
+            "both tensorrt and tensorrt_rtx are installed; say which of the two to use "
+            "with --flavour",
         ),
         (
             ("tensorrt_rtx",),
@@ -427,7 +430,8 @@ INT8 = ("--precision", "int8", "--calib-data", "images")
 
 @pytest.fixture
 def loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """`tood.pth`, a deformable network of 80 classes once it is loaded; to export it would be long work."""
+    """`tood.pth`, a deformable network of 80 classes once it is loaded; to export it would be long
+    work."""
     monkeypatch.chdir(tmp_path)
     Path("tood.pth").write_bytes(b"weights")
     for number in range(1, 3):

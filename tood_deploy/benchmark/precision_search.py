@@ -299,7 +299,8 @@ class PrecisionSearch:
         calib_data: a folder of images to calibrate on; latency is measured on the first of them.
         int8: how 8-bit layers are made; its `max_drop` is the most that quality may drop.
         half: the half precision that takes part, of what is not 8-bit, too; None for none.
-        quality: makes what tells how much worse a graph is; per cent of mismatched detections where not given.
+        quality: makes what tells how much worse a graph is; per cent of mismatched detections
+            where not given.
     """
 
     opener: Opener
@@ -311,11 +312,13 @@ class PrecisionSearch:
     def __post_init__(self) -> None:
         if self.int8.max_drop is None:
             raise ToodError(
-                "the most that quality may drop is not given; give --max-ap-drop with annotations, or --max-drop without"
+                "the most that quality may drop is not given; give --max-ap-drop with "
+                "annotations, or --max-drop without"
             )
         if self.half is not None and self.opener.target != "engine":
             raise ToodError(
-                f"{self.half} takes part in the search for {self.opener.target}, which is measured on the CPU; leave it out"
+                f"{self.half} takes part in the search for {self.opener.target}, "
+                "which is measured on the CPU; leave it out"
             )
         self.opener.check()
 
@@ -328,7 +331,8 @@ class PrecisionSearch:
         """Search; report a line for every trial, and the table of all.
 
         Raises:
-            ToodError: images cannot be read, classes and categories differ, or a graph cannot be built or run.
+            ToodError: images cannot be read, classes and categories differ, or a graph cannot
+                be built or run.
         """
         images = prepare_images(self.calib_data, artefact.manifest.preset.sizing)
         evaluate, unit = self._quality(artefact, images)

@@ -1,4 +1,5 @@
-"""Inner values of a graph, image by image: the same numbers as from the whole graph at once, and not all at the same time."""
+"""Inner values of a graph, image by image: the same numbers as from the whole graph at once, and
+not all at the same time."""
 
 from typing import Any
 
@@ -21,7 +22,8 @@ SIZE_HW = (64, 96)
 
 @pytest.fixture(scope="module")
 def names(model: onnx.ModelProto) -> list[str]:
-    """Values from all over the network, and what the loop of suppression gives; not in the graph's order.
+    """Values from all over the network, and what the loop of suppression gives; not in the graph's
+    order.
 
     None from behind the first sorting, where two numbers that are nearly equal may change places.
     """
