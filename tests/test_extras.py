@@ -17,6 +17,7 @@ PROJECT: dict[str, Any] = tomllib.loads(
 )["project"]
 NO_EXTRAS_OF_USERS = {"dev", "docs"}
 WITHOUT_EXTRA = {
+    "_typeshed",  # of type checkers alone
     "sympy",  # comes with torch, which imports it itself
     "supervision",
     "tensorrt",

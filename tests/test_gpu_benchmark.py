@@ -99,7 +99,7 @@ class TestFlow:
 
     @pytest.mark.parametrize(
         ("how", "precision", "reason"),
-        [("engine", "fp32", "TensorRT runs on GPUs"), ("CPU", "bf16", "implementation for Conv")],
+        [("engine", "fp32", "TensorRT runs on GPUs"), ("CPU", "bf16", "no bf16 convolutions")],
     )
     def test_refusals_of_a_runtime_are_no_faults(
         self, how: str, precision: str, reason: str, report: dict[str, Any]

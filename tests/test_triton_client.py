@@ -1,4 +1,5 @@
-"""The example client against a stand-in for the server that runs the repository's model in ONNX Runtime, by the configuration in it."""
+"""The example client against a stand-in for the server that runs the repository's model in ONNX
+Runtime, by the configuration in it."""
 
 import importlib
 import threading
@@ -45,7 +46,8 @@ class Input:
 
 
 class Server:
-    """Checks requests as Triton does by the configuration, and answers in the shapes that it states."""
+    """Checks requests as Triton does by the configuration, and answers in the shapes that it
+    states."""
 
     def __init__(self, folder: Path) -> None:
         self.config = read_config((folder / "config.pbtxt").read_text(encoding="utf-8"))

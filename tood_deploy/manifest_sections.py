@@ -71,25 +71,21 @@ class Serving:
     Attributes:
         onnx_sha256: of the .onnx that it was made from.
         equal_detections: how many detections were compared with that one's and are equal.
-        details: more.
+        thresholds: the form, in words.
     """
 
     onnx_sha256: str = ""
     equal_detections: int = 0
-    details: JsonObject = field(default_factory=dict)
+    thresholds: str = "one of each for every image"
 
     def to_dict(self) -> dict[str, Json]:
         """Return plain values for JSON."""
-        own = {"onnx_sha256": self.onnx_sha256, "equal_detections": self.equal_detections}
-        return {"thresholds": "one of each for every image", **own, **self.details}
+        return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Return what `to_dict` wrote."""
-        details = _without(values, "onnx_sha256", "equal_detections")
-        return cls(
-            str(values.get("onnx_sha256", "")), int(values.get("equal_detections", 0)), details
-        )
+        return cls(**values)
 
 
 BUILD_NAMES = {  # in Python, and in the JSON's "options"

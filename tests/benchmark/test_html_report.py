@@ -127,7 +127,7 @@ def test_table_in_markdown() -> None:
         "note",
     )
     assert table.markdown().split("\n") == [
-        "| class | AP | n |", "| --- | ---: | ---: |", "| a\\|b&lt;i> | 12.35 | 3 |", "| c | - | 0 |", "| d | - | -1 |", "", "note"
+        "| class | AP | n |", "| --- | ---: | ---: |", "| a\\|b&lt;i> | 12.35 | 3 |", "| c | - | 0 |", "| d | - | -1 |", "", "note"  # noqa: E501
     ]  # fmt: skip
 
 

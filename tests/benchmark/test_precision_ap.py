@@ -1,4 +1,5 @@
-"""What half precision and 8 bits cost trained networks in COCO AP, on real and on generated images: no more than is promised."""
+"""What half precision and 8 bits cost trained networks in COCO AP, on real and on generated images:
+no more than is promised."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +29,8 @@ Lowered = Callable[[str], onnx.ModelProto]
 def drop_and_lowered(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[ApDrop, Lowered]:
-    """Points of AP that a graph loses, and the graph of a trained `tiny` in a precision by its name."""
+    """Points of AP that a graph loses, and the graph of a trained `tiny` in a precision by its
+    name."""
     folder = tmp_path_factory.mktemp(request.param)
     if request.param == "bccd":
         root: Path = request.getfixturevalue("shared")
@@ -83,7 +85,8 @@ def test_costs_no_more_than_is_promised(
 ) -> None:
     if precision in ("int8 u8s8", "int8 s8s8") and saturates_in_onnxruntime():
         pytest.skip(
-            "sums of 8-bit products saturate on this CPU, so that ONNX Runtime gives other numbers than such a graph stands for"
+            "sums of 8-bit products saturate on this CPU, so that ONNX Runtime gives "
+            "other numbers than such a graph stands for"
         )
     drop, lowered = drop_and_lowered
     lost = drop(lowered(precision))

@@ -1,4 +1,5 @@
-"""AP that a graph in memory loses; the truth is what the float32 graph itself finds, so it has nearly all of it."""
+"""AP that a graph in memory loses; the truth is what the float32 graph itself finds, so it has
+nearly all of it."""
 
 from collections.abc import Callable
 from pathlib import Path

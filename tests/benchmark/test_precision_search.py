@@ -1,4 +1,5 @@
-"""The search for the fastest mixture, with invented latencies and qualities; and how latencies are measured, with an invented clock."""
+"""The search for the fastest mixture, with invented latencies and qualities; and how latencies are
+measured, with an invented clock."""
 
 import json
 import sys
@@ -176,7 +177,8 @@ def test_a_mixture_becomes_an_artefact(artefact: OnnxArtefact) -> None:
 
 
 class Clock:
-    """Seconds that pass only where someone works; ever more of them, as on a machine that becomes hot."""
+    """Seconds that pass only where someone works; ever more of them, as on a machine that becomes
+    hot."""
 
     def __init__(self) -> None:
         self.now, self.calls = 0.0, 0

@@ -1,4 +1,5 @@
-"""A graph with the inputs, outputs and metadata of an exported one and a single convolution inside: TensorRT builds it in a moment."""
+"""A graph with the inputs, outputs and metadata of an exported one and a single convolution inside:
+TensorRT builds it in a moment."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,8 @@ CHANNELS, ROWS = 8, 100
 MACS_A_PIXEL = 3 * 3 * 3 * CHANNELS
 SUMS = ("mean", "valid_sum", "score_threshold", "iou_threshold")
 
-# How the convolution's input and weight come about in each precision: operator, input, further inputs, output, attributes.
+# How the convolution's input and weight come about in each precision: operator, input, further
+# inputs, output, attributes.
 PRECISIONS: dict[str, list[onnx.NodeProto]] = {
     "fp32": [
         helper.make_node("Conv", ["pixels", "weight"], ["convolved"], name="the_conv", pads=[1] * 4)
@@ -83,7 +85,8 @@ def small_graph(
 def save_small(
     path: Path, precision: str = "fp32", stated: str | None = None, **options: Any
 ) -> Path:
-    """Writes the graph with a manifest in its metadata that states `stated` as precision, the true one where not given."""
+    """Writes the graph with a manifest in its metadata that states `stated` as precision, the true
+    one where not given."""
     model = small_graph(precision, **options)
     manifest = Manifest(
         PRESETS["tiny"],

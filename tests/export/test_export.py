@@ -27,6 +27,7 @@ from tood_deploy.export.triton.config import config_text, triton_config
 from tood_deploy.export.triton.options import TritonOptions
 from tood_deploy.files import file_sha256
 from tood_deploy.manifest import Manifest, manifest_path, read_manifest
+from tood_deploy.manifest_sections import EngineTarget, OptimizationProfile, Serving
 from tood_deploy.model import load_checkpoint
 from tood_deploy.onnx_file import read_onnx, write_onnx
 from tood_deploy.parity.onnx_reference import OnnxRunner
@@ -72,7 +73,8 @@ def test_fp16(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_bf16(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It says what it is for, is refused by name where it does not run, and can be taken further: its reference is emulated."""
+    """It says what it is for, is refused by name where it does not run, and can be taken further:
+    its reference is emulated."""
     assert main([str(source), "--precision", "bf16"]) == 0
     said = capsys.readouterr().out
     assert "ONNX Runtime has no bf16 convolutions on CPUs" in said
@@ -129,7 +131,8 @@ def test_an_engine_says_how_to_run_it(source: Path, capsys: pytest.CaptureFixtur
 
 @pytest.mark.slow
 def test_an_engine_of_what_a_server_has(source: Path) -> None:
-    """The way to a plan for a server, as far as it goes without TensorRT for Triton: docs/serving.md."""
+    """The way to a plan for a server, as far as it goes without TensorRT for Triton:
+    docs/serving.md."""
     assert (
         main(
             [
@@ -177,43 +180,20 @@ def test_an_engine_is_served_as_it_is(source: Path, capsys: pytest.CaptureFixtur
     """A stand-in for a plan of TensorRT, which cannot be had without a GPU."""
     engine = Path("plan.engine")
     engine.write_bytes(b"a plan")
-    target = {"flavour": "tensorrt", "profiles": [{"size_hw": [64, 96], "batch": [1, 1, 4]}]}
     manifest = read_manifest(source)
     assert manifest is not None
-    stated = replace(
-        manifest, target=target, options=plain(manifest)["options"] | {"serving": {}}
-    ).with_artefact(engine)
+    profile = OptimizationProfile((64, 96), 1, 1, 4)
+    target = EngineTarget("tensorrt", "10.13", "linux-x86_64", ("8.9",), (profile,))
+    build = replace(manifest.build, serving=Serving())
+    stated = replace(manifest, target=target, build=build).with_artefact(engine)
     manifest_path(engine).write_text(stated.to_json())
-    assert (
-        main(["plan.engine", "--to", "triton", "--output", "repo", "--name", "tood", "--quiet"])
-        == 0
-    )
+    place = ["--to", "triton", "--output", "repo"]
+    assert main(["plan.engine", *place, "--name", "tood", "--quiet"]) == 0
     assert Path("repo/tood/1/model.plan").read_bytes() == b"a plan"
-    assert (
-        main(
-            [
-                "plan.engine",
-                "--to",
-                "triton",
-                "--output",
-                "repo",
-                "--nms",
-                "loop",
-                "--backend",
-                "tensorrt",
-            ]
-        )
-        == 2
-    )
-    assert (
-        "--nms needs a checkpoint or an .onnx; an engine is served as it is"
-        in capsys.readouterr().err
-    )
+    assert main(["plan.engine", *place, "--nms", "loop", "--backend", "tensorrt"]) == 2
+    assert "--nms needs a checkpoint or an .onnx" in capsys.readouterr().err
     assert main(["plan.engine", "--to", "onnx"]) == 2
-    assert (
-        "plan.engine is an engine, which can be served and not exported; give --to triton"
-        in capsys.readouterr().err
-    )
+    assert "plan.engine is an engine" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -234,7 +214,7 @@ def test_an_engine_is_served_as_it_is(source: Path, capsys: pytest.CaptureFixtur
         (["--precision", "int8", "--calib-data", ".", "--calib-images", "1"], ".: no images in it"),
         (
             ["--precision", "int8", "--calib-data", ".", "--fallback-precision", "fp16"],
-            "--rest needs --to openvino or engine",
+            "--fallback-precision needs --to openvino or engine",
         ),
         (["--precision", "fp16", "--batch", "2"], "--batch needs --to engine or --to triton"),
         (
@@ -252,7 +232,7 @@ def test_an_engine_is_served_as_it_is(source: Path, capsys: pytest.CaptureFixtur
         (["--to", "triton", "--flavour", "tensorrt"], "--flavour needs --to engine"),
         (["--to", "engine", "--nms", "loop", "--nms-rounds", "20"], "leave --nms-rounds out"),
         (["--precision", "fp16", "--max-det", "5"], "--max-det needs a checkpoint"),
-        (["--to", "triton", "--gpus", "one"], "--gpus is 'one'; expected whole numbers"),
+        (["--to", "triton", "--gpus", "one"], "--gpus: 'one' is given; expected whole numbers"),
         (["--to", "engine", "--shapes", "64"], "expected HxW"),
     ],
 )
@@ -273,7 +253,8 @@ def test_wrong_use_is_one_line_and_leaves_nothing(
         (
             ("tensorrt", "tensorrt_rtx"),
             ["engine"],
-            "both tensorrt and tensorrt_rtx are installed; say which of the two to use with --flavour",
+            "both tensorrt and tensorrt_rtx are installed; say which of the two to use "
+            "with --flavour",
         ),
         (
             ("tensorrt_rtx",),
@@ -449,7 +430,8 @@ INT8 = ("--precision", "int8", "--calib-data", "images")
 
 @pytest.fixture
 def loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """`tood.pth`, a deformable network of 80 classes once it is loaded; to export it would be long work."""
+    """`tood.pth`, a deformable network of 80 classes once it is loaded; to export it would be long
+    work."""
     monkeypatch.chdir(tmp_path)
     Path("tood.pth").write_bytes(b"weights")
     for number in range(1, 3):

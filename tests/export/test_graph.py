@@ -1,4 +1,5 @@
-"""The exported forms of parts of the network, each alone: deformable convolutions, the head with static kernels."""
+"""The exported forms of parts of the network, each alone: deformable convolutions, the head with
+static kernels."""
 
 from collections.abc import Callable
 from pathlib import Path

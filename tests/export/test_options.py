@@ -1,4 +1,5 @@
-"""Options of `tood-export`: which go together, what they become, and their names of the last release."""
+"""Options of `tood-export`: which go together, what they become, and their names of the last
+release."""
 
 from pathlib import Path
 
@@ -203,7 +204,8 @@ def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         ),
         (
             TUNED,
-            "--autotune-precision needs --max-ap-drop D with --annotations and --images, or --max-drop D",
+            "--autotune-precision needs --max-ap-drop D with --annotations and --images, "
+            "or --max-drop D",
         ),
         (
             ("--autotune-precision", "--max-drop", "1"),

@@ -1,4 +1,5 @@
-"""`tood-export` refuses, before PyTorch is imported, what would make the end of an export fail; nothing is written, nothing begun."""
+"""`tood-export` refuses, before PyTorch is imported, what would make the end of an export fail;
+nothing is written, nothing begun."""
 
 import json
 import shutil
@@ -38,7 +39,8 @@ INT8 = ("--precision", "int8", "--calib-data", "images")
 
 @pytest.fixture(autouse=True)
 def workplace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A folder with `small.onnx`, `tood.pth` and images/ to work in, where nothing long may begin."""
+    """A folder with `small.onnx`, `tood.pth` and images/ to work in, where nothing long may
+    begin."""
     monkeypatch.chdir(tmp_path)
     save_small(Path("small.onnx"))
     Path("tood.pth").write_bytes(b"weights")
@@ -49,7 +51,8 @@ def workplace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """A function of arguments: the one line with which they are refused; the folder stays as it is."""
+    """A function of arguments: the one line with which they are refused; the folder stays as it
+    is."""
 
     def refuse(*arguments: str) -> str:
         before = tree()
@@ -449,7 +452,7 @@ def test_what_is_in_order_goes_on_and_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_pytorch_is_not_imported(tmp_path: Path) -> None:
-    code = "import sys; from tood_deploy.cli.export import main; code = main(sys.argv[1:]); assert 'torch' not in sys.modules; sys.exit(code)"
+    code = "import sys; from tood_deploy.cli.export import main; code = main(sys.argv[1:]); assert 'torch' not in sys.modules; sys.exit(code)"  # noqa: E501
     for arguments in (
         ["small.onnx", "--precision", "fp16", "--output", "small.onnx"],
         ["tood.pth", *INT8, "--output", "tood.xml"],

@@ -25,11 +25,14 @@ from tood_deploy.parity.onnx_reference import OnnxRunner
 from tood_deploy.parity.torch_reference import torch_reference
 from tood_deploy.parity.verify import verify_float32
 
-# What every runtime builds (DESIGN section 4). No GridSample, no NonMaxSuppression, nothing of a domain of its own.
+# What every runtime builds (DESIGN section 4). No GridSample, no NonMaxSuppression, nothing of a
+# domain of its own.
 STANDARD_OPERATORS = frozenset(
-    "Add And Cast Clip Concat Conv CumSum DeformConv Div Equal Exp Expand Floor Gather GatherElements Greater GreaterOrEqual "
-    "GroupNormalization Identity Less Log Loop MatMul Max MaxPool Min Mul Neg Not Or Pad Range ReduceMax ReduceMean ReduceSum Relu "
-    "Reshape Resize ScatterElements Shape Sigmoid Slice Softplus Split Squeeze Sub TopK Transpose Unsqueeze Where".split()
+    "Add And Cast Clip Concat Conv CumSum DeformConv Div Equal Exp Expand Floor Gather "
+    "GatherElements Greater GreaterOrEqual "
+    "GroupNormalization Identity Less Log Loop MatMul Max MaxPool Min Mul Neg Not Or Pad "
+    "Range ReduceMax ReduceMean ReduceSum Relu "
+    "Reshape Resize ScatterElements Shape Sigmoid Slice Softplus Split Squeeze Sub TopK Transpose Unsqueeze Where".split()  # noqa: E501
 )
 
 
@@ -171,7 +174,8 @@ SETTINGS: dict[str, Any] = {
 
 @pytest.mark.slow
 def test_every_setting_is_in_the_artefact(seeded_model: Callable[..., Any], tmp_path: Path) -> None:
-    """Equal to the network in PyTorch, whose settings are tested apart against naive computations."""
+    """Equal to the network in PyTorch, whose settings are tested apart against naive
+    computations."""
     model, path = seeded_model("tiny", **SETTINGS), tmp_path / "a.onnx"
     export_onnx(model, path)
     manifest = read_manifest(path)

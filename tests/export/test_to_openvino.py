@@ -66,7 +66,8 @@ def copy(
         onnx.save(graph, path)
     manifest = read_manifest(artefact)
     assert manifest is not None
-    manifest_path(path).write_text(changed(manifest, **fields).to_json())
+    stated = changed(manifest, **fields).with_artefact(path)
+    manifest_path(path).write_text(stated.to_json())
     return path
 
 
@@ -207,7 +208,7 @@ class TestRefusals:
     def test_cut_source(self, tiny_artefact: Path, reference: Reference, tmp_path: Path) -> None:
         source = copy(tiny_artefact, tmp_path)
         source.write_bytes(source.read_bytes()[:100_000])
-        with pytest.raises(ArtefactError, match=r"source\.onnx: OpenVINO cannot open it"):
+        with pytest.raises(ArtefactError, match="cut or another kind of file"):
             openvino_from_onnx(source, tmp_path / "a.xml", reference=reference)
 
     def test_a_place_that_cannot_be_written(

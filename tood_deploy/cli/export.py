@@ -133,6 +133,10 @@ def _parse(option: Option, text: str) -> object:
         return option.parse(text)
     except ToodError as error:
         raise ToodError(f"{option.flag}: {error}") from error
+    except ValueError as error:  # of int and float, whose names argparse would take from here
+        expected = {int: "a whole number", float: "a number"}.get(option.parse, "another value")
+        message = f"found {text!r}; expected {expected}"
+        raise argparse.ArgumentTypeError(message) from error
 
 
 def export_command(argv: Sequence[str] | None) -> int:

@@ -1,4 +1,4 @@
-"""The network as the exporter sees it: flat outputs, static kernels, and deformable convolutions in the form the runtime has.
+"""The network as the exporter sees it: flat outputs, static kernels, a form of deformable layers.
 
 The model knows nothing of this file (DESIGN section 4).
 """
@@ -79,7 +79,7 @@ DEFORM_OPSET = 19  # that brought DeformConv
 
 
 class ExportedGraph(nn.Module):
-    """`FusedDetector` with its outputs in a row: `OUTPUTS`, then those of all stages before, `INNER_VALUES`."""
+    """`FusedDetector` with its outputs in a row: `OUTPUTS`, then all `INNER_VALUES`."""
 
     def __init__(self, model: Tood, deform: DeformForm, max_det: int) -> None:
         super().__init__()
@@ -148,7 +148,10 @@ def _copy_sharing_weights(model: Tood) -> Tood:
 
 
 def _fold_batch_norms(model: Tood) -> None:
-    """Takes the batch norms behind deformable convolutions into their weights, in place; the exporter does so behind ordinary ones."""
+    """Fold the batch norms behind deformable convolutions into their weights, in place.
+
+    The exporter does so behind ordinary ones.
+    """
     for block in model.modules():
         if isinstance(block, Bottleneck) and isinstance(block.conv2, DeformConv2d):
             norm = block.bn2

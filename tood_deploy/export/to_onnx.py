@@ -1,7 +1,9 @@
-"""A network in, one ONNX file out, with pre- and post-processing inside and dynamic in batch, height and width.
+"""A network in, one ONNX graph out, with pre- and post-processing inside and dynamic in size.
 
-Knows nothing of runtimes. What the stages before the detections give (`STAGE_VALUES`) are values of the graph under fixed names but no
-outputs of it: `with_outputs` makes a copy that gives them, so what is verified is the shipped graph itself.
+Knows nothing of runtimes. What the stages before the detections give (`STAGE_VALUES`) are values of
+the graph under fixed names but no
+outputs of it: `with_outputs` makes a copy that gives them, so what is verified is the shipped graph
+itself.
 """
 
 import logging
@@ -30,15 +32,18 @@ EXAMPLE_BATCH, EXAMPLE_H, EXAMPLE_W = (
 def onnx_from_model(
     model: Tood, *, deform: DeformForm = "op", max_det: int = MAX_DET, optimise: bool = True
 ) -> onnx.ModelProto:
-    """The exported graph of DESIGN section 4, with the values of all stages (`INNER_VALUES`) as additional outputs.
+    """Return the exported graph, with the values of all stages (`INNER_VALUES`) as outputs, too.
 
     Args:
         model: the network, in eval mode.
-        deform: deformable convolutions as ONNX's operator ("op") or as gathers ("gather"), for runtimes that lack it.
+        deform: deformable convolutions as ONNX's operator ("op") or as gathers ("gather"), for
+            runtimes that lack it.
         max_det: rows D of the outputs.
-        optimise: whether constants and batch norms are folded; without, every weight keeps its name and its numbers.
+        optimise: whether constants and batch norms are folded; without, every weight keeps its
+            name and its numbers.
     """
-    torch.compiler.reset()  # the loops go through the compiler: nothing that earlier exports left there takes part
+    # The loops go through the compiler: nothing that earlier exports left there takes part.
+    torch.compiler.reset()
     graph = ExportedGraph(model, deform, max_det).eval()
     example = (
         torch.zeros(
@@ -72,7 +77,7 @@ def onnx_from_model(
 
 
 def _tidy(exported: onnx.ModelProto) -> onnx.ModelProto:
-    """Without the exporter's own notes on every node, which hold source paths of the machine that exported."""
+    """Remove the exporter's notes on every node, which hold source paths of this machine."""
     exported.producer_name, exported.doc_string = "tood_deploy", ""
     graphs = [exported.graph]
     while graphs:

@@ -25,7 +25,7 @@ from tood_deploy.engines.openvino_runtime import (
     shared_core,
 )
 from tood_deploy.engines.self_test import self_test_from
-from tood_deploy.errors import ToodError
+from tood_deploy.errors import ArtefactError, ToodError
 from tood_deploy.export.precision.convert import AnnotatedAp
 from tood_deploy.files import atomic_paths
 from tood_deploy.graph_io import (
@@ -119,7 +119,7 @@ def openvino_from_onnx(
         raise ToodError(f"output is {output}; expected a name ending in {OPENVINO_SUFFIX}")
     ov = load_openvino()
     reporter = reporter or Reporter.silent()
-    artefact = read_onnx(source) if isinstance(source, Path) else source
+    artefact = _read_source(source) if isinstance(source, Path) else source
     manifest = _manifest(artefact.manifest, fallback, ov)
     model = _read_graph(artefact)
     model.set_rt_info(manifest.to_json(), PLACE)
@@ -136,6 +136,21 @@ def openvino_from_onnx(
         manifest = replace(proven, parity=parity).with_artefact(xml)
         described.write_text(manifest.to_json(), encoding="utf-8")
     return manifest
+
+
+def _read_source(path: Path) -> OnnxArtefact:
+    """Return an artefact that has its verdict beside it.
+
+    Raises:
+        ArtefactError: it has none, or is not an artefact of ours.
+    """
+    artefact = read_onnx(path)
+    if not manifest_path(path).is_file():
+        raise ArtefactError(
+            f"{path}: has no manifest beside it ({manifest_path(path).name}); "
+            "export the checkpoint again"
+        )
+    return artefact
 
 
 def _read_graph(artefact: OnnxArtefact) -> Any:

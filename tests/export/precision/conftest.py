@@ -1,4 +1,5 @@
-"""What the tests of precisions share: the graph of the exported `tiny`, and calibrated ranges of its values."""
+"""What the tests of precisions share: the graph of the exported `tiny`, and calibrated ranges of
+its values."""
 
 from pathlib import Path
 

@@ -213,7 +213,7 @@ class TestBadInput:
     ) -> None:
         broken = shutil.copytree(folder, tmp_path / "broken")
         (broken / "1.png").write_bytes(b"nothing")
-        with pytest.raises(InputError, match=r"1\.png: cannot be read"):
+        with pytest.raises(InputError, match=r"1\.png: not an image"):
             calibrate(model, VALUES, broken, IMGSZ, cache=tmp_path)
 
 

@@ -1,4 +1,5 @@
-"""Half precision in ONNX graphs: on small graphs written as text, where every cast can be counted, and on the exported network."""
+"""Half precision in ONNX graphs: on small graphs written as text, where every cast can be counted,
+and on the exported network."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,11 +26,12 @@ from tood_deploy.model.deform import DeformConv2d
 from tood_deploy.onnx_file import with_outputs
 
 HALF_TYPES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
-FLOAT32_OPERATORS = "Exp Softplus Sigmoid Floor Range GatherElements TopK GroupNormalization ReduceMean ReduceMax Where Neg Div".split()
+FLOAT32_OPERATORS = "Exp Softplus Sigmoid Floor Range GatherElements TopK GroupNormalization ReduceMean ReduceMax Where Neg Div".split()  # noqa: E501
 
 
 def small_graph(body: str, constants: str = "") -> onnx.ModelProto:
-    """A graph from `x` to `y`, both (B, 4, H, W), with the random kernels `w`, `v` (3x3) and `u` (1x1) from 4 to 4 channels."""
+    """A graph from `x` to `y`, both (B, 4, H, W), with the random kernels `w`, `v` (3x3) and `u`
+    (1x1) from 4 to 4 channels."""
     names = ", ".join(
         [
             "float[4,4,3,3] w, float[4,4,3,3] v, float[4,4,1,1] u",
@@ -83,7 +85,7 @@ def run(
 
 
 PAD = "pads = [1,1,1,1]"
-RESIDUAL = f"a = Conv<{PAD}>(x, w) r = Relu(a) b = Conv<{PAD}>(r, v) s = Add(b, r) t = Relu(s) y = Conv(t, u)"
+RESIDUAL = f"a = Conv<{PAD}>(x, w) r = Relu(a) b = Conv<{PAD}>(r, v) s = Add(b, r) t = Relu(s) y = Conv(t, u)"  # noqa: E501
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
@@ -106,7 +108,7 @@ def test_the_model_that_was_given_stays_as_it_was() -> None:
 
 
 def test_normalisation_stays_float32() -> None:
-    body = f"a = Conv<{PAD}>(x, w) n = GroupNormalization<num_groups = 2>(a, s, z) r = Relu(n) y = Conv(r, u)"
+    body = f"a = Conv<{PAD}>(x, w) n = GroupNormalization<num_groups = 2>(a, s, z) r = Relu(n) y = Conv(r, u)"  # noqa: E501
     half, casts = lowered(small_graph(body, "float[4] s = {1,1,1,1}, float[4] z = {0,0,0,0}"))
     assert casts == 4
     assert {value_types(half)[name] for name in "snz"} == {TensorProto.FLOAT}
@@ -124,7 +126,7 @@ def test_a_sum_of_weighed_layers_needs_one_cast_and_one_for_all_weights() -> Non
         a = Conv(x, u) b = Conv<{PAD}>(x, w) p = ReduceMean<keepdims = 1>(x, hw) q = Sigmoid(p)
         f, g = Split<axis = 1, num_outputs = 2>(q) i = Slice(f, zero, one, one) j = Slice(g, zero, one, one)
         c = Mul(a, i) d = Mul(b, j) s = Add(c, d) y = Softplus(s)
-    """
+    """  # noqa: E501
     half, casts = lowered(
         small_graph(body, "int64[2] hw = {2,3}, int64[1] zero = {0}, int64[1] one = {1}")
     )
@@ -198,7 +200,7 @@ def test_weights_that_fp16_cannot_hold_stay_float32() -> None:
 
 
 def test_a_layer_on_one_position_stays_float32() -> None:
-    body = "p = ReduceMean<keepdims = 1>(x, hw) a = Conv(p, u) q = Sigmoid(a) b = Mul(x, q) y = Conv(b, u)"
+    body = "p = ReduceMean<keepdims = 1>(x, hw) a = Conv(p, u) q = Sigmoid(a) b = Mul(x, q) y = Conv(b, u)"  # noqa: E501
     half, report = lower_precision(small_graph(body, "int64[2] hw = {2,3}"), "fp16")
     assert value_types(half)["a"] == TensorProto.FLOAT
     assert value_types(half)["u"] == TensorProto.FLOAT
@@ -227,9 +229,8 @@ def test_8_bit_layers_take_half_precision_from_their_scales() -> None:
     half, casts = lowered(
         small_graph(body, f"float s = {{0.02}}, int8 z = {{0}}, int8[4,4,1,1] k8 = {{{numbers}}}")
     )
-    assert (
-        casts == 1
-    )  # none between DequantizeLinear and the convolution, which would keep runtimes from computing in 8 bits
+    # None lies between DequantizeLinear and the convolution: runtimes would not compute in 8 bits.
+    assert casts == 1
     assert {value_types(half)[name] for name in "dkar"} == {TensorProto.FLOAT16}
     assert value_types(half)["s"] == TensorProto.FLOAT
     _, casts = lowered(

@@ -1,4 +1,5 @@
-"""Q/DQ graphs: what is in them, how close they stay to float32, and that the runtimes really compute in 8 bits."""
+"""Q/DQ graphs: what is in them, how close they stay to float32, and that the runtimes really
+compute in 8 bits."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -143,7 +144,8 @@ class TestGraph:
         self, scheme: str, quantized: dict[str, onnx.ModelProto]
     ) -> None:
         kinds = Counter(kind for _, kind in convolutions(quantized[scheme]))
-        # 20 of the backbone, 8 of the pyramid; on each of 5 levels 6 of the tower and 24 that read it, 4 outputs and 4 of attention.
+        # 20 of the backbone, 8 of the pyramid; on each of 5 levels 6 of the tower and 24 that read
+        # it, 4 outputs and 4 of attention.
         assert kinds == {"DequantizeLinear": 20 + 8 + 5 * (6 + 24), "": 5 * 8}
         floats = {
             node.input[1].removeprefix("detector.model.bbox_head.")
@@ -320,7 +322,8 @@ class TestBadInput:
     def test_a_pattern_that_fits_nothing(self, model: onnx.ModelProto, ranges: Ranges) -> None:
         with pytest.raises(
             ToodError,
-            match=r"no 8-bit layer is called backbone\.layer9\.\*; expected patterns of backbone\.conv1, ",
+            match=r"no 8-bit layer is called backbone\.layer9\.\*; expected patterns of "
+            r"backbone\.conv1, ",
         ):
             quantize(model, ranges, scheme="u8s8", keep=["neck.*", "backbone.layer9.*"])
 

@@ -1,4 +1,5 @@
-"""The search for a mixture of precisions, on made-up networks whose every cost is known; and mixtures of the exported network."""
+"""The search for a mixture of precisions, on made-up networks whose every cost is known; and
+mixtures of the exported network."""
 
 import itertools
 import random
@@ -36,7 +37,8 @@ Costs = Mapping[tuple[str, str], tuple[float, float]]
 
 
 class FakeNetwork:
-    """A network of which a group in a precision takes a known time and costs a known quality; keeps what was asked of it."""
+    """A network of which a group in a precision takes a known time and costs a known quality; keeps
+    what was asked of it."""
 
     def __init__(self, costs: Costs) -> None:
         self.costs = costs
@@ -86,7 +88,8 @@ def test_what_gains_most_per_loss_goes_first() -> None:
 
 
 def three_groups() -> FakeNetwork:
-    """In order of time gained per quality lost: first, second, third. All three lose too much; slow makes int8 as a whole slow."""
+    """In order of time gained per quality lost: first, second, third. All three lose too much; slow
+    makes int8 as a whole slow."""
     made = costs(first=(1.5, 0.05), second=(1.8, 0.04), third=(1.5, 0.12), slow=(9.0, 0.0))
     return FakeNetwork(
         made | {(group, "fp16"): (2.0, 0.0) for group in ("first", "second", "third", "slow")}

@@ -1,4 +1,5 @@
-"""The list of sensitive layers and the search for those that stay float32; the damage against a loop over cells."""
+"""The list of sensitive layers and the search for those that stay float32; the damage against a
+loop over cells."""
 
 from collections.abc import Collection
 

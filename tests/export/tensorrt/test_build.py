@@ -83,7 +83,8 @@ class TestOptions:
     def test_an_unknown_compute_capability_is_refused(self, network: ParsedNetwork) -> None:
         with pytest.raises(
             ToodError,
-            match=r"compute capability 9\.0: TensorRT-RTX .* builds for 7\.5, 8\.0, 8\.6, 8\.9, 12\.0",
+            match=r"compute capability 9\.0: TensorRT-RTX .* builds for 7\.5, 8\.0, 8\.6, "
+            r"8\.9, 12\.0",
         ):
             build(network, compute_capabilities=("8.9", "9.0"))
 
@@ -106,7 +107,8 @@ class BuilderSpy:
 
 
 class FailingBuilder:
-    """A builder that says something and gives nothing, as the library does on a GPU that this machine does not have."""
+    """A builder that says something and gives nothing, as the library does on a GPU that this
+    machine does not have."""
 
     def __init__(self, builder: Any, message: str, without_config: bool = False) -> None:
         self.builder, self.message, self.without_config = builder, message, without_config
@@ -186,7 +188,8 @@ class TestFailures:
     def test_a_workspace_that_is_too_small(self, network: ParsedNetwork) -> None:
         with pytest.raises(
             ToodError,
-            match=r"a layer needs more workspace than 1 MiB \(.*\); give a larger --workspace, or leave it out",
+            match=r"a layer needs more workspace than 1 MiB \(.*\); give a larger "
+            r"--workspace, or leave it out",
         ):
             build(network, workspace_mib=1)
 
@@ -402,12 +405,14 @@ def test_a_folder_is_refused_before_the_build_faked(flavour: Flavour, tmp_path: 
         (
             b"corrupted",
             True,
-            r"cache\.bin: not a timing cache \(timing cache is corrupted\); delete it, or give another --timing-cache",
+            r"cache\.bin: not a timing cache \(timing cache is corrupted\); delete it, or "
+            r"give another --timing-cache",
         ),
         (
             b"timings",
             False,
-            r"cache\.bin: measured on another GPU, or with another version than TensorRT 11\.4 .*; delete it",
+            r"cache\.bin: measured on another GPU, or with another version than TensorRT "
+            r"11\.4 .*; delete it",
         ),
     ],
 )

@@ -1,4 +1,5 @@
-"""The report on precision: exact shares of a known network, the inspector's JSON of two versions, and a precision that is not there."""
+"""The report on precision: exact shares of a known network, the inspector's JSON of two versions,
+and a precision that is not there."""
 
 import io
 import json
@@ -150,7 +151,7 @@ class TestInspector:
                     "conv",
                     [
                         {
-                            "Format/Datatype": "Thirty-two wide channel vectorized row major Int8 format."
+                            "Format/Datatype": "Thirty-two wide channel vectorized row major Int8 format."  # noqa: E501
                         }
                     ],
                     [],

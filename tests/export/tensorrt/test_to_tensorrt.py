@@ -116,7 +116,7 @@ class TestArtefact:
 
 
 def test_torch_is_loaded_for_suppression_without_a_loop_alone() -> None:
-    code = "import sys, tood_deploy.export.tensorrt.to_tensorrt, tood_deploy.export.tensorrt.shapes; sys.exit('torch' in sys.modules)"
+    code = "import sys, tood_deploy.export.tensorrt.to_tensorrt, tood_deploy.export.tensorrt.shapes; sys.exit('torch' in sys.modules)"  # noqa: E501
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -161,7 +161,8 @@ class TestRefusals:
             (
                 "a.engine",
                 {},
-                r"its manifest a\.json would replace that of a\.onnx; give another --output, such as .*a-trt\.engine",
+                r"its manifest a\.json would replace that of a\.onnx; give another "
+                r"--output, such as .*a-trt\.engine",
             ),
             ("b.engine", {"flavour": "trt"}, "TensorRT flavour is 'trt'"),
             (

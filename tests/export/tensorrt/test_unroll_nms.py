@@ -1,4 +1,5 @@
-"""Suppression without a loop in exported graphs: to the bit what the loop gives, or -1 as count; never anything else."""
+"""Suppression without a loop in exported graphs: to the bit what the loop gives, or -1 as count;
+never anything else."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -49,7 +49,7 @@ def test_published_example_can_be_read() -> None:
     dynamic_batching { preferred_batch_size: [ 4, 8 ] max_queue_delay_microseconds: 100 }
     instance_group [ { count: 2 kind: KIND_GPU gpus: [ 0 ] profile: [ "0", "1" ] } ]
     model_warmup [ { name: "w" batch_size: 1 inputs { key: "in" value { data_type: TYPE_FP32 dims: [ 3, 8, 8 ] input_data_file: "f" } } } ]
-    """
+    """  # noqa: E501
     config = read_config(text)
     assert config.instance_group[0].profile == ["0", "1"]
     assert config.model_warmup[0].inputs["in"].input_data_file == "f"

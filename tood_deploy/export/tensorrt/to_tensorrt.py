@@ -27,7 +27,6 @@ from tood_deploy.export.tensorrt.build import (
 )
 from tood_deploy.export.tensorrt.layers import LayerReport, inspect_plan, network_layers
 from tood_deploy.export.tensorrt.options import EngineOptions, Profiles, default_shapes
-from tood_deploy.export.tensorrt.unroll_nms import unroll_nms
 from tood_deploy.files import atomic_paths
 from tood_deploy.graph_io import ENGINE_SUFFIXES
 from tood_deploy.manifest import Manifest, manifest_path, neighbour
@@ -134,6 +133,8 @@ def engine_from_onnx(
     options.check(library)
     artefact = read_onnx(source) if isinstance(source, Path) else source
     if options.nms == "unrolled":
+        from tood_deploy.export.tensorrt.unroll_nms import unroll_nms  # PyTorch makes its graph
+
         artefact = unroll_nms(artefact, options.nms_rounds)
     profiles = profiles or Profiles(default_shapes(artefact.manifest.preset.imgsz))
     target = engine_target(library, profiles, options)
