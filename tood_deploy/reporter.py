@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self, TypeVar
 
@@ -264,32 +263,3 @@ def _start_bars() -> Progress:
     )
     bars.start()
     return bars
-
-
-# What follows goes when the last caller has a `Reporter`.
-
-
-@contextmanager
-def progress_bar(description: str, quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
-    """Show how far the block is, by the function that it is given."""
-    with Reporter(quiet).progress(description) as task:
-        yield task.update
-
-
-class Heartbeat:
-    """A line now and then."""
-
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self._say = say
-        self._started = self._said_at = time.monotonic()
-
-    def __call__(self, line: str) -> None:
-        """Print the line if half a minute has passed since the last one."""
-        if (now := time.monotonic()) - self._said_at >= PAUSE_S:
-            self._say(f"{line}, for {now - self._started:.0f} s")
-            self._said_at = now
-
-
-def print_line(line: str) -> None:
-    """Print a line on stderr."""
-    print(line, file=sys.stderr, flush=True)

@@ -43,7 +43,6 @@ from tood_deploy.parity.onnx_reference import OnnxRunner, onnx_reference
 from tood_deploy.parity.reference import Reference
 from tood_deploy.parity.torch_reference import torch_reference
 from tood_deploy.parity.verify import verify_float32
-from tood_deploy.preprocess import with_imgsz
 from tood_deploy.presets import MAX_CANDIDATES, Preset
 from tood_deploy.reporter import Reporter
 
@@ -150,8 +149,9 @@ def _float32_artefact(
     options = config.checkpoint
     reporter.info(f"{config.source}: loading the checkpoint")
     with timed("checkpoint"):
-        model = load_checkpoint(config.source, **options.load)
-    model.preset = with_imgsz(model.preset, options.imgsz)
+        model = load_checkpoint(
+            config.source, **options.load, imgsz=options.imgsz, reporter=reporter
+        )
     reporter.info(f"{config.source}: {describe_preset(model.preset)}")
     max_det = model.preset.max_det if options.max_det is None else options.max_det
     _check_loaded(config, model, max_det, annotated)

@@ -28,6 +28,7 @@ from tood_deploy.model.checkpoint_metadata import (
 )
 from tood_deploy.model.download import fetch_weights
 from tood_deploy.model.tood import Tood
+from tood_deploy.preprocess import with_imgsz
 from tood_deploy.presets import PRESETS, Convention, Preset, get_preset
 from tood_deploy.reporter import Reporter
 
@@ -39,6 +40,7 @@ def load_checkpoint(
     class_names: Sequence[str] | None = None,
     convention: Convention | None = None,
     weights_key: str | None = None,
+    imgsz: Sequence[int] | None = None,
     reporter: Reporter | None = None,
 ) -> Tood:
     """Load the network of a checkpoint, in eval mode, float32, on the CPU.
@@ -53,9 +55,11 @@ def load_checkpoint(
         convention: whose test-time behaviour to follow, in place of that of the file's origin.
         weights_key: the weights to take where the file holds several networks, such as "ema",
             "model" or "teacher".
+        imgsz: (short side, long side) of the images, in place of the file's; see `with_imgsz`.
         reporter: shows how far a download is; one that is not quiet where not given.
 
     Raises:
+        ToodError: `imgsz` is not two positive whole numbers.
         CheckpointError: cannot be read, is refused, is not a TOOD detector, does not fit, does not
             say its anchor kind, was trained with a setting that cannot be computed, or holds
             several networks.
@@ -69,7 +73,7 @@ def load_checkpoint(
     own = _preset_of_file(file, preset, named=class_names is not None)
     names = _check_class_names(class_names, own, file.path)
     own = replace(own, class_names=names, convention=convention or own.convention)
-    model = _fill(own, file)
+    model = _fill(with_imgsz(own, imgsz), file)
     model.checkpoint_sha256 = file_sha256(file.path)
     return model
 
