@@ -20,6 +20,7 @@ from tood_deploy.model.download import fetch_weights
 from tood_deploy.model.resnet import BasicBlock, Bottleneck
 from tood_deploy.model.tood import Tood, build_model
 from tood_deploy.presets import Preset, PublishedWeights
+from tood_deploy.reporter import Reporter
 from tood_deploy.training.config import BACKBONES
 
 CLASS_LAYER = ("bbox_head.tood_cls.weight", "bbox_head.tood_cls.bias")
@@ -51,12 +52,13 @@ def new_model(preset: Preset, seed: int) -> Tood:
     return model
 
 
-def load_backbone(model: Tood, source: str | None) -> str:
+def load_backbone(model: Tood, source: str | None, reporter: Reporter | None = None) -> str:
     """Fill the backbone with weights trained for classification, in torchvision's key names.
 
     Args:
         model: it is changed.
         source: a file or a URL; None takes the published recipe's, downloaded once.
+        reporter: shows how far a download is; one that is not quiet where not given.
 
     Returns:
         One line: what was loaded.
@@ -65,7 +67,7 @@ def load_backbone(model: Tood, source: str | None) -> str:
         CheckpointError: the file does not fit.
         DownloadError: it cannot be fetched.
     """
-    path = _backbone_file(model.preset, source)
+    path = _backbone_file(model.preset, source, reporter)
     state = dict(_backbone_tensors(read_checkpoint(path).state_dict))
     expected = model.backbone.state_dict()
     keys = [key for key in expected if not any(part in key for part in NOT_IN_BACKBONES)]
@@ -82,13 +84,16 @@ def load_backbone(model: Tood, source: str | None) -> str:
     return f"backbone: {len(keys)} tensors of {path}"
 
 
-def load_pretrained(model: Tood, checkpoint: str, weights_key: str | None = None) -> str:
+def load_pretrained(
+    model: Tood, checkpoint: str, weights_key: str | None = None, reporter: Reporter | None = None
+) -> str:
     """Fill the network from a TOOD checkpoint; where classes differ, the class layer stays random.
 
     Args:
         model: it is changed.
         checkpoint: a file of any known kind, or a preset's name.
         weights_key: which weights, where the file holds several.
+        reporter: shows how far a download is; one that is not quiet where not given.
 
     Returns:
         One line: what was loaded, and whether the class layer was.
@@ -96,7 +101,9 @@ def load_pretrained(model: Tood, checkpoint: str, weights_key: str | None = None
     Raises:
         CheckpointError: another structure, kind of anchors or setting of the network.
     """
-    source = load_checkpoint(checkpoint, preset=model.preset, weights_key=weights_key)
+    source = load_checkpoint(
+        checkpoint, preset=model.preset, weights_key=weights_key, reporter=reporter
+    )
     if source.preset.anchor != model.preset.anchor:
         raise CheckpointError(
             f"{checkpoint}: anchor-{source.preset.anchor}, the preset {model.preset.name} is "
@@ -151,7 +158,7 @@ def freeze(model: Tood, stages: int, norm: bool) -> None:
                 part.eval()
 
 
-def _backbone_file(preset: Preset, source: str | None) -> Path:
+def _backbone_file(preset: Preset, source: str | None, reporter: Reporter | None) -> Path:
     if source is not None and not re.match(r"https?://", source):
         return Path(source)
     weights = (
@@ -163,7 +170,7 @@ def _backbone_file(preset: Preset, source: str | None) -> Path:
             "give --backbone-weights or --from-scratch"
         )
     try:
-        return fetch_weights(replace(preset, weights=weights))
+        return fetch_weights(replace(preset, weights=weights), reporter=reporter)
     except DownloadError as error:
         raise DownloadError(
             f"{error}; or give --backbone-weights FILE, --checkpoint or --from-scratch"

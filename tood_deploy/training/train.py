@@ -167,7 +167,7 @@ def train(
             reporter.info(line)
         model = new_model(preset, recipe.seed)
         if not (options.resume and (options.output / LAST).is_file()):
-            reporter.info(_load_first_weights(model, first, recipe))
+            reporter.info(_load_first_weights(model, first, recipe, reporter))
         augment = Augment(
             preset.imgsz, recipe.short_sides, recipe.flip, recipe.flip_vertical, recipe.colour
         )
@@ -233,9 +233,11 @@ def _describe(
     ]
 
 
-def _load_first_weights(model: Tood, first: FirstWeights, recipe: Recipe) -> str:
+def _load_first_weights(
+    model: Tood, first: FirstWeights, recipe: Recipe, reporter: Reporter
+) -> str:
     if first.checkpoint is not None:
-        return load_pretrained(model, first.checkpoint, first.weights_key)
+        return load_pretrained(model, first.checkpoint, first.weights_key, reporter)
     if first.from_scratch or (first.backbone is None and recipe.frozen_stages < 0):
         if recipe.frozen_stages >= 0 or recipe.freeze_norm:
             raise ToodError(
@@ -243,7 +245,7 @@ def _load_first_weights(model: Tood, first: FirstWeights, recipe: Recipe) -> str
                 "add --frozen-stages -1 --no-freeze-norm"
             )
         return "all weights are random"
-    return load_backbone(model, first.backbone)
+    return load_backbone(model, first.backbone, reporter)
 
 
 def summarise(
