@@ -185,13 +185,26 @@ def artefact_sha256(artefact: Path) -> str:
     return file_sha256(*files)
 
 
+def mismatch(artefact: Path, manifest: Manifest | None) -> str:
+    """Return how an artefact's bytes differ from its manifest, in one line, else "".
+
+    Nothing differs where the manifest states no SHA-256, or there is none.
+
+    Raises:
+        ArtefactError: a file of the artefact is missing.
+    """
+    if manifest is None or manifest.artefact_sha256 in ("", artefact_sha256(artefact)):
+        return ""
+    return (
+        f"{artefact}: is not the file its manifest describes (another SHA-256): damaged, or "
+        "replaced without its manifest; copy both again, or export it again with tood-export"
+    )
+
+
 def doubts(artefact: Path, manifest: Manifest) -> str:
     """Return why an artefact's answers should not be trusted blindly, in one line, else ""."""
-    if manifest.artefact_sha256 and manifest.artefact_sha256 != artefact_sha256(artefact):
-        return (
-            f"{artefact}: is not the file its manifest describes (another SHA-256); export it "
-            "again with tood-export"
-        )
+    if differs := mismatch(artefact, manifest):
+        return differs
     if manifest.parity is None:
         return (
             f"{artefact}: was never compared with PyTorch (its manifest has no parity verdict); "
