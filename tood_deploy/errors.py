@@ -83,6 +83,7 @@ PACKAGES = {  # by the name that is imported
     "av": Package("av"),
     "cv2": Package("opencv-python-headless"),
     "imagesize": Package("imagesize"),
+    "msgspec": Package("msgspec"),
     "numpy": Package("numpy"),
     "onnxruntime": Package("onnxruntime"),
     "rich": Package("rich"),

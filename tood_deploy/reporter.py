@@ -126,7 +126,8 @@ class Reporter:
         """Print a line on stderr, above the bars where there are some."""
         with suppress(OSError):  # a full or closed stderr: there is nowhere else to say it
             if self._bars is None:
-                print(line, file=sys.stderr, flush=True)
+                if sys.stderr is not None:  # with None, print would take stdout
+                    print(line, file=sys.stderr, flush=True)
             else:
                 self._bars.console.print(line, highlight=False, markup=False, soft_wrap=True)
 

@@ -62,7 +62,7 @@ def run_command(
             return command(argv)
 
     open_standard_streams()
-    with stopping_signals(), warnings.catch_warnings():
+    with stopping_signals(ends_process=argv is None), warnings.catch_warnings():
         show_artefact_warnings()
         try:
             code = _exit_code(work)

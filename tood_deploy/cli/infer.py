@@ -224,9 +224,9 @@ def check_bytes(args: argparse.Namespace) -> None:
             )
         return
     path = Path(args.model)
-    if not args.allow_mismatch and path.is_file():
-        if differs := mismatch(path, read_manifest(path)):
-            raise ArtefactError(f"{differs}; --allow-mismatch runs it all the same")
+    compared = path.is_file() and not args.allow_mismatch
+    if compared and (differs := mismatch(path, read_manifest(path))):
+        raise ArtefactError(f"{differs}; --allow-mismatch runs it all the same")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -21,12 +21,16 @@ SIGNAL_EXIT = 128  # plus the signal's number is the exit code of what a signal 
 
 
 @contextmanager
-def stopping_signals() -> Iterator[None]:
+def stopping_signals(ends_process: bool) -> Iterator[None]:
     """Make SIGTERM and SIGHUP what Ctrl-C is: an exception in the main thread.
 
     A terminal, `docker stop` and systemd may send a signal to a process and to its parent, which
     sends it on: what comes again at once would interrupt the completing of the outputs, and is left
     out. Signals that the parent had ignored, as nohup does, stay ignored.
+
+    Args:
+        ends_process: whether the process ends with the block: signals that come while Python takes
+            itself down then end it without a traceback.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -49,7 +53,7 @@ def stopping_signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             if handler not in (signal.SIG_IGN, None):
-                signal.signal(number, handler)
+                signal.signal(number, signal.SIG_DFL if ends_process else handler)
 
 
 def open_standard_streams() -> None:

@@ -11,10 +11,10 @@ import inspect
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from os import PathLike
 from pathlib import Path
-from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from tood_deploy.errors import ArtefactError, ArtefactWarning, InputError, ToodError, naming_extras
