@@ -79,8 +79,8 @@ def test_an_input_is_never_overwritten(tmp_path: Path) -> None:
     image.touch()
     (tmp_path / "link").symlink_to(tmp_path)
     for output in (tmp_path, tmp_path / "link", image):
+        names = [str(image), str(tmp_path / "b.jpg")][: 2 if output.is_dir() else 1]
         with pytest.raises(OutputError, match="is an input"):
-            names = [str(image), str(tmp_path / "b.jpg")][: 2 if output.is_dir() else 1]
             plan_outputs(inputs_of(names), output)
 
 

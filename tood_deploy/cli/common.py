@@ -6,16 +6,25 @@ that `--help` and completion stay quick.
 
 import argparse
 import os
+import signal
+import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from tood_deploy import __version__
+from tood_deploy.cli.process import (
+    SIGNAL_EXIT,
+    close_stdout,
+    open_standard_streams,
+    stopping_signals,
+)
 from tood_deploy.engines.open import DEVICES, RUNTIMES, runtimes_for
-from tood_deploy.errors import CheckFailed, ToodError, naming_extras
+from tood_deploy.errors import CheckFailed, Stopped, ToodError, naming_extras
 from tood_deploy.files import absent_or
 from tood_deploy.graph_io import ARTEFACT_SUFFIXES
-from tood_deploy.reporter import Reporter
+from tood_deploy.reporter import Reporter, drop_stdout, show_artefact_warnings, stdout_errors
 
 COMMANDS = {
     "tood-export": "Turn a TOOD checkpoint into an artefact with pre- and post-processing inside, "
@@ -26,7 +35,9 @@ COMMANDS = {
     "tood-train": "Train a TOOD detector on COCO-format data.",
 }
 SHOWN_LETTERS = 80  # of a long argument, in errors
-DONE, FAILED_CHECK, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
+DONE, FAILED_CHECK, WRONG_USE = 0, 1, 2
+BROKEN_PIPE = 141  # as of a program that SIGPIPE ends
+ENDINGS = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "ended by a hang-up"}
 
 
 def run_command(
@@ -45,20 +56,50 @@ def run_command(
 
     Returns:
         What the command returns; 1 for a failed check, 2 for wrong use or bad input, 130 for
-        Ctrl-C.
+        Ctrl-C, 143 for SIGTERM, 129 for SIGHUP, 141 where nobody reads stdout any more.
     """
-    try:
+
+    def work() -> int:
         with naming_extras(*extras):
             return command(argv)
+
+    open_standard_streams()
+    with stopping_signals(ends_process=argv is None), warnings.catch_warnings():
+        show_artefact_warnings()
+        try:
+            code = _exit_code(work)
+        except SystemExit as left:  # after --help, --version or wrong use
+            raise SystemExit(_exit_code(close_stdout) or left.code) from None
+        return _exit_code(close_stdout) or code
+
+
+def _exit_code(work: Callable[[], int]) -> int:
+    """Return the exit code of some work, and print its error, if it has one, as one line."""
+    try:
+        return work()
     except ToodError as error:
-        Reporter().problem(f"error: {_one_line(error)}")
-        return WRONG_USE
+        line, code = f"error: {_one_line(error)}", WRONG_USE
     except CheckFailed as error:
-        Reporter().problem(f"failed: {_one_line(error)}")
-        return FAILED_CHECK
-    except KeyboardInterrupt:
-        Reporter().problem("interrupted")
-        return INTERRUPTED
+        line, code = f"failed: {_one_line(error)}", FAILED_CHECK
+    except KeyboardInterrupt as error:
+        number = signal.Signals(error.number if isinstance(error, Stopped) else signal.SIGINT)
+        line, code = ENDINGS[number.name], SIGNAL_EXIT + number
+    except BrokenPipeError:
+        drop_stdout()
+        return BROKEN_PIPE
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        reason = f"{place}{error.strerror or _one_line(error)}"
+        line = f"error: the system refused: {reason}; see to that, and run the command again"
+        code = WRONG_USE
+    except MemoryError:
+        line = (
+            "error: there is not enough memory for this; give smaller images (--imgsz), or run it "
+            "on a machine with more"
+        )
+        code = WRONG_USE
+    Reporter().problem(line)
+    return code
 
 
 def _one_line(error: Exception) -> str:
@@ -96,6 +137,14 @@ class CommandParser(argparse.ArgumentParser):
 
             argcomplete.autocomplete(self)
         return super().parse_args(args, namespace)
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Print help and version; argparse itself passes over a stdout that takes nothing."""
+        if file is not sys.stdout:
+            super()._print_message(message, file)
+            return
+        with stdout_errors():
+            print(message, end="", flush=True)
 
     def error(self, message: str) -> NoReturn:
         """Print wrong use as one line, and leave with its exit code."""

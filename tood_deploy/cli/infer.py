@@ -21,7 +21,7 @@ from tood_deploy.cli.common import (
     runtime_options,
     takes_hint,
 )
-from tood_deploy.errors import ToodError
+from tood_deploy.errors import ArtefactError, ToodError
 from tood_deploy.reporter import Reporter
 
 EPILOG = """\
@@ -89,6 +89,11 @@ def add_inference_options(parser: argparse.ArgumentParser) -> None:
         "--threads", type=int, metavar="N", help="CPU threads of one inference (default: all cores)"
     )
     add_runtime_options(parser)
+    parser.add_argument(
+        "--allow-mismatch",
+        action="store_true",
+        help="run an artefact that is not the file its manifest describes, with a warning",
+    )
     add_fast_decode(parser)
     parser.add_argument(
         "--max-pixels",
@@ -177,6 +182,9 @@ def infer_command(argv: Sequence[str] | None = None) -> int:
         "device": args.device,
     }
     options["fast_decode"] = bool(args.fast_decode)
+    check_bytes(args)
+    if is_artefact(args.model):
+        options["verify"] = "off"  # done
     if takes_hint(args.model, args) and (
         source.kind == "video" or (source.kind == "images" and len(source.names) > 1)
     ):
@@ -212,6 +220,28 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
             "--precision, --no-self-test out, or export it first"
         )
     return options | chosen | ({"threads": args.threads} if args.threads is not None else {})
+
+
+def check_bytes(args: argparse.Namespace) -> None:
+    """Refuse, before a runtime reads it, an artefact whose manifest describes another file.
+
+    Raises:
+        ToodError: it is one, and --allow-mismatch is not given; or that is given, and the model is
+            a checkpoint.
+    """
+    from tood_deploy.manifest import mismatch, read_manifest
+
+    if not is_artefact(args.model):
+        if args.allow_mismatch:
+            raise ToodError(
+                f"{args.model}: a checkpoint has no manifest that it could mismatch; leave "
+                "--allow-mismatch out"
+            )
+        return
+    path = Path(args.model)
+    compared = path.is_file() and not args.allow_mismatch
+    if compared and (differs := mismatch(path, read_manifest(path))):
+        raise ArtefactError(f"{differs}; --allow-mismatch runs it all the same")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -94,7 +94,7 @@ class Engine(ABC):
 
         Raises:
             InputError: shapes or types are not as above.
-            ArtefactError: the model gave values that are not numbers.
+            ArtefactError: the model gave values that are not numbers, or classes without a name.
             ToodError: the engine was closed.
         """
         self._check_call(images, valid_hw)
@@ -152,6 +152,12 @@ class Engine(ABC):
             raise ArtefactError(
                 f"{self.name}: the model gave NaN or infinite values; check the checkpoint, or "
                 "export in higher precision"
+            )
+        classes, labels = self.manifest.preset.num_classes, detections.labels
+        if ((labels < 0) | (labels >= classes)).any():
+            raise ArtefactError(
+                f"{self.name}: the model found an object of class {labels.max()}, its manifest "
+                f"names {classes} classes; use the manifest it was exported with"
             )
         return detections
 

@@ -15,7 +15,7 @@ from tood_deploy.engines.base import BatchDetections, Engine, Hint, check_hint
 from tood_deploy.engines.precision_support import saturates_in_onnxruntime, why_not_on_cpus
 from tood_deploy.errors import ArtefactError, DeviceError, ToodError
 from tood_deploy.graph_io import INPUTS, OUTPUTS, graph_feeds
-from tood_deploy.manifest import METADATA_KEY, Manifest, read_manifest
+from tood_deploy.manifest import METADATA_KEY, Manifest, manifest_path, read_manifest
 from tood_deploy.onnx_file import CPU, open_session
 
 STREAMS = 2  # more would hold more memory and keep a pair of cores no busier
@@ -181,5 +181,7 @@ def _session_manifest(session: ort.InferenceSession, path: Path) -> Manifest:
             f"{names[1]}, expected {INPUTS} and {OUTPUTS}); "
             "make it from the checkpoint with tood-export"
         )
-    inside = Manifest.from_json(text, str(path))
-    return read_manifest(path) or inside
+    inside, beside = Manifest.from_json(text, str(path)), read_manifest(path)
+    if beside is not None:
+        beside.check_outputs(inside, str(manifest_path(path)))
+    return beside or inside

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tood_deploy.engines import BatchDetections, Engine
+from tood_deploy.reporter import show_artefact_warnings
 
 if TYPE_CHECKING:
     from tood_deploy.inference.detector import Detector
@@ -120,6 +121,7 @@ def serve(connection: Connection, case: Case) -> None:
     """
     from tood_deploy.errors import ToodError
 
+    show_artefact_warnings()
     try:
         with _open(case) as bench:
             connection.send(bench.opened)
