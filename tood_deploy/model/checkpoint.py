@@ -1,8 +1,8 @@
 """Load checkpoints into networks, and save networks.
 
-A checkpoint of any known kind, or a preset's name, in, a `Tood` out; and back, into our own
-safetensors. Decides which preset a file belongs to, by what its metadata, its shapes and the user
-say together. How files are read is `checkpoint_file`'s business.
+A checkpoint of any known kind, or a preset's name, in, a `DenseDetector` out; and back, into our
+own safetensors. Decides which preset a file belongs to, by what its metadata, its shapes and the
+user say together. How files are read is `checkpoint_file`'s business.
 """
 
 import json
@@ -26,8 +26,8 @@ from tood_deploy.model.checkpoint_metadata import (
     read_config,
     same_structure,
 )
+from tood_deploy.model.detector import DenseDetector
 from tood_deploy.model.download import fetch_weights
-from tood_deploy.model.tood import Tood
 from tood_deploy.preprocess import with_imgsz
 from tood_deploy.presets import PRESETS, Convention, Preset, get_preset
 from tood_deploy.reporter import Reporter
@@ -42,7 +42,7 @@ def load_checkpoint(
     weights_key: str | None = None,
     imgsz: Sequence[int] | None = None,
     reporter: Reporter | None = None,
-) -> Tood:
+) -> DenseDetector:
     """Load the network of a checkpoint, in eval mode, float32, on the CPU.
 
     Never runs code from the file.
@@ -99,7 +99,7 @@ def locate_checkpoint(checkpoint: str | PathLike[str], reporter: Reporter | None
 
 
 def save_checkpoint(
-    model: Tood, path: str | PathLike[str], dtype: torch.dtype = torch.float32
+    model: DenseDetector, path: str | PathLike[str], dtype: torch.dtype = torch.float32
 ) -> None:
     """Write our own format, safetensors with the preset in its metadata, whole or not at all.
 
@@ -248,7 +248,7 @@ def _own_preset(file: CheckpointFile) -> Preset:
 
 def _expected_shapes(preset: Preset) -> Shapes:
     with torch.device("meta"):
-        return _shapes(Tood(preset).state_dict())
+        return _shapes(DenseDetector(preset).state_dict())
 
 
 def _check_class_names(
@@ -271,7 +271,7 @@ def _check_class_names(
     return tuple(class_names)
 
 
-def _fill(preset: Preset, file: CheckpointFile) -> Tood:
+def _fill(preset: Preset, file: CheckpointFile) -> DenseDetector:
     """Build the network of a preset and fill it with the file's tensors, all of them."""
     expected, state = _expected_shapes(preset), dict(file.state_dict)
     for key in (key for key, shape in expected.items() if not shape):
@@ -287,7 +287,7 @@ def _fill(preset: Preset, file: CheckpointFile) -> Tood:
             "the file is damaged or of a variant of TOOD"
         )
     with torch.device("meta"):
-        model = Tood(preset)
+        model = DenseDetector(preset)
     for key, value in state.items():
         if value.is_floating_point():
             state[key] = value.float()
@@ -317,7 +317,7 @@ def _differences(expected: Shapes, actual: Shapes) -> str:
     return "; ".join(parts)
 
 
-def _check_finite(model: Tood, path: Path) -> None:
+def _check_finite(model: DenseDetector, path: Path) -> None:
     tensors = model.state_dict()
     floating = {key: value for key, value in tensors.items() if value.is_floating_point()}
     broken = [key for key, value in floating.items() if not value.isfinite().all()]
