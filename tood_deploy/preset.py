@@ -265,6 +265,11 @@ class Preset:
             )
 
     @property
+    def c5_channels(self) -> int:
+        """Channels of the backbone's last map."""
+        return self.base_channels * (8 if self.depth < 50 else 32)
+
+    @property
     def is_deformable(self) -> bool:
         """Whether any of its convolutions reads at offset places."""
         return bool(self.deform_stages or self.deform_tower) or self.detector == "vfnet"

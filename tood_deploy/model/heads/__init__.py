@@ -21,6 +21,17 @@ HEADS: dict[DetectorName, type[TaskAlignedHead] | type[SeparateTowers]] = {
     "retinanet": RetinaHead,
 }
 
+# The convolution of every head that gives the class logits.
+CLASS_LAYERS: dict[DetectorName, str] = {
+    "tood": "tood_cls",
+    "atss": "atss_cls",
+    "gfl": "gfl_cls",
+    "paa": "atss_cls",
+    "fcos": "conv_cls",
+    "vfnet": "vfnet_cls",
+    "retinanet": "retina_cls",
+}
+
 
 def build_head(preset: Preset) -> Head:
     """Return the head of a preset, with random initial weights."""
