@@ -37,7 +37,7 @@ from tood_deploy.graph_io import INNER_VALUES, ONNX_SUFFIX, Target
 from tood_deploy.manifest import Manifest
 from tood_deploy.manifest_sections import Build, Parity
 from tood_deploy.model.checkpoint import load_checkpoint
-from tood_deploy.model.tood import Tood
+from tood_deploy.model.detector import DenseDetector
 from tood_deploy.onnx_file import OnnxArtefact, artefact_in_memory, read_onnx, write_onnx
 from tood_deploy.parity.onnx_reference import OnnxRunner, onnx_reference
 from tood_deploy.parity.reference import Reference
@@ -202,7 +202,7 @@ def _runnable(artefact: OnnxArtefact) -> OnnxArtefact:
 
 
 def _check_loaded(
-    config: ExportConfig, model: Tood, max_det: int, annotated: AnnotatedImages | None
+    config: ExportConfig, model: DenseDetector, max_det: int, annotated: AnnotatedImages | None
 ) -> None:
     """Refuse, before the long work, what only the checkpoint could tell that it cannot be."""
     preset = model.preset
@@ -219,7 +219,7 @@ def _check_loaded(
         _check_patterns(config.precision, model)
 
 
-def _check_patterns(precision: PrecisionOptions, model: Tood) -> None:
+def _check_patterns(precision: PrecisionOptions, model: DenseDetector) -> None:
     """Refuse patterns of what stays float32 that fit no layer.
 
     Those that fit none of the 8-bit layers only the graph can tell. Half precision also takes the
@@ -243,7 +243,7 @@ def _check_patterns(precision: PrecisionOptions, model: Tood) -> None:
 
 
 def onnx_from_checkpoint(
-    model: Tood,
+    model: DenseDetector,
     *,
     deform: DeformForm = "op",
     max_det: int | None = None,
@@ -292,7 +292,7 @@ def onnx_from_checkpoint(
 
 
 def export_onnx(
-    model: Tood,
+    model: DenseDetector,
     output: Path,
     *,
     deform: DeformForm = "op",
