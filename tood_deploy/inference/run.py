@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from tood_deploy.inference.sinks import (
     SinkThread,
     TextLines,
 )
+from tood_deploy.inference.video_writer import USUAL_ENCODING, VideoEncoding
 from tood_deploy.reporter import Reporter
 
 
@@ -45,6 +47,8 @@ class RunProgress:
         """
         self.source, self.timings, self.reporter, self.notes = source, timings, reporter, notes
         self._problems = self._notes = self._remarks = 0  # how many of each were printed
+        self._lock = threading.Lock()
+        source.on_news = self._print_news
 
     def advance(self) -> None:
         """Count one more frame."""
@@ -53,6 +57,10 @@ class RunProgress:
         self._print_news()
 
     def _print_news(self) -> None:
+        with self._lock:  # a live source calls from its own thread
+            self._print_new_lines()
+
+    def _print_new_lines(self) -> None:
         for problem in self.source.problems[self._problems :]:
             self.reporter.warn(problem)
             self._problems += 1
@@ -100,6 +108,7 @@ class Outputs:
         json_lines: file for one JSON object a frame; "-" for stdout.
         crops: folder for every object as an image.
         show: whether to show the frames in a window.
+        encoding: of annotated videos.
     """
 
     annotated: Path | None = None
@@ -108,6 +117,7 @@ class Outputs:
     json_lines: str | None = None
     crops: Path | None = None
     show: bool = False
+    encoding: VideoEncoding = USUAL_ENCODING
 
     def __post_init__(self) -> None:
         if self.coco_annotations is not None and self.coco_json is None:
@@ -178,7 +188,9 @@ def open_sinks(
             _coco_results(outputs.coco_json, outputs.coco_annotations, source, class_names)
         )
     if outputs.annotated is not None:
-        sinks.append(Annotated(plan_outputs(source.inputs, outputs.annotated)))
+        files = plan_outputs(source.inputs, outputs.annotated)
+        live = source.kind == "live"
+        sinks.append(Annotated(files, live, outputs.encoding, reporter.note))
     if outputs.crops is not None:
         sinks.append(Crops(outputs.crops, source.inputs))
     if outputs.show:
