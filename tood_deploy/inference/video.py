@@ -38,6 +38,7 @@ from tood_deploy.inference.frame import (
 from tood_deploy.inference.video_loss import (
     MAX_CHECKED_GAPS,
     LossLedger,
+    frames_text,
     library_lines,
     references_are_missing,
 )
@@ -256,10 +257,9 @@ class VideoSource(Source):
         if lost:
             count = sum(frames for _, _, frames in lost)
             self.skip(
-                f"{self.name}: {count} frames are missing between others, which refer to them",
-                count,
+                f"{self.name}: {frames_text(count)} lost between others, which refer to them", count
             )
-        elif gaps:
+        elif gaps and not ledger.repeats_frames:
             seconds = float((gaps[0][0]) * ledger.time_base)
             others = f", and {len(gaps) - 1} more" if len(gaps) > 1 else ""
             self.notes.append(
@@ -310,15 +310,17 @@ class Decoder:
         self.decoded, self.read_to_end = 0, False
         self._last_pts: int | None = None
         self._start: Moment | None = None
+        self._first_dts: int | None = None
+        self._delay: int | None = None
 
     def selected(self, selection: Selection) -> Iterator[tuple[VideoFrame, int, int]]:
         """Yield the chosen frames, each with its number and pts."""
         self._start, chooser, index = selection.start, Chooser(selection), -1
         for frame, pts in self.frames():
             index += 1
-            if self._start is not None and frame.pts is not None:
+            if self._start is not None:
                 # Frames before the first key frame were not decoded, and some behind it cannot be.
-                index = max(index, self.ledger.rank(frame.pts))
+                index = max(index, self.ledger.rank(pts))
             if chooser.takes(index, float((pts - self._start_pts()) * self.time_base)):
                 self._start = None
                 yield frame, index, pts
@@ -334,11 +336,14 @@ class Decoder:
                 if self._start is None:
                     self.ledger.fail()
                 continue
+            if self._first_dts is None and packet is not None:
+                self._first_dts = packet.dts
             for frame in decoded:
+                time = self._time_of(frame)
                 # What follows the first key frame may refer to frames before it, that are left out.
-                if self.ledger.is_whole(frame) or self._start is not None:
+                if self.ledger.is_whole(frame, time) or self._start is not None:
                     self.decoded += 1
-                    yield frame, self._next_pts(frame)
+                    yield frame, self._growing(time)
 
     def _start_pts(self) -> int:
         """Return the time that seconds from the start are counted from, in units."""
@@ -397,14 +402,27 @@ class Decoder:
         self.read_to_end = True
         yield None
 
-    def _next_pts(self, frame: VideoFrame) -> int:
-        """Return the frame's own time if it grows, else one frame after the last."""
+    def _time_of(self, frame: VideoFrame) -> int | None:
+        """Return a frame's own time; None where it has none.
+
+        From AVI, which has no times to show frames at, the decoder gives those that they were
+        decoded at, in order, and later by its delay.
+        """
+        if not self.ledger.has_decoding_times_alone:
+            return frame.pts
+        if frame.dts is None:
+            return None
+        if self._delay is None:
+            self._delay = frame.dts - (self._first_dts or 0)
+        return frame.dts - self._delay
+
+    def _growing(self, time: int | None) -> int:
+        """Return a frame's own time if it grows, else one frame after the last."""
         step = max(1, round(1 / (float(self.stream.guessed_rate or 25) * self.time_base)))
         after_last = 0 if self._last_pts is None else self._last_pts + step
-        stalls = frame.pts is None or (self._last_pts is not None and frame.pts <= self._last_pts)
-        pts = after_last if frame.pts is None or stalls else frame.pts
-        self._last_pts = pts
-        return pts
+        stalls = time is None or (self._last_pts is not None and time <= self._last_pts)
+        self._last_pts = after_last if time is None or stalls else time
+        return self._last_pts
 
 
 def _estimated_frames(container: InputContainer, stream: VideoStream) -> int | None:

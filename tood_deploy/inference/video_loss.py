@@ -26,7 +26,7 @@ CONSTANT_SHARE = 0.8  # of the spacings that are alike, for gaps to be counted i
 MIN_SPACINGS = 4
 SHORT_TAIL_S = 0.5  # of a header that says more than the file holds, without another sign of damage
 MAX_LEADING = 1000  # packets before the first key frame that are remembered
-MAX_CHECKED_GAPS = 20
+MAX_CHECKED_GAPS, MAX_CHECKED_PACKETS = 20, 1000
 CONNECTIONS = frozenset(("http", "https", "tcp", "tls"))
 HIDING_CODECS = ("vp8", "vp9", "av1", "libdav1d", "libvpx")  # have frames that are not shown
 SELF_DESCRIBING = ("matroska", "mov", "mpegts", "avi")  # say themselves where they are cut
@@ -64,6 +64,11 @@ def library_lines(level: int = av.logging.ERROR) -> Iterator[list[tuple[int, str
                 av.logging.set_level(av.logging.PANIC)
                 av.logging.set_libav_level(av.logging.PANIC)
                 av.logging.restore_default_callback()
+
+
+def frames_text(count: int, kind: str = "") -> str:
+    """Return a count of frames as the start of a sentence, with its verb."""
+    return f"{count} {kind}{'frame was' if count == 1 else 'frames were'}"
 
 
 class LossLedger:
@@ -105,9 +110,18 @@ class LossLedger:
         # Else only part of it is there. In MPEG-TS the mark is also set where two recordings meet.
         whole = not packet.is_corrupt or self._format == "mpegts"
         self.broken += not whole
-        if packet.pts is not None:
-            self._count_time(packet, packet.pts, whole)
+        if (time := self.time_of(packet)) is not None:
+            self._count_time(packet, time, whole)
         return whole
+
+    @property
+    def has_decoding_times_alone(self) -> bool:
+        """Whether the container says when to decode, and not when to show."""
+        return self._format == "avi"
+
+    def time_of(self, packet: Packet) -> int | None:
+        """Return when a packet is shown; where only that is known, when it is decoded."""
+        return packet.dts if self.has_decoding_times_alone else packet.pts
 
     def _count_time(self, packet: Packet, pts: int, whole: bool) -> None:
         self._end = max(self._end, pts + (packet.duration or 0))
@@ -124,12 +138,17 @@ class LossLedger:
         self.broken += 1
         self.failures += 1
 
-    def is_whole(self, frame: VideoFrame) -> bool:
-        """Tell whether a decoded frame can be used; count it as broken where not."""
-        if frame.pts is not None:
-            self._leading.discard(frame.pts)
-            self._shown += 1
-            self._last_shown = max(self._last_shown, frame.pts)
+    def is_whole(self, frame: VideoFrame, time: int | None) -> bool:
+        """Tell whether a decoded frame can be used; count it as broken where not.
+
+        Args:
+            frame: as the decoder gives it.
+            time: in the units that its packet was counted with.
+        """
+        if time is not None:
+            self._leading.discard(time)
+            self._last_shown = max(self._last_shown, time)
+        self._shown += time is not None or self.has_decoding_times_alone
         if frame.is_corrupt:
             self.broken += 1
             return False
@@ -151,20 +170,20 @@ class LossLedger:
             read_to_end: whether all packets were asked for.
         """
         broken = self.broken + (self._never_shown() if read_to_end else 0)
-        losses = [(broken, f"{broken} broken frames were skipped")] if broken else []
+        losses = [(broken, f"{frames_text(broken, 'broken ')} skipped")] if broken else []
         if self._leading and len(self._leading) < self.packets:
             count = len(self._leading)
             losses.append(
                 (
                     count,
-                    f"it begins between two key frames, {count} frames before the next are lost",
+                    f"it begins between two key frames, {frames_text(count)} lost before the next",
                 )
             )
         spacing = self._constant_spacing()
         if spacing and (self._is_damaged or self.broken or self._suspect):
             missing = sum(count for _, _, count in self._gaps(spacing))
             if missing:
-                losses.append((missing, f"{missing} frames are missing between others"))
+                losses.append((missing, f"{frames_text(missing)} lost between others"))
         if read_to_end and (tail := self._loss_at_end(spacing)):
             losses.append(tail)
         if self._is_damaged and not spacing and not losses:
@@ -187,11 +206,16 @@ class LossLedger:
     def gaps_unexplained(self) -> list[tuple[int, int, int]]:
         """Return (last time before, first time after, frames) of gaps without a sign of damage.
 
-        Only in a video of constant rate, and in a container that has no frames "as before".
+        Only in a video of constant rate.
         """
         spacing = self._constant_spacing()
         damaged = self._is_damaged or self.broken or self._suspect
-        return [] if damaged or not spacing or self._format == "avi" else self._gaps(spacing)
+        return [] if damaged or not spacing else self._gaps(spacing)
+
+    @property
+    def repeats_frames(self) -> bool:
+        """Whether the container has a mark for "as before", so that gaps are nothing unusual."""
+        return self._format == "avi"
 
     @property
     def _is_damaged(self) -> bool:
@@ -261,25 +285,42 @@ def references_are_missing(name: str, stream_index: int, gap: tuple[int, int, in
         stream_index: of its video.
         gap: last time before it, first time after it, in units of the stream; number of frames.
     """
-    before, after, _ = gap
     try:
         with av.open(name) as container:
-            stream, key_pts = container.streams[stream_index], None
+            stream = container.streams[stream_index]
             assert isinstance(stream, VideoStream)
             stream.codec_context.thread_count = 1  # what it says is heard in this thread
-            container.seek(before, stream=stream)
-            for packet in container.demux(stream):
-                if packet.pts is None or packet.pts > after + 8 * (after - before):
-                    return False
-                key_pts = packet.pts if key_pts is None else key_pts
+            packets = _packets_around(container, stream, gap)
+            for packet in packets:
                 with library_lines(av.logging.DEBUG) as lines:
                     stream.codec_context.decode(packet)
                 # Frames shown before the key frame refer to what lies before it.
-                if packet.pts > key_pts and any(map(_misses_references, lines)):
+                is_later = (packet.pts or 0) > (packets[0].pts or 0)
+                if is_later and any(map(_misses_references, lines)):
                     return True
     except FFmpegError:  # it was read before: what cannot be read again is no proof
         return False
     return False
+
+
+def _packets_around(
+    container: InputContainer, stream: VideoStream, gap: tuple[int, int, int]
+) -> list[Packet]:
+    """Return the packets from the last key frame before a gap to some frames behind it.
+
+    They are looked for from the start: seeking is not exact in every container.
+    """
+    before, after, _ = gap
+    packets: list[Packet] = []
+    for packet in container.demux(stream):
+        if packet.pts is None or packet.pts > after + 8 * (after - before):
+            break
+        if packet.is_keyframe and packet.pts <= before:
+            packets.clear()
+        packets.append(packet)
+        if len(packets) > MAX_CHECKED_PACKETS:
+            return []
+    return packets
 
 
 def _misses_references(line: tuple[int, str, str]) -> bool:

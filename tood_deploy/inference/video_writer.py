@@ -61,6 +61,8 @@ ENCODERS = {
 }
 SMALLEST_SIDE = {"libx264": 16, "libx265": 16, "libsvtav1": 64}  # of a frame that players take
 UNSPECIFIED, FULL_RANGE = 2, 2
+MATROSKA = ".mkv"
+PREROLL_S = 0.1  # of sound that decoders need before what is heard
 MAX_LEAD_S = 1.0  # between the starts, or the ends, of the sound and the video of one recording
 MATRICES = {  # of ISO/IEC 23091-2, for swscale; the others are what it takes if nothing is stated
     1: Colorspace.ITU709,
@@ -113,7 +115,6 @@ class Sound:
         self._source: InputContainer = av.open(name)
         try:
             self.stream: AudioStream = self._source.streams.audio[0]
-            self.codec = self.stream.codec_context.name
             self._out = out.add_stream_from_template(self.stream)
         except BaseException:
             self._source.close()
@@ -121,12 +122,13 @@ class Sound:
         self._packets = self._demux()
         self._next = next(self._packets, None)
 
-    def until(self, origin_s: float, end_s: float) -> Iterator[Packet]:
-        """Yield the packets that start from 0 on, and before a time of the video.
+    def until(self, origin_s: float, end_s: float, preroll_s: float) -> Iterator[Packet]:
+        """Yield the packets that are needed from 0 on, and start before a time of the video.
 
         Args:
             origin_s: time in the source at which the video starts.
             end_s: time in the source.
+            preroll_s: how long before the video starts packets are needed, too.
         """
         while (packet := self._next) is not None:
             base = packet.time_base
@@ -134,7 +136,7 @@ class Sound:
             if start_s >= end_s:
                 return
             self._next = next(self._packets, None)
-            if start_s + float((packet.duration or 0) * base) <= origin_s:
+            if start_s + float((packet.duration or 0) * base) <= origin_s - preroll_s:
                 continue
             origin = round(origin_s / base)
             packet.pts = (packet.pts or 0) - origin
@@ -214,10 +216,10 @@ class VideoWriter:
             self._sound = Sound(self.video.sound, self._container)
             self._container.start_encoding()
         except (FFmpegError, ValueError, IndexError) as error:
-            codec = f" ({self._sound.codec})" if self._sound else ""
+            cure = "" if self.path.suffix.lower() == MATROSKA else "; a .mkv file may take it"
             self.note(
-                f"{redacted(self.video.sound)}: its sound{codec} cannot be kept in "
-                f"{self.path.suffix} ({error}); write to a .mkv file for it"
+                f"{redacted(self.video.sound)}: its sound cannot be kept in {self.path.suffix} "
+                f"({error}){cure}"
             )
             self._close_sound()
             with suppress(FFmpegError):  # it has no header
@@ -231,6 +233,8 @@ class VideoWriter:
         stream.pix_fmt = "yuv420p"
         context = stream.codec_context
         context.time_base = self.time_base
+        # With B-frames the decoding times, which durations and rates are taken from, lag behind.
+        context.max_b_frames = 0
         context.sample_aspect_ratio = self.video.sample_aspect
         context.flags |= int(Flags.frame_duration)
         color_range, primaries, transfer, matrix = self.video.color
@@ -286,7 +290,7 @@ class VideoWriter:
         """
         start = round(self.video.start_s / self.time_base)
         lead_s = float((first_pts - start) * self.time_base)
-        return start if self.video.sound and 0 <= lead_s < MAX_LEAD_S else first_pts
+        return start if self._sound and 0 <= lead_s < MAX_LEAD_S else first_pts
 
     def _usual_duration(self) -> int:
         rate = self.video.rate
@@ -321,7 +325,9 @@ class VideoWriter:
         """Write the sound up to a time of the annotated video."""
         if self._sound is not None:
             origin_s = float((self._origin or 0) * self.time_base)
-            for packet in self._sound.until(origin_s, origin_s + end_s):
+            # Matroska has no mark for "before 0": the video would start later for it.
+            preroll_s = 0.0 if self.path.suffix.lower() == MATROSKA else PREROLL_S
+            for packet in self._sound.until(origin_s, origin_s + end_s, preroll_s):
                 self._container.mux(packet)
 
     def _complete(self) -> None:
