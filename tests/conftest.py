@@ -5,9 +5,9 @@ Thread limits, the folder of goldens, the synthetic image, the stand-in weights.
 
 import os
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "2"
-)  # before anything imports torch: more threads only wait for each other on small maps
+# Before anything imports torch: more threads only wait for each other on small maps, and where the
+# tests run in several processes these share the cores already.
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 
 import shutil
 from collections.abc import Callable, Iterator
