@@ -81,11 +81,13 @@ class Package:
 PACKAGES = {  # by the name that is imported
     "argcomplete": Package("argcomplete"),
     "av": Package("av"),
+    "PIL": Package("pillow"),
     "cv2": Package("opencv-python-headless"),
     "imagesize": Package("imagesize"),
     "msgspec": Package("msgspec"),
     "numpy": Package("numpy"),
     "onnxruntime": Package("onnxruntime"),
+    "pi_heif": Package("pi-heif", ("heif",)),
     "rich": Package("rich"),
     "filelock": Package("filelock", ("export", "train")),
     "google.protobuf": Package("protobuf", ("export",)),

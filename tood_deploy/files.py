@@ -7,7 +7,8 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache, lru_cache
 from pathlib import Path
@@ -217,6 +218,74 @@ def _sha256(states: tuple[tuple[str, int, int, int], ...]) -> str:
         with Path(name).open("rb") as file:
             hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()
+
+
+def check_overwrites(
+    inputs: Mapping[str, Iterable[str | Path]], outputs: Mapping[str, Iterable[str | Path]]
+) -> None:
+    """Refuse outputs that would overwrite an input, or one another.
+
+    Two names of one file count as one: links, and names that a file system does not tell apart.
+
+    Args:
+        inputs: files that are read, by what they are: an option's name or some words.
+        outputs: files and folders that are written, by the option that names them.
+
+    Raises:
+        OutputError: an output is an input, is another output, or lies below one that is a file.
+    """
+    read = {
+        key: (what, path)
+        for what, paths in inputs.items()
+        for path in paths
+        for key in _identities(path)
+    }
+    written: dict[object, tuple[str, str | Path]] = {}
+    for option, paths in outputs.items():
+        for path in paths:
+            keys = _identities(path)
+            if hit := next((read[key] for key in keys if key in read), None):
+                raise OutputError(
+                    f"{option} {path}: is {hit[0]} and would be overwritten; choose another "
+                    f"{option}"
+                )
+            if hit := next((written[key] for key in keys if key in written), None):
+                raise OutputError(
+                    f"{option} {path}: is written by {hit[0]}, too; choose another {option}"
+                )
+            written |= dict.fromkeys(keys, (option, path))
+    for option, path in written.values():
+        for folder in Path(os.path.realpath(path)).parents:
+            if hit := written.get(str(folder)):
+                raise OutputError(
+                    f"{option} {path}: lies in {hit[1]}, which {hit[0]} writes as a file; choose "
+                    f"another {option}"
+                )
+
+
+def _identities(path: str | Path) -> list[object]:
+    """Return by what a file is known: its real path, and its number if it is there.
+
+    None for a device, which may be read and written by several.
+    """
+    try:
+        state = Path(path).stat()
+    except (OSError, ValueError):
+        return [os.path.realpath(path)]
+    if not (stat.S_ISREG(state.st_mode) or stat.S_ISDIR(state.st_mode)):
+        return []
+    return [os.path.realpath(path), (state.st_dev, state.st_ino)]
+
+
+def absent_or(ask: Callable[[], bool]) -> bool:
+    """Return what `Path.is_file` or the like says; False where the text can be no path at all.
+
+    A text may be too long for a name, or hold what no name may (a zero byte).
+    """
+    try:
+        return ask()
+    except (OSError, ValueError):
+        return False
 
 
 def absolute_path(name: str | Path) -> Path:

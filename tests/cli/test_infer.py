@@ -454,7 +454,7 @@ def test_the_pixel_limit_of_opencv_is_raised_too(
 
 
 def test_the_default_pixel_limit_is_the_librarys() -> None:
-    from tood_deploy.data.images import MAX_PIXELS
+    from tood_deploy.data.image_header import MAX_PIXELS
 
     assert infer.build_parser().get_default("max_pixels") == MAX_PIXELS
 

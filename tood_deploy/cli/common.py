@@ -22,6 +22,7 @@ from tood_deploy.cli.process import (
 )
 from tood_deploy.engines.open import DEVICES, RUNTIMES, runtimes_for
 from tood_deploy.errors import CheckFailed, Stopped, ToodError, naming_extras
+from tood_deploy.files import absent_or
 from tood_deploy.graph_io import ARTEFACT_SUFFIXES
 from tood_deploy.reporter import Reporter, drop_stdout, show_artefact_warnings, stdout_errors
 
@@ -33,6 +34,7 @@ COMMANDS = {
     "tood-bench": "Measure latency, video throughput, and parity with PyTorch.",
     "tood-train": "Train a TOOD detector on COCO-format data.",
 }
+SHOWN_LETTERS = 80  # of a long argument, in errors
 DONE, FAILED_CHECK, WRONG_USE = 0, 1, 2
 BROKEN_PIPE = 141  # as of a program that SIGPIPE ends
 ENDINGS = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "ended by a hang-up"}
@@ -331,11 +333,48 @@ def class_names_from(text: str | None) -> list[str] | None:
     if text is None:
         return None
     path = Path(text)
-    parts = path.read_text(encoding="utf-8").splitlines() if path.is_file() else text.split(",")
+    parts = _lines_of(path) if absent_or(path.is_file) else text.split(",")
     names = [part.strip() for part in parts if part.strip()]
     if not names or len(set(names)) != len(names):
+        shown = text if len(text) <= SHOWN_LETTERS else f"{text[:SHOWN_LETTERS]}..."
         raise ToodError(
-            f"--classes {text}: {len(names)} names, {len(set(names))} different; expected one "
+            f"--classes {shown}: {len(names)} names, {len(set(names))} different; expected one "
             "different name for each class"
         )
     return names
+
+
+def _lines_of(path: Path) -> list[str]:
+    """Return the lines of a text file in UTF-8, with or without a byte-order mark.
+
+    Raises:
+        ToodError: it cannot be read, or is in another encoding.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ToodError(
+            f"--classes {path}: not in UTF-8 ({error.reason} at byte {error.start}); expected text "
+            "with one name a line: save it in UTF-8"
+        ) from error
+    except OSError as error:
+        raise ToodError(
+            f"--classes {path}: cannot be read ({error.strerror}); expected text with one name a "
+            "line"
+        ) from error
+
+
+def model_files(model: str, classes: str | None = None) -> list[Path]:
+    """Return the files that a command reads to open a model; none where it names a preset.
+
+    Args:
+        model: as given to the command.
+        classes: what --classes was given.
+    """
+    path = Path(model)
+    files = [path]
+    if is_artefact(model):  # OpenVINO keeps its weights in a file of their own
+        files += [path.with_suffix(".json"), path.with_suffix(".bin"), Path(f"{path}.data")]
+    if classes is not None:
+        files.append(Path(classes))
+    return [file for file in files if absent_or(file.is_file)]

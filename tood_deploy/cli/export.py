@@ -274,7 +274,7 @@ def _decode_annotated(path: Path) -> object:
     Raises:
         InputError: it cannot be read.
     """
-    from tood_deploy.data.images import decode_image
+    from tood_deploy.data.image_file import decode_image
 
     try:
         return decode_image(path.read_bytes(), str(path))

@@ -16,6 +16,7 @@ from tood_deploy.cli.common import (
     add_runtime_options,
     is_artefact,
     load_options,
+    model_files,
     run_command,
     runtime_options,
     takes_hint,
@@ -101,6 +102,17 @@ def add_inference_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="refuse larger images (default: 200000000)",
     )
+    parser.add_argument(
+        "--first-page",
+        action="store_true",
+        help="of image files with several pages or frames (TIFF, GIF, WebP, PNG), the first alone",
+    )
+    parser.add_argument(
+        "--bit-depth",
+        type=int,
+        metavar="N",
+        help="bits that hold data in images of 16 bits, 9 to 16 (default: what their files say)",
+    )
 
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:
@@ -158,7 +170,10 @@ def infer_command(argv: Sequence[str] | None = None) -> int:
     outputs = Outputs(
         args.output, args.json, args.coco_annotations, args.jsonl, args.crops, args.show
     )
-    source = open_source(args.source, args.max_pixels)
+    source = open_source(
+        args.source, args.max_pixels, first_page=args.first_page, bit_depth=args.bit_depth
+    )
+    outputs.check_files(source, model_files(args.model, args.classes))
     options = {
         "conf": args.conf,
         "iou": args.iou,

@@ -21,7 +21,7 @@ from msgspec.json import encode as json_text
 
 from tood_deploy import __version__
 from tood_deploy.data.coco import Annotations
-from tood_deploy.data.images import MAX_PIXELS
+from tood_deploy.data.image_header import MAX_PIXELS
 from tood_deploy.data.results import Results, empty_results
 from tood_deploy.detections import Detections
 from tood_deploy.errors import ArtefactError, InputError, OutputError
