@@ -355,7 +355,7 @@ class Pipeline:
 
 # Streams that were begun and not closed. Threads that still run while Python takes itself down end
 # the process by an abort, from within the runtimes' libraries.
-_RUNNING: WeakSet[_Pipeline] = WeakSet()
+_RUNNING: WeakSet[Pipeline] = WeakSet()
 EXIT_LIMIT_S = 10.0
 
 
