@@ -17,6 +17,7 @@ from tood_deploy import __version__
 from tood_deploy.cli.process import (
     SIGNAL_EXIT,
     close_stdout,
+    library_lines,
     open_standard_streams,
     stopping_signals,
 )
@@ -64,7 +65,8 @@ def run_command(
             return command(argv)
 
     open_standard_streams()
-    with stopping_signals(ends_process=argv is None), warnings.catch_warnings():
+    ends_process = argv is None
+    with library_lines(ends_process), stopping_signals(ends_process), warnings.catch_warnings():
         show_artefact_warnings()
         try:
             code = _exit_code(work)

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from tood_deploy.detections import Detections
 from tood_deploy.errors import OutputError
-from tood_deploy.files import atomic_path
+from tood_deploy.files import atomic_path, is_of_system
 from tood_deploy.inference.frame import Frame, Input, Part
 from tood_deploy.inference.output_paths import check_writable, plan_names, shorten
 from tood_deploy.inference.video import VideoWriter
@@ -331,6 +331,8 @@ class JsonLines(Sink):
             if self._file is None:
                 path = Path(self.target)
                 path.parent.mkdir(parents=True, exist_ok=True)
+                if path.is_symlink() and not is_of_system(path):
+                    path.unlink()  # replaced, as other outputs do; what it points to stays
                 self._file = path.open("w", encoding="utf-8")
             self._file.write(
                 json.dumps(frame_record(frame, detections, self.live), ensure_ascii=False) + "\n"
