@@ -24,7 +24,13 @@ from tood_deploy.engines.open import DEVICES, RUNTIMES, runtimes_for
 from tood_deploy.errors import CheckFailed, Stopped, ToodError, naming_extras
 from tood_deploy.files import absent_or
 from tood_deploy.graph_io import ARTEFACT_SUFFIXES
-from tood_deploy.reporter import Reporter, drop_stdout, show_artefact_warnings, stdout_errors
+from tood_deploy.reporter import (
+    Reporter,
+    drop_stdout,
+    printable,
+    show_artefact_warnings,
+    stdout_errors,
+)
 
 COMMANDS = {
     "tood-export": "Turn a TOOD checkpoint into an artefact with pre- and post-processing inside, "
@@ -148,7 +154,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print wrong use as one line, and leave with its exit code."""
-        self.exit(WRONG_USE, f"error: {message}; see {self.prog} --help\n")
+        self.exit(WRONG_USE, f"error: {printable(message)}; see {self.prog} --help\n")
 
 
 class _OldName(argparse.Action):

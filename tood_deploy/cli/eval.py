@@ -23,7 +23,7 @@ from tood_deploy.cli.common import (
 )
 from tood_deploy.cli.infer import engine_options
 from tood_deploy.errors import CheckFailed, ToodError
-from tood_deploy.reporter import Reporter
+from tood_deploy.reporter import Reporter, printable
 
 if TYPE_CHECKING:
     from tood_deploy.benchmark.evaluation.evaluate import DataSet, Evaluation
@@ -233,7 +233,7 @@ def summary(result: "Evaluation") -> str:
     ]
     columns = [lines[row] + lines[row + 3] + lines[row + 6] + lines[row + 9] for row in range(3)]
     best = [
-        f"{name} {100 * value:.1f}"
+        f"{printable(name)} {100 * value:.1f}"
         for name, value in sorted(result.metrics.class_ap.items(), key=lambda item: -item[1])
     ]
     if len(best) > MAX_CLASSES:

@@ -29,13 +29,17 @@ from tood_deploy.files import atomic_path
 from tood_deploy.inference.frame import Frame, Input, Part
 from tood_deploy.inference.output_paths import check_writable, plan_names, shorten
 from tood_deploy.inference.video import VideoWriter
-from tood_deploy.reporter import Reporter
+from tood_deploy.reporter import Reporter, printable, stdout_errors
 
 WAITING_FRAMES = 2
 
 
 class Finished(Exception):  # noqa: N818 - not an error
     """Raised by a sink that wants no more: its window was closed."""
+
+
+class FrameOutputError(OutputError):
+    """One frame that an output cannot take; the output itself is intact, and takes the next."""
 
 
 class Sink(ABC):
@@ -49,7 +53,9 @@ class Sink(ABC):
         """Take one frame and its detections.
 
         Raises:
-            OutputError: it cannot be written.
+            FrameOutputError: this frame cannot be written, the next may be.
+            OutputError: nothing can be written any more.
+            BrokenPipeError: nobody reads stdout any more.
         """
 
     def __enter__(self) -> Self:
@@ -79,11 +85,26 @@ def output_errors(path: Path | str) -> Iterator[None]:
 class SinkThread:
     """Feeds sinks in a thread of its own, over a bounded queue.
 
-    Ctrl-C completes the outputs, an error removes them.
+    Ctrl-C completes the outputs, an error removes them. Where nobody reads stdout any more, the
+    other outputs are completed.
+
+    Attributes:
+        problems: frames that an output could not take, a sentence each.
+        broken_pipe: whether nobody reads stdout any more.
     """
 
-    def __init__(self, sinks: Sequence[Sink]) -> None:
-        self.sinks = sinks
+    def __init__(self, sinks: Sequence[Sink], endless: bool = False) -> None:
+        """Take the sinks; nothing is written yet.
+
+        Args:
+            sinks: get every frame, in this order.
+            endless: whether the source need not end: without stdout the run then ends, whatever
+                other outputs there are.
+        """
+        self.sinks, self.endless = sinks, endless
+        self.problems: list[str] = []
+        self.broken_pipe = False
+        self._active = list(sinks)
         self._waiting: Queue[tuple[Frame, Detections] | None] = Queue(WAITING_FRAMES)
         self._thread = threading.Thread(target=self._run, name="sinks", daemon=True)
         self._files = ExitStack()
@@ -105,10 +126,21 @@ class SinkThread:
             if self._error is not None:
                 continue  # so that `put` never waits for a thread that has given up
             try:
-                for sink in self.sinks:
-                    sink.write(*item)
+                for sink in list(self._active):
+                    self._write(sink, *item)
             except BaseException as error:  # raised again by put and __exit__
                 self._error = error
+
+    def _write(self, sink: Sink, frame: Frame, detections: Detections) -> None:
+        try:
+            sink.write(frame, detections)
+        except FrameOutputError as error:
+            self.problems.append(str(error))
+        except BrokenPipeError:
+            self.broken_pipe = True
+            self._active.remove(sink)
+            if self.endless or not self._active:
+                raise Finished from None
 
     def __enter__(self) -> Self:
         for sink in self.sinks:
@@ -141,7 +173,8 @@ def write_image(path: Path, image_bgr: NDArray[np.uint8]) -> None:
     """Write an image (H, W, 3) uint8 BGR, whole or not at all, in the format its suffix names.
 
     Raises:
-        OutputError: the format cannot hold it, the folder cannot be written, or the disk is full.
+        FrameOutputError: the format cannot hold it.
+        OutputError: the folder cannot be written, or the disk is full.
     """
     options = JPEG_QUALITY if path.suffix.lower() in (".jpg", ".jpeg", ".jpe") else []
     try:
@@ -150,7 +183,7 @@ def write_image(path: Path, image_bgr: NDArray[np.uint8]) -> None:
         written, data = False, np.zeros(0, np.uint8)
     if not written:
         size = f"{image_bgr.shape[1]} x {image_bgr.shape[0]}"
-        raise OutputError(
+        raise FrameOutputError(
             f"{path}: {size} pixels cannot be written as {path.suffix}; choose another --output, "
             "ending in .png"
         )
@@ -290,9 +323,11 @@ class CocoResults(Sink):
             file = self._file or self._open()
             self._frames += 1
             image_id = self._frames if self.image_ids is None else self.image_ids[frame.part]
-            for row in detections.to_coco(image_id, self.category_ids):
-                file.write(("[\n" if not self._rows else ",\n") + json.dumps(row))
+            finite = finite_detections(detections)
+            for row in finite.to_coco(image_id, self.category_ids):
+                file.write(("[\n" if not self._rows else ",\n") + json_text(row))
                 self._rows += 1
+        check_all_finite(finite, detections, frame.name)
 
     def _open(self) -> TextIO:
         temporary = self._stack.enter_context(atomic_path(self.path))
@@ -327,15 +362,20 @@ class JsonLines(Sink):
 
     def write(self, frame: Frame, detections: Detections) -> None:
         """Write one line."""
-        with output_errors("stdout" if self.target == STDOUT else self.target):
-            if self._file is None:
-                path = Path(self.target)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = path.open("w", encoding="utf-8")
-            self._file.write(
-                json.dumps(frame_record(frame, detections, self.live), ensure_ascii=False) + "\n"
-            )
-            self._file.flush()
+        finite = finite_detections(detections)
+        record = frame_record(frame, finite, self.live)
+        to_stdout = self.target == STDOUT
+        with stdout_errors() if to_stdout else output_errors(self.target):
+            file = self._file or self._open()
+            file.write(json_text(record, file.encoding or "utf-8") + "\n")
+            file.flush()
+        check_all_finite(finite, detections, frame.name)
+
+    def _open(self) -> TextIO:
+        path = Path(self.target)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("w", encoding="utf-8")
+        return self._file
 
     def __exit__(
         self,
@@ -346,6 +386,35 @@ class JsonLines(Sink):
         if self._file is not None and self.target != STDOUT:
             with output_errors(self.target):
                 self._file.close()
+
+
+def json_text(value: object, encoding: str = "utf-8") -> str:
+    """Return JSON of one line; what cannot be written as it is, is escaped.
+
+    A file's name need not be text: its bytes that are none become escapes of lone surrogates, from
+    which Python makes the same name again.
+
+    Args:
+        value: to write; finite numbers.
+        encoding: of the file; in another than UTF-8 only ASCII is written.
+    """
+    is_utf8 = encoding.lower().replace("_", "-") in ("utf-8", "utf8")
+    text = json.dumps(value, ensure_ascii=not is_utf8, allow_nan=False)
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def finite_detections(detections: Detections) -> Detections:
+    """Return the detections whose numbers are finite: JSON has no others."""
+    return detections[np.isfinite(detections.boxes).all(axis=1) & np.isfinite(detections.scores)]
+
+
+def check_all_finite(finite: Detections, detections: Detections, name: str) -> None:
+    """Raise FrameOutputError where some detections were left out."""
+    if left_out := len(detections) - len(finite):
+        raise FrameOutputError(
+            f"{name}: {left_out} detections have numbers that are not finite, and are left out of "
+            "the JSON; export the model again, with its self-test"
+        )
 
 
 def frame_record(frame: Frame, detections: Detections, live: bool) -> dict[str, Any]:
@@ -368,6 +437,7 @@ def frame_record(frame: Frame, detections: Detections, live: bool) -> dict[str, 
         "index": frame.index,
         "timestamp_s": frame.timestamp_s,
     }
+    record |= {} if frame.page is None else {"page": frame.page}
     record |= {"age_ms": round(frame.age_s() * 1000, 1)} if live else {}
     record |= {"height": frame.size_hw[0], "width": frame.size_hw[1]}
     record["detections"] = [
@@ -387,11 +457,13 @@ class TextLines(Sink):
     def write(self, frame: Frame, detections: Detections) -> None:
         """Print one line."""
         counts = ", ".join(
-            f"{count} {name}" for name, count in Counter(detections.names()).most_common()
+            f"{count} {printable(name)}"
+            for name, count in Counter(detections.names()).most_common()
         )
         moment = "" if frame.timestamp_s is None else f" {frame.timestamp_s:.3f} s"
-        with output_errors("stdout"):
-            self.reporter.result(f"{frame.name}{moment}: {counts or 'nothing'}")
+        page = "" if frame.page is None else f" page {frame.page}"
+        line = f"{printable(frame.name)}{page}{moment}: {counts or 'nothing'}"
+        self.reporter.result(line)
 
 
 TITLE = "tood-infer: q or Esc ends"
