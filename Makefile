@@ -1,6 +1,8 @@
 # Each target sets up what it needs in .venv, and is quick when run again.
 PYTHON ?= python3
 MARKS ?= not slow
+# A process for each core: a file's tests stay together, since they share what they export.
+PROCESSES ?= --numprocesses logical --maxprocesses 8 --dist loadfile
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
@@ -11,7 +13,7 @@ demo: .venv/installed-export  ## export a small model, verify it, find objects w
 	$(BIN)/python -m tood_deploy.demo
 
 test: .venv/installed-dev  ## the tests but the slow ones; MARKS= runs all
-	$(BIN)/python -m pytest -m "$(MARKS)"
+	$(BIN)/python -m pytest -m "$(MARKS)" $(PROCESSES)
 
 lint: .venv/installed-dev  ## what every commit must pass
 	$(BIN)/ruff format --check .

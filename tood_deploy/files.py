@@ -110,7 +110,7 @@ def _temporary(path: Path, suffix: str, make: Callable[[Path], int]) -> Iterator
         # Of one length, as the name itself may be as long as names can be.
         temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(8)}{suffix}")
         descriptor = make(temporary)
-        if _lock(descriptor) and temporary.exists():
+        if take_lock(descriptor) and temporary.exists():
             break
         os.close(descriptor)  # another process took it for a leftover, before it was locked
     try:
@@ -131,8 +131,10 @@ def _make_folder(path: Path) -> int:
     return os.open(path, os.O_RDONLY)
 
 
-def _lock(descriptor: int) -> bool:
-    """Take the lock of an open file or folder; False where another process holds it.
+def take_lock(descriptor: int) -> bool:
+    """Take the lock of an open file or folder; False where somebody else holds it.
+
+    It is given back when the descriptor is closed, or the process ends.
 
     True, too, where the file system has no locks: then no leftover is ever removed.
     """

@@ -8,8 +8,10 @@ runtime.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 from tood_deploy.errors import ArtefactError, ToodError
 from tood_deploy.files import file_sha256
@@ -20,6 +22,8 @@ from tood_deploy.presets import Preset
 
 FORMAT = 1
 METADATA_KEY = "tood_deploy"
+
+Section = TypeVar("Section")
 
 
 @dataclass(frozen=True)
@@ -90,12 +94,12 @@ class Manifest:
         try:
             check_manifest(values)
             sections = {
-                name: section.from_dict(values[key]) if values.get(key) else None
-                for name, (key, section) in SECTIONS.items()
+                "build": _section(values, "options", Build.from_dict) or Build(),
+                "parity": _section(values, "parity", Parity.from_dict),
+                "target": _section(values, "target", EngineTarget.from_dict),
+                "self_test": _section(values, "self_test", SelfTest.from_dict),
             }
-            sections["build"] = sections["build"] or Build()
-            stated = {key: value for key, value in values.items() if key not in SECTION_KEYS}
-            return cls(**stated | sections | {"preset": Preset.from_dict(values["preset"])})
+            return cls(**values | sections | {"preset": Preset.from_dict(values["preset"])})
         except (ValueError, TypeError, KeyError, ToodError) as error:
             raise _damaged(origin, error) from error
 
@@ -124,13 +128,12 @@ class Manifest:
         return replace(self, artefact_sha256=artefact_sha256(artefact))
 
 
-SECTIONS: dict[str, tuple[str, type[Build | Parity | EngineTarget | SelfTest]]] = {
-    "build": ("options", Build),
-    "parity": ("parity", Parity),
-    "target": ("target", EngineTarget),
-    "self_test": ("self_test", SelfTest),
-}  # by attribute: the JSON's key, and what reads it
-SECTION_KEYS = {key for key, _ in SECTIONS.values()}
+def _section(
+    values: dict[str, Any], key: str, read: Callable[[Mapping[str, Any]], Section]
+) -> Section | None:
+    """Take a section out of a manifest's values; None where it is empty or not there."""
+    section = values.pop(key, None)
+    return read(section) if section else None
 
 
 def _damaged(origin: str, error: Exception) -> ArtefactError:

@@ -10,11 +10,13 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from engines.forked import in_a_fork
 from onnx import TensorProto, helper
 
 from tood_deploy.data.image_set import synthetic_image
 from tood_deploy.engines import BatchDetections, Engine, open_engine
 from tood_deploy.engines.onnx_engine import PROVIDERS
+from tood_deploy.engines.open import VERIFY
 from tood_deploy.errors import ArtefactError, ArtefactWarning, DeviceError, InputError, ToodError
 from tood_deploy.manifest import manifest_path
 from tood_deploy.matching import NetDetections, match_boxes
@@ -267,7 +269,7 @@ class TestVerify:
             open_engine(replaced, verify="off").close()
 
     def test_the_right_file_opens(self, tiny_artefact: Path) -> None:
-        for verify in ("warn", "strict", "off"):
+        for verify in VERIFY:
             open_engine(tiny_artefact, verify=verify).close()
 
     def test_without_a_manifest_strict_has_nothing_to_go_by(
@@ -283,3 +285,20 @@ class TestVerify:
             open_engine(tiny_checkpoint, verify="strict")
         with pytest.raises(ToodError, match="verify is 'maybe'"):
             open_engine(tiny_checkpoint, verify="maybe")  # type: ignore[arg-type]
+
+
+class TestFork:
+    """DataLoader and multiprocessing fork on Linux."""
+
+    def test_a_runtime_whose_threads_stay_behind_says_so(self, tiny_checkpoint: Path) -> None:
+        engine = open_engine(tiny_checkpoint)
+        assert "before this process was forked" in in_a_fork(engine)
+        engine.close()
+
+    def test_onnx_runtime_runs_on(self, tiny_artefact: Path) -> None:
+        with open_engine(tiny_artefact, threads=2) as engine:
+            assert in_a_fork(engine).endswith("objects")
+
+    def test_but_not_with_callers_of_its_own(self, tiny_artefact: Path) -> None:
+        with open_engine(tiny_artefact, threads=2, hint="throughput") as engine:
+            assert "before this process was forked" in in_a_fork(engine)

@@ -216,7 +216,7 @@ def _check_packages(config: ExportConfig) -> None:
         needed.append("openvino")
     if precision.annotations:
         needed.append("pycocotools")
-    if precision.precision in ("bf16", "fp16") and not (
+    if precision.precision in ("bf16", "fp16", "auto") and not (
         precision.calib_data or config.verify_images
     ):
         needed.append("matplotlib")  # its photograph is what the artefact is verified on

@@ -84,6 +84,8 @@ class OnnxEngine(Engine):
         self.name = f"ONNX Runtime {ort.__version__}"
         self._callers = ThreadPoolExecutor(STREAMS, "onnxruntime") if side_by_side else None
         self.in_flight = STREAMS if side_by_side else 1
+        # Who calls a session does the work of the threads that a fork has left behind.
+        self.survives_fork = device == "cpu" and not side_by_side
 
     def saturates(self) -> bool:
         """Return as `Engine.saturates` does; never on a GPU."""

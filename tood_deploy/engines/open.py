@@ -28,7 +28,7 @@ CHECKPOINT_SUFFIXES = (".pth", ".pt", ".safetensors")
 CHECKPOINT_OPTIONS = ("threads", "preset", "class_names", "convention", "weights_key")
 DEVICES = ("cpu", "cuda")
 Verify = Literal["warn", "strict", "off"]
-VERIFY = ("warn", "strict", "off")
+VERIFY: tuple[Verify, ...] = ("warn", "strict", "off")
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,7 @@ def open_engine(
         )
     if is_preset or path.suffix.lower() in CHECKPOINT_SUFFIXES:
         return _open_checkpoint(model, device, runtime, verify, options)
-    if path.suffix.lower() in ARTEFACT_SUFFIXES:
-        _verify_bytes(path, verify)
-    engine = _open_artefact(path, device, runtime, options)
+    engine = _open_artefact(path, device, runtime, verify, options)
     try:
         _check_engine(engine, path, self_test)
     except BaseException:
@@ -156,7 +154,7 @@ def _verify_bytes(path: Path, verify: Verify) -> None:
 
 @cache
 def _warn_once(message: str) -> None:
-    warnings.warn(message, ArtefactWarning, stacklevel=4)  # where the model was opened
+    warnings.warn(message, ArtefactWarning, stacklevel=5)  # where the model was opened
 
 
 def _check_engine(engine: Engine, path: Path, self_test: bool) -> None:
@@ -196,7 +194,9 @@ def _open_checkpoint(
     return TorchEngine(model, device=device, **options)
 
 
-def _open_artefact(path: Path, device: str, runtime: str | None, options: dict[str, Any]) -> Engine:
+def _open_artefact(
+    path: Path, device: str, runtime: str | None, verify: Verify, options: dict[str, Any]
+) -> Engine:
     suffix, fitting = path.suffix.lower(), runtimes_for(path)
     if not fitting:
         expected = ", ".join((*ARTEFACT_SUFFIXES, *CHECKPOINT_SUFFIXES))
@@ -214,6 +214,7 @@ def _open_artefact(path: Path, device: str, runtime: str | None, options: dict[s
         module = import_module(f"tood_deploy.engines.{RUNTIMES[name].module}")
     engine = getattr(module, RUNTIMES[name].engine)
     _check_options(f"{path}: {name}", options, [*inspect.signature(engine).parameters][1:])
+    _verify_bytes(path, verify)
     return engine(path, device=device, **options)
 
 

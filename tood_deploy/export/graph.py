@@ -12,9 +12,9 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from tood_deploy.model.deform import DeformConv2d
-from tood_deploy.model.head import Alignment, TaskAlignedHead, TaskDecomposition, TowerMaps
+from tood_deploy.model.detector import DenseDetector, FusedDetector, Stages
+from tood_deploy.model.heads.tood import Alignment, TaskAlignedHead, TaskDecomposition, TowerMaps
 from tood_deploy.model.resnet import Bottleneck
-from tood_deploy.model.tood import FusedDetector, Stages, Tood
 
 
 def use_static_kernels(head: TaskAlignedHead) -> None:
@@ -81,10 +81,11 @@ DEFORM_OPSET = 19  # that brought DeformConv
 class ExportedGraph(nn.Module):
     """`FusedDetector` with its outputs in a row: `OUTPUTS`, then all `INNER_VALUES`."""
 
-    def __init__(self, model: Tood, deform: DeformForm, max_det: int) -> None:
+    def __init__(self, model: DenseDetector, deform: DeformForm, max_det: int) -> None:
         super().__init__()
         model = _copy_sharing_weights(model)
-        use_static_kernels(model.bbox_head)
+        if isinstance(model.bbox_head, TaskAlignedHead):
+            use_static_kernels(model.bbox_head)
         _fold_batch_norms(model)
         if deform == "op":
             _use_deform_op(model)
@@ -143,11 +144,11 @@ class Bias(nn.Module):
         return x + self.bias[:, None, None]
 
 
-def _copy_sharing_weights(model: Tood) -> Tood:
+def _copy_sharing_weights(model: DenseDetector) -> DenseDetector:
     return copy.deepcopy(model, memo={id(parameter): parameter for parameter in model.parameters()})
 
 
-def _fold_batch_norms(model: Tood) -> None:
+def _fold_batch_norms(model: DenseDetector) -> None:
     """Fold the batch norms behind deformable convolutions into their weights, in place.
 
     The exporter does so behind ordinary ones.
@@ -169,7 +170,7 @@ def _fold_batch_norms(model: Tood) -> None:
             block.add_module("bn2", Bias(bias))
 
 
-def _use_deform_op(model: Tood) -> None:
+def _use_deform_op(model: DenseDetector) -> None:
     """Turns every deformable convolution into an operator, in place."""
     for name, module in list(model.named_modules()):
         if isinstance(module, DeformConv2d):

@@ -17,8 +17,8 @@ import torch
 from tood_deploy.export.graph import DeformForm, ExportedGraph
 from tood_deploy.export.shortcuts import take_shortcuts
 from tood_deploy.graph_io import INNER_VALUES, INPUTS, OUTPUTS
+from tood_deploy.model.detector import DenseDetector
 from tood_deploy.model.postprocess import MAX_DET
-from tood_deploy.model.tood import Tood
 from tood_deploy.presets import SIZE_DIVISOR
 
 OPSET = 21  # the first with GroupNormalization as one node
@@ -30,7 +30,11 @@ EXAMPLE_BATCH, EXAMPLE_H, EXAMPLE_W = (
 
 
 def onnx_from_model(
-    model: Tood, *, deform: DeformForm = "op", max_det: int = MAX_DET, optimise: bool = True
+    model: DenseDetector,
+    *,
+    deform: DeformForm = "op",
+    max_det: int = MAX_DET,
+    optimise: bool = True,
 ) -> onnx.ModelProto:
     """Return the exported graph, with the values of all stages (`INNER_VALUES`) as outputs, too.
 

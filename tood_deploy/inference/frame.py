@@ -46,6 +46,38 @@ class Input:
         return tuple((self.name, page) for page in range(1, self.pages + 1))
 
 
+class WindowReader(ABC):
+    """Reads parts of an image that is too large to be decoded at once.
+
+    Attributes:
+        size_hw: rows and columns of the upright image.
+    """
+
+    size_hw: tuple[int, int]
+
+    @abstractmethod
+    def read_windows(self, windows: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+        """Yield every window's number and pixels, in the order that suits the file.
+
+        Args:
+            windows: (N, 4) xyxy in pixels of the upright image.
+
+        Yields:
+            Position in `windows`, and (h, w, 3) uint8 BGR.
+
+        Raises:
+            InputError: the file is damaged.
+        """
+
+    @abstractmethod
+    def read_to_fit(self, fit: ImageSize) -> NDArray[np.uint8]:
+        """Return the whole image, (h, w, 3) uint8 BGR, scaled down to fit.
+
+        Raises:
+            InputError: the file is damaged.
+        """
+
+
 @dataclass(frozen=True, eq=False)
 class Frame:
     """One image of a source.
@@ -58,8 +90,10 @@ class Frame:
         page: its number, from 1, in a file of several images; None where it is the only one.
         pts, time_base: its time is pts * time_base seconds, as the file has it; None for an image.
         decoded_s: when it was decoded, in seconds of `time.perf_counter`.
-        original_hw: rows and columns of the image in its file, where it was decoded smaller; None
-            where it was not.
+        original_hw: rows and columns of the image in its file, where it was decoded smaller, or is
+            read by window; None elsewhere.
+        reader: reads parts of an image that is too large to be decoded at once; `image_bgr` has no
+            rows then.
     """
 
     image_bgr: NDArray[np.uint8]
@@ -70,6 +104,7 @@ class Frame:
     decoded_s: float = field(default_factory=time.perf_counter)
     original_hw: tuple[int, int] | None = None
     page: int | None = None
+    reader: WindowReader | None = None
 
     @property
     def part(self) -> Part:
@@ -117,10 +152,12 @@ class Source(ABC):
         lists: text files that names were read from.
         fit: the size that images will be scaled to fit: JPEG images may then be decoded at 1/2, 1/4
             or 1/8 of their size where that is enough; None, as at first: all of their pixels.
+        by_window: whether images with more pixels than are decoded at once are read by window.
     """
 
     kind: Kind
     fit: ImageSize | None = None
+    by_window: bool = False
 
     def __init__(self, names: tuple[str, ...], length: int | None) -> None:
         self.names, self.length = names, length

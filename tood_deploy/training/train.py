@@ -16,7 +16,7 @@ import cv2
 import torch
 
 from tood_deploy.errors import ToodError, not_installed
-from tood_deploy.model.tood import Tood
+from tood_deploy.model.detector import DenseDetector
 from tood_deploy.presets import Preset, get_preset
 from tood_deploy.reporter import Reporter, printable
 from tood_deploy.training.checkpoints import BEST, FINAL, LAST
@@ -236,7 +236,7 @@ def _describe(
 
 
 def _load_first_weights(
-    model: Tood, first: FirstWeights, recipe: Recipe, reporter: Reporter
+    model: DenseDetector, first: FirstWeights, recipe: Recipe, reporter: Reporter
 ) -> str:
     if first.checkpoint is not None:
         return load_pretrained(model, first.checkpoint, first.weights_key, reporter)

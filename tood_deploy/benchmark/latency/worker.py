@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tood_deploy.engines import BatchDetections, Engine
+from tood_deploy.presets import Preset
 from tood_deploy.reporter import show_artefact_warnings
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class Opened:
         images: what was run on.
         net_hw: rows and columns of the network's input.
         detections: in one batch, so that it is seen that there are any.
+        preset: of the network.
     """
 
     engine: str
@@ -84,6 +86,7 @@ class Opened:
     images: str
     net_hw: tuple[int, int]
     detections: int
+    preset: Preset
 
 
 @dataclass(frozen=True)
@@ -190,6 +193,7 @@ class Bench:
             description,
             net_hw,
             detections,
+            engine.manifest.preset,
         )
 
     def turn(self, seconds: float) -> Turn:

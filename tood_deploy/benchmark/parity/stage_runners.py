@@ -31,9 +31,9 @@ from tood_deploy.export.to_openvino import OpenVinoRunner
 from tood_deploy.graph_io import INNER_VALUES, MAP_NAMES, OUTPUTS, graph_feeds
 from tood_deploy.inference.detector import Detector
 from tood_deploy.manifest import Manifest, artefact_sha256
+from tood_deploy.model.detector import FusedDetector
 from tood_deploy.model.head import HeadOutput
 from tood_deploy.model.postprocess import Candidates, suppress
-from tood_deploy.model.tood import FusedDetector
 from tood_deploy.onnx_file import cut_graph, open_session, with_outputs
 from tood_deploy.parity.reference import Conditioning
 from tood_deploy.parity.stages import STAGES, Stage, StageRunner, Values, only_inputs
