@@ -16,16 +16,8 @@ from tood_deploy.inference.detector import Detector
 from tood_deploy.inference.frame import Source
 from tood_deploy.inference.output_paths import plan_outputs
 from tood_deploy.inference.pipeline import Timings, detect_frames
-from tood_deploy.inference.sinks import (
-    STDOUT,
-    Annotated,
-    CocoResults,
-    Crops,
-    JsonLines,
-    Sink,
-    SinkThread,
-    TextLines,
-)
+from tood_deploy.inference.sinks import Annotated, Crops, Sink, SinkThread
+from tood_deploy.inference.text_sinks import STDOUT, CocoResults, JsonLines, TextLines
 from tood_deploy.reporter import Reporter
 
 
