@@ -216,13 +216,13 @@ def _remove(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all.
+    """Write a text file in UTF-8, whole or not at all; what is no text is escaped.
 
     Raises:
         OutputError: the folder cannot be written, or the disk is full.
     """
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def file_sha256(*paths: Path) -> str:
@@ -266,12 +266,12 @@ def check_overwrites(
         key: (what, path)
         for what, paths in inputs.items()
         for path in paths
-        for key in _identities(path)
+        for key in file_identities(path)
     }
     written: dict[object, tuple[str, str | Path]] = {}
     for option, paths in outputs.items():
         for path in paths:
-            keys = _identities(path)
+            keys = file_identities(path)
             if hit := next((read[key] for key in keys if key in read), None):
                 raise OutputError(
                     f"{option} {path}: is {hit[0]} and would be overwritten; choose another "
@@ -291,10 +291,10 @@ def check_overwrites(
                 )
 
 
-def _identities(path: str | Path) -> list[object]:
-    """Return by what a file is known: its real path, and its number if it is there.
+def file_identities(path: str | Path) -> list[object]:
+    """Return what a file is known by: its real path, and its number if it is there.
 
-    None for a device, which may be read and written by several.
+    Nothing for a device, which may be read and written by several.
     """
     try:
         state = Path(path).stat()
