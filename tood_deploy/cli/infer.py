@@ -14,10 +14,14 @@ from tood_deploy.cli.common import (
     add_fast_decode,
     add_model_options,
     add_runtime_options,
+    add_slicing,
+    add_thresholds,
+    class_options,
     is_artefact,
     load_options,
     run_command,
     runtime_options,
+    slicing_options,
     takes_hint,
 )
 from tood_deploy.errors import ToodError
@@ -63,12 +67,7 @@ def add_inference_options(parser: argparse.ArgumentParser) -> None:
         metavar=("H", "W"),
         help="short and long side to fit images to (default: the model's)",
     )
-    parser.add_argument(
-        "--conf",
-        type=float,
-        default=0.3,
-        help="keep detections above this score, 0 to 1 (default: 0.3)",
-    )
+    add_thresholds(parser, default=0.3)
     parser.add_argument(
         "--iou",
         type=float,
@@ -79,10 +78,15 @@ def add_inference_options(parser: argparse.ArgumentParser) -> None:
         "--max-det",
         type=int,
         metavar="N",
-        help="largest number of detections in an image (default: what the model gives, 100)",
+        help="largest number of detections in an image, or in each slice of it (default: what the "
+        "model gives, 100)",
     )
     parser.add_argument(
-        "--batch", type=int, default=1, metavar="N", help="frames of one engine call (default: 1)"
+        "--batch",
+        type=int,
+        default=1,
+        metavar="N",
+        help="frames, or slices of them, of one engine call (default: 1)",
     )
     parser.add_argument(
         "--threads", type=int, metavar="N", help="CPU threads of one inference (default: all cores)"
@@ -94,8 +98,9 @@ def add_inference_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=200_000_000,
         metavar="N",
-        help="refuse larger images (default: 200000000)",
+        help="refuse larger images, or read them by window with --slice (default: 200000000)",
     )
+    add_slicing(parser)
 
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:
@@ -143,6 +148,7 @@ def infer_command(argv: Sequence[str] | None = None) -> int:
 
     from tood_deploy.inference.detector import Detector
     from tood_deploy.inference.run import Outputs, run_inference
+    from tood_deploy.inference.slicing import Slicing
     from tood_deploy.inference.source import open_source
     from tood_deploy.manifest import doubts
 
@@ -153,18 +159,13 @@ def infer_command(argv: Sequence[str] | None = None) -> int:
     outputs = Outputs(
         args.output, args.json, args.coco_annotations, args.jsonl, args.crops, args.show
     )
+    slicing = slicing_options(args)
+    options = {name: getattr(args, name) for name in ("conf", "iou", "max_det", "imgsz", "device")}
+    options |= class_options(args) | {"slicing": None if slicing is None else Slicing(**slicing)}
     source = open_source(args.source, args.max_pixels)
-    options = {
-        "conf": args.conf,
-        "iou": args.iou,
-        "max_det": args.max_det,
-        "imgsz": args.imgsz,
-        "device": args.device,
-    }
     options["fast_decode"] = bool(args.fast_decode)
-    if takes_hint(args.model, args) and (
-        source.kind == "video" or (source.kind == "images" and len(source.names) > 1)
-    ):
+    many = source.kind == "video" or len(source.names) > 1 or slicing is not None
+    if takes_hint(args.model, args) and source.kind != "live" and many:
         options["hint"] = "throughput"  # nobody waits for a single frame
     with Detector(args.model, **options, **engine_options(args)) as detector:
         if is_artefact(args.model) and (

@@ -32,7 +32,7 @@ class RunProgress:
     """Progress of one run, what could not be read, the engine's remarks, and a closing line."""
 
     def __init__(
-        self, source: Source, timings: Timings, reporter: Reporter, notes: Sequence[str] = ()
+        self, source: Source, timings: Timings, reporter: Reporter, *notes: Sequence[str]
     ) -> None:
         """Show nothing yet.
 
@@ -40,10 +40,11 @@ class RunProgress:
             source: what is read; its problems become warnings.
             timings: of the run, for the rate and the closing line.
             reporter: prints all of it.
-            notes: remarks of the engine; more may come while it runs.
+            *notes: remarks of the engine, and of slicing; more may come while it runs.
         """
         self.source, self.timings, self.reporter, self.notes = source, timings, reporter, notes
-        self._problems = self._notes = 0  # how many of each were printed
+        self._problems = 0  # how many were printed
+        self._notes = [0] * len(notes)
 
     def advance(self) -> None:
         """Count one more frame."""
@@ -55,9 +56,10 @@ class RunProgress:
         for problem in self.source.problems[self._problems :]:
             self.reporter.warn(problem)
             self._problems += 1
-        for note in self.notes[self._notes :]:
-            self.reporter.note(note)
-            self._notes += 1
+        for i, notes in enumerate(self.notes):
+            for note in notes[self._notes[i] :]:
+                self.reporter.note(note)
+                self._notes[i] += 1
 
     def __enter__(self) -> Self:
         self._task = self.reporter.progress("frames", self.source.length)
@@ -185,11 +187,11 @@ def run_inference(
         source: to read.
         outputs: what to write.
         reporter: prints progress and a line for every frame.
-        batch: largest number of frames in an engine call.
+        batch: largest number of frames, or of slices of them, in an engine call.
 
     Raises:
         ToodError: the source cannot be read at all, an output cannot be written, or the engine
-            failed; or images shall be decoded smaller than they are, and drawn on.
+            failed; or images shall be decoded smaller than they are, or by window, and drawn on.
     """
     if detector.fast_decode and (shown := outputs.needing_pixels()):
         raise ToodError(
@@ -200,11 +202,19 @@ def run_inference(
     timings = Timings()
     results = detect_frames(detector, source, batch, timings)
     with (
-        RunProgress(source, timings, reporter, detector.engine.notes) as progress,
+        RunProgress(
+            source, timings, reporter, detector.engine.notes, detector.slice_notes
+        ) as progress,
         SinkThread(sinks) as writer,
         closing(results),
     ):
         for frame, detections in results:
+            if frame.reader is not None and (shown := outputs.needing_pixels()):
+                raise ToodError(
+                    f"{frame.name}: is read by window, its {frame.size_hw[1]} x "
+                    f"{frame.size_hw[0]} pixels are never in memory at once as "
+                    f"{' and '.join(shown)} would need; leave that out, or raise --max-pixels"
+                )
             writer.put(frame, detections)
             progress.advance()
     return timings
