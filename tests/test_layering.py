@@ -21,6 +21,7 @@ LAYERS = (
         "draw",
         "files",
         "graph_io",
+        "manifest_schema",
         "manifest_sections",
         "reporter",
     },

@@ -19,6 +19,7 @@ Resize = Literal["fit", "stretch"]
 
 STRIDES = (8, 16, 32, 64, 128)
 SIZE_DIVISOR = 32
+MAX_IMGSZ = 16384  # pixels of a side of the network's input
 MAX_CANDIDATES = 3840  # of all levels together: the most that TensorRT's TopK takes
 
 ALLOWED = {
@@ -27,6 +28,15 @@ ALLOWED = {
     "convention": ("mmdet", "authors"),
     "channel_order": ("rgb", "bgr"),
     "resize": ("fit", "stretch"),
+}
+
+DIMENSIONS = {  # of the network, and what they may be
+    "groups": (1, 1024),
+    "base_width": (1, 1024),
+    "base_channels": (1, 1024),
+    "channels": (1, 4096),
+    "tower_stages": (1, 64),
+    "deform_tower": (0, 64),
 }
 
 COCO_CLASSES = tuple(
@@ -173,9 +183,15 @@ class Preset:
         self._check("class_names", bool(self.class_names), "at least one")
         self._check(
             "imgsz",
-            len(self.imgsz) == 2 and min(self.imgsz) >= 1,
-            "two positive numbers, short and long side",
+            len(self.imgsz) == 2 and 1 <= min(self.imgsz) <= max(self.imgsz) <= MAX_IMGSZ,
+            f"short and long side, 1 to {MAX_IMGSZ} pixels",
         )
+        for field, (low, high) in DIMENSIONS.items():
+            self._check(field, low <= getattr(self, field) <= high, f"{low} to {high}")
+        self._check(
+            "deform_tower", self.deform_tower <= self.tower_stages, "no more than the tower"
+        )
+        self._check("deform_stages", set(self.deform_stages) <= {1, 2, 3, 4}, "stages 1 to 4")
         groups_fit = self.norm_groups >= 1 and self.channels % self.norm_groups == 0
         self._check(
             "norm_groups",
@@ -203,9 +219,10 @@ class Preset:
             )
         for field in ("pad_divisor", "canvas_hw"):
             multiples = all(
-                value > 0 and value % SIZE_DIVISOR == 0 for value in _numbers(getattr(self, field))
+                0 < value <= MAX_IMGSZ and value % SIZE_DIVISOR == 0
+                for value in _numbers(getattr(self, field))
             )
-            self._check(field, multiples, f"multiples of {SIZE_DIVISOR}")
+            self._check(field, multiples, f"multiples of {SIZE_DIVISOR} up to {MAX_IMGSZ}")
         for field in ("score_threshold", "iou_threshold"):
             self._check(field, 0 <= getattr(self, field) <= 1, "a number from 0 to 1")
         for field in ("max_det", "candidates_per_level"):
@@ -251,15 +268,12 @@ class Preset:
                 f"preset holds unknown fields {sorted(unknown)}; it was written by another version "
                 "of tood_deploy"
             )
-        arguments: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
-        }
+        from msgspec import ValidationError, convert  # here, as --help reads the table of presets
+
         try:
-            return cls(**arguments)
-        except TypeError as error:
-            raise ToodError(
-                f"preset cannot be read ({error}); expected the fields {sorted(known)}"
-            ) from error
+            return convert(values, cls)
+        except ValidationError as error:
+            raise ToodError(f"preset cannot be read: {error}") from error
 
 
 def _numbers(value: float | tuple[float, ...] | None) -> tuple[float, ...]:

@@ -23,7 +23,7 @@ WINDOW = 96
 
 
 class SquaresEngine(RedEngine):
-    """Finds every red square; the greener, the lower its score; every second is of class 1."""
+    """Finds every red square: the greener or smaller, the lower its score; odd greens: class 1."""
 
     in_flight = 1
 
@@ -53,7 +53,7 @@ class SquaresEngine(RedEngine):
             for n, (x, y, w, h, _) in enumerate(stats[1:51].tolist()):
                 green = round(float(image[..., 1][labels == n + 1].mean()))
                 result.boxes_net[i, n] = x, y, x + w, y + h
-                result.scores[i, n] = 1 - green / 255
+                result.scores[i, n] = (1 - green / 255) * min(1, w * h / 144)  # slivers less
                 result.labels[i, n] = green % 2
             found = result.scores[i] > score_threshold
             order = np.argsort(-np.where(found, result.scores[i], -1), kind="stable")

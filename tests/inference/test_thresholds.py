@@ -67,11 +67,11 @@ def test_a_file_that_holds_none_is_named(tmp_path: Path, text: str) -> None:
 def test_scores_by_class() -> None:
     assert class_scores(ClassThresholds(0.3), NAMES) is None
     scores = class_scores(ClassThresholds(0.3, {"car": 0.5}), NAMES)
-    np.testing.assert_array_equal(scores, np.float32([0.3, 0.5, 0.3]))
+    np.testing.assert_array_equal(scores, np.array([0.3, 0.5, 0.3], np.float32))
     scores = class_scores(ClassThresholds(0.3), NAMES, only=["car", "person"])
-    np.testing.assert_array_equal(scores, np.float32([0.3, 0.3, np.inf]))
+    np.testing.assert_array_equal(scores, np.array([0.3, 0.3, np.inf], np.float32))
     scores = class_scores(ClassThresholds(0.3), NAMES, exclude=["car"])
-    np.testing.assert_array_equal(scores, np.float32([0.3, np.inf, 0.3]))
+    np.testing.assert_array_equal(scores, np.array([0.3, np.inf, 0.3], np.float32))
 
 
 @pytest.mark.parametrize(

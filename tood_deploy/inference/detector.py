@@ -20,8 +20,8 @@ from tood_deploy.inference.thresholds import DEFAULT_CONF, Conf, class_scores, t
 from tood_deploy.preprocess import choose_canvas, fit_imgsz, resize_and_pad, with_imgsz
 
 if TYPE_CHECKING:
+    from tood_deploy.inference.file_list import Spec
     from tood_deploy.inference.frame import Frame
-    from tood_deploy.inference.source import Spec
 
 
 class Detector:
@@ -261,7 +261,13 @@ class Detector:
         return results
 
     def stream(
-        self, source: Spec | Sequence[Spec], batch: int = 1, max_pixels: int | None = None
+        self,
+        source: Spec | Sequence[Spec],
+        batch: int = 1,
+        max_pixels: int | None = None,
+        *,
+        first_page: bool = False,
+        bit_depth: int | None = None,
     ) -> Generator[tuple[Frame, Detections], None, None]:
         """Yield every frame of what is named, with its detections, in order.
 
@@ -276,17 +282,19 @@ class Detector:
                 on it.
             max_pixels: refuse larger images, or read them by window where they are sliced; 200
                 million where not given.
+            first_page: of image files with several pages or frames, take the first alone.
+            bit_depth: how many bits of 16-bit images hold data, where their files do not say.
 
         Raises:
             ToodError: the source cannot be opened; later, while iterating: cannot be read at all.
         """
-        from tood_deploy.data.images import MAX_PIXELS
+        from tood_deploy.data.image_header import MAX_PIXELS
         from tood_deploy.inference.pipeline import detect_frames
         from tood_deploy.inference.source import open_source
 
-        return detect_frames(
-            self, open_source(source, MAX_PIXELS if max_pixels is None else max_pixels), batch
-        )
+        limit = MAX_PIXELS if max_pixels is None else max_pixels
+        opened = open_source(source, limit, first_page=first_page, bit_depth=bit_depth)
+        return detect_frames(self, opened, batch)
 
     def close(self) -> None:
         """Free what the runtime holds."""

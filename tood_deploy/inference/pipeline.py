@@ -6,6 +6,7 @@ no files and draws nothing.
 
 from __future__ import annotations
 
+import atexit
 import threading
 import time
 from collections import deque
@@ -14,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any, Literal, Protocol, TypeVar
+from weakref import WeakSet
 
 import numpy as np
 from numpy.typing import NDArray
@@ -255,6 +257,7 @@ class Pipeline:
         self.frames: SimpleQueue[Frame | _End] = SimpleQueue()
         self.prepared: SimpleQueue[_Decoded | _End] = SimpleQueue()
         self.results: SimpleQueue[_Result | _End] = SimpleQueue()
+        self.threads: list[threading.Thread] = []
 
     def run(self) -> Generator[_Result, None, None]:
         """Start the threads, and yield results until all have ended."""
@@ -263,21 +266,27 @@ class Pipeline:
             (self._prepare, self.prepared),
             (self._infer, self.results),
         )
-        threads = [
+        self.threads = [
             threading.Thread(target=_run_stage, args=stage, name=stage[0].__name__, daemon=True)
             for stage in stages
         ]
-        for thread in threads:
+        _RUNNING.add(self)
+        for thread in self.threads:
             thread.start()
         try:
             for frame, detections in queue_items(self.results):
                 self.in_flight.leave(frame)
                 yield frame, detections
         finally:
-            self.in_flight.stop()
-            self.source.close()
-            for thread in threads:
-                thread.join()
+            self.stop()
+
+    def stop(self, limit_s: float | None = None) -> None:
+        """End all threads, and wait for them, each no longer than `limit_s`."""
+        self.in_flight.stop()
+        self.source.close()
+        for thread in self.threads:
+            thread.join(limit_s)
+        _RUNNING.discard(self)
 
     def _read(self) -> None:
         frames = iter(self.source)
@@ -342,6 +351,19 @@ class Pipeline:
         for (frame, _), objects in zip(running.decoded, detections, strict=True):
             self.timings.finish_frame(frame.decoded_s)
             self.results.put((frame, objects))
+
+
+# Streams that were begun and not closed. Threads that still run while Python takes itself down end
+# the process by an abort, from within the runtimes' libraries.
+_RUNNING: WeakSet[Pipeline] = WeakSet()
+EXIT_LIMIT_S = 10.0
+
+
+@atexit.register
+def _stop_streams() -> None:
+    for pipeline in list(_RUNNING):
+        with suppress(Exception):
+            pipeline.stop(EXIT_LIMIT_S)
 
 
 def _run_stage(work: Callable[[], None], results: SimpleQueue) -> None:
