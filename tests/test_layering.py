@@ -22,6 +22,7 @@ LAYERS = (
         "draw",
         "files",
         "graph_io",
+        "manifest_schema",
         "manifest_sections",
         "reporter",
     },

@@ -7,12 +7,17 @@ imported with the first bar or table, so that `--help` stays light.
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager, suppress
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
+
+from tood_deploy.errors import ArtefactWarning, OutputError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -73,7 +78,8 @@ class Reporter:
     def result(self, line: str) -> None:
         """Print a line of a command's result on stdout, unless quiet."""
         if not self.quiet:
-            print(line, flush=True)
+            with stdout_errors():
+                print(line, flush=True)
 
     def table(self, table: RenderableType) -> None:
         """Print a rich table, or anything that rich renders, on stdout, unless quiet."""
@@ -82,9 +88,10 @@ class Reporter:
         from rich.console import Console
 
         width = None if sys.stdout.isatty() else WIDTH_OF_FILES
-        Console(width=width, highlight=False, markup=False, emoji=False, soft_wrap=True).print(
-            table
-        )
+        console = Console(width=width, highlight=False, markup=False, emoji=False, soft_wrap=True)
+        with stdout_errors():
+            console.print(table)
+            sys.stdout.flush()
 
     def track(
         self, items: Iterable[Item], description: str, total: int | None = None
@@ -117,10 +124,12 @@ class Reporter:
 
     def _print(self, line: str) -> None:
         """Print a line on stderr, above the bars where there are some."""
-        if self._bars is None:
-            print(line, file=sys.stderr, flush=True)
-        else:
-            self._bars.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        with suppress(OSError):  # a full or closed stderr: there is nowhere else to say it
+            if self._bars is None:
+                if sys.stderr is not None:  # with None, print would take stdout
+                    print(line, file=sys.stderr, flush=True)
+            else:
+                self._bars.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def _open(self, task: ProgressTask) -> TaskID | None:
         """Count a task as shown; return its bar on a terminal, and None elsewhere."""
@@ -239,6 +248,48 @@ class ProgressTask:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+@contextmanager
+def stdout_errors() -> Iterator[None]:
+    """Turn what fails on stdout into the error that names it, and write nothing more there.
+
+    Raises:
+        BrokenPipeError: nobody reads it any more, as after `| head`.
+        OutputError: it is closed, or its disk is full.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        drop_stdout()
+        raise
+    except OSError as error:
+        drop_stdout()
+        raise OutputError(
+            f"stdout: cannot be written ({error.strerror or error}); send it to a place with room, "
+            "or leave it out with --quiet"
+        ) from error
+
+
+def drop_stdout() -> None:
+    """Let what is still written to stdout go nowhere; Python itself writes its rest at the end."""
+    with suppress(OSError, ValueError):
+        descriptor = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(descriptor, sys.stdout.fileno())
+        os.close(descriptor)
+
+
+def show_artefact_warnings() -> None:
+    """Print every `ArtefactWarning` of this process as a line of a reporter, not as Python does."""
+    before = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if issubclass(category, ArtefactWarning):
+            Reporter().warn(str(message))
+        else:
+            before(message, category, *place, **more)
+
+    warnings.showwarning = show
 
 
 def _megabytes(count: int) -> str:

@@ -417,6 +417,31 @@ class TestDoubts:
         assert run(image, "--quiet", model=str(artefact))[2] == ""
 
 
+class TestAnotherFileThanItsManifestDescribes:
+    @pytest.fixture
+    def artefact(self, tmp_path: Path, engine: RedEngine) -> Path:
+        path = tmp_path / "model.onnx"
+        path.write_bytes(b"an artefact")
+        engine.manifest = replace(engine.manifest, parity=Parity(), artefact_sha256="0" * 64)
+        path.with_suffix(".json").write_text(engine.manifest.to_json())
+        return path
+
+    def test_is_refused_before_it_is_opened(self, run: Run, artefact: Path, tmp_path: Path) -> None:
+        image = write_image(tmp_path / "a.png")
+        result = run(image, "--json", "r.json", model=str(artefact))
+        assert_one_line(result, "another SHA-256", "--allow-mismatch")
+        assert run.asked == []  # pyright: ignore[reportFunctionMemberAccess]
+
+    def test_runs_where_that_is_asked_for(self, run: Run, artefact: Path, tmp_path: Path) -> None:
+        image = write_image(tmp_path / "a.png")
+        code, _, err = run(image, "--quiet", "--allow-mismatch", model=str(artefact))
+        assert (code, err.count("\n")) == (0, 1)
+        assert err.startswith("warning: ")
+
+    def test_a_checkpoint_has_nothing_to_mismatch(self, run: Run, tmp_path: Path) -> None:
+        assert_one_line(run(write_image(tmp_path / "a.png"), "--allow-mismatch"), "no manifest")
+
+
 def test_the_pixel_limit_of_opencv_is_raised_too(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -429,7 +454,7 @@ def test_the_pixel_limit_of_opencv_is_raised_too(
 
 
 def test_the_default_pixel_limit_is_the_librarys() -> None:
-    from tood_deploy.data.images import MAX_PIXELS
+    from tood_deploy.data.image_header import MAX_PIXELS
 
     assert infer.build_parser().get_default("max_pixels") == MAX_PIXELS
 

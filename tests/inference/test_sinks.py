@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tood_deploy.detections import Detections
 from tood_deploy.errors import OutputError
 from tood_deploy.inference import sinks as window_module
-from tood_deploy.inference.frame import Frame
+from tood_deploy.inference.frame import Frame, Input
 from tood_deploy.inference.sinks import (
     Annotated,
     CocoResults,
@@ -95,7 +95,9 @@ def test_a_closed_window_ends_without_an_error() -> None:
 
 
 def test_a_image(tmp_path: Path) -> None:
-    write_all(Annotated({"a.png": tmp_path / "new" / "a.png"}), (Frame(red_image(), "a.png"), ONE))
+    write_all(
+        Annotated({("a.png", None): tmp_path / "new" / "a.png"}), (Frame(red_image(), "a.png"), ONE)
+    )
     image = cv2.imread(str(tmp_path / "new" / "a.png"))
     assert image is not None
     assert (image == ONE.plot(red_image())).all()
@@ -104,7 +106,7 @@ def test_a_image(tmp_path: Path) -> None:
 def test_a_video_keeps_the_times_of_its_frames(tmp_path: Path) -> None:
     times = [500, 510, 600, 603, 1000]
     write_all(
-        Annotated({"v.avi": tmp_path / "v.mp4"}),
+        Annotated({("v.avi", None): tmp_path / "v.mp4"}),
         *((video_frame(i, time), ONE) for i, time in enumerate(times)),
     )
     written = read_video(tmp_path / "v.mp4")
@@ -113,24 +115,25 @@ def test_a_video_keeps_the_times_of_its_frames(tmp_path: Path) -> None:
 
 
 def test_videos_and_images_in_turn(tmp_path: Path) -> None:
-    files = {name: tmp_path / f"{name}.mp4" for name in ("one", "two")} | {"p": tmp_path / "p.png"}
+    files = {(name, None): tmp_path / f"{name}.mp4" for name in ("one", "two")}
+    files["p", None] = tmp_path / "p.png"
     items = [
         (video_frame(i % 3, 40 * (i % 3), name="one" if i < 3 else "two"), ONE) for i in range(6)
     ]
     write_all(Annotated(files), *items, (Frame(red_image(), "p"), ONE))
-    assert [len(read_video(files[name])) for name in ("one", "two")] == [3, 3]
+    assert [len(read_video(files[name, None])) for name in ("one", "two")] == [3, 3]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.mp4", "p.png", "two.mp4"]
 
 
 def test_an_error_leaves_no_half_written_video(tmp_path: Path) -> None:
-    sink = Annotated({"v.avi": tmp_path / "v.mp4"})
+    sink = Annotated({("v.avi", None): tmp_path / "v.mp4"})
     with pytest.raises(RuntimeError, match="broke"):
         write_all(sink, (video_frame(0, 0), ONE), error=RuntimeError("broke"))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_nothing_is_made_before_the_first_frame(tmp_path: Path) -> None:
-    with Annotated({"a": tmp_path / "new" / "a.png"}):
+    with Annotated({("a", None): tmp_path / "new" / "a.png"}):
         assert list(tmp_path.iterdir()) == []
 
 
@@ -147,7 +150,7 @@ def test_a_image_too_large_for_its_format(tmp_path: Path) -> None:
 
 
 def test_every_object(tmp_path: Path) -> None:
-    sink = Crops(tmp_path / "crops", ["one/v.avi", "one/a.png"])
+    sink = Crops(tmp_path / "crops", [Input("one/v.avi", "video"), Input("one/a.png")])
     write_all(
         sink,
         (video_frame(12, 0, name="one/v.avi"), found((8, 8, 24, 24), (-5, -5, 10, 12))),
@@ -163,7 +166,7 @@ def test_every_object(tmp_path: Path) -> None:
 
 def test_inputs_of_one_name(tmp_path: Path) -> None:
     items = [(Frame(red_image(), name), ONE) for name in ("one/a.png", "two/a.png", "two/a.jpg")]
-    write_all(Crops(tmp_path, [frame.name for frame, _ in items]), *items)
+    write_all(Crops(tmp_path, [Input(frame.name) for frame, _ in items]), *items)
     assert len(list(tmp_path.rglob("*.jpg"))) == 3
 
 
@@ -192,7 +195,7 @@ class TestCocoResults:
 
     def test_given_ids(self, tmp_path: Path) -> None:
         write_all(
-            CocoResults(tmp_path / "r.json", {"a": 42}, [7, 9]),
+            CocoResults(tmp_path / "r.json", {("a", None): 42}, [7, 9]),
             (Frame(red_image(), "a"), found((0, 0, 1, 1), (0, 0, 2, 2))),
         )
         assert [

@@ -6,15 +6,25 @@ that `--help` and completion stay quick.
 
 import argparse
 import os
+import signal
+import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from tood_deploy import __version__
+from tood_deploy.cli.process import (
+    SIGNAL_EXIT,
+    close_stdout,
+    open_standard_streams,
+    stopping_signals,
+)
 from tood_deploy.engines.open import DEVICES, RUNTIMES, runtimes_for
-from tood_deploy.errors import CheckFailed, ToodError, naming_extras
+from tood_deploy.errors import CheckFailed, Stopped, ToodError, naming_extras
+from tood_deploy.files import absent_or
 from tood_deploy.graph_io import ARTEFACT_SUFFIXES
-from tood_deploy.reporter import Reporter
+from tood_deploy.reporter import Reporter, drop_stdout, show_artefact_warnings, stdout_errors
 
 COMMANDS = {
     "tood-export": "Turn a TOOD checkpoint into an artefact with pre- and post-processing inside, "
@@ -24,7 +34,10 @@ COMMANDS = {
     "tood-bench": "Measure latency, video throughput, and parity with PyTorch.",
     "tood-train": "Train a TOOD detector on COCO-format data.",
 }
-DONE, FAILED_CHECK, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
+SHOWN_LETTERS = 80  # of a long argument, in errors
+DONE, FAILED_CHECK, WRONG_USE = 0, 1, 2
+BROKEN_PIPE = 141  # as of a program that SIGPIPE ends
+ENDINGS = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "ended by a hang-up"}
 
 
 def run_command(
@@ -43,20 +56,50 @@ def run_command(
 
     Returns:
         What the command returns; 1 for a failed check, 2 for wrong use or bad input, 130 for
-        Ctrl-C.
+        Ctrl-C, 143 for SIGTERM, 129 for SIGHUP, 141 where nobody reads stdout any more.
     """
-    try:
+
+    def work() -> int:
         with naming_extras(*extras):
             return command(argv)
+
+    open_standard_streams()
+    with stopping_signals(ends_process=argv is None), warnings.catch_warnings():
+        show_artefact_warnings()
+        try:
+            code = _exit_code(work)
+        except SystemExit as left:  # after --help, --version or wrong use
+            raise SystemExit(_exit_code(close_stdout) or left.code) from None
+        return _exit_code(close_stdout) or code
+
+
+def _exit_code(work: Callable[[], int]) -> int:
+    """Return the exit code of some work, and print its error, if it has one, as one line."""
+    try:
+        return work()
     except ToodError as error:
-        Reporter().problem(f"error: {_one_line(error)}")
-        return WRONG_USE
+        line, code = f"error: {_one_line(error)}", WRONG_USE
     except CheckFailed as error:
-        Reporter().problem(f"failed: {_one_line(error)}")
-        return FAILED_CHECK
-    except KeyboardInterrupt:
-        Reporter().problem("interrupted")
-        return INTERRUPTED
+        line, code = f"failed: {_one_line(error)}", FAILED_CHECK
+    except KeyboardInterrupt as error:
+        number = signal.Signals(error.number if isinstance(error, Stopped) else signal.SIGINT)
+        line, code = ENDINGS[number.name], SIGNAL_EXIT + number
+    except BrokenPipeError:
+        drop_stdout()
+        return BROKEN_PIPE
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        reason = f"{place}{error.strerror or _one_line(error)}"
+        line = f"error: the system refused: {reason}; see to that, and run the command again"
+        code = WRONG_USE
+    except MemoryError:
+        line = (
+            "error: there is not enough memory for this; give smaller images (--imgsz), or run it "
+            "on a machine with more"
+        )
+        code = WRONG_USE
+    Reporter().problem(line)
+    return code
 
 
 def _one_line(error: Exception) -> str:
@@ -94,6 +137,14 @@ class CommandParser(argparse.ArgumentParser):
 
             argcomplete.autocomplete(self)
         return super().parse_args(args, namespace)
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Print help and version; argparse itself passes over a stdout that takes nothing."""
+        if file is not sys.stdout:
+            super()._print_message(message, file)
+            return
+        with stdout_errors():
+            print(message, end="", flush=True)
 
     def error(self, message: str) -> NoReturn:
         """Print wrong use as one line, and leave with its exit code."""
@@ -282,11 +333,48 @@ def class_names_from(text: str | None) -> list[str] | None:
     if text is None:
         return None
     path = Path(text)
-    parts = path.read_text(encoding="utf-8").splitlines() if path.is_file() else text.split(",")
+    parts = _lines_of(path) if absent_or(path.is_file) else text.split(",")
     names = [part.strip() for part in parts if part.strip()]
     if not names or len(set(names)) != len(names):
+        shown = text if len(text) <= SHOWN_LETTERS else f"{text[:SHOWN_LETTERS]}..."
         raise ToodError(
-            f"--classes {text}: {len(names)} names, {len(set(names))} different; expected one "
+            f"--classes {shown}: {len(names)} names, {len(set(names))} different; expected one "
             "different name for each class"
         )
     return names
+
+
+def _lines_of(path: Path) -> list[str]:
+    """Return the lines of a text file in UTF-8, with or without a byte-order mark.
+
+    Raises:
+        ToodError: it cannot be read, or is in another encoding.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ToodError(
+            f"--classes {path}: not in UTF-8 ({error.reason} at byte {error.start}); expected text "
+            "with one name a line: save it in UTF-8"
+        ) from error
+    except OSError as error:
+        raise ToodError(
+            f"--classes {path}: cannot be read ({error.strerror}); expected text with one name a "
+            "line"
+        ) from error
+
+
+def model_files(model: str, classes: str | None = None) -> list[Path]:
+    """Return the files that a command reads to open a model; none where it names a preset.
+
+    Args:
+        model: as given to the command.
+        classes: what --classes was given.
+    """
+    path = Path(model)
+    files = [path]
+    if is_artefact(model):  # OpenVINO keeps its weights in a file of their own
+        files += [path.with_suffix(".json"), path.with_suffix(".bin"), Path(f"{path}.data")]
+    if classes is not None:
+        files.append(Path(classes))
+    return [file for file in files if absent_or(file.is_file)]

@@ -203,6 +203,8 @@ def evaluate_detector(
         options["conf"] = args.conf
     if takes_hint(args.model, args):
         options["hint"] = "throughput"
+    if is_artefact(args.model):
+        options["verify"] = "off"  # compared below
     with Detector(args.model, **options, **engine_options(args)) as detector:
         if args.conf is None:
             detector.conf = detector.engine.manifest.preset.score_threshold

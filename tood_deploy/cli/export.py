@@ -214,7 +214,7 @@ def _check_packages(config: ExportConfig) -> None:
         needed.append("openvino")
     if precision.annotations:
         needed.append("pycocotools")
-    if precision.precision in ("bf16", "fp16") and not (
+    if precision.precision in ("bf16", "fp16", "auto") and not (
         precision.calib_data or config.verify_images
     ):
         needed.append("matplotlib")  # its photograph is what the artefact is verified on
@@ -274,7 +274,7 @@ def _decode_annotated(path: Path) -> object:
     Raises:
         InputError: it cannot be read.
     """
-    from tood_deploy.data.images import decode_image
+    from tood_deploy.data.image_file import decode_image
 
     try:
         return decode_image(path.read_bytes(), str(path))

@@ -16,11 +16,12 @@ from tood_deploy.cli.common import (
     add_runtime_options,
     is_artefact,
     load_options,
+    model_files,
     run_command,
     runtime_options,
     takes_hint,
 )
-from tood_deploy.errors import ToodError
+from tood_deploy.errors import ArtefactError, ToodError
 from tood_deploy.reporter import Reporter
 
 EPILOG = """\
@@ -88,6 +89,11 @@ def add_inference_options(parser: argparse.ArgumentParser) -> None:
         "--threads", type=int, metavar="N", help="CPU threads of one inference (default: all cores)"
     )
     add_runtime_options(parser)
+    parser.add_argument(
+        "--allow-mismatch",
+        action="store_true",
+        help="run an artefact that is not the file its manifest describes, with a warning",
+    )
     add_fast_decode(parser)
     parser.add_argument(
         "--max-pixels",
@@ -95,6 +101,17 @@ def add_inference_options(parser: argparse.ArgumentParser) -> None:
         default=200_000_000,
         metavar="N",
         help="refuse larger images (default: 200000000)",
+    )
+    parser.add_argument(
+        "--first-page",
+        action="store_true",
+        help="of image files with several pages or frames (TIFF, GIF, WebP, PNG), the first alone",
+    )
+    parser.add_argument(
+        "--bit-depth",
+        type=int,
+        metavar="N",
+        help="bits that hold data in images of 16 bits, 9 to 16 (default: what their files say)",
     )
 
 
@@ -153,7 +170,10 @@ def infer_command(argv: Sequence[str] | None = None) -> int:
     outputs = Outputs(
         args.output, args.json, args.coco_annotations, args.jsonl, args.crops, args.show
     )
-    source = open_source(args.source, args.max_pixels)
+    source = open_source(
+        args.source, args.max_pixels, first_page=args.first_page, bit_depth=args.bit_depth
+    )
+    outputs.check_files(source, model_files(args.model, args.classes))
     options = {
         "conf": args.conf,
         "iou": args.iou,
@@ -162,6 +182,9 @@ def infer_command(argv: Sequence[str] | None = None) -> int:
         "device": args.device,
     }
     options["fast_decode"] = bool(args.fast_decode)
+    check_bytes(args)
+    if is_artefact(args.model):
+        options["verify"] = "off"  # done
     if takes_hint(args.model, args) and (
         source.kind == "video" or (source.kind == "images" and len(source.names) > 1)
     ):
@@ -197,6 +220,28 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
             "--precision, --no-self-test out, or export it first"
         )
     return options | chosen | ({"threads": args.threads} if args.threads is not None else {})
+
+
+def check_bytes(args: argparse.Namespace) -> None:
+    """Refuse, before a runtime reads it, an artefact whose manifest describes another file.
+
+    Raises:
+        ToodError: it is one, and --allow-mismatch is not given; or that is given, and the model is
+            a checkpoint.
+    """
+    from tood_deploy.manifest import mismatch, read_manifest
+
+    if not is_artefact(args.model):
+        if args.allow_mismatch:
+            raise ToodError(
+                f"{args.model}: a checkpoint has no manifest that it could mismatch; leave "
+                "--allow-mismatch out"
+            )
+        return
+    path = Path(args.model)
+    compared = path.is_file() and not args.allow_mismatch
+    if compared and (differs := mismatch(path, read_manifest(path))):
+        raise ArtefactError(f"{differs}; --allow-mismatch runs it all the same")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,7 +15,7 @@ from tood_deploy.engines.base import BatchDetections, Engine, Hint, check_hint
 from tood_deploy.engines.precision_support import saturates_in_onnxruntime, why_not_on_cpus
 from tood_deploy.errors import ArtefactError, DeviceError, ToodError
 from tood_deploy.graph_io import INPUTS, OUTPUTS, graph_feeds
-from tood_deploy.manifest import METADATA_KEY, Manifest, read_manifest
+from tood_deploy.manifest import METADATA_KEY, Manifest, manifest_path, read_manifest
 from tood_deploy.onnx_file import CPU, open_session
 
 STREAMS = 2  # more would hold more memory and keep a pair of cores no busier
@@ -84,6 +84,8 @@ class OnnxEngine(Engine):
         self.name = f"ONNX Runtime {ort.__version__}"
         self._callers = ThreadPoolExecutor(STREAMS, "onnxruntime") if side_by_side else None
         self.in_flight = STREAMS if side_by_side else 1
+        # Who calls a session does the work of the threads that a fork has left behind.
+        self.survives_fork = device == "cpu" and not side_by_side
 
     def saturates(self) -> bool:
         """Return as `Engine.saturates` does; never on a GPU."""
@@ -181,5 +183,7 @@ def _session_manifest(session: ort.InferenceSession, path: Path) -> Manifest:
             f"{names[1]}, expected {INPUTS} and {OUTPUTS}); "
             "make it from the checkpoint with tood-export"
         )
-    inside = Manifest.from_json(text, str(path))
-    return read_manifest(path) or inside
+    inside, beside = Manifest.from_json(text, str(path)), read_manifest(path)
+    if beside is not None:
+        beside.check_outputs(inside, str(manifest_path(path)))
+    return beside or inside

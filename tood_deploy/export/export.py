@@ -118,13 +118,38 @@ def run_export(
         artefact, reference = _float32_artefact(config, images, annotated, reporter)
         profiles = _choose_profiles(config, reference, reporter)
         ap = annotated.measure(artefact) if annotated else None
-        if _graph_precision(config).changes_graph:
-            with timed("precision"):
-                artefact = _convert(config, artefact, reference, images, ap, search, reporter)
-        prepared = PreparedExport(artefact, reference, profiles, images, ap)
-        reporter.info(f"{config.place}: {_STEPS[config.to]}")
-        with timed("target"):
-            return _WRITERS[config.to](config, prepared, reporter)
+        float32 = PreparedExport(artefact, reference, profiles, images, ap)
+        if config.precision.precision == "auto":
+            from tood_deploy.export.precision.choose import export_fastest
+
+            return export_fastest(
+                config,
+                lambda one: _finish(one, float32, None, reporter),
+                sizing=reference.sizing,
+                images=images,
+                reporter=reporter,
+            )
+        return _finish(config, float32, search, reporter)
+
+
+def _finish(
+    config: ExportConfig, float32: PreparedExport, search: Search | None, reporter: Reporter
+) -> ExportResult:
+    """Change the precision of the float32 graph as asked, and write the target.
+
+    Args:
+        config: what is asked for.
+        float32: the graph as it was proven.
+        search: chooses the mixture of precisions, where that is asked for.
+        reporter: of every step.
+    """
+    prepared = float32
+    if _graph_precision(config).changes_graph:
+        with timed("precision"):
+            prepared = replace(float32, artefact=_convert(config, float32, search, reporter))
+    reporter.info(f"{config.place}: {_STEPS[config.to]}")
+    with timed("target"):
+        return _WRITERS[config.to](config, prepared, reporter)
 
 
 @contextmanager
@@ -332,22 +357,13 @@ def _graph_precision(config: ExportConfig) -> PrecisionOptions:
 
 
 def _convert(
-    config: ExportConfig,
-    artefact: OnnxArtefact,
-    reference: Reference,
-    images: Images,
-    ap: AnnotatedAp | None,
-    search: Search | None,
-    reporter: Reporter,
+    config: ExportConfig, float32: PreparedExport, search: Search | None, reporter: Reporter
 ) -> OnnxArtefact:
     """Return the artefact in the precision that is asked for, compared with the reference.
 
     Args:
         config: what is asked for.
-        artefact: in float32.
-        reference: what both are compared with.
-        images: (H, W, 3) uint8 BGR, given to verify on.
-        ap: measures AP; None without annotations.
+        float32: the graph as it was proven.
         search: chooses the mixture of precisions, where that is asked for.
         reporter: of every step.
     """
@@ -357,6 +373,7 @@ def _convert(
         verify_converted,
     )
 
+    artefact, reference, ap = float32.artefact, float32.reference, float32.ap
     precision = _graph_precision(config)
     name = "the best mixture of precisions" if precision.autotune else precision.precision
     reporter.info(
@@ -374,7 +391,7 @@ def _convert(
     return verify_converted(
         converted,
         reference,
-        images_to_verify(precision.calib_data, images),
+        images_to_verify(precision.calib_data, float32.images),
         self_test=artefact.manifest.self_test,
         # What OpenVINO is given is measured in OpenVINO, at the end.
         ap=None if config.to == "openvino" else ap,

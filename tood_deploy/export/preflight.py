@@ -175,7 +175,7 @@ def check_export(config: ExportConfig, annotated: AnnotatedImages | None = None)
     _check_precision(config, source)
     _check_output(config, source)
     _check_device(config)
-    if config.precision.autotune or config.precision.precision == "int8":
+    if config.precision.autotune or config.precision.precision in ("int8", "auto"):
         # Where a calibration will keep what it has measured.
         check_writable(home_folder("calibration"), "name another folder in TOOD_HOME")
     check_images(list(_image_sets(config, annotated)))

@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 from tood_deploy.detections import Detections
 from tood_deploy.errors import OutputError
 from tood_deploy.files import atomic_path
-from tood_deploy.inference.frame import Frame
-from tood_deploy.inference.output_paths import check_writable, plan_names
+from tood_deploy.inference.frame import Frame, Input, Part
+from tood_deploy.inference.output_paths import check_writable, plan_names, shorten
 from tood_deploy.inference.video import VideoWriter
 from tood_deploy.reporter import Reporter
 
@@ -164,8 +164,8 @@ class Annotated(Sink):
     An image for an image, an H.264 video with the same frame times for a video.
     """
 
-    def __init__(self, files: Mapping[str, Path]) -> None:
-        """Take the file of each input's name.
+    def __init__(self, files: Mapping[Part, Path]) -> None:
+        """Take the file of each input, or of each of its pages.
 
         Raises:
             OutputError: a folder cannot be written.
@@ -177,7 +177,7 @@ class Annotated(Sink):
 
     def write(self, frame: Frame, detections: Detections) -> None:
         """Draw a frame and adds it to its file."""
-        path, drawn = self.files[frame.name], detections.plot(frame.image_bgr)
+        path, drawn = self.files[frame.part], detections.plot(frame.image_bgr)
         if frame.pts is None or frame.time_base is None:
             self._close(None)
             write_image(path, drawn)
@@ -204,6 +204,8 @@ class Annotated(Sink):
 
 
 UNSAFE = re.compile(r"[^\w-]+")  # in a class name that becomes part of a file name
+MAX_CLASS_LETTERS = 40  # of one
+CROP_SUFFIX, CROP_NAME = ".jpg", re.compile(r"(_\d{6})?_\d{3}_[\w-]*\.jpg$")
 
 
 class Crops(Sink):
@@ -212,28 +214,37 @@ class Crops(Sink):
     Images have no frame number.
     """
 
-    def __init__(self, folder: Path, names: Sequence[str]) -> None:
-        """Take the folder and the names of all inputs.
+    def __init__(self, folder: Path, inputs: Sequence[Input]) -> None:
+        """Take the folder and all inputs.
 
         Raises:
-            OutputError: the folder cannot be written.
+            OutputError: the folder cannot be written, or holds an input under the name of a crop.
         """
         check_writable(folder)
         self.stems = {
-            name: path.with_suffix("")
-            for name, path in plan_names(names, folder, lambda _: ".jpg").items()
+            part: path.with_suffix("")
+            for part, path in plan_names(inputs, folder, lambda _: CROP_SUFFIX).items()
         }
+        known = {(os.path.realpath(stem.parent), stem.name) for stem in self.stems.values()}
+        for file in inputs:
+            path = Path(os.path.realpath(file.name))
+            stem = CROP_NAME.sub("", path.name)
+            if stem != path.name and (str(path.parent), stem) in known:
+                raise OutputError(
+                    f"--crops {folder}: {file.name} is an input and has the name of a crop; choose "
+                    "another --crops"
+                )
 
     def write(self, frame: Frame, detections: Detections) -> None:
         """Cut out what lies inside the image."""
-        stem = self.stems[frame.name]
+        stem = self.stems[frame.part]
         number = "" if frame.pts is None else f"_{frame.index:06d}"
         for i, (box, name) in enumerate(zip(detections.boxes, detections.names(), strict=True)):
             crop = crop_box(frame.image_bgr, box)
             if crop.size:
-                write_image(
-                    stem.with_name(f"{stem.name}{number}_{i:03d}_{UNSAFE.sub('-', name)}.jpg"), crop
-                )
+                ending = f"{number}_{i:03d}_{UNSAFE.sub('-', name)[:MAX_CLASS_LETTERS]}.jpg"
+                short = shorten(stem, room=len(os.fsencode(ending)))
+                write_image(Path(short.parent, f"{short.name}{ending}"), crop)
 
 
 def crop_box(image_bgr: NDArray[np.uint8], box: NDArray[np.float32]) -> NDArray[np.uint8]:
@@ -254,13 +265,14 @@ class CocoResults(Sink):
     """A COCO results file, written as the frames come and renamed when complete."""
 
     def __init__(
-        self, path: Path, image_ids: Mapping[str, int] | None, category_ids: Sequence[int] | None
+        self, path: Path, image_ids: Mapping[Part, int] | None, category_ids: Sequence[int] | None
     ) -> None:
         """Take where to write and the ids.
 
         Args:
             path: of the JSON file.
-            image_ids: id of every input by name; the frames' running number from 1 where not given.
+            image_ids: id of every input, or page of one; the frames' running number from 1 where
+                not given.
             category_ids: of every class; class number plus one where not given.
 
         Raises:
@@ -277,7 +289,7 @@ class CocoResults(Sink):
         with output_errors(self.path):
             file = self._file or self._open()
             self._frames += 1
-            image_id = self._frames if self.image_ids is None else self.image_ids[frame.name]
+            image_id = self._frames if self.image_ids is None else self.image_ids[frame.part]
             for row in detections.to_coco(image_id, self.category_ids):
                 file.write(("[\n" if not self._rows else ",\n") + json.dumps(row))
                 self._rows += 1

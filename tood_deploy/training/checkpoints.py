@@ -90,14 +90,6 @@ def make_run_folder(output: Path) -> None:
         ) from error
 
 
-def remove_leftovers(output: Path) -> None:
-    """Delete unfinished checkpoints that a killed run left behind."""
-    for name in (LAST, BEST, FINAL):
-        target = Path(name)
-        for leftover in output.glob(f".{target.stem}-*{target.suffix}"):
-            leftover.unlink(missing_ok=True)
-
-
 def _reason(error: Exception) -> str:
     cause = error.__cause__ or error.__context__
     text = getattr(cause, "strerror", None) or str(error)
