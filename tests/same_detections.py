@@ -1,4 +1,4 @@
-"""Whether two programs give the same detections, as the objects of `tood-infer --jsonl` have them."""
+"""Whether two programs give the same detections, in the form of `tood-infer --jsonl`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
