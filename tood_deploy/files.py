@@ -42,6 +42,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     Raises:
         OutputError: the folder cannot be written, or the disk is full.
     """
+    check_replaceable(path)
     with _output_errors(path), _temporary(path, path.suffix, _make_file) as temporary:
         yield temporary
         temporary.replace(path)
@@ -58,6 +59,8 @@ def atomic_paths(*paths: Path) -> Iterator[tuple[Path, ...]]:
     Raises:
         OutputError: the folder cannot be written, or the disk is full.
     """
+    for path in paths:
+        check_replaceable(path)
     with temporary_folder(paths[0], paths[0].parent) as folder:
         yield tuple(folder / path.name for path in paths)
         for path in paths:
@@ -78,6 +81,31 @@ def temporary_folder(output: Path, parent: Path) -> Iterator[Path]:
     place = parent / output.name
     with _output_errors(output), _temporary(place, "", _make_folder) as folder:
         yield folder
+
+
+def is_of_system(path: Path) -> bool:
+    """Return whether a path lies in /dev or /proc, as /dev/stdout does."""
+    return path.parent.resolve().parts[1:2] in (("dev",), ("proc",))
+
+
+def check_replaceable(path: Path) -> None:
+    """Refuse to put a file in the place of what is no file, such as /dev/null or a pipe.
+
+    A symbolic link is replaced; what it points to stays. Those in /dev are the system's.
+
+    Raises:
+        OutputError: it is no file, or a link of the system's.
+    """
+    try:
+        mode = path.lstat().st_mode
+    except OSError:  # not there yet, or not to be reached, which writing will say
+        return
+    of_system = stat.S_ISLNK(mode) and is_of_system(path)
+    if of_system or not (stat.S_ISREG(mode) or stat.S_ISLNK(mode) or stat.S_ISDIR(mode)):
+        raise OutputError(
+            f"{path}: is a device, pipe or link of the system, and would be replaced by a file; "
+            "choose another name"
+        )
 
 
 @contextmanager

@@ -228,6 +228,13 @@ class TestCocoResults:
 
 
 class TestJsonLines:
+    def test_a_symbolic_link_is_replaced(self, tmp_path: Path) -> None:
+        (tmp_path / "target").write_text("old")
+        (tmp_path / "link").symlink_to("target")
+        write_all(JsonLines(str(tmp_path / "link"), live=False), (video_frame(0, 0), ONE))
+        assert (tmp_path / "target").read_text() == "old"
+        assert json.loads((tmp_path / "link").read_text())["index"] == 0
+
     def test_the_size_is_that_of_the_file(self, tmp_path: Path) -> None:
         write_all(
             JsonLines(str(tmp_path / "r.jsonl"), live=False),

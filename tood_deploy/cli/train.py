@@ -126,6 +126,25 @@ def _add_data_options(group: Any) -> None:
         help="short and long side that images are scaled to fit",
     )
     group.add_argument(
+        "--slice",
+        type=int,
+        nargs="+",
+        metavar=("H", "W"),
+        help="cut images and their boxes into overlapping windows of H x W pixels (W: as H)",
+    )
+    group.add_argument(
+        "--overlap",
+        type=float,
+        metavar="S",
+        help="of neighbouring windows, as a share of their side, 0 to 0.9 (default: 0.2)",
+    )
+    group.add_argument(
+        "--min-visible",
+        type=float,
+        metavar="S",
+        help="share of a box that a window must show to have it (default: 0.1)",
+    )
+    group.add_argument(
         "--check-data",
         action="store_true",
         help="report what is in the data and what is wrong with it, and train nothing",
@@ -347,12 +366,24 @@ def _data_paths(arguments: argparse.Namespace) -> "DataPaths":
 
 
 def _recipe_changes(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return what the user changes in the recipe, by field."""
+    """Return what the user changes in the recipe, by field.
+
+    Raises:
+        ToodError: options of windows without --slice.
+    """
+    for name in ("overlap", "min_visible"):
+        if getattr(arguments, name) is not None and arguments.slice is None:
+            raise ToodError(
+                f"--{name.replace('_', '-')} has no effect without windows; add --slice H W"
+            )
     names = (
         *NUMBERS,
         *CHOICES,
         "drops",
         "short_sides",
+        "slice",
+        "overlap",
+        "min_visible",
         "group_by_aspect",
         "freeze_norm",
         "ema",

@@ -213,11 +213,11 @@ def run_inference(
         source: to read.
         outputs: what to write.
         reporter: prints progress and a line for every frame.
-        batch: largest number of frames in an engine call.
+        batch: largest number of frames, or of slices of them, in an engine call.
 
     Raises:
         ToodError: the source cannot be read at all, an output cannot be written, or the engine
-            failed; or images shall be decoded smaller than they are, and drawn on.
+            failed; or images shall be decoded smaller than they are, or by window, and drawn on.
         BrokenPipeError: nobody read stdout to its end; all other outputs are complete.
     """
     if detector.fast_decode and (shown := outputs.needing_pixels()):
@@ -234,6 +234,12 @@ def run_inference(
         closing(results),
     ):
         for frame, detections in results:
+            if frame.reader is not None and (shown := outputs.needing_pixels()):
+                raise ToodError(
+                    f"{frame.name}: is read by window, its {frame.size_hw[1]} x "
+                    f"{frame.size_hw[0]} pixels are never in memory at once as "
+                    f"{' and '.join(shown)} would need; leave that out, or raise --max-pixels"
+                )
             writer.put(frame, detections)
             progress.advance()
     for problem in writer.problems:

@@ -157,10 +157,12 @@ class SlicedPipeline(Pipeline):
         if len(windows) == 1:
             if not self.detector.slice_notes:
                 height, width = self.slicing.size_hw
-                self.detector.slice_notes.append(
+                note = (
                     f"{frame.name} is no larger than a slice of {height} x {width} pixels, and is "
                     "searched as it is; so are others of its size"
                 )
+                self.detector.slice_notes.append(note)  # once for a detector
+                self.source.notes.append(note)
             return windows
         whole = np.array([[0, 0, *frame.size_hw[::-1]]])
         return np.concatenate([windows, whole]) if self.slicing.whole else windows

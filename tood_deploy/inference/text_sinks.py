@@ -18,7 +18,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from tood_deploy.detections import Detections
-from tood_deploy.files import atomic_path
+from tood_deploy.files import atomic_path, is_of_system
 from tood_deploy.inference.frame import Frame, Part
 from tood_deploy.inference.output_paths import check_writable
 from tood_deploy.inference.sinks import FrameOutputError, Sink, output_errors
@@ -107,6 +107,8 @@ class JsonLines(Sink):
     def _open(self) -> TextIO:
         path = Path(self.target)
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_symlink() and not is_of_system(path):
+            path.unlink()  # replaced, as other outputs do; what it points to stays
         self._file = path.open("w", encoding="utf-8")
         return self._file
 

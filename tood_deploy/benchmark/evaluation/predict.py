@@ -249,8 +249,12 @@ def prediction_key(
         images.update(f"{key} {path} {status.st_size} {status.st_mtime_ns}\n".encode())
     engine = detector.engine
     runtime = f"{engine.name}, {engine.precision}, {engine.device}, tood_deploy {__version__}"
+    own = {} if detector.slicing is None else {"slicing": str(detector.slicing)}
+    if detector.class_scores is not None:
+        own["class_scores"] = str(detector.class_scores.tolist())
     return Key(
-        {
+        own
+        | {
             "model": artefact_sha256(Path(model)) if Path(model).is_file() else model,
             "manifest": hashlib.sha256(engine.manifest.to_json().encode()).hexdigest(),
             "runtime": runtime,
