@@ -216,10 +216,10 @@ def test_pages_animations_and_odd_names(run: Run, tmp_path: Path) -> None:
     assert "1 no image or video (notes.md)" in err
     assert len(out.splitlines()) == 8
     assert r"caf\xe9.png: 1 red thing" in out
-    assert sorted(os.listdir("out")) == sorted(
+    assert sorted(path.name for path in Path("out").iterdir()) == sorted(
         [latin, f"{'n' * 249}.png", "moving.mp4", *(f"pages-{i}.jpg" for i in (1, 2, 3))]
     )
-    assert len(os.listdir("c")) == 8
+    assert len(list(Path("c").iterdir())) == 8
     assert len(json.loads(Path("r.json").read_text())) == 8
     records = [json.loads(line) for line in Path("r.jsonl").read_text().splitlines()]
     assert [record.get("page") for record in records if record["source"].endswith("pages.tif")] == [
