@@ -60,6 +60,22 @@ class TestOneFile:
         assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a.txt", "old")]
 
 
+class TestPlaces:
+    def test_a_symbolic_link_is_replaced(self, tmp_path: Path) -> None:
+        (tmp_path / "target").write_text("old")
+        (tmp_path / "link").symlink_to("target")
+        files.write_text(tmp_path / "link", "new")
+        assert (tmp_path / "target").read_text() == "old"
+        assert not (tmp_path / "link").is_symlink()
+
+    @pytest.mark.parametrize("name", ["/dev/null", "/dev/stdout", "/proc/self/fd/1", "pipe"])
+    def test_a_device_or_pipe_is_never_replaced(self, name: str, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "pipe")
+        for writes in (atomic_path, atomic_paths):
+            with pytest.raises(OutputError, match="device, pipe or link"), writes(tmp_path / name):
+                pass
+
+
 class TestFilesThatBelongTogether:
     def test_all_become_themselves(self, tmp_path: Path) -> None:
         with atomic_paths(tmp_path / "new" / "a.bin", tmp_path / "new" / "a.xml") as names:

@@ -16,6 +16,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "tood_deploy"
 LAYERS = (
     {
         "errors",
+        "preset",
         "presets",
         "detections",
         "draw",

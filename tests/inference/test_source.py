@@ -16,7 +16,7 @@ import pytest
 from inference.fakes import RedEngine, moving_images, red_image, write_image, write_video
 
 from tood_deploy import Detector
-from tood_deploy.data.image_header import IMAGE_SUFFIXES
+from tood_deploy.data.image_header import KNOWN_KINDS
 from tood_deploy.errors import InputError, ToodError
 from tood_deploy.inference import source as source_module
 from tood_deploy.inference.pipeline import detect_frames
@@ -93,13 +93,9 @@ def test_one_bad_image_is_told_and_the_rest_goes_on(folder: Path) -> None:
     assert names(source) == ["a.JPG", "b.png", "c.webp"]
     assert source.skipped == 2
     assert [problem.split(": ")[1] for problem in source.problems] == [
-        "not an image; expected one of " + problem_kinds(),
+        f"not an image; expected {KNOWN_KINDS}",
         "empty file; expected an image",
     ]
-
-
-def problem_kinds() -> str:
-    return ", ".join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))
 
 
 def test_a_listed_file_that_is_missing_is_told(folder: Path) -> None:

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from tood_deploy.errors import CheckFailed, CheckpointError, OutputError, ToodError
-from tood_deploy.model import Tood, load_checkpoint
+from tood_deploy.model import DenseDetector, load_checkpoint
 from tood_deploy.reporter import Reporter
 from tood_deploy.training import checkpoints
 from tood_deploy.training import learner as step
@@ -126,7 +126,7 @@ def test_best_is_kept(run_fit: Fit, short_recipe: Recipe, tmp_path: Path) -> Non
     aps = iter([0.2, 0.5, 0.3, 0.4])
     weights = []
 
-    def evaluate(model: Tood) -> SimpleNamespace:
+    def evaluate(model: DenseDetector) -> SimpleNamespace:
         assert not model.training
         weights.append(model.state_dict()["bbox_head.tood_reg.weight"].clone())
         return SimpleNamespace(metrics={"AP": next(aps)}, images=[])
@@ -144,7 +144,7 @@ def test_best_is_kept(run_fit: Fit, short_recipe: Recipe, tmp_path: Path) -> Non
 def test_evaluation_may_be_rarer_but_comes_last(run_fit: Fit, tmp_path: Path) -> None:
     epochs: list[int] = []
 
-    def evaluate(_: Tood) -> SimpleNamespace:
+    def evaluate(_: DenseDetector) -> SimpleNamespace:
         epochs.append(1)
         return SimpleNamespace(metrics={"AP": 0.1}, images=[])
 

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,14 +17,21 @@ from tood_deploy import __version__
 from tood_deploy.cli.process import (
     SIGNAL_EXIT,
     close_stdout,
+    library_lines,
     open_standard_streams,
     stopping_signals,
 )
 from tood_deploy.engines.open import DEVICES, RUNTIMES, runtimes_for
 from tood_deploy.errors import CheckFailed, Stopped, ToodError, naming_extras
-from tood_deploy.files import absent_or
+from tood_deploy.files import absent_or, check_overwrites
 from tood_deploy.graph_io import ARTEFACT_SUFFIXES
-from tood_deploy.reporter import Reporter, drop_stdout, show_artefact_warnings, stdout_errors
+from tood_deploy.reporter import (
+    Reporter,
+    drop_stdout,
+    printable,
+    show_artefact_warnings,
+    stdout_errors,
+)
 
 COMMANDS = {
     "tood-export": "Turn a TOOD checkpoint into an artefact with pre- and post-processing inside, "
@@ -64,7 +71,8 @@ def run_command(
             return command(argv)
 
     open_standard_streams()
-    with stopping_signals(ends_process=argv is None), warnings.catch_warnings():
+    ends_process = argv is None
+    with library_lines(ends_process), stopping_signals(ends_process), warnings.catch_warnings():
         show_artefact_warnings()
         try:
             code = _exit_code(work)
@@ -148,7 +156,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print wrong use as one line, and leave with its exit code."""
-        self.exit(WRONG_USE, f"error: {message}; see {self.prog} --help\n")
+        self.exit(WRONG_USE, f"error: {printable(message)}; see {self.prog} --help\n")
 
 
 class _OldName(argparse.Action):
@@ -494,6 +502,26 @@ def _lines_of(path: Path) -> list[str]:
             f"--classes {path}: cannot be read ({error.strerror}); expected text with one name a "
             "line"
         ) from error
+
+
+def check_written(
+    classes: str | None,
+    written: Iterable[Path],
+    inputs: Mapping[str, Iterable[str | Path | None]] | None = None,
+) -> None:
+    """Refuse to write over a file that the command reads.
+
+    Args:
+        classes: what --classes was given.
+        written: files that the command writes.
+        inputs: files that it reads, by what they are; None where not given.
+
+    Raises:
+        OutputError: it would.
+    """
+    read = {what: [path for path in paths if path] for what, paths in (inputs or {}).items()}
+    named = [classes] if classes and absent_or(Path(classes).is_file) else []
+    check_overwrites({**read, "the file of --classes": named}, {"--output": list(written)})
 
 
 def model_files(model: str, classes: str | None = None) -> list[Path]:

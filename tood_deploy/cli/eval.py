@@ -19,15 +19,17 @@ from tood_deploy.cli.common import (
     add_runtime_options,
     add_slicing,
     add_thresholds,
+    check_written,
     class_options,
     is_artefact,
+    model_files,
     run_command,
     slicing_options,
     takes_hint,
 )
 from tood_deploy.cli.infer import engine_options
 from tood_deploy.errors import CheckFailed, ToodError
-from tood_deploy.reporter import Reporter
+from tood_deploy.reporter import Reporter, printable
 
 if TYPE_CHECKING:
     from tood_deploy.benchmark.evaluation.evaluate import DataSet, Evaluation
@@ -166,12 +168,16 @@ def eval_command(argv: Sequence[str] | None = None) -> int:
     folder = args.output or Path(f"{Path(args.model).stem}-eval")
     command = shlex.join(["tood-eval", *(sys.argv[1:] if argv is None else argv)])
 
-    from tood_deploy.benchmark.evaluation.evaluate import evaluate_file, open_data_set
-    from tood_deploy.benchmark.evaluation.report import HTML, write_evaluation
+    from tood_deploy.benchmark.evaluation.evaluate import RESULTS, evaluate_file, open_data_set
+    from tood_deploy.benchmark.evaluation.report import HTML, JSON, MARKDOWN, write_evaluation
     from tood_deploy.inference.output_paths import check_writable
 
     reporter = Reporter(args.quiet)
     wish_from(args)  # a wrong value is said before the long run
+    names = (HTML, JSON, MARKDOWN) if of_results(args) else (HTML, JSON, MARKDOWN, RESULTS)
+    inputs = {"the truth": [args.annotations], "a file of the model": model_files(args.model)}
+    inputs["the file of --mapping"] = [args.mapping]
+    check_written(args.classes, [folder / name for name in names], inputs)
     data = open_data_set(args.annotations, args.images)
     check_writable(folder)
     if of_results(args):
@@ -297,7 +303,7 @@ def summary(result: "Evaluation") -> str:
     ]
     columns = [lines[row] + lines[row + 3] + lines[row + 6] + lines[row + 9] for row in range(3)]
     best = [
-        f"{name} {100 * value:.1f}"
+        f"{printable(name)} {100 * value:.1f}"
         for name, value in sorted(result.metrics.class_ap.items(), key=lambda item: -item[1])
     ]
     if len(best) > MAX_CLASSES:

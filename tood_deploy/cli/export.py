@@ -20,6 +20,7 @@ from tood_deploy.cli.common import (
     CommandParser,
     accept_old_name,
     add_model_options,
+    check_written,
     load_options,
     run_command,
 )
@@ -147,8 +148,9 @@ def export_command(argv: Sequence[str] | None) -> int:
     _check_packages(config)
     reporter = Reporter(config.quiet)
     annotated = open_annotated(config)
-    from tood_deploy.export.preflight import check_export
+    from tood_deploy.export.preflight import check_export, written_files
 
+    check_written(arguments.classes, written_files(config))
     check_export(config, annotated)
     reporter.info(f"{config.source}: checked all that its export needs; starting PyTorch")
     from tood_deploy.export.export import run_export

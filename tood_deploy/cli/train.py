@@ -6,7 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tood_deploy.cli.common import DONE, CommandParser, add_device, class_names_from, run_command
+from tood_deploy.cli.common import (
+    DONE,
+    CommandParser,
+    add_device,
+    check_written,
+    class_names_from,
+    run_command,
+)
 from tood_deploy.errors import ToodError
 from tood_deploy.presets import PRESETS
 from tood_deploy.reporter import Reporter
@@ -276,7 +283,9 @@ def train_command(argv: Sequence[str] | None) -> int:
     if arguments.check_data:
         return _check_data(paths, class_names, Reporter())
     from tood_deploy.preprocess import check_imgsz
+    from tood_deploy.training.checkpoints import BEST, FINAL, LAST
     from tood_deploy.training.config import RunOptions
+    from tood_deploy.training.logger import LOG
     from tood_deploy.training.train import FirstWeights, choose_recipe, train
 
     recipe, notes = choose_recipe(arguments.preset, _recipe_changes(arguments))
@@ -292,6 +301,14 @@ def train_command(argv: Sequence[str] | None) -> int:
         arguments.resume,
         arguments.stop_after,
     )
+    inputs = {
+        "the data": [paths.train_json, paths.val_json],
+        "a checkpoint": [arguments.checkpoint, arguments.backbone_weights],
+    }
+    if arguments.resume:  # the folder's own checkpoint goes first
+        del inputs["a checkpoint"]
+    written = [options.output / name for name in (LAST, BEST, FINAL, LOG)]
+    check_written(arguments.classes, written, inputs)
     summary = train(
         arguments.preset,
         paths,

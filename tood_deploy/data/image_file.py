@@ -131,8 +131,9 @@ def decode_file(
     if factor == 1 or header.size_hw is None:
         return DecodedImage(image, None, notes)
     # Damaged EXIF data may say one thing to Pillow and another to OpenCV, which has turned it.
-    as_header = image.shape[:2] == tuple(-(-side // factor) for side in header.size_hw)
-    return DecodedImage(image, header.size_hw if as_header else header.size_hw[::-1], notes)
+    height, width = header.size_hw
+    as_header = image.shape[:2] == (-(-height // factor), -(-width // factor))
+    return DecodedImage(image, (height, width) if as_header else (width, height), notes)
 
 
 def decode_image(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:

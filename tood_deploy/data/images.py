@@ -17,6 +17,7 @@ from tood_deploy.data import MIN_CALIBRATION_IMAGES
 from tood_deploy.data.image_file import as_stored, decode_image
 from tood_deploy.data.image_header import (
     IMAGE_SUFFIXES,
+    KNOWN_KINDS,
     MAX_PIXELS,
     ImageHeader,
     check_header,
@@ -129,10 +130,7 @@ def image_paths(folder: Path, limit: int | None = None) -> list[Path]:
     files = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     paths = [path for path in files if is_image(path)]
     if not paths:
-        raise InputError(
-            f"{folder}: no images in it; expected files of one of these kinds: "
-            f"{', '.join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))}"
-        )
+        raise InputError(f"{folder}: no images in it; expected {KNOWN_KINDS}")
     return paths[:limit]
 
 

@@ -16,16 +16,8 @@ from tood_deploy.inference.detector import Detector
 from tood_deploy.inference.frame import Source
 from tood_deploy.inference.output_paths import plan_outputs
 from tood_deploy.inference.pipeline import Timings, detect_frames
-from tood_deploy.inference.sinks import (
-    STDOUT,
-    Annotated,
-    CocoResults,
-    Crops,
-    JsonLines,
-    Sink,
-    SinkThread,
-    TextLines,
-)
+from tood_deploy.inference.sinks import Annotated, Crops, Sink, SinkThread
+from tood_deploy.inference.text_sinks import STDOUT, CocoResults, JsonLines, TextLines
 from tood_deploy.reporter import Reporter
 
 
@@ -247,6 +239,7 @@ def run_inference(
     Raises:
         ToodError: the source cannot be read at all, an output cannot be written, or the engine
             failed; or images shall be decoded smaller than they are, or by window, and drawn on.
+        BrokenPipeError: nobody read stdout to its end; all other outputs are complete.
     """
     if detector.fast_decode and (shown := outputs.needing_pixels()):
         raise ToodError(
@@ -258,7 +251,7 @@ def run_inference(
     results = detect_frames(detector, source, batch, timings)
     with (
         RunProgress(source, timings, reporter, detector.engine.notes) as progress,
-        SinkThread(sinks) as writer,
+        SinkThread(sinks, endless=source.kind == "live") as writer,
         closing(results),
     ):
         for frame, detections in results:
@@ -270,4 +263,9 @@ def run_inference(
                 )
             writer.put(frame, detections)
             progress.advance()
+    for problem in writer.problems:
+        source.skip(problem)
+        reporter.warn(problem)
+    if writer.broken_pipe:
+        raise BrokenPipeError
     return timings

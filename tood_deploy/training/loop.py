@@ -23,7 +23,7 @@ import torch
 from tood_deploy.errors import REPEATS_S, CheckpointError, Stopped, ToodError
 from tood_deploy.files import remove_leftovers
 from tood_deploy.model.checkpoint import load_checkpoint, save_checkpoint
-from tood_deploy.model.tood import Tood
+from tood_deploy.model.detector import DenseDetector
 from tood_deploy.reporter import Reporter
 from tood_deploy.training.checkpoints import (
     BEST,
@@ -85,12 +85,12 @@ class StopFlag:
 
 
 def fit(
-    model: Tood,
+    model: DenseDetector,
     data: TrainingData,
     recipe: Recipe,
     options: RunOptions,
     *,
-    evaluate: Callable[[Tood], Verdict] | None = None,
+    evaluate: Callable[[DenseDetector], Verdict] | None = None,
     journal: Journal | None = None,
 ) -> Progress:
     """Train a network.
@@ -129,11 +129,11 @@ class _Run:
 
     def __init__(
         self,
-        model: Tood,
+        model: DenseDetector,
         data: TrainingData,
         recipe: Recipe,
         options: RunOptions,
-        evaluate: Callable[[Tood], Verdict] | None,
+        evaluate: Callable[[DenseDetector], Verdict] | None,
         journal: Journal,
         flag: StopFlag,
     ) -> None:
@@ -234,7 +234,7 @@ class _Run:
             self.options.output / name, preset, self.learner.deployed_weights(), training
         )
 
-    def deployed(self) -> Tood:
+    def deployed(self) -> DenseDetector:
         """Return the network with the weights to deploy, in eval mode."""
         if self.learner.average is None:
             return self.learner.model.eval()

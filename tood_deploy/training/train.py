@@ -16,9 +16,9 @@ import cv2
 import torch
 
 from tood_deploy.errors import ToodError, not_installed
-from tood_deploy.model.tood import Tood
+from tood_deploy.model.detector import DenseDetector
 from tood_deploy.presets import Preset, get_preset
-from tood_deploy.reporter import Reporter
+from tood_deploy.reporter import Reporter, printable
 from tood_deploy.training.checkpoints import BEST, FINAL, LAST
 from tood_deploy.training.config import ONE_X, RECIPES, TWO_X, Progress, Recipe, RunOptions
 from tood_deploy.training.data import Augment, TrainingData
@@ -225,7 +225,9 @@ def _describe(
     preset: Preset, recipe: Recipe, labelled: LabelledImages, usable: int, device: torch.device
 ) -> list[str]:
     """Return in a few lines what is about to happen."""
-    names = ", ".join(preset.class_names[:4]) + (", ..." if preset.num_classes > 4 else "")
+    names = ", ".join(map(printable, preset.class_names[:4])) + (
+        ", ..." if preset.num_classes > 4 else ""
+    )
     rate = f"{recipe.optimiser} with learning rate {recipe.lr:g}, {recipe.schedule} schedule"
     workers = f"{world_size()} workers" if world_size() > 1 else "1 worker"
     slices = []
@@ -248,7 +250,7 @@ def _describe(
 
 
 def _load_first_weights(
-    model: Tood, first: FirstWeights, recipe: Recipe, reporter: Reporter
+    model: DenseDetector, first: FirstWeights, recipe: Recipe, reporter: Reporter
 ) -> str:
     if first.checkpoint is not None:
         return load_pretrained(model, first.checkpoint, first.weights_key, reporter)
