@@ -78,7 +78,9 @@ def assert_windows_equal(path: Path, mean: float = 0.0, **options: Any) -> None:
 @pytest.mark.parametrize("suffix", ["png", "bmp", "tif", "jpg"])
 def test_common_formats(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"a.{suffix}"
-    cv2.imwrite(str(path), scene())
+    # The two decoders differ in how they scale colours up that are stored at half the size.
+    every_colour = [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
+    cv2.imwrite(str(path), scene(), every_colour if suffix == "jpg" else [])
     assert_windows_equal(path, mean=1.0 if suffix == "jpg" else 0.0)  # another build of libjpeg
 
 

@@ -89,7 +89,7 @@ class RasterReader(WindowReader):
                 if bottom > first + len(rows):
                     rows, first = self._next_rows(dataset, rows, first, top, bottom)
                 cut = rows[top - first : bottom - first, left:right]
-                yield number, np.ascontiguousarray(upright(cut, self.orientation))
+                yield number, np.asarray(upright(cut, self.orientation), np.uint8)
 
     def read_to_fit(self, fit: ImageSize) -> NDArray[np.uint8]:
         """Return the whole image, scaled down as its pixels come: each is the mean of a block."""
@@ -106,7 +106,7 @@ class RasterReader(WindowReader):
                 band = self._read(dataset, 0, int(edges[start]), stored_w, int(edges[stop]))
                 size = (result.shape[1], stop - start)
                 result[start:stop] = cv2.resize(band, size, interpolation=cv2.INTER_AREA)
-        return np.ascontiguousarray(upright(result, self.orientation))
+        return np.asarray(upright(result, self.orientation), np.uint8)
 
     def _stored(self, window: Sequence[int]) -> tuple[int, int, int, int]:
         """Return a window (xyxy) of the upright image in pixels of the file."""
