@@ -173,7 +173,7 @@ def decode_frames(
     for position in header.positions:
         try:
             image.seek(position)
-            frame = _upright(_bgr_from_pillow(image), orientation_of(image))
+            frame = upright(_bgr_from_pillow(image), orientation_of(image))
         except Exception as error:  # Pillow's plugins raise what they meet
             raise InputError(
                 f"{name}: frame {position} is cut or damaged ({error}); copy or convert the file "
@@ -202,7 +202,7 @@ def reduction(image_hw: tuple[int, int], fit: ImageSize) -> int:
     )
 
 
-def _upright(image: NDArray[np.generic], orientation: int) -> NDArray[np.generic]:
+def upright(image: NDArray[np.generic], orientation: int) -> NDArray[np.generic]:
     """Return an image (H, W, C) turned and mirrored as its EXIF orientation, 1 to 8, says."""
     if orientation >= 5:
         image = image.swapaxes(0, 1)
@@ -216,7 +216,7 @@ def _upright(image: NDArray[np.generic], orientation: int) -> NDArray[np.generic
 def as_stored(image: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
     """Return an upright image (H, W, 3) as it lies in its file, by its EXIF orientation, 1 to 8."""
     back = {6: 8, 8: 6}.get(orientation, orientation)
-    return np.asarray(_upright(image, back), np.uint8)
+    return np.asarray(upright(image, back), np.uint8)
 
 
 def _decode_heif(data: bytes, name: str, max_pixels: int) -> NDArray[np.uint8]:
@@ -246,7 +246,7 @@ def _decode_with_pillow(data: bytes, name: str, position: int) -> NDArray[np.gen
         assert image is not None
         if position:
             image.seek(position)
-        return _upright(_bgr_from_pillow(image), orientation_of(image))
+        return upright(_bgr_from_pillow(image), orientation_of(image))
     except Exception as error:  # Pillow's plugins raise what they meet
         raise InputError(
             f"{name}: cut, damaged or of an unusual form ({error}); copy or convert it again"
