@@ -272,7 +272,8 @@ class _Run:
             "seconds": seconds,
             "data_seconds": loaded - start,
         }
-        self.epoch_values.append(result._asdict() | values)
+        gradient = {"grad_norm": result.grad_norm, "positives": result.positives}
+        self.epoch_values.append(result.losses | gradient | values)
         self.journal.step(self.epoch_values[-1])
 
     def _last_good(self) -> str:
