@@ -92,11 +92,11 @@ def load_pretrained(
     weights_key: str | None = None,
     reporter: Reporter | None = None,
 ) -> str:
-    """Fill the network from its detector's checkpoint; where classes differ, the class layer stays random.
+    """Fill the network from a checkpoint; where classes differ, the class layer stays random.
 
     Args:
         model: it is changed.
-        checkpoint: a file of any known kind, or a preset's name.
+        checkpoint: of the same detector, a file of any known kind, or a preset's name.
         weights_key: which weights, where the file holds several.
         reporter: shows how far a download is; one that is not quiet where not given.
 
