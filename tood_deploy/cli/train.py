@@ -130,7 +130,7 @@ def _add_weight_options(group: Any) -> None:
     group.add_argument(
         "--checkpoint",
         metavar="FILE",
-        help="fine-tune from any checkpoint of the detector, or a preset's name: its published weights",
+        help="fine-tune from a checkpoint of the detector, or a preset's published weights",
     )
     group.add_argument(
         "--weights-key",
