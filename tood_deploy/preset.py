@@ -21,6 +21,7 @@ Resize = Literal["fit", "stretch"]
 
 STRIDES = (8, 16, 32, 64, 128)
 SIZE_DIVISOR = 32
+MAX_IMGSZ = 16384  # pixels of a side of the network's input
 MAX_CANDIDATES = 3840  # of all levels together: the most that TensorRT's TopK takes
 
 ALLOWED = {
@@ -33,6 +34,28 @@ ALLOWED = {
     "channel_order": ("rgb", "bgr"),
     "resize": ("fit", "stretch"),
 }
+
+DIMENSIONS = {  # of the network, and what they may be
+    "groups": (1, 1024),
+    "base_width": (1, 1024),
+    "base_channels": (1, 1024),
+    "channels": (1, 4096),
+    "tower_stages": (1, 64),
+    "deform_tower": (0, 64),
+    "bins": (2, 1024),
+    "anchor_octaves": (1, 64),
+}
+
+POSITIVE = (
+    "norm_eps",
+    "batch_norm_eps",
+    "anchor_side",
+    "anchor_ratios",
+    "std",
+    "delta_stds",
+    "scale_factor",
+)
+FINITE = ("mean", "pad_value", "anchor_offset", "delta_means")
 
 # Fields that only some detectors have, and the value that all others hold.
 OWN_FIELDS: tuple[tuple[str, object, tuple[DetectorName, ...]], ...] = (
@@ -206,43 +229,15 @@ class Preset:
         for field, values in ALLOWED.items():
             self._check(field, getattr(self, field) in values, f"one of {values}")
         self._check("class_names", bool(self.class_names), "at least one")
-        self._check(
-            "imgsz",
-            len(self.imgsz) == 2 and min(self.imgsz) >= 1,
-            "two positive numbers, short and long side",
-        )
-        groups_fit = self.norm_groups >= 1 and self.channels % self.norm_groups == 0
-        self._check(
-            "norm_groups",
-            groups_fit,
-            f"a number that divides the {self.channels} channels of the head",
-        )
+        self._check_network()
         self._check_detector()
-        for field in (
-            "norm_eps",
-            "batch_norm_eps",
-            "anchor_side",
-            "anchor_ratios",
-            "std",
-            "delta_stds",
-            "scale_factor",
-        ):
-            self._check(
-                field,
-                all(0 < value < float("inf") for value in _numbers(getattr(self, field))),
-                "positive numbers",
-            )
-        for field in ("mean", "pad_value", "anchor_offset", "delta_means"):
-            self._check(
-                field,
-                all(isfinite(value) for value in _numbers(getattr(self, field))),
-                "finite numbers",
-            )
-        for field in ("pad_divisor", "canvas_hw"):
-            multiples = all(
-                value > 0 and value % SIZE_DIVISOR == 0 for value in _numbers(getattr(self, field))
-            )
-            self._check(field, multiples, f"multiples of {SIZE_DIVISOR}")
+        self._check_input()
+        for field in POSITIVE:
+            right = all(0 < value < float("inf") for value in _numbers(getattr(self, field)))
+            self._check(field, right, "positive numbers")
+        for field in FINITE:
+            right = all(isfinite(value) for value in _numbers(getattr(self, field)))
+            self._check(field, right, "finite numbers")
         for field in ("score_threshold", "iou_threshold"):
             self._check(field, 0 <= getattr(self, field) <= 1, "a number from 0 to 1")
         for field in ("max_det", "candidates_per_level"):
@@ -250,10 +245,38 @@ class Preset:
                 field, 1 <= getattr(self, field) <= MAX_CANDIDATES, f"1 to {MAX_CANDIDATES}"
             )
 
+    def _check_network(self) -> None:
+        """Raise ToodError for dimensions that no network has."""
+        for field, (low, high) in DIMENSIONS.items():
+            self._check(field, low <= getattr(self, field) <= high, f"{low} to {high}")
+        self._check(
+            "deform_tower", self.deform_tower <= self.tower_stages, "no more than the tower"
+        )
+        self._check("deform_stages", set(self.deform_stages) <= {1, 2, 3, 4}, "stages 1 to 4")
+        groups_fit = self.norm_groups >= 1 and self.channels % self.norm_groups == 0
+        self._check(
+            "norm_groups",
+            groups_fit,
+            f"a number that divides the {self.channels} channels of the head",
+        )
+
+    def _check_input(self) -> None:
+        """Raise ToodError for sizes that no input has."""
+        self._check(
+            "imgsz",
+            len(self.imgsz) == 2 and 1 <= min(self.imgsz) <= max(self.imgsz) <= MAX_IMGSZ,
+            f"short and long side, 1 to {MAX_IMGSZ} pixels",
+        )
+        for field in ("pad_divisor", "canvas_hw"):
+            multiples = all(
+                0 < value <= MAX_IMGSZ and value % SIZE_DIVISOR == 0
+                for value in _numbers(getattr(self, field))
+            )
+            self._check(field, multiples, f"multiples of {SIZE_DIVISOR} up to {MAX_IMGSZ}")
+
     def _check_detector(self) -> None:
         """Raise ToodError for a field that this detector does not have."""
         who = self.detector
-        self._check("bins", self.bins >= 2, "at least two")
         for field, default, owners in OWN_FIELDS:
             right = who in owners or getattr(self, field) == default
             self._check(field, right, f"{default!r}, as {who} has no other")
@@ -316,15 +339,12 @@ class Preset:
                 f"preset holds unknown fields {sorted(unknown)}; it was written by another version "
                 "of tood_deploy"
             )
-        arguments: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
-        }
+        from msgspec import ValidationError, convert  # here, as --help reads the table of presets
+
         try:
-            return cls(**arguments)
-        except TypeError as error:
-            raise ToodError(
-                f"preset cannot be read ({error}); expected the fields {sorted(known)}"
-            ) from error
+            return convert(values, cls)
+        except ValidationError as error:
+            raise ToodError(f"preset cannot be read: {error}") from error
 
 
 def _numbers(value: float | tuple[float, ...] | None) -> tuple[float, ...]:

@@ -10,6 +10,7 @@ from tood_deploy.errors import DownloadError, ToodError
 from tood_deploy.preset import (
     COCO_CLASSES,
     MAX_CANDIDATES,
+    MAX_IMGSZ,
     SIZE_DIVISOR,
     STRIDES,
     Anchor,
@@ -26,6 +27,7 @@ __all__ = [
     "BASES",
     "COCO_CLASSES",
     "MAX_CANDIDATES",
+    "MAX_IMGSZ",
     "PRESETS",
     "SIZE_DIVISOR",
     "STRIDES",

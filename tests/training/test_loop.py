@@ -412,14 +412,12 @@ def test_kill_at_twenty_random_moments(
                 time.sleep(0.002)
             time.sleep(chance.uniform(0, 0.2))
             while (
-                life % 4 == 1
-                and not list(output.glob(".last-*.pth"))
-                and time.monotonic() < deadline
+                life % 4 == 1 and not list(output.glob(".tood-*")) and time.monotonic() < deadline
             ):
                 time.sleep(0.0005)
             os.kill(child, signal.SIGKILL)
             assert int(driver.stdout.readline()) == signal.SIGKILL
-            interrupted_writes += len(list(output.glob(".last-*.pth")))
+            interrupted_writes += len(list(output.glob(".tood-*")))
             if (output / "last.pth").is_file():
                 steps.append(read_training_state(output / "last.pth")["training"]["step"])
     driver.wait()
