@@ -42,6 +42,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     Raises:
         OutputError: the folder cannot be written, or the disk is full.
     """
+    check_replaceable(path)
     with _output_errors(path), _temporary(path, path.suffix, _make_file) as temporary:
         yield temporary
         temporary.replace(path)
@@ -58,6 +59,8 @@ def atomic_paths(*paths: Path) -> Iterator[tuple[Path, ...]]:
     Raises:
         OutputError: the folder cannot be written, or the disk is full.
     """
+    for path in paths:
+        check_replaceable(path)
     with temporary_folder(paths[0], paths[0].parent) as folder:
         yield tuple(folder / path.name for path in paths)
         for path in paths:
@@ -78,6 +81,31 @@ def temporary_folder(output: Path, parent: Path) -> Iterator[Path]:
     place = parent / output.name
     with _output_errors(output), _temporary(place, "", _make_folder) as folder:
         yield folder
+
+
+def is_of_system(path: Path) -> bool:
+    """Return whether a path lies in /dev or /proc, as /dev/stdout does."""
+    return path.parent.resolve().parts[1:2] in (("dev",), ("proc",))
+
+
+def check_replaceable(path: Path) -> None:
+    """Refuse to put a file in the place of what is no file, such as /dev/null or a pipe.
+
+    A symbolic link is replaced; what it points to stays. Those in /dev are the system's.
+
+    Raises:
+        OutputError: it is no file, or a link of the system's.
+    """
+    try:
+        mode = path.lstat().st_mode
+    except OSError:  # not there yet, or not to be reached, which writing will say
+        return
+    of_system = stat.S_ISLNK(mode) and is_of_system(path)
+    if of_system or not (stat.S_ISREG(mode) or stat.S_ISLNK(mode) or stat.S_ISDIR(mode)):
+        raise OutputError(
+            f"{path}: is a device, pipe or link of the system, and would be replaced by a file; "
+            "choose another name"
+        )
 
 
 @contextmanager
@@ -188,13 +216,13 @@ def _remove(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all.
+    """Write a text file in UTF-8, whole or not at all; what is no text is escaped.
 
     Raises:
         OutputError: the folder cannot be written, or the disk is full.
     """
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def file_sha256(*paths: Path) -> str:
@@ -264,9 +292,9 @@ def check_overwrites(
 
 
 def _identities(path: str | Path) -> list[object]:
-    """Return by what a file is known: its real path, and its number if it is there.
+    """Return what a file is known by: its real path, and its number if it is there.
 
-    None for a device, which may be read and written by several.
+    Nothing for a device, which may be read and written by several.
     """
     try:
         state = Path(path).stat()

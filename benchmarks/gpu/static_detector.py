@@ -97,7 +97,7 @@ def convert_network(model: DenseDetector, dtype: torch.dtype) -> DenseDetector:
     Raises:
         ToodError: it has deformable convolutions, whose read positions half precision cannot hold.
     """
-    if dtype != torch.float32 and (model.preset.deform_stages or model.preset.deform_tower):
+    if dtype != torch.float32 and model.preset.is_deformable:
         problem = "has deformable convolutions, which PyTorch is measured with in fp32 alone"
         raise ToodError(f"{model.preset.name} {problem}; leave fp16 and bf16 out")
     converted = copy.deepcopy(model)

@@ -46,8 +46,9 @@ def test_a_signal_ends_a_command_in_good_order(
 ) -> None:
     """Also where a terminal and a parent process send it both."""
     command = [sys.executable, "-c", WRITER, str(tmp_path / "out.json")]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, text=True, **pipes) as process:
+    with subprocess.Popen(
+        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         for _ in range(times):
@@ -160,3 +161,36 @@ def test_results_and_files_come_through(tmp_path: Path, capsys: pytest.CaptureFi
     assert run_command(work, []) == 0
     assert capsys.readouterr().out == "written\n"
     assert (tmp_path / "a.txt").read_text() == "whole"
+
+
+NOISY = """
+import os, sys
+from tood_deploy.cli.common import run_command
+from tood_deploy.reporter import Reporter
+
+def work(argv):
+    for line in (b"libpng warning: iCCP", b"red \\x1b[31m and \\xff", b"libpng warning: iCCP"):
+        os.write(2, line + b"\\n")
+    Reporter().warn("ours")
+    return 0
+
+sys.exit(run_command(work))
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "notes"),
+    [([], {"note: libpng warning: iCCP", r"note: red \x1b[31m and \xff"}), (["--quiet"], set())],
+)
+def test_lines_of_libraries_are_notes(arguments: list[str], notes: set[str]) -> None:
+    """Every line once, control characters escaped, beside our own lines."""
+    command = [sys.executable, "-c", NOISY, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert sorted(result.stderr.splitlines()) == sorted({*notes, "warning: ours"})
+
+
+def test_a_crash_leaves_its_trace() -> None:
+    code = NOISY.replace('Reporter().warn("ours")', "os.abort()")
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert result.returncode == -signal.SIGABRT
+    assert b"in work" in result.stderr

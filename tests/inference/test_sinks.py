@@ -12,20 +12,18 @@ from numpy.typing import NDArray
 from tood_deploy.detections import Detections
 from tood_deploy.errors import OutputError
 from tood_deploy.inference import sinks as window_module
-from tood_deploy.inference.frame import Frame, Input
+from tood_deploy.inference.frame import Frame, Input, Part
 from tood_deploy.inference.sinks import (
     Annotated,
-    CocoResults,
     Crops,
     Finished,
-    JsonLines,
     Sink,
     SinkThread,
-    TextLines,
     Window,
     crop_box,
     write_image,
 )
+from tood_deploy.inference.text_sinks import CocoResults, JsonLines, TextLines
 from tood_deploy.reporter import Reporter
 
 ONE = found((8, 8, 24, 24))
@@ -115,7 +113,7 @@ def test_a_video_keeps_the_times_of_its_frames(tmp_path: Path) -> None:
 
 
 def test_videos_and_images_in_turn(tmp_path: Path) -> None:
-    files = {(name, None): tmp_path / f"{name}.mp4" for name in ("one", "two")}
+    files: dict[Part, Path] = {(name, None): tmp_path / f"{name}.mp4" for name in ("one", "two")}
     files["p", None] = tmp_path / "p.png"
     items = [
         (video_frame(i % 3, 40 * (i % 3), name="one" if i < 3 else "two"), ONE) for i in range(6)
@@ -230,6 +228,13 @@ class TestCocoResults:
 
 
 class TestJsonLines:
+    def test_a_symbolic_link_is_replaced(self, tmp_path: Path) -> None:
+        (tmp_path / "target").write_text("old")
+        (tmp_path / "link").symlink_to("target")
+        write_all(JsonLines(str(tmp_path / "link"), live=False), (video_frame(0, 0), ONE))
+        assert (tmp_path / "target").read_text() == "old"
+        assert json.loads((tmp_path / "link").read_text())["index"] == 0
+
     def test_the_size_is_that_of_the_file(self, tmp_path: Path) -> None:
         write_all(
             JsonLines(str(tmp_path / "r.jsonl"), live=False),

@@ -4,6 +4,7 @@ Comes in: the descriptors and signals that a process starts with. Goes out: exce
 commands handle as they handle Ctrl-C, and lines of a reporter. Knows no command.
 """
 
+import faulthandler
 import os
 import signal
 import sys
@@ -14,9 +15,11 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 
 from tood_deploy.errors import REPEATS_S, Stopped
-from tood_deploy.reporter import stdout_errors
+from tood_deploy.reporter import Reporter, stdout_errors
 
 STOPPING = ("SIGINT", "SIGTERM", "SIGHUP")  # SIGHUP: not on Windows
+MAX_LINES = 1000  # of libraries, that differ
+READER_LIMIT_S = 1.0  # a child process may still hold the pipe
 SIGNAL_EXIT = 128  # plus the signal's number is the exit code of what a signal ended
 
 
@@ -71,6 +74,55 @@ def open_standard_streams() -> None:
         sys.stdout = os.fdopen(1, "w", closefd=False)
     if sys.stderr is None:
         sys.stderr = os.fdopen(2, "w", closefd=False)
+
+
+@contextmanager
+def library_lines(ends_process: bool) -> Iterator[None]:
+    """Print what libraries write on stderr as notes: every line once, control characters escaped.
+
+    Their lines come from below Python (libpng, libjpeg, FFmpeg, NCCL), through a pipe in the place
+    of descriptor 2; `sys.stderr` keeps the terminal, and so does the trace of a crash.
+
+    Args:
+        ends_process: whether the process ends with the block; otherwise nothing is done, as the
+            descriptor is a caller's.
+    """
+    if not ends_process:
+        yield
+        return
+    read, write = os.pipe()
+    terminal = os.dup(2)
+    before, sys.stderr = sys.stderr, os.fdopen(terminal, "w", 1, errors="backslashreplace")
+    os.dup2(write, 2)
+    os.close(write)
+    faulthandler.enable(sys.stderr)
+    reader = threading.Thread(target=_print_lines, args=(read,), daemon=True)
+    reader.start()
+    try:
+        yield
+    finally:
+        os.dup2(terminal, 2)  # the last writer of the pipe is gone, and the reader ends
+        reader.join(READER_LIMIT_S)
+        faulthandler.disable()
+        sys.stderr = before
+
+
+def _print_lines(descriptor: int) -> None:
+    """Print the lines of a pipe as notes, until nobody can write into it any more."""
+    reporter, printed = Reporter(quiet="--quiet" in sys.argv), set[bytes]()
+    with open(descriptor, "rb") as lines:
+        for line in lines:
+            if line.strip() and line not in printed and len(printed) < MAX_LINES:
+                printed.add(line)
+                text = line.strip().decode(errors="backslashreplace")
+                reporter.note("".join(map(_visible, text)))
+
+
+def _visible(character: str) -> str:
+    """Return a character as it may stand on a terminal."""
+    if character.isprintable():
+        return character
+    return character.encode("unicode_escape", "backslashreplace").decode()
 
 
 def close_stdout() -> int:

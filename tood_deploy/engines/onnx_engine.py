@@ -16,7 +16,7 @@ from tood_deploy.engines.precision_support import saturates_in_onnxruntime, why_
 from tood_deploy.errors import ArtefactError, DeviceError, ToodError
 from tood_deploy.graph_io import INPUTS, OUTPUTS, graph_feeds
 from tood_deploy.manifest import METADATA_KEY, Manifest, manifest_path, read_manifest
-from tood_deploy.onnx_file import CPU, open_session
+from tood_deploy.onnx_file import CPU, first_line, open_session, run_session
 
 STREAMS = 2  # more would hold more memory and keep a pair of cores no busier
 PROVIDERS = {"cpu": CPU, "cuda": "CUDAExecutionProvider"}
@@ -99,8 +99,7 @@ class OnnxEngine(Engine):
         iou_threshold: float,
     ) -> BatchDetections:
         feeds = graph_feeds(images, valid_hw, score_threshold, iou_threshold)
-        outputs: Any = self.session.run(list(OUTPUTS), feeds)
-        return BatchDetections(*outputs)
+        return BatchDetections(*run_session(self.session, OUTPUTS, feeds))
 
     def _submit(
         self,
@@ -157,7 +156,7 @@ def _open_session(
             path, provider=provider, threads=threads, float_arithmetic=float_arithmetic
         )
     except Exception as error:  # onnxruntime raises types of its own that share no public base
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         if "NOT_IMPLEMENTED" in reason:  # by its text: the type has no public name
             raise ArtefactError(
                 f"{path}: ONNX Runtime {ort.__version__} lacks an operator of it in its precision "

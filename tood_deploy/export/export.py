@@ -43,7 +43,7 @@ from tood_deploy.parity.onnx_reference import OnnxRunner, onnx_reference
 from tood_deploy.parity.reference import Reference
 from tood_deploy.parity.torch_reference import torch_reference
 from tood_deploy.parity.verify import verify_float32
-from tood_deploy.presets import MAX_CANDIDATES, Preset
+from tood_deploy.presets import MAX_CANDIDATES
 from tood_deploy.reporter import Reporter
 
 if TYPE_CHECKING:
@@ -206,7 +206,7 @@ def _check_loaded(
 ) -> None:
     """Refuse, before the long work, what only the checkpoint could tell that it cannot be."""
     preset = model.preset
-    if _is_deformable(preset):
+    if preset.is_deformable:
         check_deform(config.source, config.checkpoint.deform or "none", config)
     if annotated is not None:
         annotated.check_classes(preset.class_names)
@@ -272,7 +272,7 @@ def onnx_from_checkpoint(
         max_det=max_det,
         checkpoint_sha256=model.checkpoint_sha256,
         build=Build(
-            format="onnx", opset=OPSET, deform=deform if _is_deformable(model.preset) else "none"
+            format="onnx", opset=OPSET, deform=deform if model.preset.is_deformable else "none"
         ),
         versions=_versions(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -317,10 +317,6 @@ def export_onnx(
         model, deform=deform, max_det=max_det, verify_images=verify_images, reporter=reporter
     )
     return write_onnx(artefact, output)
-
-
-def _is_deformable(preset: Preset) -> bool:
-    return bool(preset.deform_stages or preset.deform_tower)
 
 
 def _versions() -> dict[str, str]:

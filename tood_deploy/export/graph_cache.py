@@ -44,6 +44,7 @@ RECORD = "tood_graph"  # metadata of a kept graph
 PACKAGES = ("torch", "onnx", "onnxscript", "onnx-ir", "numpy", "sympy")
 SOURCES = (
     "model/*.py",
+    "model/heads/*.py",
     "export/graph.py",
     "export/shortcuts.py",
     "export/to_onnx.py",
@@ -213,7 +214,6 @@ def with_stand_in_classes(preset: Preset) -> Preset:
 
 def describe(preset: Preset, deform: DeformForm, max_det: int) -> str:
     """Return all that decides what a graph is, as JSON."""
-    deformable = bool(preset.deform_stages or preset.deform_tower)
     values = {
         "format": FORMAT,
         "network": {
@@ -222,7 +222,7 @@ def describe(preset: Preset, deform: DeformForm, max_det: int) -> str:
             if field.name not in OUTSIDE
         },
         "classes": preset.num_classes,
-        "deform": deform if deformable else "none",
+        "deform": deform if preset.is_deformable else "none",
         "max_det": max_det,
         "opset": OPSET,
         "versions": {package: version(package) for package in PACKAGES},

@@ -81,7 +81,7 @@ def open_container(
     camera_format = "v4l2" if name.startswith("/dev/") else None
     try:
         # Unbuffered: what has come is read at once.
-        file = sys.stdin.buffer.raw if name == STDIN else name
+        file = getattr(sys.stdin.buffer, "raw", sys.stdin.buffer) if name == STDIN else name
         return av.open(file, "r", format=camera_format, options=options or {}, timeout=timeout_s)
     except ExitError as error:
         raise InputError(

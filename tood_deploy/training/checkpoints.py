@@ -18,7 +18,8 @@ from torch import Tensor
 from tood_deploy.errors import CheckpointError, OutputError
 from tood_deploy.files import atomic_path
 from tood_deploy.model.checkpoint import own_metadata
-from tood_deploy.model.checkpoint_file import OWN_KEY, check_content, load_content
+from tood_deploy.model.checkpoint_content import check_content
+from tood_deploy.model.checkpoint_file import OWN_KEY, load_content
 from tood_deploy.presets import Preset
 
 LAST, BEST, FINAL = "last.pth", "best.pth", "model.safetensors"

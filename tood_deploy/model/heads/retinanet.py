@@ -50,8 +50,10 @@ class RetinaHead(SeparateTowers):
         super().__init__(preset)
         del self.scales
         self.delta_means, self.delta_stds = preset.delta_means, preset.delta_stds
-        self.sizes = anchor_sizes(preset.anchor_side, preset.anchor_octaves, preset.anchor_ratios)
-        count = len(self.sizes)
+        sizes = anchor_sizes(preset.anchor_side, preset.anchor_octaves, preset.anchor_ratios)
+        self.count = count = len(sizes)
+        # (2, A, 1, 1) widths and heights; no buffer, as it is in no state dict and never on "meta".
+        self.sizes = torch.tensor(sizes, device="cpu").T[:, :, None, None]
         self.retina_cls = nn.Conv2d(preset.channels, count * preset.num_classes, 3, padding=1)
         self.retina_reg = nn.Conv2d(preset.channels, count * 4, 3, padding=1)
         init_convs(self.retina_cls, std=0.01, bias=PRIOR_BIAS)
@@ -71,22 +73,19 @@ class RetinaHead(SeparateTowers):
 
     def boxes(self, regression: Tensor, level: int) -> Tensor:
         """Return boxes (B, 4, h, w*A) of deltas."""
-        sizes = torch.tensor(self.sizes, device=regression.device, dtype=regression.dtype)
+        moved = regression.device != self.sizes.device or regression.dtype != self.sizes.dtype
+        sizes = self.sizes.to(regression) if moved else self.sizes
         points = self.points(regression).unsqueeze(1)
-        boxes = decode_deltas(
-            self._by_anchor(regression),
-            points,
-            sizes.T[:, :, None, None],
-            self.delta_means,
-            self.delta_stds,
+        deltas = self._by_anchor(regression)
+        return _side_by_side(
+            decode_deltas(deltas, points, sizes, self.delta_means, self.delta_stds)
         )
-        return _side_by_side(boxes)
 
     def _by_anchor(self, x: Tensor) -> Tensor:
         """Return (B, C, A, h, w) of a map (B, A*C, h, w)."""
         batch, channels, height, width = x.shape
-        count = len(self.sizes)
-        return x.reshape(batch, count, channels // count, height, width).transpose(1, 2)
+        by_anchor = x.reshape(batch, self.count, channels // self.count, height, width)
+        return by_anchor.transpose(1, 2)
 
 
 def _side_by_side(x: Tensor) -> Tensor:
