@@ -162,14 +162,14 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
         help="annotated images and videos: a folder, or a file for a single source",
     )
     group.add_argument(
-        "--codec", metavar="NAME", help="of annotated videos: h264 (default), hevc or av1"
+        "--codec", metavar="NAME", help="of annotated videos: h264 (default), hevc or vp9"
     )
     group.add_argument(
         "--crf",
         type=int,
         metavar="N",
         help="quality of annotated videos, 0 the best (default: 20 for h264, 24 for hevc, 30 for "
-        "av1)",
+        "vp9)",
     )
     group.add_argument(
         "--json",
