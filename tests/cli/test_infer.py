@@ -13,7 +13,16 @@ import av
 import cv2
 import numpy as np
 import pytest
-from inference.fakes import CLASSES, RedEngine, moving_images, red_image, write_image, write_video
+from inference.fakes import (
+    CLASSES,
+    RedEngine,
+    moving_images,
+    red_image,
+    without_packets,
+    write_image,
+    write_video,
+)
+from inference.servers import MULTIPART, camera, serve
 from inference.test_file_list import write_animation, write_pages
 
 from tood_deploy.cli import infer
@@ -107,6 +116,54 @@ def test_a_video(run: Run, tmp_path: Path, engine: RedEngine) -> None:
         assert [frame.time for frame in container.decode(video=0)] == pytest.approx(
             [time / 1000 for time in times]
         )
+
+
+def test_chosen_frames_of_a_video(run: Run, tmp_path: Path) -> None:
+    video = write_video(tmp_path / "v.mp4", moving_images(50))
+    chosen = ("--start", "0.4", "--end", "40f", "--stride", "5", "--max-frames", "4")
+    code, out, _ = run(video, *chosen, "--jsonl", "-", "--quiet")
+    assert code == 0
+    assert [json.loads(line)["index"] for line in out.splitlines()] == [10, 15, 20, 25]
+
+
+def test_video_options_that_cannot_be(run: Run, tmp_path: Path) -> None:
+    video = write_video(tmp_path / "v.mp4", moving_images(5))
+    image = write_image(tmp_path / "a.png")
+    assert_one_line(run(video, "--stride", "0"), "--stride is 0")
+    assert_one_line(run(video, "--start", "soon"), "--start is soon", "300f")
+    assert_one_line(run(video, "--start", "60"), "--start")
+    assert_one_line(run(image, "--max-frames", "1"), "images have no frames")
+    assert_one_line(run(video, "--codec", "h264"), "add --output")
+    assert_one_line(run(video, "--output", "o.mp4", "--codec", "h263"), "h264, hevc, vp9")
+    assert_one_line(run(video, "--output", "o.mp4", "--crf", "99"), "--crf is 99")
+    assert_one_line(run(video, "--reconnect-timeout", "0"), "--reconnect-timeout")
+    assert_one_line(run("rtsp://a/b", "--start", "1"), "no beginning")
+
+
+def test_how_a_video_is_encoded(run: Run, tmp_path: Path) -> None:
+    video = write_video(tmp_path / "v.mp4", moving_images(5))
+    code, *_ = run(video, "--output", "o.mp4", "--codec", "hevc", "--crf", "30", "--quiet")
+    assert code == 0
+    with av.open("o.mp4") as container:
+        assert container.streams.video[0].codec_context.name == "hevc"
+
+
+def test_lost_frames_are_told_and_make_the_exit_code(run: Run, tmp_path: Path) -> None:
+    whole = write_video(tmp_path / "v.mp4", moving_images(40))
+    part = without_packets(whole, tmp_path / "part.mp4", range(13, 17))
+    code, _, err = run(part, "--quiet")
+    assert code == 1
+    assert "4 frames were lost between others" in err
+
+
+def test_a_stream_is_connected_to_again(run: Run) -> None:
+    with serve(MULTIPART, camera(6, 0.01)) as address:
+        code, out, err = run(address, "--jsonl", "-", "--max-frames", "9", "--quiet")
+        assert (code, len(out.splitlines())) == (0, 9)
+        assert "connecting again, for the 1st time" in err
+        code, _, err = run(address, "--quiet", "--no-reconnect")
+        assert code == 1
+        assert "the connection ended" in err
 
 
 def test_fast_decode(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -256,12 +256,14 @@ def test_lost_packets_that_others_refer_to(tmp_path: Path, suffix: str) -> None:
     assert read_losses(part) == (36, 4, [])
 
 
-def write_dense(path: Path, **options: str) -> Path:
+def write_dense(path: Path, movflags: str = "") -> Path:
     """Write 60 frames; as recorders write AVI, with a chunk for each and no others."""
     if path.suffix == ".avi":
         times, rate = range(60), Fraction(1, 25)
         return write_video(path, moving_images(60), times, time_base=rate)
-    return write_video(path, moving_images(60), **options)
+    if movflags:
+        return write_video(path, moving_images(60), movflags=movflags)
+    return write_video(path, moving_images(60))
 
 
 @pytest.mark.parametrize("suffix", [".mkv", ".flv", ".ts", ".avi"])
@@ -277,8 +279,7 @@ def test_zeros_in_the_middle_are_counted_in_frames(tmp_path: Path, suffix: str) 
 
 @pytest.mark.parametrize("suffix", [".mkv", ".flv", ".avi", ".mp4"])
 def test_cut_files_are_counted_in_frames(tmp_path: Path, suffix: str) -> None:
-    options = {"movflags": "faststart"} if suffix == ".mp4" else {}
-    path = write_dense(tmp_path / f"a{suffix}", **options)
+    path = write_dense(tmp_path / f"a{suffix}", "faststart" if suffix == ".mp4" else "")
     data = path.read_bytes()
     start = data.index(b"movi") if suffix == ".avi" else 0
     path.write_bytes(data[: start + (len(data) - start) * 6 // 10])

@@ -23,7 +23,7 @@ from inference.fakes import (
 )
 
 from tood_deploy.errors import OutputError, ToodError
-from tood_deploy.inference.frame import Moment, Selection
+from tood_deploy.inference.frame import Moment, Part, Selection
 from tood_deploy.inference.sinks import Annotated
 from tood_deploy.inference.video import VideoSource
 from tood_deploy.inference.video_writer import VideoEncoding, VideoWriter
@@ -302,13 +302,13 @@ def test_a_smaller_crf_makes_a_larger_file(tmp_path: Path) -> None:
 
 
 def test_encodings_that_do_not_exist() -> None:
-    for options in ({"codec": "h263"}, {"crf": 52}, {"crf": -1}):
+    for codec, crf in (("h263", None), ("h264", 52), ("vp9", -1)):
         with pytest.raises(ToodError, match="expected"):
-            VideoEncoding(**options)
+            VideoEncoding(codec, crf)
 
 
 def test_videos_of_several_streams_at_once(tmp_path: Path) -> None:
-    files = {(name, None): tmp_path / f"{name}.mp4" for name in ("a", "b")}
+    files: dict[Part, Path] = {(name, None): tmp_path / f"{name}.mp4" for name in ("a", "b")}
     with Annotated(files, live=True) as sink:
         for i in range(6):
             sink.write(video_frame(i // 2, 40 * (i // 2), name="ab"[i % 2]), found())

@@ -31,8 +31,9 @@ from tood_deploy.reporter import Reporter
 EPILOG = """\
 A single image or video that cannot be read ends the run with exit code 2. Among several, one that
 cannot be read is named and the rest goes on; the exit code is then 1, as it is for a video that is
-cut or has broken frames. Ctrl-C completes the outputs so far (exit code 130). A camera or stream
-gives the latest frame whenever the model is free, and counts those it drops.
+cut or has lost frames. Ctrl-C completes the outputs so far (exit code 130). A camera or stream
+gives the latest frame whenever the model is free, counts those it drops, and is connected to again
+where it is lost (see --reconnect).
 """
 if TYPE_CHECKING:
     from tood_deploy.inference.video_writer import VideoEncoding
