@@ -29,6 +29,7 @@ LAYERS = (
     {"parity"},
     {"training", "engines"},
     {"export", "inference"},
+    {"serve"},
     {"benchmark"},
     {"cli"},
     {"demo", "__main__"},

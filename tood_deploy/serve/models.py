@@ -1,0 +1,232 @@
+"""A model that is served: its detector, its batcher, and what requests may ask of it.
+
+Encoded images or padded tensors come in, detections go out. Knows no HTTP.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tood_deploy.data.image_set import synthetic_image
+from tood_deploy.data.images import decode_image
+from tood_deploy.detections import Detections
+from tood_deploy.errors import InputError, ToodError
+from tood_deploy.inference.detector import Detector
+from tood_deploy.inference.frame import Prepared
+from tood_deploy.manifest import Manifest
+from tood_deploy.matching import NetDetections
+from tood_deploy.preprocess import pad_size, padded_size, with_imgsz
+from tood_deploy.presets import SIZE_DIVISOR
+from tood_deploy.serve.batcher import Batcher, BatchObserver, PendingImage
+
+WARM_UP_CALLS = 2  # the first of a size lays out memory, the second shows that it is done
+
+
+@dataclass(frozen=True)
+class ServeLimits:
+    """What one request may ask for, and how requests are joined.
+
+    Attributes:
+        max_batch: the most images of a batch.
+        batch_delay_s: how long the first image of a batch waits for others.
+        queue: the most images of a model that may wait for the network.
+        max_body: bytes of a request's body, unpacked.
+        max_pixels: of an encoded image, by its header.
+        timeout_s: from a request's first byte to its answer.
+    """
+
+    max_batch: int = 8
+    batch_delay_s: float = 0.002
+    queue: int = 64
+    max_body: int = 64 * 2**20
+    max_pixels: int = 50_000_000
+    timeout_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        for name, value, least in (
+            ("max_batch", self.max_batch, 1),
+            ("batch_delay_s", self.batch_delay_s, 0),
+            ("queue", self.queue, 1),
+            ("max_body", self.max_body, 1024),
+            ("max_pixels", self.max_pixels, 1),
+            ("timeout_s", self.timeout_s, 0.1),
+        ):
+            if not (math.isfinite(value) and value >= least):
+                raise ToodError(f"{name} is {value}; expected {least} or more")
+
+
+@dataclass(eq=False)
+class DecodedImage:
+    """An encoded image of a request, ready for the network.
+
+    Attributes:
+        name: of the file, "" where the request gives none.
+        prepared: the padded image, and the way back for boxes.
+        image_bgr: (H, W, 3) uint8; None where nothing will be drawn on it.
+    """
+
+    name: str
+    prepared: Prepared
+    image_bgr: NDArray[np.uint8] | None = None
+
+    @property
+    def size_hw(self) -> tuple[int, int]:
+        """Rows and columns, upright."""
+        return self.prepared.transform.image_hw
+
+
+class ServedModel:
+    """One model behind a name.
+
+    Attributes:
+        name: that it is served under.
+        detector: opened, and proven by its self-test.
+        batcher: runs its engine; nobody else does.
+    """
+
+    def __init__(
+        self, name: str, detector: Detector, limits: ServeLimits, observe: BatchObserver
+    ) -> None:
+        """Take over an open detector.
+
+        Args:
+            name: that it is served under.
+            detector: with the default thresholds; closed by `close`.
+            limits: of a request.
+            observe: gets every batch that was answered.
+        """
+        self.name, self.detector, self.limits = name, detector, limits
+        self.batcher = Batcher(
+            detector.engine,
+            max_batch=limits.max_batch,
+            delay_s=limits.batch_delay_s,
+            capacity=limits.queue,
+            observe=observe,
+        )
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the artefact says of itself, with the image size that it is served with."""
+        manifest, sizing = self.detector.engine.manifest, self.detector.sizing
+        if manifest.preset.sizing == sizing:
+            return manifest
+        return replace(manifest, preset=with_imgsz(manifest.preset, sizing.imgsz))
+
+    @property
+    def platform(self) -> str:
+        """The runtime, as the Open Inference Protocol names such things."""
+        return self.detector.engine.name.rsplit(maxsplit=1)[0].lower().replace(" ", "") + "_onnx"
+
+    def decode(self, data: bytes, name: str, *, keep: bool = False) -> DecodedImage:
+        """Decode, scale and pad an image; in any thread.
+
+        Args:
+            data: a file's bytes.
+            name: for errors and for the answer.
+            keep: keep the image, to draw on it.
+
+        Raises:
+            InputError: not an image, damaged, or too large.
+        """
+        image_bgr = decode_image(data, name or "the image", self.limits.max_pixels)
+        prepared = self.detector.prepare(image_bgr, color="bgr")
+        self.check_canvas(prepared.image.shape[:2])
+        return DecodedImage(name, prepared, image_bgr if keep else None)
+
+    def pending(self, prepared: Prepared, conf: float, iou: float) -> PendingImage:
+        """Return an image as the batcher takes it.
+
+        Args:
+            prepared: from `decode`.
+            conf, iou: thresholds of the request.
+        """
+        return PendingImage(prepared.image, prepared.transform.resized_hw, conf, iou)
+
+    def to_detections(self, decoded: DecodedImage, rows: NetDetections) -> Detections:
+        """Return detections with boxes in the image's own pixels."""
+        count = min(len(rows), self.detector.max_det)
+        boxes = decoded.prepared.transform.boxes_to_image(rows.boxes[:count])
+        return Detections(
+            boxes, rows.scores[:count], rows.labels[:count], self.detector.class_names
+        )
+
+    def check_canvas(self, size_hw: tuple[int, ...]) -> None:
+        """Refuse a padded size that is larger than the model's own ever are.
+
+        The network's memory grows with it, and no limit on bodies bounds that well.
+
+        Raises:
+            InputError: it is.
+        """
+        sizing = self.detector.sizing
+        largest = sizing.canvas_hw or pad_size((max(sizing.imgsz), max(sizing.imgsz)), SIZE_DIVISOR)
+        bound = self.limits.max_pixels if sizing.scale_factor else largest[0] * largest[1]
+        if size_hw[0] * size_hw[1] > bound:
+            raise InputError(
+                f"images are {size_hw[0]} x {size_hw[1]} padded, {size_hw[0] * size_hw[1]:,} "
+                f"pixels; this model takes {bound:,}: scale them as its sizing says"
+            )
+
+    def warm_up(self) -> None:
+        """Run the sizes that are to be expected, alone and in the largest batch.
+
+        Raises:
+            ToodError: the engine refuses one.
+        """
+        engine = self.detector.engine
+        for net_hw in self._usual_shapes():
+            smallest, largest = engine.batches_at(net_hw)
+            most = min(self.limits.max_batch, largest or self.limits.max_batch)
+            for batch in sorted({smallest, max(smallest, most)}):
+                engine.settle(batch, net_hw)
+                images = np.stack([synthetic_image(*net_hw, seed=0)] * batch)
+                valid_hw = np.array([net_hw] * batch, np.int32)
+                for _ in range(WARM_UP_CALLS):
+                    engine.infer(images, valid_hw, self.detector.conf, self.detector.iou)
+
+    def _usual_shapes(self) -> Sequence[tuple[int, int]]:
+        """Return the padded sizes of landscape and portrait images, or all that the engine has."""
+        if self.detector.engine.input_shapes_hw:
+            return self.detector.engine.input_shapes_hw
+        sizing = self.detector.sizing
+        short, long = min(sizing.imgsz), max(sizing.imgsz)
+        return sorted({padded_size(size_hw, sizing) for size_hw in ((short, long), (long, short))})
+
+    def retry_after_s(self, seconds_per_image: float) -> int:
+        """Return whole seconds after which the queue has probably been worked off."""
+        return max(1, math.ceil(self.batcher.depth * seconds_per_image))
+
+    def close(self) -> None:
+        """Answer what waits, then free the engine."""
+        self.batcher.close()
+        self.detector.close()
+
+
+def open_model(
+    name: str, model: str, limits: ServeLimits, observe: BatchObserver, **options: Any
+) -> ServedModel:
+    """Open a model, prove it by its self-test, and warm it up.
+
+    Args:
+        name: that it will be served under.
+        model: as `Detector` takes it.
+        limits: of a request.
+        observe: gets every batch that was answered.
+        **options: of `Detector`.
+
+    Raises:
+        ToodError: it cannot be opened, or does not run.
+    """
+    served = ServedModel(name, Detector(model, **options), limits, observe)
+    try:
+        served.warm_up()
+    except BaseException:
+        served.close()
+        raise
+    return served
