@@ -70,10 +70,23 @@ class ServerState:
         stopping: whether the server is on its way out.
         metrics: of the server.
         budget: of bodies in memory.
+        problem: is given a line about what the operator should know.
     """
 
-    def __init__(self, names: Sequence[str], limits: ServeLimits) -> None:
-        self.names, self.limits = [*names], limits
+    def __init__(
+        self,
+        names: Sequence[str],
+        limits: ServeLimits,
+        problem: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        """Have no model yet.
+
+        Args:
+            names: of all models to come.
+            limits: of a request.
+            problem: is given a line about what the operator should know.
+        """
+        self.names, self.limits, self.problem = [*names], limits, problem
         self.models: dict[str, ServedModel] = {}
         self.stopping = False
         self.metrics = ServerMetrics()
@@ -134,6 +147,7 @@ def build_app(
             HttpError: _answer_error,
             InputError: _answer_error,
             HTTPException: _answer_http_exception,
+            Exception: _answer_error,  # a bug: uvicorn also writes where it is
         },
     )
     return Gate(app, token=token, budget=state.budget, log=log, count=partial(_count, state))
@@ -372,9 +386,13 @@ async def _run(
     answers = [model.batcher.submit(image) for image in pending]
     try:
         return await wait_for(request, answers, state.limits.timeout_s)
-    except BaseException:
-        model.batcher.cancel(pending)
+    except HttpError:
         raise
+    except Exception as error:  # of the runtime's own types
+        state.problem(f"{model.name}: {type(error).__name__}: {error}")
+        raise HttpError(500, f"{model.name} has no answer: {error}") from error
+    finally:
+        model.batcher.cancel(pending)
 
 
 async def _files_of(request: Request, body: bytes, limits: ServeLimits) -> list[tuple[str, bytes]]:
@@ -395,6 +413,7 @@ async def _files_of(request: Request, body: bytes, limits: ServeLimits) -> list[
         for key, value in form.multi_items()
         if isinstance(value, UploadFile)
     ]
+    await form.close()
     if not files:
         raise HttpError(400, "no image in the form; expected at least one file")
     return files

@@ -27,6 +27,7 @@ from tood_deploy.serve.models import ServeLimits, open_model
 
 BACKLOG = 2048
 DRAIN_EXTRA_S = 5.0  # beyond the time limit of a request
+KEEP_ALIVE_S = 75  # more than the 60 s after which load balancers let go of a connection
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -74,7 +75,7 @@ def run_server(
     listener = bind(config.host, config.port)
     port = listener.getsockname()[1]
     reporter.info(_where(config, port))
-    state = ServerState([*config.models], config.limits)
+    state = ServerState([*config.models], config.limits, reporter.warn)
     app = build_app(state, token=config.token, log=reporter.result if config.access_log else None)
     opener = ModelOpener(config, state, reporter, options, check)
     server = uvicorn.Server(
@@ -84,6 +85,7 @@ def run_server(
             access_log=False,
             server_header=False,
             lifespan="on",
+            timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=int(config.limits.timeout_s + DRAIN_EXTRA_S),
         )
     )
