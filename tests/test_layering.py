@@ -26,7 +26,7 @@ LAYERS = (
         "manifest_sections",
         "reporter",
     },
-    {"manifest", "matching", "preprocess", "windows"},
+    {"manifest", "distributions", "matching", "preprocess", "windows"},
     {"onnx_file", "data", "model"},
     {"parity"},
     {"training", "engines"},

@@ -1,6 +1,7 @@
 """Names of models, the token's file and the limits, as tood-serve takes them."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,6 +44,7 @@ def test_the_token_is_one_word(tmp_path: Path) -> None:
     "limit", ["max_batch", "queue", "max_body", "max_pixels", "timeout_s", "batch_delay_s"]
 )
 def test_limits_have_a_range(limit: str) -> None:
+    wrong: Any
     for wrong in (-1, float("nan"), float("inf")):
         with pytest.raises(ToodError, match=limit):
             ServeLimits(**{limit: wrong})

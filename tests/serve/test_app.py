@@ -19,6 +19,7 @@ from serve.served import CountingEngine, Running, running
 from tood_deploy import Detector
 from tood_deploy.data.image_set import synthetic_image
 from tood_deploy.data.images import decode_image
+from tood_deploy.inference.slicing import Slicing
 from tood_deploy.serve.models import ServeLimits
 
 IMAGES = [synthetic_image(*size_hw, seed) for seed, size_hw in enumerate([(120, 160), (300, 200)])]
@@ -87,6 +88,38 @@ def test_several_images_in_a_form(server: Running, tiny_artefact: Path) -> None:
     assert [len(image["detections"]) for image in answer["images"]] == counts
 
 
+def test_classes_and_thresholds_of_classes(server: Running, tiny_artefact: Path) -> None:
+    data = encoded(IMAGES[0])
+    with Detector(tiny_artefact, conf=0.1) as detector:
+        names = sorted(set(detector(IMAGES[0]).names()))[:2]
+        detector.set_conf({names[0]: 0.25})
+    assert len(names) == 2
+    status, answer, _ = server.ask("POST", f"/detect/tiny?only={','.join(names)}", data)
+    assert status == 200
+    assert {row["class"] for row in answer["images"][0]["detections"]} == set(names)
+    path = f"/detect/tiny?conf=0.1,{names[0]}=0.25".replace(" ", "%20")
+    status, answer, _ = server.ask("POST", path, data)
+    with Detector(tiny_artefact, conf=f"0.1,{names[0]}=0.25") as detector:
+        expected = detector(IMAGES[0])
+    rows = answer["images"][0]["detections"]
+    assert [row["class"] for row in rows] == expected.names()
+
+
+def test_an_image_in_slices(server: Running, tiny_artefact: Path) -> None:
+    image = synthetic_image(300, 420, 5)
+    status, answer, _ = server.ask("POST", "/detect/tiny?slice=160x224", encoded(image))
+    assert status == 200
+    with Detector(tiny_artefact, conf=0.1, slicing=Slicing((160, 224))) as detector:
+        expected = detector(image)
+    rows = answer["images"][0]["detections"]
+    assert len(rows) == len(expected) > 0
+    np.testing.assert_allclose([row["score"] for row in rows], expected.scores, atol=1e-6)
+    np.testing.assert_allclose([row["box"] for row in rows], expected.boxes, atol=1e-3)
+    batcher = server.state.models["tiny"].batcher
+    assert server.ask("POST", "/detect/tiny?slice=32", encoded(image))[0] == 400  # 100 windows
+    assert batcher.depth == 0
+
+
 def test_the_drawn_image(server: Running) -> None:
     headers = {"Accept": "image/jpeg"}
     status, content, found = server.ask("POST", "/detect/tiny", encoded(IMAGES[0]), headers)
@@ -107,6 +140,13 @@ def test_the_drawn_image(server: Running) -> None:
         ("/detect/tiny?conf=2", b"x", {}, 400, "conf"),
         ("/detect/tiny?conf=nan", b"x", {}, 400, "conf"),
         ("/detect/tiny?iou=", b"x", {}, 400, "iou"),
+        ("/detect/tiny?conf=/etc/x.json", b"x", {}, 400, "conf"),
+        ("/detect/tiny?conf=0.5,nothing=1", b"x", {}, 400, "nothing"),
+        ("/detect/tiny?only=nothing", b"x", {}, 400, "nothing"),
+        ("/detect/tiny?only=", b"x", {}, 400, "only"),
+        ("/detect/tiny?slice=", b"x", {}, 400, "slice"),
+        ("/detect/tiny?slice=0", b"x", {}, 400, "slice"),
+        ("/detect/tiny?slice=64x64x64", b"x", {}, 400, "slice"),
         ("/detect/tiny?confidence=0.5", b"x", {}, 400, "confidence"),
         ("/detect/tiny?conf=0.5&conf=0.6", b"x", {}, 400, "conf"),
         ("/detect/tiny", b"x", {"Content-Type": "multipart/form-data"}, 400, "form"),

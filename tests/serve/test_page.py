@@ -82,7 +82,7 @@ def test_a_chosen_image_and_the_threshold(page: Any, image: Path, tiny_artefact:
     wait_for_objects(page)
     assert "ms (server" in page.inner_text("#status")
     with Detector(tiny_artefact, conf=0.05) as detector:
-        scores = detector(cv2.imread(str(image))).scores
+        scores = detector(synthetic_image(240, 320, 0)).scores
     for threshold in (0.3, 0.05, 0.95):
         page.eval_on_selector(
             "#threshold",

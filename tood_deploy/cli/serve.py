@@ -10,6 +10,8 @@ from tood_deploy.cli.common import (
     add_device,
     add_model_options,
     add_runtime_options,
+    add_thresholds,
+    class_options,
     is_artefact,
     run_command,
     takes_hint,
@@ -65,17 +67,12 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
         metavar=("H", "W"),
         help="short and long side to fit images to (default: the model's)",
     )
-    parser.add_argument(
-        "--conf",
-        type=float,
-        default=0.3,
-        help="keep detections above this score, where a request does not say (default: 0.3)",
-    )
+    add_thresholds(parser, default=0.3, shown="0.3; a request may say others")
     parser.add_argument(
         "--iou",
         type=float,
-        help="overlap above which the weaker of two boxes goes, where a request does not say "
-        "(default: the model's)",
+        help="overlap above which the weaker of two boxes goes, 0 to 1 (default: the model's; a "
+        "request may say another)",
     )
     parser.add_argument(
         "--max-det",
@@ -157,13 +154,8 @@ def serve_command(argv: Sequence[str] | None = None) -> int:
         if manifest is not None and (doubt := doubts(Path(model), manifest)):
             reporter.warn(doubt)
 
-    options = {
-        "conf": args.conf,
-        "iou": args.iou,
-        "max_det": args.max_det,
-        "imgsz": args.imgsz,
-        "device": args.device,
-    }
+    options = {name: getattr(args, name) for name in ("conf", "iou", "max_det", "imgsz", "device")}
+    options |= class_options(args)
     for model in models.values():
         options |= engine_options(argparse.Namespace(**vars(args) | {"model": model}))
     if all(takes_hint(model, args) for model in models.values()):

@@ -112,16 +112,19 @@ def _json(
 
 
 def _detect(name: JsonObject, limits: ServeLimits) -> JsonObject:
-    thresholds = [
-        {
-            "name": parameter,
-            "in": "query",
-            "description": description,
-            "schema": {"type": "number", "minimum": 0, "maximum": 1},
-        }
-        for parameter, description in (
-            ("conf", "The score that a detection must exceed."),
-            ("iou", "The overlap above which the weaker of two boxes of a class goes."),
+    share = {"type": "number", "minimum": 0, "maximum": 1}
+    text = {"type": "string"}
+    query = [
+        {"name": parameter, "in": "query", "description": description, "schema": schema}
+        for parameter, description, schema in (
+            (
+                "conf",
+                "The score that a detection must exceed, such as 0.3 or 0.3,person=0.5.",
+                text,
+            ),
+            ("iou", "The overlap above which the weaker of two boxes of a class goes.", share),
+            ("only", "Names of the classes to detect, separated by commas.", text),
+            ("slice", "Search in windows of so many pixels, such as 640 or 640x960.", text),
         )
     ]
     files = {"type": "array", "items": BINARY}
@@ -135,7 +138,7 @@ def _detect(name: JsonObject, limits: ServeLimits) -> JsonObject:
         "description": f"JPEG, PNG, WebP, TIFF and others, of up to {limits.max_pixels} pixels: "
         f"one as the body, or up to {limits.queue} as files of a form. With Accept: image/jpeg the "
         "answer to one image is that image with the boxes drawn on it.",
-        "parameters": [name, *thresholds],
+        "parameters": [name, *query],
         "requestBody": {
             "required": True,
             "content": {

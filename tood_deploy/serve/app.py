@@ -26,7 +26,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from tood_deploy.detections import Detections
-from tood_deploy.errors import InputError
+from tood_deploy.errors import InputError, ToodError
+from tood_deploy.inference.slicing import Slicing
 from tood_deploy.matching import NetDetections
 from tood_deploy.serve import protocol
 from tood_deploy.serve.api_description import describe_api
@@ -47,7 +48,7 @@ from tood_deploy.serve.http import (
     wait_for,
 )
 from tood_deploy.serve.metrics import ServerMetrics
-from tood_deploy.serve.models import DecodedImage, ServedModel, ServeLimits
+from tood_deploy.serve.models import DecodedImage, ServedModel, ServeLimits, Wanted
 
 Result = TypeVar("Result")
 
@@ -314,22 +315,24 @@ async def infer(state: ServerState, request: Request) -> Response:
 
 async def detect(state: ServerState, request: Request) -> Response:
     """Find objects in encoded images."""
-    check_query(request, ("conf", "iou"))
+    check_query(request, ("conf", "iou", "only", "slice"))
     model, record = state.model(request), record_of(request)
-    conf = number_from(request, "conf", model.detector.conf)
-    iou = number_from(request, "iou", model.detector.iou)
-    wanted = _media_type(request)
+    drawn = _media_type(request) == JPEG
+    wanted = _wanted(request, model, drawn=drawn)
     body = await _read(state, request, model)
     files = await _files_of(request, body, state.limits)
-    if wanted == JPEG and len(files) != 1:
+    if drawn and len(files) != 1:
         raise HttpError(406, f"{len(files)} images; a drawn one is sent for one: ask for JSON")
     record.images = len(files)
-    _reserve(state, model, len(files))
-    images = await _decode(state, model, files, keep=wanted == JPEG)
-    pending = [model.pending(image.prepared, conf, iou) for image in images]
-    rows = await _run(state, request, model, pending)
-    detections = [model.to_detections(image, own) for image, own in zip(images, rows, strict=True)]
-    if wanted == JPEG:
+    images = await _decode(state, model, files, wanted)
+    parts = [model.pending(image, wanted) for image in images]
+    flat = await _run(state, request, model, [one for own in parts for one in own])
+    rows = iter(flat)
+    detections = [
+        model.to_detections(image, [next(rows) for _ in own], wanted)
+        for image, own in zip(images, parts, strict=True)
+    ]
+    if drawn:
         return Response(await state.in_worker(_drawn, images[0], detections[0]), media_type=JPEG)
     return json_response(
         {
@@ -340,6 +343,24 @@ async def detect(state: ServerState, request: Request) -> Response:
             "ms": round(record.elapsed_s() * 1000, 2),
         }
     )
+
+
+def _wanted(request: Request, model: ServedModel, *, drawn: bool) -> Wanted:
+    """Return what the query of a request wants to know."""
+    query = request.query_params
+    only = [name.strip() for name in query["only"].split(",")] if "only" in query else None
+    slicing = None
+    if "slice" in query:
+        sides = query["slice"].lower().split("x")
+        try:
+            numbers = [int(side) for side in sides if len(side) < 8]
+            slicing = Slicing(numbers if len(numbers) > 1 else numbers[0])
+        except (ValueError, IndexError, ToodError) as error:
+            raise HttpError(
+                400, f"slice is {query['slice'][:40]!r}; expected pixels, such as 640 or 640x960"
+            ) from error
+    iou = number_from(request, "iou", model.detector.iou)
+    return model.wanted(query.get("conf"), iou, only, slicing, drawn=drawn)
 
 
 async def _read(state: ServerState, request: Request, model: ServedModel) -> bytes:
@@ -353,10 +374,25 @@ async def _read(state: ServerState, request: Request, model: ServedModel) -> byt
     return body
 
 
-def _reserve(state: ServerState, model: ServedModel, images: int) -> None:
+def _reserve(
+    state: ServerState, model: ServedModel, images: int, altogether: int | None = None
+) -> None:
+    """Take places in the queue.
+
+    Args:
+        state: of the server.
+        model: whose queue it is.
+        images: how many to take.
+        altogether: how many the request then has.
+
+    Raises:
+        HttpError: there are not so many free, or there never will be.
+    """
     capacity = model.batcher.capacity
-    if images > capacity:
-        raise HttpError(413, f"{images} images in one request; expected at most {capacity}")
+    if (altogether or images) > capacity:
+        raise HttpError(
+            413, f"{altogether or images} images or windows in a request; expected {capacity}"
+        )
     try:
         model.batcher.reserve(images)
     except QueueFull as error:
@@ -365,17 +401,25 @@ def _reserve(state: ServerState, model: ServedModel, images: int) -> None:
 
 
 async def _decode(
-    state: ServerState, model: ServedModel, files: Sequence[tuple[str, bytes]], *, keep: bool
+    state: ServerState, model: ServedModel, files: Sequence[tuple[str, bytes]], wanted: Wanted
 ) -> list[DecodedImage]:
-    """Decode the images of a request, whose places in the queue are given back if one fails."""
-    started_s = time.perf_counter()
-    calls = [state.in_worker(partial(model.decode, data, name, keep=keep)) for name, data in files]
-    outcomes = await asyncio.gather(*calls, return_exceptions=True)
+    """Decode the images of a request, and take places in the queue for all of their parts."""
+    _reserve(state, model, len(files))
+    reserved, started_s = len(files), time.perf_counter()
+    try:
+        calls = [state.in_worker(model.decode, data, name, wanted) for name, data in files]
+        outcomes = await asyncio.gather(*calls, return_exceptions=True)
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                raise outcome
+        images = [outcome for outcome in outcomes if isinstance(outcome, DecodedImage)]
+        parts = sum(len(image.parts) for image in images)
+        if parts > reserved:
+            _reserve(state, model, parts - reserved, parts)
+    except BaseException:
+        model.batcher.release(reserved)
+        raise
     state.metrics.observe_stage(model.name, "decode", time.perf_counter() - started_s)
-    images = [outcome for outcome in outcomes if isinstance(outcome, DecodedImage)]
-    if len(images) < len(files):
-        model.batcher.release(len(files))
-        raise next(outcome for outcome in outcomes if isinstance(outcome, BaseException))
     return images
 
 

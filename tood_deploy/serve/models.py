@@ -19,6 +19,8 @@ from tood_deploy.detections import Detections
 from tood_deploy.errors import InputError, ToodError
 from tood_deploy.inference.detector import Detector
 from tood_deploy.inference.frame import Prepared
+from tood_deploy.inference.slicing import Slicing, merge_windows, shift
+from tood_deploy.inference.thresholds import class_scores, thresholds_from
 from tood_deploy.manifest import Manifest
 from tood_deploy.matching import NetDetections
 from tood_deploy.preprocess import pad_size, padded_size, with_imgsz
@@ -61,24 +63,42 @@ class ServeLimits:
                 raise ToodError(f"{name} is {value}; expected {least} or more")
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
+class Wanted:
+    """What a request wants to know of its images.
+
+    Attributes:
+        conf: the lowest score that counts for any class.
+        iou: overlap above which the lower-scored of two boxes of a class goes.
+        class_scores: (K,) the score that each class must exceed; None where `conf` is all.
+        slicing: how images are searched in windows; None where they are not.
+        drawn: whether the image is kept, to draw on it.
+    """
+
+    conf: float
+    iou: float
+    class_scores: NDArray[np.float32] | None = None
+    slicing: Slicing | None = None
+    drawn: bool = False
+
+
+@dataclass(frozen=True, eq=False)
 class DecodedImage:
     """An encoded image of a request, ready for the network.
 
     Attributes:
         name: of the file, "" where the request gives none.
-        prepared: the padded image, and the way back for boxes.
+        size_hw: rows and columns, upright.
+        parts: the padded image, or its windows, and the whole after them where that is searched.
+        windows: (N, 4) xyxy of every part, in pixels of the image.
         image_bgr: (H, W, 3) uint8; None where nothing will be drawn on it.
     """
 
     name: str
-    prepared: Prepared
+    size_hw: tuple[int, int]
+    parts: Sequence[Prepared]
+    windows: NDArray[np.int64]
     image_bgr: NDArray[np.uint8] | None = None
-
-    @property
-    def size_hw(self) -> tuple[int, int]:
-        """Rows and columns, upright."""
-        return self.prepared.transform.image_hw
 
 
 class ServedModel:
@@ -123,38 +143,100 @@ class ServedModel:
         """The runtime, as the Open Inference Protocol names such things."""
         return self.detector.engine.name.rsplit(maxsplit=1)[0].lower().replace(" ", "") + "_onnx"
 
-    def decode(self, data: bytes, name: str, *, keep: bool = False) -> DecodedImage:
-        """Decode, scale and pad an image; in any thread.
+    def wanted(
+        self,
+        conf: str | None,
+        iou: float,
+        only: Sequence[str] | None = None,
+        slicing: Slicing | None = None,
+        *,
+        drawn: bool = False,
+    ) -> Wanted:
+        """Return what a request wants, with what the server was started with for the rest.
+
+        Args:
+            conf: as in "0.3,person=0.5"; None where the request does not say.
+            iou: of the suppression.
+            only: names of classes to detect.
+            slicing: how images are searched in windows.
+            drawn: whether the image will be drawn on.
+
+        Raises:
+            InputError: a value out of range, or a class that the model does not have.
+        """
+        if conf is not None and conf.lower().endswith(".json"):  # a file of the server's
+            raise InputError(f"conf is {conf[:40]!r}; expected such as 0.3 or 0.3,person=0.5")
+        try:
+            detector = self.detector
+            thresholds = detector.thresholds if conf is None else thresholds_from(conf)
+            classes = (only, None) if only is not None else (detector.only, detector.exclude)
+            scores = class_scores(thresholds, detector.class_names, *classes)
+        except ToodError as error:
+            raise InputError(str(error)) from error
+        lowest = thresholds.default if scores is None else float(scores.min())
+        return Wanted(lowest, iou, scores, slicing, drawn)
+
+    def decode(self, data: bytes, name: str, wanted: Wanted) -> DecodedImage:
+        """Decode an image, cut it where it is sliced, scale and pad; in any thread.
 
         Args:
             data: a file's bytes.
             name: for errors and for the answer.
-            keep: keep the image, to draw on it.
+            wanted: of the request.
 
         Raises:
-            InputError: not an image, damaged, or too large.
+            InputError: not an image, damaged, too large, or of more windows than may wait.
         """
         image_bgr = decode_image(data, name or "the image", self.limits.max_pixels)
-        prepared = self.detector.prepare(image_bgr, color="bgr")
-        self.check_canvas(prepared.image.shape[:2])
-        return DecodedImage(name, prepared, image_bgr if keep else None)
+        height, width = image_bgr.shape[:2]
+        whole = np.array([[0, 0, width, height]])
+        windows = whole
+        if wanted.slicing is not None:
+            windows = wanted.slicing.windows((height, width))
+            if wanted.slicing.whole and len(windows) > 1:
+                windows = np.concatenate([windows, whole])
+        if len(windows) > self.limits.queue:
+            raise InputError(
+                f"{name or 'the image'}: {len(windows)} windows, {self.limits.queue} may wait; "
+                "slice larger"
+            )
+        parts = [
+            self.detector.prepare(image_bgr[top:bottom, left:right], color="bgr")
+            for left, top, right, bottom in windows.tolist()
+        ]
+        for part in parts:
+            self.check_canvas(part.image.shape)
+        kept = image_bgr if wanted.drawn else None
+        return DecodedImage(name, (height, width), parts, windows, kept)
 
-    def pending(self, prepared: Prepared, conf: float, iou: float) -> PendingImage:
-        """Return an image as the batcher takes it.
+    def pending(self, decoded: DecodedImage, wanted: Wanted) -> list[PendingImage]:
+        """Return the parts of an image as the batcher takes them."""
+        return [
+            PendingImage(part.image, part.transform.resized_hw, wanted.conf, wanted.iou)
+            for part in decoded.parts
+        ]
+
+    def to_detections(
+        self, decoded: DecodedImage, rows: Sequence[NetDetections], wanted: Wanted
+    ) -> Detections:
+        """Return detections with boxes in the image's own pixels.
 
         Args:
-            prepared: from `decode`.
-            conf, iou: thresholds of the request.
+            decoded: the image.
+            rows: of every part.
+            wanted: of the request.
         """
-        return PendingImage(prepared.image, prepared.transform.resized_hw, conf, iou)
-
-    def to_detections(self, decoded: DecodedImage, rows: NetDetections) -> Detections:
-        """Return detections with boxes in the image's own pixels."""
-        count = min(len(rows), self.detector.max_det)
-        boxes = decoded.prepared.transform.boxes_to_image(rows.boxes[:count])
-        return Detections(
-            boxes, rows.scores[:count], rows.labels[:count], self.detector.class_names
-        )
+        results = []
+        for part, own, window in zip(decoded.parts, rows, decoded.windows, strict=True):
+            kept = np.arange(len(own))
+            if wanted.class_scores is not None:
+                kept = np.flatnonzero(own.scores > wanted.class_scores[own.labels])
+            kept = kept[: self.detector.max_det]
+            boxes = part.transform.boxes_to_image(own.boxes[kept])
+            names = self.detector.class_names
+            detections = Detections(boxes, own.scores[kept], own.labels[kept], names)
+            results.append(detections if len(rows) == 1 else shift(detections, window))
+        return results[0] if wanted.slicing is None else merge_windows(results, wanted.slicing)
 
     def check_canvas(self, size_hw: tuple[int, ...]) -> None:
         """Refuse a padded size that is larger than the model's own ever are.
