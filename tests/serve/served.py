@@ -108,7 +108,7 @@ def running(
     limits = limits or ServeLimits()
     state = ServerState([*models], limits)
     for name, detector in models.items():
-        state.models[name] = ServedModel(name, detector, limits, state.metrics.batch_observer(name))
+        state.add(ServedModel(name, detector, limits, state.metrics.batch_observer(name)))
     app = build_app(state, token=token, log=None if log is None else log.append)
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off"))
     with bind("127.0.0.1", 0) as listener:

@@ -2,12 +2,14 @@
 
 import gzip
 import json
+import re
 import struct
 import threading
 import time
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,9 @@ from serve.served import CountingEngine, Running, running
 from tood_deploy import Detector
 from tood_deploy.data.image_set import synthetic_image
 from tood_deploy.data.images import decode_image
+from tood_deploy.distributions import ImageCounter
 from tood_deploy.inference.slicing import Slicing
+from tood_deploy.manifest_sections import Parity
 from tood_deploy.serve.models import ServeLimits
 
 IMAGES = [synthetic_image(*size_hw, seed) for seed, size_hw in enumerate([(120, 160), (300, 200)])]
@@ -395,3 +399,47 @@ def test_metrics_count(counting: tuple[Running, CountingEngine]) -> None:
         assert line in text
     for stage in ("read", "decode", "queue", "infer", "total"):
         assert f'tood_stage_seconds_bucket{{le="30.0",model="m",stage="{stage}"}}' in text
+
+
+def drift_of(server: Running) -> dict[str, float]:
+    """Return the figure of every distribution."""
+    text = server.ask("GET", "/metrics")[1].decode()
+    rows = re.findall(
+        r'^tood_drift_psi\{distribution="(\w+)",model="m"\} (\S+)', text, re.MULTILINE
+    )
+    return {kind: float(value) for kind, value in rows}
+
+
+def test_drift_from_calibration() -> None:
+    """Images like those of calibration give a small figure, other sizes and counts a large one."""
+    engine = CountingEngine()
+    counter = ImageCounter(80)
+    scores = np.linspace(0.99, 0.0, 100, dtype=np.float32)[:20]
+    for _ in range(40):
+        counter.add((32, 32), scores, np.zeros(20, np.int32))
+    parity = Parity(statistics=counter.statistics())
+    engine.manifest = replace(engine.manifest, parity=parity)
+    with running({"m": Detector(engine, conf=0.3)}) as server:
+        assert drift_of(server) == {}
+        for _ in range(20):
+            server.ask("POST", "/detect/m", solid(20))
+        assert set(drift_of(server)) == {"scores", "classes", "sizes"}
+        assert max(drift_of(server).values()) < 0.25
+        large = encoded(np.full((320, 320, 3), (0, 0, 70), np.uint8))
+        for _ in range(20):
+            server.ask("POST", "/detect/m", large)
+        drift = drift_of(server)
+        assert min(drift["scores"], drift["sizes"]) > 0.25
+        before = drift_of(server)
+        for query in ("conf=0.5", "only=person", "slice=64"):
+            assert server.ask("POST", f"/detect/m?{query}", solid(20))[0] == 200
+        assert drift_of(server) == before
+
+
+def test_without_calibration_there_is_no_drift(counting: tuple[Running, CountingEngine]) -> None:
+    server, _ = counting
+    server.ask("POST", "/detect/m", solid(20))
+    text = server.ask("GET", "/metrics")[1].decode()
+    assert "tood_drift_psi{" not in text
+    assert "tood_calibration_share{" not in text
+    assert 'tood_served_share{bin="0",distribution="sizes",model="m"} 1.0' in text

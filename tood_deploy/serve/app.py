@@ -26,6 +26,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from tood_deploy.detections import Detections
+from tood_deploy.distributions import COUNTED_CONF
 from tood_deploy.errors import InputError, ToodError
 from tood_deploy.inference.slicing import Slicing
 from tood_deploy.matching import NetDetections
@@ -91,11 +92,15 @@ class ServerState:
         self.models: dict[str, ServedModel] = {}
         self.stopping = False
         self.metrics = ServerMetrics()
-        self.metrics.add_queue(
-            lambda: {name: model.batcher.depth for name, model in self.models.items()}
-        )
         self.budget = BodyBudget(BODIES_AT_A_TIME * limits.max_body)
         self._workers = ThreadPoolExecutor(os.cpu_count() or 1, "decode")
+
+    def add(self, model: ServedModel) -> None:
+        """Take a model that is open, proven and warm."""
+        self.metrics.add_model(
+            model.name, lambda: model.batcher.depth, model.detector.class_names, model.manifest
+        )
+        self.models[model.name] = model
 
     @property
     def ready(self) -> bool:
@@ -332,6 +337,9 @@ async def detect(state: ServerState, request: Request) -> Response:
         model.to_detections(image, [next(rows) for _ in own], wanted)
         for image, own in zip(images, parts, strict=True)
     ]
+    if wanted.conf <= COUNTED_CONF and wanted.class_scores is None and wanted.slicing is None:
+        for image, own in zip(images, detections, strict=True):
+            state.metrics.count_image(model.name, image.size_hw, own)
     if drawn:
         return Response(await state.in_worker(_drawn, images[0], detections[0]), media_type=JPEG)
     return json_response(

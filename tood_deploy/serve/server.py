@@ -198,7 +198,7 @@ class ModelOpener:
         state = self.state
         observe = state.metrics.batch_observer(name)
         served = open_model(name, model, state.limits, observe, **self._options)
-        state.models[name] = served
+        state.add(served)
         self._reporter.info(f"{name}: {served.detector.engine.name}, proven and warm")
 
     def close(self) -> None:
