@@ -17,9 +17,10 @@ from tood_deploy.engines import BatchDetections, Engine
 from tood_deploy.inference.detector import Detector
 from tood_deploy.manifest import Manifest
 from tood_deploy.presets import PRESETS
-from tood_deploy.serve.app import ServerState, build_app
+from tood_deploy.serve.app import build_app
 from tood_deploy.serve.models import ServedModel, ServeLimits
 from tood_deploy.serve.server import bind
+from tood_deploy.serve.state import ServerState
 
 MAX_DET = 100
 

@@ -22,8 +22,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tood_deploy.errors import ToodError
 from tood_deploy.reporter import Reporter
-from tood_deploy.serve.app import ServerState, build_app
+from tood_deploy.serve.app import build_app
 from tood_deploy.serve.models import ServeLimits, open_model
+from tood_deploy.serve.state import ServerState
 
 BACKLOG = 2048
 DRAIN_EXTRA_S = 5.0  # beyond the time limit of a request
@@ -277,6 +278,7 @@ def _server_log(reporter: Reporter) -> Iterator[None]:
             """Print a record."""
             reporter.problem(self.format(record))
 
+    logging.getLogger("python_multipart").addHandler(logging.NullHandler())  # a 400 says it
     logger, handler = logging.getLogger("uvicorn.error"), ToReporter(logging.ERROR)
     propagated, logger.propagate = logger.propagate, False
     logger.addHandler(handler)
