@@ -5,10 +5,7 @@ Needs torch, and neither weights nor memory.
 
 import argparse
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
-
-from tood_deploy.model import build_model
+from tood_deploy.benchmark.latency.peak import network_cost
 from tood_deploy.preprocess import padded_size
 from tood_deploy.presets import PRESETS
 
@@ -33,30 +30,11 @@ def main() -> None:
         size_hw = (
             tuple(args.size) if args.size else padded_size(COCO_IMAGE_HW, PRESETS[name].sizing)
         )
-        parameters, gmacs = preset_cost(name, size_hw)
+        parameters, gmacs = network_cost(PRESETS[name], size_hw)
         print(
             f"{name:<14} {size_hw[0]}x{size_hw[1]} {parameters / 1e6:7.1f} M {gmacs:7.1f} GMAC",
             flush=True,
         )
-
-
-def preset_cost(name: str, size_hw: tuple[int, int]) -> tuple[int, float]:
-    """Return the number of parameters of a preset's network and its multiply-adds in billions.
-
-    Counted are convolutions and matrix products, on the meta device: nothing is computed.
-
-    Args:
-        name: of the preset.
-        size_hw: rows and columns of the network's input, multiples of 32.
-    """
-    with torch.device("meta"):
-        model = build_model(name)
-        images = torch.zeros(1, 3, *size_hw)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(images)
-    return sum(
-        parameter.numel() for parameter in model.parameters()
-    ), counter.get_total_flops() / 2e9
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from typing import NoReturn
 
 import pytest
 
+from tood_deploy.benchmark.latency.peak import network_cost
 from tood_deploy.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -231,10 +232,9 @@ def test_presets_page_has_the_published_ap_and_downloads() -> None:
 
 
 def test_presets_page_has_the_parameters_and_multiply_adds() -> None:
-    preset_cost = runpy.run_path(str(ROOT / "benchmarks" / "preset_sizes.py"))["preset_cost"]
     rows = {row[0]: row for row in preset_rows()}
     for name in ("r50-1x", "tiny"):
-        parameters, gmacs = preset_cost(name, (640, 640))
+        parameters, gmacs = network_cost(PRESETS[name], (640, 640))
         assert rows[name][4] == f"{parameters / 1e6:.1f} M"
         assert rows[name][6] == f"{gmacs:.1f}"
 
@@ -244,6 +244,8 @@ def test_presets_of_one_network_have_one_cost() -> None:
     for row in preset_rows():
         preset = PRESETS[row[0]]
         network = (
+            preset.detector,
+            preset.backbone_style,
             preset.depth,
             preset.groups,
             preset.base_channels,

@@ -2,14 +2,24 @@
 
 import hashlib
 import os
+import signal
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tood_deploy import files
 from tood_deploy.errors import OutputError
-from tood_deploy.files import atomic_path, atomic_paths, file_sha256
+from tood_deploy.files import (
+    TEMPORARY,
+    atomic_path,
+    atomic_paths,
+    file_sha256,
+    remove_leftovers,
+    temporary_folder,
+)
 
 
 class TestHashes:
@@ -50,6 +60,22 @@ class TestOneFile:
         assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a.txt", "old")]
 
 
+class TestPlaces:
+    def test_a_symbolic_link_is_replaced(self, tmp_path: Path) -> None:
+        (tmp_path / "target").write_text("old")
+        (tmp_path / "link").symlink_to("target")
+        files.write_text(tmp_path / "link", "new")
+        assert (tmp_path / "target").read_text() == "old"
+        assert not (tmp_path / "link").is_symlink()
+
+    @pytest.mark.parametrize("name", ["/dev/null", "/dev/stdout", "/proc/self/fd/1", "pipe"])
+    def test_a_device_or_pipe_is_never_replaced(self, name: str, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "pipe")
+        for writes in (atomic_path, atomic_paths):
+            with pytest.raises(OutputError, match="device, pipe or link"), writes(tmp_path / name):
+                pass
+
+
 class TestFilesThatBelongTogether:
     def test_all_become_themselves(self, tmp_path: Path) -> None:
         with atomic_paths(tmp_path / "new" / "a.bin", tmp_path / "new" / "a.xml") as names:
@@ -83,3 +109,57 @@ class TestFilesThatBelongTogether:
         ):
             raise OSError(28, "No space left on device")
         assert not list(tmp_path.iterdir())
+
+
+WRITER = """
+import os, sys, time
+from pathlib import Path
+from tood_deploy.files import atomic_path, atomic_paths
+folder = Path(sys.argv[1])
+with atomic_path(folder / "a.mp4"), atomic_paths(folder / "a.xml", folder / "a.bin") as names:
+    names[0].write_text("half")
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+
+
+class TestLeftovers:
+    @pytest.fixture(autouse=True)
+    def not_looked_at_yet(self) -> None:
+        remove_leftovers.cache_clear()
+
+    def test_of_a_killed_process_are_removed_by_the_next_output(self, tmp_path: Path) -> None:
+        """And not while that process lives, nor what only looks alike."""
+        others = {".tood-mine", f"{TEMPORARY}0123.mp4", ".a-0123456789ab.mp4"}
+        for name in others:
+            (tmp_path / name).write_text("a user's")
+        command = [sys.executable, "-c", WRITER, str(tmp_path)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as writer:
+            assert writer.stdout is not None
+            assert writer.stdout.readline() == b"ready\n"
+            running = {path.name for path in tmp_path.iterdir()} - others
+            assert len(running) == 2
+            remove_leftovers(tmp_path)
+            assert {path.name for path in tmp_path.iterdir()} == running | others
+            writer.send_signal(signal.SIGKILL)
+            writer.wait()
+        remove_leftovers.cache_clear()
+        with atomic_path(tmp_path / "b.json") as temporary:
+            temporary.write_text("{}")
+        assert {path.name for path in tmp_path.iterdir()} == {"b.json"} | others
+
+    def test_a_symbolic_link_is_no_leftover(self, tmp_path: Path) -> None:
+        target = tmp_path / "target"
+        target.mkdir()
+        (target / "file").write_text("x")
+        (tmp_path / f"{TEMPORARY}0123456789abcdef").symlink_to(target)
+        remove_leftovers(tmp_path)
+        assert (target / "file").exists()
+
+    @pytest.mark.parametrize("length", [1, 251])
+    def test_names_of_any_length_have_a_temporary_one(self, tmp_path: Path, length: int) -> None:
+        with atomic_path(tmp_path / f"{'n' * length}.txt") as temporary:
+            temporary.write_text("x")
+        with temporary_folder(tmp_path / ("m" * length), tmp_path) as folder:
+            (folder / "x").touch()
+        assert [path.name for path in tmp_path.iterdir()] == [f"{'n' * length}.txt"]

@@ -16,15 +16,17 @@ PACKAGE = Path(__file__).resolve().parents[1] / "tood_deploy"
 LAYERS = (
     {
         "errors",
+        "preset",
         "presets",
         "detections",
         "draw",
         "files",
         "graph_io",
+        "manifest_schema",
         "manifest_sections",
         "reporter",
     },
-    {"manifest", "matching", "preprocess"},
+    {"manifest", "matching", "preprocess", "windows"},
     {"onnx_file", "data", "model"},
     {"parity"},
     {"training", "engines"},

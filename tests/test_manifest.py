@@ -82,15 +82,87 @@ def test_an_engine_has_its_target(path: Path) -> None:
         ({"options": {"int8": 5}}, "options"),
         ({"options": {"half_precision": {"kept": {}}}}, "options"),
         ({"parity": [1]}, "parity"),
+        ({"parity": {"benchmark": 0}}, "benchmark"),
+        ({"max_det": 0}, "max_det"),
+        ({"max_det": 10**9}, "max_det"),
+        ({"max_det": None}, "max_det"),
+        ({"precision": -1}, "precision"),
+        ({"precision": "int4"}, "precision"),
+        ({"versions": []}, "versions"),
+        ({"created": {}}, "created"),
+        ({"preset": None}, "preset"),
+        ({"options": {"opset": "21"}}, "opset"),
+        ({"target": {"profiles": []}}, "target"),
     ],
 )
 def test_a_damaged_section_is_named(fields: dict[str, Any], key: str) -> None:
     values = plain(stated()) | fields
-    with pytest.raises(ArtefactError, match=f"^a.json: {key} is damaged.*export the model again"):
+    with pytest.raises(ArtefactError, match=rf"^a.json: .*{key}.*export the model again"):
         Manifest.from_json(json.dumps(values), "a.json")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 1}', '{"format": 2}'])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("imgsz", [60000, 60000]),
+        ("imgsz", ["800", 1333]),
+        ("imgsz", [800]),
+        ("class_names", "cat"),
+        ("class_names", [["cat"]]),
+        ("depth", None),
+        ("channels", 10**12),
+        ("mean", [0, 0, float("inf")]),
+        ("std", [1, 1, float("nan")]),
+        ("max_det", -5),
+        ("iou_threshold", 10**400),
+        ("canvas_hw", [60000, 32]),
+    ],
+)
+def test_a_damaged_preset_is_named(field: str, value: object) -> None:
+    values = plain(stated())
+    values["preset"][field] = value
+    with pytest.raises(ArtefactError, match=rf"^a.json: .*{field}.*export the model again"):
+        Manifest.from_json(json.dumps(values), "a.json")
+
+
+CASE = {"net_hw": [64, 96], "score_threshold": 0.1, "boxes": [[0, 0, 9, 9]], "scores": [0.5]}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"labels": []},
+        {"labels": [-1]},
+        {"labels": ["0"]},
+        {"scores": [float("nan")]},
+        {"scores": [None]},
+        {"boxes": [[0, 0, 9]]},
+        {"boxes": [[0, 0, 9, float("inf")]]},
+        {"net_hw": [60, 96]},
+        {"net_hw": [64, 2**20]},
+        {"score_threshold": True},
+    ],
+)
+def test_a_damaged_self_test_is_named(change: dict[str, Any]) -> None:
+    test = {"picture_png": "iVBO", "iou_threshold": 0.6, "reference": "PyTorch"}
+    right = test | {"cases": [CASE | {"labels": [0]}]}
+    assert stated(self_test=right).self_test is not None
+    wrong = plain(stated()) | {"self_test": test | {"cases": [CASE | {"labels": [0]} | change]}}
+    with pytest.raises(ArtefactError, match=r"^a.json: .*self_test\.cases.*export the model again"):
+        Manifest.from_json(json.dumps(wrong), "a.json")
+
+
+def test_other_numbers_than_those_of_the_graph_are_refused() -> None:
+    with pytest.raises(ArtefactError, match=r"states 50 rows .* has 100"):
+        replace(stated(), max_det=50).check_outputs(stated(), "a.json")
+    fewer = replace(stated(), preset=replace(stated().preset, class_names=("a", "b")))
+    with pytest.raises(ArtefactError, match=r"states 2 class names.* has 80"):
+        fewer.check_outputs(stated(), "a.json")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"format": 1}', '{"format": 2}', "[" * 100_000, "null", '"a"', "\x00"]
+)
 def test_what_is_no_manifest_of_this_version(text: str) -> None:
     with pytest.raises(ArtefactError, match=r"manifest.*export the model again"):
         Manifest.from_json(text, "a.json")

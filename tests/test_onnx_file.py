@@ -20,6 +20,7 @@ from tood_deploy.onnx_file import (
     needs_float_arithmetic,
     open_session,
     read_onnx,
+    run_session,
     with_outputs,
 )
 
@@ -186,3 +187,25 @@ class TestFloatArithmetic:
         x = np.array([[1, 2], [3, 4]], np.float32)
         outputs: Any = session.run(None, {"x": x})
         np.testing.assert_allclose(outputs[0], np.full((2, 2), 63.5))
+
+
+def test_weights_in_other_files_are_refused(tmp_path: Path) -> None:
+    """No hash covers them, and they may lie anywhere."""
+    path = save_small(tmp_path / "a.onnx")
+    model = onnx.load(path)
+    model.graph.initializer.append(numpy_helper.from_array(np.zeros(1000, np.float32), "extra"))
+    onnx.save(model, path, save_as_external_data=True, location="weights", size_threshold=0)
+    with pytest.raises(ArtefactError, match="tensors in other files"):
+        read_onnx(path)
+
+
+def test_a_graph_that_fails_while_it_runs_is_one_error(tmp_path: Path) -> None:
+    node = helper.make_node("Reshape", ["x", "shape"], ["y"])
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n"])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    shape = numpy_helper.from_array(np.array([7], np.int64), "shape")
+    graph = helper.make_graph([node], "g", [x], [y], [shape])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    session = open_session(model.SerializeToString())
+    with pytest.raises(ArtefactError, match=r"an inference failed .*export the model again"):
+        run_session(session, ["y"], {"x": np.zeros(5, np.float32)})

@@ -25,6 +25,10 @@ class ArtefactError(ToodError):
     """An exported artefact that is not ours, is damaged, or is of another version."""
 
 
+class ArtefactWarning(UserWarning):
+    """An artefact that opens, but is not the file that its manifest describes."""
+
+
 class InputError(ToodError):
     """An image, video, folder or stream that cannot be read."""
 
@@ -39,6 +43,21 @@ class DeviceError(ToodError):
 
 class DownloadError(ToodError):
     """Published weights that could not be fetched, or did not arrive intact."""
+
+
+REPEATS_S = 2.0  # in which a signal that comes again is the same one, sent by two senders
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal that ends the process in good order: outputs are completed, or removed.
+
+    Attributes:
+        number: of the signal: SIGINT (Ctrl-C), SIGTERM or SIGHUP.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
 
 
 class CheckFailed(Exception):  # noqa: N818 - the outcome of a check, not wrong use
@@ -62,10 +81,13 @@ class Package:
 PACKAGES = {  # by the name that is imported
     "argcomplete": Package("argcomplete"),
     "av": Package("av"),
+    "PIL": Package("pillow"),
     "cv2": Package("opencv-python-headless"),
     "imagesize": Package("imagesize"),
+    "msgspec": Package("msgspec"),
     "numpy": Package("numpy"),
     "onnxruntime": Package("onnxruntime"),
+    "pi_heif": Package("pi-heif", ("heif",)),
     "rich": Package("rich"),
     "filelock": Package("filelock", ("export", "train")),
     "google.protobuf": Package("protobuf", ("export",)),

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from tood_deploy.errors import ArtefactError, ToodError
 from tood_deploy.files import file_sha256
 from tood_deploy.graph_io import ARTEFACT_SUFFIXES, OPENVINO_SUFFIX, OPENVINO_WEIGHTS_SUFFIX
+from tood_deploy.manifest_schema import check_manifest
 from tood_deploy.manifest_sections import Build, EngineTarget, Parity, SelfTest
 from tood_deploy.presets import Preset
 
@@ -83,25 +84,44 @@ class Manifest:
         try:
             values = json.loads(text)
             format_number = values.pop("format")
-            if format_number != FORMAT:
-                raise ArtefactError(
-                    f"{origin}: manifest of format {format_number}, this version reads format "
-                    f"{FORMAT}; export the model again"
-                )
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise _damaged(origin, error) from error
+        if format_number != FORMAT:
+            raise ArtefactError(
+                f"{origin}: manifest of format {format_number}, this version reads format "
+                f"{FORMAT}; export the model again"
+            )
+        try:
+            check_manifest(values)
             sections = {
-                "build": _section(values, "options", Build.from_dict, origin) or Build(),
-                "parity": _section(values, "parity", Parity.from_dict, origin),
-                "target": _section(values, "target", EngineTarget.from_dict, origin),
-                "self_test": _section(values, "self_test", SelfTest.from_dict, origin),
+                "build": _section(values, "options", Build.from_dict) or Build(),
+                "parity": _section(values, "parity", Parity.from_dict),
+                "target": _section(values, "target", EngineTarget.from_dict),
+                "self_test": _section(values, "self_test", SelfTest.from_dict),
             }
             return cls(**values | sections | {"preset": Preset.from_dict(values["preset"])})
-        except ArtefactError:
-            raise
-        except (ValueError, TypeError, KeyError, AttributeError, ToodError) as error:
-            raise ArtefactError(
-                f"{origin}: not a manifest of tood_deploy ({error}); export the model again with "
-                "tood-export"
-            ) from error
+        except (ValueError, TypeError, KeyError, ToodError) as error:
+            raise _damaged(origin, error) from error
+
+    def check_outputs(self, inside: Manifest, origin: str) -> None:
+        """Refuse a manifest that says another number of classes or rows than the graph has.
+
+        Args:
+            inside: the manifest in the graph's own metadata.
+            origin: names this one in errors.
+
+        Raises:
+            ArtefactError: they differ.
+        """
+        for what, stated, actual in (
+            ("class names", self.preset.num_classes, inside.preset.num_classes),
+            ("rows of detections (max_det)", self.max_det, inside.max_det),
+        ):
+            if stated != actual:
+                raise ArtefactError(
+                    f"{origin}: states {stated} {what}, the model has {actual}; use the manifest "
+                    "it was exported with"
+                )
 
     def with_artefact(self, artefact: Path) -> Manifest:
         """Return the same, with the SHA-256 of this artefact."""
@@ -109,19 +129,19 @@ class Manifest:
 
 
 def _section(
-    values: dict[str, Any], key: str, read: Callable[[Mapping[str, Any]], Section], origin: str
+    values: dict[str, Any], key: str, read: Callable[[Mapping[str, Any]], Section]
 ) -> Section | None:
     """Take a section out of a manifest's values; None where it is empty or not there."""
     section = values.pop(key, None)
-    if not section:
-        return None
-    try:
-        return read(section)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise ArtefactError(
-            f"{origin}: {key} is damaged in this manifest ({reason}); export the model again"
-        ) from error
+    return read(section) if section else None
+
+
+def _damaged(origin: str, error: Exception) -> ArtefactError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return ArtefactError(
+        f"{origin}: not a manifest of tood_deploy, or a damaged one ({reason}); export the model "
+        "again with tood-export"
+    )
 
 
 def saturating_weights(manifest: Manifest) -> bool:
@@ -185,13 +205,26 @@ def artefact_sha256(artefact: Path) -> str:
     return file_sha256(*files)
 
 
+def mismatch(artefact: Path, manifest: Manifest | None) -> str:
+    """Return how an artefact's bytes differ from its manifest, in one line, else "".
+
+    Nothing differs where the manifest states no SHA-256, or there is none.
+
+    Raises:
+        ArtefactError: a file of the artefact is missing.
+    """
+    if manifest is None or manifest.artefact_sha256 in ("", artefact_sha256(artefact)):
+        return ""
+    return (
+        f"{artefact}: is not the file its manifest describes (another SHA-256): damaged, or "
+        "replaced without its manifest; copy both again, or export it again with tood-export"
+    )
+
+
 def doubts(artefact: Path, manifest: Manifest) -> str:
     """Return why an artefact's answers should not be trusted blindly, in one line, else ""."""
-    if manifest.artefact_sha256 and manifest.artefact_sha256 != artefact_sha256(artefact):
-        return (
-            f"{artefact}: is not the file its manifest describes (another SHA-256); export it "
-            "again with tood-export"
-        )
+    if differs := mismatch(artefact, manifest):
+        return differs
     if manifest.parity is None:
         return (
             f"{artefact}: was never compared with PyTorch (its manifest has no parity verdict); "

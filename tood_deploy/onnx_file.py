@@ -10,9 +10,10 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import onnxruntime as ort
+from numpy.typing import NDArray
 
 from tood_deploy.errors import ArtefactError, DeviceError, ToodError, not_installed
 from tood_deploy.files import atomic_paths, file_sha256
@@ -45,7 +46,8 @@ def read_onnx(path: Path) -> OnnxArtefact:
 
     Raises:
         ToodError: there is no such file.
-        ArtefactError: not an ONNX file, not one of ours, or changed since its manifest was written.
+        ArtefactError: not an ONNX file, not one of ours, or changed since its
+            manifest was written, or with weights in other files.
     """
     import onnx
     from google.protobuf.message import DecodeError
@@ -53,10 +55,27 @@ def read_onnx(path: Path) -> OnnxArtefact:
     if not path.is_file():
         raise ToodError(f"{path}: no such file; expected an .onnx file of tood-export")
     try:
-        model = onnx.load(path)
+        model = onnx.load(path, load_external_data=False)
     except (DecodeError, OSError, ValueError) as error:
         raise ArtefactError(
-            f"{path}: cannot be read as ONNX, cut or another kind of file; export it again with "
+            f"{path}: cannot be read as ONNX, cut or another kind of file "
+            f"({first_line(error)}); export it again with tood-export"
+        ) from error
+    if outside := [
+        tensor.name
+        for tensor in model.graph.initializer
+        if tensor.data_location == onnx.TensorProto.EXTERNAL
+    ]:
+        raise ArtefactError(
+            f"{path}: keeps {len(outside)} of its tensors in other files (the first is "
+            f"{outside[0]}), which no artefact of tood-export does; export it again with "
+            "tood-export"
+        )
+    try:
+        onnx.checker.check_model(model)
+    except (ValueError, onnx.checker.ValidationError) as error:
+        raise ArtefactError(
+            f"{path}: is damaged, or no ONNX graph ({first_line(error)}); export it again with "
             "tood-export"
         ) from error
     inside = {prop.key: prop.value for prop in model.metadata_props}.get(METADATA_KEY)
@@ -188,6 +207,35 @@ def open_session(
     return ort.InferenceSession(
         model if isinstance(model, bytes) else str(model), options, providers=[provider]
     )
+
+
+def run_session(
+    session: ort.InferenceSession, outputs: Sequence[str], feeds: dict[str, NDArray[Any]]
+) -> list[NDArray[Any]]:
+    """Return the values of outputs.
+
+    Args:
+        session: of ONNX Runtime.
+        outputs: their names.
+        feeds: the inputs by name.
+
+    Raises:
+        ArtefactError: the graph fails while it runs, or there is not enough memory for it.
+    """
+    try:
+        values: Any = session.run(list(outputs), feeds)
+    except Exception as error:  # onnxruntime raises types of its own that share no public base
+        raise ArtefactError(
+            f"ONNX Runtime {ort.__version__}: an inference failed ({first_line(error)}); give "
+            "smaller images or a smaller --batch, or export the model again"
+        ) from error
+    return values
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of what an error says, the name of its type where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def needs_float_arithmetic(model: onnx.ModelProto) -> bool:

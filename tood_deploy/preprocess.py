@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tood_deploy.errors import InputError, ToodError
-from tood_deploy.presets import SIZE_DIVISOR, Preset, Sizing
+from tood_deploy.presets import MAX_IMGSZ, SIZE_DIVISOR, Preset, Sizing
 
 ImageSize = Sizing | tuple[int, int]
 
@@ -59,13 +59,13 @@ def check_imgsz(imgsz: Sequence[int]) -> tuple[int, int]:
     """Return (short side, long side), in that order.
 
     Raises:
-        ToodError: not two positive whole numbers.
+        ToodError: not two positive whole numbers up to `MAX_IMGSZ`.
     """
     values = tuple(int(side) for side in imgsz)
-    if len(values) != 2 or min(values) < 1:
+    if len(values) != 2 or not 1 <= min(values) <= max(values) <= MAX_IMGSZ:
         raise ToodError(
-            f"imgsz is {' '.join(map(str, imgsz))}; expected two positive numbers, for example 800 "
-            "1333"
+            f"imgsz is {' '.join(map(str, imgsz))}; expected two positive numbers up to "
+            f"{MAX_IMGSZ}, for example 800 1333"
         )
     return min(values), max(values)
 

@@ -7,12 +7,18 @@ imported with the first bar or table, so that `--help` stays light.
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
+import unicodedata
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager, suppress
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
+
+from tood_deploy.errors import ArtefactWarning, OutputError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -24,6 +30,7 @@ Unit = Literal["", "bytes"]
 # Where nothing can be overwritten (a pipe, a log file), work that is done sooner than FIRST_LINE_S
 # leaves no line, and longer work leaves one every PAUSE_S.
 FIRST_LINE_S, PAUSE_S = 5.0, 30.0
+TURNING = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 WIDTH_OF_FILES = 160  # columns of a table that is written to a file or pipe
 
 
@@ -73,7 +80,8 @@ class Reporter:
     def result(self, line: str) -> None:
         """Print a line of a command's result on stdout, unless quiet."""
         if not self.quiet:
-            print(line, flush=True)
+            with stdout_errors():
+                print(_safe(line, sys.stdout.encoding), flush=True)
 
     def table(self, table: RenderableType) -> None:
         """Print a rich table, or anything that rich renders, on stdout, unless quiet."""
@@ -82,9 +90,10 @@ class Reporter:
         from rich.console import Console
 
         width = None if sys.stdout.isatty() else WIDTH_OF_FILES
-        Console(width=width, highlight=False, markup=False, emoji=False, soft_wrap=True).print(
-            table
-        )
+        console = Console(width=width, highlight=False, markup=False, emoji=False, soft_wrap=True)
+        with stdout_errors():
+            console.print(table)
+            sys.stdout.flush()
 
     def track(
         self, items: Iterable[Item], description: str, total: int | None = None
@@ -117,10 +126,13 @@ class Reporter:
 
     def _print(self, line: str) -> None:
         """Print a line on stderr, above the bars where there are some."""
-        if self._bars is None:
-            print(line, file=sys.stderr, flush=True)
-        else:
-            self._bars.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        line = _safe(line, getattr(sys.stderr, "encoding", None))
+        with suppress(OSError):  # a full or closed stderr: there is nowhere else to say it
+            if self._bars is None:
+                if sys.stderr is not None:  # with None, print would take stdout
+                    print(line, file=sys.stderr, flush=True)
+            else:
+                self._bars.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def _open(self, task: ProgressTask) -> TaskID | None:
         """Count a task as shown; return its bar on a terminal, and None elsewhere."""
@@ -239,6 +251,76 @@ class ProgressTask:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+@contextmanager
+def stdout_errors() -> Iterator[None]:
+    """Turn what fails on stdout into the error that names it, and write nothing more there.
+
+    Raises:
+        BrokenPipeError: nobody reads it any more, as after `| head`.
+        OutputError: it is closed, or its disk is full.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        drop_stdout()
+        raise
+    except OSError as error:
+        drop_stdout()
+        raise OutputError(
+            f"stdout: cannot be written ({error.strerror or error}); send it to a place with room, "
+            "or leave it out with --quiet"
+        ) from error
+
+
+def drop_stdout() -> None:
+    """Let what is still written to stdout go nowhere; Python itself writes its rest at the end."""
+    with suppress(OSError, ValueError):
+        descriptor = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(descriptor, sys.stdout.fileno())
+        os.close(descriptor)
+
+
+def show_artefact_warnings() -> None:
+    """Print every `ArtefactWarning` of this process as a line of a reporter, not as Python does."""
+    before = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if issubclass(category, ArtefactWarning):
+            Reporter().warn(str(message))
+        else:
+            before(message, category, *place, **more)
+
+    warnings.showwarning = show
+
+
+def printable(text: str) -> str:
+    r"""Return a name as it is, but for what would act on a terminal or break a line.
+
+    Control characters, line ends, marks that turn the direction of text, and bytes that are no text
+    become escapes, such as \x1b.
+    """
+    return "".join(letter if _is_shown(letter) else _escaped(letter) for letter in text)
+
+
+def _is_shown(letter: str) -> bool:
+    return letter == " " or (
+        unicodedata.category(letter) not in ("Cc", "Cs", "Zl", "Zp") and letter not in TURNING
+    )
+
+
+def _escaped(letter: str) -> str:
+    """Return an escape for a letter; the one of its byte where a name's byte is no text."""
+    number = ord(letter)
+    byte = number - 0xDC00 if 0xDC80 <= number <= 0xDCFF else number
+    return f"\\x{byte:02x}" if byte < 256 else f"\\u{byte:04x}"
+
+
+def _safe(line: str, encoding: str | None) -> str:
+    """Return what is printed of a line, in a stream of that encoding."""
+    shown = "\n".join(map(printable, line.split("\n")))
+    return shown.encode(encoding or "utf-8", "backslashreplace").decode(encoding or "utf-8")
 
 
 def _megabytes(count: int) -> str:

@@ -16,7 +16,7 @@ from tood_deploy.cli.bench import ap_from, main, short_names, size_from
 from tood_deploy.errors import ToodError
 from tood_deploy.inference import detector as detector_module
 from tood_deploy.model.checkpoint import save_checkpoint
-from tood_deploy.model.tood import build_model
+from tood_deploy.model.detector import build_model
 from tood_deploy.presets import PRESETS
 
 SMALL = ("--imgsz", "60", "90", "--threads", "2")

@@ -417,6 +417,31 @@ class TestDoubts:
         assert run(image, "--quiet", model=str(artefact))[2] == ""
 
 
+class TestAnotherFileThanItsManifestDescribes:
+    @pytest.fixture
+    def artefact(self, tmp_path: Path, engine: RedEngine) -> Path:
+        path = tmp_path / "model.onnx"
+        path.write_bytes(b"an artefact")
+        engine.manifest = replace(engine.manifest, parity=Parity(), artefact_sha256="0" * 64)
+        path.with_suffix(".json").write_text(engine.manifest.to_json())
+        return path
+
+    def test_is_refused_before_it_is_opened(self, run: Run, artefact: Path, tmp_path: Path) -> None:
+        image = write_image(tmp_path / "a.png")
+        result = run(image, "--json", "r.json", model=str(artefact))
+        assert_one_line(result, "another SHA-256", "--allow-mismatch")
+        assert run.asked == []  # pyright: ignore[reportFunctionMemberAccess]
+
+    def test_runs_where_that_is_asked_for(self, run: Run, artefact: Path, tmp_path: Path) -> None:
+        image = write_image(tmp_path / "a.png")
+        code, _, err = run(image, "--quiet", "--allow-mismatch", model=str(artefact))
+        assert (code, err.count("\n")) == (0, 1)
+        assert err.startswith("warning: ")
+
+    def test_a_checkpoint_has_nothing_to_mismatch(self, run: Run, tmp_path: Path) -> None:
+        assert_one_line(run(write_image(tmp_path / "a.png"), "--allow-mismatch"), "no manifest")
+
+
 def test_the_pixel_limit_of_opencv_is_raised_too(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -429,7 +454,7 @@ def test_the_pixel_limit_of_opencv_is_raised_too(
 
 
 def test_the_default_pixel_limit_is_the_librarys() -> None:
-    from tood_deploy.data.images import MAX_PIXELS
+    from tood_deploy.data.image_header import MAX_PIXELS
 
     assert infer.build_parser().get_default("max_pixels") == MAX_PIXELS
 
@@ -475,13 +500,30 @@ def test_an_interrupted_video_plays(tmp_path: Path) -> None:
 
 def test_a_reader_that_goes_away_ends_the_run(tmp_path: Path) -> None:
     video = write_video(tmp_path / "v.mp4", moving_images(24) * 50)
-    process = start_slow_run(video, "--jsonl", "-")
+    code, err = run_and_stop_reading(video, "--jsonl", "-")
+    assert (code, err) == (141, "")
+
+
+def test_other_outputs_are_completed_where_nobody_reads_stdout(tmp_path: Path) -> None:
+    video = write_video(tmp_path / "v.mp4", moving_images(24) * 2)
+    results, lines = tmp_path / "r.json", tmp_path / "r.jsonl"
+    code, err = run_and_stop_reading(
+        video, "--output", tmp_path / "out.mp4", "--json", results, "--jsonl", lines
+    )
+    assert (code, err) == (141, "")
+    assert len(json.loads(results.read_text())) == len(lines.read_text().splitlines()) == 48
+    with av.open(str(tmp_path / "out.mp4")) as container:
+        assert len(list(container.decode(video=0))) == 48
+
+
+def run_and_stop_reading(*arguments: str | Path) -> tuple[int, str]:
+    """Exit code and stderr of a run whose stdout is read for one line; without the closing line."""
+    process = start_slow_run(*arguments)
     assert process.stdout is not None
+    assert process.stderr is not None
     process.stdout.readline()
     process.stdout.close()
-    assert process.stderr is not None
     err = process.stderr.read()
     process.stderr.close()
-    assert process.wait(timeout=30) == 2
-    assert "stdout" in err
-    assert "Traceback" not in err
+    lines = [line for line in err.splitlines(keepends=True) if " frames in " not in line]
+    return process.wait(timeout=30), "".join(lines)

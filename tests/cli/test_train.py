@@ -216,7 +216,7 @@ def test_ctrl_c_saves_and_exits_with_130(data: list[str], tmp_path: Path) -> Non
     assert "all is saved in" in said
     assert "Traceback" not in said
     assert load_checkpoint(output / "last.pth").preset.num_classes == 5
-    assert not list(output.glob(".last-*"))
+    assert not list(output.glob(".tood-*"))
 
 
 def test_the_log_is_json_lines(data: list[str], tmp_path: Path) -> None:

@@ -12,11 +12,11 @@ from inference.fakes import red_image, write_image
 from numpy.typing import NDArray
 
 from tood_deploy.data import images as module
+from tood_deploy.data.image_file import decode_image
 from tood_deploy.data.images import (
     ImagesToCheck,
     check_images,
     choose_images,
-    decode_image,
     find_image,
     image_paths,
     missing_image_cure,

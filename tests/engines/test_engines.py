@@ -1,6 +1,8 @@
 """The engines: one face, the same answers, clear refusals."""
 
+import json
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -8,12 +10,14 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from engines.forked import in_a_fork
 from onnx import TensorProto, helper
 
 from tood_deploy.data.image_set import synthetic_image
 from tood_deploy.engines import BatchDetections, Engine, open_engine
 from tood_deploy.engines.onnx_engine import PROVIDERS
-from tood_deploy.errors import ArtefactError, DeviceError, InputError, ToodError
+from tood_deploy.engines.open import VERIFY
+from tood_deploy.errors import ArtefactError, ArtefactWarning, DeviceError, InputError, ToodError
 from tood_deploy.manifest import manifest_path
 from tood_deploy.matching import NetDetections, match_boxes
 
@@ -238,3 +242,63 @@ def test_one_of_several_networks_in_a_checkpoint_opens(
     torch.save({"model": state, "model_ema": state}, tmp_path / "a.pth")
     with open_engine(tmp_path / "a.pth", preset="tiny", weights_key="ema") as engine:
         assert engine.manifest.preset.num_classes == 80
+
+
+class TestVerify:
+    """An artefact against the SHA-256 in the manifest beside it."""
+
+    @pytest.fixture
+    def replaced(self, tiny_artefact: Path, tmp_path: Path) -> Path:
+        path = tmp_path / "replaced.onnx"
+        shutil.copy(tiny_artefact, path)
+        content = json.loads(manifest_path(tiny_artefact).read_text())
+        manifest_path(path).write_text(json.dumps(content | {"artefact_sha256": "0" * 64}))
+        return path
+
+    def test_another_file_is_warned_of_once(self, replaced: Path) -> None:
+        with pytest.warns(ArtefactWarning, match="another SHA-256") as warned:
+            open_engine(replaced).close()
+        assert len(warned) == 1
+        assert warned[0].filename == __file__
+        open_engine(replaced).close()  # where a warning is an error
+
+    def test_another_file_is_refused_or_not_looked_at(self, replaced: Path) -> None:
+        with pytest.raises(ArtefactError, match="another SHA-256"):
+            open_engine(replaced, verify="strict")
+        with warnings.catch_warnings(action="error"):
+            open_engine(replaced, verify="off").close()
+
+    def test_the_right_file_opens(self, tiny_artefact: Path) -> None:
+        for verify in VERIFY:
+            open_engine(tiny_artefact, verify=verify).close()
+
+    def test_without_a_manifest_strict_has_nothing_to_go_by(
+        self, tiny_artefact: Path, tmp_path: Path
+    ) -> None:
+        alone = Path(shutil.copy(tiny_artefact, tmp_path / "alone.onnx"))
+        open_engine(alone).close()
+        with pytest.raises(ArtefactError, match="no SHA-256 to compare"):
+            open_engine(alone, verify="strict")
+
+    def test_a_checkpoint_cannot_be_strict(self, tiny_checkpoint: Path) -> None:
+        with pytest.raises(ToodError, match="has no manifest"):
+            open_engine(tiny_checkpoint, verify="strict")
+        with pytest.raises(ToodError, match="verify is 'maybe'"):
+            open_engine(tiny_checkpoint, verify="maybe")  # type: ignore[arg-type]
+
+
+class TestFork:
+    """DataLoader and multiprocessing fork on Linux."""
+
+    def test_a_runtime_whose_threads_stay_behind_says_so(self, tiny_checkpoint: Path) -> None:
+        engine = open_engine(tiny_checkpoint)
+        assert "before this process was forked" in in_a_fork(engine)
+        engine.close()
+
+    def test_onnx_runtime_runs_on(self, tiny_artefact: Path) -> None:
+        with open_engine(tiny_artefact, threads=2) as engine:
+            assert in_a_fork(engine).endswith("objects")
+
+    def test_but_not_with_callers_of_its_own(self, tiny_artefact: Path) -> None:
+        with open_engine(tiny_artefact, threads=2, hint="throughput") as engine:
+            assert "before this process was forked" in in_a_fork(engine)

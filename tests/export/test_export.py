@@ -130,6 +130,21 @@ def test_an_engine_says_how_to_run_it(source: Path, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.slow
+def test_the_fastest_precision_of_openvino(
+    source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(source), "--to", "openvino", "--precision", "auto"]) == 0
+    assert made_beside(source) == {"tiny-openvino-auto.xml"}.union(
+        {"tiny-openvino-auto.bin", "tiny-openvino-auto.json"}
+    )
+    shown = capsys.readouterr()
+    assert "int8 is left out: it needs --calib-data" in shown.err
+    assert shown.out.count("chosen") == 1
+    with open_engine("tiny-openvino-auto.xml") as engine:
+        assert engine.precision in ("fp32", "bf16")
+
+
+@pytest.mark.slow
 def test_an_engine_of_what_a_server_has(source: Path) -> None:
     """The way to a plan for a server without TensorRT for Triton: docs/serving.md."""
     served = "--to triton --output repo --name tood --warm-up none --quiet".split()

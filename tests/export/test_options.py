@@ -178,13 +178,16 @@ def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--max-ap-drop", "0.5"), "--max-ap-drop needs --precision int8 or --autotune-precision"),
+        (
+            ("--max-ap-drop", "0.5"),
+            "--max-ap-drop needs --precision int8 or auto, or --autotune-precision",
+        ),
         ((*INT8, "--max-ap-drop", "0.5"), "--max-ap-drop needs --annotations FILE"),
         (
             (*INT8, "--max-ap-drop", "0.5", "--annotations", "truth.json"),
             "--annotations needs --images DIR",
         ),
-        (ANNOTATED, "--annotations needs --precision bf16, fp16 or int8, or --max-ap-drop"),
+        (ANNOTATED, "--annotations needs --precision bf16, fp16, int8 or auto, or --max-ap-drop"),
         ((*INT8, "--images", "images"), "--images needs --shapes auto or --annotations"),
         (
             (*INT8, "--max-drop", "1", "--max-ap-drop", "0", *ANNOTATED),

@@ -13,12 +13,20 @@ from inference.fakes import RedEngine, moving_images, red_image, write_image, wr
 from numpy.typing import NDArray
 
 from tood_deploy import Detector
-from tood_deploy.data.images import DECODING, decode_image, decode_to_fit, reduction
+from tood_deploy.data.image_file import DECODING, ReadOptions, decode_file, decode_image, reduction
+from tood_deploy.data.image_header import MAX_PIXELS
 from tood_deploy.errors import InputError
 from tood_deploy.inference.frame import Frame
 from tood_deploy.preprocess import fit_size
 
 IMGSZ = (48, 64)
+
+
+def decode_to_fit(
+    data: bytes, name: str, fit: tuple[int, int] | None, max_pixels: int = MAX_PIXELS
+) -> tuple[NDArray[np.uint8], tuple[int, int] | None]:
+    decoded = decode_file(data, name, ReadOptions(max_pixels), fit)
+    return decoded.image_bgr, decoded.original_hw
 
 
 def smooth_image(height: int, width: int) -> NDArray[np.uint8]:

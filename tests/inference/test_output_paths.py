@@ -5,11 +5,23 @@ from pathlib import Path
 import pytest
 
 from tood_deploy.errors import OutputError
+from tood_deploy.inference.frame import Input
 from tood_deploy.inference.output_paths import check_writable, plan_outputs
 
 
+def inputs_of(names: list[str]) -> list[Input]:
+    moving = (".avi", ".mov", ".mp4", ".webm")
+    return [
+        Input(
+            name,
+            "video" if name.endswith(moving) or "/dev/" in name or "rtsp" in name else "images",
+        )
+        for name in names
+    ]
+
+
 def planned(names: list[str], output: str = "out") -> list[str]:
-    return [str(path) for path in plan_outputs(names, Path(output)).values()]
+    return [str(path) for path in plan_outputs(inputs_of(names), Path(output)).values()]
 
 
 @pytest.mark.parametrize(
@@ -67,10 +79,9 @@ def test_an_input_is_never_overwritten(tmp_path: Path) -> None:
     image.touch()
     (tmp_path / "link").symlink_to(tmp_path)
     for output in (tmp_path, tmp_path / "link", image):
+        names = [str(image), str(tmp_path / "b.jpg")][: 2 if output.is_dir() else 1]
         with pytest.raises(OutputError, match="is an input"):
-            plan_outputs(
-                [str(image), str(tmp_path / "b.jpg")][: 2 if output.is_dir() else 1], output
-            )
+            plan_outputs(inputs_of(names), output)
 
 
 def test_a_place_that_can_be_written_is_left_as_it_was(tmp_path: Path) -> None:

@@ -12,20 +12,18 @@ from numpy.typing import NDArray
 from tood_deploy.detections import Detections
 from tood_deploy.errors import OutputError
 from tood_deploy.inference import sinks as window_module
-from tood_deploy.inference.frame import Frame
+from tood_deploy.inference.frame import Frame, Input, Part
 from tood_deploy.inference.sinks import (
     Annotated,
-    CocoResults,
     Crops,
     Finished,
-    JsonLines,
     Sink,
     SinkThread,
-    TextLines,
     Window,
     crop_box,
     write_image,
 )
+from tood_deploy.inference.text_sinks import CocoResults, JsonLines, TextLines
 from tood_deploy.reporter import Reporter
 
 ONE = found((8, 8, 24, 24))
@@ -95,7 +93,9 @@ def test_a_closed_window_ends_without_an_error() -> None:
 
 
 def test_a_image(tmp_path: Path) -> None:
-    write_all(Annotated({"a.png": tmp_path / "new" / "a.png"}), (Frame(red_image(), "a.png"), ONE))
+    write_all(
+        Annotated({("a.png", None): tmp_path / "new" / "a.png"}), (Frame(red_image(), "a.png"), ONE)
+    )
     image = cv2.imread(str(tmp_path / "new" / "a.png"))
     assert image is not None
     assert (image == ONE.plot(red_image())).all()
@@ -104,7 +104,7 @@ def test_a_image(tmp_path: Path) -> None:
 def test_a_video_keeps_the_times_of_its_frames(tmp_path: Path) -> None:
     times = [500, 510, 600, 603, 1000]
     write_all(
-        Annotated({"v.avi": tmp_path / "v.mp4"}),
+        Annotated({("v.avi", None): tmp_path / "v.mp4"}),
         *((video_frame(i, time), ONE) for i, time in enumerate(times)),
     )
     written = read_video(tmp_path / "v.mp4")
@@ -113,24 +113,25 @@ def test_a_video_keeps_the_times_of_its_frames(tmp_path: Path) -> None:
 
 
 def test_videos_and_images_in_turn(tmp_path: Path) -> None:
-    files = {name: tmp_path / f"{name}.mp4" for name in ("one", "two")} | {"p": tmp_path / "p.png"}
+    files: dict[Part, Path] = {(name, None): tmp_path / f"{name}.mp4" for name in ("one", "two")}
+    files["p", None] = tmp_path / "p.png"
     items = [
         (video_frame(i % 3, 40 * (i % 3), name="one" if i < 3 else "two"), ONE) for i in range(6)
     ]
     write_all(Annotated(files), *items, (Frame(red_image(), "p"), ONE))
-    assert [len(read_video(files[name])) for name in ("one", "two")] == [3, 3]
+    assert [len(read_video(files[name, None])) for name in ("one", "two")] == [3, 3]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.mp4", "p.png", "two.mp4"]
 
 
 def test_an_error_leaves_no_half_written_video(tmp_path: Path) -> None:
-    sink = Annotated({"v.avi": tmp_path / "v.mp4"})
+    sink = Annotated({("v.avi", None): tmp_path / "v.mp4"})
     with pytest.raises(RuntimeError, match="broke"):
         write_all(sink, (video_frame(0, 0), ONE), error=RuntimeError("broke"))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_nothing_is_made_before_the_first_frame(tmp_path: Path) -> None:
-    with Annotated({"a": tmp_path / "new" / "a.png"}):
+    with Annotated({("a", None): tmp_path / "new" / "a.png"}):
         assert list(tmp_path.iterdir()) == []
 
 
@@ -147,7 +148,7 @@ def test_a_image_too_large_for_its_format(tmp_path: Path) -> None:
 
 
 def test_every_object(tmp_path: Path) -> None:
-    sink = Crops(tmp_path / "crops", ["one/v.avi", "one/a.png"])
+    sink = Crops(tmp_path / "crops", [Input("one/v.avi", "video"), Input("one/a.png")])
     write_all(
         sink,
         (video_frame(12, 0, name="one/v.avi"), found((8, 8, 24, 24), (-5, -5, 10, 12))),
@@ -163,7 +164,7 @@ def test_every_object(tmp_path: Path) -> None:
 
 def test_inputs_of_one_name(tmp_path: Path) -> None:
     items = [(Frame(red_image(), name), ONE) for name in ("one/a.png", "two/a.png", "two/a.jpg")]
-    write_all(Crops(tmp_path, [frame.name for frame, _ in items]), *items)
+    write_all(Crops(tmp_path, [Input(frame.name) for frame, _ in items]), *items)
     assert len(list(tmp_path.rglob("*.jpg"))) == 3
 
 
@@ -192,7 +193,7 @@ class TestCocoResults:
 
     def test_given_ids(self, tmp_path: Path) -> None:
         write_all(
-            CocoResults(tmp_path / "r.json", {"a": 42}, [7, 9]),
+            CocoResults(tmp_path / "r.json", {("a", None): 42}, [7, 9]),
             (Frame(red_image(), "a"), found((0, 0, 1, 1), (0, 0, 2, 2))),
         )
         assert [
@@ -227,6 +228,13 @@ class TestCocoResults:
 
 
 class TestJsonLines:
+    def test_a_symbolic_link_is_replaced(self, tmp_path: Path) -> None:
+        (tmp_path / "target").write_text("old")
+        (tmp_path / "link").symlink_to("target")
+        write_all(JsonLines(str(tmp_path / "link"), live=False), (video_frame(0, 0), ONE))
+        assert (tmp_path / "target").read_text() == "old"
+        assert json.loads((tmp_path / "link").read_text())["index"] == 0
+
     def test_the_size_is_that_of_the_file(self, tmp_path: Path) -> None:
         write_all(
             JsonLines(str(tmp_path / "r.jsonl"), live=False),

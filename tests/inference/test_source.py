@@ -16,6 +16,7 @@ import pytest
 from inference.fakes import RedEngine, moving_images, red_image, write_image, write_video
 
 from tood_deploy import Detector
+from tood_deploy.data.image_header import KNOWN_KINDS
 from tood_deploy.errors import InputError, ToodError
 from tood_deploy.inference import source as source_module
 from tood_deploy.inference.pipeline import detect_frames
@@ -92,13 +93,9 @@ def test_one_bad_image_is_told_and_the_rest_goes_on(folder: Path) -> None:
     assert names(source) == ["a.JPG", "b.png", "c.webp"]
     assert source.skipped == 2
     assert [problem.split(": ")[1] for problem in source.problems] == [
-        "not an image; expected one of " + problem_kinds(),
+        f"not an image; expected {KNOWN_KINDS}",
         "empty file; expected an image",
     ]
-
-
-def problem_kinds() -> str:
-    return "avif, bmp, dib, gif, jp2, jpe, jpeg, jpg, pbm, pgm, png, pnm, ppm, tif, tiff, webp"
 
 
 def test_a_listed_file_that_is_missing_is_told(folder: Path) -> None:
@@ -126,14 +123,14 @@ def test_a_bad_image_alone_is_an_error(tmp_path: Path) -> None:
 def test_what_is_not_there_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty.txt").write_text("# nothing\n")
-    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x80\x81")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x80")
     cases = {
         tmp_path / "none.jpg": "no such file or folder",
         tmp_path / "empty": "no image or video",
         tmp_path / "empty.txt": "names no file",
         tmp_path / "binary.txt": "cannot be read as a list",
         f"{tmp_path}/*.png": "no file has such a name",
-        "x" * 5000: "cannot be read",
+        "x" * 5000: "no such file",
     }
     for spec, message in cases.items():
         with pytest.raises(InputError, match=message):

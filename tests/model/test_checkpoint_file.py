@@ -3,6 +3,7 @@
 Hostile ones run no code, and of several networks in a file the right one is chosen.
 """
 
+import copy
 import os
 import pickle
 import zipfile
@@ -16,10 +17,10 @@ import torch
 
 from tood_deploy.errors import CheckpointError
 from tood_deploy.model import load_checkpoint
+from tood_deploy.model.checkpoint_content import check_content
 from tood_deploy.model.checkpoint_file import (
     LANDMARK,
     METADATA_CLASSES,
-    check_content,
     choose_weights,
     read_checkpoint,
 )
@@ -242,3 +243,30 @@ class TestSeveralNetworks:
         contents: list[Any] = [{"state_dict": weights}, weights]
         for content in contents:
             assert choose_weights(content, Path("a.pth"), None).keys() == weights.keys()
+
+
+class TestBombs:
+    """What PyTorch never writes, and what would take gigabytes before it is refused."""
+
+    def test_a_compressed_member(self, tmp_path: Path) -> None:
+        torch.save(STATE, tmp_path / "plain.pth")
+        with (
+            zipfile.ZipFile(tmp_path / "plain.pth") as plain,
+            zipfile.ZipFile(tmp_path / "a.pth", "w", zipfile.ZIP_DEFLATED) as packed,
+        ):
+            for name in plain.namelist():
+                packed.writestr(name, plain.read(name) + b"." * 100_000_000)
+        assert "compressed or overlapping" in refusal(tmp_path / "a.pth")
+
+    def test_members_that_overlap(self, tmp_path: Path) -> None:
+        """The same bytes under many names."""
+        torch.save(STATE, tmp_path / "a.pth")
+        with zipfile.ZipFile(tmp_path / "a.pth", "a") as archive:
+            members = archive.infolist()
+            largest = max(members, key=lambda member: member.file_size)
+            for number in range(100):
+                other = copy.copy(largest)
+                other.filename = f"archive/data/{number + 10}"
+                archive.filelist.append(other)
+            archive._didModify = True  # pyright: ignore[reportAttributeAccessIssue]
+        assert "compressed or overlapping" in refusal(tmp_path / "a.pth")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from tood_deploy.model import Tood, build_model
+from tood_deploy.model import DenseDetector, build_model
 from tood_deploy.model.boxes import box_giou
 from tood_deploy.model.head import HeadOutput
 from tood_deploy.presets import PRESETS
@@ -38,7 +38,7 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def models(seeded_fill: Callable[..., Arrays]) -> dict[str, Tood]:
+def models(seeded_fill: Callable[..., Arrays]) -> dict[str, DenseDetector]:
     """R50 with both kinds of anchors, stand-in weights, stem and first stage frozen.
 
     In float64 up to the head's outputs: a gradient jumps where a ReLU or a sample crosses an edge,
@@ -60,7 +60,7 @@ def models(seeded_fill: Callable[..., Arrays]) -> dict[str, Tood]:
 
 
 @pytest.fixture(scope="module")
-def outputs(goldens: Goldens, models: dict[str, Tood]) -> dict[str, HeadOutput]:
+def outputs(goldens: Goldens, models: dict[str, DenseDetector]) -> dict[str, HeadOutput]:
     """What the two say of the goldens' input; kept, because many tests go backwards from it."""
     images = torch.from_numpy(goldens("train_input")["input"]).double()
     return {name: model(images) for name, model in models.items()}
@@ -89,7 +89,7 @@ def flat_maps(out: HeadOutput) -> tuple[torch.Tensor, torch.Tensor, AnchorGrid]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_losses_and_gradients_equal_mmdetection(
-    goldens: Goldens, models: dict[str, Tood], outputs: dict[str, HeadOutput], case: str
+    goldens: Goldens, models: dict[str, DenseDetector], outputs: dict[str, HeadOutput], case: str
 ) -> None:
     golden, model = goldens(f"train_{case}"), models[case[:2]]
     model.zero_grad(set_to_none=True)
@@ -104,7 +104,7 @@ def test_losses_and_gradients_equal_mmdetection(
     _check_gradients(model, golden)
 
 
-def _check_gradients(model: Tood, golden: Arrays) -> None:
+def _check_gradients(model: DenseDetector, golden: Arrays) -> None:
     gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     # Without any box nothing but classification learns, and a gradient may be absent or zero alike.
     norms = {name: 0.0 if g is None else g.double().norm().item() for name, g in gradients.items()}
@@ -156,7 +156,7 @@ def test_assigned_anchors_equal_mmdetection(
     "case", ["af_both_epoch0", "af_both_epoch4", "af_pad_epoch0", "af_pad_epoch4"]
 )
 def test_authors_variant_equals_the_authors_code(
-    goldens: Goldens, models: dict[str, Tood], case: str
+    goldens: Goldens, models: dict[str, DenseDetector], case: str
 ) -> None:
     golden, model = goldens(f"fcjian_train_{case}"), models["af"]
     model.zero_grad(set_to_none=True)

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from tood_deploy.errors import CheckFailed, CheckpointError, OutputError, ToodError
-from tood_deploy.model import Tood, load_checkpoint
+from tood_deploy.model import DenseDetector, load_checkpoint
 from tood_deploy.reporter import Reporter
 from tood_deploy.training import checkpoints
 from tood_deploy.training import learner as step
@@ -126,7 +126,7 @@ def test_best_is_kept(run_fit: Fit, short_recipe: Recipe, tmp_path: Path) -> Non
     aps = iter([0.2, 0.5, 0.3, 0.4])
     weights = []
 
-    def evaluate(model: Tood) -> SimpleNamespace:
+    def evaluate(model: DenseDetector) -> SimpleNamespace:
         assert not model.training
         weights.append(model.state_dict()["bbox_head.tood_reg.weight"].clone())
         return SimpleNamespace(metrics={"AP": next(aps)}, images=[])
@@ -144,7 +144,7 @@ def test_best_is_kept(run_fit: Fit, short_recipe: Recipe, tmp_path: Path) -> Non
 def test_evaluation_may_be_rarer_but_comes_last(run_fit: Fit, tmp_path: Path) -> None:
     epochs: list[int] = []
 
-    def evaluate(_: Tood) -> SimpleNamespace:
+    def evaluate(_: DenseDetector) -> SimpleNamespace:
         epochs.append(1)
         return SimpleNamespace(metrics={"AP": 0.1}, images=[])
 
@@ -372,14 +372,12 @@ def test_kill_at_twenty_random_moments(
                 time.sleep(0.002)
             time.sleep(chance.uniform(0, 0.2))
             while (
-                life % 4 == 1
-                and not list(output.glob(".last-*.pth"))
-                and time.monotonic() < deadline
+                life % 4 == 1 and not list(output.glob(".tood-*")) and time.monotonic() < deadline
             ):
                 time.sleep(0.0005)
             os.kill(child, signal.SIGKILL)
             assert int(driver.stdout.readline()) == signal.SIGKILL
-            interrupted_writes += len(list(output.glob(".last-*.pth")))
+            interrupted_writes += len(list(output.glob(".tood-*")))
             if (output / "last.pth").is_file():
                 steps.append(read_training_state(output / "last.pth")["training"]["step"])
     driver.wait()

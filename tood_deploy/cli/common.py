@@ -6,15 +6,32 @@ that `--help` and completion stay quick.
 
 import argparse
 import os
-from collections.abc import Callable, Sequence
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from tood_deploy import __version__
+from tood_deploy.cli.process import (
+    SIGNAL_EXIT,
+    close_stdout,
+    library_lines,
+    open_standard_streams,
+    stopping_signals,
+)
 from tood_deploy.engines.open import DEVICES, RUNTIMES, runtimes_for
-from tood_deploy.errors import CheckFailed, ToodError, naming_extras
+from tood_deploy.errors import CheckFailed, Stopped, ToodError, naming_extras
+from tood_deploy.files import absent_or, check_overwrites
 from tood_deploy.graph_io import ARTEFACT_SUFFIXES
-from tood_deploy.reporter import Reporter
+from tood_deploy.reporter import (
+    Reporter,
+    drop_stdout,
+    printable,
+    show_artefact_warnings,
+    stdout_errors,
+)
 
 COMMANDS = {
     "tood-export": "Turn a TOOD checkpoint into an artefact with pre- and post-processing inside, "
@@ -24,7 +41,10 @@ COMMANDS = {
     "tood-bench": "Measure latency, video throughput, and parity with PyTorch.",
     "tood-train": "Train a TOOD detector on COCO-format data.",
 }
-DONE, FAILED_CHECK, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
+SHOWN_LETTERS = 80  # of a long argument, in errors
+DONE, FAILED_CHECK, WRONG_USE = 0, 1, 2
+BROKEN_PIPE = 141  # as of a program that SIGPIPE ends
+ENDINGS = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "ended by a hang-up"}
 
 
 def run_command(
@@ -43,20 +63,51 @@ def run_command(
 
     Returns:
         What the command returns; 1 for a failed check, 2 for wrong use or bad input, 130 for
-        Ctrl-C.
+        Ctrl-C, 143 for SIGTERM, 129 for SIGHUP, 141 where nobody reads stdout any more.
     """
-    try:
+
+    def work() -> int:
         with naming_extras(*extras):
             return command(argv)
+
+    open_standard_streams()
+    ends_process = argv is None
+    with library_lines(ends_process), stopping_signals(ends_process), warnings.catch_warnings():
+        show_artefact_warnings()
+        try:
+            code = _exit_code(work)
+        except SystemExit as left:  # after --help, --version or wrong use
+            raise SystemExit(_exit_code(close_stdout) or left.code) from None
+        return _exit_code(close_stdout) or code
+
+
+def _exit_code(work: Callable[[], int]) -> int:
+    """Return the exit code of some work, and print its error, if it has one, as one line."""
+    try:
+        return work()
     except ToodError as error:
-        Reporter().problem(f"error: {_one_line(error)}")
-        return WRONG_USE
+        line, code = f"error: {_one_line(error)}", WRONG_USE
     except CheckFailed as error:
-        Reporter().problem(f"failed: {_one_line(error)}")
-        return FAILED_CHECK
-    except KeyboardInterrupt:
-        Reporter().problem("interrupted")
-        return INTERRUPTED
+        line, code = f"failed: {_one_line(error)}", FAILED_CHECK
+    except KeyboardInterrupt as error:
+        number = signal.Signals(error.number if isinstance(error, Stopped) else signal.SIGINT)
+        line, code = ENDINGS[number.name], SIGNAL_EXIT + number
+    except BrokenPipeError:
+        drop_stdout()
+        return BROKEN_PIPE
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        reason = f"{place}{error.strerror or _one_line(error)}"
+        line = f"error: the system refused: {reason}; see to that, and run the command again"
+        code = WRONG_USE
+    except MemoryError:
+        line = (
+            "error: there is not enough memory for this; give smaller images (--imgsz), or run it "
+            "on a machine with more"
+        )
+        code = WRONG_USE
+    Reporter().problem(line)
+    return code
 
 
 def _one_line(error: Exception) -> str:
@@ -95,9 +146,17 @@ class CommandParser(argparse.ArgumentParser):
             argcomplete.autocomplete(self)
         return super().parse_args(args, namespace)
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Print help and version; argparse itself passes over a stdout that takes nothing."""
+        if file is not sys.stdout:
+            super()._print_message(message, file)
+            return
+        with stdout_errors():
+            print(message, end="", flush=True)
+
     def error(self, message: str) -> NoReturn:
         """Print wrong use as one line, and leave with its exit code."""
-        self.exit(WRONG_USE, f"error: {message}; see {self.prog} --help\n")
+        self.exit(WRONG_USE, f"error: {printable(message)}; see {self.prog} --help\n")
 
 
 class _OldName(argparse.Action):
@@ -233,6 +292,138 @@ def add_fast_decode(parser: argparse._ActionsContainer) -> None:
     )
 
 
+SLICING = {  # options that need --slice, by their name in `Slicing`
+    "overlap": "overlap",
+    "no_whole": "whole",
+    "merge": "merge",
+    "merge_metric": "metric",
+    "merge_threshold": "threshold",
+    "merge_class_agnostic": "class_agnostic",
+}
+
+
+def add_slicing(parser: argparse.ArgumentParser) -> None:
+    """Add the options of commands that search images in slices; None where not given."""
+    group = parser.add_argument_group("slices of large images")
+    group.add_argument(
+        "--slice",
+        nargs="+",
+        type=int,
+        metavar=("H", "W"),
+        help="search images in overlapping windows of H x W pixels (W: as H), and merge what is in "
+        "them",
+    )
+    group.add_argument(
+        "--overlap",
+        type=float,
+        metavar="S",
+        help="of neighbouring windows, as a share of their side, 0 to 0.9 (default: 0.2)",
+    )
+    group.add_argument(
+        "--no-whole",
+        action="store_true",
+        default=None,
+        help="do not search the whole image, too, for objects larger than a window",
+    )
+    group.add_argument(
+        "--merge",
+        choices=("greedy-nmm", "nmm", "nms"),
+        help="join boxes to the best one they overlap, also to what these overlap, or keep the "
+        "best alone (default: greedy-nmm)",
+    )
+    group.add_argument(
+        "--merge-metric",
+        choices=("ios", "iou"),
+        help="overlap over the smaller box, or over the union (default: ios)",
+    )
+    group.add_argument(
+        "--merge-threshold",
+        type=float,
+        metavar="T",
+        help="overlap from which boxes are one object (default: 0.5)",
+    )
+    group.add_argument(
+        "--merge-class-agnostic",
+        action="store_true",
+        default=None,
+        help="merge boxes of different classes, too",
+    )
+
+
+def slicing_options(args: argparse.Namespace) -> dict[str, Any] | None:
+    """Return what `add_slicing` was given, as `Slicing` takes it; None without --slice.
+
+    Raises:
+        ToodError: options of slices without --slice.
+    """
+    given = {name: getattr(args, name) for name in SLICING if getattr(args, name) is not None}
+    if args.slice is None:
+        if given:
+            options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise ToodError(f"{options} has no effect without slices; add --slice H W")
+        return None
+    options = {SLICING[name]: value for name, value in given.items()}
+    if "whole" in options:
+        options["whole"] = False
+    if "merge" in options:
+        options["merge"] = options["merge"].replace("-", "_")
+    return {"size": args.slice, **options}
+
+
+def add_thresholds(
+    parser: argparse._ActionsContainer, *, default: float | None, shown: str | None = None
+) -> None:
+    """Add --conf, --only and --except.
+
+    Args:
+        parser: gets the options; a group will do.
+        default: of --conf.
+        shown: what the help says of the default, where that is not a number.
+    """
+    parser.add_argument(
+        "--conf",
+        type=conf_from,
+        default=None if default is None else str(default),
+        metavar="C",
+        help="keep detections above this score, 0 to 1; also 0.3,person=0.5,car=0.2, or a JSON "
+        f"file of thresholds as tood-eval writes (default: {shown or default})",
+    )
+    parser.add_argument(
+        "--only", metavar="NAMES", help="detect these classes alone, separated by commas"
+    )
+    parser.add_argument(
+        "--except",
+        dest="exclude",
+        metavar="NAMES",
+        help="leave these classes out, separated by commas",
+    )
+
+
+def conf_from(text: str) -> str:
+    """Return what --conf is given, which `Detector` reads, where it looks like thresholds.
+
+    Raises:
+        ArgumentTypeError: it is no number, no NAME=NUMBER and no JSON file.
+    """
+    try:
+        float(text)
+    except ValueError:
+        if "=" not in text and not text.lower().endswith(".json"):
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is no score; expected a number, 0.3,person=0.5, or a .json file"
+            ) from None
+    return text
+
+
+def class_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the classes of --only and --except, as `Detector` takes them."""
+    given = {name: getattr(args, name) for name in ("only", "exclude")}
+    return {
+        name: None if text is None else [part.strip() for part in text.split(",") if part.strip()]
+        for name, text in given.items()
+    }
+
+
 def runtime_options(args: argparse.Namespace) -> dict[str, Any]:
     """Return what `add_runtime_options` was given, as `open_engine` takes it."""
     options = {
@@ -282,11 +473,68 @@ def class_names_from(text: str | None) -> list[str] | None:
     if text is None:
         return None
     path = Path(text)
-    parts = path.read_text(encoding="utf-8").splitlines() if path.is_file() else text.split(",")
+    parts = _lines_of(path) if absent_or(path.is_file) else text.split(",")
     names = [part.strip() for part in parts if part.strip()]
     if not names or len(set(names)) != len(names):
+        shown = text if len(text) <= SHOWN_LETTERS else f"{text[:SHOWN_LETTERS]}..."
         raise ToodError(
-            f"--classes {text}: {len(names)} names, {len(set(names))} different; expected one "
+            f"--classes {shown}: {len(names)} names, {len(set(names))} different; expected one "
             "different name for each class"
         )
     return names
+
+
+def _lines_of(path: Path) -> list[str]:
+    """Return the lines of a text file in UTF-8, with or without a byte-order mark.
+
+    Raises:
+        ToodError: it cannot be read, or is in another encoding.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ToodError(
+            f"--classes {path}: not in UTF-8 ({error.reason} at byte {error.start}); expected text "
+            "with one name a line: save it in UTF-8"
+        ) from error
+    except OSError as error:
+        raise ToodError(
+            f"--classes {path}: cannot be read ({error.strerror}); expected text with one name a "
+            "line"
+        ) from error
+
+
+def check_written(
+    classes: str | None,
+    written: Iterable[Path],
+    inputs: Mapping[str, Iterable[str | Path | None]] | None = None,
+) -> None:
+    """Refuse to write over a file that the command reads.
+
+    Args:
+        classes: what --classes was given.
+        written: files that the command writes.
+        inputs: files that it reads, by what they are; None where not given.
+
+    Raises:
+        OutputError: it would.
+    """
+    read = {what: [path for path in paths if path] for what, paths in (inputs or {}).items()}
+    named = [classes] if classes and absent_or(Path(classes).is_file) else []
+    check_overwrites({**read, "the file of --classes": named}, {"--output": list(written)})
+
+
+def model_files(model: str, classes: str | None = None) -> list[Path]:
+    """Return the files that a command reads to open a model; none where it names a preset.
+
+    Args:
+        model: as given to the command.
+        classes: what --classes was given.
+    """
+    path = Path(model)
+    files = [path]
+    if is_artefact(model):  # OpenVINO keeps its weights in a file of their own
+        files += [path.with_suffix(".json"), path.with_suffix(".bin"), Path(f"{path}.data")]
+    if classes is not None:
+        files.append(Path(classes))
+    return [file for file in files if absent_or(file.is_file)]

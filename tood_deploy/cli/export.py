@@ -20,6 +20,7 @@ from tood_deploy.cli.common import (
     CommandParser,
     accept_old_name,
     add_model_options,
+    check_written,
     load_options,
     run_command,
 )
@@ -147,8 +148,9 @@ def export_command(argv: Sequence[str] | None) -> int:
     _check_packages(config)
     reporter = Reporter(config.quiet)
     annotated = open_annotated(config)
-    from tood_deploy.export.preflight import check_export
+    from tood_deploy.export.preflight import check_export, written_files
 
+    check_written(arguments.classes, written_files(config))
     check_export(config, annotated)
     reporter.info(f"{config.source}: checked all that its export needs; starting PyTorch")
     from tood_deploy.export.export import run_export
@@ -214,7 +216,7 @@ def _check_packages(config: ExportConfig) -> None:
         needed.append("openvino")
     if precision.annotations:
         needed.append("pycocotools")
-    if precision.precision in ("bf16", "fp16") and not (
+    if precision.precision in ("bf16", "fp16", "auto") and not (
         precision.calib_data or config.verify_images
     ):
         needed.append("matplotlib")  # its photograph is what the artefact is verified on
@@ -274,7 +276,7 @@ def _decode_annotated(path: Path) -> object:
     Raises:
         InputError: it cannot be read.
     """
-    from tood_deploy.data.images import decode_image
+    from tood_deploy.data.image_file import decode_image
 
     try:
         return decode_image(path.read_bytes(), str(path))

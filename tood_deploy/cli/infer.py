@@ -14,13 +14,18 @@ from tood_deploy.cli.common import (
     add_fast_decode,
     add_model_options,
     add_runtime_options,
+    add_slicing,
+    add_thresholds,
+    class_options,
     is_artefact,
     load_options,
+    model_files,
     run_command,
     runtime_options,
+    slicing_options,
     takes_hint,
 )
-from tood_deploy.errors import ToodError
+from tood_deploy.errors import ArtefactError, ToodError
 from tood_deploy.reporter import Reporter
 
 EPILOG = """\
@@ -63,12 +68,7 @@ def add_inference_options(parser: argparse.ArgumentParser) -> None:
         metavar=("H", "W"),
         help="short and long side to fit images to (default: the model's)",
     )
-    parser.add_argument(
-        "--conf",
-        type=float,
-        default=0.3,
-        help="keep detections above this score, 0 to 1 (default: 0.3)",
-    )
+    add_thresholds(parser, default=0.3)
     parser.add_argument(
         "--iou",
         type=float,
@@ -79,23 +79,45 @@ def add_inference_options(parser: argparse.ArgumentParser) -> None:
         "--max-det",
         type=int,
         metavar="N",
-        help="largest number of detections in an image (default: what the model gives, 100)",
+        help="largest number of detections in an image, or in each slice of it (default: what the "
+        "model gives, 100)",
     )
     parser.add_argument(
-        "--batch", type=int, default=1, metavar="N", help="frames of one engine call (default: 1)"
+        "--batch",
+        type=int,
+        default=1,
+        metavar="N",
+        help="frames, or slices of them, of one engine call (default: 1)",
     )
     parser.add_argument(
         "--threads", type=int, metavar="N", help="CPU threads of one inference (default: all cores)"
     )
     add_runtime_options(parser)
+    parser.add_argument(
+        "--allow-mismatch",
+        action="store_true",
+        help="run an artefact that is not the file its manifest describes, with a warning",
+    )
     add_fast_decode(parser)
     parser.add_argument(
         "--max-pixels",
         type=int,
         default=200_000_000,
         metavar="N",
-        help="refuse larger images (default: 200000000)",
+        help="refuse larger images, or read them by window with --slice (default: 200000000)",
     )
+    parser.add_argument(
+        "--first-page",
+        action="store_true",
+        help="of image files with several pages or frames (TIFF, GIF, WebP, PNG), the first alone",
+    )
+    parser.add_argument(
+        "--bit-depth",
+        type=int,
+        metavar="N",
+        help="bits that hold data in images of 16 bits, 9 to 16 (default: what their files say)",
+    )
+    add_slicing(parser)
 
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:
@@ -143,6 +165,7 @@ def infer_command(argv: Sequence[str] | None = None) -> int:
 
     from tood_deploy.inference.detector import Detector
     from tood_deploy.inference.run import Outputs, run_inference
+    from tood_deploy.inference.slicing import Slicing
     from tood_deploy.inference.source import open_source
     from tood_deploy.manifest import doubts
 
@@ -153,18 +176,19 @@ def infer_command(argv: Sequence[str] | None = None) -> int:
     outputs = Outputs(
         args.output, args.json, args.coco_annotations, args.jsonl, args.crops, args.show
     )
-    source = open_source(args.source, args.max_pixels)
-    options = {
-        "conf": args.conf,
-        "iou": args.iou,
-        "max_det": args.max_det,
-        "imgsz": args.imgsz,
-        "device": args.device,
-    }
+    slicing = slicing_options(args)
+    source = open_source(
+        args.source, args.max_pixels, first_page=args.first_page, bit_depth=args.bit_depth
+    )
+    outputs.check_files(source, model_files(args.model, args.classes))
+    options = {name: getattr(args, name) for name in ("conf", "iou", "max_det", "imgsz", "device")}
+    options |= class_options(args) | {"slicing": None if slicing is None else Slicing(**slicing)}
     options["fast_decode"] = bool(args.fast_decode)
-    if takes_hint(args.model, args) and (
-        source.kind == "video" or (source.kind == "images" and len(source.names) > 1)
-    ):
+    check_bytes(args)
+    if is_artefact(args.model):
+        options["verify"] = "off"  # done
+    many = source.kind == "video" or len(source.names) > 1 or slicing is not None
+    if takes_hint(args.model, args) and source.kind != "live" and many:
         options["hint"] = "throughput"  # nobody waits for a single frame
     with Detector(args.model, **options, **engine_options(args)) as detector:
         if is_artefact(args.model) and (
@@ -197,6 +221,28 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
             "--precision, --no-self-test out, or export it first"
         )
     return options | chosen | ({"threads": args.threads} if args.threads is not None else {})
+
+
+def check_bytes(args: argparse.Namespace) -> None:
+    """Refuse, before a runtime reads it, an artefact whose manifest describes another file.
+
+    Raises:
+        ToodError: it is one, and --allow-mismatch is not given; or that is given, and the model is
+            a checkpoint.
+    """
+    from tood_deploy.manifest import mismatch, read_manifest
+
+    if not is_artefact(args.model):
+        if args.allow_mismatch:
+            raise ToodError(
+                f"{args.model}: a checkpoint has no manifest that it could mismatch; leave "
+                "--allow-mismatch out"
+            )
+        return
+    path = Path(args.model)
+    compared = path.is_file() and not args.allow_mismatch
+    if compared and (differs := mismatch(path, read_manifest(path))):
+        raise ArtefactError(f"{differs}; --allow-mismatch runs it all the same")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

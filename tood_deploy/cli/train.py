@@ -6,7 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tood_deploy.cli.common import DONE, CommandParser, add_device, class_names_from, run_command
+from tood_deploy.cli.common import (
+    DONE,
+    CommandParser,
+    add_device,
+    check_written,
+    class_names_from,
+    run_command,
+)
 from tood_deploy.errors import ToodError
 from tood_deploy.presets import PRESETS
 from tood_deploy.reporter import Reporter
@@ -117,6 +124,25 @@ def _add_data_options(group: Any) -> None:
         nargs=2,
         metavar=("H", "W"),
         help="short and long side that images are scaled to fit",
+    )
+    group.add_argument(
+        "--slice",
+        type=int,
+        nargs="+",
+        metavar=("H", "W"),
+        help="cut images and their boxes into overlapping windows of H x W pixels (W: as H)",
+    )
+    group.add_argument(
+        "--overlap",
+        type=float,
+        metavar="S",
+        help="of neighbouring windows, as a share of their side, 0 to 0.9 (default: 0.2)",
+    )
+    group.add_argument(
+        "--min-visible",
+        type=float,
+        metavar="S",
+        help="share of a box that a window must show to have it (default: 0.1)",
     )
     group.add_argument(
         "--check-data",
@@ -257,7 +283,9 @@ def train_command(argv: Sequence[str] | None) -> int:
     if arguments.check_data:
         return _check_data(paths, class_names, Reporter())
     from tood_deploy.preprocess import check_imgsz
+    from tood_deploy.training.checkpoints import BEST, FINAL, LAST
     from tood_deploy.training.config import RunOptions
+    from tood_deploy.training.logger import LOG
     from tood_deploy.training.train import FirstWeights, choose_recipe, train
 
     recipe, notes = choose_recipe(arguments.preset, _recipe_changes(arguments))
@@ -273,6 +301,14 @@ def train_command(argv: Sequence[str] | None) -> int:
         arguments.resume,
         arguments.stop_after,
     )
+    inputs = {
+        "the data": [paths.train_json, paths.val_json],
+        "a checkpoint": [arguments.checkpoint, arguments.backbone_weights],
+    }
+    if arguments.resume:  # the folder's own checkpoint goes first
+        del inputs["a checkpoint"]
+    written = [options.output / name for name in (LAST, BEST, FINAL, LOG)]
+    check_written(arguments.classes, written, inputs)
     summary = train(
         arguments.preset,
         paths,
@@ -330,12 +366,24 @@ def _data_paths(arguments: argparse.Namespace) -> "DataPaths":
 
 
 def _recipe_changes(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return what the user changes in the recipe, by field."""
+    """Return what the user changes in the recipe, by field.
+
+    Raises:
+        ToodError: options of windows without --slice.
+    """
+    for name in ("overlap", "min_visible"):
+        if getattr(arguments, name) is not None and arguments.slice is None:
+            raise ToodError(
+                f"--{name.replace('_', '-')} has no effect without windows; add --slice H W"
+            )
     names = (
         *NUMBERS,
         *CHOICES,
         "drops",
         "short_sides",
+        "slice",
+        "overlap",
+        "min_visible",
         "group_by_aspect",
         "freeze_norm",
         "ema",

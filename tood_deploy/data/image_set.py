@@ -15,13 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tood_deploy.data.coco import Annotations
-from tood_deploy.data.images import (
-    decode_image,
-    find_image,
-    image_paths,
-    missing_image_cure,
-    read_image,
-)
+from tood_deploy.data.image_file import decode_image
+from tood_deploy.data.images import find_image, image_paths, missing_image_cure, read_image
 from tood_deploy.errors import InputError, ToodError
 from tood_deploy.files import absolute_path
 from tood_deploy.preprocess import fit_size, pad_size

@@ -5,6 +5,7 @@ Knows no runtime; imports NumPy alone.
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,6 +56,8 @@ class Engine(ABC):
             throughput.
         loaded_from: what it was made of: "artefact", or "cache" where the runtime kept what it had
             compiled; for the self-test.
+        survives_fork: whether it runs in a process that was forked after it was opened. Most
+            runtimes have threads, which a fork leaves behind: the first call would wait for ever.
     """
 
     manifest: Manifest
@@ -66,6 +69,14 @@ class Engine(ABC):
     in_flight: int = 1
     loaded_from: str = "artefact"
     closed: bool = False
+    survives_fork: bool = False
+    _process: int
+
+    def __new__(cls, *_: Any, **__: Any) -> Self:
+        """Note which process opens the model."""
+        engine = super().__new__(cls)
+        engine._process = os.getpid()
+        return engine
 
     @property
     def precision(self) -> str:
@@ -94,8 +105,8 @@ class Engine(ABC):
 
         Raises:
             InputError: shapes or types are not as above.
-            ArtefactError: the model gave values that are not numbers.
-            ToodError: the engine was closed.
+            ArtefactError: the model gave values that are not numbers, or classes without a name.
+            ToodError: the engine was closed, or opened before this process was forked.
         """
         self._check_call(images, valid_hw)
         return self._checked(self._run(images, valid_hw, score_threshold, iou_threshold))
@@ -144,6 +155,12 @@ class Engine(ABC):
     def _check_call(self, images: NDArray[np.uint8], valid_hw: NDArray[np.int32]) -> None:
         if self.closed:
             raise ToodError(f"{self.name}: the engine was closed; open the model again")
+        if self._process != os.getpid() and not self.survives_fork:
+            raise ToodError(
+                f"{self.name}: the engine was opened before this process was forked, and cannot "
+                "run in it; open the model in the process that uses it (multiprocessing and "
+                "DataLoader: in the worker, or with the start method spawn)"
+            )
         check_inputs(images, valid_hw)
         self._check_profile(images)
 
@@ -152,6 +169,12 @@ class Engine(ABC):
             raise ArtefactError(
                 f"{self.name}: the model gave NaN or infinite values; check the checkpoint, or "
                 "export in higher precision"
+            )
+        classes, labels = self.manifest.preset.num_classes, detections.labels
+        if ((labels < 0) | (labels >= classes)).any():
+            raise ArtefactError(
+                f"{self.name}: the model found an object of class {labels.max()}, its manifest "
+                f"names {classes} classes; use the manifest it was exported with"
             )
         return detections
 

@@ -15,8 +15,8 @@ from tood_deploy.engines.base import BatchDetections, Engine, Hint, check_hint
 from tood_deploy.engines.precision_support import saturates_in_onnxruntime, why_not_on_cpus
 from tood_deploy.errors import ArtefactError, DeviceError, ToodError
 from tood_deploy.graph_io import INPUTS, OUTPUTS, graph_feeds
-from tood_deploy.manifest import METADATA_KEY, Manifest, read_manifest
-from tood_deploy.onnx_file import CPU, open_session
+from tood_deploy.manifest import METADATA_KEY, Manifest, manifest_path, read_manifest
+from tood_deploy.onnx_file import CPU, first_line, open_session, run_session
 
 STREAMS = 2  # more would hold more memory and keep a pair of cores no busier
 PROVIDERS = {"cpu": CPU, "cuda": "CUDAExecutionProvider"}
@@ -84,6 +84,8 @@ class OnnxEngine(Engine):
         self.name = f"ONNX Runtime {ort.__version__}"
         self._callers = ThreadPoolExecutor(STREAMS, "onnxruntime") if side_by_side else None
         self.in_flight = STREAMS if side_by_side else 1
+        # Who calls a session does the work of the threads that a fork has left behind.
+        self.survives_fork = device == "cpu" and not side_by_side
 
     def saturates(self) -> bool:
         """Return as `Engine.saturates` does; never on a GPU."""
@@ -97,8 +99,7 @@ class OnnxEngine(Engine):
         iou_threshold: float,
     ) -> BatchDetections:
         feeds = graph_feeds(images, valid_hw, score_threshold, iou_threshold)
-        outputs: Any = self.session.run(list(OUTPUTS), feeds)
-        return BatchDetections(*outputs)
+        return BatchDetections(*run_session(self.session, OUTPUTS, feeds))
 
     def _submit(
         self,
@@ -155,7 +156,7 @@ def _open_session(
             path, provider=provider, threads=threads, float_arithmetic=float_arithmetic
         )
     except Exception as error:  # onnxruntime raises types of its own that share no public base
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         if "NOT_IMPLEMENTED" in reason:  # by its text: the type has no public name
             raise ArtefactError(
                 f"{path}: ONNX Runtime {ort.__version__} lacks an operator of it in its precision "
@@ -181,5 +182,7 @@ def _session_manifest(session: ort.InferenceSession, path: Path) -> Manifest:
             f"{names[1]}, expected {INPUTS} and {OUTPUTS}); "
             "make it from the checkpoint with tood-export"
         )
-    inside = Manifest.from_json(text, str(path))
-    return read_manifest(path) or inside
+    inside, beside = Manifest.from_json(text, str(path)), read_manifest(path)
+    if beside is not None:
+        beside.check_outputs(inside, str(manifest_path(path)))
+    return beside or inside

@@ -8,14 +8,16 @@ runtime is imported only when it is asked for; this module itself is light, as t
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from tood_deploy.errors import ArtefactError, InputError, ToodError, naming_extras
+from tood_deploy.errors import ArtefactError, ArtefactWarning, InputError, ToodError, naming_extras
 from tood_deploy.graph_io import ARTEFACT_SUFFIXES, ENGINE_SUFFIXES, ONNX_SUFFIX, OPENVINO_SUFFIX
 from tood_deploy.presets import PRESETS
 
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 CHECKPOINT_SUFFIXES = (".pth", ".pt", ".safetensors")
 CHECKPOINT_OPTIONS = ("threads", "preset", "class_names", "convention", "weights_key")
 DEVICES = ("cpu", "cuda")
+Verify = Literal["warn", "strict", "off"]
+VERIFY: tuple[Verify, ...] = ("warn", "strict", "off")
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ def open_engine(
     device: str = "cpu",
     runtime: str | None = None,
     self_test: bool = True,
+    verify: Verify = "warn",
     **options: Any,
 ) -> Engine:
     """Open a model in the runtime that it is made for.
@@ -79,6 +84,9 @@ def open_engine(
             not given.
         self_test: whether an artefact proves, when it is first opened on this machine, that it
             gives the answer stored in its manifest.
+        verify: what is done about an artefact whose SHA-256 is not the one in the manifest beside
+            it: "warn" gives an `ArtefactWarning`, once for a file; "strict" refuses it, and one
+            that has no SHA-256 to be compared with; "off" does not compare.
         **options: of that runtime: `threads`; of OpenVINO `precision` and more; of checkpoints what
             `load_checkpoint` takes.
 
@@ -86,7 +94,7 @@ def open_engine(
         ToodError: no such file, not a model, an option that its runtime lacks, or the device is not
             there.
     """
-    _check_arguments(model, device)
+    _check_arguments(model, device, verify)
     path = Path(model)
     is_preset = str(model) in PRESETS and not path.exists()
     if not is_preset and not path.is_file():
@@ -95,8 +103,8 @@ def open_engine(
             f"presets {', '.join(PRESETS)}"
         )
     if is_preset or path.suffix.lower() in CHECKPOINT_SUFFIXES:
-        return _open_checkpoint(model, device, runtime, options)
-    engine = _open_artefact(path, device, runtime, options)
+        return _open_checkpoint(model, device, runtime, verify, options)
+    engine = _open_artefact(path, device, runtime, verify, options)
     try:
         _check_engine(engine, path, self_test)
     except BaseException:
@@ -105,7 +113,9 @@ def open_engine(
     return engine
 
 
-def _check_arguments(model: object, device: object) -> None:
+def _check_arguments(model: object, device: object, verify: object) -> None:
+    if verify not in VERIFY:
+        raise ToodError(f"verify is {verify!r}; expected {', '.join(VERIFY[:-1])} or {VERIFY[-1]}")
     if device not in DEVICES:
         choice = "; CUDA_VISIBLE_DEVICES chooses the GPU" if str(device).startswith("cuda:") else ""
         raise ToodError(f"device is {device!r}; expected {' or '.join(DEVICES)}{choice}")
@@ -115,6 +125,36 @@ def _check_arguments(model: object, device: object) -> None:
             f"the model is {given}; expected the path of an exported artefact or checkpoint, or a "
             "preset's name"
         )
+
+
+def _verify_bytes(path: Path, verify: Verify) -> None:
+    """Compare an artefact with its manifest, before a runtime reads it.
+
+    Raises:
+        ArtefactError: `verify` is "strict", and it is not the file of its manifest.
+    """
+    from tood_deploy.manifest import mismatch, read_manifest
+
+    if verify == "off":
+        return
+    manifest = read_manifest(path)
+    differs = mismatch(path, manifest)
+    if verify == "warn":
+        if differs:
+            _warn_once(differs)
+        return
+    if manifest is None or not manifest.artefact_sha256:
+        differs = (
+            f"{path}: there is no SHA-256 to compare it with, as no manifest beside it states one; "
+            "copy its .json too, or export it again with tood-export"
+        )
+    if differs:
+        raise ArtefactError(differs)
+
+
+@cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, ArtefactWarning, stacklevel=5)  # where the model was opened
 
 
 def _check_engine(engine: Engine, path: Path, self_test: bool) -> None:
@@ -131,8 +171,17 @@ def _check_engine(engine: Engine, path: Path, self_test: bool) -> None:
 
 
 def _open_checkpoint(
-    model: str | PathLike[str], device: str, runtime: str | None, options: dict[str, Any]
+    model: str | PathLike[str],
+    device: str,
+    runtime: str | None,
+    verify: Verify,
+    options: dict[str, Any],
 ) -> Engine:
+    if verify == "strict":
+        raise ToodError(
+            f"{model}: a checkpoint has no manifest to be compared with; leave verify out, or "
+            "export it first with tood-export"
+        )
     if runtime is not None:
         raise ToodError(
             f"{model}: a checkpoint is run by PyTorch, not by {runtime}; export it first with "
@@ -145,7 +194,9 @@ def _open_checkpoint(
     return TorchEngine(model, device=device, **options)
 
 
-def _open_artefact(path: Path, device: str, runtime: str | None, options: dict[str, Any]) -> Engine:
+def _open_artefact(
+    path: Path, device: str, runtime: str | None, verify: Verify, options: dict[str, Any]
+) -> Engine:
     suffix, fitting = path.suffix.lower(), runtimes_for(path)
     if not fitting:
         expected = ", ".join((*ARTEFACT_SUFFIXES, *CHECKPOINT_SUFFIXES))
@@ -163,6 +214,7 @@ def _open_artefact(path: Path, device: str, runtime: str | None, options: dict[s
         module = import_module(f"tood_deploy.engines.{RUNTIMES[name].module}")
     engine = getattr(module, RUNTIMES[name].engine)
     _check_options(f"{path}: {name}", options, [*inspect.signature(engine).parameters][1:])
+    _verify_bytes(path, verify)
     return engine(path, device=device, **options)
 
 

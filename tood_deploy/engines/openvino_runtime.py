@@ -67,12 +67,17 @@ def shared_core() -> Any:
     return load_openvino().Core()
 
 
+def has_bf16() -> bool:
+    """Return whether OpenVINO computes in bf16 on this CPU."""
+    return "BF16" in shared_core().get_property(CPU, "OPTIMIZATION_CAPABILITIES")
+
+
 def check_precision(core: Any, precision: str) -> None:
     """Raise DeviceError where the CPU lacks the instructions.
 
     OpenVINO would take another precision in silence.
     """
-    if precision == "bf16" and "BF16" not in core.get_property(CPU, "OPTIMIZATION_CAPABILITIES"):
+    if precision == "bf16" and not has_bf16():
         name = core.get_property(CPU, "FULL_DEVICE_NAME")
         raise DeviceError(
             f"precision bf16 is not there: this CPU ({name}) has no bf16 instructions; use fp32, "

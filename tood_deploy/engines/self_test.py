@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import json
 import platform
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import cv2
+import imagesize
 import numpy as np
 from numpy.typing import NDArray
 
@@ -114,10 +116,13 @@ class Golden:
             ArtefactError: it is damaged.
         """
         try:
-            png = np.frombuffer(base64.b64decode(stored.image_png, validate=True), np.uint8)
-            image = np.ascontiguousarray(
-                np.asarray(cv2.imdecode(png, cv2.IMREAD_COLOR), np.uint8)[..., ::-1]
-            )
+            png = base64.b64decode(stored.image_png, validate=True)
+            columns, rows = imagesize.get(io.BytesIO(png))
+            smallest = np.min([case.net_hw for case in stored.cases], axis=0)
+            if not (0 < rows <= smallest[0] and 0 < columns <= smallest[1]):
+                raise ValueError(f"an image of {rows} x {columns} on a canvas of {smallest}")
+            decoded = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_COLOR)
+            image = np.ascontiguousarray(np.asarray(decoded, np.uint8)[..., ::-1])
             cases = tuple(map(GoldenCase.from_manifest, stored.cases))
             return cls(image, stored.iou_threshold, stored.reference, cases)
         except (TypeError, ValueError, IndexError, cv2.error) as error:
@@ -157,6 +162,7 @@ def check_self_test(engine: Engine, artefact: Path) -> None:
     stored = engine.manifest.self_test
     if stored is None:
         return
+    _check_labels(engine, artefact, stored)
     circumstances = _circumstances(engine, artefact, stored)
     key = hashlib.sha256(json.dumps(circumstances, sort_keys=True).encode()).hexdigest()
     record = home_folder("self_tests") / f"{key[:32]}.json"
@@ -201,6 +207,17 @@ def _check_products(engine: Engine, artefact: Path) -> None:
             f"({processor()}) sums of products saturate "
             f"in {engine.name}: results would be wrong; export it again with --target-cpu "
             "portable, or run the float32 artefact"
+        )
+
+
+def _check_labels(engine: Engine, artefact: Path, stored: SelfTest) -> None:
+    classes = engine.manifest.preset.num_classes
+    if (
+        largest := max((max(case.labels, default=0) for case in stored.cases), default=0)
+    ) >= classes:
+        raise ArtefactError(
+            f"{artefact}: the self-test in its manifest has an object of class {largest}, and "
+            f"there are {classes} class names; export the model again"
         )
 
 

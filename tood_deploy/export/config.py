@@ -19,6 +19,7 @@ from tood_deploy.errors import ToodError
 from tood_deploy.export.options import (
     ANNOTATED,
     AP_LIMIT,
+    AUTO,
     AUTO_SHAPES,
     CALIBRATED,
     CHECKPOINT_SOURCE,
@@ -40,7 +41,7 @@ from tood_deploy.export.tensorrt.options import EngineOptions, SizeOptions
 from tood_deploy.export.triton.options import TritonOptions
 from tood_deploy.graph_io import ENGINE_SUFFIXES, ONNX_SUFFIX, TARGET_SUFFIXES, Target
 
-Precision = Literal["fp32", "bf16", "fp16", "int8"]
+Precision = Literal["fp32", "bf16", "fp16", "int8", "auto"]
 FloatPrecision = Literal["fp32", "bf16", "fp16"]
 CalibrationMethod = Literal["entropy", "percentile", "minmax"]
 Scheme = Literal["s8s8", "u8s8", "u8s7"]
@@ -93,8 +94,9 @@ class PrecisionOptions:
         "fp32",
         "--precision",
         "of convolutions and matrix products, written into the graph "
-        "(default: fp32, or that of the .onnx)",
-        choices=("fp32", "bf16", "fp16", "int8"),
+        "(default: fp32, or that of the .onnx); auto, for OpenVINO: the fastest on this machine "
+        "that stays within its limits",
+        choices=("fp32", "bf16", "fp16", "int8", "auto"),
         only=(GRAPH_SOURCE,),
         never=(SEARCH,),
     )
@@ -115,6 +117,7 @@ class PrecisionOptions:
         choices=("fp32", "bf16", "fp16"),
         old_flag="--rest",
         only=(INT8_OR_SEARCH, FALLBACK_OF_SEARCH, FALLBACK_TARGET),
+        never=(AUTO,),
     )
     keep_fp32: tuple[str, ...] = option(
         (),
@@ -281,6 +284,13 @@ class ExportConfig:
     engine: EngineOptions = field(default_factory=EngineOptions)
     triton: TritonOptions = field(default_factory=TritonOptions)
     command: str = ""
+
+    def __post_init__(self) -> None:
+        if self.precision.precision == "auto" and self.to != "openvino":
+            raise ToodError(
+                f"--precision auto is for --to openvino, and --to is {self.to}; name a precision, "
+                "or let --autotune-precision search"
+            )
 
     @property
     def builds_engine(self) -> bool:

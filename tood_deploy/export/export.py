@@ -37,13 +37,13 @@ from tood_deploy.graph_io import INNER_VALUES, ONNX_SUFFIX, Target
 from tood_deploy.manifest import Manifest
 from tood_deploy.manifest_sections import Build, Parity
 from tood_deploy.model.checkpoint import load_checkpoint
-from tood_deploy.model.tood import Tood
+from tood_deploy.model.detector import DenseDetector
 from tood_deploy.onnx_file import OnnxArtefact, artefact_in_memory, read_onnx, write_onnx
 from tood_deploy.parity.onnx_reference import OnnxRunner, onnx_reference
 from tood_deploy.parity.reference import Reference
 from tood_deploy.parity.torch_reference import torch_reference
 from tood_deploy.parity.verify import verify_float32
-from tood_deploy.presets import MAX_CANDIDATES, Preset
+from tood_deploy.presets import MAX_CANDIDATES
 from tood_deploy.reporter import Reporter
 
 if TYPE_CHECKING:
@@ -118,13 +118,38 @@ def run_export(
         artefact, reference = _float32_artefact(config, images, annotated, reporter)
         profiles = _choose_profiles(config, reference, reporter)
         ap = annotated.measure(artefact) if annotated else None
-        if _graph_precision(config).changes_graph:
-            with timed("precision"):
-                artefact = _convert(config, artefact, reference, images, ap, search, reporter)
-        prepared = PreparedExport(artefact, reference, profiles, images, ap)
-        reporter.info(f"{config.place}: {_STEPS[config.to]}")
-        with timed("target"):
-            return _WRITERS[config.to](config, prepared, reporter)
+        float32 = PreparedExport(artefact, reference, profiles, images, ap)
+        if config.precision.precision == "auto":
+            from tood_deploy.export.precision.choose import export_fastest
+
+            return export_fastest(
+                config,
+                lambda one: _finish(one, float32, None, reporter),
+                sizing=reference.sizing,
+                images=images,
+                reporter=reporter,
+            )
+        return _finish(config, float32, search, reporter)
+
+
+def _finish(
+    config: ExportConfig, float32: PreparedExport, search: Search | None, reporter: Reporter
+) -> ExportResult:
+    """Change the precision of the float32 graph as asked, and write the target.
+
+    Args:
+        config: what is asked for.
+        float32: the graph as it was proven.
+        search: chooses the mixture of precisions, where that is asked for.
+        reporter: of every step.
+    """
+    prepared = float32
+    if _graph_precision(config).changes_graph:
+        with timed("precision"):
+            prepared = replace(float32, artefact=_convert(config, float32, search, reporter))
+    reporter.info(f"{config.place}: {_STEPS[config.to]}")
+    with timed("target"):
+        return _WRITERS[config.to](config, prepared, reporter)
 
 
 @contextmanager
@@ -177,11 +202,11 @@ def _runnable(artefact: OnnxArtefact) -> OnnxArtefact:
 
 
 def _check_loaded(
-    config: ExportConfig, model: Tood, max_det: int, annotated: AnnotatedImages | None
+    config: ExportConfig, model: DenseDetector, max_det: int, annotated: AnnotatedImages | None
 ) -> None:
     """Refuse, before the long work, what only the checkpoint could tell that it cannot be."""
     preset = model.preset
-    if _is_deformable(preset):
+    if preset.is_deformable:
         check_deform(config.source, config.checkpoint.deform or "none", config)
     if annotated is not None:
         annotated.check_classes(preset.class_names)
@@ -194,7 +219,7 @@ def _check_loaded(
         _check_patterns(config.precision, model)
 
 
-def _check_patterns(precision: PrecisionOptions, model: Tood) -> None:
+def _check_patterns(precision: PrecisionOptions, model: DenseDetector) -> None:
     """Refuse patterns of what stays float32 that fit no layer.
 
     Those that fit none of the 8-bit layers only the graph can tell. Half precision also takes the
@@ -218,7 +243,7 @@ def _check_patterns(precision: PrecisionOptions, model: Tood) -> None:
 
 
 def onnx_from_checkpoint(
-    model: Tood,
+    model: DenseDetector,
     *,
     deform: DeformForm = "op",
     max_det: int | None = None,
@@ -247,7 +272,7 @@ def onnx_from_checkpoint(
         max_det=max_det,
         checkpoint_sha256=model.checkpoint_sha256,
         build=Build(
-            format="onnx", opset=OPSET, deform=deform if _is_deformable(model.preset) else "none"
+            format="onnx", opset=OPSET, deform=deform if model.preset.is_deformable else "none"
         ),
         versions=_versions(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -267,7 +292,7 @@ def onnx_from_checkpoint(
 
 
 def export_onnx(
-    model: Tood,
+    model: DenseDetector,
     output: Path,
     *,
     deform: DeformForm = "op",
@@ -292,10 +317,6 @@ def export_onnx(
         model, deform=deform, max_det=max_det, verify_images=verify_images, reporter=reporter
     )
     return write_onnx(artefact, output)
-
-
-def _is_deformable(preset: Preset) -> bool:
-    return bool(preset.deform_stages or preset.deform_tower)
 
 
 def _versions() -> dict[str, str]:
@@ -336,22 +357,13 @@ def _graph_precision(config: ExportConfig) -> PrecisionOptions:
 
 
 def _convert(
-    config: ExportConfig,
-    artefact: OnnxArtefact,
-    reference: Reference,
-    images: Images,
-    ap: AnnotatedAp | None,
-    search: Search | None,
-    reporter: Reporter,
+    config: ExportConfig, float32: PreparedExport, search: Search | None, reporter: Reporter
 ) -> OnnxArtefact:
     """Return the artefact in the precision that is asked for, compared with the reference.
 
     Args:
         config: what is asked for.
-        artefact: in float32.
-        reference: what both are compared with.
-        images: (H, W, 3) uint8 BGR, given to verify on.
-        ap: measures AP; None without annotations.
+        float32: the graph as it was proven.
         search: chooses the mixture of precisions, where that is asked for.
         reporter: of every step.
     """
@@ -361,6 +373,7 @@ def _convert(
         verify_converted,
     )
 
+    artefact, reference, ap = float32.artefact, float32.reference, float32.ap
     precision = _graph_precision(config)
     name = "the best mixture of precisions" if precision.autotune else precision.precision
     reporter.info(
@@ -378,7 +391,7 @@ def _convert(
     return verify_converted(
         converted,
         reference,
-        images_to_verify(precision.calib_data, images),
+        images_to_verify(precision.calib_data, float32.images),
         self_test=artefact.manifest.self_test,
         # What OpenVINO is given is measured in OpenVINO, at the end.
         ap=None if config.to == "openvino" else ap,

@@ -57,18 +57,19 @@ CHECKPOINT_SOURCE = When(
     "a checkpoint, the .onnx has them inside",
 )
 INT8 = When(lambda config: config.precision.precision == "int8", "--precision int8")
+AUTO = When(lambda config: config.precision.precision == "auto", "--precision auto")
 SEARCH = When(lambda config: config.precision.autotune, "--autotune-precision")
 INT8_OR_SEARCH = When(
-    lambda config: INT8.holds(config) or SEARCH.holds(config),
-    "--precision int8 or --autotune-precision",
+    lambda config: INT8.holds(config) or AUTO.holds(config) or SEARCH.holds(config),
+    "--precision int8 or auto, or --autotune-precision",
 )
 CALIBRATED = When(
     lambda config: INT8_OR_SEARCH.holds(config) or config.precision.precision == "fp16",
-    "--precision int8 or fp16, or --autotune-precision",
+    "--precision int8, fp16 or auto, or --autotune-precision",
 )
 LOWERED = When(
     lambda config: config.precision.precision != "fp32" or config.precision.max_ap_drop is not None,
-    "--precision bf16, fp16 or int8, or --max-ap-drop",
+    "--precision bf16, fp16, int8 or auto, or --max-ap-drop",
 )
 FALLBACK_TARGET = When(
     lambda config: config.precision.fallback == "fp32" or config.to in ("openvino", "engine"),

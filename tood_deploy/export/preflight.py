@@ -21,7 +21,7 @@ from tood_deploy.errors import ArtefactError, CheckpointError, DeviceError, Outp
 from tood_deploy.export.config import ExportConfig, PrecisionOptions
 from tood_deploy.export.options import flag_of
 from tood_deploy.export.tensorrt.options import EngineOptions, SizeOptions
-from tood_deploy.files import home_folder
+from tood_deploy.files import file_identities, home_folder
 from tood_deploy.graph_io import (
     ARTEFACT_SUFFIXES,
     OPENVINO_SUFFIX,
@@ -102,21 +102,21 @@ def check_inputs_stay(written: Collection[Path], inputs: Collection[Path]) -> No
     Raises:
         OutputError: a file stands on both sides, or twice among those that are written.
     """
-    read = {path.resolve() for path in inputs}
-    places: set[Path] = set()
+    read = {identity for path in inputs for identity in file_identities(path)}
+    places: set[object] = set()
     for path in written:
-        place = path.resolve()
-        if place in read:
+        identities = set(file_identities(path))
+        if identities & read:
             raise OutputError(
                 f"{path}: is an input of this export, and would be replaced by its result; "
                 "give another name"
             )
-        if place in places:
+        if identities & places:
             raise OutputError(
                 f"{path}: two results of this export would be written there; "
                 "give each a name of its own"
             )
-        places.add(place)
+        places |= identities
 
 
 def check_writable(folder: Path, remedy: str) -> Path:
@@ -175,7 +175,7 @@ def check_export(config: ExportConfig, annotated: AnnotatedImages | None = None)
     _check_precision(config, source)
     _check_output(config, source)
     _check_device(config)
-    if config.precision.autotune or config.precision.precision == "int8":
+    if config.precision.autotune or config.precision.precision in ("int8", "auto"):
         # Where a calibration will keep what it has measured.
         check_writable(home_folder("calibration"), "name another folder in TOOD_HOME")
     check_images(list(_image_sets(config, annotated)))
@@ -369,18 +369,29 @@ def _check_output(config: ExportConfig, source: Manifest | None) -> None:
     place = config.place
     if config.to == "triton":
         _check_repository(config, source)
-        folder, written = place, []
+        folder = place
     else:
         check_artefact(place, TARGET_SUFFIXES[config.to], config.to)
-        folder, written = place.parent, [place, manifest_path(place)]
+        folder = place.parent
     if (plot := config.sizes.shapes_plot) is not None:
         _check_plot(plot)
-        written.append(plot)
-    if (cache := config.engine.timing_cache) is not None:
-        written.append(cache)
-    read = (Path(config.source), config.precision.annotations)
-    check_inputs_stay(written, [path for path in read if path is not None])
+    read = [Path(config.source), Path(f"{config.source}.data")]
+    read += [] if config.precision.annotations is None else [config.precision.annotations]
+    for images in (config.precision.calib_data, config.verify_images, config.images):
+        read += [] if images is None else image_paths(images)
+    check_inputs_stay(written_files(config), read)
     check_space(check_writable(folder, ELSEWHERE), COPIES[config.to] * _weights_bytes(config))
+
+
+def written_files(config: ExportConfig) -> list[Path]:
+    """Return the files that an export writes; not those inside a Triton repository."""
+    place = config.place
+    written = [] if config.to == "triton" else [place, manifest_path(place)]
+    if place.suffix.lower() == OPENVINO_SUFFIX:
+        written.append(place.with_suffix(OPENVINO_WEIGHTS_SUFFIX))
+    for path in (config.sizes.shapes_plot, config.engine.timing_cache):
+        written += [] if path is None else [path]
+    return written
 
 
 def _weights_bytes(config: ExportConfig) -> int:

@@ -21,11 +21,12 @@ from tood_deploy.engines.openvino_runtime import (
     check_precision,
     load_openvino,
     read_model,
+    reason_of,
     refusal,
     shared_core,
 )
 from tood_deploy.engines.self_test import self_test_from
-from tood_deploy.errors import ArtefactError, ToodError
+from tood_deploy.errors import ArtefactError, OutputError, ToodError
 from tood_deploy.export.precision.convert import AnnotatedAp
 from tood_deploy.files import atomic_paths
 from tood_deploy.graph_io import (
@@ -127,7 +128,13 @@ def openvino_from_onnx(
     # last.
     weights = output.with_suffix(OPENVINO_WEIGHTS_SUFFIX)
     with atomic_paths(weights, output, manifest_path(output)) as (_, xml, described):
-        ov.save_model(model, xml, compress_to_fp16=False)
+        try:
+            ov.save_model(model, xml, compress_to_fp16=False)
+        except RuntimeError as error:  # of every kind, also for a full disk
+            raise OutputError(
+                f"{output}: OpenVINO cannot write it ({reason_of(error)}); make room, or choose "
+                "another --output"
+            ) from error
         # The engine that AP is measured with reads the manifest.
         described.write_text(manifest.to_json(), encoding="utf-8")
         proven = _verify(xml, manifest, reference, images, ap, reporter)

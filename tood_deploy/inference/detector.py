@@ -15,11 +15,13 @@ from tood_deploy.engines import BatchDetections, Engine, open_engine
 from tood_deploy.errors import ToodError
 from tood_deploy.inference.frame import Prepared
 from tood_deploy.inference.image_input import Color, ImageInput, bgr_from, check_color
+from tood_deploy.inference.slicing import Slicing
+from tood_deploy.inference.thresholds import DEFAULT_CONF, Conf, class_scores, thresholds_from
 from tood_deploy.preprocess import choose_canvas, fit_imgsz, resize_and_pad, with_imgsz
 
 if TYPE_CHECKING:
+    from tood_deploy.inference.file_list import Spec
     from tood_deploy.inference.frame import Frame
-    from tood_deploy.inference.source import Spec
 
 
 class Detector:
@@ -29,24 +31,29 @@ class Detector:
         self,
         model: str | PathLike[str] | Engine,
         *,
-        conf: float = 0.3,
+        conf: Conf = DEFAULT_CONF,
         iou: float | None = None,
         max_det: int | None = None,
         imgsz: Sequence[int] | None = None,
         device: str = "cpu",
         color: Color = "bgr",
         fast_decode: bool = False,
+        slicing: Slicing | None = None,
+        only: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
         **engine_options: Any,
     ) -> None:
         """Open the model.
 
         Args:
             model: an artefact, a checkpoint, a preset's name, or an engine that is open already.
-            conf: score that a detection must exceed, 0 to 1.
+            conf: score that a detection must exceed, 0 to 1: a number, or one for each class, as
+                "0.3,person=0.5", as a mapping of class names (the others: 0.3), or as a JSON file
+                such as `tood-eval` writes.
             iou: overlap above which the lower-scored of two boxes of one class goes, 0 to 1; the
                 model's own (0.6 in the published configurations) where not given.
-            max_det: largest number of detections in an image; as many as the model gives (100)
-                where not given.
+            max_det: largest number of detections in an image, of a window where it is sliced; as
+                many as the model gives (100) where not given.
             imgsz: (short side, long side) in pixels that images are scaled to fit, (rows, columns)
                 for a model that stretches them; the model's own where not given.
             device: "cpu" or "cuda".
@@ -55,14 +62,22 @@ class Detector:
             fast_decode: whether `stream` may decode JPEG images at 1/2, 1/4 or 1/8 of their size
                 where `imgsz` needs no more. Results then differ a little; `Frame.image_bgr` is
                 smaller, boxes stay in pixels of the whole image (`Frame.size_hw`).
+            slicing: search images in overlapping windows, and merge what is detected in them.
+            only: names of the classes to detect; all where not given.
+            exclude: names of classes to leave out.
             **engine_options: passed on to `open_engine`.
 
         Raises:
             ToodError: a value out of range, or a model that cannot be opened.
         """
-        for name, value in (("conf", conf), ("iou", iou)):
-            if value is not None and not 0 <= value <= 1:
-                raise ToodError(f"{name} is {value}; expected a number from 0 to 1")
+        thresholds = thresholds_from(conf)
+        if iou is not None and not 0 <= iou <= 1:
+            raise ToodError(f"iou is {iou}; expected a number from 0 to 1")
+        if slicing is not None and fast_decode:
+            raise ToodError(
+                "fast_decode reads images smaller than they are, slices need all of their pixels; "
+                "leave one out"
+            )
         check_color(color)
         self.engine = (
             model
@@ -74,19 +89,37 @@ class Detector:
             raise ToodError(f"max_det is {max_det}; expected 1 to {given}, what this model gives")
         self.color, self.fast_decode = color, fast_decode
         preset = with_imgsz(self.engine.manifest.preset, imgsz)
-        self.conf, self.iou, self.max_det = (
-            conf,
-            preset.iou_threshold if iou is None else iou,
-            max_det or given,
-        )
+        self.iou = preset.iou_threshold if iou is None else iou
+        self.max_det, self.slicing = max_det or given, slicing
+        self.only, self.exclude = only, exclude
+        self.slice_notes: list[str] = []  # remarks on slicing, for the user
+        self.set_conf(thresholds)
         self.sizing, self.imgsz = preset.sizing, preset.imgsz
+
+    def set_conf(self, conf: Conf) -> None:
+        """Change the scores that detections must exceed.
+
+        Args:
+            conf: as the detector is made with it.
+
+        Raises:
+            ToodError: a value outside 0 to 1, or a class that the model does not have.
+        """
+        self.thresholds = thresholds_from(conf)
+        self.class_scores = class_scores(self.thresholds, self.class_names, self.only, self.exclude)
+        # The graph takes one threshold, the lowest; the others apply to what it gives.
+        self.conf = self.thresholds.default
+        if self.class_scores is not None:
+            self.conf = float(self.class_scores.min())
 
     @property
     def class_names(self) -> tuple[str, ...]:
         """The name of every class, in the order of the class numbers."""
         return self.engine.manifest.preset.class_names
 
-    def __call__(self, image: ImageInput, *, color: Color | None = None) -> Detections:
+    def __call__(
+        self, image: ImageInput, *, color: Color | None = None, batch: int = 1
+    ) -> Detections:
         """Find the objects in one image, with boxes in its own pixels.
 
         Args:
@@ -97,10 +130,17 @@ class Detector:
                 it already.
             color: order of an array's channels, "bgr" or "rgb"; what the detector was made with
                 where not given. Of no effect on Pillow's images and on grey ones.
+            batch: the most windows of one engine call, where the image is sliced; results do not
+                depend on it.
 
         Raises:
             InputError: not such an image.
         """
+        if self.slicing is not None:
+            from tood_deploy.inference.sliced_pipeline import detect_sliced
+
+            image_bgr = bgr_from(image, self.color if color is None else color)
+            return detect_sliced(self, image_bgr, batch)
         return self.infer([self.prepare(image, color=color)])[0]
 
     def prepare(
@@ -182,6 +222,8 @@ class Detector:
         self, batch: Sequence[Prepared], detections: BatchDetections
     ) -> list[Detections]:
         """Return the detections of each image, with boxes in its own pixels."""
+        if self.class_scores is not None:
+            return self._filtered_by_class(batch, detections, self.class_scores)
         results = []
         for i, prepared in enumerate(batch):
             count = min(int(detections.num_dets[i]), self.max_det)
@@ -196,8 +238,36 @@ class Detector:
             )
         return results
 
+    def _filtered_by_class(
+        self,
+        batch: Sequence[Prepared],
+        detections: BatchDetections,
+        class_scores: NDArray[np.float32],
+    ) -> list[Detections]:
+        """Return the detections of each image that exceed the score of their class.
+
+        Args:
+            batch: the images.
+            detections: of the images, above the lowest of the scores.
+            class_scores: (K,).
+        """
+        results = []
+        for i, prepared in enumerate(batch):
+            count = int(detections.num_dets[i])
+            labels, scores = detections.labels[i, :count], detections.scores[i, :count]
+            kept = np.flatnonzero(scores > class_scores[labels])[: self.max_det]
+            boxes = prepared.transform.boxes_to_image(detections.boxes_net[i, kept])
+            results.append(Detections(boxes, scores[kept], labels[kept], self.class_names))
+        return results
+
     def stream(
-        self, source: Spec | Sequence[Spec], batch: int = 1, max_pixels: int | None = None
+        self,
+        source: Spec | Sequence[Spec],
+        batch: int = 1,
+        max_pixels: int | None = None,
+        *,
+        first_page: bool = False,
+        bit_depth: int | None = None,
     ) -> Generator[tuple[Frame, Detections], None, None]:
         """Yield every frame of what is named, with its detections, in order.
 
@@ -208,19 +278,23 @@ class Detector:
 
         Args:
             source: one or several of what `open_source` takes.
-            batch: the most frames of one engine call; results do not depend on it.
-            max_pixels: refuse larger images; 200 million where not given.
+            batch: the most frames, or windows of them, of one engine call; results do not depend
+                on it.
+            max_pixels: refuse larger images, or read them by window where they are sliced; 200
+                million where not given.
+            first_page: of image files with several pages or frames, take the first alone.
+            bit_depth: how many bits of 16-bit images hold data, where their files do not say.
 
         Raises:
             ToodError: the source cannot be opened; later, while iterating: cannot be read at all.
         """
-        from tood_deploy.data.images import MAX_PIXELS
+        from tood_deploy.data.image_header import MAX_PIXELS
         from tood_deploy.inference.pipeline import detect_frames
         from tood_deploy.inference.source import open_source
 
-        return detect_frames(
-            self, open_source(source, MAX_PIXELS if max_pixels is None else max_pixels), batch
-        )
+        limit = MAX_PIXELS if max_pixels is None else max_pixels
+        opened = open_source(source, limit, first_page=first_page, bit_depth=bit_depth)
+        return detect_frames(self, opened, batch)
 
     def close(self) -> None:
         """Free what the runtime holds."""

@@ -19,6 +19,63 @@ from tood_deploy.errors import InputError
 from tood_deploy.preprocess import ImageSize, ImageTransform
 
 Kind = Literal["images", "video", "live"]
+Part = tuple[str, int | None]  # an input's name, and the number of a page where it has several
+
+
+@dataclass(frozen=True)
+class Input:
+    """What one name stands for.
+
+    Attributes:
+        name: path or address.
+        kind: "images", "video" (an animation, too) or "live".
+        pages: how many it gives, where it is a file of several images.
+        animated: whether it is an image file that moves, such as a GIF.
+    """
+
+    name: str
+    kind: Kind = "images"
+    pages: int = 1
+    animated: bool = False
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """What outputs are written for: the file, or each of its pages."""
+        if self.pages == 1:
+            return ((self.name, None),)
+        return tuple((self.name, page) for page in range(1, self.pages + 1))
+
+
+class WindowReader(ABC):
+    """Reads parts of an image that is too large to be decoded at once.
+
+    Attributes:
+        size_hw: rows and columns of the upright image.
+    """
+
+    size_hw: tuple[int, int]
+
+    @abstractmethod
+    def read_windows(self, windows: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+        """Yield every window's number and pixels, in the order that suits the file.
+
+        Args:
+            windows: (N, 4) xyxy in pixels of the upright image.
+
+        Yields:
+            Position in `windows`, and (h, w, 3) uint8 BGR.
+
+        Raises:
+            InputError: the file is damaged.
+        """
+
+    @abstractmethod
+    def read_to_fit(self, fit: ImageSize) -> NDArray[np.uint8]:
+        """Return the whole image, (h, w, 3) uint8 BGR, scaled down to fit.
+
+        Raises:
+            InputError: the file is damaged.
+        """
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,10 +87,13 @@ class Frame:
         name: path or address of what it came from.
         index: its number in that file or stream, from 0; a live stream counts the frames that were
             dropped, too.
+        page: its number, from 1, in a file of several images; None where it is the only one.
         pts, time_base: its time is pts * time_base seconds, as the file has it; None for an image.
         decoded_s: when it was decoded, in seconds of `time.perf_counter`.
-        original_hw: rows and columns of the image in its file, where it was decoded smaller; None
-            where it was not.
+        original_hw: rows and columns of the image in its file, where it was decoded smaller, or is
+            read by window; None elsewhere.
+        reader: reads parts of an image that is too large to be decoded at once; `image_bgr` has no
+            rows then.
     """
 
     image_bgr: NDArray[np.uint8]
@@ -43,6 +103,13 @@ class Frame:
     time_base: Fraction | None = None
     decoded_s: float = field(default_factory=time.perf_counter)
     original_hw: tuple[int, int] | None = None
+    page: int | None = None
+    reader: WindowReader | None = None
+
+    @property
+    def part(self) -> Part:
+        """What its outputs are planned for."""
+        return self.name, self.page
 
     @property
     def size_hw(self) -> tuple[int, int]:
@@ -81,18 +148,29 @@ class Source(ABC):
         skipped: images and frames that could not be read.
         dropped: frames of a live source that nobody had time for.
         problems: what was lost, one line each, in the order it happened.
+        notes: what was not lost, but should be known, in the same way.
+        lists: text files that names were read from.
         fit: the size that images will be scaled to fit: JPEG images may then be decoded at 1/2, 1/4
             or 1/8 of their size where that is enough; None, as at first: all of their pixels.
+        by_window: whether images with more pixels than are decoded at once are read by window.
     """
 
     kind: Kind
     fit: ImageSize | None = None
+    by_window: bool = False
 
     def __init__(self, names: tuple[str, ...], length: int | None) -> None:
         self.names, self.length = names, length
         self.skipped = 0
         self.dropped = 0
         self.problems: list[str] = []
+        self.notes: list[str] = []
+        self.lists: tuple[str, ...] = ()
+
+    @property
+    def inputs(self) -> tuple[Input, ...]:
+        """What each of the names stands for."""
+        return tuple(Input(name, self.kind) for name in self.names)
 
     @abstractmethod
     def __iter__(self) -> Iterator[Frame]: ...

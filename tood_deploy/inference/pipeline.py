@@ -6,6 +6,7 @@ no files and draws nothing.
 
 from __future__ import annotations
 
+import atexit
 import threading
 import time
 from collections import deque
@@ -14,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any, Literal, Protocol, TypeVar
+from weakref import WeakSet
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +24,7 @@ from tood_deploy.detections import Detections
 from tood_deploy.engines import BatchDetections, Engine
 from tood_deploy.errors import ToodError
 from tood_deploy.inference.frame import Frame, Prepared, Source
+from tood_deploy.inference.slicing import Slicing
 from tood_deploy.preprocess import ImageSize
 
 STAGES = {"pre": "pre", "infer": "infer", "post": "post", "end_to_end": "end-to-end"}
@@ -103,6 +106,16 @@ class BatchDetector(Protocol):
         """Whether JPEG images may be decoded smaller than they are."""
         ...
 
+    @property
+    def slicing(self) -> Slicing | None:
+        """The windows that images are searched in; None: as they are."""
+        ...
+
+    @property
+    def slice_notes(self) -> list[str]:
+        """Remarks on slicing, for the user; grows."""
+        ...
+
     def prepare(
         self, image: NDArray[np.uint8], image_hw: tuple[int, int] | None, *, color: Literal["bgr"]
     ) -> Prepared:
@@ -142,7 +155,8 @@ def detect_frames(
         detector: runs in a thread of its own.
         source: is read in a thread of its own; its errors come out here, after the frames before
             them.
-        batch: largest number of frames in an engine call.
+        batch: largest number of frames, or of their windows where they are sliced, in an engine
+            call.
         timings: gets what every stage took.
 
     Raises:
@@ -153,7 +167,11 @@ def detect_frames(
         raise ToodError(f"batch is {batch}; expected a positive number")
     if detector.fast_decode:
         source.decode_to_fit(detector.sizing)
-    return _Pipeline(detector, source, batch, timings or Timings()).run()
+    if detector.slicing is not None:
+        from tood_deploy.inference.sliced_pipeline import SlicedPipeline
+
+        return SlicedPipeline(detector, source, batch, timings or Timings(), detector.slicing).run()
+    return Pipeline(detector, source, batch, timings or Timings()).run()
 
 
 class InFlight:
@@ -221,7 +239,9 @@ class _Running:
     started_s: float
 
 
-class _Pipeline:
+class Pipeline:
+    """Reads, scales and infers in threads of their own, one frame after another."""
+
     def __init__(
         self, detector: BatchDetector, source: Source, batch: int, timings: Timings
     ) -> None:
@@ -237,28 +257,36 @@ class _Pipeline:
         self.frames: SimpleQueue[Frame | _End] = SimpleQueue()
         self.prepared: SimpleQueue[_Decoded | _End] = SimpleQueue()
         self.results: SimpleQueue[_Result | _End] = SimpleQueue()
+        self.threads: list[threading.Thread] = []
 
     def run(self) -> Generator[_Result, None, None]:
+        """Start the threads, and yield results until all have ended."""
         stages = (
             (self._read, self.frames),
             (self._prepare, self.prepared),
             (self._infer, self.results),
         )
-        threads = [
+        self.threads = [
             threading.Thread(target=_run_stage, args=stage, name=stage[0].__name__, daemon=True)
             for stage in stages
         ]
-        for thread in threads:
+        _RUNNING.add(self)
+        for thread in self.threads:
             thread.start()
         try:
-            for frame, detections in _items(self.results):
+            for frame, detections in queue_items(self.results):
                 self.in_flight.leave(frame)
                 yield frame, detections
         finally:
-            self.in_flight.stop()
-            self.source.close()
-            for thread in threads:
-                thread.join()
+            self.stop()
+
+    def stop(self, limit_s: float | None = None) -> None:
+        """End all threads, and wait for them, each no longer than `limit_s`."""
+        self.in_flight.stop()
+        self.source.close()
+        for thread in self.threads:
+            thread.join(limit_s)
+        _RUNNING.discard(self)
 
     def _read(self) -> None:
         frames = iter(self.source)
@@ -267,7 +295,7 @@ class _Pipeline:
             self.frames.put(frame)
 
     def _prepare(self) -> None:
-        for frame in _items(self.frames):
+        for frame in queue_items(self.frames):
             if self.in_flight.stopped:
                 continue
             started = time.perf_counter()
@@ -278,7 +306,7 @@ class _Pipeline:
     def _infer(self) -> None:
         waiting: list[_Decoded] = []
         try:
-            for frame, prepared in _items(self.prepared, lambda: self._finish(waiting)):
+            for frame, prepared in queue_items(self.prepared, lambda: self._finish(waiting)):
                 if waiting and waiting[0][1].transform.net_hw != prepared.transform.net_hw:
                     self._submit(waiting)
                 waiting.append((frame, prepared))
@@ -325,6 +353,19 @@ class _Pipeline:
             self.results.put((frame, objects))
 
 
+# Streams that were begun and not closed. Threads that still run while Python takes itself down end
+# the process by an abort, from within the runtimes' libraries.
+_RUNNING: WeakSet[Pipeline] = WeakSet()
+EXIT_LIMIT_S = 10.0
+
+
+@atexit.register
+def _stop_streams() -> None:
+    for pipeline in list(_RUNNING):
+        with suppress(Exception):
+            pipeline.stop(EXIT_LIMIT_S)
+
+
 def _run_stage(work: Callable[[], None], results: SimpleQueue) -> None:
     """Return a thread's work; however it ends, the next stage is told."""
     try:
@@ -335,7 +376,7 @@ def _run_stage(work: Callable[[], None], results: SimpleQueue) -> None:
         results.put(_End())
 
 
-def _items(
+def queue_items(
     queue: SimpleQueue[Item | _End], at_end: Callable[[], None] = lambda: None
 ) -> Iterator[Item]:
     """Yield what a queue holds, to its end; raises the error it ended with, after `at_end`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,20 +11,13 @@ from typing import Self
 
 from tood_deploy.data.coco import read_coco_ids
 from tood_deploy.errors import InputError, ToodError
+from tood_deploy.files import check_overwrites
 from tood_deploy.inference.detector import Detector
 from tood_deploy.inference.frame import Source
 from tood_deploy.inference.output_paths import plan_outputs
 from tood_deploy.inference.pipeline import Timings, detect_frames
-from tood_deploy.inference.sinks import (
-    STDOUT,
-    Annotated,
-    CocoResults,
-    Crops,
-    JsonLines,
-    Sink,
-    SinkThread,
-    TextLines,
-)
+from tood_deploy.inference.sinks import Annotated, Crops, Sink, SinkThread
+from tood_deploy.inference.text_sinks import STDOUT, CocoResults, JsonLines, TextLines
 from tood_deploy.reporter import Reporter
 
 
@@ -43,7 +36,7 @@ class RunProgress:
             notes: remarks of the engine; more may come while it runs.
         """
         self.source, self.timings, self.reporter, self.notes = source, timings, reporter, notes
-        self._problems = self._notes = 0  # how many of each were printed
+        self._problems = self._notes = self._remarks = 0  # how many of each were printed
 
     def advance(self) -> None:
         """Count one more frame."""
@@ -55,6 +48,9 @@ class RunProgress:
         for problem in self.source.problems[self._problems :]:
             self.reporter.warn(problem)
             self._problems += 1
+        for note in self.source.notes[self._remarks :]:
+            self.reporter.note(note)
+            self._remarks += 1
         for note in self.notes[self._notes :]:
             self.reporter.note(note)
             self._notes += 1
@@ -112,6 +108,32 @@ class Outputs:
                 "FILE"
             )
 
+    def check_files(self, source: Source, model: Iterable[str | Path] = ()) -> None:
+        """Refuse outputs that would overwrite an input, or one another.
+
+        Args:
+            source: what will be read.
+            model: files that the detector is made of.
+
+        Raises:
+            OutputError: see `check_overwrites`.
+        """
+        annotations = [] if self.coco_annotations is None else [self.coco_annotations]
+        inputs = {
+            "an input": [file.name for file in source.inputs],
+            "a list of inputs": source.lists,
+            "the file of --coco-annotations": annotations,
+            "a file of the model": model,
+        }
+        files: dict[str, list[str | Path]] = {}
+        if self.annotated is not None:
+            files["--output"] = list(plan_outputs(source.inputs, self.annotated).values())
+        if self.coco_json is not None:
+            files["--json"] = [self.coco_json]
+        if self.json_lines not in (None, STDOUT):
+            files["--jsonl"] = [str(self.json_lines)]
+        check_overwrites(inputs, files)
+
     def needing_pixels(self) -> list[str]:
         """Return the options given that draw on images or cut them, and need all pixels."""
         given = {
@@ -137,6 +159,7 @@ def open_sinks(
         ToodError: a place cannot be written, an input would be overwritten, ids are missing, or
             there is no display.
     """
+    outputs.check_files(source)
     sinks: list[Sink] = []
     if outputs.json_lines is not None:
         sinks.append(JsonLines(outputs.json_lines, source.kind == "live"))
@@ -147,9 +170,9 @@ def open_sinks(
             _coco_results(outputs.coco_json, outputs.coco_annotations, source, class_names)
         )
     if outputs.annotated is not None:
-        sinks.append(Annotated(plan_outputs(source.names, outputs.annotated)))
+        sinks.append(Annotated(plan_outputs(source.inputs, outputs.annotated)))
     if outputs.crops is not None:
-        sinks.append(Crops(outputs.crops, source.names))
+        sinks.append(Crops(outputs.crops, source.inputs))
     if outputs.show:
         from tood_deploy.inference.sinks import Window
 
@@ -161,16 +184,21 @@ def _coco_results(
     path: Path, annotations: Path | None, source: Source, class_names: Sequence[str]
 ) -> CocoResults:
     if annotations is None:
-        numbers = (
-            {name: i for i, name in enumerate(source.names, 1)} if source.kind == "images" else None
-        )
+        parts = [part for file in source.inputs for part in file.parts]
+        numbers = {part: i for i, part in enumerate(parts, 1)} if source.kind == "images" else None
         return CocoResults(path, numbers, None)
     if source.kind != "images":
         raise InputError(
             f"{annotations}: --coco-annotations gives ids to images, the source is a video; leave "
             "the option out"
         )
-    return CocoResults(path, *read_coco_ids(annotations, source.names, class_names))
+    if paged := [file for file in source.inputs if file.pages > 1]:
+        raise InputError(
+            f"{paged[0].name}: has {paged[0].pages} pages, and {annotations} gives one id to it; "
+            "add --first-page, or leave --coco-annotations out"
+        )
+    ids, category_ids = read_coco_ids(annotations, source.names, class_names)
+    return CocoResults(path, {(name, None): key for name, key in ids.items()}, category_ids)
 
 
 def run_inference(
@@ -185,11 +213,12 @@ def run_inference(
         source: to read.
         outputs: what to write.
         reporter: prints progress and a line for every frame.
-        batch: largest number of frames in an engine call.
+        batch: largest number of frames, or of slices of them, in an engine call.
 
     Raises:
         ToodError: the source cannot be read at all, an output cannot be written, or the engine
-            failed; or images shall be decoded smaller than they are, and drawn on.
+            failed; or images shall be decoded smaller than they are, or by window, and drawn on.
+        BrokenPipeError: nobody read stdout to its end; all other outputs are complete.
     """
     if detector.fast_decode and (shown := outputs.needing_pixels()):
         raise ToodError(
@@ -201,10 +230,21 @@ def run_inference(
     results = detect_frames(detector, source, batch, timings)
     with (
         RunProgress(source, timings, reporter, detector.engine.notes) as progress,
-        SinkThread(sinks) as writer,
+        SinkThread(sinks, endless=source.kind == "live") as writer,
         closing(results),
     ):
         for frame, detections in results:
+            if frame.reader is not None and (shown := outputs.needing_pixels()):
+                raise ToodError(
+                    f"{frame.name}: is read by window, its {frame.size_hw[1]} x "
+                    f"{frame.size_hw[0]} pixels are never in memory at once as "
+                    f"{' and '.join(shown)} would need; leave that out, or raise --max-pixels"
+                )
             writer.put(frame, detections)
             progress.advance()
+    for problem in writer.problems:
+        source.skip(problem)
+        reporter.warn(problem)
+    if writer.broken_pipe:
+        raise BrokenPipeError
     return timings

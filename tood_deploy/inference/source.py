@@ -5,7 +5,6 @@ Comes in: images, folders, globs, lists, videos, cameras, addresses. Knows no de
 
 from __future__ import annotations
 
-import glob
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -13,16 +12,22 @@ from fractions import Fraction
 from os import PathLike
 from pathlib import Path
 
-import imagesize
 from av.container import InputContainer
 from av.video.frame import VideoFrame
 
-from tood_deploy.data.images import IMAGE_SUFFIXES, MAX_PIXELS, decode_to_fit
-from tood_deploy.errors import InputError, ToodError
-from tood_deploy.files import absolute_path
-from tood_deploy.inference.frame import Frame, Kind, Source
+from tood_deploy.data.image_file import ReadOptions
+from tood_deploy.data.image_header import MAX_PIXELS
+from tood_deploy.errors import InputError
+from tood_deploy.files import absent_or
+from tood_deploy.inference.file_list import Spec, list_files
+from tood_deploy.inference.frame import Frame, Input, Kind, Source
+from tood_deploy.inference.image_source import (
+    AnimationSource,
+    ImageSource,
+    fetch_image,
+    image_source,
+)
 from tood_deploy.inference.video import (
-    VIDEO_SUFFIXES,
     Decoder,
     VideoSource,
     find_video_stream,
@@ -123,13 +128,16 @@ class LiveSource(Source):
                 self._arrived.notify_all()
 
 
-LIST_SUFFIX = ".txt"
 STREAM_SCHEMES = ("rtsp://", "rtsps://", "http://", "https://")
 
-Spec = str | PathLike[str]
 
-
-def open_source(specs: Spec | Sequence[Spec], max_pixels: int = MAX_PIXELS) -> Source:
+def open_source(
+    specs: Spec | Sequence[Spec],
+    max_pixels: int = MAX_PIXELS,
+    *,
+    first_page: bool = False,
+    bit_depth: int | None = None,
+) -> Source:
     """Open what a user named.
 
     Args:
@@ -137,13 +145,15 @@ def open_source(specs: Spec | Sequence[Spec], max_pixels: int = MAX_PIXELS) -> S
             text file with one path a line (relative to that file's folder); a video; a camera ("0"
             or /dev/video0); an rtsp:// or http(s):// address.
         max_pixels: refuse images and frames with more.
+        first_page: of image files with several pages or frames, take the first alone.
+        bit_depth: how many bits of 16-bit images hold data, where their files do not say.
 
     Raises:
         InputError: nothing there, nothing that can be read, or a camera or stream that is not
             alone.
+        ToodError: a value out of range.
     """
-    if max_pixels < 1:
-        raise ToodError(f"max_pixels is {max_pixels}; expected a positive number")
+    options = ReadOptions(max_pixels, bit_depth, first_page)
     listed = [specs] if isinstance(specs, str | PathLike) else list(specs)
     live = [address for address in map(_live_address, listed) if address]
     if live and len(listed) > 1:
@@ -152,15 +162,17 @@ def open_source(specs: Spec | Sequence[Spec], max_pixels: int = MAX_PIXELS) -> S
             "not end"
         )
     if live:
-        return _open_address(live[0], max_pixels)
-    paths = list(
-        {absolute_path(path): path for spec in listed for path in _expand(spec)}.values()
-    )  # each file once
-    if not paths:
+        return _open_address(live[0], options)
+    files = list_files(listed, first_page)
+    if not files.inputs:
         raise InputError(
             "no source given; expected images, a folder, a video, a camera or an address"
         )
-    return _open_file(paths[0], max_pixels) if len(paths) == 1 else FileSources(paths, max_pixels)
+    single = len(files.inputs) == 1
+    source = _open_file(files.inputs[0], options) if single else FileSources(files.inputs, options)
+    source.lists = files.lists
+    source.notes[:0] = files.notes
+    return source
 
 
 class FileSources(Source):
@@ -169,137 +181,80 @@ class FileSources(Source):
     One that cannot be read is told, and the rest goes on.
     """
 
-    def __init__(self, paths: Sequence[Path], max_pixels: int = MAX_PIXELS) -> None:
-        super().__init__(tuple(map(str, paths)), len(paths))
-        self.paths, self.max_pixels = paths, max_pixels
+    def __init__(
+        self,
+        inputs: Sequence[Input],
+        options: ReadOptions = ReadOptions(),  # noqa: B008 - it is frozen
+    ) -> None:
+        super().__init__(tuple(file.name for file in inputs), sum(file.pages for file in inputs))
+        self._inputs, self.options = tuple(inputs), options
         self.kind: Kind = "images"
-        if any(path.suffix.lower() in VIDEO_SUFFIXES for path in paths):
+        if any(file.kind == "video" for file in inputs):
             self.kind, self.length = "video", None
+
+    @property
+    def inputs(self) -> tuple[Input, ...]:
+        """What each of the names stands for."""
+        return self._inputs
 
     def __iter__(self) -> Iterator[Frame]:
         """Raise InputError where not one of them can be read."""
         given = 0
-        for path in self.paths:
+        for file in self._inputs:
             try:
-                for frame in self._frames_of(path):
+                for frame in self._frames_of(file):
                     given += 1
                     yield frame
             except InputError as error:
                 self.skip(str(error))
+            except Exception as error:  # whatever a library meets in one file, the rest goes on
+                self.skip(
+                    f"{file.name}: cannot be read ({type(error).__name__}: {error}); expected an "
+                    "image or video: copy or convert it again"
+                )
         if not given:
             raise InputError(
-                f"none of the {len(self.paths)} images and videos can be read; the first: "
+                f"none of the {len(self._inputs)} images and videos can be read; the first: "
                 f"{self.problems[0]}"
             )
 
-    def _frames_of(self, path: Path) -> Iterator[Frame]:
-        source = _open_file(path, self.max_pixels)
+    def _frames_of(self, file: Input) -> Iterator[Frame]:
+        source = _open_file(file, self.options)
         source.fit = self.fit
-        yield from source
-        self.skipped += source.skipped
-        self.problems += source.problems
+        try:
+            yield from source
+        finally:
+            self.skipped += source.skipped
+            self.problems += source.problems
+            self.notes += source.notes
 
 
 def _live_address(spec: Spec) -> str:
     """Return the device file or address of a camera or stream; "" for anything else."""
     text = str(spec)
-    if text.isdecimal() and not Path(text).exists():
+    if text.isdecimal() and not absent_or(Path(text).exists):
         return f"/dev/video{text}"
     return text if text.startswith((*STREAM_SCHEMES, "/dev/video")) else ""
 
 
-def _open_address(address: str, max_pixels: int) -> Source:
+def _open_address(address: str, options: ReadOptions) -> Source:
     """Return a live source.
 
-    But a recording that is only served over HTTP, with a known end, is read in full.
+    But a recording that is only served over HTTP, with a known end, is read in full, and an image
+    is an image.
     """
+    if address.startswith("http") and (data := fetch_image(address)) is not None:
+        return image_source(address, options, data)
     container = open_container(address)
     if address.startswith("http") and container.duration:
         container.close()
-        return VideoSource(address, max_pixels)
-    return LiveSource(address, max_pixels, container=container)
+        return VideoSource(address, options.max_pixels)
+    return LiveSource(address, options.max_pixels, container=container)
 
 
-def _open_file(path: Path, max_pixels: int) -> Source:
-    suffix = path.suffix.lower()
-    if suffix in IMAGE_SUFFIXES or (suffix not in VIDEO_SUFFIXES and _looks_like_image(path)):
-        return ImageSource(path, max_pixels)
-    return VideoSource(str(path), max_pixels)
-
-
-def _looks_like_image(path: Path) -> bool:
-    return path.is_file() and min(imagesize.get(path)) > 0
-
-
-def _expand(spec: Spec) -> list[Path]:
-    """Return the files that one argument stands for."""
-    path = Path(spec)
-    try:
-        if path.is_dir():
-            return _files_of_folder(path)
-        if path.is_file():
-            return _files_of_list(path) if path.suffix.lower() == LIST_SUFFIX else [path]
-    except OSError as error:
-        raise InputError(
-            f"{spec}: cannot be read ({error.strerror}); expected an image, folder, glob, list or "
-            "video"
-        ) from error
-    if glob.has_magic(str(spec)):
-        names = sorted(glob.glob(str(spec), recursive=True))  # noqa: PTH207 - Path.glob takes no absolute pattern
-        files = [Path(name) for name in names if Path(name).is_file()]
-        if not files:
-            raise InputError(
-                f"{spec}: no file has such a name; expected a glob that finds images or videos"
-            )
-        return files
-    raise InputError(
-        f"{spec}: no such file or folder; expected an image, folder, glob, list, video, camera "
-        "number or address"
-    )
-
-
-def _files_of_folder(folder: Path) -> list[Path]:
-    files = sorted(
-        path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")
-    )
-    readable = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES]
-    if not readable:
-        raise InputError(
-            f"{folder}: holds {len(files)} files, but no image or video; "
-            f"subfolders are searched only by a glob, such as '{folder}/**/*.jpg'"
-        )
-    return readable
-
-
-def _files_of_list(path: Path) -> list[Path]:
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path}: cannot be read as a list ({error}); expected text with one path a line"
-        ) from error
-    files = [path.parent / line for line in lines if line and not line.startswith("#")]
-    if not files:
-        raise InputError(f"{path}: names no file; expected text with one path a line")
-    return files
-
-
-class ImageSource(Source):
-    """One image file."""
-
-    kind = "images"
-
-    def __init__(self, path: Path, max_pixels: int = MAX_PIXELS) -> None:
-        super().__init__((str(path),), 1)
-        self.path, self.max_pixels = path, max_pixels
-
-    def __iter__(self) -> Iterator[Frame]:
-        """Raise InputError where the image cannot be read."""
-        try:
-            data = self.path.read_bytes()
-        except OSError as error:
-            raise InputError(
-                f"{self.path}: cannot be read ({error.strerror}); expected an image"
-            ) from error
-        image, original_hw = decode_to_fit(data, str(self.path), self.fit, self.max_pixels)
-        yield Frame(image, str(self.path), original_hw=original_hw)
+def _open_file(file: Input, options: ReadOptions) -> Source:
+    if file.animated:
+        return AnimationSource(file.name, options)
+    if file.kind == "images":
+        return ImageSource(file.name, options, file.pages)
+    return VideoSource(file.name, options.max_pixels)

@@ -24,7 +24,7 @@ from av.video.reformatter import Colorspace, VideoReformatter
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
-from tood_deploy.data.images import MAX_PIXELS
+from tood_deploy.data.image_header import MAX_PIXELS
 from tood_deploy.errors import InputError, OutputError
 from tood_deploy.files import atomic_path
 from tood_deploy.inference.frame import Frame, Source
@@ -87,6 +87,12 @@ def find_video_stream(
     ]
     if not streams:
         raise InputError(f"{name}: holds no video; expected a file with a video stream")
+    if all(stream.codec_context is None for stream in streams):
+        raise InputError(
+            f"{name}: holds video of a codec that is not known; expected a common one, such as "
+            "H.264: convert it"
+        )
+    streams = [stream for stream in streams if stream.codec_context is not None]
     stream = max(streams, key=lambda other: other.codec_context.width * other.codec_context.height)
     pixels = stream.codec_context.width * stream.codec_context.height
     if pixels > max_pixels:

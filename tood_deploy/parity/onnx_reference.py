@@ -6,7 +6,6 @@ A graph comes in; its maps and detections, and the float32 noise of every map, g
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -14,8 +13,16 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
+from tood_deploy.errors import ArtefactError
 from tood_deploy.graph_io import MAP_NAMES, OUTPUTS, graph_feeds
-from tood_deploy.onnx_file import OnnxArtefact, needs_float_arithmetic, open_session, with_outputs
+from tood_deploy.onnx_file import (
+    OnnxArtefact,
+    first_line,
+    needs_float_arithmetic,
+    open_session,
+    run_session,
+    with_outputs,
+)
 from tood_deploy.parity.reference import (
     INVERSION_EDGE,
     ROUNDING,
@@ -50,15 +57,20 @@ class OnnxRunner:
             further: names of further inner values that are added after the maps.
 
         Raises:
-            ArtefactError: the graph does not hold the maps.
+            ArtefactError: the graph does not hold the maps, or ONNX Runtime cannot open it.
         """
         model = artefact if isinstance(artefact, onnx.ModelProto) else onnx.load(artefact)
         added = (*(MAP_NAMES if maps else ()), *further)
         self.outputs = (*OUTPUTS, *added)
         in_float = needs_float_arithmetic(model)
-        self.session = open_session(
-            with_outputs(model, added).SerializeToString(), float_arithmetic=in_float
-        )
+        graph = with_outputs(model, added).SerializeToString()
+        try:
+            self.session = open_session(graph, float_arithmetic=in_float)
+        except Exception as error:  # onnxruntime raises types of its own that share no public base
+            raise ArtefactError(
+                f"ONNX Runtime {ort.__version__} cannot open the graph ({first_line(error)}); "
+                "export the model again"
+            ) from error
         arithmetic = " (8-bit layers in float32 arithmetic)" if in_float else ""
         self.name = f"ONNX Runtime {ort.__version__}{arithmetic}, CPU"
 
@@ -70,10 +82,8 @@ class OnnxRunner:
         iou_threshold: float,
     ) -> Outputs:
         """Run a batch, see `Runner`."""
-        values: Any = self.session.run(
-            list(self.outputs), graph_feeds(images, valid_hw, score_threshold, iou_threshold)
-        )
-        return values
+        feeds = graph_feeds(images, valid_hw, score_threshold, iou_threshold)
+        return run_session(self.session, self.outputs, feeds)
 
 
 def onnx_reference(artefact: OnnxArtefact) -> Reference:

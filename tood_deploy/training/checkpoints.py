@@ -18,7 +18,8 @@ from torch import Tensor
 from tood_deploy.errors import CheckpointError, OutputError
 from tood_deploy.files import atomic_path
 from tood_deploy.model.checkpoint import own_metadata
-from tood_deploy.model.checkpoint_file import OWN_KEY, check_content, load_content
+from tood_deploy.model.checkpoint_content import check_content
+from tood_deploy.model.checkpoint_file import OWN_KEY, load_content
 from tood_deploy.presets import Preset
 
 LAST, BEST, FINAL = "last.pth", "best.pth", "model.safetensors"
@@ -88,14 +89,6 @@ def make_run_folder(output: Path) -> None:
         raise OutputError(
             f"{output}: cannot be written ({error.strerror}); choose another --output"
         ) from error
-
-
-def remove_leftovers(output: Path) -> None:
-    """Delete unfinished checkpoints that a killed run left behind."""
-    for name in (LAST, BEST, FINAL):
-        target = Path(name)
-        for leftover in output.glob(f".{target.stem}-*{target.suffix}"):
-            leftover.unlink(missing_ok=True)
 
 
 def _reason(error: Exception) -> str:

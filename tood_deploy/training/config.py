@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from tood_deploy.errors import ToodError
 from tood_deploy.presets import PublishedWeights
+from tood_deploy.windows import DEFAULT_OVERLAP, MIN_VISIBLE, check_overlap, check_window_size
 
 Optimiser = Literal["sgd", "adamw"]
 Schedule = Literal["step", "cosine"]
@@ -41,6 +42,9 @@ class Recipe:
             None: the preset's size.
         flip, flip_vertical: share of images mirrored.
         colour: strength of random brightness, contrast and saturation, 0 to 1.
+        slice: rows and columns of windows that images are cut into; None: whole images.
+        overlap: of neighbouring windows, as a share of their side.
+        min_visible: share of a box that a window must show to have it.
         group_by_aspect: a batch holds either wide or tall images, which saves padding.
         frozen_stages: backbone stages that do not learn, 0 for the stem alone, -1 for none.
         freeze_norm: batch norms keep their statistics.
@@ -66,6 +70,9 @@ class Recipe:
     flip: float = 0.5
     flip_vertical: float = 0.0
     colour: float = 0.0
+    slice: tuple[int, int] | None = None
+    overlap: float = DEFAULT_OVERLAP
+    min_visible: float = MIN_VISIBLE
     group_by_aspect: bool = True
     frozen_stages: int = 1
     freeze_norm: bool = True
@@ -90,6 +97,10 @@ class Recipe:
         if self.short_sides is not None:
             in_order = 1 <= self.short_sides[0] <= self.short_sides[1]
             self._check("short_sides", in_order, "smallest and largest, in pixels")
+        if self.slice is not None:
+            object.__setattr__(self, "slice", check_window_size(self.slice))
+        check_overlap(self.overlap)
+        self._check("min_visible", 0 < self.min_visible <= 1, "a share above 0, at most 1")
         for name, allowed in (
             ("optimiser", get_args(Optimiser)),
             ("schedule", get_args(Schedule)),

@@ -7,6 +7,7 @@ no network.
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -282,5 +283,9 @@ def load_batches(
 
 
 def _start_worker(_: int) -> None:
-    # Ctrl-C is for the process that trains: it saves first.
+    # Signals are for the process that trains: it saves first. SIGTERM, by which PyTorch too ends a
+    # loading process, must end it, and with 0: of any other end PyTorch makes an error at once.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))

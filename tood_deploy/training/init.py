@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from tood_deploy.errors import CheckpointError, DownloadError
 from tood_deploy.model.checkpoint import load_checkpoint
 from tood_deploy.model.checkpoint_file import read_checkpoint
+from tood_deploy.model.detector import DenseDetector, build_model
 from tood_deploy.model.download import fetch_weights
 from tood_deploy.model.resnet import BasicBlock, Bottleneck
-from tood_deploy.model.tood import Tood, build_model
 from tood_deploy.presets import Preset, PublishedWeights
 from tood_deploy.reporter import Reporter
 from tood_deploy.training.config import BACKBONES
@@ -38,7 +38,7 @@ SETTINGS += ("channel_order", "pad_value", "mean", "std")
 NOT_IN_BACKBONES = ("conv_offset.", "num_batches_tracked")
 
 
-def new_model(preset: Preset, seed: int) -> Tood:
+def new_model(preset: Preset, seed: int) -> DenseDetector:
     """Return the network with random weights that follow from the seed.
 
     Every residual block begins as the identity, its last norm's scale zero, as both public
@@ -52,7 +52,9 @@ def new_model(preset: Preset, seed: int) -> Tood:
     return model
 
 
-def load_backbone(model: Tood, source: str | None, reporter: Reporter | None = None) -> str:
+def load_backbone(
+    model: DenseDetector, source: str | None, reporter: Reporter | None = None
+) -> str:
     """Fill the backbone with weights trained for classification, in torchvision's key names.
 
     Args:
@@ -85,7 +87,10 @@ def load_backbone(model: Tood, source: str | None, reporter: Reporter | None = N
 
 
 def load_pretrained(
-    model: Tood, checkpoint: str, weights_key: str | None = None, reporter: Reporter | None = None
+    model: DenseDetector,
+    checkpoint: str,
+    weights_key: str | None = None,
+    reporter: Reporter | None = None,
 ) -> str:
     """Fill the network from a TOOD checkpoint; where classes differ, the class layer stays random.
 
@@ -135,7 +140,7 @@ def _check_settings(source: Preset, preset: Preset, checkpoint: str) -> None:
             )
 
 
-def freeze(model: Tood, stages: int, norm: bool) -> None:
+def freeze(model: DenseDetector, stages: int, norm: bool) -> None:
     """Put the network into training mode, and fix its first layers and running statistics.
 
     Args:

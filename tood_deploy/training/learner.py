@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tood_deploy.errors import CheckFailed
-from tood_deploy.model.tood import FusedDetector, Tood
+from tood_deploy.model.detector import DenseDetector, FusedDetector
 from tood_deploy.training.config import Recipe
 from tood_deploy.training.data import Batch
 from tood_deploy.training.distributed import gather_objects, mean_over_ranks, world_size
@@ -117,7 +117,7 @@ class Learner:
         average: of the weights, None where the recipe keeps none.
     """
 
-    def __init__(self, model: Tood, recipe: Recipe, device: torch.device) -> None:
+    def __init__(self, model: DenseDetector, recipe: Recipe, device: torch.device) -> None:
         self.recipe, self.device = recipe, device
         self.model = model.to(device)
         self.prepare()
@@ -230,7 +230,7 @@ class Learner:
         return float(nn.utils.get_total_norm([p.grad for p in learning if p.grad is not None]))
 
 
-def _wrap(model: Tood, recipe: Recipe, device: torch.device) -> nn.Module:
+def _wrap(model: DenseDetector, recipe: Recipe, device: torch.device) -> nn.Module:
     network: nn.Module = model
     if recipe.compile:
         network = torch.compile(network)  # type: ignore[assignment]

@@ -20,9 +20,10 @@ from typing import Any, Self
 
 import torch
 
-from tood_deploy.errors import CheckpointError, ToodError
+from tood_deploy.errors import REPEATS_S, CheckpointError, Stopped, ToodError
+from tood_deploy.files import remove_leftovers
 from tood_deploy.model.checkpoint import load_checkpoint, save_checkpoint
-from tood_deploy.model.tood import Tood
+from tood_deploy.model.detector import DenseDetector
 from tood_deploy.reporter import Reporter
 from tood_deploy.training.checkpoints import (
     BEST,
@@ -30,7 +31,6 @@ from tood_deploy.training.checkpoints import (
     LAST,
     make_run_folder,
     read_training_state,
-    remove_leftovers,
     write_training_checkpoint,
 )
 from tood_deploy.training.config import Progress, Recipe, RunOptions, Verdict, epoch_means
@@ -39,19 +39,32 @@ from tood_deploy.training.distributed import any_rank, barrier, is_main, rank, w
 from tood_deploy.training.learner import Learner, NonFinite, learning_rate
 from tood_deploy.training.logger import Journal
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# SIGHUP, of a terminal that was closed, is not there on Windows.
+SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+)
 
 
 class StopFlag:
-    """While open, the first signal raises the flag; a second one interrupts at once."""
+    """While open, the first signal raises the flag; a later one interrupts at once.
+
+    One that comes within `REPEATS_S` is the first again: a terminal and a parent process both send
+    it.
+    """
 
     def __init__(self) -> None:
         self.raised = False
+        self.number: int = signal.SIGINT
+        self._raised_s = 0.0
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._raise) for number in SIGNALS}
+            self._before = {
+                number: signal.signal(number, self._raise)
+                for number in SIGNALS
+                if signal.getsignal(number) != signal.SIG_IGN  # as nohup has it
+            }
         return self
 
     def __exit__(
@@ -64,18 +77,20 @@ class StopFlag:
             signal.signal(number, handler)
 
     def _raise(self, number: int, frame: FrameType | None) -> None:
-        if self.raised:
-            raise KeyboardInterrupt
-        self.raised = True
+        now_s = time.monotonic()
+        if self.raised and now_s - self._raised_s > REPEATS_S:
+            raise Stopped(number)
+        if not self.raised:
+            self.raised, self.number, self._raised_s = True, number, now_s
 
 
 def fit(
-    model: Tood,
+    model: DenseDetector,
     data: TrainingData,
     recipe: Recipe,
     options: RunOptions,
     *,
-    evaluate: Callable[[Tood], Verdict] | None = None,
+    evaluate: Callable[[DenseDetector], Verdict] | None = None,
     journal: Journal | None = None,
 ) -> Progress:
     """Train a network.
@@ -96,7 +111,7 @@ def fit(
         CheckpointError: the folder's checkpoint cannot be gone on from.
         CheckFailed: the loss or its gradient is not finite.
         OutputError: a checkpoint cannot be written.
-        KeyboardInterrupt: Ctrl-C; the state is saved.
+        Stopped: Ctrl-C, SIGTERM or SIGHUP; the state is saved.
     """
     with StopFlag() as flag, journal or Journal.silent() as opened:
         run = _Run(model, data, recipe, options, evaluate, opened, flag)
@@ -114,11 +129,11 @@ class _Run:
 
     def __init__(
         self,
-        model: Tood,
+        model: DenseDetector,
         data: TrainingData,
         recipe: Recipe,
         options: RunOptions,
-        evaluate: Callable[[Tood], Verdict] | None,
+        evaluate: Callable[[DenseDetector], Verdict] | None,
         journal: Journal,
         flag: StopFlag,
     ) -> None:
@@ -219,7 +234,7 @@ class _Run:
             self.options.output / name, preset, self.learner.deployed_weights(), training
         )
 
-    def deployed(self) -> Tood:
+    def deployed(self) -> DenseDetector:
         """Return the network with the weights to deploy, in eval mode."""
         if self.learner.average is None:
             return self.learner.model.eval()
@@ -249,7 +264,7 @@ class _Run:
 
     def _train_step(self, batches: Iterator[Batch], epoch: int) -> None:
         start = time.perf_counter()
-        parts = [next(batches) for _ in range(self.recipe.accumulate)]
+        parts = self._next_parts(batches)
         loaded = time.perf_counter()
         rate = learning_rate(self.recipe, self.progress.step, self.steps_per_epoch)
         try:
@@ -275,6 +290,13 @@ class _Run:
         self.epoch_values.append(result._asdict() | values)
         self.journal.step(self.epoch_values[-1])
 
+    def _next_parts(self, batches: Iterator[Batch]) -> list[Batch]:
+        try:
+            return [next(batches) for _ in range(self.recipe.accumulate)]
+        except RuntimeError:  # systemd sends SIGTERM to the loading processes as well
+            self._stop_if_asked()
+            raise
+
     def _last_good(self) -> str:
         last = self.options.output / LAST
         return (
@@ -290,7 +312,7 @@ class _Run:
                 f"stopped at step {self.progress.step}, all is saved in "
                 f"{self.options.output / LAST}; go on with --resume"
             )
-            raise KeyboardInterrupt
+            raise Stopped(self.flag.number)
 
     def _restore(self, content: dict[str, Any], path: Path) -> None:
         training, preset = content["training"], self.learner.model.preset

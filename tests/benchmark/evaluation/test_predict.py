@@ -13,7 +13,7 @@ from tood_deploy.data.coco import Annotations, read_annotations
 from tood_deploy.data.image_set import list_image_files
 from tood_deploy.detections import Detections
 from tood_deploy.engines import BatchDetections
-from tood_deploy.errors import ArtefactError, InputError
+from tood_deploy.errors import ArtefactError, InputError, OutputError
 from tood_deploy.inference.detector import Detector
 from tood_deploy.reporter import Reporter
 
@@ -258,6 +258,10 @@ def test_a_file_of_another_key_is_refused(path: Path) -> None:
         b"[]",
         b"x",
         b'{"image_id": 1, "boxes": [[1]], "scores": [], "class_ids": [], "size_hw": [1, 2]}',
+        b'{"image_id": [1], "boxes": [], "scores": [], "class_ids": [], "size_hw": [1, 2]}',
+        b'{"image_id": 1, "boxes": [], "scores": [0.5], "class_ids": [], "size_hw": [1, 2]}',
+        b'{"image_id": 1, "boxes": [], "scores": [], "class_ids": [], "size_hw": [1]}',
+        b"[" * 100_000,
     ],
 )
 def test_a_damaged_file_is_refused(path: Path, line: bytes) -> None:
@@ -265,3 +269,19 @@ def test_a_damaged_file_is_refused(path: Path, line: bytes) -> None:
     path.write_bytes(b"\n".join([lines[0], line, *lines[1:]]))
     with pytest.raises(InputError, match=r"damaged .*delete it"):
         PredictionFile(path, KEY)
+
+
+def test_a_class_that_the_model_does_not_have_is_refused(path: Path) -> None:
+    with pytest.raises(InputError, match=r"of 1 classes.*delete it"):
+        PredictionFile(path, KEY).results([1])
+
+
+def test_two_runs_do_not_write_into_one_file(path: Path) -> None:
+    whole = path.read_bytes()
+    with PredictionFile(path, KEY) as first:
+        with pytest.raises(OutputError, match="another tood-eval"), PredictionFile(path, KEY):
+            pass
+        first.add(9, (10, 20), some(0))
+    assert path.read_bytes().startswith(whole)
+    with PredictionFile(path, KEY) as kept:
+        assert len(kept) == 4

@@ -12,9 +12,11 @@ from inference.fakes import RedEngine, red_image, write_image
 from manifest_values import stated
 
 from tood_deploy.benchmark.latency.measure import LatencyPlan, Measurement, Worker, describe
+from tood_deploy.benchmark.latency.peak import Arithmetic, Peak
 from tood_deploy.benchmark.latency.report import (
     LatencyRun,
     fps,
+    overview_table,
     speedups,
     tables,
     write_latency_reports,
@@ -37,7 +39,8 @@ from tood_deploy.errors import ToodError
 from tood_deploy.files import file_sha256
 from tood_deploy.inference.detector import Detector
 from tood_deploy.manifest import manifest_path
-from tood_deploy.model.tood import build_model
+from tood_deploy.model.detector import build_model
+from tood_deploy.presets import PRESETS
 
 WARM = WarmUp(10, 1.0, True, (1.0,) * 10)
 
@@ -46,7 +49,7 @@ def measurement(name: str, total_ms: list[list[float]], batch: int = 1) -> Measu
     """One with these end-to-end times, round by round; a tenth of each is pre-processing."""
     case = Case(f"{name}.onnx", name, batch)
     warm_ups = {ENGINE: WARM, END_TO_END: WARM}
-    opened = Opened("an engine", "fp32", 1.5, 0.5, warm_ups, "images", (64, 96), 3)
+    opened = Opened("an engine", "fp32", 1.5, 0.5, warm_ups, "images", (64, 96), 3, PRESETS["tiny"])
     turns = []
     for i, times in enumerate(total_ms):
         whole = [{"pre": ms / 10, "infer": ms * 0.9, "total": ms} for ms in times]
@@ -209,6 +212,24 @@ class TestReports:
         assert "AP over latency" in page
         assert "Throughput over batch" in page
         assert "busy" in page
+
+    def test_share_of_peak(self, tmp_path: Path) -> None:
+        pair = [self.FIRST, measurement("second", [[8.0]], batch=2)]
+        arithmetic = Arithmetic(Peak(50, 40), {(PRESETS["tiny"], (64, 96)): 0.01})
+        table = tables(pair, arithmetic)["Share of peak"]
+        # An engine's call takes 1 ms: 10 GMAC/s at batch 1, 20 at batch 2, of 50.
+        assert [row[-3:] for row in table.rows] == [
+            ["0.01", "10.0", "0.20"],
+            ["0.01", "20.0", "0.40"],
+        ]
+        assert overview_table(pair, arithmetic).rows[1][-1] == "0.40"
+        assert "Share of peak" not in tables(pair)
+        run = LatencyRun(pair, {}, {}, {}, [], arithmetic)
+        assert json.loads(write_latency_reports(tmp_path, run)[0].read_text())["peak"] == {
+            "product": 50,
+            "convolution": 40,
+            "threads": None,
+        }
 
     def test_description_is_plain(self) -> None:
         found = describe(self.FIRST)

@@ -23,7 +23,7 @@ from tood_deploy.export.to_onnx import onnx_from_model
 from tood_deploy.inference.detector import Detector
 from tood_deploy.manifest import Manifest
 from tood_deploy.model.checkpoint import load_checkpoint, save_checkpoint
-from tood_deploy.model.tood import build_model
+from tood_deploy.model.detector import build_model
 from tood_deploy.onnx_file import artefact_in_memory, write_onnx
 
 pytestmark = pytest.mark.slow

@@ -300,6 +300,7 @@ class TestOptions:
         [
             ({"name": "a/b"}, "model name is 'a/b'"),
             ({"name": ".a"}, "model name is '.a'"),
+            ({"name": "a" * 300}, "300 characters"),
             ({"backend": "openvino"}, "backend is 'openvino'"),
             ({"instances": 0}, "instances 0"),
             ({"queue_delay_us": -1}, "queue delay -1"),

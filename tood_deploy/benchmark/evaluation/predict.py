@@ -12,17 +12,20 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Annotated, Any, Self, TextIO
 
 import numpy as np
+from msgspec import Meta, Struct
+from msgspec.json import Decoder
+from msgspec.json import encode as json_text
 
 from tood_deploy import __version__
 from tood_deploy.data.coco import Annotations
-from tood_deploy.data.images import MAX_PIXELS
+from tood_deploy.data.image_header import MAX_PIXELS
 from tood_deploy.data.results import Results, empty_results
 from tood_deploy.detections import Detections
-from tood_deploy.errors import ArtefactError, InputError
-from tood_deploy.files import file_sha256
+from tood_deploy.errors import ArtefactError, InputError, OutputError
+from tood_deploy.files import file_sha256, take_lock
 from tood_deploy.inference.detector import Detector
 from tood_deploy.inference.output_paths import check_writable
 from tood_deploy.inference.pipeline import Timings, detect_frames
@@ -55,6 +58,30 @@ class Key:
         return folder / f"predictions-{digest[:16]}.jsonl"
 
 
+class PredictionLine(Struct):
+    """The detections of one image, as a line of the file holds them.
+
+    Attributes:
+        image_id: of the annotations.
+        size_hw: rows and columns of the image.
+        boxes: xyxy in pixels of the image.
+        scores, class_ids: of the boxes.
+    """
+
+    image_id: int
+    size_hw: tuple[int, int]
+    boxes: list[tuple[float, float, float, float]]
+    scores: list[float]
+    class_ids: list[Annotated[int, Meta(ge=0, lt=2**31)]]
+
+    def __post_init__(self) -> None:
+        if not len(self.boxes) == len(self.scores) == len(self.class_ids):
+            raise ValueError("boxes, scores and class_ids of different lengths")
+
+
+PREDICTION_LINE = Decoder(PredictionLine)
+
+
 class PredictionFile:
     """The lines of one key; a context manager while they are added to.
 
@@ -64,7 +91,7 @@ class PredictionFile:
     """
 
     def __init__(self, path: Path, key: Key) -> None:
-        """Read what an earlier run has left; a line that was cut by its end is taken away.
+        """Read what an earlier run has left, but for a line that was cut by its end.
 
         Raises:
             InputError: the file is damaged, or of another key.
@@ -92,24 +119,34 @@ class PredictionFile:
         Raises:
             OutputError: it cannot be written.
         """
-        values = {
-            "image_id": image_id,
-            "size_hw": size_hw,
-            "boxes": detections.boxes.tolist(),
-            "scores": detections.scores.tolist(),
-        }
-        line = json.dumps(values | {"class_ids": detections.class_ids.tolist()})
+        line = PredictionLine(
+            image_id,
+            size_hw,
+            detections.boxes.tolist(),
+            detections.scores.tolist(),
+            detections.class_ids.tolist(),
+        )
         with output_errors(self.path):
             assert self._file is not None, "used as a context manager"
-            self._file.write(line + "\n")
+            self._file.write(json_text(line).decode() + "\n")
             self._file.flush()
-        self._keep(json.loads(line))
+        self._keep(line)
 
     def results(self, category_ids: Sequence[int | None]) -> Results:
-        """Return all detections, with category ids for class numbers; None leaves a class out."""
+        """Return all detections, with category ids for class numbers; None leaves a class out.
+
+        Raises:
+            InputError: the file is damaged.
+        """
         ids = np.array(
             [-1 if category is None else category for category in category_ids], np.int64
         )
+        largest = max((part[2].max(initial=0) for part in self._parts.values()), default=0)
+        if largest >= len(ids):
+            raise InputError(
+                f"{self.path}: damaged (an object of class {largest}, of {len(ids)} classes); "
+                "delete it and run again"
+            )
         parts = [_as_results(image, ids, *self._parts[image]) for image in sorted(self._parts)]
         columns = zip(
             *(
@@ -121,33 +158,43 @@ class PredictionFile:
         return Results(*(np.concatenate(column) for column in columns))
 
     def _load(self) -> None:
-        with self.path.open("rb") as file:
-            lines = file.read().split(b"\n")
-        if lines[-1]:  # cut in the middle of a line
-            with output_errors(self.path), self.path.open("r+b") as file:
-                file.truncate(sum(len(line) + 1 for line in lines[:-1]))
+        with output_errors(self.path):
+            lines = self.path.read_bytes().split(b"\n")
         if len(lines) > 1 and lines[0] != self.key.header().encode():
             raise InputError(f"{self.path}: is not what its name says; delete it and run again")
         try:
             for line in lines[1:-1]:
-                self._keep(json.loads(line))
-        except (ValueError, KeyError, TypeError) as error:
+                self._keep(PREDICTION_LINE.decode(line))
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{self.path}: damaged ({error}); delete it and run again") from error
 
-    def _keep(self, line: dict[str, Any]) -> None:
-        boxes = np.array(line["boxes"], np.float32).reshape(-1, 4)
-        self._parts[line["image_id"]] = (
-            boxes,
-            np.array(line["scores"], np.float32),
-            np.array(line["class_ids"], np.int32),
+    def _keep(self, line: PredictionLine) -> None:
+        self._parts[line.image_id] = (
+            np.array(line.boxes, np.float32).reshape(-1, 4),
+            np.array(line.scores, np.float32),
+            np.array(line.class_ids, np.int32),
         )
-        self.sizes_hw[line["image_id"]] = (line["size_hw"][0], line["size_hw"][1])
+        self.sizes_hw[line.image_id] = line.size_hw
 
     def __enter__(self) -> Self:
+        """Take the file for this run alone, and take away a line that was cut.
+
+        Raises:
+            OutputError: it cannot be written, or another run writes into it.
+        """
         with output_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("a", encoding="utf-8")
-            if not self._file.tell():
+            if not take_lock(self._file.fileno()):
+                self._file.close()
+                raise OutputError(
+                    f"{self.path}: another tood-eval of the same model and images is writing into "
+                    "it; wait for its end, or choose another --output"
+                )
+            content = self.path.read_bytes()
+            whole = content.rfind(b"\n") + 1
+            self._file.truncate(whole)
+            if not whole:
                 self._file.write(self.key.header() + "\n")
         return self
 
@@ -157,9 +204,16 @@ class PredictionFile:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        file, self._file = self._file, None
+        if file is None:
+            return
+        try:
+            file.close()
+        except OSError as failure:  # a full disk: what was not written is lost
+            if error is None:
+                raise OutputError(
+                    f"{self.path}: cannot be written ({failure.strerror}); make room, and run again"
+                ) from failure
 
 
 def _as_results(
@@ -195,8 +249,12 @@ def prediction_key(
         images.update(f"{key} {path} {status.st_size} {status.st_mtime_ns}\n".encode())
     engine = detector.engine
     runtime = f"{engine.name}, {engine.precision}, {engine.device}, tood_deploy {__version__}"
+    own = {} if detector.slicing is None else {"slicing": str(detector.slicing)}
+    if detector.class_scores is not None:
+        own["class_scores"] = str(detector.class_scores.tolist())
     return Key(
-        {
+        own
+        | {
             "model": artefact_sha256(Path(model)) if Path(model).is_file() else model,
             "manifest": hashlib.sha256(engine.manifest.to_json().encode()).hexdigest(),
             "runtime": runtime,

@@ -26,6 +26,7 @@ from tood_deploy.benchmark.html_report import (
     write_markdown,
 )
 from tood_deploy.benchmark.latency.measure import Measurement, describe
+from tood_deploy.benchmark.latency.peak import Arithmetic
 from tood_deploy.benchmark.latency.statistics import Ratio, Summary, speedup, summarise
 from tood_deploy.benchmark.latency.worker import END_TO_END, ENGINE, PARTS
 
@@ -88,8 +89,15 @@ def _case(measurement: Measurement) -> list[str | int]:
 CASE = ("model", "precision", "batch", "input")
 
 
-def overview_table(measurements: Sequence[Measurement]) -> Table:
-    """Return the most important numbers, narrow enough for a terminal."""
+def overview_table(
+    measurements: Sequence[Measurement], arithmetic: Arithmetic | None = None
+) -> Table:
+    """Return the most important numbers, narrow enough for a terminal.
+
+    Args:
+        measurements: of all models.
+        arithmetic: of their networks and of the CPU, where it is known.
+    """
     rows = []
     faster = speedups(measurements)
     for position, measurement in enumerate(measurements):
@@ -104,15 +112,52 @@ def overview_table(measurements: Sequence[Measurement]) -> Table:
             f"{fps(measurement):.2f}",
             shown,
             f"{measurement.peak_mib:.0f}",
+            *([_share_of_peak(measurement, arithmetic)] if arithmetic else []),
         )
         rows.append([name, batch, size, *numbers])
     headers = ("model", "batch", "input", "median", "p95", "engine", "fps", "times faster", "MiB")
+    headers += ("of peak",) if arithmetic else ()
     return Table(
         headers,
         rows,
         "Milliseconds a call, end to end from decoded frames; of the engine alone; "
-        "times faster with its 95% interval.",
+        "times faster with its 95% interval."
+        + (" Of peak: arithmetic of the engine, in units of float32's." if arithmetic else ""),
     )
+
+
+def _share_of_peak(measurement: Measurement, arithmetic: Arithmetic) -> str:
+    return f"{_gmacs_per_second(measurement, arithmetic) / arithmetic.peak.best:.2f}"
+
+
+def _gmacs_per_second(measurement: Measurement, arithmetic: Arithmetic) -> float:
+    """Return the multiply-adds a second of the engine alone, in billions: of its median call."""
+    gmacs = arithmetic.gmacs[measurement.opened.preset, measurement.opened.net_hw]
+    return 1000 * gmacs * measurement.case.batch / total_of(measurement, ENGINE).median
+
+
+def peak_table(measurements: Sequence[Measurement], arithmetic: Arithmetic) -> Table:
+    """Return how much of the CPU's float32 arithmetic each engine uses.
+
+    Args:
+        measurements: of all models.
+        arithmetic: of their networks and of the CPU.
+    """
+    rows = [
+        [
+            *_case(measurement),
+            f"{arithmetic.gmacs[measurement.opened.preset, measurement.opened.net_hw]:.4g}",
+            f"{_gmacs_per_second(measurement, arithmetic):.1f}",
+            _share_of_peak(measurement, arithmetic),
+        ]
+        for measurement in measurements
+    ]
+    note = (
+        f"The CPU's peak, before and after the run: {arithmetic.peak}. Counted are the network's "
+        "convolutions and matrix products; the time is the engine's median, post-processing "
+        "included. Lower precisions may exceed float32's peak."
+    )
+    return Table((*CASE, "GMAC an image", "GMAC/s", "share of peak"), rows, note)
 
 
 def latency_table(measurements: Sequence[Measurement], kind: str) -> Table:
@@ -326,8 +371,15 @@ def _legend(figure: Figure) -> None:
 KINDS = (END_TO_END, ENGINE)
 
 
-def tables(measurements: Sequence[Measurement]) -> dict[str, Table]:
-    """Return all tables by their titles."""
+def tables(
+    measurements: Sequence[Measurement], arithmetic: Arithmetic | None = None
+) -> dict[str, Table]:
+    """Return all tables by their titles.
+
+    Args:
+        measurements: of all models.
+        arithmetic: of their networks and of the CPU, where it is known.
+    """
     by_title = {
         "End to end": latency_table(measurements, END_TO_END),
         "Engine only": latency_table(measurements, ENGINE),
@@ -335,6 +387,8 @@ def tables(measurements: Sequence[Measurement]) -> dict[str, Table]:
     }
     if has_transfers(measurements):
         by_title["Parts of an engine call"] = stage_table(measurements, ENGINE)
+    if arithmetic:
+        by_title["Share of peak"] = peak_table(measurements, arithmetic)
     return by_title | {
         "Throughput": throughput_table(measurements),
         "Memory and start-up": resource_table(measurements),
@@ -351,6 +405,7 @@ class LatencyRun:
         machine: the same for programs, the load included.
         ap: AP (0 to 100) by model's name, as far as it is known.
         warnings: what speaks against the numbers.
+        arithmetic: of the networks and of the CPU, where it is known.
     """
 
     measurements: Sequence[Measurement]
@@ -358,6 +413,7 @@ class LatencyRun:
     machine: Mapping[str, object]
     ap: Mapping[str, float]
     warnings: Sequence[str]
+    arithmetic: Arithmetic | None = None
 
 
 def write_latency_reports(folder: Path, run: LatencyRun) -> list[Path]:
@@ -373,15 +429,17 @@ def write_latency_reports(folder: Path, run: LatencyRun) -> list[Path]:
     paths = [folder / f"latency.{suffix}" for suffix in ("json", "md", "html")]
     measurements = run.measurements
     values = {name: getattr(run, name) for name in ("facts", "machine", "ap", "warnings")}
-    write_json(paths[0], values | {"measurements": _values(measurements)})
-    parts = [f"## {title}\n\n{table.markdown()}" for title, table in tables(measurements).items()]
+    peak = {"peak": asdict(run.arithmetic.peak)} if run.arithmetic else {}
+    write_json(paths[0], values | peak | {"measurements": _values(measurements)})
+    by_title = tables(measurements, run.arithmetic)
+    parts = [f"## {title}\n\n{table.markdown()}" for title, table in by_title.items()]
     notes = [f"- {name}: {value}" for name, value in run.facts.items()]
     notes += [f"- warning: {warning}" for warning in run.warnings]
     write_markdown(paths[1], ["# Latency", "\n".join(notes), *parts])
     names = ", ".join(dict.fromkeys(measurement.case.name for measurement in measurements))
     render_page(
         f"Latency: {names}",
-        _sections(measurements, run.ap),
+        _sections(by_title, measurements, run.ap),
         paths[2],
         tiles=_tiles(measurements),
         facts=run.facts,
@@ -424,8 +482,10 @@ def _tiles(measurements: Sequence[Measurement]) -> list[Tile]:
     return tiles
 
 
-def _sections(measurements: Sequence[Measurement], ap: Mapping[str, float]) -> list[Section]:
-    sections = [Section(title, table.html()) for title, table in tables(measurements).items()]
+def _sections(
+    by_title: Mapping[str, Table], measurements: Sequence[Measurement], ap: Mapping[str, float]
+) -> list[Section]:
+    sections = [Section(title, table.html()) for title, table in by_title.items()]
     figures = {
         "Distribution": (
             distribution_figure(measurements),

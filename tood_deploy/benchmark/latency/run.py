@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing, nullcontext
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 
 from tood_deploy import __version__
@@ -19,6 +20,7 @@ from tood_deploy.benchmark.latency.machine import (
     describe_machine,
 )
 from tood_deploy.benchmark.latency.measure import LatencyPlan, Measurement, measure
+from tood_deploy.benchmark.latency.peak import Arithmetic, Peak, measure_peak, network_cost
 from tood_deploy.benchmark.latency.report import LatencyRun, overview_table, write_latency_reports
 from tood_deploy.benchmark.latency.worker import END_TO_END, Case
 from tood_deploy.files import file_sha256
@@ -47,11 +49,17 @@ def run_latency(
     """
     machine, watch = describe_machine(), LoadWatch()
     on_gpu = any(case.device == "cuda" for case in plan.cases)
+    peak = None if on_gpu else _measure_peak(plan)
     with closing(GpuMeter()) if on_gpu else nullcontext() as meter:
         measurements = measure(plan, reporter, meter)
         account = {"gpu": meter.account.to_dict()} if meter else {}
     load = watch.stop()
     warnings = _warnings(measurements, load)
+    arithmetic = _arithmetic(measurements, peak, plan)
+    if arithmetic is None and not on_gpu:
+        warnings.append(
+            "share of peak is not shown: counting needs torch and onnx, of the extra export"
+        )
     run = LatencyRun(
         measurements,
         facts={"command": command}
@@ -60,12 +68,39 @@ def run_latency(
         machine=machine.to_dict() | account | {"load": vars(load)},
         ap=recorded_ap(measurement.case for measurement in measurements) | dict(ap),
         warnings=warnings,
+        arithmetic=arithmetic,
     )
     write_latency_reports(output, run)
-    reporter.table(overview_table(measurements).rich())
+    reporter.table(overview_table(measurements, arithmetic).rich())
     for warning in warnings:
         reporter.warn(warning)
     return measurements
+
+
+def _measure_peak(plan: LatencyPlan) -> Peak | None:
+    """Return what the CPU reaches with the plan's threads; None without onnx or torch."""
+    if not all(find_spec(package) for package in ("onnx", "torch")):
+        return None
+    return measure_peak(plan.cases[0].threads)
+
+
+def _arithmetic(
+    measurements: Sequence[Measurement], before: Peak | None, plan: LatencyPlan
+) -> Arithmetic | None:
+    """Return the arithmetic of all networks, and the best of the CPU before and after.
+
+    Args:
+        measurements: of all models.
+        before: what the CPU reached before them; None where that is not known.
+        plan: of the measurements.
+    """
+    after = _measure_peak(plan) if before else None
+    if before is None or after is None:
+        return None
+    networks = {(each.opened.preset, each.opened.net_hw) for each in measurements}
+    return Arithmetic(
+        before.better_of(after), {network: network_cost(*network)[1] for network in networks}
+    )
 
 
 def recorded_ap(cases: Iterable[Case]) -> dict[str, float]:

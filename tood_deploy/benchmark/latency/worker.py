@@ -19,6 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tood_deploy.engines import BatchDetections, Engine
+from tood_deploy.presets import Preset
+from tood_deploy.reporter import show_artefact_warnings
 
 if TYPE_CHECKING:
     from tood_deploy.inference.detector import Detector
@@ -73,6 +75,7 @@ class Opened:
         images: what was run on.
         net_hw: rows and columns of the network's input.
         detections: in one batch, so that it is seen that there are any.
+        preset: of the network.
     """
 
     engine: str
@@ -83,6 +86,7 @@ class Opened:
     images: str
     net_hw: tuple[int, int]
     detections: int
+    preset: Preset
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,7 @@ def serve(connection: Connection, case: Case) -> None:
     """
     from tood_deploy.errors import ToodError
 
+    show_artefact_warnings()
     try:
         with _open(case) as bench:
             connection.send(bench.opened)
@@ -188,6 +193,7 @@ class Bench:
             description,
             net_hw,
             detections,
+            engine.manifest.preset,
         )
 
     def turn(self, seconds: float) -> Turn:

@@ -4,8 +4,6 @@ Comes in: a repository and a model's name. Goes out: a folder to fill, which bec
 its next version without disturbing a server. Knows nothing of what the files hold.
 """
 
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +13,7 @@ from google.protobuf import text_format
 
 from tood_deploy.errors import OutputError
 from tood_deploy.export.triton.config import OURS, read_config
+from tood_deploy.files import remove_leftovers, temporary_folder
 
 CONFIG_FILE = "config.pbtxt"
 
@@ -60,6 +59,8 @@ def read_present(repository: Path, name: str) -> Any:
     """
     if repository.exists() and not repository.is_dir():
         raise OutputError(f"{repository}: is a file; expected a folder, the model repository")
+    if repository.is_dir():
+        remove_leftovers(repository)  # else what a killed export left would be taken for files
     if (
         repository.is_dir()
         and any(repository.iterdir())
@@ -100,16 +101,7 @@ def new_model_folder(folder: Path, version: int) -> Iterator[Path]:
         OutputError: the place cannot be written, or the disk is full; nothing is left behind.
     """
     parent = folder if folder.exists() else folder.parent
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(
-            tempfile.mkdtemp(prefix=f".{folder.name}-", dir=parent)
-        )  # no number, so no version to Triton
-    except OSError as error:
-        raise OutputError(
-            f"{folder}: cannot be written ({error.strerror}); choose another --output"
-        ) from error
-    try:
+    with temporary_folder(folder, parent) as staging:
         new = (
             staging / folder.name
         )  # unlike its parent readable for all: the server may be another user
@@ -119,12 +111,6 @@ def new_model_folder(folder: Path, version: int) -> Iterator[Path]:
             _add_version(new, folder, version)
         else:
             new.rename(folder)
-    except OSError as error:
-        raise OutputError(
-            f"{folder}: writing failed ({error.strerror or error}); nothing was left behind"
-        ) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _add_version(new: Path, folder: Path, version: int) -> None:

@@ -12,6 +12,7 @@ from tood_deploy.export.options import TRITON, numbers_from_text, option, warm_u
 Backend = Literal["onnxruntime", "tensorrt"]
 Device = Literal["cuda", "cpu"]
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+MAX_NAME = 200  # characters
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,12 @@ class TritonOptions:
     )
 
     def __post_init__(self) -> None:
-        if self.name and not NAME.fullmatch(self.name):
+        if self.name and not (NAME.fullmatch(self.name) and len(self.name) <= MAX_NAME):
+            shown = self.name if len(self.name) <= MAX_NAME else f"{self.name[:40]}..."
             raise ToodError(
-                f"model name is {self.name!r}; expected letters, digits, _ . and -, "
-                "as it becomes a folder and part of addresses"
+                f"model name is {shown!r} ({len(self.name)} characters); expected up to {MAX_NAME} "
+                "letters, digits, _ . and -, as it becomes a folder and part of addresses; give "
+                "--name"
             )
         backends, devices = get_args(Backend), get_args(Device)
         if self.backend not in (None, *backends) or self.device not in devices:
