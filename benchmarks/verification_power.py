@@ -35,7 +35,8 @@ from tood_deploy.export.graph import ExportedGraph
 from tood_deploy.export.to_onnx import onnx_from_model
 from tood_deploy.graph_io import OUTPUTS
 from tood_deploy.model import build_model
-from tood_deploy.model.tood import Tood
+from tood_deploy.model.detector import DenseDetector
+from tood_deploy.model.heads.tood import TaskAlignedHead
 from tood_deploy.parity.onnx_reference import OnnxRunner
 from tood_deploy.parity.reference import Conditioning, Reference
 from tood_deploy.parity.tolerances import Failure
@@ -173,7 +174,7 @@ FAULTS: dict[str, Fault] = {
 }
 
 
-def fill_randomly(model: Tood, seed: int) -> Tood:
+def fill_randomly(model: DenseDetector, seed: int) -> DenseDetector:
     """Give a network random weights, of another scale for every seed, that find objects."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -184,6 +185,7 @@ def fill_randomly(model: Tood, seed: int) -> Tood:
         tensor.normal_(mean, std, generator=generator)
 
     head = model.bbox_head
+    assert isinstance(head, TaskAlignedHead)
     gain = 10 ** (torch.rand(1, generator=generator).item() - 0.5)
     with torch.no_grad():
         for module in model.modules():
@@ -211,7 +213,7 @@ def fill_randomly(model: Tood, seed: int) -> Tood:
     return model.eval()
 
 
-def filled(skeleton: onnx.ModelProto, model: Tood) -> onnx.ModelProto:
+def filled(skeleton: onnx.ModelProto, model: DenseDetector) -> onnx.ModelProto:
     """Return the exported graph with the weights of this network."""
     graph = ExportedGraph(model, "op", 100)
     values = dict(graph.named_parameters()) | dict(graph.named_buffers())

@@ -19,7 +19,7 @@ import benchmark  # noqa: F401  before onnxruntime.quantization brings a folder 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from reference import seeded_weights, synth_image
+from reference import seeded_family, seeded_weights, synth_image
 from reported_once import pytest_runtest_makereport  # noqa: F401 - a hook
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -107,13 +107,20 @@ def seeded_model() -> Callable[..., Any]:
         with torch.device("meta"):
             model = build_model(replace(PRESETS[name], **fields))
         shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+        weights = stand_in_weights(shapes, model.preset.detector)
         model.load_state_dict(
-            {key: torch.as_tensor(value) for key, value in seeded_weights.fill(shapes).items()},
-            assign=True,
+            {key: torch.as_tensor(value) for key, value in weights.items()}, assign=True
         )
         return model.requires_grad_(True)
 
     return build
+
+
+def stand_in_weights(shapes: dict[str, tuple[int, ...]], detector: str) -> dict[str, NDArray[Any]]:
+    """Return a detector's stand-in weights by state-dict key, from the shapes."""
+    if detector == "tood":
+        return seeded_weights.fill(shapes)
+    return seeded_family.fill(shapes, "retina" if detector == "retinanet" else detector)
 
 
 @pytest.fixture(scope="session")

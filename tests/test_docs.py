@@ -244,6 +244,8 @@ def test_presets_of_one_network_have_one_cost() -> None:
     for row in preset_rows():
         preset = PRESETS[row[0]]
         network = (
+            preset.detector,
+            preset.backbone_style,
             preset.depth,
             preset.groups,
             preset.base_channels,

@@ -31,14 +31,14 @@ from benchmarks.gpu.torch_variants import Recorded, TorchVariant
 from tood_deploy.data.image_set import synthetic_image
 from tood_deploy.errors import ArtefactError, DeviceError, ToodError
 from tood_deploy.model import build_model, load_checkpoint
-from tood_deploy.model.tood import Tood
+from tood_deploy.model.detector import DenseDetector
 from tood_deploy.presets import PRESETS
 
 SIZE_HW = (64, 96)
 
 
 @pytest.fixture(scope="module")
-def model(tiny_checkpoint: Path) -> Tood:
+def model(tiny_checkpoint: Path) -> DenseDetector:
     return load_checkpoint(tiny_checkpoint).requires_grad_(False)
 
 
@@ -221,7 +221,7 @@ class TestStaticDetector:
         return images, valid_hw, torch.tensor(0.05), torch.tensor(0.6)
 
     @torch.no_grad()
-    def test_equals_the_fused_detector(self, model: Tood) -> None:
+    def test_equals_the_fused_detector(self, model: DenseDetector) -> None:
         result, exact = unpack(StaticDetector(model)(*self.inputs()).packed)
         expected, _ = unpack(EagerDetector(model)(*self.inputs()).packed)
         assert exact.all()
@@ -231,7 +231,7 @@ class TestStaticDetector:
             torch.testing.assert_close(*parts, atol=atol, rtol=0)
 
     def test_suppression_that_did_not_settle_is_done_again(
-        self, model: Tood, monkeypatch: pytest.MonkeyPatch
+        self, model: DenseDetector, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         images, valid_hw, conf, iou = (tensor.numpy() for tensor in self.inputs())
         variant = TorchVariant(model, "static", "fp32", Cell(SIZE_HW, 2), "cpu")
@@ -250,13 +250,13 @@ class TestStaticDetector:
         np.testing.assert_array_equal(batch.num_dets, expected.num_dets)
 
     @pytest.mark.parametrize("mode", ["eager", "static"])
-    def test_network_is_copied_before_it_is_moved(self, model: Tood, mode: Any) -> None:
+    def test_network_is_copied_before_it_is_moved(self, model: DenseDetector, mode: Any) -> None:
         """To a GPU, that is; here to the device without numbers. The reference runs it as well."""
         detector = (EagerDetector if mode == "eager" else StaticDetector)(model).to("meta")
         assert detector.fused.model.backbone.conv1.weight.is_meta
         assert not any(parameter.is_meta for parameter in model.parameters())
 
-    def test_half_precision_keeps_what_it_must(self, model: Tood) -> None:
+    def test_half_precision_keeps_what_it_must(self, model: DenseDetector) -> None:
         converted: Any = convert_network(model, torch.bfloat16)
         for layer in (converted.backbone.conv1, converted.bbox_head.inter_convs[0].gn):
             assert layer.weight.dtype == torch.bfloat16
@@ -272,7 +272,7 @@ class TestStaticDetector:
 
     @pytest.mark.slow
     @torch.no_grad()
-    def test_is_one_graph_for_compilers(self, model: Tood) -> None:
+    def test_is_one_graph_for_compilers(self, model: DenseDetector) -> None:
         detector = StaticDetector(model, torch.bfloat16)
         compiled = torch.compile(detector, backend="eager", fullgraph=True, dynamic=False)
         packed = compiled(*self.inputs()).packed
@@ -312,7 +312,7 @@ def test_replay_with_a_stand_in_for_cuda_graphs(monkeypatch: pytest.MonkeyPatch)
     assert recorded(*recorded.inputs).item() == 10
 
 
-def test_parity_notices_damage_and_slots(model: Tood) -> None:
+def test_parity_notices_damage_and_slots(model: DenseDetector) -> None:
     class Shifted(TorchVariant):
         shift = np.zeros((2, 1, 1), np.float32)
 

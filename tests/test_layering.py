@@ -16,6 +16,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "tood_deploy"
 LAYERS = (
     {
         "errors",
+        "preset",
         "presets",
         "detections",
         "draw",
@@ -25,7 +26,7 @@ LAYERS = (
         "manifest_sections",
         "reporter",
     },
-    {"manifest", "matching", "preprocess"},
+    {"manifest", "matching", "preprocess", "windows"},
     {"onnx_file", "data", "model"},
     {"parity"},
     {"training", "engines"},

@@ -1,10 +1,10 @@
-"""Test that the client of docs/onnx-contract.md gets what `Detector` gets."""
+"""Test that examples/python_onnxruntime.py, which the contract shows, gets what `Detector` gets."""
 
 import re
-import shutil
+import runpy
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from tood_deploy import Detector
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "onnx-contract.md"
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLE = ROOT / "examples" / "python_onnxruntime.py"
 SIZES_HW = (
     (333, 500),
     (61, 47),
@@ -21,16 +22,16 @@ SIZES_HW = (
 )  # rounding in both directions, upright and enlarged, as it is
 
 
-@pytest.fixture(scope="module")
-def example() -> str:
-    """The page's only Python block."""
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
-    return code
+def test_the_contract_shows_it() -> None:
+    page = (ROOT / "docs" / "onnx-contract.md").read_text(encoding="utf-8")
+    assert f'--8<-- "{EXAMPLE.relative_to(ROOT)}"' in page
 
 
-def test_the_example_needs_two_libraries(example: str) -> None:
-    assert set(re.findall(r"^(?:import|from) (\w+)", example, flags=re.MULTILINE)) == {
+def test_it_needs_two_libraries() -> None:
+    code = EXAMPLE.read_text(encoding="utf-8")
+    assert set(re.findall(r"^(?:import|from) (\w+)", code, flags=re.MULTILINE)) == {
         "json",
+        "sys",
         "pathlib",
         "cv2",
         "numpy",
@@ -41,24 +42,21 @@ def test_the_example_needs_two_libraries(example: str) -> None:
 @pytest.mark.parametrize("size_hw", SIZES_HW)
 def test_the_example_gives_the_detectors_boxes(
     size_hw: tuple[int, int],
-    example: str,
     tiny_artefact: Path,
     synth_image_bgr: Callable[[int, int], NDArray[np.uint8]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    shutil.copy(tiny_artefact, tmp_path / "model.onnx")
-    shutil.copy(tiny_artefact.with_suffix(".json"), tmp_path / "model.json")
-    monkeypatch.chdir(tmp_path)
-    cv2.imwrite("street.jpg", synth_image_bgr(*size_hw))
-    variables: dict[str, Any] = {}
-    low = example.replace("np.array(0.3,", "np.array(0.02,")  # stand-in weights score low
-    exec(compile(low, str(PAGE), "exec"), variables)
+    image = str(tmp_path / "street.jpg")
+    cv2.imwrite(image, synth_image_bgr(*size_hw))
+    # Stand-in weights score low.
+    monkeypatch.setattr(sys, "argv", [str(EXAMPLE), str(tiny_artefact), image, "0.02"])
+    variables = runpy.run_path(str(EXAMPLE))
 
-    image_bgr = cv2.imread("street.jpg")
+    image_bgr = cv2.imread(image)
     assert image_bgr is not None
-    with Detector("model.onnx", conf=0.02, iou=0.6) as detector:
+    with Detector(tiny_artefact, conf=0.02, iou=0.6) as detector:
         expected = detector(image_bgr)
     count = variables["count"]
     assert count == len(expected) > 0
@@ -69,3 +67,11 @@ def test_the_example_gives_the_detectors_boxes(
     lines = capsys.readouterr().out.splitlines()
     names = [line.rpartition(" at ")[0].rpartition(" ")[0] for line in lines]
     assert names == expected.names()
+
+
+def test_what_is_no_image_is_named(
+    tiny_artefact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [str(EXAMPLE), str(tiny_artefact), "absent.png", "0.3"])
+    with pytest.raises(SystemExit, match=r"absent\.png"):
+        runpy.run_path(str(EXAMPLE))

@@ -24,7 +24,13 @@ from PIL import Image
 
 from tood_deploy import PRESETS, Detections, Detector, Preset, ToodError, open_engine
 from tood_deploy.engines import BatchDetections, Engine
-from tood_deploy.model import HeadOutput, Tood, build_model, load_checkpoint, save_checkpoint
+from tood_deploy.model import (
+    DenseDetector,
+    HeadOutput,
+    build_model,
+    load_checkpoint,
+    save_checkpoint,
+)
 
 detector = Detector(Path("r50.onnx"), imgsz=(800, 1333), color="rgb")
 found = detector(Image.open("a.png"))
@@ -49,7 +55,7 @@ with Detector(engine) as again:
     print(again.class_names, again.engine.name)
 
 preset = assert_type(PRESETS["tiny"], Preset)
-model = assert_type(build_model(preset), Tood)
+model = assert_type(build_model(preset), DenseDetector)
 try:
     model = load_checkpoint("a.pth", preset="tiny", class_names=["a"])
 except ToodError as error:

@@ -11,17 +11,28 @@ if TYPE_CHECKING:
     from tood_deploy.engines import open_engine
     from tood_deploy.errors import ToodError
     from tood_deploy.inference.detector import Detector
+    from tood_deploy.inference.slicing import Slicing
     from tood_deploy.presets import PRESETS, Preset
 
 
 __version__ = "0.1.0"
-__all__ = ["PRESETS", "Detections", "Detector", "Preset", "ToodError", "__version__", "open_engine"]
+__all__ = [
+    "PRESETS",
+    "Detections",
+    "Detector",
+    "Preset",
+    "Slicing",
+    "ToodError",
+    "__version__",
+    "open_engine",
+]
 
 _HOMES = {
     "Detections": "tood_deploy.detections",
     "Detector": "tood_deploy.inference.detector",
     "PRESETS": "tood_deploy.presets",
     "Preset": "tood_deploy.presets",
+    "Slicing": "tood_deploy.inference.slicing",
     "ToodError": "tood_deploy.errors",
     "open_engine": "tood_deploy.engines",
 }

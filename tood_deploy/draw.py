@@ -11,6 +11,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from tood_deploy.reporter import printable
+
 GOLDEN_RATIO = 0.6180339887498949
 SHADES = ((0.85, 0.95), (0.60, 1.0), (0.95, 0.65))  # saturation and value, in turn
 FONT, FONT_WEIGHT = "sans", 500
@@ -100,7 +102,7 @@ def _label_patch(
 
     The text shrinks, down to half the smallest size, to fit into `room` pixels.
     """
-    font = cv2.FontFace(FONT)
+    label, font = printable(label), cv2.FontFace(FONT)
     margin = max(2, size // 6)
     while size > SMALLEST_TEXT // 2 and _text_width(label, font, size) + 2 * margin > room:
         size -= 1

@@ -216,13 +216,13 @@ def _remove(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all.
+    """Write a text file in UTF-8, whole or not at all; what is no text is escaped.
 
     Raises:
         OutputError: the folder cannot be written, or the disk is full.
     """
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def file_sha256(*paths: Path) -> str:
@@ -292,9 +292,9 @@ def check_overwrites(
 
 
 def _identities(path: str | Path) -> list[object]:
-    """Return by what a file is known: its real path, and its number if it is there.
+    """Return what a file is known by: its real path, and its number if it is there.
 
-    None for a device, which may be read and written by several.
+    Nothing for a device, which may be read and written by several.
     """
     try:
         state = Path(path).stat()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from tood_deploy.presets import STRIDES
+from tood_deploy.presets import STRIDES, Preset
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,6 +29,9 @@ STAGE_VALUES = {
     "candidates": ("candidate_boxes", "candidate_scores", "candidate_labels"),
 }
 INNER_VALUES = tuple(name for names in STAGE_VALUES.values() for name in names)
+# Of detectors that hold the class score alone against thresholds, what the head hands on beside its
+# maps: a factor of the scores, so that it is judged with them.
+RANKING = tuple(f"head_ranking_{level}" for level in LEVELS)
 
 # The maps among them, (B, C, h, w), in order, and the stage of each.
 STAGE_OF_MAP = {
@@ -51,6 +54,11 @@ TARGET_SUFFIXES: dict[Target, tuple[str, ...]] = {
     "engine": ENGINE_SUFFIXES,
     "triton": ("",),
 }
+
+
+def inner_value_names(preset: Preset) -> tuple[str, ...]:
+    """Return the names of all values on the way to `OUTPUTS` in a detector's graph."""
+    return INNER_VALUES + (RANKING if preset.ranks_by_class_score else ())
 
 
 def graph_feeds(

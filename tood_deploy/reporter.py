@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 import time
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager, suppress
@@ -29,6 +30,7 @@ Unit = Literal["", "bytes"]
 # Where nothing can be overwritten (a pipe, a log file), work that is done sooner than FIRST_LINE_S
 # leaves no line, and longer work leaves one every PAUSE_S.
 FIRST_LINE_S, PAUSE_S = 5.0, 30.0
+TURNING = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 WIDTH_OF_FILES = 160  # columns of a table that is written to a file or pipe
 
 
@@ -79,7 +81,7 @@ class Reporter:
         """Print a line of a command's result on stdout, unless quiet."""
         if not self.quiet:
             with stdout_errors():
-                print(line, flush=True)
+                print(_safe(line, sys.stdout.encoding), flush=True)
 
     def table(self, table: RenderableType) -> None:
         """Print a rich table, or anything that rich renders, on stdout, unless quiet."""
@@ -124,6 +126,7 @@ class Reporter:
 
     def _print(self, line: str) -> None:
         """Print a line on stderr, above the bars where there are some."""
+        line = _safe(line, getattr(sys.stderr, "encoding", None))
         with suppress(OSError):  # a full or closed stderr: there is nowhere else to say it
             if self._bars is None:
                 if sys.stderr is not None:  # with None, print would take stdout
@@ -290,6 +293,34 @@ def show_artefact_warnings() -> None:
             before(message, category, *place, **more)
 
     warnings.showwarning = show
+
+
+def printable(text: str) -> str:
+    r"""Return a name as it is, but for what would act on a terminal or break a line.
+
+    Control characters, line ends, marks that turn the direction of text, and bytes that are no text
+    become escapes, such as \x1b.
+    """
+    return "".join(letter if _is_shown(letter) else _escaped(letter) for letter in text)
+
+
+def _is_shown(letter: str) -> bool:
+    return letter == " " or (
+        unicodedata.category(letter) not in ("Cc", "Cs", "Zl", "Zp") and letter not in TURNING
+    )
+
+
+def _escaped(letter: str) -> str:
+    """Return an escape for a letter; the one of its byte where a name's byte is no text."""
+    number = ord(letter)
+    byte = number - 0xDC00 if 0xDC80 <= number <= 0xDCFF else number
+    return f"\\x{byte:02x}" if byte < 256 else f"\\u{byte:04x}"
+
+
+def _safe(line: str, encoding: str | None) -> str:
+    """Return what is printed of a line, in a stream of that encoding."""
+    shown = "\n".join(map(printable, line.split("\n")))
+    return shown.encode(encoding or "utf-8", "backslashreplace").decode(encoding or "utf-8")
 
 
 def _megabytes(count: int) -> str:

@@ -9,13 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.gpu.settings import Precision, Settings
-from tood_deploy.model.tood import Tood
+from tood_deploy.model.detector import DenseDetector
 
 
 class Artefacts:
     """Exports and engines of one network."""
 
-    def __init__(self, model: Tood, settings: Settings) -> None:
+    def __init__(self, model: DenseDetector, settings: Settings) -> None:
         self.model, self.settings = model, settings
         self._results: dict[str, Path | Exception] = {}
 

@@ -16,7 +16,7 @@ from benchmarks.gpu.torch_variants import versions as torch_versions
 from tood_deploy import __version__
 from tood_deploy.benchmark.latency.machine import GpuMeter, describe_machine
 from tood_deploy.errors import DeviceError
-from tood_deploy.model.tood import build_model
+from tood_deploy.model.detector import build_model
 from tood_deploy.presets import Preset
 
 PACKAGES = (

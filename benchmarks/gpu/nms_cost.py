@@ -21,9 +21,9 @@ from benchmarks.gpu.measure import time_calls
 from benchmarks.gpu.settings import CONF, IOU, Mode, Status
 from benchmarks.gpu.torch_variants import Recorded
 from tood_deploy.benchmark.latency.worker import warm_up
+from tood_deploy.model.detector import DenseDetector, FusedDetector
 from tood_deploy.model.nms import nms, nms_unrolled
 from tood_deploy.model.postprocess import MAX_DET, Candidates
-from tood_deploy.model.tood import FusedDetector, Tood
 
 Kept = tuple[Tensor, Tensor]
 Call = Callable[[], Kept]
@@ -53,7 +53,7 @@ class NmsRow:
 
 @torch.no_grad()
 def candidates_of(
-    model: Tood, images: NDArray[np.uint8], valid_hw: NDArray[np.int32], device: str
+    model: DenseDetector, images: NDArray[np.uint8], valid_hw: NDArray[np.int32], device: str
 ) -> Candidates:
     """Return the input of suppression for a batch of padded images.
 

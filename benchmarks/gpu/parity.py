@@ -17,7 +17,7 @@ from benchmarks.gpu.settings import CONF, IOU
 from tood_deploy.engines.base import BatchDetections, Engine
 from tood_deploy.inference.detector import Detector, Prepared
 from tood_deploy.matching import MatchCounts, NetDetections, match_boxes, split_batch
-from tood_deploy.model.tood import FusedDetector, Tood
+from tood_deploy.model.detector import DenseDetector, FusedDetector
 from tood_deploy.parity.tolerances import DETECTION_LIMITS
 
 EXCHANGES = 2  # detections of an image that decisions on the very edge of a threshold may exchange
@@ -71,7 +71,7 @@ class Reference:
     """The network in PyTorch, float32, on the CPU, and its detections."""
 
     def __init__(
-        self, model: Tood, images: Sequence[NDArray[np.uint8]], size_hw: tuple[int, int]
+        self, model: DenseDetector, images: Sequence[NDArray[np.uint8]], size_hw: tuple[int, int]
     ) -> None:
         self.detector, self.size_hw = FusedDetector(model).eval(), size_hw
         self.images = images

@@ -26,7 +26,7 @@ from tood_deploy.data.image_set import synthetic_image
 from tood_deploy.data.images import read_images
 from tood_deploy.errors import DeviceError
 from tood_deploy.model import build_model, load_checkpoint
-from tood_deploy.model.tood import Tood
+from tood_deploy.model.detector import DenseDetector
 from tood_deploy.preprocess import resize_and_pad
 from tood_deploy.presets import get_preset
 
@@ -93,7 +93,7 @@ def _log(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def load_model(settings: Settings) -> Tood:
+def load_model(settings: Settings) -> DenseDetector:
     """Return the network of the checkpoint, else one with the stand-in weights of the tests.
 
     These find a hundred things in any image.
@@ -128,7 +128,7 @@ def _parity_images(settings: Settings) -> list[NDArray[np.uint8]]:
     ]
 
 
-def _measure_suppression(settings: Settings, model: Tood, budget: Budget) -> list[NmsRow]:
+def _measure_suppression(settings: Settings, model: DenseDetector, budget: Budget) -> list[NmsRow]:
     if "torch" not in settings.backends or budget.left() < 0:
         left = f"{max(0.0, budget.left()):.0f} s of the budget were left"
         return [NmsRow(0, "all", "skipped", f"{left}, or PyTorch was not asked for")]
@@ -145,7 +145,7 @@ def _measure_suppression(settings: Settings, model: Tood, budget: Budget) -> lis
     )
 
 
-def _describe_run(settings: Settings, model: Tood) -> dict[str, Any]:
+def _describe_run(settings: Settings, model: DenseDetector) -> dict[str, Any]:
     weights, images = "seeded stand-in weights", f"{settings.image_count} synthetic"
     if settings.checkpoint:
         weights = f"checkpoint {settings.checkpoint.name}"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tood_deploy.errors import ToodError
+from tood_deploy.model.detector import DenseDetector, FusedDetector
 from tood_deploy.model.postprocess import (
     MAX_DET,
     BatchResult,
@@ -22,7 +23,6 @@ from tood_deploy.model.postprocess import (
     suppress,
     suppress_unrolled,
 )
-from tood_deploy.model.tood import FusedDetector, Tood
 
 BOX = 4
 
@@ -47,12 +47,12 @@ class StaticDetector(nn.Module):
     """
 
     def __init__(
-        self, model: Tood, dtype: torch.dtype = torch.float32, max_det: int = MAX_DET
+        self, model: DenseDetector, dtype: torch.dtype = torch.float32, max_det: int = MAX_DET
     ) -> None:
         super().__init__()
         converted: nn.Module = convert_network(model, dtype)
         converted = converted.to(memory_format=torch.channels_last)  # pyright: ignore - not in stubs
-        self.fused = FusedDetector(converted, max_det).eval()  # pyright: ignore - a `Tood` still
+        self.fused = FusedDetector(converted, max_det).eval()  # pyright: ignore - a `DenseDetector` still
         self.dtype = dtype
 
     def forward(
@@ -72,7 +72,7 @@ class EagerDetector(nn.Module):
     """`FusedDetector` as it is, under PyTorch's autocast for half precision."""
 
     def __init__(
-        self, model: Tood, dtype: torch.dtype = torch.float32, max_det: int = MAX_DET
+        self, model: DenseDetector, dtype: torch.dtype = torch.float32, max_det: int = MAX_DET
     ) -> None:
         super().__init__()
         # A copy, because it is then moved to its device.
@@ -89,7 +89,7 @@ class EagerDetector(nn.Module):
         return PackedResult(pack(stages.detections, exact), stages.candidates)
 
 
-def convert_network(model: Tood, dtype: torch.dtype) -> Tood:
+def convert_network(model: DenseDetector, dtype: torch.dtype) -> DenseDetector:
     """Return a copy whose convolutions compute in `dtype`.
 
     Batch norms and the scales of the boxes keep their numbers in float32.
@@ -97,7 +97,7 @@ def convert_network(model: Tood, dtype: torch.dtype) -> Tood:
     Raises:
         ToodError: it has deformable convolutions, whose read positions half precision cannot hold.
     """
-    if dtype != torch.float32 and (model.preset.deform_stages or model.preset.deform_tower):
+    if dtype != torch.float32 and model.preset.is_deformable:
         problem = "has deformable convolutions, which PyTorch is measured with in fp32 alone"
         raise ToodError(f"{model.preset.name} {problem}; leave fp16 and bf16 out")
     converted = copy.deepcopy(model)

@@ -23,7 +23,7 @@ from benchmarks.gpu.static_detector import (
 )
 from tood_deploy.engines.base import BatchDetections, Engine
 from tood_deploy.manifest import Manifest
-from tood_deploy.model.tood import Tood
+from tood_deploy.model.detector import DenseDetector
 
 DTYPES: dict[Precision, torch.dtype] = {
     "fp32": torch.float32,
@@ -75,7 +75,7 @@ class TorchVariant(Engine):
 
     def __init__(
         self,
-        model: Tood,
+        model: DenseDetector,
         mode: Mode,
         precision: Precision,
         cell: Cell,

@@ -16,7 +16,7 @@ from tood_deploy.cli.bench import ap_from, main, short_names, size_from
 from tood_deploy.errors import ToodError
 from tood_deploy.inference import detector as detector_module
 from tood_deploy.model.checkpoint import save_checkpoint
-from tood_deploy.model.tood import build_model
+from tood_deploy.model.detector import build_model
 from tood_deploy.presets import PRESETS
 
 SMALL = ("--imgsz", "60", "90", "--threads", "2")
@@ -29,7 +29,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     model = build_model(replace(PRESETS["tiny"], class_names=("cat", "dog")))
     save_checkpoint(model, folder / "sound.safetensors")
     with torch.no_grad():
-        model.bbox_head.tood_reg.get_parameter("bias").add_(0.05)
+        model.get_parameter("bbox_head.tood_reg.bias").add_(0.05)
     save_checkpoint(model, folder / "off.safetensors")
     return folder / "sound.safetensors", folder / "off.safetensors"
 

@@ -67,6 +67,7 @@ def test_a_model(run: Run) -> None:
         ".html",
         ".json",
         ".json",
+        ".json",
         ".jsonl",
         ".md",
     ]

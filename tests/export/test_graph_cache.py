@@ -24,7 +24,7 @@ from tood_deploy.export.graph_cache import (
 )
 from tood_deploy.export.to_onnx import onnx_from_model
 from tood_deploy.model import build_model, load_checkpoint
-from tood_deploy.model.tood import Tood
+from tood_deploy.model.detector import DenseDetector
 from tood_deploy.presets import PRESETS
 
 TINY = PRESETS["tiny"]
@@ -60,11 +60,11 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def exports(monkeypatch: pytest.MonkeyPatch) -> list[Tood]:
+def exports(monkeypatch: pytest.MonkeyPatch) -> list[DenseDetector]:
     """The networks that the exporter was given; it gives but an empty graph in return."""
-    given: list[Tood] = []
+    given: list[DenseDetector] = []
 
-    def export(model: Tood, **options: object) -> onnx.ModelProto:
+    def export(model: DenseDetector, **options: object) -> onnx.ModelProto:
         given.append(model)
         return onnx.ModelProto(ir_version=10)
 
@@ -86,7 +86,7 @@ class TestFilling:
     @pytest.mark.slow
     @pytest.mark.parametrize("variant", VARIANTS)
     def test_gives_a_fresh_export_of_other_networks(
-        self, variant: str, seeded_model: Callable[..., Tood]
+        self, variant: str, seeded_model: Callable[..., DenseDetector]
     ) -> None:
         fields, deform = VARIANTS[variant]
         model = seeded_model("tiny", **fields).eval()
@@ -180,7 +180,7 @@ class TestKey:
 
 
 class TestKeeping:
-    def test_exports_a_configuration_once(self, home: Path, exports: list[Tood]) -> None:
+    def test_exports_a_configuration_once(self, home: Path, exports: list[DenseDetector]) -> None:
         for _ in range(2):
             graph_of(build_model("tiny"), deform="op", max_det=100)
         assert len(exports) == 1
@@ -189,7 +189,7 @@ class TestKeeping:
         assert len(list((home / "graphs").iterdir())) == 2
 
     def test_stand_in_weights_leave_random_numbers_alone(
-        self, home: Path, exports: list[Tood]
+        self, home: Path, exports: list[DenseDetector]
     ) -> None:
         model, state = build_model("tiny"), torch.random.get_rng_state()
         graph_of(model, deform="op", max_det=100)
@@ -206,7 +206,7 @@ class TestKeeping:
         ],
     )
     def test_a_damaged_graph_is_made_again_and_said(
-        self, damage: Callable[[bytes], bytes], home: Path, exports: list[Tood]
+        self, damage: Callable[[bytes], bytes], home: Path, exports: list[DenseDetector]
     ) -> None:
         graph_of(build_model("tiny"), deform="op", max_det=100)
         (file,) = (home / "graphs").iterdir()
@@ -232,7 +232,7 @@ class TestKeeping:
         assert said
 
     def test_a_home_that_cannot_be_written_is_said(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exports: list[Tood]
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exports: list[DenseDetector]
     ) -> None:
         (tmp_path / "file").touch()
         monkeypatch.setenv("TOOD_HOME", str(tmp_path / "file"))
@@ -260,7 +260,7 @@ class TestKeeping:
 
 class TestUnknownWeights:
     def test_a_weight_that_became_something_else_is_exported_with_the_graph(
-        self, home: Path, exports: list[Tood], monkeypatch: pytest.MonkeyPatch
+        self, home: Path, exports: list[DenseDetector], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def lose(*_: object) -> None:
             raise graph_cache.UnknownWeight("w")

@@ -18,7 +18,7 @@ from tood_deploy.export.graph import DeformForm
 from tood_deploy.export.shortcuts import decompose, take_shortcuts
 from tood_deploy.export.to_onnx import onnx_from_model
 from tood_deploy.graph_io import MAP_NAMES, OUTPUTS
-from tood_deploy.model.tood import Tood
+from tood_deploy.model.detector import DenseDetector
 from tood_deploy.parity.onnx_reference import OnnxRunner
 
 
@@ -122,7 +122,7 @@ class TestDecomposition:
 def test_the_graph_computes_to_the_bit_what_that_of_the_long_way_does(
     deform: DeformForm,
     fields: dict[str, Any],
-    seeded_model: Callable[..., Tood],
+    seeded_model: Callable[..., DenseDetector],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = seeded_model("tiny", tower_stages=2, **fields).eval()

@@ -12,20 +12,18 @@ from numpy.typing import NDArray
 from tood_deploy.detections import Detections
 from tood_deploy.errors import OutputError
 from tood_deploy.inference import sinks as window_module
-from tood_deploy.inference.frame import Frame, Input
+from tood_deploy.inference.frame import Frame, Input, Part
 from tood_deploy.inference.sinks import (
     Annotated,
-    CocoResults,
     Crops,
     Finished,
-    JsonLines,
     Sink,
     SinkThread,
-    TextLines,
     Window,
     crop_box,
     write_image,
 )
+from tood_deploy.inference.text_sinks import CocoResults, JsonLines, TextLines
 from tood_deploy.reporter import Reporter
 
 ONE = found((8, 8, 24, 24))
@@ -115,7 +113,7 @@ def test_a_video_keeps_the_times_of_its_frames(tmp_path: Path) -> None:
 
 
 def test_videos_and_images_in_turn(tmp_path: Path) -> None:
-    files = {(name, None): tmp_path / f"{name}.mp4" for name in ("one", "two")}
+    files: dict[Part, Path] = {(name, None): tmp_path / f"{name}.mp4" for name in ("one", "two")}
     files["p", None] = tmp_path / "p.png"
     items = [
         (video_frame(i % 3, 40 * (i % 3), name="one" if i < 3 else "two"), ONE) for i in range(6)

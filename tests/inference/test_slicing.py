@@ -82,7 +82,7 @@ def overlap(one: NDArray[Any], other: NDArray[Any], metric: str) -> float:
     shared = np.float32(0) if (sides <= 0).any() else sides[0] * sides[1]
     areas = [np.prod(box[2:] - box[:2]) for box in (one, other)]
     base = areas[0] + areas[1] - shared if metric == "iou" else min(areas)
-    return shared / base if base > 0 else 0.0
+    return float(shared / base) if base > 0 else 0.0
 
 
 def merge_by_loops(detections: Detections, slicing: Slicing) -> list[tuple[float, ...]]:

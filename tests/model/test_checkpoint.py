@@ -12,7 +12,7 @@ from model.configs import CONFIG_2X, CONFIG_3X, NAMES
 
 from tood_deploy.errors import CheckpointError, OutputError
 from tood_deploy.files import file_sha256
-from tood_deploy.model import Tood, load_checkpoint, save_checkpoint
+from tood_deploy.model import DenseDetector, load_checkpoint, save_checkpoint
 from tood_deploy.model.checkpoint_file import AUTHORS_NAMES
 from tood_deploy.presets import Preset
 
@@ -21,7 +21,7 @@ META_3X = {"cfg": CONFIG_3X, "dataset_meta": {"classes": NAMES}, "epoch": 12}
 
 
 @pytest.fixture(scope="module")
-def model(seeded_model: Callable[..., Any]) -> Tood:
+def model(seeded_model: Callable[..., Any]) -> DenseDetector:
     return seeded_model("tiny", class_names=NAMES)
 
 
@@ -60,7 +60,7 @@ def facts(preset: Preset) -> tuple[str, str, str]:
 
 class TestKinds:
     def test_mmdetection_3(
-        self, model: Tood, write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, model: DenseDetector, write: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.chdir(tmp_path)
         ema: State = {f"module.{key}": value + 1 for key, value in model.state_dict().items()}
@@ -73,33 +73,33 @@ class TestKinds:
         assert (loaded.preset.class_names, loaded.preset.imgsz) == (NAMES, (240, 320))
         assert not (tmp_path / "executed").exists()  # as the configuration's text would have it
 
-    def test_mmdetection_2_without_zip(self, model: Tood, write: Any) -> None:
+    def test_mmdetection_2_without_zip(self, model: DenseDetector, write: Any) -> None:
         text = CONFIG_2X.replace("anchor_free", "anchor_based")
         meta = {"config": text, "CLASSES": list(NAMES), "mmcv_version": "1.3.17", "hook_msgs": {}}
         preset = load_checkpoint(write(OrderedDict(model.state_dict()), meta, zipped=False)).preset
         assert facts(preset) == ("custom", "based", "mmdet")  # no preset is both based and so small
         assert (preset.class_names, preset.max_det) == (NAMES, 50)
 
-    def test_authors(self, model: Tood, write: Any) -> None:
+    def test_authors(self, model: DenseDetector, write: Any) -> None:
         meta = {"config": CONFIG_2X, "CLASSES": NAMES}
         loaded = load_checkpoint(write(authors_names(model.state_dict()), meta, zipped=False))
         assert_same_weights(model, loaded)
         assert loaded.preset.convention == "authors"
         assert loaded.bbox_head.keep_inverted
 
-    def test_convention_can_be_changed(self, model: Tood, write: Any) -> None:
+    def test_convention_can_be_changed(self, model: DenseDetector, write: Any) -> None:
         path = write(model.state_dict(), META_3X)
         assert load_checkpoint(path, convention="authors").bbox_head.keep_inverted
         assert not load_checkpoint(path).bbox_head.keep_inverted
 
-    def test_prefixes_and_averaged_copies(self, model: Tood, write: Any) -> None:
+    def test_prefixes_and_averaged_copies(self, model: DenseDetector, write: Any) -> None:
         state: State = {}
         for key, value in model.state_dict().items():
             state |= {f"module.{key}": value, f"ema_{key.replace('.', '_')}": value + 1}
         assert_same_weights(model, load_checkpoint(write(state, META_3X)))
 
     def test_old_files_with_scalars_as_vectors_and_no_batch_counts(
-        self, model: Tood, write: Any
+        self, model: DenseDetector, write: Any
     ) -> None:
         state = dict(model.state_dict())
         for key in [key for key in state if key.endswith("num_batches_tracked")]:
@@ -117,7 +117,7 @@ class TestKinds:
         assert state.keys() != model.state_dict().keys()
         assert_same_weights(model, load_checkpoint(write(state), preset=model.preset))
 
-    def test_half_precision_becomes_single(self, model: Tood, tmp_path: Path) -> None:
+    def test_half_precision_becomes_single(self, model: DenseDetector, tmp_path: Path) -> None:
         save_checkpoint(model, tmp_path / "half.safetensors", torch.float16)
         tensors = load_checkpoint(tmp_path / "half.safetensors").state_dict().values()
         assert {tensor.dtype for tensor in tensors} == {torch.float32, torch.int64}
@@ -147,14 +147,16 @@ class TestKinds:
 
 
 class TestWhatTheFileCannotSay:
-    def test_anchor_kind(self, model: Tood, write: Any) -> None:
+    def test_anchor_kind(self, model: DenseDetector, write: Any) -> None:
         path, based = write(model.state_dict()), replace(model.preset, anchor="based")
         with pytest.raises(CheckpointError, match=r"anchor-free or anchor-based.*--preset.*tiny"):
             load_checkpoint(path)
         assert load_checkpoint(path, preset="tiny").preset.anchor == "free"
         assert load_checkpoint(path, preset=based).preset.anchor == "based"
 
-    def test_names_are_numbered_where_there_are_none(self, model: Tood, write: Any) -> None:
+    def test_names_are_numbered_where_there_are_none(
+        self, model: DenseDetector, write: Any
+    ) -> None:
         path, numbered = write(model.state_dict()), ("class_0", "class_1", "class_2")
         assert load_checkpoint(path, preset="tiny").preset.class_names == numbered
         assert load_checkpoint(path, preset="tiny", class_names=NAMES).preset.class_names == NAMES
@@ -170,7 +172,7 @@ class TestWhatTheFileCannotSay:
 
     @pytest.mark.parametrize("text", ["model = (", "", "a, b = 1, 2", "x" * 10000])
     def test_configurations_without_content_leave_it_to_the_user(
-        self, text: str, model: Tood, write: Any
+        self, text: str, model: DenseDetector, write: Any
     ) -> None:
         path = write(model.state_dict(), {"cfg": text})
         with pytest.raises(CheckpointError, match="--preset"):
@@ -192,22 +194,22 @@ class TestRefusals:
         self.refuse(write({"state_dict": state}), r"tood_cls.*roi_head\.bbox_head")
 
     def test_preset_that_does_not_fit_names_the_one_that_does(
-        self, model: Tood, write: Any
+        self, model: DenseDetector, write: Any
     ) -> None:
         match = r"r50-1x: \d+ keys missing .*bn3.*of another shape .*it fits tiny"
         self.refuse(write(model.state_dict()), match, preset="r50-1x")
 
-    def test_missing_and_unexpected_keys_are_named(self, model: Tood, write: Any) -> None:
+    def test_missing_and_unexpected_keys_are_named(self, model: DenseDetector, write: Any) -> None:
         state = dict(model.state_dict()) | {"bbox_head.extra.weight": torch.zeros(1)}
         del state["neck.fpn_convs.3.conv.bias"]
         match = r"missing \(neck\.fpn_convs\.3\.conv\.bias\).*unexpected \(bbox_head\.extra\.weight"
         self.refuse(write(state), match, preset="tiny")
 
-    def test_preset_that_contradicts_the_file(self, model: Tood, write: Any) -> None:
+    def test_preset_that_contradicts_the_file(self, model: DenseDetector, write: Any) -> None:
         path = write(model.state_dict(), META_3X)
         self.refuse(path, "anchor-free.*anchor-based", preset=replace(model.preset, anchor="based"))
 
-    def test_wrong_class_count(self, model: Tood, write: Any) -> None:
+    def test_wrong_class_count(self, model: DenseDetector, write: Any) -> None:
         self.refuse(
             write(model.state_dict()), "3 classes, 2", preset="tiny", class_names=["a", "b"]
         )
@@ -226,17 +228,17 @@ class TestRefusals:
 
 
 class TestSaving:
-    def test_file_is_readable_as_the_umask_says(self, model: Tood, tmp_path: Path) -> None:
+    def test_file_is_readable_as_the_umask_says(self, model: DenseDetector, tmp_path: Path) -> None:
         save_checkpoint(model, tmp_path / "a.safetensors")
         (tmp_path / "b").touch()
         assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "b").stat().st_mode
 
-    def test_unwritable_place(self, model: Tood) -> None:
+    def test_unwritable_place(self, model: DenseDetector) -> None:
         with pytest.raises(OutputError):
             save_checkpoint(model, "/proc/nowhere/a.safetensors")
 
     def test_failed_write_keeps_the_old_file(
-        self, model: Tood, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, model: DenseDetector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         path = tmp_path / "a.safetensors"
         path.write_bytes(b"old")

@@ -11,8 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tood_deploy.model import Tood
-from tood_deploy.model.head import TaskDecomposition, TowerMaps, geometric_mean_probability
+from tood_deploy.model import DenseDetector
+from tood_deploy.model.head import geometric_mean_probability
+from tood_deploy.model.heads.tood import TaskAlignedHead, TaskDecomposition, TowerMaps
 from tood_deploy.presets import PRESETS, STRIDES
 
 Goldens = Callable[[str], dict[str, NDArray[Any]]]
@@ -53,7 +54,7 @@ def naive_group_norm(x: Tensor, norm: nn.GroupNorm, groups: int, eps: float) -> 
 
 @pytest.mark.parametrize(("groups", "eps"), [(32, 1e-5), (16, 1e-5), (64, 1e-1), (1, 1e-3)])
 def test_group_norms_have_the_presets_settings(
-    groups: int, eps: float, seeded_model: Callable[..., Tood]
+    groups: int, eps: float, seeded_model: Callable[..., DenseDetector]
 ) -> None:
     head = seeded_model("tiny", norm_groups=groups, norm_eps=eps).double().bbox_head
     x = torch.randn(2, 64, 5, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -77,12 +78,13 @@ def test_decomposition_weighs_stages() -> None:
 
 @pytest.mark.parametrize(("anchor", "more"), [("free", {}), ("based", {"anchor_side": 8.0})])
 def test_moved_anchors_move_all_boxes(
-    anchor: str, more: dict[str, float], seeded_model: Callable[..., Tood]
+    anchor: str, more: dict[str, float], seeded_model: Callable[..., DenseDetector]
 ) -> None:
     """Before alignment, that is; it is switched off here."""
     boxes = []
     for fields in ({}, {"anchor_offset": 0.5} | more):
         head = seeded_model("tiny", anchor=anchor, **fields).bbox_head
+        assert isinstance(head, TaskAlignedHead)
         for name in ("weight", "bias"):
             nn.init.zeros_(head.reg_offset_module[2].get_parameter(name))
         generators = [torch.Generator().manual_seed(i) for i in range(len(STRIDES))]

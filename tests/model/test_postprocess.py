@@ -16,6 +16,7 @@ from tood_deploy.matching import NetDetections, match_boxes
 from tood_deploy.model import FusedDetector, HeadOutput
 from tood_deploy.model.postprocess import (
     MAX_CANDIDATES,
+    OF_CONVENTION,
     BatchResult,
     Candidates,
     select_candidates,
@@ -76,7 +77,8 @@ def published_candidates(
 @pytest.mark.parametrize("per_level", [1, 7, 40, 1000])
 def test_candidates_follow_the_published_rules(convention: Any, per_level: int) -> None:
     out, hw = random_head(per_level), torch.tensor([[90, 120], [64, 128]])
-    candidates = select_candidates(out, hw, 0.05, convention=convention, per_level=per_level)
+    rules = OF_CONVENTION[convention]
+    candidates = select_candidates(out, hw, 0.05, rules=rules, per_level=per_level)
     assert (candidates.scores[:, :-1] >= candidates.scores[:, 1:]).all()
     for image in range(2):
         real = candidates.scores[image] > 0

@@ -9,9 +9,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from tood_deploy.model import Tood, build_model
+from tood_deploy.model import DenseDetector, build_model
 from tood_deploy.model.boxes import box_giou
 from tood_deploy.model.head import HeadOutput
+from tood_deploy.model.heads.tood import TaskAlignedHead
 from tood_deploy.presets import PRESETS
 from tood_deploy.training import Targets, ToodLoss
 from tood_deploy.training.assign import (
@@ -38,7 +39,7 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def models(seeded_fill: Callable[..., Arrays]) -> dict[str, Tood]:
+def models(seeded_fill: Callable[..., Arrays]) -> dict[str, DenseDetector]:
     """R50 with both kinds of anchors, stand-in weights, stem and first stage frozen.
 
     In float64 up to the head's outputs: a gradient jumps where a ReLU or a sample crosses an edge,
@@ -60,7 +61,7 @@ def models(seeded_fill: Callable[..., Arrays]) -> dict[str, Tood]:
 
 
 @pytest.fixture(scope="module")
-def outputs(goldens: Goldens, models: dict[str, Tood]) -> dict[str, HeadOutput]:
+def outputs(goldens: Goldens, models: dict[str, DenseDetector]) -> dict[str, HeadOutput]:
     """What the two say of the goldens' input; kept, because many tests go backwards from it."""
     images = torch.from_numpy(goldens("train_input")["input"]).double()
     return {name: model(images) for name, model in models.items()}
@@ -89,7 +90,7 @@ def flat_maps(out: HeadOutput) -> tuple[torch.Tensor, torch.Tensor, AnchorGrid]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_losses_and_gradients_equal_mmdetection(
-    goldens: Goldens, models: dict[str, Tood], outputs: dict[str, HeadOutput], case: str
+    goldens: Goldens, models: dict[str, DenseDetector], outputs: dict[str, HeadOutput], case: str
 ) -> None:
     golden, model = goldens(f"train_{case}"), models[case[:2]]
     model.zero_grad(set_to_none=True)
@@ -99,12 +100,16 @@ def test_losses_and_gradients_equal_mmdetection(
     (losses.cls + losses.box).backward(retain_graph=True)
     assert losses.cls.item() == pytest.approx(float(golden["loss_cls"]), rel=1e-5)
     assert losses.box.item() == pytest.approx(float(golden["loss_bbox"]), rel=1e-5, abs=1e-7)
-    np.testing.assert_allclose(losses.cls_levels, golden["loss_cls_levels"], rtol=1e-5, atol=1e-7)
-    np.testing.assert_allclose(losses.box_levels, golden["loss_bbox_levels"], rtol=1e-5, atol=1e-6)
-    _check_gradients(model, golden)
+    np.testing.assert_allclose(
+        losses.levels["cls"], golden["loss_cls_levels"], rtol=1e-5, atol=1e-7
+    )
+    np.testing.assert_allclose(
+        losses.levels["box"], golden["loss_bbox_levels"], rtol=1e-5, atol=1e-6
+    )
+    check_gradients(model, golden)
 
 
-def _check_gradients(model: Tood, golden: Arrays) -> None:
+def check_gradients(model: DenseDetector, golden: Arrays) -> None:
     gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     # Without any box nothing but classification learns, and a gradient may be absent or zero alike.
     norms = {name: 0.0 if g is None else g.double().norm().item() for name, g in gradients.items()}
@@ -156,10 +161,11 @@ def test_assigned_anchors_equal_mmdetection(
     "case", ["af_both_epoch0", "af_both_epoch4", "af_pad_epoch0", "af_pad_epoch4"]
 )
 def test_authors_variant_equals_the_authors_code(
-    goldens: Goldens, models: dict[str, Tood], case: str
+    goldens: Goldens, models: dict[str, DenseDetector], case: str
 ) -> None:
     golden, model = goldens(f"fcjian_train_{case}"), models["af"]
     model.zero_grad(set_to_none=True)
+    assert isinstance(model.bbox_head, TaskAlignedHead)
     model.bbox_head.keep_inverted = True
     try:
         out = model(torch.from_numpy(goldens("train_input")["input"]).double())
@@ -169,8 +175,12 @@ def test_authors_variant_equals_the_authors_code(
         out, targets_of(goldens(f"train_{case}")), epoch=int(case[-1])
     )
     (losses.cls + losses.box).backward()
-    np.testing.assert_allclose(losses.cls_levels, golden["loss_cls_levels"], rtol=1e-5, atol=1e-7)
-    np.testing.assert_allclose(losses.box_levels, golden["loss_bbox_levels"], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        losses.levels["cls"], golden["loss_cls_levels"], rtol=1e-5, atol=1e-7
+    )
+    np.testing.assert_allclose(
+        losses.levels["box"], golden["loss_bbox_levels"], rtol=1e-5, atol=1e-6
+    )
     norm = torch.stack(
         [p.grad.double().norm() for p in model.parameters() if p.grad is not None]
     ).norm()

@@ -9,8 +9,15 @@ import pytest
 
 from tood_deploy.errors import InputError
 from tood_deploy.reporter import Reporter
-from tood_deploy.training.records import LabelledImages, read_labelled_images
+from tood_deploy.training import records as records_module
+from tood_deploy.training.records import (
+    LabelledImages,
+    read_image,
+    read_labelled_images,
+    slice_images,
+)
 from tood_deploy.training.report import check_images, data_report
+from tood_deploy.windows import boxes_in_window, slice_windows
 
 
 @pytest.fixture
@@ -168,3 +175,48 @@ def test_report_names_problems_and_counts(
     for name, count in zip(labelled.class_names, counts, strict=True):
         assert any(line.split()[:2] == [name, str(count)] for line in text.splitlines()), name
     assert "320 x 240" in text
+
+
+def test_windows_are_images_of_their_own(scenes: Path) -> None:
+    whole = read_labelled_images(scenes / "annotations.json", scenes / "images")
+    sliced = slice_images(whole, (160, 200), 0.25, 0.5)
+    size_hw = whole.records[0].size_hw
+    windows = slice_windows(size_hw, (160, 200), 0.25).tolist()
+    assert len(sliced.records) == len(windows) * len(whole.records)
+    assert [record.image_id for record in sliced.records] == list(range(1, len(sliced.records) + 1))
+    first = whole.records[0]
+    image = read_image(first)
+    assert image is not None
+    for record, window in zip(sliced.records, windows, strict=False):
+        left, top, right, bottom = window
+        np.testing.assert_array_equal(read_image(record), image[top:bottom, left:right])
+        boxes, kept = boxes_in_window(first.boxes, np.array(window), 0.5)
+        np.testing.assert_array_equal(record.boxes, boxes)
+        np.testing.assert_array_equal(record.labels, first.labels[kept])
+    truth = sliced.annotations
+    assert set(truth.images) == {record.image_id for record in sliced.records}
+    assert len(truth.boxes) == sum(len(record.boxes) for record in sliced.records)
+    assert truth.boxes.span(1, 1) == slice(0, len(sliced.records[0].boxes))
+    assert (truth.boxes.areas <= np.prod(truth.boxes.boxes_xywh[:, 2:], axis=1) + 1e-6).all()
+
+
+def test_windows_of_an_image_are_cut_from_one_decoding(
+    scenes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = read_labelled_images(scenes / "annotations.json", scenes / "images")
+    reads: list[Path] = []
+    real = records_module.read_image_of_size
+
+    def count(path: Path, size_hw: tuple[int, int]) -> Any:
+        reads.append(path)
+        return real(path, size_hw)
+
+    monkeypatch.setattr(records_module, "read_image_of_size", count)
+    image_bytes = 3 * int(np.prod(whole.records[0].size_hw))
+    cache = records_module._WholeImages(2 * image_bytes)
+    monkeypatch.setattr(records_module, "_WHOLE", cache)
+    sliced = slice_images(whole, (120, 160), 0.0, 0.1)
+    for record in sliced.records:
+        assert read_image(record) is not None
+    assert len(reads) == len(whole.records)
+    assert cache._bytes() <= 2 * image_bytes

@@ -30,19 +30,28 @@ from numpy.typing import NDArray
 
 from tood_deploy import __version__
 from tood_deploy.files import write_text
+from tood_deploy.reporter import printable
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
 NOTHING = "-"
+MARKDOWN = re.compile(r"[\\`*\[\]|$~]")  # what acts in a cell of a Markdown table
 LARGEST_IMAGE_PX = 1280
 JPEG_QUALITY = 82
 
 Cell = str | int | float | None
 
+
+def _literal(value: object) -> object:
+    """Return what a template shows of a value: of a text no character that acts, HTML as it is."""
+    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
 _TEMPLATES = Environment(
     loader=PackageLoader("tood_deploy.benchmark"),
     autoescape=True,
+    finalize=_literal,
     undefined=StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,
@@ -79,10 +88,7 @@ class Table:
             ["---"] + ["---:"] * (len(self.headers) - 1),
             *([show(cell) for cell in row] for row in self.rows),
         ]
-        text = "\n".join(
-            "| " + " | ".join(cell.replace("|", "\\|").replace("<", "&lt;") for cell in line) + " |"
-            for line in lines
-        )
+        text = "\n".join(f"| {' | '.join(map(_markdown_cell, line))} |" for line in lines)
         return f"{text}\n\n{self.note}" if self.note else text
 
     def rich(self) -> RichTable:
@@ -91,9 +97,9 @@ class Table:
 
         shown = RichTable(caption=self.note, caption_justify="left")
         for number, header in enumerate(self.headers):
-            shown.add_column(header, justify="right" if number else "left")
+            shown.add_column(printable(header), justify="right" if number else "left")
         for row in self.rows:
-            shown.add_row(*(show(cell) for cell in row))
+            shown.add_row(*(printable(show(cell)) for cell in row))
         return shown
 
 
@@ -200,7 +206,7 @@ def pair(left: Markup, right: Markup) -> Markup:
 
 def fold(summary: str, body: Markup) -> Markup:
     """Return something long that a reader opens with a click."""
-    return Markup("<details><summary>{}</summary>{}</details>\n").format(summary, body)
+    return Markup("<details><summary>{}</summary>{}</details>\n").format(printable(summary), body)
 
 
 def image(image_bgr: NDArray[np.uint8], description: str) -> Markup:
@@ -211,7 +217,7 @@ def image(image_bgr: NDArray[np.uint8], description: str) -> Markup:
         description: for those who cannot see it.
     """
     return Markup('<img src="{}" alt="{}" loading="lazy">\n').format(
-        embed_image(image_bgr), description
+        embed_image(image_bgr), printable(description)
     )
 
 
@@ -240,6 +246,10 @@ def show(cell: Cell) -> str:
     if cell is None or (isinstance(cell, float) and math.isnan(cell)):
         return NOTHING
     return f"{cell:.2f}" if isinstance(cell, float) else str(cell)
+
+
+def _markdown_cell(cell: str) -> str:
+    return MARKDOWN.sub(r"\\\g<0>", printable(cell)).replace("<", "&lt;")
 
 
 def write_markdown(path: Path, parts: Sequence[str]) -> None:
@@ -278,6 +288,7 @@ def plain(values: Any) -> Any:
 # Distinct on white and on near-black, and for people who do not see red and green apart: they
 # differ in lightness too.
 SERIES = ("#2f81f7", "#d9822b", "#2fa36b", "#d6455d", "#9467d0", "#1a9fb0", "#b58900", "#8a8f98")
+MATPLOTLIB_FORMULA = r"\mathdefault"
 INK = "#010203"  # stands for the page's text colour, which replaces it in the SVG
 STYLE: Any = {
     "svg.fonttype": "none",
@@ -329,7 +340,7 @@ def embed_figure(figure: Figure, description: str) -> Markup:
     opening = Markup(
         '<svg role="img" aria-label="{}" viewBox="0 0 {:g} {:g}" style="max-width:{:g}px" '
         'xmlns:xlink="{}">'
-    ).format(description, width, height, width * 1.6, "http://www.w3.org/1999/xlink")
+    ).format(printable(description), width, height, width * 1.6, "http://www.w3.org/1999/xlink")
     return (
         Markup('<div class="figure">')
         + opening
@@ -340,8 +351,14 @@ def embed_figure(figure: Figure, description: str) -> Markup:
 
 def _ink(figure: Figure) -> None:
     for text in figure.findobj(Text):
-        if isinstance(text, Text) and same_color(text.get_color(), "black"):
+        assert isinstance(text, Text)
+        if same_color(text.get_color(), "black"):
             text.set_color(INK)
+        # A dollar sign of a name is no formula; those of logarithmic axes are.
+        if "$" in text.get_text() and MATPLOTLIB_FORMULA not in text.get_text():
+            text.set_parse_math(False)
+        if printable(text.get_text()) != text.get_text() and "\n" not in text.get_text():
+            text.set_text(printable(text.get_text()))
     for axes in figure.axes:
         axes.tick_params(which="both", color=INK, labelcolor=INK)
         for spine in axes.spines.values():

@@ -16,8 +16,10 @@ from tood_deploy.cli.common import (
     add_device,
     add_model_options,
     add_runtime_options,
+    check_written,
     is_artefact,
     load_options,
+    model_files,
     run_command,
     runtime_options,
     takes_hint,
@@ -413,8 +415,22 @@ def size_from(text: str) -> tuple[int, int]:
 def bench_command(argv: Sequence[str] | None = None) -> int:
     """Run tood-bench; errors pass through."""
     args = build_parser().parse_args(argv)
+    _check_inputs_stay(args)
     with naming_extras(*EXTRAS[args.command]):
         return args.run(args, shlex.join(["tood-bench", *(sys.argv[1:] if argv is None else argv)]))
+
+
+def _check_inputs_stay(args: argparse.Namespace) -> None:
+    """Refuse a report that would be written over a file that the command reads."""
+    models = [getattr(args, name, None) for name in ("model", "baseline", "reference")]
+    models += getattr(args, "models", [])
+    files = [getattr(args, name, None) for name in ("clip", "annotations", "mapping")]
+    inputs = {
+        "a file of a model": [file for model in models if model for file in model_files(model)],
+        "an input": files,
+    }
+    written = [args.output / f"{args.command}.{suffix}" for suffix in ("json", "md", "html")]
+    check_written(getattr(args, "classes", None), written, inputs)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

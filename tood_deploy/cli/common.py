@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,9 +23,15 @@ from tood_deploy.cli.process import (
 )
 from tood_deploy.engines.open import DEVICES, RUNTIMES, runtimes_for
 from tood_deploy.errors import CheckFailed, Stopped, ToodError, naming_extras
-from tood_deploy.files import absent_or
+from tood_deploy.files import absent_or, check_overwrites
 from tood_deploy.graph_io import ARTEFACT_SUFFIXES
-from tood_deploy.reporter import Reporter, drop_stdout, show_artefact_warnings, stdout_errors
+from tood_deploy.reporter import (
+    Reporter,
+    drop_stdout,
+    printable,
+    show_artefact_warnings,
+    stdout_errors,
+)
 
 COMMANDS = {
     "tood-export": "Turn a TOOD checkpoint into an artefact with pre- and post-processing inside, "
@@ -150,7 +156,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print wrong use as one line, and leave with its exit code."""
-        self.exit(WRONG_USE, f"error: {message}; see {self.prog} --help\n")
+        self.exit(WRONG_USE, f"error: {printable(message)}; see {self.prog} --help\n")
 
 
 class _OldName(argparse.Action):
@@ -286,6 +292,138 @@ def add_fast_decode(parser: argparse._ActionsContainer) -> None:
     )
 
 
+SLICING = {  # options that need --slice, by their name in `Slicing`
+    "overlap": "overlap",
+    "no_whole": "whole",
+    "merge": "merge",
+    "merge_metric": "metric",
+    "merge_threshold": "threshold",
+    "merge_class_agnostic": "class_agnostic",
+}
+
+
+def add_slicing(parser: argparse.ArgumentParser) -> None:
+    """Add the options of commands that search images in slices; None where not given."""
+    group = parser.add_argument_group("slices of large images")
+    group.add_argument(
+        "--slice",
+        nargs="+",
+        type=int,
+        metavar=("H", "W"),
+        help="search images in overlapping windows of H x W pixels (W: as H), and merge what is in "
+        "them",
+    )
+    group.add_argument(
+        "--overlap",
+        type=float,
+        metavar="S",
+        help="of neighbouring windows, as a share of their side, 0 to 0.9 (default: 0.2)",
+    )
+    group.add_argument(
+        "--no-whole",
+        action="store_true",
+        default=None,
+        help="do not search the whole image, too, for objects larger than a window",
+    )
+    group.add_argument(
+        "--merge",
+        choices=("greedy-nmm", "nmm", "nms"),
+        help="join boxes to the best one they overlap, also to what these overlap, or keep the "
+        "best alone (default: greedy-nmm)",
+    )
+    group.add_argument(
+        "--merge-metric",
+        choices=("ios", "iou"),
+        help="overlap over the smaller box, or over the union (default: ios)",
+    )
+    group.add_argument(
+        "--merge-threshold",
+        type=float,
+        metavar="T",
+        help="overlap from which boxes are one object (default: 0.5)",
+    )
+    group.add_argument(
+        "--merge-class-agnostic",
+        action="store_true",
+        default=None,
+        help="merge boxes of different classes, too",
+    )
+
+
+def slicing_options(args: argparse.Namespace) -> dict[str, Any] | None:
+    """Return what `add_slicing` was given, as `Slicing` takes it; None without --slice.
+
+    Raises:
+        ToodError: options of slices without --slice.
+    """
+    given = {name: getattr(args, name) for name in SLICING if getattr(args, name) is not None}
+    if args.slice is None:
+        if given:
+            options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise ToodError(f"{options} has no effect without slices; add --slice H W")
+        return None
+    options = {SLICING[name]: value for name, value in given.items()}
+    if "whole" in options:
+        options["whole"] = False
+    if "merge" in options:
+        options["merge"] = options["merge"].replace("-", "_")
+    return {"size": args.slice, **options}
+
+
+def add_thresholds(
+    parser: argparse._ActionsContainer, *, default: float | None, shown: str | None = None
+) -> None:
+    """Add --conf, --only and --except.
+
+    Args:
+        parser: gets the options; a group will do.
+        default: of --conf.
+        shown: what the help says of the default, where that is not a number.
+    """
+    parser.add_argument(
+        "--conf",
+        type=conf_from,
+        default=None if default is None else str(default),
+        metavar="C",
+        help="keep detections above this score, 0 to 1; also 0.3,person=0.5,car=0.2, or a JSON "
+        f"file of thresholds as tood-eval writes (default: {shown or default})",
+    )
+    parser.add_argument(
+        "--only", metavar="NAMES", help="detect these classes alone, separated by commas"
+    )
+    parser.add_argument(
+        "--except",
+        dest="exclude",
+        metavar="NAMES",
+        help="leave these classes out, separated by commas",
+    )
+
+
+def conf_from(text: str) -> str:
+    """Return what --conf is given, which `Detector` reads, where it looks like thresholds.
+
+    Raises:
+        ArgumentTypeError: it is no number, no NAME=NUMBER and no JSON file.
+    """
+    try:
+        float(text)
+    except ValueError:
+        if "=" not in text and not text.lower().endswith(".json"):
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is no score; expected a number, 0.3,person=0.5, or a .json file"
+            ) from None
+    return text
+
+
+def class_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the classes of --only and --except, as `Detector` takes them."""
+    given = {name: getattr(args, name) for name in ("only", "exclude")}
+    return {
+        name: None if text is None else [part.strip() for part in text.split(",") if part.strip()]
+        for name, text in given.items()
+    }
+
+
 def runtime_options(args: argparse.Namespace) -> dict[str, Any]:
     """Return what `add_runtime_options` was given, as `open_engine` takes it."""
     options = {
@@ -364,6 +502,26 @@ def _lines_of(path: Path) -> list[str]:
             f"--classes {path}: cannot be read ({error.strerror}); expected text with one name a "
             "line"
         ) from error
+
+
+def check_written(
+    classes: str | None,
+    written: Iterable[Path],
+    inputs: Mapping[str, Iterable[str | Path | None]] | None = None,
+) -> None:
+    """Refuse to write over a file that the command reads.
+
+    Args:
+        classes: what --classes was given.
+        written: files that the command writes.
+        inputs: files that it reads, by what they are; None where not given.
+
+    Raises:
+        OutputError: it would.
+    """
+    read = {what: [path for path in paths if path] for what, paths in (inputs or {}).items()}
+    named = [classes] if classes and absent_or(Path(classes).is_file) else []
+    check_overwrites({**read, "the file of --classes": named}, {"--output": list(written)})
 
 
 def model_files(model: str, classes: str | None = None) -> list[Path]:

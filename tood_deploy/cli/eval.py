@@ -17,23 +17,31 @@ from tood_deploy.cli.common import (
     add_fast_decode,
     add_model_options,
     add_runtime_options,
+    add_slicing,
+    add_thresholds,
+    check_written,
+    class_options,
     is_artefact,
+    model_files,
     run_command,
+    slicing_options,
     takes_hint,
 )
 from tood_deploy.cli.infer import engine_options
 from tood_deploy.errors import CheckFailed, ToodError
-from tood_deploy.reporter import Reporter
+from tood_deploy.reporter import Reporter, printable
 
 if TYPE_CHECKING:
     from tood_deploy.benchmark.evaluation.evaluate import DataSet, Evaluation
+    from tood_deploy.benchmark.evaluation.thresholds import Wish
 
 
 RESULTS_SUFFIXES = (".json", ".json.gz")
 MAX_CLASSES = 10  # named on stdout; the report has all
 MODEL_OPTIONS = tuple(  # without effect on a results file
     "conf iou max_det imgsz batch device threads runtime precision no_self_test fast_decode "
-    "mapping preset classes convention weights_key".split()
+    "mapping preset classes convention weights_key only exclude slice overlap no_whole merge "
+    "merge_metric merge_threshold merge_class_agnostic".split()
 )
 
 EPILOG = """\
@@ -76,16 +84,43 @@ def build_parser() -> argparse.ArgumentParser:
         help="no progress, no notes, no result on stdout: the files alone",
     )
     _add_detection_options(parser.add_argument_group("detection (not for results files)"))
+    add_slicing(parser)
+    _add_threshold_options(parser.add_argument_group("thresholds to write (default: best F1)"))
     add_model_options(parser)
     return parser
 
 
-def _add_detection_options(group: Any) -> None:
-    group.add_argument(
-        "--conf",
+def _add_threshold_options(group: Any) -> None:
+    wish = group.add_mutually_exclusive_group()
+    wish.add_argument(
+        "--target-precision",
         type=float,
-        help="keep detections above this score, 0 to 1 (default: the model's, 0.05 as published)",
+        metavar="P",
+        help="of every class the lowest threshold with this precision, 0 to 1",
     )
+    wish.add_argument(
+        "--target-recall",
+        type=float,
+        metavar="R",
+        help="of every class the highest threshold with this recall, 0 to 1",
+    )
+    wish.add_argument(
+        "--max-miss-rate",
+        type=float,
+        metavar="M",
+        help="of every class the highest threshold that is guaranteed to miss no more than this "
+        "share of the objects, on images like these",
+    )
+    group.add_argument(
+        "--confidence",
+        type=float,
+        metavar="C",
+        help="of that guarantee, between 0 and 1 (default: 0.95)",
+    )
+
+
+def _add_detection_options(group: Any) -> None:
+    add_thresholds(group, default=None, shown="the model's, 0.05 as published")
     group.add_argument(
         "--iou",
         type=float,
@@ -96,7 +131,8 @@ def _add_detection_options(group: Any) -> None:
         "--max-det",
         type=int,
         metavar="N",
-        help="the most detections an image (default: what the model gives, 100)",
+        help="the most detections an image, or each slice of it (default: what the model gives, "
+        "100)",
     )
     group.add_argument(
         "--imgsz",
@@ -106,7 +142,10 @@ def _add_detection_options(group: Any) -> None:
         help="short and long side to fit images to (default: the model's)",
     )
     group.add_argument(
-        "--batch", type=int, metavar="N", help="the most images of one engine call (default: 1)"
+        "--batch",
+        type=int,
+        metavar="N",
+        help="the most images, or slices of them, of one engine call (default: 1)",
     )
     add_device(group, default=None)
     group.add_argument(
@@ -129,15 +168,20 @@ def eval_command(argv: Sequence[str] | None = None) -> int:
     folder = args.output or Path(f"{Path(args.model).stem}-eval")
     command = shlex.join(["tood-eval", *(sys.argv[1:] if argv is None else argv)])
 
-    from tood_deploy.benchmark.evaluation.evaluate import evaluate_file, open_data_set
-    from tood_deploy.benchmark.evaluation.report import HTML, write_evaluation
+    from tood_deploy.benchmark.evaluation.evaluate import RESULTS, evaluate_file, open_data_set
+    from tood_deploy.benchmark.evaluation.report import HTML, JSON, MARKDOWN, write_evaluation
     from tood_deploy.inference.output_paths import check_writable
 
     reporter = Reporter(args.quiet)
+    wish_from(args)  # a wrong value is said before the long run
+    names = (HTML, JSON, MARKDOWN) if of_results(args) else (HTML, JSON, MARKDOWN, RESULTS)
+    inputs = {"the truth": [args.annotations], "a file of the model": model_files(args.model)}
+    inputs["the file of --mapping"] = [args.mapping]
+    check_written(args.classes, [folder / name for name in names], inputs)
     data = open_data_set(args.annotations, args.images)
     check_writable(folder)
     if of_results(args):
-        result = evaluate_file(Path(args.model), data, command, reporter)
+        result = evaluate_file(Path(args.model), data, command, reporter, wish_from(args))
     else:
         result = evaluate_detector(args, data, folder, command, reporter)
     write_evaluation(result, folder)
@@ -167,7 +211,9 @@ def check_options(args: argparse.Namespace) -> None:
             "--annotations is missing: AP needs the truth; expected a COCO JSON of the images"
         )
     given = [
-        f"--{name.replace('_', '-')}" for name in MODEL_OPTIONS if getattr(args, name) is not None
+        f"--{name.replace('_', '-').replace('exclude', 'except')}"
+        for name in MODEL_OPTIONS
+        if getattr(args, name) is not None
     ]
     if of_results(args) and given:
         raise ToodError(
@@ -195,10 +241,13 @@ def evaluate_detector(
     """
     from tood_deploy.benchmark.evaluation.evaluate import evaluate_model
     from tood_deploy.inference.detector import Detector
+    from tood_deploy.inference.slicing import Slicing
     from tood_deploy.manifest import doubts
 
     options = {name: getattr(args, name) for name in ("iou", "max_det", "imgsz")}
     options |= {"device": args.device or "cpu", "fast_decode": bool(args.fast_decode)}
+    slicing = slicing_options(args)
+    options |= class_options(args) | {"slicing": None if slicing is None else Slicing(**slicing)}
     if args.conf is not None:
         options["conf"] = args.conf
     if takes_hint(args.model, args):
@@ -207,7 +256,7 @@ def evaluate_detector(
         options["verify"] = "off"  # compared below
     with Detector(args.model, **options, **engine_options(args)) as detector:
         if args.conf is None:
-            detector.conf = detector.engine.manifest.preset.score_threshold
+            detector.set_conf(detector.engine.manifest.preset.score_threshold)
         if is_artefact(args.model) and (
             doubt := doubts(Path(args.model), detector.engine.manifest)
         ):
@@ -221,7 +270,28 @@ def evaluate_detector(
             reporter,
             mapping=args.mapping,
             batch=1 if args.batch is None else args.batch,
+            wish=wish_from(args),
         )
+
+
+def wish_from(args: argparse.Namespace) -> "Wish | None":
+    """Return what thresholds shall do; None where nothing is asked for.
+
+    Raises:
+        ToodError: a value outside 0 to 1, or a confidence without a bound.
+    """
+    from tood_deploy.benchmark.evaluation.thresholds import DEFAULT_CONFIDENCE, Wish
+
+    if args.confidence is not None and args.max_miss_rate is None:
+        raise ToodError("--confidence is that of a bound; add --max-miss-rate M, or leave it out")
+    if args.target_precision is not None:
+        return Wish("precision", args.target_precision)
+    if args.target_recall is not None:
+        return Wish("recall", args.target_recall)
+    if args.max_miss_rate is not None:
+        confidence = DEFAULT_CONFIDENCE if args.confidence is None else args.confidence
+        return Wish("miss_rate", args.max_miss_rate, confidence)
+    return None
 
 
 def summary(result: "Evaluation") -> str:
@@ -233,7 +303,7 @@ def summary(result: "Evaluation") -> str:
     ]
     columns = [lines[row] + lines[row + 3] + lines[row + 6] + lines[row + 9] for row in range(3)]
     best = [
-        f"{name} {100 * value:.1f}"
+        f"{printable(name)} {100 * value:.1f}"
         for name, value in sorted(result.metrics.class_ap.items(), key=lambda item: -item[1])
     ]
     if len(best) > MAX_CLASSES:

@@ -14,11 +14,15 @@ from tood_deploy.cli.common import (
     add_fast_decode,
     add_model_options,
     add_runtime_options,
+    add_slicing,
+    add_thresholds,
+    class_options,
     is_artefact,
     load_options,
     model_files,
     run_command,
     runtime_options,
+    slicing_options,
     takes_hint,
 )
 from tood_deploy.errors import ArtefactError, ToodError
@@ -64,12 +68,7 @@ def add_inference_options(parser: argparse.ArgumentParser) -> None:
         metavar=("H", "W"),
         help="short and long side to fit images to (default: the model's)",
     )
-    parser.add_argument(
-        "--conf",
-        type=float,
-        default=0.3,
-        help="keep detections above this score, 0 to 1 (default: 0.3)",
-    )
+    add_thresholds(parser, default=0.3)
     parser.add_argument(
         "--iou",
         type=float,
@@ -80,10 +79,15 @@ def add_inference_options(parser: argparse.ArgumentParser) -> None:
         "--max-det",
         type=int,
         metavar="N",
-        help="largest number of detections in an image (default: what the model gives, 100)",
+        help="largest number of detections in an image, or in each slice of it (default: what the "
+        "model gives, 100)",
     )
     parser.add_argument(
-        "--batch", type=int, default=1, metavar="N", help="frames of one engine call (default: 1)"
+        "--batch",
+        type=int,
+        default=1,
+        metavar="N",
+        help="frames, or slices of them, of one engine call (default: 1)",
     )
     parser.add_argument(
         "--threads", type=int, metavar="N", help="CPU threads of one inference (default: all cores)"
@@ -100,7 +104,7 @@ def add_inference_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=200_000_000,
         metavar="N",
-        help="refuse larger images (default: 200000000)",
+        help="refuse larger images, or read them by window with --slice (default: 200000000)",
     )
     parser.add_argument(
         "--first-page",
@@ -113,6 +117,7 @@ def add_inference_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="bits that hold data in images of 16 bits, 9 to 16 (default: what their files say)",
     )
+    add_slicing(parser)
 
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:
@@ -142,6 +147,18 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--crops", type=Path, metavar="DIR", help="every object as an image of its own"
     )
+    group.add_argument(
+        "--geojson",
+        type=Path,
+        metavar="FILE",
+        help="objects of georeferenced images (GeoTIFF, or with a world file) as polygons, in "
+        "degrees of WGS 84",
+    )
+    group.add_argument(
+        "--crs",
+        metavar="CODE",
+        help="coordinate system of images with a world file alone, such as EPSG:32632",
+    )
     group.add_argument("--show", action="store_true", help="show the frames in a window; q ends")
     group.add_argument(
         "--quiet", action="store_true", help="no line a frame, no progress, no closing line"
@@ -160,6 +177,7 @@ def infer_command(argv: Sequence[str] | None = None) -> int:
 
     from tood_deploy.inference.detector import Detector
     from tood_deploy.inference.run import Outputs, run_inference
+    from tood_deploy.inference.slicing import Slicing
     from tood_deploy.inference.source import open_source
     from tood_deploy.manifest import doubts
 
@@ -168,26 +186,28 @@ def infer_command(argv: Sequence[str] | None = None) -> int:
     )  # what fails is said once, by us
     reporter = Reporter(args.quiet)
     outputs = Outputs(
-        args.output, args.json, args.coco_annotations, args.jsonl, args.crops, args.show
+        args.output,
+        args.json,
+        args.coco_annotations,
+        args.jsonl,
+        args.crops,
+        args.show,
+        args.geojson,
+        args.crs,
     )
+    slicing = slicing_options(args)
     source = open_source(
         args.source, args.max_pixels, first_page=args.first_page, bit_depth=args.bit_depth
     )
     outputs.check_files(source, model_files(args.model, args.classes))
-    options = {
-        "conf": args.conf,
-        "iou": args.iou,
-        "max_det": args.max_det,
-        "imgsz": args.imgsz,
-        "device": args.device,
-    }
+    options = {name: getattr(args, name) for name in ("conf", "iou", "max_det", "imgsz", "device")}
+    options |= class_options(args) | {"slicing": None if slicing is None else Slicing(**slicing)}
     options["fast_decode"] = bool(args.fast_decode)
     check_bytes(args)
     if is_artefact(args.model):
         options["verify"] = "off"  # done
-    if takes_hint(args.model, args) and (
-        source.kind == "video" or (source.kind == "images" and len(source.names) > 1)
-    ):
+    many = source.kind == "video" or len(source.names) > 1 or slicing is not None
+    if takes_hint(args.model, args) and source.kind != "live" and many:
         options["hint"] = "throughput"  # nobody waits for a single frame
     with Detector(args.model, **options, **engine_options(args)) as detector:
         if is_artefact(args.model) and (

@@ -6,7 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tood_deploy.cli.common import DONE, CommandParser, add_device, class_names_from, run_command
+from tood_deploy.cli.common import (
+    DONE,
+    CommandParser,
+    add_device,
+    check_written,
+    class_names_from,
+    run_command,
+)
 from tood_deploy.errors import ToodError
 from tood_deploy.presets import PRESETS
 from tood_deploy.reporter import Reporter
@@ -24,8 +31,8 @@ fine-tuning:
 several GPUs:
   torchrun --nproc-per-node 8 -m tood_deploy.cli.train r50-1x --coco /data/coco --device cuda
 
-The recipe's defaults are those that the preset's published weights were trained by; tiny has one of
-its own, for small data.
+The recipe's defaults are those that the preset's published weights were trained by; the tiny ones
+have one of their own, for small data. TOOD, ATSS, GFL and PAA can be trained.
 A run goes on from its folder with --resume, exactly where it stood, also after a power cut.
 """
 # Options that stand for a field of the recipe, by their type.
@@ -42,7 +49,7 @@ NUMBERS = {
     "warmup_steps": (int, "N", "steps in which the learning rate grows from a thousandth"),
     "clip": (float, "NORM", "largest norm of the whole gradient"),
     "accumulate": (int, "N", "compute a step in this many parts, which saves memory"),
-    "atss_epochs": (int, "N", "epochs of ATSS before task-aligned assignment"),
+    "atss_epochs": (int, "N", "epochs of ATSS before task-aligned assignment, in TOOD's loss"),
     "flip": (float, "SHARE", "of images mirrored left to right"),
     "flip_vertical": (float, "SHARE", "of images mirrored top to bottom"),
     "colour": (float, "STRENGTH", "of random brightness, contrast and saturation, 0 to 1"),
@@ -53,6 +60,7 @@ CHOICES = {
     "optimiser": ("sgd", "adamw"),
     "schedule": ("step", "cosine"),
     "precision": ("fp32", "bf16", "fp16"),
+    "loss": ("own", "tood"),
     "published": ("1x", "2x"),
 }
 
@@ -119,6 +127,25 @@ def _add_data_options(group: Any) -> None:
         help="short and long side that images are scaled to fit",
     )
     group.add_argument(
+        "--slice",
+        type=int,
+        nargs="+",
+        metavar=("H", "W"),
+        help="cut images and their boxes into overlapping windows of H x W pixels (W: as H)",
+    )
+    group.add_argument(
+        "--overlap",
+        type=float,
+        metavar="S",
+        help="of neighbouring windows, as a share of their side, 0 to 0.9 (default: 0.2)",
+    )
+    group.add_argument(
+        "--min-visible",
+        type=float,
+        metavar="S",
+        help="share of a box that a window must show to have it (default: 0.1)",
+    )
+    group.add_argument(
         "--check-data",
         action="store_true",
         help="report what is in the data and what is wrong with it, and train nothing",
@@ -129,7 +156,7 @@ def _add_weight_options(group: Any) -> None:
     group.add_argument(
         "--checkpoint",
         metavar="FILE",
-        help="fine-tune from any TOOD checkpoint, or a preset's name for its published weights",
+        help="fine-tune from a checkpoint of the detector, or a preset's published weights",
     )
     group.add_argument(
         "--weights-key",
@@ -172,6 +199,11 @@ def _add_schedule_options(group: Any) -> None:
 
 
 def _add_recipe_options(group: Any) -> None:
+    group.add_argument(
+        "--loss",
+        choices=CHOICES["loss"],
+        help="the detector's own, or TOOD's task-aligned learning for any head (default: own)",
+    )
     group.add_argument(
         "--short-sides",
         type=int,
@@ -257,7 +289,9 @@ def train_command(argv: Sequence[str] | None) -> int:
     if arguments.check_data:
         return _check_data(paths, class_names, Reporter())
     from tood_deploy.preprocess import check_imgsz
+    from tood_deploy.training.checkpoints import BEST, FINAL, LAST
     from tood_deploy.training.config import RunOptions
+    from tood_deploy.training.logger import LOG
     from tood_deploy.training.train import FirstWeights, choose_recipe, train
 
     recipe, notes = choose_recipe(arguments.preset, _recipe_changes(arguments))
@@ -273,6 +307,14 @@ def train_command(argv: Sequence[str] | None) -> int:
         arguments.resume,
         arguments.stop_after,
     )
+    inputs = {
+        "the data": [paths.train_json, paths.val_json],
+        "a checkpoint": [arguments.checkpoint, arguments.backbone_weights],
+    }
+    if arguments.resume:  # the folder's own checkpoint goes first
+        del inputs["a checkpoint"]
+    written = [options.output / name for name in (LAST, BEST, FINAL, LOG)]
+    check_written(arguments.classes, written, inputs)
     summary = train(
         arguments.preset,
         paths,
@@ -330,12 +372,24 @@ def _data_paths(arguments: argparse.Namespace) -> "DataPaths":
 
 
 def _recipe_changes(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return what the user changes in the recipe, by field."""
+    """Return what the user changes in the recipe, by field.
+
+    Raises:
+        ToodError: options of windows without --slice.
+    """
+    for name in ("overlap", "min_visible"):
+        if getattr(arguments, name) is not None and arguments.slice is None:
+            raise ToodError(
+                f"--{name.replace('_', '-')} has no effect without windows; add --slice H W"
+            )
     names = (
         *NUMBERS,
         *CHOICES,
         "drops",
         "short_sides",
+        "slice",
+        "overlap",
+        "min_visible",
         "group_by_aspect",
         "freeze_norm",
         "ema",

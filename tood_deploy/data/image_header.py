@@ -27,6 +27,7 @@ IMAGE_SUFFIXES = frozenset(
         ".vst .webp .xbm .xpm"
     ).split()
 )
+KNOWN_KINDS = "JPEG, PNG, WebP, TIFF, GIF, AVIF, HEIC, BMP or another format of OpenCV or Pillow"
 MAX_PIXELS = 200_000_000
 # By content. The others of Pillow's, whose headers are too short to be sure, go by the ending of
 # the name as well; those in UNREAD run programs, are no images, or have no decoder in Pillow.
@@ -109,8 +110,7 @@ def check_header(data: bytes, name: str, max_pixels: int) -> ImageHeader:
         raise InputError(f"{name}: empty file; expected an image")
     header = read_header(io.BytesIO(data), name)
     if header is None:
-        kinds = ", ".join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))
-        raise InputError(f"{name}: not an image; expected one of {kinds}")
+        raise InputError(f"{name}: not an image; expected {KNOWN_KINDS}")
     if header.size_hw is not None:
         check_pixels(header.size_hw, name, max_pixels)
     return header

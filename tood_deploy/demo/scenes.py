@@ -48,17 +48,29 @@ class Scene:
     labels: NDArray[np.int64]
 
 
-def make_scene(seed: int | Sequence[int], size_hw: tuple[int, int] = SIZE_HW) -> Scene:
-    """Return the image of a seed, with its boxes."""
+def make_scene(
+    seed: int | Sequence[int],
+    size_hw: tuple[int, int] = SIZE_HW,
+    objects: tuple[int, int] = OBJECTS,
+    radii: tuple[float, float] = RADII,
+) -> Scene:
+    """Return the image of a seed, with its boxes.
+
+    Args:
+        seed: of all that is drawn at random.
+        size_hw: rows and columns.
+        objects: fewest and most that are tried.
+        radii: smallest and largest, in pixels.
+    """
     rng = np.random.default_rng(seed)
     image = _background(rng, size_hw)
     owner = np.full(size_hw, -1, np.int32)  # which object each pixel shows
     areas: list[int] = []
     boxes: list[tuple[int, int, int, int]] = []
     labels: list[int] = []
-    for _ in range(int(rng.integers(OBJECTS[0], OBJECTS[1] + 1))):
+    for _ in range(int(rng.integers(objects[0], objects[1] + 1))):
         label = int(rng.integers(len(SCENE_CLASSES)))
-        mask, (x1, y1, x2, y2) = _random_shape(label, rng, size_hw)
+        mask, (x1, y1, x2, y2) = _random_shape(label, rng, size_hw, radii)
         inside = mask > 127
         if _hides_too_much(owner[y1:y2, x1:x2], inside, areas):
             continue
@@ -75,7 +87,12 @@ def make_scene(seed: int | Sequence[int], size_hw: tuple[int, int] = SIZE_HW) ->
 
 
 def write_scenes(
-    folder: Path, count: int, seed: int = 0, size_hw: tuple[int, int] = SIZE_HW
+    folder: Path,
+    count: int,
+    seed: int = 0,
+    size_hw: tuple[int, int] = SIZE_HW,
+    objects: tuple[int, int] = OBJECTS,
+    radii: tuple[float, float] = RADII,
 ) -> Path:
     """Write images into `folder/images` and their annotations into `folder`.
 
@@ -84,6 +101,8 @@ def write_scenes(
         count: images.
         seed: of the whole set; sets of other seeds share no image.
         size_hw: rows and columns of each.
+        objects: fewest and most that are tried in an image.
+        radii: of the objects, smallest and largest, in pixels.
 
     Returns:
         The COCO JSON, `folder/annotations.json`.
@@ -94,7 +113,7 @@ def write_scenes(
     images: dict[int, AnnotatedImage] = {}
     boxes: list[tuple[int, int, Sequence[float]]] = []
     for number in range(count):
-        scene = make_scene((seed, number), size_hw)
+        scene = make_scene((seed, number), size_hw, objects, radii)
         images[number] = AnnotatedImage(f"{number:05d}.jpg", size_hw)
         _write_image(folder / "images" / images[number].file_name, scene.image_bgr)
         for (x1, y1, x2, y2), label in zip(
@@ -144,7 +163,7 @@ def _background(rng: np.random.Generator, size_hw: tuple[int, int]) -> NDArray[n
 
 
 def _random_shape(
-    label: int, rng: np.random.Generator, size_hw: tuple[int, int]
+    label: int, rng: np.random.Generator, size_hw: tuple[int, int], radii: tuple[float, float]
 ) -> tuple[NDArray[np.uint8], tuple[int, int, int, int]]:
     """Draw a shape: its mask (h, w), 0 to 255, and where it lies (xyxy), wholly inside the image.
 
@@ -152,8 +171,9 @@ def _random_shape(
         label: position in `SCENE_CLASSES`.
         rng: of what is drawn at random.
         size_hw: rows and columns of the image.
+        radii: smallest and largest, in pixels; drawn evenly in their logarithm.
     """
-    radius = float(np.exp(rng.uniform(*np.log(RADII))))
+    radius = float(np.exp(rng.uniform(*np.log(radii))))
     points = _outline(SCENE_CLASSES[label], float(rng.uniform(0, 2 * np.pi))) * radius
     points -= points.min(axis=0)
     width, height = (int(np.ceil(side)) + 1 for side in points.max(axis=0))
@@ -242,6 +262,20 @@ def _textures() -> tuple[NDArray[np.float32], ...]:
     return tuple(texture.astype(np.float32) for texture in textures)
 
 
+def _check_ranges(arguments: argparse.Namespace) -> None:
+    """Raise ToodError where an image would have no room for its objects, or a range is none."""
+    least, most = arguments.radii
+    if not (4 <= least <= most <= TEXTURE_SIDE / 2 and min(arguments.size) > 2 * most + 2):
+        raise ToodError(
+            f"--radii {least:g} {most:g} in images of {arguments.size[0]} x {arguments.size[1]}; "
+            f"expected from 4 to {TEXTURE_SIDE // 2} pixels, and images larger than two of them"
+        )
+    if not 0 <= arguments.objects[0] <= arguments.objects[1]:
+        raise ToodError(
+            f"--objects {arguments.objects[0]} {arguments.objects[1]}; expected fewest and most"
+        )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run as `python -m tood_deploy.demo.scenes`: write a set."""
     parser = argparse.ArgumentParser(
@@ -256,14 +290,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="N",
         help="sets of different seeds share no image (default: 0)",
     )
+    for name, default, metavar, text in (
+        ("size", SIZE_HW, ("H", "W"), "rows and columns of an image"),
+        ("objects", OBJECTS, ("MIN", "MAX"), "fewest and most objects of an image"),
+        ("radii", RADII, ("MIN", "MAX"), "of the objects, in pixels"),
+    ):
+        shown = " ".join(f"{value:g}" for value in default)
+        parser.add_argument(
+            f"--{name}",
+            type=float if name == "radii" else int,
+            nargs=2,
+            default=default,
+            metavar=metavar,
+            help=f"{text} (default: {shown})",
+        )
     arguments = parser.parse_args(argv)
     try:
+        _check_ranges(arguments)
         if arguments.count < 1 or arguments.seed < 0:
             raise ToodError(
                 f"--count {arguments.count} --seed {arguments.seed}; "
                 "expected at least 1 image and a seed of at least 0"
             )
-        print(write_scenes(arguments.folder, arguments.count, arguments.seed))
+        ranges = (tuple(values) for values in (arguments.objects, arguments.radii))
+        print(
+            write_scenes(
+                arguments.folder, arguments.count, arguments.seed, tuple(arguments.size), *ranges
+            )
+        )
     except ToodError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

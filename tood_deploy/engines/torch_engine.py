@@ -16,7 +16,7 @@ from tood_deploy.engines.base import BatchDetections, Engine
 from tood_deploy.errors import DeviceError, ToodError
 from tood_deploy.manifest import Manifest
 from tood_deploy.model.checkpoint import load_checkpoint
-from tood_deploy.model.tood import FusedDetector, Tood
+from tood_deploy.model.detector import DenseDetector, FusedDetector
 
 
 class TorchEngine(Engine):
@@ -24,7 +24,7 @@ class TorchEngine(Engine):
 
     def __init__(
         self,
-        checkpoint: str | PathLike[str] | Tood,
+        checkpoint: str | PathLike[str] | DenseDetector,
         *,
         device: str = "cpu",
         threads: int | None = None,
@@ -52,7 +52,7 @@ class TorchEngine(Engine):
             torch.set_num_threads(threads)
         model = (
             checkpoint
-            if isinstance(checkpoint, Tood)
+            if isinstance(checkpoint, DenseDetector)
             else load_checkpoint(checkpoint, **load_options)
         )
         self.detector = FusedDetector(model).to(device).eval()

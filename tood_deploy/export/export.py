@@ -37,13 +37,13 @@ from tood_deploy.graph_io import INNER_VALUES, ONNX_SUFFIX, Target
 from tood_deploy.manifest import Manifest
 from tood_deploy.manifest_sections import Build, Parity
 from tood_deploy.model.checkpoint import load_checkpoint
-from tood_deploy.model.tood import Tood
+from tood_deploy.model.detector import DenseDetector
 from tood_deploy.onnx_file import OnnxArtefact, artefact_in_memory, read_onnx, write_onnx
 from tood_deploy.parity.onnx_reference import OnnxRunner, onnx_reference
 from tood_deploy.parity.reference import Reference
 from tood_deploy.parity.torch_reference import torch_reference
 from tood_deploy.parity.verify import verify_float32
-from tood_deploy.presets import MAX_CANDIDATES, Preset
+from tood_deploy.presets import MAX_CANDIDATES
 from tood_deploy.reporter import Reporter
 
 if TYPE_CHECKING:
@@ -202,11 +202,11 @@ def _runnable(artefact: OnnxArtefact) -> OnnxArtefact:
 
 
 def _check_loaded(
-    config: ExportConfig, model: Tood, max_det: int, annotated: AnnotatedImages | None
+    config: ExportConfig, model: DenseDetector, max_det: int, annotated: AnnotatedImages | None
 ) -> None:
     """Refuse, before the long work, what only the checkpoint could tell that it cannot be."""
     preset = model.preset
-    if _is_deformable(preset):
+    if preset.is_deformable:
         check_deform(config.source, config.checkpoint.deform or "none", config)
     if annotated is not None:
         annotated.check_classes(preset.class_names)
@@ -219,7 +219,7 @@ def _check_loaded(
         _check_patterns(config.precision, model)
 
 
-def _check_patterns(precision: PrecisionOptions, model: Tood) -> None:
+def _check_patterns(precision: PrecisionOptions, model: DenseDetector) -> None:
     """Refuse patterns of what stays float32 that fit no layer.
 
     Those that fit none of the 8-bit layers only the graph can tell. Half precision also takes the
@@ -243,7 +243,7 @@ def _check_patterns(precision: PrecisionOptions, model: Tood) -> None:
 
 
 def onnx_from_checkpoint(
-    model: Tood,
+    model: DenseDetector,
     *,
     deform: DeformForm = "op",
     max_det: int | None = None,
@@ -272,7 +272,7 @@ def onnx_from_checkpoint(
         max_det=max_det,
         checkpoint_sha256=model.checkpoint_sha256,
         build=Build(
-            format="onnx", opset=OPSET, deform=deform if _is_deformable(model.preset) else "none"
+            format="onnx", opset=OPSET, deform=deform if model.preset.is_deformable else "none"
         ),
         versions=_versions(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -292,7 +292,7 @@ def onnx_from_checkpoint(
 
 
 def export_onnx(
-    model: Tood,
+    model: DenseDetector,
     output: Path,
     *,
     deform: DeformForm = "op",
@@ -317,10 +317,6 @@ def export_onnx(
         model, deform=deform, max_det=max_det, verify_images=verify_images, reporter=reporter
     )
     return write_onnx(artefact, output)
-
-
-def _is_deformable(preset: Preset) -> bool:
-    return bool(preset.deform_stages or preset.deform_tower)
 
 
 def _versions() -> dict[str, str]:

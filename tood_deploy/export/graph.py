@@ -4,17 +4,17 @@ The model knows nothing of this file (DESIGN section 4).
 """
 
 import copy
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from tood_deploy.model.deform import DeformConv2d
-from tood_deploy.model.head import Alignment, TaskAlignedHead, TaskDecomposition, TowerMaps
+from tood_deploy.model.deform import DeformConv2d, OffsetConv2d
+from tood_deploy.model.detector import DenseDetector, FusedDetector, Stages
+from tood_deploy.model.heads.tood import Alignment, TaskAlignedHead, TaskDecomposition, TowerMaps
 from tood_deploy.model.resnet import Bottleneck
-from tood_deploy.model.tood import FusedDetector, Stages, Tood
 
 
 def use_static_kernels(head: TaskAlignedHead) -> None:
@@ -79,12 +79,13 @@ DEFORM_OPSET = 19  # that brought DeformConv
 
 
 class ExportedGraph(nn.Module):
-    """`FusedDetector` with its outputs in a row: `OUTPUTS`, then all `INNER_VALUES`."""
+    """`FusedDetector` with its outputs in a row: `OUTPUTS`, then `inner_value_names`."""
 
-    def __init__(self, model: Tood, deform: DeformForm, max_det: int) -> None:
+    def __init__(self, model: DenseDetector, deform: DeformForm, max_det: int) -> None:
         super().__init__()
         model = _copy_sharing_weights(model)
-        use_static_kernels(model.bbox_head)
+        if isinstance(model.bbox_head, TaskAlignedHead):
+            use_static_kernels(model.bbox_head)
         _fold_batch_norms(model)
         if deform == "op":
             _use_deform_op(model)
@@ -99,9 +100,10 @@ class ExportedGraph(nn.Module):
 
 
 def inner_values(stages: Stages) -> tuple[Tensor, ...]:
-    """What `INNER_VALUES` names, in its order."""
+    """What `inner_value_names` names, in its order."""
     head = (*stages.head.scores, *stages.head.boxes_strides)
-    return (stages.pixels, *stages.backbone, *stages.pyramid, *head, *stages.candidates)
+    maps = (stages.pixels, *stages.backbone, *stages.pyramid, *head)
+    return (*maps, *stages.candidates, *stages.ranking)
 
 
 class DeformConvOp(nn.Module):
@@ -115,20 +117,54 @@ class DeformConvOp(nn.Module):
         """As `DeformConv2d.forward`."""
         layer = self.layer
         offset, mask = layer.offset_and_mask(x)
-        out_channels, _, *kernel = layer.weight.shape
         attributes = {
             "group": layer.groups,
             "offset_group": layer.offset_groups,
-            "kernel_shape": kernel,
+            "kernel_shape": list(layer.weight.shape[2:]),
             "pads": [layer.padding] * 4,
             "strides": [layer.stride] * 2,
             "dilations": [1, 1],
         }
-        shape = (x.shape[0], out_channels, *offset.shape[2:])
-        inputs = (x, layer.weight, offset, None, mask)
-        return torch.onnx.ops.symbolic(
-            "DeformConv", inputs, attributes, dtype=x.dtype, shape=shape, version=DEFORM_OPSET
-        )
+        return _deform_node(layer, x, offset, mask, attributes)
+
+
+class OffsetConvOp(nn.Module):
+    """An `OffsetConv2d` as ONNX's own operator. Only ever traced, never run by PyTorch."""
+
+    def __init__(self, layer: OffsetConv2d) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, offset: Tensor) -> Tensor:
+        """As `OffsetConv2d.forward`."""
+        kernel, padding = list(self.layer.weight.shape[2:]), self.layer.padding
+        attributes = {"kernel_shape": kernel, "pads": [padding] * 4}
+        return _deform_node(self.layer, x, offset, None, attributes)
+
+
+def _deform_node(
+    layer: DeformConv2d | OffsetConv2d,
+    x: Tensor,
+    offset: Tensor,
+    mask: Tensor | None,
+    attributes: dict[str, Any],
+) -> Tensor:
+    """Return what a DeformConv node gives.
+
+    Args:
+        layer: has the weight.
+        x: (B, C, H, W).
+        offset, mask: as `deform_conv2d` takes them.
+        attributes: of the node, where they are not the operator's defaults.
+    """
+    return torch.onnx.ops.symbolic(
+        "DeformConv",
+        (x, layer.weight, offset, None, mask),
+        attributes,
+        dtype=x.dtype,
+        shape=(x.shape[0], layer.weight.shape[0], *offset.shape[2:]),
+        version=DEFORM_OPSET,
+    )
 
 
 class Bias(nn.Module):
@@ -143,11 +179,11 @@ class Bias(nn.Module):
         return x + self.bias[:, None, None]
 
 
-def _copy_sharing_weights(model: Tood) -> Tood:
+def _copy_sharing_weights(model: DenseDetector) -> DenseDetector:
     return copy.deepcopy(model, memo={id(parameter): parameter for parameter in model.parameters()})
 
 
-def _fold_batch_norms(model: Tood) -> None:
+def _fold_batch_norms(model: DenseDetector) -> None:
     """Fold the batch norms behind deformable convolutions into their weights, in place.
 
     The exporter does so behind ordinary ones.
@@ -169,9 +205,12 @@ def _fold_batch_norms(model: Tood) -> None:
             block.add_module("bn2", Bias(bias))
 
 
-def _use_deform_op(model: Tood) -> None:
+def _use_deform_op(model: DenseDetector) -> None:
     """Turns every deformable convolution into an operator, in place."""
     for name, module in list(model.named_modules()):
         if isinstance(module, DeformConv2d):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, DeformConvOp(module))
+        elif isinstance(module, OffsetConv2d):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, OffsetConvOp(module))

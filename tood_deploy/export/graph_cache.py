@@ -33,7 +33,7 @@ from tood_deploy.export.graph import DeformForm, ExportedGraph
 from tood_deploy.export.timings import timed
 from tood_deploy.export.to_onnx import OPSET, onnx_from_model
 from tood_deploy.files import atomic_path, home_folder
-from tood_deploy.model.tood import Tood, build_model
+from tood_deploy.model.detector import DenseDetector, build_model
 from tood_deploy.presets import MAX_CANDIDATES, Preset
 
 FORMAT = 1
@@ -44,6 +44,7 @@ RECORD = "tood_graph"  # metadata of a kept graph
 PACKAGES = ("torch", "onnx", "onnxscript", "onnx-ir", "numpy", "sympy")
 SOURCES = (
     "model/*.py",
+    "model/heads/*.py",
     "export/graph.py",
     "export/shortcuts.py",
     "export/to_onnx.py",
@@ -118,7 +119,7 @@ class Skeleton:
     sources: Mapping[str, Source]
     classes: int
 
-    def filled(self, model: Tood, deform: DeformForm, max_det: int) -> onnx.ModelProto:
+    def filled(self, model: DenseDetector, deform: DeformForm, max_det: int) -> onnx.ModelProto:
         """Return the graph with the weights of a network of its configuration."""
         weights = weights_of(ExportedGraph(model, deform, max_det))
         result = onnx.ModelProto()
@@ -155,7 +156,7 @@ def _set_classes(graph: onnx.GraphProto, classes: int) -> None:
 
 
 def graph_of(
-    model: Tood, *, deform: DeformForm, max_det: int, say: Say = lambda line: None
+    model: DenseDetector, *, deform: DeformForm, max_det: int, say: Say = lambda line: None
 ) -> onnx.ModelProto:
     """Return what `onnx_from_model` does, from a kept graph where there is one.
 
@@ -213,7 +214,6 @@ def with_stand_in_classes(preset: Preset) -> Preset:
 
 def describe(preset: Preset, deform: DeformForm, max_det: int) -> str:
     """Return all that decides what a graph is, as JSON."""
-    deformable = bool(preset.deform_stages or preset.deform_tower)
     values = {
         "format": FORMAT,
         "network": {
@@ -222,7 +222,7 @@ def describe(preset: Preset, deform: DeformForm, max_det: int) -> str:
             if field.name not in OUTSIDE
         },
         "classes": preset.num_classes,
-        "deform": deform if deformable else "none",
+        "deform": deform if preset.is_deformable else "none",
         "max_det": max_det,
         "opset": OPSET,
         "versions": {package: version(package) for package in PACKAGES},
@@ -331,7 +331,7 @@ def weights_of(network: ExportedGraph) -> dict[str, NDArray[np.float32]]:
     }
 
 
-def _stand_in(preset: Preset) -> Tood:
+def _stand_in(preset: Preset) -> DenseDetector:
     """Return a preset's network with random weights, no two alike, no variance near zero."""
     with torch.device("meta"):
         model = build_model(preset)

@@ -45,6 +45,7 @@ WRITTEN = {
     aten.max_pool2d.default,
     aten.pad.default,
     aten.repeat_interleave.self_int,
+    aten.softmax.int,
     aten.upsample_nearest2d.vec,
     aten.where.ScalarOther,
     aten._assert_scalar.default,

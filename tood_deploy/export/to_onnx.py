@@ -16,9 +16,9 @@ import torch
 
 from tood_deploy.export.graph import DeformForm, ExportedGraph
 from tood_deploy.export.shortcuts import take_shortcuts
-from tood_deploy.graph_io import INNER_VALUES, INPUTS, OUTPUTS
+from tood_deploy.graph_io import INPUTS, OUTPUTS, inner_value_names
+from tood_deploy.model.detector import DenseDetector
 from tood_deploy.model.postprocess import MAX_DET
-from tood_deploy.model.tood import Tood
 from tood_deploy.presets import SIZE_DIVISOR
 
 OPSET = 21  # the first with GroupNormalization as one node
@@ -30,9 +30,15 @@ EXAMPLE_BATCH, EXAMPLE_H, EXAMPLE_W = (
 
 
 def onnx_from_model(
-    model: Tood, *, deform: DeformForm = "op", max_det: int = MAX_DET, optimise: bool = True
+    model: DenseDetector,
+    *,
+    deform: DeformForm = "op",
+    max_det: int = MAX_DET,
+    optimise: bool = True,
 ) -> onnx.ModelProto:
-    """Return the exported graph, with the values of all stages (`INNER_VALUES`) as outputs, too.
+    """Return the exported graph, with the values of all stages as outputs, too.
+
+    Their names are those of `inner_value_names`.
 
     Args:
         model: the network, in eval mode.
@@ -67,7 +73,7 @@ def onnx_from_model(
             dynamo=True,
             opset_version=OPSET,
             input_names=INPUTS,
-            output_names=(*OUTPUTS, *INNER_VALUES),
+            output_names=(*OUTPUTS, *inner_value_names(model.preset)),
             dynamic_shapes=dynamic,
             verbose=False,
             optimize=optimise,

@@ -81,9 +81,6 @@ def plan_names(
         inputs: what will be read.
         folder: that the files will lie in.
         suffix_of: gives the ending of the file for an input.
-
-    Raises:
-        OutputError: the inputs cannot have different files.
     """
     shared = _shared_folder(inputs)
     parts = {file.name: _relative_parts(file.name, shared) for file in inputs}
@@ -92,7 +89,9 @@ def plan_names(
         planned = _with_pages(inputs, names)
         if _are_different(planned.values()):
             return {part: folder / shorten(path) for part, path in planned.items()}
-    return {part: folder / shorten(path) for part, path in _numbered(planned).items()}
+    nested = {file.name: _nested_name(parts[file.name], suffix_of(file)) for file in inputs}
+    different = _numbered(_with_pages(inputs, nested))
+    return {part: folder / shorten(path) for part, path in different.items()}
 
 
 def shorten(path: PurePath, room: int = 0) -> PurePath:

@@ -16,16 +16,8 @@ from tood_deploy.inference.detector import Detector
 from tood_deploy.inference.frame import Source
 from tood_deploy.inference.output_paths import plan_outputs
 from tood_deploy.inference.pipeline import Timings, detect_frames
-from tood_deploy.inference.sinks import (
-    STDOUT,
-    Annotated,
-    CocoResults,
-    Crops,
-    JsonLines,
-    Sink,
-    SinkThread,
-    TextLines,
-)
+from tood_deploy.inference.sinks import Annotated, Crops, Sink, SinkThread
+from tood_deploy.inference.text_sinks import STDOUT, CocoResults, JsonLines, TextLines
 from tood_deploy.reporter import Reporter
 
 
@@ -100,6 +92,8 @@ class Outputs:
         json_lines: file for one JSON object a frame; "-" for stdout.
         crops: folder for every object as an image.
         show: whether to show the frames in a window.
+        geojson: file for the objects of georeferenced images, in degrees.
+        crs: coordinate system of images whose files name none, such as "EPSG:32632".
     """
 
     annotated: Path | None = None
@@ -108,8 +102,12 @@ class Outputs:
     json_lines: str | None = None
     crops: Path | None = None
     show: bool = False
+    geojson: Path | None = None
+    crs: str | None = None
 
     def __post_init__(self) -> None:
+        if self.crs is not None and self.geojson is None:
+            raise ToodError("--crs is for GeoJSON, and none is asked for; add --geojson FILE")
         if self.coco_annotations is not None and self.coco_json is None:
             raise ToodError(
                 "--coco-annotations gives ids to COCO results, and none are asked for; add --json "
@@ -140,6 +138,8 @@ class Outputs:
             files["--json"] = [self.coco_json]
         if self.json_lines not in (None, STDOUT):
             files["--jsonl"] = [str(self.json_lines)]
+        if self.geojson is not None:
+            files["--geojson"] = [self.geojson]
         check_overwrites(inputs, files)
 
     def needing_pixels(self) -> list[str]:
@@ -181,11 +181,24 @@ def open_sinks(
         sinks.append(Annotated(plan_outputs(source.inputs, outputs.annotated)))
     if outputs.crops is not None:
         sinks.append(Crops(outputs.crops, source.inputs))
+    if outputs.geojson is not None:
+        sinks.append(_geojson(outputs.geojson, source, outputs.crs))
     if outputs.show:
         from tood_deploy.inference.sinks import Window
 
         sinks.append(Window())
     return sinks
+
+
+def _geojson(path: Path, source: Source, crs: str | None) -> Sink:
+    from tood_deploy.inference.geojson import GeoJson
+
+    if source.kind != "images":
+        raise InputError(
+            f"{source.names[0]}: --geojson is for georeferenced images, the source is a video; "
+            "leave the option out"
+        )
+    return GeoJson(path, [file.name for file in source.inputs], crs)
 
 
 def _coco_results(
@@ -221,11 +234,12 @@ def run_inference(
         source: to read.
         outputs: what to write.
         reporter: prints progress and a line for every frame.
-        batch: largest number of frames in an engine call.
+        batch: largest number of frames, or of slices of them, in an engine call.
 
     Raises:
         ToodError: the source cannot be read at all, an output cannot be written, or the engine
-            failed; or images shall be decoded smaller than they are, and drawn on.
+            failed; or images shall be decoded smaller than they are, or by window, and drawn on.
+        BrokenPipeError: nobody read stdout to its end; all other outputs are complete.
     """
     if detector.fast_decode and (shown := outputs.needing_pixels()):
         raise ToodError(
@@ -237,10 +251,21 @@ def run_inference(
     results = detect_frames(detector, source, batch, timings)
     with (
         RunProgress(source, timings, reporter, detector.engine.notes) as progress,
-        SinkThread(sinks) as writer,
+        SinkThread(sinks, endless=source.kind == "live") as writer,
         closing(results),
     ):
         for frame, detections in results:
+            if frame.reader is not None and (shown := outputs.needing_pixels()):
+                raise ToodError(
+                    f"{frame.name}: is read by window, its {frame.size_hw[1]} x "
+                    f"{frame.size_hw[0]} pixels are never in memory at once as "
+                    f"{' and '.join(shown)} would need; leave that out, or raise --max-pixels"
+                )
             writer.put(frame, detections)
             progress.advance()
+    for problem in writer.problems:
+        source.skip(problem)
+        reporter.warn(problem)
+    if writer.broken_pipe:
+        raise BrokenPipeError
     return timings

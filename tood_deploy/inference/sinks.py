@@ -1,23 +1,21 @@
-"""Where results go: one face for all kinds of output, and a thread that writes.
+"""Where results go: one face for all kinds of output, a thread that writes, and all that is drawn.
 
 Comes in: frames with their detections. Knows no detector.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sys
 import threading
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from queue import Queue
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Self
 
 import cv2
 import numpy as np
@@ -25,17 +23,20 @@ from numpy.typing import NDArray
 
 from tood_deploy.detections import Detections
 from tood_deploy.errors import OutputError
-from tood_deploy.files import atomic_path, is_of_system
+from tood_deploy.files import atomic_path
 from tood_deploy.inference.frame import Frame, Input, Part
 from tood_deploy.inference.output_paths import check_writable, plan_names, shorten
 from tood_deploy.inference.video import VideoWriter
-from tood_deploy.reporter import Reporter
 
 WAITING_FRAMES = 2
 
 
 class Finished(Exception):  # noqa: N818 - not an error
     """Raised by a sink that wants no more: its window was closed."""
+
+
+class FrameOutputError(OutputError):
+    """One frame that an output cannot take; the output itself is intact, and takes the next."""
 
 
 class Sink(ABC):
@@ -49,7 +50,9 @@ class Sink(ABC):
         """Take one frame and its detections.
 
         Raises:
-            OutputError: it cannot be written.
+            FrameOutputError: this frame cannot be written, the next may be.
+            OutputError: nothing can be written any more.
+            BrokenPipeError: nobody reads stdout any more.
         """
 
     def __enter__(self) -> Self:
@@ -79,11 +82,26 @@ def output_errors(path: Path | str) -> Iterator[None]:
 class SinkThread:
     """Feeds sinks in a thread of its own, over a bounded queue.
 
-    Ctrl-C completes the outputs, an error removes them.
+    Ctrl-C completes the outputs, an error removes them. Where nobody reads stdout any more, the
+    other outputs are completed.
+
+    Attributes:
+        problems: frames that an output could not take, a sentence each.
+        broken_pipe: whether nobody reads stdout any more.
     """
 
-    def __init__(self, sinks: Sequence[Sink]) -> None:
-        self.sinks = sinks
+    def __init__(self, sinks: Sequence[Sink], endless: bool = False) -> None:
+        """Take the sinks; nothing is written yet.
+
+        Args:
+            sinks: get every frame, in this order.
+            endless: whether the source need not end: without stdout the run then ends, whatever
+                other outputs there are.
+        """
+        self.sinks, self.endless = sinks, endless
+        self.problems: list[str] = []
+        self.broken_pipe = False
+        self._active = list(sinks)
         self._waiting: Queue[tuple[Frame, Detections] | None] = Queue(WAITING_FRAMES)
         self._thread = threading.Thread(target=self._run, name="sinks", daemon=True)
         self._files = ExitStack()
@@ -105,10 +123,21 @@ class SinkThread:
             if self._error is not None:
                 continue  # so that `put` never waits for a thread that has given up
             try:
-                for sink in self.sinks:
-                    sink.write(*item)
+                for sink in list(self._active):
+                    self._write(sink, *item)
             except BaseException as error:  # raised again by put and __exit__
                 self._error = error
+
+    def _write(self, sink: Sink, frame: Frame, detections: Detections) -> None:
+        try:
+            sink.write(frame, detections)
+        except FrameOutputError as error:
+            self.problems.append(str(error))
+        except BrokenPipeError:
+            self.broken_pipe = True
+            self._active.remove(sink)
+            if self.endless or not self._active:
+                raise Finished from None
 
     def __enter__(self) -> Self:
         for sink in self.sinks:
@@ -141,7 +170,8 @@ def write_image(path: Path, image_bgr: NDArray[np.uint8]) -> None:
     """Write an image (H, W, 3) uint8 BGR, whole or not at all, in the format its suffix names.
 
     Raises:
-        OutputError: the format cannot hold it, the folder cannot be written, or the disk is full.
+        FrameOutputError: the format cannot hold it.
+        OutputError: the folder cannot be written, or the disk is full.
     """
     options = JPEG_QUALITY if path.suffix.lower() in (".jpg", ".jpeg", ".jpe") else []
     try:
@@ -150,7 +180,7 @@ def write_image(path: Path, image_bgr: NDArray[np.uint8]) -> None:
         written, data = False, np.zeros(0, np.uint8)
     if not written:
         size = f"{image_bgr.shape[1]} x {image_bgr.shape[0]}"
-        raise OutputError(
+        raise FrameOutputError(
             f"{path}: {size} pixels cannot be written as {path.suffix}; choose another --output, "
             "ending in .png"
         )
@@ -256,144 +286,6 @@ def crop_box(image_bgr: NDArray[np.uint8], box: NDArray[np.float32]) -> NDArray[
     left, top = np.clip(np.floor(box[:2]), 0, (width, height)).astype(int)
     right, bottom = np.clip(np.ceil(box[2:]), 0, (width, height)).astype(int)
     return image_bgr[top:bottom, left:right]
-
-
-STDOUT = "-"
-
-
-class CocoResults(Sink):
-    """A COCO results file, written as the frames come and renamed when complete."""
-
-    def __init__(
-        self, path: Path, image_ids: Mapping[Part, int] | None, category_ids: Sequence[int] | None
-    ) -> None:
-        """Take where to write and the ids.
-
-        Args:
-            path: of the JSON file.
-            image_ids: id of every input, or page of one; the frames' running number from 1 where
-                not given.
-            category_ids: of every class; class number plus one where not given.
-
-        Raises:
-            OutputError: the folder cannot be written.
-        """
-        check_writable(path.parent)
-        self.path, self.image_ids, self.category_ids = path, image_ids, category_ids
-        self._stack = ExitStack()
-        self._file: TextIO | None = None
-        self._frames = self._rows = 0
-
-    def write(self, frame: Frame, detections: Detections) -> None:
-        """Add a frame's rows."""
-        with output_errors(self.path):
-            file = self._file or self._open()
-            self._frames += 1
-            image_id = self._frames if self.image_ids is None else self.image_ids[frame.part]
-            for row in detections.to_coco(image_id, self.category_ids):
-                file.write(("[\n" if not self._rows else ",\n") + json.dumps(row))
-                self._rows += 1
-
-    def _open(self) -> TextIO:
-        temporary = self._stack.enter_context(atomic_path(self.path))
-        self._file = self._stack.enter_context(temporary.open("w", encoding="utf-8"))
-        return self._file
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        with output_errors(self.path):
-            if self._file is not None and error is None:
-                self._file.write("\n]\n" if self._rows else "[]\n")
-            self._stack.__exit__(kind, error, trace)
-
-
-class JsonLines(Sink):
-    """One JSON object a frame, written at once, so that another program can follow."""
-
-    def __init__(self, target: str, live: bool) -> None:
-        """Take a file's path, or "-" for stdout; `live`: also tell the age of each result.
-
-        Raises:
-            OutputError: the folder cannot be written.
-        """
-        self.target, self.live = target, live
-        self._file: TextIO | None = sys.stdout if target == STDOUT else None
-        if target != STDOUT:
-            check_writable(Path(target).parent)
-
-    def write(self, frame: Frame, detections: Detections) -> None:
-        """Write one line."""
-        with output_errors("stdout" if self.target == STDOUT else self.target):
-            if self._file is None:
-                path = Path(self.target)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                if path.is_symlink() and not is_of_system(path):
-                    path.unlink()  # replaced, as other outputs do; what it points to stays
-                self._file = path.open("w", encoding="utf-8")
-            self._file.write(
-                json.dumps(frame_record(frame, detections, self.live), ensure_ascii=False) + "\n"
-            )
-            self._file.flush()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._file is not None and self.target != STDOUT:
-            with output_errors(self.target):
-                self._file.close()
-
-
-def frame_record(frame: Frame, detections: Detections, live: bool) -> dict[str, Any]:
-    """Return a frame as plain values: where it is from, its size, and its objects.
-
-    Args:
-        frame: the image.
-        detections: in it, boxes xyxy in pixels.
-        live: whether to state the age of the result, too.
-    """
-    rows = zip(
-        detections.boxes.tolist(),
-        detections.scores.tolist(),
-        detections.class_ids.tolist(),
-        detections.names(),
-        strict=True,
-    )
-    record: dict[str, Any] = {
-        "source": frame.name,
-        "index": frame.index,
-        "timestamp_s": frame.timestamp_s,
-    }
-    record |= {"age_ms": round(frame.age_s() * 1000, 1)} if live else {}
-    record |= {"height": frame.size_hw[0], "width": frame.size_hw[1]}
-    record["detections"] = [
-        {"box": box, "score": score, "class_id": number, "class_name": name}
-        for box, score, number, name in rows
-    ]
-    return record
-
-
-class TextLines(Sink):
-    """One readable line a frame on stdout: "street.mp4 1.240 s: 3 car, 1 person"."""
-
-    def __init__(self, reporter: Reporter) -> None:
-        """Take what prints the lines."""
-        self.reporter = reporter
-
-    def write(self, frame: Frame, detections: Detections) -> None:
-        """Print one line."""
-        counts = ", ".join(
-            f"{count} {name}" for name, count in Counter(detections.names()).most_common()
-        )
-        moment = "" if frame.timestamp_s is None else f" {frame.timestamp_s:.3f} s"
-        with output_errors("stdout"):
-            self.reporter.result(f"{frame.name}{moment}: {counts or 'nothing'}")
 
 
 TITLE = "tood-infer: q or Esc ends"

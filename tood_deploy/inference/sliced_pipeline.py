@@ -34,7 +34,7 @@ ROOM_S = 0.1  # how often a thread that waits for room looks whether the run was
 FEWEST_WAITING = 4
 
 
-class _OneFrame(Source):
+class OneFrame(Source):
     """One image that is in memory already."""
 
     kind = "images"
@@ -60,7 +60,7 @@ def detect_sliced(
     Raises:
         ToodError: batch is not positive, or whatever the engine raised.
     """
-    results = list(detect_frames(detector, _OneFrame(Frame(image_bgr, "image")), batch))
+    results = list(detect_frames(detector, OneFrame(Frame(image_bgr, "image")), batch))
     return results[0][1]
 
 
@@ -157,10 +157,12 @@ class SlicedPipeline(Pipeline):
         if len(windows) == 1:
             if not self.detector.slice_notes:
                 height, width = self.slicing.size_hw
-                self.detector.slice_notes.append(
+                note = (
                     f"{frame.name} is no larger than a slice of {height} x {width} pixels, and is "
                     "searched as it is; so are others of its size"
                 )
+                self.detector.slice_notes.append(note)  # once for a detector
+                self.source.notes.append(note)
             return windows
         whole = np.array([[0, 0, *frame.size_hw[::-1]]])
         return np.concatenate([windows, whole]) if self.slicing.whole else windows

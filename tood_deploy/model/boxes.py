@@ -43,20 +43,25 @@ def decode_distances(distances: Tensor, points: Tensor) -> Tensor:
 
 
 def decode_deltas(
-    deltas: Tensor, points: Tensor, side: float, means: Sequence[float], stds: Sequence[float]
+    deltas: Tensor,
+    points: Tensor,
+    side: float | Tensor,
+    means: Sequence[float],
+    stds: Sequence[float],
 ) -> Tensor:
-    """Return the boxes of anchor-based heads, coded as shifts and log-ratios of square anchors.
+    """Return the boxes of anchor-based heads, coded as shifts and log-ratios of anchors.
 
     Source: reference/SPEC.md section 2.
 
     Args:
-        deltas: (B, 4, H, W) dx, dy, dw, dh, normalised, as the head gives them.
-        points: (2, H, W) x, y of the anchors' centres, in strides.
-        side: length of an anchor's side, in strides.
+        deltas: (B, 4, ..., H, W) dx, dy, dw, dh, normalised, as the head gives them.
+        points: (2, ..., H, W) x, y of the anchors' centres, in strides.
+        side: length of a square anchor's side, in strides; of others their widths and heights, in
+            a tensor that fits (2, ..., H, W).
         means, stds: the four means and standard deviations that the deltas were normalised by.
 
     Returns:
-        (B, 4, H, W) xyxy in strides, not clipped.
+        (B, 4, ..., H, W) xyxy in strides, not clipped.
     """
     centre = points + _denormalise(deltas[:, :2], means[:2], stds[:2]) * side
     log_ratio = _denormalise(deltas[:, 2:], means[2:], stds[2:]).clamp(
@@ -70,7 +75,7 @@ def _denormalise(values: Tensor, means: Sequence[float], stds: Sequence[float]) 
     """Return every value times the standard deviation plus the mean of its channel.
 
     Args:
-        values: (B, C, H, W).
+        values: (B, C, ..., H, W).
         means, stds: of each of the C channels.
     """
     if len(set(stds)) == 1 and not any(means):  # one node in the exported graph, not a dozen

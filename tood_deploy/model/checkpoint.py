@@ -1,8 +1,8 @@
 """Load checkpoints into networks, and save networks.
 
-A checkpoint of any known kind, or a preset's name, in, a `Tood` out; and back, into our own
-safetensors. Decides which preset a file belongs to, by what its metadata, its shapes and the user
-say together. How files are read is `checkpoint_file`'s business.
+A checkpoint of any known kind, or a preset's name, in, a `DenseDetector` out; and back, into our
+own safetensors. Decides which preset a file belongs to, by what its metadata, its shapes and the
+user say together. How files are read is `checkpoint_file`'s business.
 """
 
 import json
@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -26,10 +27,11 @@ from tood_deploy.model.checkpoint_metadata import (
     read_config,
     same_structure,
 )
+from tood_deploy.model.config_heads import keys_of
+from tood_deploy.model.detector import DenseDetector
 from tood_deploy.model.download import fetch_weights
-from tood_deploy.model.tood import Tood
 from tood_deploy.preprocess import with_imgsz
-from tood_deploy.presets import PRESETS, Convention, Preset, get_preset
+from tood_deploy.presets import BASES, PRESETS, Convention, Preset, get_preset
 from tood_deploy.reporter import Reporter
 
 
@@ -42,7 +44,7 @@ def load_checkpoint(
     weights_key: str | None = None,
     imgsz: Sequence[int] | None = None,
     reporter: Reporter | None = None,
-) -> Tood:
+) -> DenseDetector:
     """Load the network of a checkpoint, in eval mode, float32, on the CPU.
 
     Never runs code from the file.
@@ -60,9 +62,9 @@ def load_checkpoint(
 
     Raises:
         ToodError: `imgsz` is not two positive whole numbers.
-        CheckpointError: cannot be read, is refused, is not a TOOD detector, does not fit, does not
-            say its anchor kind, was trained with a setting that cannot be computed, or holds
-            several networks.
+        CheckpointError: cannot be read, is refused, is not a detector of the family, does not fit,
+            does not say what its weights leave open, was trained with a setting that cannot be
+            computed, or holds several networks.
         DownloadError: the published weights cannot be downloaded or stored.
     """
     if isinstance(preset, str):
@@ -70,11 +72,12 @@ def load_checkpoint(
     if preset is None and is_preset_name(checkpoint):
         preset = PRESETS[str(checkpoint)]
     file = read_checkpoint(locate_checkpoint(checkpoint, reporter), weights_key)
-    own = _preset_of_file(file, preset, named=class_names is not None)
+    sha256 = file_sha256(file.path)
+    own = _preset_of_file(file, preset, sha256, named=class_names is not None)
     names = _check_class_names(class_names, own, file.path)
     own = replace(own, class_names=names, convention=convention or own.convention)
     model = _fill(with_imgsz(own, imgsz), file)
-    model.checkpoint_sha256 = file_sha256(file.path)
+    model.checkpoint_sha256 = sha256
     return model
 
 
@@ -99,7 +102,7 @@ def locate_checkpoint(checkpoint: str | PathLike[str], reporter: Reporter | None
 
 
 def save_checkpoint(
-    model: Tood, path: str | PathLike[str], dtype: torch.dtype = torch.float32
+    model: DenseDetector, path: str | PathLike[str], dtype: torch.dtype = torch.float32
 ) -> None:
     """Write our own format, safetensors with the preset in its metadata, whole or not at all.
 
@@ -124,12 +127,15 @@ def own_metadata(preset: Preset) -> str:
     return json.dumps(preset.to_dict())
 
 
-def _preset_of_file(file: CheckpointFile, given: Preset | None, named: bool) -> Preset:
+def _preset_of_file(file: CheckpointFile, given: Preset | None, sha256: str, named: bool) -> Preset:
     """Return the preset of a file: that in our own files, else one from shapes, metadata and user.
+
+    A published file is known by its hash, whatever an old framework wrote into it.
 
     Args:
         file: the checkpoint.
         given: the user's preset.
+        sha256: of the file.
         named: whether the user gives the class names, so that those of the file do not count.
     """
     shapes = _shapes(file.state_dict)
@@ -142,6 +148,9 @@ def _preset_of_file(file: CheckpointFile, given: Preset | None, named: bool) -> 
         )
     if file.own_preset is not None:
         return _own_preset(file)
+    published = _published(sha256)
+    if published is not None and given in (None, published):
+        return published
     facts = read_config(file.meta, str(file.path), fitting)
     count = fitting.num_classes
     names = numbered_classes(count)
@@ -157,21 +166,25 @@ def _preset_of_file(file: CheckpointFile, given: Preset | None, named: bool) -> 
         ) from error
 
 
+def _published(sha256: str) -> Preset | None:
+    """Return the preset whose published weights are the file of this hash; None where none is."""
+    for preset in PRESETS.values():
+        if preset.weights is not None and sha256.startswith(preset.weights.sha256_prefix):
+            return preset
+    return None
+
+
 def _choose_preset(fitting: Preset, facts: ConfigFacts, given: Preset | None, path: Path) -> Preset:
     """Return the user's preset if the file does not contradict it, else that of the metadata.
 
     Args:
-        fitting: the preset that the shapes fit, of either anchor kind.
+        fitting: the preset that the shapes fit, of whatever they leave open.
         facts: of the metadata.
         given: the user's preset.
         path: the file, for errors.
     """
     if given is not None:
-        if facts.anchor not in (None, given.anchor):
-            raise CheckpointError(
-                f"{path}: its configuration says anchor-{facts.anchor}, the preset {given.name} is "
-                f"anchor-{given.anchor}; leave the preset out"
-            )
+        _check_given(given, facts, path)
         return given
     cure = f"with --preset (in Python, preset=): {_presets_like(fitting)}"
     if facts.problem:
@@ -179,12 +192,54 @@ def _choose_preset(fitting: Preset, facts: ConfigFacts, given: Preset | None, pa
             f"{path}: its configuration cannot be parsed ({facts.problem}), so that nothing says "
             f"how its weights are to be used; say what it was trained as {cure}"
         )
-    if facts.anchor is None:
+    if fitting.detector == "tood":
+        if facts.anchor is None:
+            raise CheckpointError(
+                f"{path}: does not tell whether its head is anchor-free or anchor-based, as both "
+                f"have the same weights; say which {cure}"
+            )
+        return _preset_of_schedule(replace(fitting, anchor=facts.anchor), facts.epochs)
+    if open_question := _open_question(fitting, facts):
         raise CheckpointError(
-            f"{path}: does not tell whether its head is anchor-free or anchor-based, as both have "
-            f"the same weights; say which {cure}"
+            f"{path}: does not tell {open_question}, as both have the same weights; say which "
+            f"{cure}"
         )
-    return _preset_of_schedule(replace(fitting, anchor=facts.anchor), facts.epochs)
+    base = BASES[facts.detector or fitting.detector]
+    own = {"detector": base.detector, "score_voting": base.score_voting}
+    style = facts.settings.get("backbone_style", fitting.backbone_style)
+    told: dict[str, Any] = own | {"backbone_style": style, "anchor": base.anchor}
+    return _preset_of_schedule(replace(fitting, **told), facts.epochs)
+
+
+def _open_question(fitting: Preset, facts: ConfigFacts) -> str:
+    """Return what neither weights nor configuration say of a relative of TOOD; "" for nothing."""
+    if keys_of(fitting.detector) == "atss" and facts.detector is None:
+        return "whether it is a detector of ATSS or of PAA"
+    two_styles = fitting.detector in ("fcos", "retinanet") and fitting.depth >= 50
+    if two_styles and "backbone_style" not in facts.settings:
+        return "whether its backbone has the strides of Caffe or of PyTorch"
+    return ""
+
+
+def _check_given(given: Preset, facts: ConfigFacts, path: Path) -> None:
+    """Refuse the user's preset where the file's configuration says something else.
+
+    Args:
+        given: the preset.
+        facts: of the metadata.
+        path: the file, for errors.
+    """
+    says: dict[str, tuple[object, str]] = {
+        "detector": (facts.detector, given.detector),
+        "anchor": (facts.anchor and f"anchor-{facts.anchor}", f"anchor-{given.anchor}"),
+        "style": (facts.settings.get("backbone_style"), given.backbone_style),
+    }
+    for said, own in says.values():
+        if said not in (None, own):
+            raise CheckpointError(
+                f"{path}: its configuration says {said}, the preset {given.name} is {own}; leave "
+                "the preset out"
+            )
 
 
 def _presets_like(preset: Preset) -> str:
@@ -217,23 +272,32 @@ def _preset_of_schedule(fitting: Preset, epochs: int | None) -> Preset:
     """Return the preset that a file was trained by, among those that differ in schedule alone.
 
     Args:
-        fitting: of the file's structure and anchor kind.
+        fitting: of the file's structure and meaning.
         epochs: of the training.
 
     Returns:
-        The preset of that schedule; where there is none of this structure and anchor kind, the
-        given one under the name "custom".
+        The preset of that schedule; where there is none of this structure and meaning, the given
+        one under the name "custom".
     """
     alike = [
         preset
         for preset in PRESETS.values()
-        if same_structure(preset, fitting) and preset.anchor == fitting.anchor
+        if same_structure(preset, fitting) and _same_meaning(preset, fitting)
     ]
     if not alike:
         return replace(fitting, name="custom", weights=None, published_ap=None)
-    suffix = "2x" if epochs == 24 else "1x"
+    suffix = {24: "2x", 36: "3x"}.get(epochs or 0, "1x")
     best = next((preset for preset in alike if preset.name.endswith(suffix)), alike[0])
     return replace(best, class_names=fitting.class_names)
+
+
+def _same_meaning(first: Preset, second: Preset) -> bool:
+    """Return whether two presets of one structure compute the same of the same weights."""
+
+    def meaning(preset: Preset) -> tuple[object, ...]:
+        return preset.detector, preset.anchor, preset.backbone_style
+
+    return meaning(first) == meaning(second)
 
 
 def _own_preset(file: CheckpointFile) -> Preset:
@@ -248,7 +312,7 @@ def _own_preset(file: CheckpointFile) -> Preset:
 
 def _expected_shapes(preset: Preset) -> Shapes:
     with torch.device("meta"):
-        return _shapes(Tood(preset).state_dict())
+        return _shapes(DenseDetector(preset).state_dict())
 
 
 def _check_class_names(
@@ -271,7 +335,7 @@ def _check_class_names(
     return tuple(class_names)
 
 
-def _fill(preset: Preset, file: CheckpointFile) -> Tood:
+def _fill(preset: Preset, file: CheckpointFile) -> DenseDetector:
     """Build the network of a preset and fill it with the file's tensors, all of them."""
     expected, state = _expected_shapes(preset), dict(file.state_dict)
     for key in (key for key, shape in expected.items() if not shape):
@@ -284,10 +348,10 @@ def _fill(preset: Preset, file: CheckpointFile) -> Tood:
     if problems := _differences(expected, _shapes(state)):
         raise CheckpointError(
             f"{file.path}: does not fit the preset {preset.name}: {problems}; "
-            "the file is damaged or of a variant of TOOD"
+            f"the file is damaged or of a variant of {preset.detector}"
         )
     with torch.device("meta"):
-        model = Tood(preset)
+        model = DenseDetector(preset)
     for key, value in state.items():
         if value.is_floating_point():
             state[key] = value.float()
@@ -317,7 +381,7 @@ def _differences(expected: Shapes, actual: Shapes) -> str:
     return "; ".join(parts)
 
 
-def _check_finite(model: Tood, path: Path) -> None:
+def _check_finite(model: DenseDetector, path: Path) -> None:
     tensors = model.state_dict()
     floating = {key: value for key, value in tensors.items() if value.is_floating_point()}
     broken = [key for key, value in floating.items() if not value.isfinite().all()]

@@ -11,23 +11,30 @@ Layouts: reference/SPEC.md section 5.
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import cast
+from typing import Any, cast
 
 from tood_deploy.errors import CheckpointError
+from tood_deploy.model.config_heads import (
+    detector_of,
+    detector_table,
+    keys_of,
+    settle,
+    test_section,
+)
 from tood_deploy.model.config_pipeline import Layout, Step, layout_of, read_input, read_steps
 from tood_deploy.model.config_rules import (
     BOX_CODER,
-    DETECTOR,
     MERGE_CURE,
-    TEST,
     Settings,
     apply_rules,
+    apply_section,
     refuse,
     without_scope,
 )
 from tood_deploy.model.config_text import TextError, Unreadable, parse_config, plain
+from tood_deploy.model.heads import CLASS_LAYERS
 from tood_deploy.model.resnet import STAGE_BLOCKS
-from tood_deploy.presets import PRESETS, Anchor, Preset
+from tood_deploy.presets import BASES, PRESETS, Anchor, DetectorName, Preset
 
 WRAPPERS = ("RepeatDataset", "ConcatDataset", "ClassBalancedDataset")
 DATA_SETS = ("test_dataloader.dataset", "data.test", "val_dataloader.dataset", "data.val")
@@ -35,13 +42,16 @@ DATA_SETS = ("test_dataloader.dataset", "data.test", "val_dataloader.dataset", "
 LEVELS_OF_NECK = {((0, 1, 2, 3), 1), ((1, 2, 3), 0)}
 DEFAULT_STDS = (1.0, 1.0, 1.0, 1.0)  # of MMDetection's coder, where the configuration gives none
 
-# Keys that every TOOD detector has, one of each of its parts.
+# Keys that every detector of the family has, one of each of its parts but the head.
 LANDMARKS = (
     "backbone.conv1.weight",
     "backbone.layer1.0.conv2.weight",
     "neck.fpn_convs.0.conv.weight",
-    "bbox_head.tood_cls.weight",
+    "neck.fpn_convs.3.conv.weight",
 )
+CLASS_WEIGHTS: dict[str, DetectorName] = {
+    f"bbox_head.{layer}.weight": keys_of(name) for name, layer in CLASS_LAYERS.items()
+}
 
 Metadata = Mapping[str, object]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -53,6 +63,7 @@ class ConfigFacts:
 
     Attributes:
         class_names: None where there are none.
+        detector: that the configuration is of; None where none says it.
         anchor: kind of the head; None where no configuration gives it.
         epochs: of the training; None where no configuration gives them.
         settings: fields of the preset that it sets, the anchor kind left out.
@@ -60,6 +71,7 @@ class ConfigFacts:
     """
 
     class_names: tuple[str, ...] | None = None
+    detector: DetectorName | None = None
     anchor: Anchor | None = None
     epochs: int | None = None
     settings: Settings = field(default_factory=Settings)
@@ -86,24 +98,27 @@ def read_config(meta: Metadata, origin: str, weights: Preset) -> ConfigFacts:
     if not isinstance(config, Mapping):
         return ConfigFacts(names)
     try:
-        settings = _read_settings(config, weights)
+        detector, settings = _read_settings(config, weights)
     except CheckpointError as error:
         raise CheckpointError(f"{origin}: {error}") from error
     anchor = cast(Anchor | None, settings.pop("anchor", None))  # as its rule gives it
-    return ConfigFacts(names, anchor, _epochs(config), settings)
+    return ConfigFacts(names, detector, anchor, _epochs(config), settings)
 
 
-def _read_settings(config: Metadata, weights: Preset) -> Settings:
+def _read_settings(config: Metadata, weights: Preset) -> tuple[DetectorName | None, Settings]:
     if "_base_" in config:
         problem = "files that are not here may say anything"
         cure = "store the checkpoint with the merged configuration"
         refuse("_base_", config["_base_"], problem, cure)
-    settings = _read_model(config["model"], weights) if "model" in config else {}
-    return settings | _read_test(config, weights) | _read_input(config, weights)
+    detector = detector_of(_mapping(_lookup(config, "model.bbox_head")), weights)
+    known = detector or weights.detector
+    settings = _read_model(config["model"], weights, known) if "model" in config else {}
+    settings |= _read_test(config, weights, known) | _read_input(config, weights)
+    return detector, settings
 
 
-def _read_model(model: object, weights: Preset) -> Settings:
-    settings = apply_rules(DETECTOR, model, "model", weights)
+def _read_model(model: object, weights: Preset, detector: DetectorName) -> Settings:
+    settings = apply_rules(detector_table(detector), model, "model", weights)
     backbone, neck, head = (
         _mapping(_lookup(model, part)) for part in ("backbone", "neck", "bbox_head")
     )
@@ -118,13 +133,15 @@ def _read_model(model: object, weights: Preset) -> Settings:
     scale, octave_scale = settings.pop("_scale", None), settings.pop("_octave_scale", None)
     if scale is not None or octave_scale is not None:
         settings["anchor_side"] = octave_scale if scale is None else scale
+    if detector != "tood":
+        return settle(settings, detector, weights)
     if head and settings.setdefault("anchor", "free") == "based":
         coder, path = head.get("bbox_coder", {}), "model.bbox_head.bbox_coder"
         settings |= {"delta_stds": DEFAULT_STDS} | apply_rules(BOX_CODER, coder, path, weights)
     return settings
 
 
-def _read_test(config: Metadata, weights: Preset) -> Settings:
+def _read_test(config: Metadata, weights: Preset, detector: DetectorName) -> Settings:
     """Read the test settings: the detector's, else those at the top, else the head's.
 
     At the top they are in 2.x; 3.x has the test loop there.
@@ -133,7 +150,7 @@ def _read_test(config: Metadata, weights: Preset) -> Settings:
         section = _lookup(config, path)
         if section is None or str(_mapping(section).get("type", "")).endswith("Loop"):
             continue
-        settings = apply_rules(TEST, section, path, weights)
+        settings = apply_section(test_section(detector), section, path, weights)
         if "candidates_per_level" not in settings:
             problem = "without it all candidates would be kept; a whole number is supported"
             refuse(f"{path}.nms_pre", None, problem)
@@ -230,13 +247,16 @@ def preset_from_shapes(shapes: Shapes, origin: str) -> Preset:
         origin: the file, for errors.
 
     Raises:
-        CheckpointError: these are not the tensors of a TOOD detector.
+        CheckpointError: these are not the tensors of a detector of the family.
     """
-    if missing := [key for key in LANDMARKS if key not in shapes]:
+    missing = [key for key in LANDMARKS if key not in shapes]
+    if not shapes.keys() & CLASS_WEIGHTS.keys():
+        missing.append(" or ".join(CLASS_WEIGHTS))
+    if missing:
         parts = sorted({".".join(key.split(".")[:2]) for key in shapes})
         listed = f"{', '.join(parts[:6])}{' and more' if len(parts) > 6 else ''}"
         raise CheckpointError(
-            f"{origin}: not a TOOD detector: {', '.join(missing)} missing; "
+            f"{origin}: not a detector of the family: {', '.join(missing)} missing; "
             f"found {len(shapes)} tensors of {listed}"
         )
     custom = _custom_preset(shapes, origin)
@@ -249,14 +269,18 @@ def preset_from_shapes(shapes: Shapes, origin: str) -> Preset:
 def same_structure(first: Preset, second: Preset) -> bool:
     """Return whether two presets have state dicts of the same keys and shapes.
 
-    The class count may differ.
+    The class count may differ. ATSS and PAA have the same.
     """
 
     def structure(preset: Preset) -> tuple[object, ...]:
         width = preset.base_width if preset.groups > 1 else 0  # a plain ResNet does not use it
+        from_c5 = preset.extra_levels == "input"
         return (
             *(preset.depth, preset.groups, width, preset.base_channels, preset.deform_stages),
             *(preset.channels, preset.tower_stages, preset.deform_tower),
+            *(keys_of(preset.detector), preset.tower_bias, preset.anchors_per_cell),
+            *(preset.bins if preset.detector == "gfl" else 0,),
+            *(preset.c5_channels if from_c5 else preset.channels,),
         )
 
     return structure(first) == structure(second)
@@ -273,18 +297,46 @@ def _custom_preset(shapes: Shapes, origin: str) -> Preset:
     deform_stages = tuple(
         n for n in range(1, 5) if f"backbone.layer{n}.0.conv2.conv_offset.weight" in shapes
     )
-    return Preset(
-        "custom",
-        _depth(shapes, origin),
+    channels, *_ = shapes["neck.fpn_convs.0.conv.weight"]
+    custom = replace(
+        BASES[CLASS_WEIGHTS[next(key for key in CLASS_WEIGHTS if key in shapes)]],
+        name="custom",
+        weights=None,
+        published_ap=None,
+        depth=_depth(shapes, origin),
         groups=width // group_width,
         base_width=group_width,
         base_channels=shapes["backbone.conv1.weight"][0],
         deform_stages=deform_stages,
-        channels=shapes["neck.fpn_convs.0.conv.weight"][0],
-        tower_stages=_count(r"bbox_head\.inter_convs\.(\d+)\.", shapes),
-        deform_tower=_count(r"bbox_head\.inter_convs\.(\d+)\.conv\.conv_offset\.", shapes),
-        class_names=numbered_classes(shapes["bbox_head.tood_cls.weight"][0]),
+        channels=channels,
+        extra_levels="output" if shapes["neck.fpn_convs.3.conv.weight"][1] == channels else "input",
     )
+    return replace(custom, **_head_fields(shapes, custom.detector))
+
+
+def _head_fields(shapes: Shapes, detector: DetectorName) -> dict[str, Any]:
+    """Return the fields of a preset that the shapes of a head show."""
+    count = shapes[f"bbox_head.{CLASS_LAYERS[detector]}.weight"][0]
+    if detector == "tood":
+        return {
+            "tower_stages": _count(r"bbox_head\.inter_convs\.(\d+)\.", shapes),
+            "deform_tower": _count(r"bbox_head\.inter_convs\.(\d+)\.conv\.conv_offset\.", shapes),
+            "class_names": numbered_classes(count),
+        }
+    fields: dict[str, Any] = {
+        "tower_stages": _count(r"bbox_head\.cls_convs\.(\d+)\.", shapes),
+        "class_names": numbered_classes(count),
+    }
+    if detector == "fcos":
+        fields["tower_bias"] = "bbox_head.cls_convs.0.conv.bias" in shapes
+    if detector == "gfl":
+        fields["bins"] = max(2, shapes.get("bbox_head.gfl_reg.weight", (0,))[0] // 4)
+    if detector == "retinanet":
+        anchors = max(1, shapes.get("bbox_head.retina_reg.weight", (4,))[0] // 4)
+        fields["class_names"] = numbered_classes(max(1, count // anchors))
+        if anchors != BASES[detector].anchors_per_cell:  # the configuration says which they are
+            fields |= {"anchor_octaves": anchors, "anchor_ratios": (1.0,)}
+    return fields
 
 
 def _count(pattern: str, shapes: Shapes) -> int:

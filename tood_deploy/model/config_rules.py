@@ -9,7 +9,7 @@ defaults hold where a key is missing.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isfinite
 from typing import NoReturn, TypeGuard
 
@@ -60,7 +60,22 @@ class OrNone:
     table: Mapping[str, "Rule"]
 
 
-Rule = Harmless | OneOf | FromWeights | Computed | OrNone | Mapping[str, "Rule"]
+@dataclass(frozen=True)
+class Section:
+    """A section of which keys may be missing, or may not matter.
+
+    Attributes:
+        table: the rule of every key that matters.
+        defaults: MMDetection's values of keys where they are missing, if these must be checked.
+        ignores_others: whether keys that the table lacks change nothing.
+    """
+
+    table: Mapping[str, "Rule"]
+    defaults: Mapping[str, object] = field(default_factory=dict)
+    ignores_others: bool = False
+
+
+Rule = Harmless | OneOf | FromWeights | Computed | OrNone | Section | Mapping[str, "Rule"]
 Table = Mapping[str, Rule]
 Settings = dict[str, object]  # fields of the preset that a configuration sets, by name
 
@@ -121,6 +136,22 @@ def apply_rules(table: Table, section: object, path: str, weights: Preset) -> Se
     return settings
 
 
+def apply_section(section: Section, value: object, path: str, weights: Preset) -> Settings:
+    """Hold a section against its rules as `apply_rules` does, with its defaults.
+
+    Args:
+        section: the rules.
+        value: the configuration's own.
+        path: where it stands, with dots.
+        weights: the preset that the shapes of the weights show.
+    """
+    if not isinstance(value, Mapping):
+        refuse(path, value, "a dictionary is expected there")
+    known = {key: value[key] for key in value if key in section.table or key in SCOPE}
+    given = known if section.ignores_others else value
+    return apply_rules(section.table, {**section.defaults, **given}, path, weights)
+
+
 def _apply_rule(rule: Rule | None, value: object, path: str, weights: Preset) -> Settings:
     """Return the fields that one key sets.
 
@@ -140,16 +171,18 @@ def _apply_rule(rule: Rule | None, value: object, path: str, weights: Preset) ->
         case OneOf(values):
             if not any(same(without_scope(value), allowed) for allowed in values):
                 refuse(path, value, f"only {' or '.join(map(repr, values))} is supported")
-        case FromWeights(field):
-            shown = getattr(weights, field)
+        case FromWeights(name):
+            shown = getattr(weights, name)
             if value is not None and not same(value, shown):
                 cure = "this configuration is not that of these weights"
                 refuse(path, value, f"the weights have {shown!r}", cure)
-        case Computed(field, read):
+        case Computed(name, read):
             try:
-                return {field: read(value)}
+                return {name: read(value)}
             except ValueError as error:
                 refuse(path, value, str(error))
+        case Section():
+            return apply_section(rule, value, path, weights)
         case OrNone(table):
             return {} if value is None else apply_rules(table, value, path, weights)
         case _:
@@ -180,7 +213,7 @@ def is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
 
 
-def _number(low: float, high: float, *, above: bool = False) -> Callable[[object], float]:
+def read_number(low: float, high: float, *, above: bool = False) -> Callable[[object], float]:
     """Return the reader of a number in a range.
 
     Args:
@@ -197,13 +230,14 @@ def _number(low: float, high: float, *, above: bool = False) -> Callable[[object
     return read
 
 
-def _count(value: object) -> int:
+def read_count(value: object) -> int:
+    """Read a number of things."""
     if not is_number(value) or value != int(value) or not 1 <= value <= MAX_CANDIDATES:
         raise ValueError(f"a whole number from 1 to {MAX_CANDIDATES} is supported")
     return int(value)
 
 
-def _scale(value: object) -> float | None:
+def read_scale(value: object) -> float | None:
     """Read the one scale of the square anchors; None where `octave_base_scale` has it."""
     if value is None:
         return None
@@ -213,14 +247,16 @@ def _scale(value: object) -> float | None:
     return float(values[0])
 
 
-def _four(value: object) -> tuple[float, ...]:
+def read_four(value: object) -> tuple[float, ...]:
+    """Read a number for each of dx, dy, dw and dh."""
     if not isinstance(value, tuple) or len(value) != 4 or not all(map(is_number, value)):
         raise ValueError("four numbers, of dx, dy, dw and dh, are supported")
     return tuple(float(number) for number in value)
 
 
-def _four_positive(value: object) -> tuple[float, ...]:
-    if min(values := _four(value)) <= 0:
+def read_four_positive(value: object) -> tuple[float, ...]:
+    """Read a positive number for each of dx, dy, dw and dh."""
+    if min(values := read_four(value)) <= 0:
         raise ValueError("four positive numbers, of dx, dy, dw and dh, are supported")
     return values
 
@@ -262,7 +298,7 @@ BACKBONE: Table = {
     "conv_cfg": PLAIN_CONVOLUTION,
     "norm_cfg": {
         "type": one_of("BN", "BN2d", "SyncBN", "MMSyncBN"),
-        "eps": Computed("batch_norm_eps", _number(0, 1, above=True)),
+        "eps": Computed("batch_norm_eps", read_number(0, 1, above=True)),
         "momentum": HARMLESS,
         "requires_grad": HARMLESS,
         "affine": one_of(True),
@@ -305,20 +341,20 @@ ANCHOR_GENERATOR: Table = {
     "type": one_of("AnchorGenerator"),
     "strides": one_of(STRIDES),
     "ratios": one_of((1.0,)),
-    "scales": Computed("_scale", _scale),
-    "octave_base_scale": Computed("_octave_scale", _scale),
+    "scales": Computed("_scale", read_scale),
+    "octave_base_scale": Computed("_octave_scale", read_scale),
     "scales_per_octave": one_of(1, None),
     "base_sizes": one_of(None, STRIDES),
     "centers": one_of(None),
-    "center_offset": Computed("anchor_offset", _number(0, 1)),
+    "center_offset": Computed("anchor_offset", read_number(0, 1)),
     "scale_major": HARMLESS,  # of one scale and one ratio
     "use_box_type": HARMLESS,
 }
 
 BOX_CODER: Table = {
     "type": one_of("DeltaXYWHBBoxCoder"),
-    "target_means": Computed("delta_means", _four),
-    "target_stds": Computed("delta_stds", _four_positive),
+    "target_means": Computed("delta_means", read_four),
+    "target_stds": Computed("delta_stds", read_four_positive),
     "clip_border": HARMLESS,  # the head decodes without an image size
     "add_ctr_clamp": one_of(False),
     "ctr_clamp": HARMLESS,
@@ -337,8 +373,8 @@ HEAD: Table = {
     "conv_cfg": PLAIN_CONVOLUTION,
     "norm_cfg": {
         "type": one_of("GN"),
-        "num_groups": Computed("norm_groups", _count),
-        "eps": Computed("norm_eps", _number(0, 1, above=True)),
+        "num_groups": Computed("norm_groups", read_count),
+        "eps": Computed("norm_eps", read_number(0, 1, above=True)),
         "requires_grad": HARMLESS,
         "affine": one_of(True),
     },
@@ -360,14 +396,14 @@ DETECTOR: Table = {
 }
 
 TEST: Table = {
-    "score_thr": Computed("score_threshold", _number(0, 1)),
-    "nms_pre": Computed("candidates_per_level", _count),
-    "max_per_img": Computed("max_det", _count),
+    "score_thr": Computed("score_threshold", read_number(0, 1)),
+    "nms_pre": Computed("candidates_per_level", read_count),
+    "max_per_img": Computed("max_det", read_count),
     "min_bbox_size": one_of(0, -1),  # an aligned box has some area in any case
     "nms": {
         "type": one_of("nms"),
-        "iou_threshold": Computed("iou_threshold", _number(0, 1)),
-        "iou_thr": Computed("iou_threshold", _number(0, 1)),
+        "iou_threshold": Computed("iou_threshold", read_number(0, 1)),
+        "iou_thr": Computed("iou_threshold", read_number(0, 1)),
         "class_agnostic": one_of(False),
         "split_thr": HARMLESS,  # how the same is computed
         "offset": one_of(0),

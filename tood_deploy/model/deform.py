@@ -62,20 +62,20 @@ def align_boxes(boxes: Tensor, offsets: Tensor) -> Tensor:
 def deform_conv2d(
     x: Tensor,
     offset: Tensor,
-    mask: Tensor,
+    mask: Tensor | None,
     weight: Tensor,
     *,
     stride: int = 1,
     padding: int = 1,
     groups: int = 1,
 ) -> Tensor:
-    """Convolve with taps that read at offset places: deformable convolution, version 2.
+    """Convolve with taps that read at offset places: deformable convolution, version 2 or 1.
 
     Args:
         x: (B, C, H, W).
         offset: (B, 2*G*T, H', W') in cells: dy and dx of each of the kernel's T taps in row-major
             order, for each of G offset groups, which split C evenly and consecutively.
-        mask: (B, G*T, H', W') factors of the samples.
+        mask: (B, G*T, H', W') factors of the samples; None for version 1, which has none.
         weight: (C', C / groups, kernel rows, kernel columns).
         stride, padding, groups: as of an ordinary convolution.
 
@@ -85,7 +85,7 @@ def deform_conv2d(
     batch, channels, height, width = x.shape
     out_channels, _, kernel_h, kernel_w = weight.shape
     taps = kernel_h * kernel_w
-    offset_groups = mask.shape[1] // taps
+    offset_groups = offset.shape[1] // (2 * taps)
     out_h, out_w = offset.shape[2:]
     # Positions are ordered (B, H', W', T, G), so that each reads one row of C / G channels that
     # lie side by side in memory.
@@ -94,7 +94,11 @@ def deform_conv2d(
         .permute(3, 0, 4, 5, 2, 1)
         .unbind(0)
     )
-    factor = mask.reshape(batch, offset_groups, taps, out_h, out_w).permute(0, 3, 4, 2, 1)
+    factor = (
+        None
+        if mask is None
+        else mask.reshape(batch, offset_groups, taps, out_h, out_w).permute(0, 3, 4, 2, 1)
+    )
     tap_y, tap_x = _tap_positions((out_h, out_w), (kernel_h, kernel_w), stride, padding, x)
     rows = x.permute(0, 2, 3, 1).reshape(
         batch * height * width * offset_groups, channels // offset_groups
@@ -104,7 +108,8 @@ def deform_conv2d(
     samples: Tensor | None = None
     for index, share in bilinear_corners(tap_y + dy, tap_x + dx, (height, width)):
         index = (image + index) * offset_groups + group
-        read = rows.index_select(0, index.reshape(-1)) * (share * factor).reshape(-1, 1)
+        read = rows.index_select(0, index.reshape(-1))
+        read = read * (share if factor is None else share * factor).reshape(-1, 1)
         samples = read if samples is None else samples + read
     assert samples is not None
     samples = samples.to(x.dtype).reshape(batch * out_h * out_w, taps, channels)
@@ -225,3 +230,31 @@ class DeformConv2d(nn.Module):
             padding=self.padding,
             groups=self.groups,
         )
+
+
+class OffsetConv2d(nn.Module):
+    """A DCNv1 layer whose offsets come from elsewhere. Has neither bias nor mask."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, *, padding: int = 0
+    ) -> None:
+        """Build it, with random weights.
+
+        Args:
+            in_channels, out_channels: C and C'.
+            kernel_size: rows and columns of the kernel.
+            padding: as of an ordinary convolution.
+        """
+        super().__init__()
+        self.padding = padding
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, kernel_size, kernel_size))
+        nn.init.normal_(self.weight, std=0.01)
+
+    def forward(self, x: Tensor, offset: Tensor) -> Tensor:
+        """Return (B, C', H', W').
+
+        Args:
+            x: (B, C, H, W).
+            offset: (B, 2*T, H', W') dy and dx in cells of each of the T taps, in row-major order.
+        """
+        return deform_conv2d(x, offset, None, self.weight, padding=self.padding)

@@ -1,4 +1,6 @@
-"""Build the feature pyramid: C3, C4, C5 in, P3 to P7 out (reference/SPEC.md section 1).
+"""Build the feature pyramid: C3, C4, C5 in, P3 to P7 out.
+
+Sources: reference/SPEC.md section 1; reference/SPEC_FAMILY.md section 0.
 
 Knows neither which backbone its maps come from nor which head reads them.
 """
@@ -7,6 +9,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from tood_deploy.presets import Preset
 
 
 class _Conv(nn.Module):
@@ -29,15 +33,23 @@ class FPN(nn.Module):
     """The pyramid network.
 
     Lateral 1x1 convolutions, a sum from the top down, 3x3 output convolutions, and two more levels
-    from P5's output.
+    from P5's output or from C5.
     """
 
-    def __init__(self, in_channels: Sequence[int], channels: int) -> None:
-        """Build it for maps of `in_channels`, with `channels` in every level."""
+    def __init__(self, in_channels: Sequence[int], preset: Preset) -> None:
+        """Build it for maps of `in_channels`."""
         super().__init__()
+        channels = preset.channels
+        self.reads_input = preset.extra_levels == "input"
+        self.relu_before_p7 = preset.relu_before_p7
+        p6_channels = in_channels[-1] if self.reads_input else channels
         self.lateral_convs = nn.ModuleList(_Conv(count, channels, 1) for count in in_channels)
         self.fpn_convs = nn.ModuleList(
-            _Conv(channels, channels, 3, stride) for stride in (1, 1, 1, 2, 2)
+            [
+                *(_Conv(channels, channels, 3) for _ in in_channels),
+                _Conv(p6_channels, channels, 3, 2),
+                _Conv(channels, channels, 3, 2),
+            ]
         )
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
@@ -52,6 +64,7 @@ class FPN(nn.Module):
                 laterals[i + 1], size=laterals[i].shape[2:], mode="nearest"
             )
         levels = [conv(x) for conv, x in zip(self.fpn_convs, laterals, strict=False)]
-        for conv in list(self.fpn_convs)[len(laterals) :]:
-            levels.append(conv(levels[-1]))  # no activation between P6 and P7
-        return levels
+        to_p6, to_p7 = list(self.fpn_convs)[len(laterals) :]
+        p6 = to_p6(maps[-1] if self.reads_input else levels[-1])
+        p7 = to_p7(F.relu(p6) if self.relu_before_p7 else p6)  # P6 itself stays without ReLU
+        return [*levels, p6, p7]

@@ -1,10 +1,11 @@
-"""Build the task-aligned head (T-Head): pyramid maps in, probabilities and boxes out.
+"""Define what the heads of all detectors share: their output, and the parts they are built from.
 
-Holds no loss and no mode switch; knows neither candidates nor suppression.
-Source: reference/SPEC.md section 2; the paper's section 3.1.
+A head reads pyramid maps and gives probabilities and boxes; each has a file in `heads`. Holds no
+loss and no mode switch; knows neither candidates nor suppression.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,11 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tood_deploy.model.boxes import anchor_points, decode_deltas, decode_distances
-from tood_deploy.model.deform import DeformConv2d, align_boxes
+from tood_deploy.model.boxes import anchor_points
+from tood_deploy.model.deform import DeformConv2d
 from tood_deploy.presets import STRIDES, Preset
 
-DOWN_RATE = 8  # channels of the tower for one hidden channel of the decomposition's attention
 TOWER_OFFSET_GROUPS = 4
 PRIOR_BIAS = -math.log(99)  # every class starts at a probability of 0.01
 
@@ -33,25 +33,33 @@ class HeadOutput(NamedTuple):
     boxes_strides: list[Tensor]
 
 
-class TowerMaps(NamedTuple):
-    """The tower's features of one level.
+class HeadMaps(NamedTuple):
+    """The raw maps of a head with separate towers, a tensor for each level: what losses read.
 
     Attributes:
-        stages: (B, C, h, w) of each of its S convolutions, in order.
-        joined: the same, concatenated, (B, S*C, h, w).
-        pooled: their means over rows and columns, (B, S*C, 1, 1).
+        classes: (B, A*K, h, w) logits, anchor by anchor; A is 1 but in RetinaNet.
+        regression: (B, C, h, w) after the level's scale, in the coding that the head's `decode`
+            reads: deltas (ATSS, PAA, RetinaNet), logits of 4 sides' bins (GFL), distances in
+            strides (FCOS, VFNet).
+        quality: (B, 1, h, w) logits of centre-ness (ATSS, FCOS) or overlap (PAA); no tensors where
+            the head predicts neither.
     """
 
-    stages: list[Tensor]
-    joined: Tensor
-    pooled: Tensor
+    classes: list[Tensor]
+    regression: list[Tensor]
+    quality: list[Tensor]
 
 
 class ConvNorm(nn.Module):
-    """Convolution without bias, GroupNorm, ReLU."""
+    """Convolution, GroupNorm, ReLU."""
 
     def __init__(
-        self, preset: Preset, in_channels: int, kernel_size: int, deform: bool = False
+        self,
+        preset: Preset,
+        in_channels: int,
+        kernel_size: int,
+        deform: bool = False,
+        bias: bool = False,
     ) -> None:
         """Build it, with random initial weights.
 
@@ -60,6 +68,7 @@ class ConvNorm(nn.Module):
             in_channels: of the input.
             kernel_size: rows and columns of the kernel.
             deform: make the convolution a deformable one.
+            bias: of an ordinary convolution.
         """
         super().__init__()
         channels, padding = preset.channels, kernel_size // 2
@@ -72,76 +81,15 @@ class ConvNorm(nn.Module):
                 offset_groups=TOWER_OFFSET_GROUPS,
             )
         else:
-            self.conv = nn.Conv2d(in_channels, channels, kernel_size, padding=padding, bias=False)
+            self.conv = nn.Conv2d(in_channels, channels, kernel_size, padding=padding, bias=bias)
+            if self.conv.bias is not None:
+                nn.init.zeros_(self.conv.bias)
         self.gn = nn.GroupNorm(preset.norm_groups, channels, eps=preset.norm_eps)
         nn.init.normal_(self.conv.weight, std=0.01)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (B, C', H, W) for x (B, C, H, W)."""
         return F.relu(self.gn(self.conv(x)))
-
-
-class TaskDecomposition(nn.Module):
-    """Layer attention: the tower's stages, weighed for one task and image, reduced to one map."""
-
-    def __init__(self, preset: Preset) -> None:
-        super().__init__()
-        channels, stages = preset.channels, preset.tower_stages
-        hidden = channels // DOWN_RATE
-        self.stages = stages
-        self.layer_attention = nn.Sequential(
-            nn.Conv2d(channels * stages, hidden, 1),
-            nn.ReLU(),
-            nn.Conv2d(hidden, stages, 1),
-            nn.Sigmoid(),
-        )
-        self.reduction_conv = ConvNorm(preset, channels * stages, 1)
-        _init_convs(self.layer_attention, std=0.001)
-
-    def forward(self, tower: TowerMaps) -> Tensor:
-        """Return the task's map (B, C, h, w)."""
-        return F.relu(self.reduction_conv.gn(self.reduce(tower)))
-
-    def reduce(self, tower: TowerMaps) -> Tensor:
-        """Put the stages, times their weights for the image, through one 1x1 convolution.
-
-        Returns:
-            (B, C, h, w), before norm and ReLU.
-        """
-        batch, _, height, width = tower.joined.shape
-        kernel = self.reduction_conv.conv.weight
-        channels = kernel.shape[0]
-        # The same as weighing the features, but the kernel is the smaller of the two.
-        weights = self.stage_weights(tower).unsqueeze(1).unsqueeze(3)
-        kernel = kernel.reshape(1, channels, self.stages, channels) * weights
-        reduced = torch.bmm(kernel.reshape(batch, channels, -1), tower.joined.flatten(2))
-        return reduced.reshape(batch, channels, height, width)
-
-    def stage_weights(self, tower: TowerMaps) -> Tensor:
-        """Return the weights of the S stages for each image, (B, S), from 0 to 1."""
-        return self.layer_attention(tower.pooled).flatten(1)
-
-
-class Alignment(nn.Sequential):
-    """The predictor of alignment maps: 1x1 convolution of all stages, ReLU, 3x3 convolution."""
-
-    def __init__(self, in_channels: int, hidden: int, out_channels: int) -> None:
-        """Build it, with random initial weights.
-
-        Args:
-            in_channels: of all stages together.
-            hidden: channels between the two convolutions.
-            out_channels: C'.
-        """
-        super().__init__(
-            nn.Conv2d(in_channels, hidden, 1),
-            nn.ReLU(),
-            nn.Conv2d(hidden, out_channels, 3, padding=1),
-        )
-
-    def forward(self, input: TowerMaps) -> Tensor:
-        """Return (B, C', h, w) for the tower's features of a level."""
-        return super().forward(input.joined)
 
 
 class Scale(nn.Module):
@@ -156,83 +104,7 @@ class Scale(nn.Module):
         return x * self.scale
 
 
-def geometric_mean_probability(first: Tensor, second: Tensor) -> Tensor:
-    """Return sqrt(sigmoid(first) * sigmoid(second)) of logits.
-
-    Computed through logarithms, because the square root's own gradient is infinite where a sigmoid
-    underflows: the gradient is then g * p * (1 - sigmoid) / 2. And through softplus, because ONNX
-    Runtime's Sigmoid is 0 below -18 and has steps of 6e-8, which a root turns into errors of 7e-5.
-    """
-    return (-(F.softplus(-first) + F.softplus(-second)) / 2).exp()
-
-
-class TaskAlignedHead(nn.Module):
-    """The head of a preset, shared by all levels but for one scale each."""
-
-    def __init__(self, preset: Preset) -> None:
-        super().__init__()
-        channels, stages = preset.channels, preset.tower_stages
-        self.anchor_free = preset.anchor == "free"
-        self.anchor_side, self.anchor_offset = preset.anchor_side, preset.anchor_offset
-        self.delta_means, self.delta_stds = preset.delta_means, preset.delta_stds
-        self.keep_inverted = preset.convention == "authors"
-        self.inter_convs = nn.ModuleList(
-            ConvNorm(preset, channels, 3, deform=i < preset.deform_tower) for i in range(stages)
-        )
-        self.cls_decomp = TaskDecomposition(preset)
-        self.reg_decomp = TaskDecomposition(preset)
-        self.tood_cls = nn.Conv2d(channels, preset.num_classes, 3, padding=1)
-        self.tood_reg = nn.Conv2d(channels, 4, 3, padding=1)
-        self.cls_prob_module = Alignment(channels * stages, channels // 4, 1)
-        self.reg_offset_module = Alignment(channels * stages, channels // 4, 8)
-        self.scales = nn.ModuleList(Scale() for _ in STRIDES)
-        self._init_weights()
-
-    def _init_weights(self) -> None:
-        _init_convs(self.tood_cls, std=0.01, bias=PRIOR_BIAS)
-        _init_convs(self.tood_reg, std=0.01)
-        _init_convs(self.cls_prob_module[0], std=0.01)
-        _init_convs(self.cls_prob_module[2], std=0.01, bias=PRIOR_BIAS)
-        _init_convs(self.reg_offset_module, std=0.001)
-
-    def forward(self, levels: Sequence[Tensor]) -> HeadOutput:
-        """Return scores and boxes of every level, from P3 to P7 (B, C, h, w)."""
-        outputs = [
-            self._forward_level(x, scale) for x, scale in zip(levels, self.scales, strict=True)
-        ]
-        return HeadOutput([scores for scores, _ in outputs], [boxes for _, boxes in outputs])
-
-    def _forward_level(self, x: Tensor, scale: nn.Module) -> tuple[Tensor, Tensor]:
-        # From the logits on all is float32, even where the network is not: an fp16 coordinate near
-        # cell 160 moves in steps of a pixel.
-        tower = self._tower(x)
-        logits = self.tood_cls(self.cls_decomp(tower))
-        scores = geometric_mean_probability(logits.float(), self.cls_prob_module(tower).float())
-        regression = self.tood_reg(self.reg_decomp(tower)).float()
-        boxes = self._decode(regression, scale)
-        aligned = align_boxes(boxes, self.reg_offset_module(tower).float())
-        return scores, aligned if self.keep_inverted else _restore_inverted(aligned, boxes)
-
-    def _tower(self, x: Tensor) -> TowerMaps:
-        stages = []
-        for conv in self.inter_convs:
-            x = conv(x)
-            stages.append(x)
-        pooled = torch.cat([stage.mean((2, 3), keepdim=True) for stage in stages], dim=1)
-        return TowerMaps(stages, torch.cat(stages, dim=1), pooled)
-
-    def _decode(self, regression: Tensor, scale: nn.Module) -> Tensor:
-        """Return boxes (B, 4, h, w) xyxy in strides; the scale multiplies after the exponential."""
-        size_hw = regression.shape[2], regression.shape[3]
-        points = anchor_points(size_hw, regression, self.anchor_offset)
-        if self.anchor_free:
-            return decode_distances(scale(regression.exp()), points)
-        return decode_deltas(
-            scale(regression), points, self.anchor_side, self.delta_means, self.delta_stds
-        )
-
-
-def _init_convs(module: nn.Module, std: float, bias: float = 0.0) -> None:
+def init_convs(module: nn.Module, std: float, bias: float = 0.0) -> None:
     """Give all convolutions of a module normal weights and constant biases.
 
     Args:
@@ -247,10 +119,75 @@ def _init_convs(module: nn.Module, std: float, bias: float = 0.0) -> None:
                 nn.init.constant_(conv.bias, bias)
 
 
-def _restore_inverted(aligned: Tensor, boxes: Tensor) -> Tensor:
-    """Return aligned boxes, save those turned inside out, which stay as they were before.
+def geometric_mean_probability(first: Tensor, second: Tensor) -> Tensor:
+    """Return sqrt(sigmoid(first) * sigmoid(second)) of logits.
 
-    MMDetection's fix, pull request 7567; the authors' code lacks it.
+    Computed through logarithms, because the square root's own gradient is infinite where a sigmoid
+    underflows: the gradient is then g * p * (1 - sigmoid) / 2. And through softplus, because ONNX
+    Runtime's Sigmoid is 0 below -18 and has steps of 6e-8, which a root turns into errors of 7e-5.
     """
-    x1, y1, x2, y2 = aligned.split(1, dim=1)
-    return torch.where((x1 > x2) | (y1 > y2), boxes, aligned)
+    return (-(F.softplus(-first) + F.softplus(-second)) / 2).exp()
+
+
+class SeparateTowers(nn.Module, ABC):
+    """A head of two towers, one that scores classes and one that finds boxes.
+
+    It is shared by all levels but for one scale each. What the towers' last convolutions are, and
+    what their maps mean, is each detector's own.
+    """
+
+    def __init__(self, preset: Preset) -> None:
+        """Build the towers and the scales, with random initial weights."""
+        super().__init__()
+        self.anchor_side, self.anchor_offset = preset.anchor_side, preset.anchor_offset
+        self.cls_convs = self._tower(preset)
+        self.reg_convs = self._tower(preset)
+        self.scales = nn.ModuleList(Scale() for _ in STRIDES)
+
+    def _tower(self, preset: Preset) -> nn.Sequential:
+        """Return one tower."""
+        channels, bias = preset.channels, preset.tower_bias
+        return nn.Sequential(
+            *(ConvNorm(preset, channels, 3, bias=bias) for _ in range(preset.tower_stages))
+        )
+
+    def forward(self, levels: Sequence[Tensor]) -> HeadOutput:
+        """Return scores and boxes of every level, from P3 to P7 (B, C, h, w)."""
+        return self.decode(self.maps(levels))
+
+    def predict(self, levels: Sequence[Tensor]) -> tuple[HeadOutput, list[Tensor]]:
+        """Return `forward`'s result and `ranking`'s."""
+        maps = self.maps(levels)
+        return self.decode(maps), self.ranking(maps)
+
+    @abstractmethod
+    def maps(self, levels: Sequence[Tensor]) -> HeadMaps:
+        """Return the raw maps of every level, from P3 to P7 (B, C, h, w)."""
+
+    def decode(self, maps: HeadMaps) -> HeadOutput:
+        """Return scores and boxes of raw maps. From here on all is float32.
+
+        An fp16 coordinate near cell 160 moves in steps of a pixel.
+        """
+        boxes = [self.boxes(x.float(), level) for level, x in enumerate(maps.regression)]
+        return HeadOutput(self.scores(maps), boxes)
+
+    def scores(self, maps: HeadMaps) -> list[Tensor]:
+        """Return final probabilities (B, K, h, w) of every level."""
+        return [logits.float().sigmoid() for logits in maps.classes]
+
+    def ranking(self, maps: HeadMaps) -> list[Tensor]:
+        """Return the probabilities (B, K, h, w) that thresholds and limits look at.
+
+        No tensors where these are the scores themselves.
+        """
+        return []
+
+    @abstractmethod
+    def boxes(self, regression: Tensor, level: int) -> Tensor:
+        """Return boxes (B, 4, h, w) xyxy in strides of one level's regression map, in float32."""
+
+    def points(self, regression: Tensor) -> Tensor:
+        """Return x, y of the anchor points of a level's map, (2, h, w), in strides."""
+        size_hw = regression.shape[2], regression.shape[3]
+        return anchor_points(size_hw, regression, self.anchor_offset)

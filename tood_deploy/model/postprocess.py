@@ -1,22 +1,62 @@
-"""Turn the head's maps into detections, by either published convention.
+"""Turn the head's maps into detections, in each detector's own order of operations.
 
 Probabilities and boxes of every level in, candidates and then detections in pixels of the network
 input out. One implementation for eager runs, export and evaluation; all shapes but batch, height
-and width are static. Knows neither network nor image (reference/SPEC.md section 4).
+and width are static. Knows neither network nor image (reference/SPEC.md section 4,
+reference/SPEC_FAMILY.md section 0).
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tood_deploy.model.boxes import box_iou
 from tood_deploy.model.head import HeadOutput
 from tood_deploy.model.nms import nms, nms_unrolled
-from tood_deploy.presets import MAX_CANDIDATES, STRIDES, Convention
+from tood_deploy.presets import MAX_CANDIDATES, STRIDES, Convention, Preset
 
 CANDIDATES_PER_LEVEL = 1000
 MAX_DET = 100
+
+# Of score voting: overlap below which a candidate has no vote, the width of the weights, and the
+# sum of weights below which nobody has voted.
+MIN_VOTING_IOU, VOTING_SIGMA, MIN_VOTES = 0.01, 0.025, 1e-30
+
+
+class Rules(NamedTuple):
+    """How candidates are selected.
+
+    Attributes:
+        limits_pairs: keep the best (anchor, class) pairs of each level; else all pairs of the best
+            anchors.
+        clips: clamp boxes to the image.
+        drops_empty: drop boxes without area.
+    """
+
+    limits_pairs: bool = True
+    clips: bool = False
+    drops_empty: bool = True
+
+
+OF_CONVENTION: dict[Convention, Rules] = {
+    "mmdet": Rules(),
+    "authors": Rules(limits_pairs=False, clips=True, drops_empty=False),
+}
+
+
+def rules_of(preset: Preset) -> Rules:
+    """Return the rules of a detector.
+
+    MMDetection clips no boxes of TOOD, and those of all others. PAA keeps whole anchors, as TOOD's
+    authors do.
+    """
+    if preset.detector == "tood":
+        return OF_CONVENTION[preset.convention]
+    whole = preset.detector == "paa"
+    return Rules(limits_pairs=not whole, clips=True, drops_empty=not whole)
 
 
 class Candidates(NamedTuple):
@@ -97,48 +137,70 @@ def _take_kept(candidates: Candidates, kept: Tensor, num_dets: Tensor) -> BatchR
     )
 
 
+def vote(detections: BatchResult, candidates: Candidates) -> BatchResult:
+    """Move every kept box to the weighted mean of the candidates of its class around it.
+
+    PAA's score voting (reference/SPEC_FAMILY.md section 3); scores stay.
+
+    Args:
+        detections: what suppression kept of the candidates.
+        candidates: its whole input.
+    """
+    kept = detections.boxes_net
+    iou = box_iou(kept, candidates.boxes_net)
+    same = detections.labels.unsqueeze(2) == candidates.labels.unsqueeze(1)
+    closeness = (-((1 - iou) ** 2) / VOTING_SIGMA).exp()
+    weights = closeness * candidates.scores.unsqueeze(1)
+    weights = torch.where(same & (iou > MIN_VOTING_IOU), weights, 0.0)
+    total = weights.sum(2, keepdim=True)
+    mean = torch.bmm(weights, candidates.boxes_net) / total.clamp(min=MIN_VOTES)
+    # A box of no width or height overlaps nothing, not even itself: it stays where it is.
+    voted = (total > MIN_VOTES) & (detections.scores.unsqueeze(2) > 0)
+    return detections._replace(boxes_net=torch.where(voted, mean, kept))
+
+
 def select_candidates(
     out: HeadOutput,
     valid_hw: Tensor,
     score_threshold: Tensor | float,
     *,
-    convention: Convention = "mmdet",
+    rules: Rules = OF_CONVENTION["mmdet"],
     per_level: int = CANDIDATES_PER_LEVEL,
+    ranking: Sequence[Tensor] = (),
 ) -> Candidates:
     """Select the candidates of all levels, best first, at most `MAX_CANDIDATES`.
-
-    MMDetection keeps the best `per_level` (anchor, class) pairs of each level and drops boxes
-    without area; the authors keep all pairs of the best `per_level` anchors and clamp boxes to the
-    image.
 
     Args:
         out: the head's maps, levels of stride 8 to 128.
         valid_hw: (B, 2) rows and columns of each input that hold real pixels.
         score_threshold: candidates have a score above it; others stay, with a score of 0.
-        convention: "mmdet" or "authors".
+        rules: of the detector.
         per_level: the published `nms_pre`.
+        ranking: (B, K, h, w) probabilities of every level that are limited, and held against the
+            threshold, in place of the scores.
     """
-    pairs = per_level if convention == "mmdet" else MAX_CANDIDATES
+    pairs = per_level if rules.limits_pairs else MAX_CANDIDATES
+    maps = zip(out.scores, ranking or out.scores, out.boxes_strides, STRIDES, strict=True)
     levels = [
-        _select_level(scores, boxes * stride, per_level, pairs)
-        for scores, boxes, stride in zip(out.scores, out.boxes_strides, STRIDES, strict=True)
+        _select_level(scores, ranks, boxes * stride, per_level, pairs)
+        for scores, ranks, boxes, stride in maps
     ]
-    boxes, scores, labels = (torch.cat(parts, dim=1) for parts in zip(*levels, strict=True))
-    scores = scores * (scores > score_threshold)
-    if convention == "mmdet":
-        scores = scores * ((boxes[..., 2] > boxes[..., 0]) & (boxes[..., 3] > boxes[..., 1]))
-    else:
+    boxes, scores, labels, *ranks = (torch.cat(parts, dim=1) for parts in zip(*levels, strict=True))
+    scores = scores * ((ranks[0] if ranking else scores) > score_threshold)
+    if rules.clips:
         height, width = valid_hw.to(boxes.dtype).unsqueeze(1).unbind(2)
         boxes = boxes.clamp(min=0)
         boxes = torch.minimum(boxes, torch.stack((width, height, width, height), dim=2))
+    if rules.drops_empty:
+        scores = scores * ((boxes[..., 2] > boxes[..., 0]) & (boxes[..., 3] > boxes[..., 1]))
     scores, order = scores.topk(min(MAX_CANDIDATES, scores.shape[1]), dim=1)
     boxes = boxes.gather(1, order.unsqueeze(2).expand(-1, -1, 4))
     return Candidates(boxes, scores, labels.gather(1, order))
 
 
 def _select_level(
-    scores: Tensor, boxes: Tensor, per_level: int, pairs: int
-) -> tuple[Tensor, Tensor, Tensor]:
+    scores: Tensor, ranks: Tensor, boxes: Tensor, per_level: int, pairs: int
+) -> tuple[Tensor, ...]:
     """Select the best (anchor, class) pairs of one level.
 
     A pair among the best `per_level` belongs to one of the `per_level` best anchors, so anchors are
@@ -146,23 +208,28 @@ def _select_level(
 
     Args:
         scores: (B, K, h, w).
+        ranks: (B, K, h, w) by which pairs are the best; the same tensor where scores are.
         boxes: (B, 4, h, w) xyxy, in any one frame.
         per_level: anchors kept. A level that has fewer is filled up with pairs of score 0, so that
             counts do not depend on sizes.
         pairs: P, pairs kept.
 
     Returns:
-        Boxes (B, P, 4), scores (B, P), labels (B, P).
+        Boxes (B, P, 4), scores (B, P), labels (B, P), and ranks (B, P) unless scores are.
     """
-    classes = scores.shape[1]
-    scores, boxes = scores.flatten(2), boxes.flatten(2)
-    best = F.pad(scores.amax(dim=1), (0, per_level))
+    classes, own_ranks = scores.shape[1], ranks is not scores
+    ranks, boxes = ranks.flatten(2), boxes.flatten(2)
+    best = F.pad(ranks.amax(dim=1), (0, per_level))
     anchors = best.topk(per_level, dim=1).indices
-    real = anchors < scores.shape[2]
+    real = anchors < ranks.shape[2]
     anchors = torch.where(real, anchors, 0)
-    thinned = scores.gather(2, anchors.unsqueeze(1).expand(-1, classes, -1)) * real.unsqueeze(1)
-    pair_scores, pair = thinned.flatten(1).topk(min(pairs, classes * per_level), dim=1)
+    rows = anchors.unsqueeze(1).expand(-1, classes, -1)
+    thinned = ranks.gather(2, rows) * real.unsqueeze(1)
+    pair_ranks, pair = thinned.flatten(1).topk(min(pairs, classes * per_level), dim=1)
     labels = torch.div(pair, per_level, rounding_mode="floor")
     anchor = anchors.gather(1, pair - labels * per_level)
     pair_boxes = boxes.gather(2, anchor.unsqueeze(1).expand(-1, 4, -1)).transpose(1, 2)
-    return pair_boxes, pair_scores, labels
+    if not own_ranks:
+        return pair_boxes, pair_ranks, labels
+    pair_scores = scores.flatten(2).gather(2, rows).flatten(1).gather(1, pair)
+    return pair_boxes, pair_scores, labels, pair_ranks

@@ -59,7 +59,10 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 (which carries stride, groups and deformation), 1x1, and the identity."""
+    """1x1, 3x3 (which carries groups and deformation), 1x1, and the identity.
+
+    The stride sits on the 3x3 convolution, in Caffe's style on the first one.
+    """
 
     expansion = 4
 
@@ -71,8 +74,8 @@ class Bottleneck(nn.Module):
         Args:
             in_channels: of the input.
             planes: channels of the stage before the expansion by four.
-            stride: of the 3x3 convolution.
-            preset: whose groups, widths and batch norms it has.
+            stride: of the block.
+            preset: whose style, groups, widths and batch norms it has.
             deform: make the 3x3 convolution a deformable one.
         """
         super().__init__()
@@ -80,9 +83,10 @@ class Bottleneck(nn.Module):
         if preset.groups > 1:
             width = planes * preset.base_width // preset.base_channels * preset.groups
         conv3x3 = DeformConv2d if deform else partial(nn.Conv2d, bias=False)
-        self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
+        first, middle = (stride, 1) if preset.backbone_style == "caffe" else (1, stride)
+        self.conv1 = nn.Conv2d(in_channels, width, 1, first, bias=False)
         self.bn1 = nn.BatchNorm2d(width, eps=preset.batch_norm_eps)
-        self.conv2 = conv3x3(width, width, 3, stride=stride, padding=1, groups=preset.groups)
+        self.conv2 = conv3x3(width, width, 3, stride=middle, padding=1, groups=preset.groups)
         self.bn2 = nn.BatchNorm2d(width, eps=preset.batch_norm_eps)
         self.conv3 = nn.Conv2d(width, planes * 4, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(planes * 4, eps=preset.batch_norm_eps)

@@ -26,7 +26,7 @@ class Stage:
     Attributes:
         name: "pixels", "backbone", "pyramid", "head", "candidates" or "detections".
         reads: the values of the stage before, by their names in the exported graph.
-        gives: its own values.
+        gives: its own values. Of some detectors the head hands on `RANKING` too.
     """
 
     name: str

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tood_deploy.model.tood import FusedDetector, Stages, Tood
+from tood_deploy.model.detector import DenseDetector, FusedDetector, Stages
+from tood_deploy.model.heads.tood import TaskAlignedHead
 from tood_deploy.parity.reference import (
     INVERSION_EDGE,
     ROUNDING,
@@ -170,8 +171,9 @@ def _exact_maps(
 ) -> tuple[list[Map], list[NDArray[np.bool_] | None]]:
     """Return all maps in float64, and of the boxes the cells on the edge of being inverted.
 
-    MMDetection gives an inverted box back as it was before alignment, which is a step. Float64 says
-    on which side of it a cell lies, and plain float32 the value of the boxes that are given back.
+    MMDetection gives an inverted box of TOOD back as it was before alignment, which is a step.
+    Float64 says on which side of it a cell lies, and plain float32 the value of the boxes that are
+    given back.
 
     Args:
         detector: in float32.
@@ -180,7 +182,10 @@ def _exact_maps(
         plain: what the detector itself computed of these.
     """
     model = copy.deepcopy(detector.model).double()
-    model.bbox_head.keep_inverted = True
+    restore = False
+    if isinstance(model.bbox_head, TaskAlignedHead):
+        restore = not model.bbox_head.keep_inverted
+        model.bbox_head.keep_inverted = True
     pixels = detector.normalise(images, valid_hw).double()
     backbone = model.backbone(pixels)
     pyramid = model.neck(backbone)
@@ -189,7 +194,6 @@ def _exact_maps(
     excluded: list[NDArray[np.bool_] | None] = [None] * len(exact)
     for aligned, kept in zip(head.boxes_strides, plain.head.boxes_strides, strict=True):
         sides = (aligned[:, 2:] - aligned[:, :2]).amin(1, keepdim=True)
-        restore = not detector.model.bbox_head.keep_inverted
         exact.append(torch.where((sides < 0) & restore, kept.double(), aligned).numpy())
         on_edge = ((sides.abs() < INVERSION_EDGE) & restore).expand_as(aligned).numpy()
         excluded.append(on_edge if on_edge.any() else None)
@@ -234,7 +238,7 @@ class TorchRunner:
         return [tensor.numpy() for tensor in (*stages.detections, *stage_maps(stages))]
 
 
-def torch_reference(model: Tood, max_det: int) -> Reference:
+def torch_reference(model: DenseDetector, max_det: int) -> Reference:
     """Return a network as a reference, with at most `max_det` detections an image."""
     detector = FusedDetector(model, max_det).eval()
     return Reference(

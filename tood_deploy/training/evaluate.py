@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from tood_deploy.data.coco_metrics import OVERLAPS, CocoMetrics, CocoRows, evaluate
 from tood_deploy.detections import Detections
-from tood_deploy.model.tood import FusedDetector, Tood
+from tood_deploy.model.detector import DenseDetector, FusedDetector
 from tood_deploy.preprocess import ImageTransform, resize_and_pad
 from tood_deploy.presets import Sizing
 from tood_deploy.training.distributed import gather_objects, is_main, rank, world_size
@@ -92,7 +92,7 @@ class CocoEvaluator:
         self.truth = labelled.annotations.only(labelled.category_ids)
         self.latest: Evaluation | None = None
 
-    def __call__(self, model: Tood) -> Evaluation:
+    def __call__(self, model: DenseDetector) -> Evaluation:
         """Return AP of a network, at the published thresholds; leaves it in eval mode."""
         rows, drawn, unreadable = self._detect_share(FusedDetector(model).to(self.device).eval())
         shares = gather_objects((rows, unreadable))

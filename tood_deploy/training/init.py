@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from tood_deploy.errors import CheckpointError, DownloadError
 from tood_deploy.model.checkpoint import load_checkpoint
 from tood_deploy.model.checkpoint_file import read_checkpoint
+from tood_deploy.model.detector import DenseDetector, build_model
 from tood_deploy.model.download import fetch_weights
+from tood_deploy.model.heads import CLASS_LAYERS
 from tood_deploy.model.resnet import BasicBlock, Bottleneck
-from tood_deploy.model.tood import Tood, build_model
 from tood_deploy.presets import Preset, PublishedWeights
 from tood_deploy.reporter import Reporter
 from tood_deploy.training.config import BACKBONES
 
-CLASS_LAYER = ("bbox_head.tood_cls.weight", "bbox_head.tood_cls.bias")
 # What changes the meaning of weights and leaves no trace in them: training keeps the preset's.
 SETTINGS = (
     "norm_groups",
@@ -38,7 +38,7 @@ SETTINGS += ("channel_order", "pad_value", "mean", "std")
 NOT_IN_BACKBONES = ("conv_offset.", "num_batches_tracked")
 
 
-def new_model(preset: Preset, seed: int) -> Tood:
+def new_model(preset: Preset, seed: int) -> DenseDetector:
     """Return the network with random weights that follow from the seed.
 
     Every residual block begins as the identity, its last norm's scale zero, as both public
@@ -52,7 +52,9 @@ def new_model(preset: Preset, seed: int) -> Tood:
     return model
 
 
-def load_backbone(model: Tood, source: str | None, reporter: Reporter | None = None) -> str:
+def load_backbone(
+    model: DenseDetector, source: str | None, reporter: Reporter | None = None
+) -> str:
     """Fill the backbone with weights trained for classification, in torchvision's key names.
 
     Args:
@@ -85,13 +87,16 @@ def load_backbone(model: Tood, source: str | None, reporter: Reporter | None = N
 
 
 def load_pretrained(
-    model: Tood, checkpoint: str, weights_key: str | None = None, reporter: Reporter | None = None
+    model: DenseDetector,
+    checkpoint: str,
+    weights_key: str | None = None,
+    reporter: Reporter | None = None,
 ) -> str:
-    """Fill the network from a TOOD checkpoint; where classes differ, the class layer stays random.
+    """Fill the network from a checkpoint; where classes differ, the class layer stays random.
 
     Args:
         model: it is changed.
-        checkpoint: a file of any known kind, or a preset's name.
+        checkpoint: of the same detector, a file of any known kind, or a preset's name.
         weights_key: which weights, where the file holds several.
         reporter: shows how far a download is; one that is not quiet where not given.
 
@@ -114,9 +119,9 @@ def load_pretrained(
     if source.preset.class_names == model.preset.class_names:
         model.load_state_dict(state)
         return f"all weights from {checkpoint}"
-    model.load_state_dict(
-        {key: value for key, value in state.items() if key not in CLASS_LAYER}, strict=False
-    )
+    class_layer = f"bbox_head.{CLASS_LAYERS[model.preset.detector]}."
+    kept = {key: value for key, value in state.items() if not key.startswith(class_layer)}
+    model.load_state_dict(kept, strict=False)
     return (
         f"weights from {checkpoint}, but for the class layer, which starts anew: "
         f"{source.preset.num_classes} classes there, {model.preset.num_classes} here"
@@ -135,7 +140,7 @@ def _check_settings(source: Preset, preset: Preset, checkpoint: str) -> None:
             )
 
 
-def freeze(model: Tood, stages: int, norm: bool) -> None:
+def freeze(model: DenseDetector, stages: int, norm: bool) -> None:
     """Put the network into training mode, and fix its first layers and running statistics.
 
     Args:

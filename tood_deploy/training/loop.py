@@ -23,7 +23,7 @@ import torch
 from tood_deploy.errors import REPEATS_S, CheckpointError, Stopped, ToodError
 from tood_deploy.files import remove_leftovers
 from tood_deploy.model.checkpoint import load_checkpoint, save_checkpoint
-from tood_deploy.model.tood import Tood
+from tood_deploy.model.detector import DenseDetector
 from tood_deploy.reporter import Reporter
 from tood_deploy.training.checkpoints import (
     BEST,
@@ -85,12 +85,12 @@ class StopFlag:
 
 
 def fit(
-    model: Tood,
+    model: DenseDetector,
     data: TrainingData,
     recipe: Recipe,
     options: RunOptions,
     *,
-    evaluate: Callable[[Tood], Verdict] | None = None,
+    evaluate: Callable[[DenseDetector], Verdict] | None = None,
     journal: Journal | None = None,
 ) -> Progress:
     """Train a network.
@@ -129,11 +129,11 @@ class _Run:
 
     def __init__(
         self,
-        model: Tood,
+        model: DenseDetector,
         data: TrainingData,
         recipe: Recipe,
         options: RunOptions,
-        evaluate: Callable[[Tood], Verdict] | None,
+        evaluate: Callable[[DenseDetector], Verdict] | None,
         journal: Journal,
         flag: StopFlag,
     ) -> None:
@@ -234,7 +234,7 @@ class _Run:
             self.options.output / name, preset, self.learner.deployed_weights(), training
         )
 
-    def deployed(self) -> Tood:
+    def deployed(self) -> DenseDetector:
         """Return the network with the weights to deploy, in eval mode."""
         if self.learner.average is None:
             return self.learner.model.eval()
@@ -287,7 +287,8 @@ class _Run:
             "seconds": seconds,
             "data_seconds": loaded - start,
         }
-        self.epoch_values.append(result._asdict() | values)
+        gradient = {"grad_norm": result.grad_norm, "positives": result.positives}
+        self.epoch_values.append(result.losses | gradient | values)
         self.journal.step(self.epoch_values[-1])
 
     def _next_parts(self, batches: Iterator[Batch]) -> list[Batch]:
@@ -316,7 +317,14 @@ class _Run:
 
     def _restore(self, content: dict[str, Any], path: Path) -> None:
         training, preset = content["training"], self.learner.model.preset
-        if tuple(json.loads(content["tood_deploy"])["class_names"]) != preset.class_names:
+        before = json.loads(content["tood_deploy"])
+        # The weights do not show it: ATSS and PAA are one network.
+        if (detector := before.get("detector", "tood")) != preset.detector:
+            raise CheckpointError(
+                f"{path}: was trained as {detector}, the preset {preset.name} is "
+                f"{preset.detector}; use the same preset"
+            )
+        if tuple(before["class_names"]) != preset.class_names:
             names = ", ".join(preset.class_names[:5])
             raise CheckpointError(
                 f"{path}: was trained on other classes; expected {names}: use the same data"

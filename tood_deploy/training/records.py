@@ -7,8 +7,9 @@ no torch and no augmentation.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +29,24 @@ from tood_deploy.data.images import (
     read_image_size,
 )
 from tood_deploy.errors import InputError
+from tood_deploy.windows import boxes_in_window, slice_windows
 
+MAX_WHOLE_BYTES = 512 * 2**20  # of images that windows are cut from, in each loading process
 MIN_IMAGE_SIDE = 32  # pixels of the shorter side; the published recipes leave out smaller ones too
 MIN_BOX_SIDE = 1.0  # pixels
+
+
+@dataclass(frozen=True)
+class Window:
+    """A part of an image.
+
+    Attributes:
+        xyxy: in pixels of the image.
+        image_hw: rows and columns of the image.
+    """
+
+    xyxy: tuple[int, int, int, int]
+    image_hw: tuple[int, int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,9 +56,10 @@ class Record:
     Attributes:
         image_id: as in the annotations.
         path: of the image.
-        size_hw: as the annotations say, else as the image's header.
+        size_hw: as the annotations say, else as the image's header; of a window its own.
         boxes: (G, 4) float32 xyxy in pixels, clipped to the image.
         labels: (G,) int64 class numbers.
+        window: the part of the image that is meant; None: all of it.
     """
 
     image_id: int
@@ -50,6 +67,7 @@ class Record:
     size_hw: tuple[int, int]
     boxes: NDArray[np.float32]
     labels: NDArray[np.int64]
+    window: Window | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,9 +149,113 @@ def read_image(record: Record) -> NDArray[np.uint8] | None:
     None if it cannot be read, or has another size than its annotations say.
     """
     try:
-        return read_image_of_size(record.path, record.size_hw)
+        if record.window is None:
+            return read_image_of_size(record.path, record.size_hw)
+        left, top, right, bottom = record.window.xyxy
+        return _WHOLE.read(record.path, record.window.image_hw)[top:bottom, left:right]
     except InputError:
         return None
+
+
+class _WholeImages:
+    """Images that windows were cut from lately: the next window of each needs no decoding."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self._images: OrderedDict[tuple[Path, tuple[int, int]], NDArray[np.uint8]] = OrderedDict()
+
+    def read(self, path: Path, size_hw: tuple[int, int]) -> NDArray[np.uint8]:
+        """Return the image, (H, W, 3) uint8 BGR.
+
+        Raises:
+            InputError: it cannot be read, or is not of that size.
+        """
+        image = self._images.pop((path, size_hw), None)
+        if image is None:
+            image = read_image_of_size(path, size_hw)
+        self._images[path, size_hw] = image
+        while len(self._images) > 1 and self._bytes() > self.max_bytes:
+            self._images.popitem(last=False)
+        return image
+
+    def _bytes(self) -> int:
+        return sum(image.nbytes for image in self._images.values())
+
+
+_WHOLE = _WholeImages(MAX_WHOLE_BYTES)
+
+
+def slice_images(
+    labelled: LabelledImages, size_hw: tuple[int, int], overlap: float, min_visible: float
+) -> LabelledImages:
+    """Return the windows of all images as images of their own, cut when they are read.
+
+    Boxes are cut at a window's border, and belong to every window that shows enough of them.
+
+    Args:
+        labelled: whole images.
+        size_hw: rows and columns of a window.
+        overlap: of neighbouring windows, as a share of their side.
+        min_visible: smallest share of a box's area that a window must show.
+    """
+    cuts = [
+        (record, window)
+        for record in labelled.records
+        for window in slice_windows(record.size_hw, size_hw, overlap)
+    ]
+    records = []
+    for number, (record, window) in enumerate(cuts, 1):
+        boxes, kept = boxes_in_window(record.boxes, window, min_visible)
+        left, top, right, bottom = window.tolist()
+        part = Window((left, top, right, bottom), record.size_hw)
+        cut_hw = (bottom - top, right - left)
+        records.append(Record(number, record.path, cut_hw, boxes, record.labels[kept], part))
+    origins = [record.image_id for record, _ in cuts]
+    annotations = _sliced_annotations(labelled.annotations, records, origins, min_visible)
+    return replace(labelled, annotations=annotations, records=records)
+
+
+def _sliced_annotations(
+    annotations: Annotations, records: list[Record], origins: list[int], min_visible: float
+) -> Annotations:
+    """Return the annotations of windows, crowds and small objects with them.
+
+    Args:
+        annotations: of the whole images.
+        records: the windows, with their own ids.
+        origins: id of the image of every window.
+        min_visible: smallest share of a box's area that a window must show.
+    """
+    parts = []
+    for record, origin in zip(records, origins, strict=True):
+        assert record.window is not None
+        own = annotations.boxes.pick(annotations.boxes.span(origin, origin))
+        corners = np.concatenate(
+            [own.boxes_xywh[:, :2], own.boxes_xywh[:, :2] + own.boxes_xywh[:, 2:]], axis=1
+        )
+        cut, kept = boxes_in_window(
+            corners.astype(np.float32), np.array(record.window.xyxy), min_visible
+        )
+        own, sides = own.pick(kept), (cut[:, 2:] - cut[:, :2]).astype(np.float64)
+        shown = np.prod(sides, axis=1) / np.maximum(np.prod(own.boxes_xywh[:, 2:], axis=1), 1e-9)
+        parts.append(
+            replace(
+                own,
+                image_ids=np.full(len(own), record.image_id, np.int64),
+                boxes_xywh=np.concatenate([cut[:, :2].astype(np.float64), sides], axis=1),
+                areas=own.areas * shown,
+            )
+        )
+    images = {
+        record.image_id: AnnotatedImage(record.path.name, record.size_hw) for record in records
+    }
+    columns = {
+        column.name: np.concatenate([getattr(part, column.name) for part in parts])
+        for column in fields(AnnotatedBoxes)
+    }
+    return replace(
+        annotations, images=images, boxes=AnnotatedBoxes(**columns), file_order=tuple(images)
+    )
 
 
 def _find_images(

@@ -16,9 +16,9 @@ import cv2
 import torch
 
 from tood_deploy.errors import ToodError, not_installed
-from tood_deploy.model.tood import Tood
+from tood_deploy.model.detector import DenseDetector
 from tood_deploy.presets import Preset, get_preset
-from tood_deploy.reporter import Reporter
+from tood_deploy.reporter import Reporter, printable
 from tood_deploy.training.checkpoints import BEST, FINAL, LAST
 from tood_deploy.training.config import ONE_X, RECIPES, TWO_X, Progress, Recipe, RunOptions
 from tood_deploy.training.data import Augment, TrainingData
@@ -27,7 +27,7 @@ from tood_deploy.training.init import load_backbone, load_pretrained, new_model
 from tood_deploy.training.learner import AUTOCAST
 from tood_deploy.training.logger import Journal
 from tood_deploy.training.loop import fit
-from tood_deploy.training.records import LabelledImages, read_labelled_images
+from tood_deploy.training.records import LabelledImages, read_labelled_images, slice_images
 from tood_deploy.training.report import plot_learning, plot_precision_recall
 
 if TYPE_CHECKING:
@@ -96,9 +96,13 @@ def choose_recipe(preset: str, changes: Mapping[str, Any]) -> tuple[Recipe, list
         changes: values by field of `Recipe`, and "published": "1x" or "2x". A changed number of
             epochs moves the drops along, a changed batch the learning rate, unless these are given
             too.
+
+    Raises:
+        ToodError: the preset's detector is not trained here, or has no such epochs.
     """
     changes = dict(changes)
     published = changes.pop("published", None)
+    _check_trained(preset, changes)
     recipe, notes = RECIPES[preset], []
     if published is not None:
         schedule = SCHEDULES[published]
@@ -115,6 +119,22 @@ def choose_recipe(preset: str, changes: Mapping[str, Any]) -> tuple[Recipe, list
             f"{before.lr:g} is for {before.batch} images a step"
         )
     return replace(recipe, **changes), notes
+
+
+def _check_trained(preset: str, changes: Mapping[str, Any]) -> None:
+    """Raise ToodError for a preset without a recipe, and for epochs that its loss does not have."""
+    if preset not in RECIPES:
+        trained = ", ".join(dict.fromkeys(get_preset(name).detector for name in RECIPES))
+        raise ToodError(
+            f"{preset}: there is no training of {get_preset(preset).detector}; "
+            f"choose a preset of {trained}"
+        )
+    own = changes.get("loss", RECIPES[preset].loss) == "own"
+    if "atss_epochs" in changes and own and get_preset(preset).detector != "tood":
+        raise ToodError(
+            f"{preset}: atss_epochs is {changes['atss_epochs']}, which TOOD's loss alone has; "
+            "leave it out, or give --loss tood"
+        )
 
 
 def train(
@@ -208,12 +228,16 @@ def _open_data(
     recipe: Recipe,
 ) -> tuple[LabelledImages, CocoEvaluator | None]:
     labelled = read_labelled_images(paths.train_json, paths.train_images, class_names)
+    if recipe.slice is not None:
+        labelled = slice_images(labelled, recipe.slice, recipe.overlap, recipe.min_visible)
     if paths.val_json is None or paths.val_images is None:
         return labelled, None
     # Only here, so that training without validation data needs no pycocotools.
     from tood_deploy.training.evaluate import CocoEvaluator
 
     validation = read_labelled_images(paths.val_json, paths.val_images, labelled.class_names)
+    if recipe.slice is not None:
+        validation = slice_images(validation, recipe.slice, recipe.overlap, recipe.min_visible)
     return labelled, CocoEvaluator(validation, device, batch, AUTOCAST[recipe.precision])
 
 
@@ -221,20 +245,34 @@ def _describe(
     preset: Preset, recipe: Recipe, labelled: LabelledImages, usable: int, device: torch.device
 ) -> list[str]:
     """Return in a few lines what is about to happen."""
-    names = ", ".join(preset.class_names[:4]) + (", ..." if preset.num_classes > 4 else "")
+    names = ", ".join(map(printable, preset.class_names[:4])) + (
+        ", ..." if preset.num_classes > 4 else ""
+    )
     rate = f"{recipe.optimiser} with learning rate {recipe.lr:g}, {recipe.schedule} schedule"
+    other = recipe.loss == "tood" and preset.detector != "tood"
     workers = f"{world_size()} workers" if world_size() > 1 else "1 worker"
+    slices = []
+    if recipe.slice is not None:
+        height, width = recipe.slice
+        slices = [
+            f"images are cut into windows of {height} x {width} pixels, overlap "
+            f"{recipe.overlap:g}, and boxes of which {recipe.min_visible:g} or more is in them; "
+            "AP is that of the windows"
+        ]
+    what = "images" if recipe.slice is None else "windows"
     return [
         f"{preset.name}: {preset.num_classes} classes ({names}), "
-        f"{usable} images of {labelled.path}",
+        f"{usable} {what} of {labelled.path}",
+        *slices,
         *(f"left out or mended: {line}" for line in labelled.problems.lines()),
+        *(["the loss is TOOD's, not the detector's own"] if other else []),
         f"{recipe.epochs} epochs of batch {recipe.batch}, {rate}, {recipe.precision}, "
         f"seed {recipe.seed}, {workers} on {device.type}",
     ]
 
 
 def _load_first_weights(
-    model: Tood, first: FirstWeights, recipe: Recipe, reporter: Reporter
+    model: DenseDetector, first: FirstWeights, recipe: Recipe, reporter: Reporter
 ) -> str:
     if first.checkpoint is not None:
         return load_pretrained(model, first.checkpoint, first.weights_key, reporter)

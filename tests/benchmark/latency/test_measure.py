@@ -39,7 +39,7 @@ from tood_deploy.errors import ToodError
 from tood_deploy.files import file_sha256
 from tood_deploy.inference.detector import Detector
 from tood_deploy.manifest import manifest_path
-from tood_deploy.model.tood import build_model
+from tood_deploy.model.detector import build_model
 from tood_deploy.presets import PRESETS
 
 WARM = WarmUp(10, 1.0, True, (1.0,) * 10)

@@ -16,7 +16,7 @@ from tood_deploy.data.image_set import ImageEntry, ImageSet, synthetic_image
 from tood_deploy.engines import BatchDetections
 from tood_deploy.engines.torch_engine import TorchEngine
 from tood_deploy.errors import CheckFailed
-from tood_deploy.model.tood import Tood, build_model
+from tood_deploy.model.detector import DenseDetector, build_model
 from tood_deploy.parity import verify
 from tood_deploy.parity.reference import Outputs
 from tood_deploy.parity.tolerances import DETECTION_LIMITS, STAGE_LIMITS
@@ -50,7 +50,7 @@ def nothing(outputs: Outputs) -> None:
 
 
 @pytest.fixture(scope="module")
-def model(seeded_fill: Callable) -> Tood:
+def model(seeded_fill: Callable) -> DenseDetector:
     """`tiny` with stand-in weights, which finds a hundred boxes above 0.3 in a small image."""
     network = build_model(replace(PRESETS["tiny"], class_names=("a", "b", "c"), imgsz=IMGSZ))
     shapes = {key: tuple(value.shape) for key, value in network.state_dict().items()}
@@ -58,8 +58,8 @@ def model(seeded_fill: Callable) -> Tood:
         {key: torch.from_numpy(value) for key, value in seeded_fill(shapes).items()}
     )
     with torch.no_grad():
-        for layer in (network.bbox_head.tood_cls, network.bbox_head.cls_prob_module[2]):
-            layer.get_parameter("bias").add_(8)
+        for layer in ("tood_cls", "cls_prob_module.2"):
+            network.get_parameter(f"bbox_head.{layer}.bias").add_(8)
     return network
 
 
@@ -68,7 +68,7 @@ class ChangedRunner:
 
     name = "changed"
 
-    def __init__(self, model: Tood, change: Change) -> None:
+    def __init__(self, model: DenseDetector, change: Change) -> None:
         self.run, self.change = TorchRunner(TorchEngine(model).detector), change
 
     def __call__(
@@ -83,7 +83,7 @@ class ChangedRunner:
 class ChangedEngine(TorchEngine):
     """The same artefact as tood-bench opens it."""
 
-    def __init__(self, model: Tood, change: Change, precision: str) -> None:
+    def __init__(self, model: DenseDetector, change: Change, precision: str) -> None:
         super().__init__(model)
         self.manifest = replace(self.manifest, precision=precision)
         self.change = change
@@ -97,7 +97,7 @@ class ChangedEngine(TorchEngine):
         return BatchDetections(*copies)
 
 
-def passes_export(model: Tood, change: Change, precision: str) -> bool:
+def passes_export(model: DenseDetector, change: Change, precision: str) -> bool:
     reference, run = torch_reference(model, 100), ChangedRunner(model, change)
     try:
         if precision == "fp32":
@@ -110,7 +110,7 @@ def passes_export(model: Tood, change: Change, precision: str) -> bool:
     return True
 
 
-def passes_bench(model: Tood, change: Change, precision: str, conf: float = 0.05) -> bool:
+def passes_bench(model: DenseDetector, change: Change, precision: str, conf: float = 0.05) -> bool:
     engine = TorchEngine(model)
     reference = ComparedModel("m.pth", None, engine, TorchStages(engine.detector), "")
     changed = ChangedEngine(model, change, precision)
@@ -132,7 +132,11 @@ def passes_bench(model: Tood, change: Change, precision: str, conf: float = 0.05
     ],
 )
 def test_both_judge_alike(
-    change: Change, passes: bool, precision: str, model: Tood, monkeypatch: pytest.MonkeyPatch
+    change: Change,
+    passes: bool,
+    precision: str,
+    model: DenseDetector,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(verify, "SIZES_HW", {"small": (96, 64)})
     assert passes_export(model, change, precision) is passes
@@ -141,7 +145,7 @@ def test_both_judge_alike(
 
 @pytest.mark.parametrize(("change", "passes"), [(nothing, True), (keep_30, False)])
 def test_a_high_score_threshold_changes_no_verdict(
-    change: Change, passes: bool, model: Tood
+    change: Change, passes: bool, model: DenseDetector
 ) -> None:
     """What lies between the deployment score and `conf` is looked at all the same."""
     assert passes_bench(model, change, "int8", conf=0.9) is passes

@@ -33,7 +33,7 @@ from tood_deploy.engines.torch_engine import TorchEngine
 from tood_deploy.errors import ToodError
 from tood_deploy.inference.detector import Detector
 from tood_deploy.manifest import Manifest, doubts, manifest_path, read_manifest
-from tood_deploy.model.tood import Tood, build_model
+from tood_deploy.model.detector import DenseDetector, build_model
 from tood_deploy.parity.stages import STAGES
 from tood_deploy.preprocess import fit_imgsz, fit_size
 from tood_deploy.presets import PRESETS
@@ -43,7 +43,7 @@ CLASSES = ("a", "b", "c")
 
 
 @pytest.fixture(scope="module")
-def model(seeded_fill: Callable) -> Tood:
+def model(seeded_fill: Callable) -> DenseDetector:
     """`tiny` with three classes and stand-in weights, which find boxes."""
     made = build_model(replace(PRESETS["tiny"], class_names=CLASSES))
     shapes = {key: tuple(value.shape) for key, value in made.state_dict().items()}
@@ -51,8 +51,10 @@ def model(seeded_fill: Callable) -> Tood:
         {key: torch.from_numpy(value) for key, value in seeded_fill(shapes).items()}
     )
     with torch.no_grad():
-        for layer in (made.bbox_head.tood_cls, made.bbox_head.cls_prob_module[2]):
-            layer.get_parameter("bias").add_(2)  # so that scores go beyond the threshold
+        for layer in ("tood_cls", "cls_prob_module.2"):
+            made.get_parameter(f"bbox_head.{layer}.bias").add_(
+                2
+            )  # so that scores go beyond the threshold
     return made
 
 
@@ -76,12 +78,14 @@ class FixedEngine(TorchEngine):
         return super().infer(images, valid_hw, score_threshold, iou_threshold)
 
 
-def compared(model: Tood, name: str = "model.pth", path: Path | None = None) -> ComparedModel:
+def compared(
+    model: DenseDetector, name: str = "model.pth", path: Path | None = None
+) -> ComparedModel:
     engine = TorchEngine(model)
     return ComparedModel(name, path, engine, TorchStages(engine.detector), "abc")
 
 
-def broken(model: Tood, edit: Callable[[Tood], object]) -> ComparedModel:
+def broken(model: DenseDetector, edit: Callable[[DenseDetector], object]) -> ComparedModel:
     copy = build_model(model.preset)
     copy.load_state_dict(model.state_dict())
     with torch.no_grad():
@@ -90,7 +94,7 @@ def broken(model: Tood, edit: Callable[[Tood], object]) -> ComparedModel:
 
 
 def run(
-    model: Tood,
+    model: DenseDetector,
     artefact: ComparedModel,
     scoring: Scoring | None = None,
     own: OwnLimits | None = None,
@@ -108,7 +112,7 @@ def run(
 
 
 @pytest.fixture(scope="module")
-def scoring(model: Tood, tmp_path_factory: pytest.TempPathFactory) -> Scoring:
+def scoring(model: DenseDetector, tmp_path_factory: pytest.TempPathFactory) -> Scoring:
     """The truth is what the model itself finds with a score above 0.08."""
     images = open_image_set(None, None, IMGSZ, 2)
     detector = Detector(TorchEngine(model), conf=0.08, imgsz=IMGSZ)
@@ -123,7 +127,7 @@ def scoring(model: Tood, tmp_path_factory: pytest.TempPathFactory) -> Scoring:
     return Scoring.of(read_annotations(path), CLASSES, None)
 
 
-def test_the_stages_one_after_another_are_the_whole(model: Tood) -> None:
+def test_the_stages_one_after_another_are_the_whole(model: DenseDetector) -> None:
     artefact = compared(model)
     image = np.random.default_rng(0).integers(0, 256, (1, 64, 96, 3), dtype=np.uint8)
     inputs = {"images": image, "valid_hw": np.array([[60, 90]], np.int32)}
@@ -137,7 +141,7 @@ def test_the_stages_one_after_another_are_the_whole(model: Tood) -> None:
         np.testing.assert_array_equal(whole[name], chained[name], err_msg=name)
 
 
-def test_the_reference_rounds_nothing_to_tf32(model: Tood) -> None:
+def test_the_reference_rounds_nothing_to_tf32(model: DenseDetector) -> None:
     assert torch.backends.cudnn.allow_tf32
     artefact, seen = compared(model), []
     hook = model.backbone.register_forward_hook(
@@ -150,7 +154,7 @@ def test_the_reference_rounds_nothing_to_tf32(model: Tood) -> None:
     assert seen == [False, False]
 
 
-def test_a_network_equals_itself(model: Tood, scoring: Scoring) -> None:
+def test_a_network_equals_itself(model: DenseDetector, scoring: Scoring) -> None:
     result = run(
         model, compared(model), scoring, settings=Settings(IMGSZ, sizes_hw=((64, 64), (96, 32)))
     )
@@ -168,11 +172,11 @@ def test_a_network_equals_itself(model: Tood, scoring: Scoring) -> None:
     [
         (lambda model: model.backbone.layer2[0].conv1.weight[3].zero_(), "backbone"),
         (lambda model: model.neck.lateral_convs[1].conv.bias.add_(0.5), "pyramid"),
-        (lambda model: model.bbox_head.tood_reg.get_parameter("bias").add_(0.01), "head"),
+        (lambda model: model.get_parameter("bbox_head.tood_reg.bias").add_(0.01), "head"),
     ],
 )
 def test_the_guilty_stage_of_a_broken_network(
-    model: Tood, scoring: Scoring, edit: Callable, stage: str
+    model: DenseDetector, scoring: Scoring, edit: Callable, stage: str
 ) -> None:
     result = run(model, broken(model, edit), scoring)
     assert result.guilty == stage
@@ -181,16 +185,16 @@ def test_the_guilty_stage_of_a_broken_network(
     assert f"FAILED at the stage {stage}" in verdict_line(result)
 
 
-def test_wider_limits_let_it_pass(model: Tood) -> None:
-    artefact = broken(model, lambda copy: copy.bbox_head.tood_reg.get_parameter("bias").add_(1e-3))
+def test_wider_limits_let_it_pass(model: DenseDetector) -> None:
+    artefact = broken(model, lambda copy: copy.get_parameter("bbox_head.tood_reg.bias").add_(1e-3))
     assert not run(model, artefact).passed
     assert run(
         model, artefact, own=OwnLimits(max_box_strides=1, max_box_px=20, min_matched=0.5)
     ).passed
 
 
-def test_an_ap_drop_alone_fails(model: Tood, scoring: Scoring) -> None:
-    artefact = broken(model, lambda copy: copy.bbox_head.tood_reg.get_parameter("bias").add_(0.3))
+def test_an_ap_drop_alone_fails(model: DenseDetector, scoring: Scoring) -> None:
+    artefact = broken(model, lambda copy: copy.get_parameter("bbox_head.tood_reg.bias").add_(0.3))
     wide = OwnLimits(10, 10, 10, 1e6, 1e6, 0, max_ap_drop=0.1)
     result = run(model, artefact, scoring, wide)
     assert result.guilty == "AP"
@@ -206,7 +210,7 @@ def test_an_ap_drop_alone_fails(model: Tood, scoring: Scoring) -> None:
 
 @pytest.mark.parametrize("branch", ["tood_cls", "tood_reg"])
 def test_not_a_number_is_reported_not_dropped(
-    model: Tood, scoring: Scoring, branch: str, tmp_path: Path
+    model: DenseDetector, scoring: Scoring, branch: str, tmp_path: Path
 ) -> None:
     artefact = broken(
         model,
@@ -228,7 +232,7 @@ def test_not_a_number_is_reported_not_dropped(
     )
 
 
-def test_detections_alone(model: Tood, tmp_path: Path) -> None:
+def test_detections_alone(model: DenseDetector, tmp_path: Path) -> None:
     artefact = replace(compared(model), runner=DetectionsOnly(TorchEngine(model)))
     result = run(model, artefact)
     assert result.passed
@@ -242,7 +246,7 @@ def test_detections_alone(model: Tood, tmp_path: Path) -> None:
 
 
 class TestCanvas:
-    def test_what_padding_changes_is_counted(self, model: Tood, scoring: Scoring) -> None:
+    def test_what_padding_changes_is_counted(self, model: DenseDetector, scoring: Scoring) -> None:
         result = run(model, compared(model), scoring, settings=Settings(IMGSZ, net_hw=(128, 128)))
         padding = result.comparison.padding
         assert padding is not None
@@ -251,14 +255,14 @@ class TestCanvas:
         assert padding.change.score.worst > 1e-6
         assert padding.shrunk == 0
 
-    def test_a_canvas_that_fits_exactly_changes_nothing(self, model: Tood) -> None:
+    def test_a_canvas_that_fits_exactly_changes_nothing(self, model: DenseDetector) -> None:
         result = run(model, compared(model), settings=Settings(IMGSZ, net_hw=(64, 96)))
         assert result.comparison.padding is not None
         assert result.comparison.padding.change.counts.matched_share == 1
         assert result.comparison.padding.change.score.worst == 0
 
     def test_what_it_costs_in_ap_is_against_the_same_detector(
-        self, model: Tood, scoring: Scoring
+        self, model: DenseDetector, scoring: Scoring
     ) -> None:
         found = run(
             model, compared(model), scoring, settings=Settings(IMGSZ, net_hw=(128, 128))
@@ -282,12 +286,12 @@ class TestFixedShapes:
     """Artefacts that take images of some padded sizes alone, as TensorRT engines do."""
 
     @pytest.fixture
-    def fixed(self, model: Tood) -> ComparedModel:
+    def fixed(self, model: DenseDetector) -> ComparedModel:
         engine = FixedEngine(model)
         return ComparedModel("fixed.engine", None, engine, DetectionsOnly(engine), "abc")
 
     def test_both_run_on_its_canvas_and_what_that_costs_is_told(
-        self, model: Tood, scoring: Scoring, fixed: ComparedModel
+        self, model: DenseDetector, scoring: Scoring, fixed: ComparedModel
     ) -> None:
         result = run(model, fixed, scoring, settings=Settings(IMGSZ, sizes_hw=((64, 64),)))
         assert result.passed
@@ -302,7 +306,7 @@ class TestFixedShapes:
         assert "PyTorch, padded to 128x128" in ap_table(result).markdown()
 
     def test_beside_one_that_takes_every_size(
-        self, model: Tood, scoring: Scoring, fixed: ComparedModel
+        self, model: DenseDetector, scoring: Scoring, fixed: ComparedModel
     ) -> None:
         images = open_image_set(None, None, IMGSZ, 2)
         artefacts = [fixed, compared(model)]
@@ -321,7 +325,9 @@ class TestFixedShapes:
         assert list(second.comparison.sizes) == [(64, 64)]
         assert second.padding_ap is None
 
-    def test_another_canvas_cannot_be_tried(self, model: Tood, fixed: ComparedModel) -> None:
+    def test_another_canvas_cannot_be_tried(
+        self, model: DenseDetector, fixed: ComparedModel
+    ) -> None:
         with pytest.raises(
             ToodError,
             match=r"fixed.engine: takes images of 1 fixed sizes alone; leave --net-size out",
@@ -329,7 +335,7 @@ class TestFixedShapes:
             run(model, fixed, settings=Settings(IMGSZ, net_hw=(96, 96)))
 
 
-def test_precision_alone_is_known_without_stages(model: Tood, scoring: Scoring) -> None:
+def test_precision_alone_is_known_without_stages(model: DenseDetector, scoring: Scoring) -> None:
     engine = TorchEngine(model)
     engine.manifest = replace(engine.manifest, precision="bf16")
     result = run(
@@ -345,7 +351,11 @@ def test_precision_alone_is_known_without_stages(model: Tood, scoring: Scoring) 
     [("fp32", "Precision costs nothing"), ("int8, bf16", "cannot run the network in int8, bf16")],
 )
 def test_what_is_said_of_precision_is_of_the_arithmetic_as_it_runs(
-    model: Tood, scoring: Scoring, precision: str, words: str, monkeypatch: pytest.MonkeyPatch
+    model: DenseDetector,
+    scoring: Scoring,
+    precision: str,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(TorchEngine, "precision", precision)
     engine = TorchEngine(model)
@@ -357,13 +367,13 @@ def test_what_is_said_of_precision_is_of_the_arithmetic_as_it_runs(
 
 
 class TestVerdict:
-    def test_it_goes_into_the_manifest(self, model: Tood, tmp_path: Path) -> None:
+    def test_it_goes_into_the_manifest(self, model: DenseDetector, tmp_path: Path) -> None:
         path = tmp_path / "model.onnx"
         path.write_bytes(b"an artefact")
         manifest = changed(Manifest(model.preset), parity={"exported": 1}).with_artefact(path)
         manifest_path(path).write_text(manifest.to_json())
         artefact = broken(
-            model, lambda copy: copy.bbox_head.tood_reg.get_parameter("bias").add_(0.1)
+            model, lambda copy: copy.get_parameter("bbox_head.tood_reg.bias").add_(0.1)
         )
         artefact = replace(artefact, name=str(path), path=path, sha256=manifest.artefact_sha256)
         artefact.engine.manifest = manifest
@@ -386,14 +396,14 @@ class TestVerdict:
         assert verdict["measured"]
         assert "failed its comparison with PyTorch at the stage head" in doubts(path, found)
 
-    def test_a_checkpoint_has_no_manifest(self, model: Tood, tmp_path: Path) -> None:
+    def test_a_checkpoint_has_no_manifest(self, model: DenseDetector, tmp_path: Path) -> None:
         artefact = replace(compared(model), path=tmp_path / "model.pth")
         assert write_verdict(artefact, {}) is None
         assert list(tmp_path.iterdir()) == []
 
 
-def test_reports(model: Tood, scoring: Scoring, tmp_path: Path) -> None:
-    artefact = broken(model, lambda copy: copy.bbox_head.tood_cls.get_parameter("bias").add_(1.0))
+def test_reports(model: DenseDetector, scoring: Scoring, tmp_path: Path) -> None:
+    artefact = broken(model, lambda copy: copy.get_parameter("bbox_head.tood_cls.bias").add_(1.0))
     result = run(
         model, artefact, scoring, settings=Settings(IMGSZ, sizes_hw=((64, 64),), net_hw=(128, 128))
     )
@@ -419,12 +429,12 @@ def test_reports(model: Tood, scoring: Scoring, tmp_path: Path) -> None:
 
 
 class TestBadInput:
-    def test_another_number_of_classes(self, model: Tood) -> None:
+    def test_another_number_of_classes(self, model: DenseDetector) -> None:
         other = compared(build_model(replace(model.preset, class_names=("a", "b"))), "two.onnx")
         with pytest.raises(ToodError, match=r"two.onnx: has 2 classes, the reference model.pth 3"):
             check_models(compared(model), [other])
 
-    def test_other_names(self, model: Tood) -> None:
+    def test_other_names(self, model: DenseDetector) -> None:
         other = compared(build_model(replace(model.preset, class_names=("a", "x", "c"))), "x.onnx")
         with pytest.raises(ToodError, match=r"'x' where the reference model.pth has 'b'"):
             check_models(compared(model), [other])

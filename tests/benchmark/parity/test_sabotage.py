@@ -23,7 +23,7 @@ from tood_deploy.export.to_onnx import onnx_from_model
 from tood_deploy.inference.detector import Detector
 from tood_deploy.manifest import Manifest
 from tood_deploy.model.checkpoint import load_checkpoint, save_checkpoint
-from tood_deploy.model.tood import build_model
+from tood_deploy.model.detector import build_model
 from tood_deploy.onnx_file import artefact_in_memory, write_onnx
 
 pytestmark = pytest.mark.slow
@@ -51,8 +51,10 @@ def reference(tmp_path_factory: pytest.TempPathFactory, seeded_fill: Callable) -
             {key: torch.from_numpy(value) for key, value in seeded_fill(shapes).items()}
         )
         with torch.no_grad():
-            for layer in (model.bbox_head.tood_cls, model.bbox_head.cls_prob_module[2]):
-                layer.get_parameter("bias").add_(2)  # so that scores go beyond the threshold
+            for layer in ("tood_cls", "cls_prob_module.2"):
+                model.get_parameter(f"bbox_head.{layer}.bias").add_(
+                    2
+                )  # so that scores go beyond the threshold
         checkpoint = tmp_path_factory.mktemp("checkpoint") / "tiny.safetensors"
         save_checkpoint(model, checkpoint)
     return open_compared(str(checkpoint), device="cpu", threads=2, stages=True)

@@ -14,7 +14,7 @@ import numpy as np
 from markupsafe import Markup
 
 from tood_deploy.benchmark.evaluation.analysis import Cut, MistakeFinder, Mistakes
-from tood_deploy.benchmark.evaluation.evaluate import Evaluation
+from tood_deploy.benchmark.evaluation.evaluate import THRESHOLDS, Evaluation
 from tood_deploy.benchmark.evaluation.figures import (
     ap_by_overlap,
     ap_by_size,
@@ -23,6 +23,7 @@ from tood_deploy.benchmark.evaluation.figures import (
     precision_recall,
     reliability,
 )
+from tood_deploy.benchmark.evaluation.thresholds import write_thresholds
 from tood_deploy.benchmark.html_report import (
     Card,
     Cell,
@@ -61,6 +62,7 @@ CURVES_LEAD = (
 )
 OVERLAPS_LEAD = "A steep fall means that objects are detected, but boxes do not fit tightly."
 SCORES_LEAD = "Whether a score is the probability of being right."
+SLICED_LEAD = "What searching images in slices costs and gives."
 THRESHOLDS_LEAD = "Where F1, the harmonic mean of precision and recall, is highest."
 WORST_LEAD = (
     "First the truth, then the detections above each class's best score. Green is right, red is "
@@ -128,6 +130,45 @@ def threshold_table(evaluation: Evaluation) -> Table:
     return Table((*names, "conf as run", "F1 as run"), rows, note)
 
 
+def chosen_table(evaluation: Evaluation) -> Table:
+    """Return a row a class: the threshold to go on with, and what it does."""
+    chosen = evaluation.chosen
+    rows = [
+        (
+            name,
+            f"{choice.conf:.3f}",
+            *map(percent, (choice.precision, choice.recall, choice.missed)),
+            choice.images,
+            "yes" if choice.kept else "no",
+        )
+        for name, choice in chosen.choices.items()
+    ]
+    note = f"Asked for: {chosen.wish}. In thresholds.json, which tood-infer --conf takes."
+    if chosen.wish.kind == "miss_rate":
+        note += (
+            " The bound holds for each class alone, on images that are exchangeable with these: "
+            "it is that of risk-controlling prediction sets (Bates et al. 2021), with the "
+            "Hoeffding-Bentkus inequality."
+        )
+    names = ("class", "conf", "precision", "recall", "missed an image", "images", "fulfilled")
+    return Table(names, rows, note)
+
+
+def sliced_table(evaluation: Evaluation) -> Table | None:
+    """Return the numbers without and with slices; None where there were no slices."""
+    sliced = evaluation.sliced
+    if sliced is None:
+        return None
+    rows: list[tuple[Cell, ...]] = []
+    for name, value in evaluation.metrics.numbers.items():
+        whole, now = percent(sliced.whole.numbers[name]), percent(value)
+        gain = None if whole is None or now is None else f"{now - whole:+.1f}"
+        rows.append((f"{name}: {MEANINGS[name]}", whole, now, gain))
+    times = [None if ms is None else f"{ms:.0f}" for ms in (sliced.whole_ms, sliced.sliced_ms)]
+    rows.append(("ms an image", *times, None))
+    return Table(("", "whole", "sliced", "difference"), rows, "The same model and thresholds.")
+
+
 def size_table(evaluation: Evaluation) -> Table:
     """Return AP of small, medium and large objects."""
     metrics, counts = evaluation.metrics, evaluation.size_counts()
@@ -167,12 +208,19 @@ def _threshold_row(name: str, best: Cut | None, as_run: Cut | None) -> tuple[Cel
 
 
 def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
-    """Write the three files.
+    """Write the report in its three forms, and the thresholds to go on with.
 
     Raises:
         OutputError: the folder cannot be written.
     """
     write_json(folder / JSON, evaluation_values(evaluation))
+    write_thresholds(
+        folder / THRESHOLDS,
+        evaluation.chosen,
+        evaluation.truth,
+        evaluation.files,
+        evaluation.facts.get("model", evaluation.name),
+    )
     write_markdown(folder / MARKDOWN, _markdown(evaluation))
     truth = evaluation.truth
     counts = f"{len(truth.boxes)} objects in {len(truth.images)} images"
@@ -228,6 +276,7 @@ def evaluation_values(evaluation: Evaluation) -> dict[str, Any]:
         },
         "calibration": calibration_values,
         "best_for_all_classes": None if best is None else asdict(best),
+        "whole_numbers": None if evaluation.sliced is None else evaluation.sliced.whole.numbers,
         "mistakes": [
             asdict(mistakes) | {"file": _file_name(evaluation, mistakes)}
             for mistakes in evaluation.mistakes
@@ -260,6 +309,7 @@ def _markdown(evaluation: Evaluation) -> list[str]:
     if evaluation.calibration is not None:
         scores = ["## Scores", _calibration_text(evaluation)]
     worst = sorted(evaluation.mistakes, key=_by_all_mistakes)[:SHOWN_IMAGES]
+    sliced = sliced_table(evaluation)
     return [
         f"# Evaluation of {evaluation.name}",
         *(f"**Note:** {note}" for note in evaluation.notes),
@@ -269,8 +319,11 @@ def _markdown(evaluation: Evaluation) -> list[str]:
         class_table(evaluation).markdown(),
         "## Sizes",
         size_table(evaluation).markdown(),
+        *([] if sliced is None else ["## Whole against sliced", sliced.markdown()]),
         "## Best thresholds",
         threshold_table(evaluation).markdown(),
+        "## Thresholds to go on with",
+        chosen_table(evaluation).markdown(),
         *scores,
         "## Images with most mistakes",
         _mistake_table(evaluation, worst).markdown(),
@@ -284,14 +337,17 @@ def _sections(evaluation: Evaluation) -> list[Section]:
     curves = precision_recall(metrics) + _class_curves(evaluation)
     sizes = ap_by_size(metrics, evaluation.size_counts()) + size_table(evaluation).html()
     classes = class_table(evaluation).html()
+    sliced = sliced_table(evaluation)
     return [
         Section("COCO numbers", numbers_table(metrics).html()),
+        *([] if sliced is None else [Section("Whole against sliced", sliced.html(), SLICED_LEAD)]),
         Section("Classes", classes, "AP and recall in percent; objects without crowds."),
         Section("Precision and recall", curves, CURVES_LEAD),
         Section("Sizes", sizes, "AP by the size of the objects."),
         Section("Overlaps", ap_by_overlap(metrics), OVERLAPS_LEAD),
         Section("Scores", _calibration(evaluation), SCORES_LEAD),
         Section("Best thresholds", _thresholds(evaluation), THRESHOLDS_LEAD),
+        Section("Thresholds to go on with", chosen_table(evaluation).html()),
         Section("Most missed", _worst(evaluation, lambda image: image.missed), WORST_LEAD),
         Section("Most false", _worst(evaluation, lambda image: image.false), WORST_LEAD),
     ]

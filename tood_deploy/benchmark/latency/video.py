@@ -30,7 +30,7 @@ from tood_deploy.benchmark.latency.machine import LoadWatch, describe_machine
 from tood_deploy.detections import Detections
 from tood_deploy.errors import InputError, ToodError
 from tood_deploy.inference.detector import Detector
-from tood_deploy.inference.frame import Frame, Source
+from tood_deploy.inference.frame import Frame, Part, Source
 from tood_deploy.inference.pipeline import Timings, detect_frames
 from tood_deploy.inference.sinks import Annotated, Sink, SinkThread
 from tood_deploy.inference.source import open_source
@@ -183,7 +183,7 @@ def run_video(detector: Detector, plan: VideoPlan) -> VideoRun:
     before = engine_rate(detector, plan, ENGINE_S)
     timed, timings, detections = TimedSource(source, plan.limit), Timings(), 0
     with tempfile.TemporaryDirectory() as folder:
-        outputs = {name: Path(folder) / "out.mp4" for name in source.names}
+        outputs: dict[Part, Path] = {(name, None): Path(folder, "out.mp4") for name in source.names}
         sinks = [TimedSink(Annotated(outputs))] if plan.encode else []
         started = time.perf_counter()
         results = detect_frames(detector, timed, plan.batch, timings)

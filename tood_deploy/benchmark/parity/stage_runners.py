@@ -28,12 +28,12 @@ from tood_deploy.engines.torch_engine import TorchEngine
 from tood_deploy.errors import ToodError
 from tood_deploy.export.graph import inner_values
 from tood_deploy.export.to_openvino import OpenVinoRunner
-from tood_deploy.graph_io import INNER_VALUES, MAP_NAMES, OUTPUTS, graph_feeds
+from tood_deploy.graph_io import MAP_NAMES, OUTPUTS, RANKING, graph_feeds, inner_value_names
 from tood_deploy.inference.detector import Detector
 from tood_deploy.manifest import Manifest, artefact_sha256
+from tood_deploy.model.detector import FusedDetector
 from tood_deploy.model.head import HeadOutput
-from tood_deploy.model.postprocess import Candidates, suppress
-from tood_deploy.model.tood import FusedDetector
+from tood_deploy.model.postprocess import Candidates
 from tood_deploy.onnx_file import cut_graph, open_session, with_outputs
 from tood_deploy.parity.reference import Conditioning
 from tood_deploy.parity.stages import STAGES, Stage, StageRunner, Values, only_inputs
@@ -241,17 +241,21 @@ class OnnxStages(StageRunner):
         """
         self.engine, self.name = engine, engine.name
         model = onnx.load(path)
-        self._variant = self._open(with_outputs(model, INNER_VALUES))
+        self._names = inner_value_names(engine.manifest.preset)
+        self._variant = self._open(with_outputs(model, self._names))
         typed = onnx.shape_inference.infer_shapes(model)
-        self._parts = {
-            stage.name: self._open(cut_graph(typed, stage.reads, stage.gives)) for stage in STAGES
-        }
+        ranking = tuple(name for name in RANKING if name in self._names)
+        self._parts = {}
+        for stage in STAGES:
+            reads = stage.reads + (ranking if stage.name == "candidates" else ())
+            gives = stage.gives + (ranking if stage.name == "head" else ())
+            self._parts[stage.name] = self._open(cut_graph(typed, reads, gives))
 
     def run_all(self, inputs: Values) -> Values:
         """Run all stages; the detections are the shipped file's own."""
-        inner = self._variant.run(list(INNER_VALUES), only_inputs(inputs))
+        inner = self._variant.run(list(self._names), only_inputs(inputs))
         shipped = self.engine.session.run(list(OUTPUTS), only_inputs(inputs))
-        return inputs | _widened(INNER_VALUES, inner) | _widened(OUTPUTS, shipped)
+        return inputs | _widened(self._names, inner) | _widened(OUTPUTS, shipped)
 
     def run(self, stage: Stage, values: Values) -> Values:
         """Run one stage."""
@@ -260,7 +264,8 @@ class OnnxStages(StageRunner):
             value.name: values[value.name].astype(TYPES[value.type], copy=False)
             for value in part.get_inputs()
         }
-        return _widened(stage.gives, part.run(list(stage.gives), inputs))
+        gives = [value.name for value in part.get_outputs()]
+        return _widened(gives, part.run(gives, inputs))
 
     def _open(self, model: onnx.ModelProto) -> ort.InferenceSession:
         session = self.engine.session
@@ -315,7 +320,7 @@ class TorchStages(StageRunner):
             stages = self.detector(
                 *self._tensors(inputs, "images", "valid_hw"), *_thresholds(inputs)
             )
-        names = [name for stage in STAGES[:-1] for name in stage.gives]
+        names = inner_value_names(self.detector.model.preset)
         return inputs | _arrays(names, inner_values(stages)) | _arrays(OUTPUTS, stages.detections)
 
     def measure_noise(self, inputs: Values) -> Conditioning:
@@ -330,10 +335,11 @@ class TorchStages(StageRunner):
     def run(self, stage: Stage, values: Values) -> Values:
         """Run one stage."""
         with self._arithmetic():
-            return _arrays(stage.gives, self._outputs(stage, values))
+            outputs = self._outputs(stage, values)
+        return _arrays((stage.gives + RANKING)[: len(outputs)], outputs)
 
-    def _outputs(self, stage: Stage, values: Values) -> Any:
-        """Return the stage's tensors, in the order of their names."""
+    def _outputs(self, stage: Stage, values: Values) -> Sequence[Tensor]:
+        """Return the stage's tensors, in the order of their names; a head's with its ranking."""
         inputs, model = self._tensors(values, *stage.reads), self.detector.model
         score_threshold, iou_threshold = _thresholds(values)
         images, valid_hw = self._tensors(values, "images", "valid_hw")
@@ -345,12 +351,17 @@ class TorchStages(StageRunner):
             case "pyramid":
                 return model.neck(inputs)
             case "head":
-                head = model.bbox_head(inputs)
-                return [*head.scores, *head.boxes_strides]
+                head, ranking = model.bbox_head.predict(inputs)
+                return [*head.scores, *head.boxes_strides, *ranking]
             case "candidates":
                 head = HeadOutput(inputs[: len(STRIDES)], inputs[len(STRIDES) :])
-                return self.detector.select_candidates(head, valid_hw, score_threshold)
-        return suppress(Candidates(*inputs), iou_threshold, self.detector.max_det)
+                ranking = self._tensors(values, *self._ranking_names)
+                return self.detector.select_candidates(head, valid_hw, score_threshold, ranking)
+        return self.detector.suppress(Candidates(*inputs), iou_threshold)
+
+    @property
+    def _ranking_names(self) -> tuple[str, ...]:
+        return RANKING if self.detector.model.preset.ranks_by_class_score else ()
 
     def _tensors(self, values: Values, *names: str) -> list[Tensor]:
         return [torch.from_numpy(values[name]).to(self.device) for name in names]

@@ -31,7 +31,9 @@ Pairs = dict[ir.Value, dict[Reader, None]]
 
 CHANNEL_AXES = {"Conv": 0, "MatMul": -1}  # of the weight's output channels
 # What gives scores, distances and offsets, where a cell moves by its error; and the attention,
-# which works on one number a channel.
+# which works on one number a channel. The distributions of GFL (`gfl_reg`), whose bins average the
+# error, and the many classes of RetinaNet's nine anchors (`retina_cls`), a tenth of its arithmetic,
+# are not among them.
 ALWAYS_FLOAT = (
     "*.tood_cls",
     "*.tood_reg",
@@ -39,6 +41,17 @@ ALWAYS_FLOAT = (
     "*.reg_offset_module.last",
     "*.conv_offset",
     "*.layer_attention.*",
+    "*.atss_cls",
+    "*.atss_reg",
+    "*.atss_centerness",
+    "*.gfl_cls",
+    "*.conv_cls",
+    "*.conv_reg",
+    "*.conv_centerness",
+    "*.vfnet_cls",
+    "*.vfnet_reg",
+    "*.vfnet_reg_refine",
+    "*.retina_reg",
 )
 
 

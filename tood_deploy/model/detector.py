@@ -1,24 +1,33 @@
 """Put the network together, and the detector around it.
 
-`Tood` is backbone, pyramid and head: normalised images in, `HeadOutput` out. `FusedDetector` adds
-what an artefact holds too: uint8 images and thresholds in, detections out. Knows nothing of
-checkpoints, training or export.
+`DenseDetector` is backbone, pyramid and head: normalised images in, `HeadOutput` out.
+`FusedDetector` adds what an artefact holds too: uint8 images and thresholds in, detections out.
+Knows nothing of checkpoints, training or export.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tood_deploy.model.fpn import FPN
-from tood_deploy.model.head import HeadOutput, TaskAlignedHead
-from tood_deploy.model.postprocess import BatchResult, Candidates, select_candidates, suppress
+from tood_deploy.model.head import HeadOutput
+from tood_deploy.model.heads import build_head
+from tood_deploy.model.postprocess import (
+    BatchResult,
+    Candidates,
+    rules_of,
+    select_candidates,
+    suppress,
+    vote,
+)
 from tood_deploy.model.resnet import ResNet
 from tood_deploy.presets import Preset, get_preset
 
 
-class Tood(nn.Module):
-    """A TOOD detector in MMDetection's state-dict layout.
+class DenseDetector(nn.Module):
+    """A detector of the family in MMDetection's state-dict layout.
 
     Attributes:
         preset: what it was built from; holds classes, input statistics and test-time convention.
@@ -31,8 +40,8 @@ class Tood(nn.Module):
         super().__init__()
         self.preset = preset
         self.backbone = ResNet(preset)
-        self.neck = FPN(self.backbone.out_channels, preset.channels)
-        self.bbox_head = TaskAlignedHead(preset)
+        self.neck = FPN(self.backbone.out_channels, preset)
+        self.bbox_head = build_head(preset)
 
     def forward(self, images: Tensor) -> HeadOutput:
         """Return scores and boxes of every level.
@@ -50,7 +59,7 @@ class Tood(nn.Module):
             ...
 
 
-def build_model(preset: str | Preset) -> Tood:
+def build_model(preset: str | Preset) -> DenseDetector:
     """Return the network of a preset, in eval mode, with random initial weights.
 
     Args:
@@ -59,7 +68,7 @@ def build_model(preset: str | Preset) -> Tood:
     Raises:
         ToodError: no such preset, or one that contradicts itself.
     """
-    return Tood(get_preset(preset) if isinstance(preset, str) else preset).eval()
+    return DenseDetector(get_preset(preset) if isinstance(preset, str) else preset).eval()
 
 
 class Stages(NamedTuple):
@@ -70,6 +79,8 @@ class Stages(NamedTuple):
         backbone: C3, C4, C5.
         pyramid: P3 to P7.
         head: probabilities and boxes of every level.
+        ranking: probabilities (B, K, h, w) of every level that thresholds and limits look at; no
+            tensors where these are the head's.
         candidates: the input of suppression.
         detections: its output.
     """
@@ -78,12 +89,13 @@ class Stages(NamedTuple):
     backbone: list[Tensor]
     pyramid: list[Tensor]
     head: HeadOutput
+    ranking: list[Tensor]
     candidates: Candidates
     detections: BatchResult
 
 
 class FusedDetector(nn.Module):
-    """A `Tood` between normalisation and suppression.
+    """A `DenseDetector` between normalisation and suppression.
 
     Attributes:
         max_det: detections of an image at most.
@@ -93,7 +105,7 @@ class FusedDetector(nn.Module):
     std: Tensor
     pad_value: Tensor
 
-    def __init__(self, model: Tood, max_det: int | None = None) -> None:
+    def __init__(self, model: DenseDetector, max_det: int | None = None) -> None:
         """Wrap the network; `max_det` is the preset's where it is None."""
         super().__init__()
         preset = model.preset
@@ -144,26 +156,43 @@ class FusedDetector(nn.Module):
         pixels = self.normalise(images, valid_hw)
         backbone = self.model.backbone(pixels)
         pyramid = self.model.neck(backbone)
-        head = self.model.bbox_head(pyramid)
-        candidates = self.select_candidates(head, valid_hw, score_threshold)
-        detections = suppress(candidates, iou_threshold, self.max_det)
-        return Stages(pixels, backbone, pyramid, head, candidates, detections)
+        head, ranking = self.model.bbox_head.predict(pyramid)
+        candidates = self.select_candidates(head, valid_hw, score_threshold, ranking)
+        detections = self.suppress(candidates, iou_threshold)
+        return Stages(pixels, backbone, pyramid, head, ranking, candidates, detections)
 
     def select_candidates(
-        self, head: HeadOutput, valid_hw: Tensor, score_threshold: Tensor | float
+        self,
+        head: HeadOutput,
+        valid_hw: Tensor,
+        score_threshold: Tensor | float,
+        ranking: Sequence[Tensor] = (),
     ) -> Candidates:
-        """Select the input of suppression by the preset's convention.
+        """Select the input of suppression by the preset's rules.
 
         Args:
             head: probabilities and boxes of every level.
             valid_hw: (B, 2) rows and columns that hold real pixels.
             score_threshold: scalar; candidates have a score above it.
+            ranking: see `Stages`.
         """
         preset = self.model.preset
         return select_candidates(
             head,
             valid_hw,
             score_threshold,
-            convention=preset.convention,
+            rules=rules_of(preset),
             per_level=preset.candidates_per_level,
+            ranking=ranking,
         )
+
+    def suppress(self, candidates: Candidates, iou_threshold: Tensor | float) -> BatchResult:
+        """Suppress candidates class by class, and vote where the preset does.
+
+        Args:
+            candidates: best first.
+            iou_threshold: of two boxes of a class that overlap by more, the one with the lower
+                score goes.
+        """
+        detections = suppress(candidates, iou_threshold, self.max_det)
+        return vote(detections, candidates) if self.model.preset.score_voting else detections

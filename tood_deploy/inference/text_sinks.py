@@ -1,0 +1,201 @@
+"""Results as text: COCO results, one JSON object a frame, and one readable line a frame.
+
+Comes in: frames with their detections. What cannot be written as text is escaped; numbers that are
+not finite, which JSON does not have, are left out and reported.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+import numpy as np
+
+from tood_deploy.detections import Detections
+from tood_deploy.files import atomic_path, is_of_system
+from tood_deploy.inference.frame import Frame, Part
+from tood_deploy.inference.output_paths import check_writable
+from tood_deploy.inference.sinks import FrameOutputError, Sink, output_errors
+from tood_deploy.reporter import Reporter, printable, stdout_errors
+
+STDOUT = "-"
+
+
+class CocoResults(Sink):
+    """A COCO results file, written as the frames come and renamed when complete."""
+
+    def __init__(
+        self, path: Path, image_ids: Mapping[Part, int] | None, category_ids: Sequence[int] | None
+    ) -> None:
+        """Take where to write and the ids.
+
+        Args:
+            path: of the JSON file.
+            image_ids: id of every input, or page of one; the frames' running number from 1 where
+                not given.
+            category_ids: of every class; class number plus one where not given.
+
+        Raises:
+            OutputError: the folder cannot be written.
+        """
+        check_writable(path.parent)
+        self.path, self.image_ids, self.category_ids = path, image_ids, category_ids
+        self._stack = ExitStack()
+        self._file: TextIO | None = None
+        self._frames = self._rows = 0
+
+    def write(self, frame: Frame, detections: Detections) -> None:
+        """Add a frame's rows."""
+        with output_errors(self.path):
+            file = self._file or self._open()
+            self._frames += 1
+            image_id = self._frames if self.image_ids is None else self.image_ids[frame.part]
+            finite = finite_detections(detections)
+            for row in finite.to_coco(image_id, self.category_ids):
+                file.write(("[\n" if not self._rows else ",\n") + json_text(row))
+                self._rows += 1
+        check_all_finite(finite, detections, frame.name)
+
+    def _open(self) -> TextIO:
+        temporary = self._stack.enter_context(atomic_path(self.path))
+        self._file = self._stack.enter_context(temporary.open("w", encoding="utf-8"))
+        return self._file
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with output_errors(self.path):
+            if self._file is not None and error is None:
+                self._file.write("\n]\n" if self._rows else "[]\n")
+            self._stack.__exit__(kind, error, trace)
+
+
+class JsonLines(Sink):
+    """One JSON object a frame, written at once, so that another program can follow."""
+
+    def __init__(self, target: str, live: bool) -> None:
+        """Take a file's path, or "-" for stdout; `live`: also tell the age of each result.
+
+        Raises:
+            OutputError: the folder cannot be written.
+        """
+        self.target, self.live = target, live
+        self._file: TextIO | None = sys.stdout if target == STDOUT else None
+        if target != STDOUT:
+            check_writable(Path(target).parent)
+
+    def write(self, frame: Frame, detections: Detections) -> None:
+        """Write one line."""
+        finite = finite_detections(detections)
+        record = frame_record(frame, finite, self.live)
+        to_stdout = self.target == STDOUT
+        with stdout_errors() if to_stdout else output_errors(self.target):
+            file = self._file or self._open()
+            file.write(json_text(record, file.encoding or "utf-8") + "\n")
+            file.flush()
+        check_all_finite(finite, detections, frame.name)
+
+    def _open(self) -> TextIO:
+        path = Path(self.target)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_symlink() and not is_of_system(path):
+            path.unlink()  # replaced, as other outputs do; what it points to stays
+        self._file = path.open("w", encoding="utf-8")
+        return self._file
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._file is not None and self.target != STDOUT:
+            with output_errors(self.target):
+                self._file.close()
+
+
+def json_text(value: object, encoding: str = "utf-8") -> str:
+    """Return JSON of one line; what cannot be written as it is, is escaped.
+
+    A file's name need not be text: its bytes that are none become escapes of lone surrogates, from
+    which Python makes the same name again.
+
+    Args:
+        value: to write; finite numbers.
+        encoding: of the file; in another than UTF-8 only ASCII is written.
+    """
+    is_utf8 = encoding.lower().replace("_", "-") in ("utf-8", "utf8")
+    text = json.dumps(value, ensure_ascii=not is_utf8, allow_nan=False)
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def finite_detections(detections: Detections) -> Detections:
+    """Return the detections whose numbers are finite: JSON has no others."""
+    return detections[np.isfinite(detections.boxes).all(axis=1) & np.isfinite(detections.scores)]
+
+
+def check_all_finite(finite: Detections, detections: Detections, name: str) -> None:
+    """Raise FrameOutputError where some detections were left out."""
+    if left_out := len(detections) - len(finite):
+        raise FrameOutputError(
+            f"{name}: {left_out} detections have numbers that are not finite, and are left out of "
+            "the JSON; export the model again, with its self-test"
+        )
+
+
+def frame_record(frame: Frame, detections: Detections, live: bool) -> dict[str, Any]:
+    """Return a frame as plain values: where it is from, its size, and its objects.
+
+    Args:
+        frame: the image.
+        detections: in it, boxes xyxy in pixels.
+        live: whether to state the age of the result, too.
+    """
+    rows = zip(
+        detections.boxes.tolist(),
+        detections.scores.tolist(),
+        detections.class_ids.tolist(),
+        detections.names(),
+        strict=True,
+    )
+    record: dict[str, Any] = {
+        "source": frame.name,
+        "index": frame.index,
+        "timestamp_s": frame.timestamp_s,
+    }
+    record |= {} if frame.page is None else {"page": frame.page}
+    record |= {"age_ms": round(frame.age_s() * 1000, 1)} if live else {}
+    record |= {"height": frame.size_hw[0], "width": frame.size_hw[1]}
+    record["detections"] = [
+        {"box": box, "score": score, "class_id": number, "class_name": name}
+        for box, score, number, name in rows
+    ]
+    return record
+
+
+class TextLines(Sink):
+    """One readable line a frame on stdout: "street.mp4 1.240 s: 3 car, 1 person"."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        """Take what prints the lines."""
+        self.reporter = reporter
+
+    def write(self, frame: Frame, detections: Detections) -> None:
+        """Print one line."""
+        counts = ", ".join(
+            f"{count} {printable(name)}"
+            for name, count in Counter(detections.names()).most_common()
+        )
+        moment = "" if frame.timestamp_s is None else f" {frame.timestamp_s:.3f} s"
+        page = "" if frame.page is None else f" page {frame.page}"
+        line = f"{printable(frame.name)}{page}{moment}: {counts or 'nothing'}"
+        self.reporter.result(line)
