@@ -32,6 +32,8 @@ from tood_deploy.training.config import RECIPES
 from tood_deploy.training.data import Augment, Batch, TrainingData, epoch_batches, load_batches
 from tood_deploy.training.init import new_model
 from tood_deploy.training.learner import AUTOCAST, Learner
+from tood_deploy.training.loss import flatten
+from tood_deploy.training.losses.tood import aligned_positives
 from tood_deploy.training.records import read_labelled_images
 
 BOXES = 10
@@ -110,10 +112,10 @@ def measure_step(learner: Learner, batch: Batch, precision: torch.dtype | None) 
 def assign(learner: Learner, out: HeadOutput, batch: Batch) -> None:
     """Do the assignment alone, which the loss does again; arguments as of `measure_step`."""
     grid = AnchorGrid.of_maps(out.scores)
-    scores = torch.cat([level.flatten(2) for level in out.scores], dim=2)
-    boxes = torch.cat([level.flatten(2) for level in out.boxes_strides], dim=2).transpose(1, 2)
-    for i, target in enumerate(batch.targets):
-        learner.criterion._assign(i, scores, boxes, grid, target.to(learner.device), warmup=False)
+    targets = [target.to(learner.device) for target in batch.targets]
+    valid = torch.stack([grid.valid_mask(target.valid_hw) for target in targets])
+    scores, boxes = flatten(out.scores), flatten(out.boxes_strides)
+    aligned_positives(scores.detach(), boxes.detach(), grid, targets, valid)
 
 
 def measure_pipeline(imgsz: tuple[int, int], batch: int) -> tuple[float, str]:

@@ -100,6 +100,7 @@ PACKAGES = {  # by the name that is imported
     "openvino": Package("openvino", ("openvino",)),
     "cuda.bindings": Package("cuda-bindings", ("tensorrt",)),
     "cuda.core": Package("cuda-core", ("tensorrt",)),
+    "rasterio": Package("rasterio", ("large",)),
     "jinja2": Package("jinja2", ("eval",)),
     "markupsafe": Package("markupsafe", ("eval",)),
     "matplotlib": Package("matplotlib", ("eval", "export", "train")),

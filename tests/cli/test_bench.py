@@ -29,7 +29,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     model = build_model(replace(PRESETS["tiny"], class_names=("cat", "dog")))
     save_checkpoint(model, folder / "sound.safetensors")
     with torch.no_grad():
-        model.bbox_head.tood_reg.get_parameter("bias").add_(0.05)
+        model.get_parameter("bbox_head.tood_reg.bias").add_(0.05)
     save_checkpoint(model, folder / "off.safetensors")
     return folder / "sound.safetensors", folder / "off.safetensors"
 

@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 
 from tood_deploy import __version__
-from tood_deploy.cli.common import COMMANDS, CommandParser, accept_old_name, add_device
+from tood_deploy.cli.common import (
+    COMMANDS,
+    CommandParser,
+    accept_old_name,
+    add_device,
+    class_names_from,
+)
+from tood_deploy.errors import ToodError
+from tood_deploy.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))[
@@ -147,3 +155,28 @@ def test_devices(
     err = capsys.readouterr().err
     assert word in err
     assert bool(err) == bool(word)
+
+
+class TestClassNames:
+    def test_many_names_are_no_path(self) -> None:
+        names = list(PRESETS["r50-1x"].class_names)
+        assert len(",".join(names)) > 255
+        assert class_names_from(",".join(names)) == names
+        assert class_names_from(", ".join(names)) == names
+
+    @pytest.mark.parametrize("mark", ["", "\ufeff"])
+    @pytest.mark.parametrize("end", ["\n", "\r\n"])
+    def test_of_a_file_of_any_editor(self, tmp_path: Path, mark: str, end: str) -> None:
+        path = tmp_path / "names.txt"
+        path.write_bytes(f"{mark}caf\u00e9{end}[red]{end}{end}$x${end}".encode())
+        assert class_names_from(str(path)) == ["caf\u00e9", "[red]", "$x$"]
+
+    def test_a_file_that_is_no_utf8_is_named(self, tmp_path: Path) -> None:
+        (tmp_path / "names.txt").write_bytes(b"caf\xe9\n")
+        with pytest.raises(ToodError, match=r"names\.txt: not in UTF-8 .* save it in UTF-8"):
+            class_names_from(str(tmp_path / "names.txt"))
+
+    def test_a_long_wrong_text_is_cut_in_the_message(self) -> None:
+        with pytest.raises(ToodError) as caught:
+            class_names_from(",".join(["same"] * 300))
+        assert len(str(caught.value)) < 250

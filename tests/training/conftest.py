@@ -25,16 +25,28 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_scenes(tmp_path_factory.mktemp("scenes"), 10, seed=3).parent
 
 
-@pytest.fixture(scope="session")
-def small_preset() -> Preset:
+def shrink(name: str) -> Preset:
+    """Return a preset with few channels, for small images."""
     return replace(
-        PRESETS["tiny"],
+        PRESETS[name],
         base_channels=8,
         channels=64,
         tower_stages=2,
         imgsz=(64, 96),
         class_names=SCENE_CLASSES,
     )
+
+
+@pytest.fixture(scope="session")
+def small_preset() -> Preset:
+    return shrink("tiny")
+
+
+@pytest.fixture(scope="session")
+def small_presets() -> dict[str, Preset]:
+    """All that can be trained, by detector."""
+    names = {"tood": "tiny", "atss": "tiny-atss", "gfl": "tiny-gfl", "paa": "tiny-paa"}
+    return {detector: shrink(name) for detector, name in names.items()}
 
 
 @pytest.fixture(scope="session")
@@ -63,6 +75,7 @@ def run_fit(scenes: Path, small_preset: Preset, short_recipe: Recipe) -> Fit:
         recipe: Recipe | None = None,
         evaluate: Any = None,
         journal: Any = None,
+        preset: Preset = small_preset,
         **options: Any,
     ) -> Progress:
         recipe = recipe or short_recipe
@@ -70,15 +83,11 @@ def run_fit(scenes: Path, small_preset: Preset, short_recipe: Recipe) -> Fit:
         data = TrainingData(
             annotations.for_training(),
             Augment(
-                small_preset.imgsz,
-                recipe.short_sides,
-                recipe.flip,
-                recipe.flip_vertical,
-                recipe.colour,
+                preset.imgsz, recipe.short_sides, recipe.flip, recipe.flip_vertical, recipe.colour
             ),
             recipe.seed,
         )
-        model = new_model(small_preset, recipe.seed)
+        model = new_model(preset, recipe.seed)
         return fit(
             model, data, recipe, RunOptions(output, **options), evaluate=evaluate, journal=journal
         )

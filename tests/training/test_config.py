@@ -8,13 +8,46 @@ import torch
 
 from tood_deploy.errors import ToodError
 from tood_deploy.presets import PRESETS
+from tood_deploy.training import AtssLoss, GflLoss, PaaLoss, ToodLoss
 from tood_deploy.training.config import RECIPES, Recipe
 from tood_deploy.training.learner import learning_rate, make_optimiser, set_learning_rate
+from tood_deploy.training.losses import LOSSES, build_loss
 from tood_deploy.training.train import choose_recipe
 
 
-def test_every_preset_has_a_recipe() -> None:
-    assert list(RECIPES) == list(PRESETS)
+def test_every_preset_of_a_trained_detector_has_a_recipe() -> None:
+    trained = ("tood", *LOSSES)
+    assert set(RECIPES) == {name for name in PRESETS if PRESETS[name].detector in trained}
+
+
+@pytest.mark.parametrize("name", ["fcos-r50-1x", "vfnet-r50-1x", "retinanet-r50-1x"])
+def test_other_detectors_are_not_trained(name: str) -> None:
+    with pytest.raises(ToodError, match=r"no training of .*; choose a preset of tood, atss, gfl"):
+        choose_recipe(name, {})
+    with pytest.raises(ToodError, match="no training of"):
+        build_loss(PRESETS[name], Recipe())
+
+
+def test_epochs_of_atss_are_of_toods_loss() -> None:
+    assert choose_recipe("tiny", {"atss_epochs": 30})[0].atss_epochs == 30
+    assert choose_recipe("tiny-atss", {"atss_epochs": 2, "loss": "tood"})[0].loss == "tood"
+    with pytest.raises(ToodError, match="atss_epochs is 2, which TOOD's loss alone has"):
+        choose_recipe("tiny-atss", {"atss_epochs": 2})
+
+
+@pytest.mark.parametrize(
+    ("name", "loss", "expected"),
+    [
+        ("tiny", "own", ToodLoss),
+        ("tiny", "tood", ToodLoss),
+        ("tiny-atss", "own", AtssLoss),
+        ("tiny-atss", "tood", ToodLoss),
+        ("tiny-gfl", "own", GflLoss),
+        ("tiny-paa", "own", PaaLoss),
+    ],
+)
+def test_whose_loss(name: str, loss: Any, expected: type) -> None:
+    assert type(build_loss(PRESETS[name], Recipe(loss=loss))) is expected
 
 
 @pytest.mark.parametrize(

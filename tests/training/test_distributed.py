@@ -14,7 +14,7 @@ import torch
 from tood_deploy.errors import DeviceError
 from tood_deploy.presets import Preset
 from tood_deploy.training.checkpoints import read_training_state
-from tood_deploy.training.config import Recipe
+from tood_deploy.training.config import LOSS_TERMS, Recipe
 from tood_deploy.training.distributed import (
     any_rank,
     gather_objects,
@@ -80,9 +80,16 @@ def train(workers: int, output: Path, preset: Preset, recipe: Recipe, scenes: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(
+    ("detector", "accumulate"), [("tood", 1), ("tood", 2), ("atss", 1), ("gfl", 1)]
+)
 def test_two_workers_learn_as_one(
-    scenes: Path, small_preset: Preset, short_recipe: Recipe, tmp_path: Path, accumulate: int
+    scenes: Path,
+    small_presets: dict[str, Preset],
+    short_recipe: Recipe,
+    tmp_path: Path,
+    detector: str,
+    accumulate: int,
 ) -> None:
     # One size of images and fixed statistics: what a worker sees of its own half alone cannot
     # matter.
@@ -98,12 +105,12 @@ def test_two_workers_learn_as_one(
         lr=1e-3,
     )
     for workers in (1, 2):
-        train(workers, tmp_path / str(workers), small_preset, recipe, scenes)
+        train(workers, tmp_path / str(workers), small_presets[detector], recipe, scenes)
     one, two = (read_log(tmp_path / str(workers), "step") for workers in (1, 2))
     assert len(one) == 3 * (3 if accumulate == 1 else 2)
     if accumulate == 1:
         for first, second in zip(one, two, strict=True):
-            for name in ("cls", "box", "grad_norm"):
+            for name in ({*LOSS_TERMS} & {*first}) | {"grad_norm"}:
                 assert second[name] == pytest.approx(first[name], rel=1e-5), (first["step"], name)
         weights = [
             read_training_state(tmp_path / str(workers) / "last.pth")["state_dict"]
@@ -125,6 +132,18 @@ def test_two_workers_learn_as_one(
     assert alone["AP"] > 0.6
     assert main == alone
     assert other == {}
+
+
+@pytest.mark.slow
+def test_two_workers_of_paa_stay_alike(
+    scenes: Path, small_presets: dict[str, Preset], short_recipe: Recipe, tmp_path: Path
+) -> None:
+    # Its averages are those of a worker's own images, so that two do not learn exactly as one.
+    recipe = replace(short_recipe, epochs=2, short_sides=None, ema=None)
+    train(2, tmp_path, small_presets["paa"], recipe, scenes)
+    assert [entry["step"] for entry in read_log(tmp_path, "step")] == list(range(1, 7))
+    state = read_training_state(tmp_path / "last.pth")["state_dict"]
+    assert all(value.isfinite().all() for value in state.values())
 
 
 def test_one_process_is_a_group_of_one(monkeypatch: pytest.MonkeyPatch) -> None:

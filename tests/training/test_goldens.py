@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from tood_deploy.model import DenseDetector, build_model
 from tood_deploy.model.boxes import box_giou
 from tood_deploy.model.head import HeadOutput
+from tood_deploy.model.heads.tood import TaskAlignedHead
 from tood_deploy.presets import PRESETS
 from tood_deploy.training import Targets, ToodLoss
 from tood_deploy.training.assign import (
@@ -99,12 +100,16 @@ def test_losses_and_gradients_equal_mmdetection(
     (losses.cls + losses.box).backward(retain_graph=True)
     assert losses.cls.item() == pytest.approx(float(golden["loss_cls"]), rel=1e-5)
     assert losses.box.item() == pytest.approx(float(golden["loss_bbox"]), rel=1e-5, abs=1e-7)
-    np.testing.assert_allclose(losses.cls_levels, golden["loss_cls_levels"], rtol=1e-5, atol=1e-7)
-    np.testing.assert_allclose(losses.box_levels, golden["loss_bbox_levels"], rtol=1e-5, atol=1e-6)
-    _check_gradients(model, golden)
+    np.testing.assert_allclose(
+        losses.levels["cls"], golden["loss_cls_levels"], rtol=1e-5, atol=1e-7
+    )
+    np.testing.assert_allclose(
+        losses.levels["box"], golden["loss_bbox_levels"], rtol=1e-5, atol=1e-6
+    )
+    check_gradients(model, golden)
 
 
-def _check_gradients(model: DenseDetector, golden: Arrays) -> None:
+def check_gradients(model: DenseDetector, golden: Arrays) -> None:
     gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     # Without any box nothing but classification learns, and a gradient may be absent or zero alike.
     norms = {name: 0.0 if g is None else g.double().norm().item() for name, g in gradients.items()}
@@ -160,6 +165,7 @@ def test_authors_variant_equals_the_authors_code(
 ) -> None:
     golden, model = goldens(f"fcjian_train_{case}"), models["af"]
     model.zero_grad(set_to_none=True)
+    assert isinstance(model.bbox_head, TaskAlignedHead)
     model.bbox_head.keep_inverted = True
     try:
         out = model(torch.from_numpy(goldens("train_input")["input"]).double())
@@ -169,8 +175,12 @@ def test_authors_variant_equals_the_authors_code(
         out, targets_of(goldens(f"train_{case}")), epoch=int(case[-1])
     )
     (losses.cls + losses.box).backward()
-    np.testing.assert_allclose(losses.cls_levels, golden["loss_cls_levels"], rtol=1e-5, atol=1e-7)
-    np.testing.assert_allclose(losses.box_levels, golden["loss_bbox_levels"], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        losses.levels["cls"], golden["loss_cls_levels"], rtol=1e-5, atol=1e-7
+    )
+    np.testing.assert_allclose(
+        losses.levels["box"], golden["loss_bbox_levels"], rtol=1e-5, atol=1e-6
+    )
     norm = torch.stack(
         [p.grad.double().norm() for p in model.parameters() if p.grad is not None]
     ).norm()

@@ -19,11 +19,12 @@ import torch
 
 from tood_deploy.errors import CheckFailed, CheckpointError, OutputError, ToodError
 from tood_deploy.model import DenseDetector, load_checkpoint
+from tood_deploy.presets import Preset
 from tood_deploy.reporter import Reporter
 from tood_deploy.training import checkpoints
 from tood_deploy.training import learner as step
 from tood_deploy.training.checkpoints import read_training_state
-from tood_deploy.training.config import Recipe
+from tood_deploy.training.config import LOSS_TERMS, Recipe
 from tood_deploy.training.logger import Journal, read_log
 from tood_deploy.training.loop import StopFlag
 
@@ -57,6 +58,45 @@ def test_two_epochs_and_two_more_equal_four(run_fit: Fit, straight: Path, tmp_pa
     assert not (output / "model.safetensors").exists()
     assert len(run_fit(output, resume=True).history) == 4
     assert_same(straight / "last.pth", output / "last.pth")
+
+
+@pytest.mark.parametrize(
+    ("detector", "loss", "terms"),
+    [
+        ("atss", "own", {"cls", "box", "centerness"}),
+        ("gfl", "own", {"cls", "box", "distribution"}),
+        ("paa", "own", {"cls", "box", "overlap"}),
+        ("atss", "tood", {"cls", "box"}),
+    ],
+)
+def test_other_detectors_learn_and_resume_exactly(
+    run_fit: Fit,
+    short_recipe: Recipe,
+    small_presets: dict[str, Preset],
+    tmp_path: Path,
+    detector: str,
+    loss: Any,
+    terms: set[str],
+) -> None:
+    recipe = replace(short_recipe, epochs=3, loss=loss, atss_epochs=1)
+    preset, (straight, resumed) = small_presets[detector], (tmp_path / "a", tmp_path / "b")
+    history = run_fit(straight, recipe, preset=preset).history
+    assert set(LOSS_TERMS) & set(history[0]) == terms
+    assert history[-1]["box"] < history[0]["box"]
+    run_fit(resumed, recipe, preset=preset, stop_after=1)
+    run_fit(resumed, recipe, preset=preset, resume=True)
+    assert_same(straight / "last.pth", resumed / "last.pth")
+    assert load_checkpoint(straight / "model.safetensors").preset.detector == detector
+
+
+def test_another_detectors_run_is_refused(
+    run_fit: Fit, small_presets: dict[str, Preset], tmp_path: Path
+) -> None:
+    run_fit(tmp_path / "run", preset=small_presets["atss"], stop_after=1)
+    with pytest.raises(CheckpointError, match="use the same preset"):
+        run_fit(tmp_path / "run", preset=small_presets["paa"], resume=True)
+    with pytest.raises(CheckpointError, match="use the same preset"):
+        run_fit(tmp_path / "run", preset=small_presets["gfl"], resume=True)
 
 
 def test_ctrl_c_in_the_middle_of_an_epoch(

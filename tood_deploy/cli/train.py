@@ -31,8 +31,8 @@ fine-tuning:
 several GPUs:
   torchrun --nproc-per-node 8 -m tood_deploy.cli.train r50-1x --coco /data/coco --device cuda
 
-The recipe's defaults are those that the preset's published weights were trained by; tiny has one of
-its own, for small data.
+The recipe's defaults are those that the preset's published weights were trained by; the tiny ones
+have one of their own, for small data. TOOD, ATSS, GFL and PAA can be trained.
 A run goes on from its folder with --resume, exactly where it stood, also after a power cut.
 """
 # Options that stand for a field of the recipe, by their type.
@@ -49,7 +49,7 @@ NUMBERS = {
     "warmup_steps": (int, "N", "steps in which the learning rate grows from a thousandth"),
     "clip": (float, "NORM", "largest norm of the whole gradient"),
     "accumulate": (int, "N", "compute a step in this many parts, which saves memory"),
-    "atss_epochs": (int, "N", "epochs of ATSS before task-aligned assignment"),
+    "atss_epochs": (int, "N", "epochs of ATSS before task-aligned assignment, in TOOD's loss"),
     "flip": (float, "SHARE", "of images mirrored left to right"),
     "flip_vertical": (float, "SHARE", "of images mirrored top to bottom"),
     "colour": (float, "STRENGTH", "of random brightness, contrast and saturation, 0 to 1"),
@@ -60,6 +60,7 @@ CHOICES = {
     "optimiser": ("sgd", "adamw"),
     "schedule": ("step", "cosine"),
     "precision": ("fp32", "bf16", "fp16"),
+    "loss": ("own", "tood"),
     "published": ("1x", "2x"),
 }
 
@@ -155,7 +156,7 @@ def _add_weight_options(group: Any) -> None:
     group.add_argument(
         "--checkpoint",
         metavar="FILE",
-        help="fine-tune from any TOOD checkpoint, or a preset's name for its published weights",
+        help="fine-tune from a checkpoint of the detector, or a preset's published weights",
     )
     group.add_argument(
         "--weights-key",
@@ -198,6 +199,11 @@ def _add_schedule_options(group: Any) -> None:
 
 
 def _add_recipe_options(group: Any) -> None:
+    group.add_argument(
+        "--loss",
+        choices=CHOICES["loss"],
+        help="the detector's own, or TOOD's task-aligned learning for any head (default: own)",
+    )
     group.add_argument(
         "--short-sides",
         type=int,

@@ -34,7 +34,7 @@ ROOM_S = 0.1  # how often a thread that waits for room looks whether the run was
 FEWEST_WAITING = 4
 
 
-class _OneFrame(Source):
+class OneFrame(Source):
     """One image that is in memory already."""
 
     kind = "images"
@@ -60,7 +60,7 @@ def detect_sliced(
     Raises:
         ToodError: batch is not positive, or whatever the engine raised.
     """
-    results = list(detect_frames(detector, _OneFrame(Frame(image_bgr, "image")), batch))
+    results = list(detect_frames(detector, OneFrame(Frame(image_bgr, "image")), batch))
     return results[0][1]
 
 

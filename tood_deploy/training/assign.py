@@ -1,9 +1,10 @@
-"""Which anchor points learn which box: ATSS for the warm-up, then task-aligned assignment.
+"""Which anchor points learn which box: ATSS, task-aligned assignment, and by largest overlap.
 
 Boxes and predictions of one image in, pairs of anchor points and boxes out. Source:
-reference/SPEC.md section 3; the paper's section 3.2. Results are lists of pairs, so that memory
-grows with the positives and not with anchor points times boxes: 500 boxes in an image of 800x1344
-are 11 million pairs, of which some thousands matter. Knows no loss.
+reference/SPEC.md section 3, the paper's section 3.2; reference/SPEC_FAMILY.md section 3. Results
+are lists of pairs, so that memory grows with the positives and not with anchor points times boxes:
+500 boxes in an image of 800x1344 are 11 million pairs, of which some thousands matter. Knows no
+loss.
 """
 
 from __future__ import annotations
@@ -222,6 +223,36 @@ def assign_atss(
         candidates[positive], rows[positive], ious[positive], torch.ones_like(ious[positive])
     )
     return _one_box_each(pairs, len(grid.points))
+
+
+def assign_max_iou(
+    grid: AnchorGrid, valid: Tensor, gt_boxes: Tensor, threshold: float
+) -> Assignment:
+    """Assign to each box the anchors that overlap it by the threshold and more than other boxes.
+
+    Besides, each box gets the anchors that overlap it most, however little that is.
+
+    Args:
+        grid: the anchor points.
+        valid: (A,) bool; others are never assigned.
+        gt_boxes: (G, 4) xyxy, in pixels.
+        threshold: smallest overlap of an anchor with its box.
+    """
+    if not len(gt_boxes):
+        return _no_positives(gt_boxes)
+    anchors = valid.nonzero().squeeze(1)
+    points, half = grid.points[anchors], grid.strides[anchors, None] * (grid.anchor_side / 2)
+    ious = box_iou_floored(gt_boxes, torch.cat((points - half, points + half), dim=1))  # (G, V)
+    best, boxes = ious.max(0)
+    boxes = torch.where(best >= threshold, boxes, -1)
+    # All that tie for a box's largest overlap are its own; of several such boxes the last has them.
+    numbers = torch.arange(len(gt_boxes), device=boxes.device).unsqueeze(1)
+    own = torch.where(ious == ious.amax(1, keepdim=True), numbers, -1).amax(0)
+    boxes = torch.where(own >= 0, own, boxes)
+    kept = boxes >= 0
+    boxes = boxes[kept]
+    overlaps = ious[:, kept].gather(0, boxes.unsqueeze(0)).squeeze(0)
+    return Assignment(anchors[kept], boxes, overlaps, torch.ones_like(overlaps))
 
 
 def normalised_metrics(assigned: Assignment, num_boxes: int) -> Tensor:

@@ -20,6 +20,16 @@ from tood_deploy.windows import DEFAULT_OVERLAP, MIN_VISIBLE, check_overlap, che
 Optimiser = Literal["sgd", "adamw"]
 Schedule = Literal["step", "cosine"]
 Precision = Literal["fp32", "bf16", "fp16"]
+LossName = Literal["own", "tood"]
+
+# What a loss is the sum of, as logs name it and as a person reads it.
+LOSS_TERMS = {
+    "cls": "classes",
+    "box": "boxes",
+    "centerness": "centre-ness",
+    "distribution": "distributions",
+    "overlap": "overlaps",
+}
 
 
 @dataclass(frozen=True)
@@ -37,7 +47,9 @@ class Recipe:
         warmup_steps: steps in which the rate grows from a thousandth.
         clip: largest norm of the whole gradient; None leaves it alone.
         accumulate: parts a step is computed in; averaging factors are those of a part.
-        atss_epochs: epochs of ATSS before task-aligned assignment.
+        loss: the detector's own, or TOOD's (task-aligned learning) on the scores and boxes of
+            whatever head.
+        atss_epochs: epochs of ATSS before task-aligned assignment; TOOD's loss alone has them.
         short_sides: smallest and largest short side that images are scaled to, drawn per image;
             None: the preset's size.
         flip, flip_vertical: share of images mirrored.
@@ -65,6 +77,7 @@ class Recipe:
     warmup_steps: int = 500
     clip: float | None = None
     accumulate: int = 1
+    loss: LossName = "own"
     atss_epochs: int = 4
     short_sides: tuple[int, int] | None = None
     flip: float = 0.5
@@ -105,6 +118,7 @@ class Recipe:
             ("optimiser", get_args(Optimiser)),
             ("schedule", get_args(Schedule)),
             ("precision", get_args(Precision)),
+            ("loss", get_args(LossName)),
         ):
             self._check(name, getattr(self, name) in allowed, f"one of {', '.join(allowed)}")
 
@@ -143,6 +157,9 @@ class Recipe:
 
 ONE_X = Recipe()
 TWO_X = Recipe(epochs=24, drops=(16, 22), short_sides=(480, 800))
+# PAA's: in MMDetection its 2x keeps the preset's size, and its 3x draws one.
+TWO_X_ONE_SIZE = replace(TWO_X, short_sides=None)
+THREE_X = Recipe(epochs=36, drops=(28, 34), short_sides=(640, 800))
 # From scratch on small data, as reference/bccd_tiny_mmdet.txt has it.
 SMALL = Recipe(
     epochs=30,
@@ -165,7 +182,18 @@ RECIPES: dict[str, Recipe] = {
     "x101-2x": TWO_X,
     "r101-dcn-2x": TWO_X,
     "x101-dcn-2x": TWO_X,
-    "tiny": SMALL,
+    "atss-r50-1x": ONE_X,
+    "gfl-r50-1x": ONE_X,
+    "paa-r50-1x": ONE_X,
+    "atss-r101-1x": ONE_X,
+    "gfl-r50-2x": TWO_X,
+    "gfl-r101-2x": TWO_X,
+    "paa-r50-2x": TWO_X_ONE_SIZE,
+    "paa-r50-3x": THREE_X,
+    "paa-r101-1x": ONE_X,
+    "paa-r101-2x": TWO_X_ONE_SIZE,
+    "paa-r101-3x": THREE_X,
+    **dict.fromkeys(("tiny", "tiny-atss", "tiny-gfl", "tiny-paa"), SMALL),
 }
 
 TORCHVISION = "https://download.pytorch.org/models"
@@ -239,10 +267,8 @@ def epoch_means(steps: Sequence[dict[str, float]]) -> dict[str, float]:
     """
     if not steps:
         return {}
-    means = {
-        name: statistics.fmean(step[name] for step in steps)
-        for name in ("cls", "box", "grad_norm", "positives")
-    }
+    names = (*(name for name in LOSS_TERMS if name in steps[0]), "grad_norm", "positives")
+    means = {name: statistics.fmean(step[name] for step in steps) for name in names}
     medians = {
         name: statistics.median(step[name] for step in steps)
         for name in ("seconds", "data_seconds", "images_per_s")

@@ -18,12 +18,12 @@ from tood_deploy.model.checkpoint import load_checkpoint
 from tood_deploy.model.checkpoint_file import read_checkpoint
 from tood_deploy.model.detector import DenseDetector, build_model
 from tood_deploy.model.download import fetch_weights
+from tood_deploy.model.heads import CLASS_LAYERS
 from tood_deploy.model.resnet import BasicBlock, Bottleneck
 from tood_deploy.presets import Preset, PublishedWeights
 from tood_deploy.reporter import Reporter
 from tood_deploy.training.config import BACKBONES
 
-CLASS_LAYER = ("bbox_head.tood_cls.weight", "bbox_head.tood_cls.bias")
 # What changes the meaning of weights and leaves no trace in them: training keeps the preset's.
 SETTINGS = (
     "norm_groups",
@@ -92,11 +92,11 @@ def load_pretrained(
     weights_key: str | None = None,
     reporter: Reporter | None = None,
 ) -> str:
-    """Fill the network from a TOOD checkpoint; where classes differ, the class layer stays random.
+    """Fill the network from a checkpoint; where classes differ, the class layer stays random.
 
     Args:
         model: it is changed.
-        checkpoint: a file of any known kind, or a preset's name.
+        checkpoint: of the same detector, a file of any known kind, or a preset's name.
         weights_key: which weights, where the file holds several.
         reporter: shows how far a download is; one that is not quiet where not given.
 
@@ -119,9 +119,9 @@ def load_pretrained(
     if source.preset.class_names == model.preset.class_names:
         model.load_state_dict(state)
         return f"all weights from {checkpoint}"
-    model.load_state_dict(
-        {key: value for key, value in state.items() if key not in CLASS_LAYER}, strict=False
-    )
+    class_layer = f"bbox_head.{CLASS_LAYERS[model.preset.detector]}."
+    kept = {key: value for key, value in state.items() if not key.startswith(class_layer)}
+    model.load_state_dict(kept, strict=False)
     return (
         f"weights from {checkpoint}, but for the class layer, which starts anew: "
         f"{source.preset.num_classes} classes there, {model.preset.num_classes} here"

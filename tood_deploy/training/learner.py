@@ -13,11 +13,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tood_deploy.errors import CheckFailed
 from tood_deploy.model.detector import DenseDetector, FusedDetector
-from tood_deploy.training.config import Recipe
+from tood_deploy.model.head import HeadMaps, SeparateTowers
+from tood_deploy.training.config import LOSS_TERMS, Recipe
 from tood_deploy.training.data import Batch
 from tood_deploy.training.distributed import gather_objects, mean_over_ranks, world_size
 from tood_deploy.training.init import freeze
-from tood_deploy.training.loss import ToodLoss
+from tood_deploy.training.losses import build_loss
 
 
 class WeightAverage:
@@ -94,13 +95,12 @@ class StepResult(NamedTuple):
     """What a step gave.
 
     Attributes:
-        cls, box: mean losses over all workers.
+        losses: means of all terms over all workers, by name.
         grad_norm: of the gradient before clipping.
         positives: anchor points that learnt a box, of this worker.
     """
 
-    cls: float
-    box: float
+    losses: dict[str, float]
     grad_norm: float
     positives: int
 
@@ -122,11 +122,12 @@ class Learner:
         self.model = model.to(device)
         self.prepare()
         self.normalise = FusedDetector(model).to(device).normalise
-        self.criterion = ToodLoss(model.preset, warmup_epochs=recipe.atss_epochs)
+        self.criterion = build_loss(model.preset, recipe)
         self.optimiser = make_optimiser(model.parameters(), recipe)
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
         self.average = WeightAverage(model, recipe.ema) if recipe.ema is not None else None
-        self.network = _wrap(model, recipe, device)
+        network = MapsNetwork(model) if self.criterion.reads_maps else model
+        self.network = _wrap(network, recipe, device)
 
     def prepare(self) -> None:
         """Go into training mode, but for what the recipe freezes; evaluation ends it."""
@@ -145,29 +146,29 @@ class Learner:
         """
         set_learning_rate(self.optimiser, rate)
         self.optimiser.zero_grad(set_to_none=True)
-        losses, positives = torch.zeros(2, device=self.device), 0
+        names = self.criterion.term_names
+        sums, positives = torch.zeros(len(names), device=self.device), 0
         for number, part in enumerate(parts, start=1):
             with self._sync(last=number == len(parts)):
                 part_losses, count = self._backward(part, epoch, len(parts))
-            losses += part_losses
+            sums += part_losses
             positives += count
-        cls, box = mean_over_ranks(losses).tolist()
+        losses = dict(zip(names, mean_over_ranks(sums).tolist(), strict=True))
         ids = [key for part in parts for key in part.image_ids]
-        if not _finite(cls, box):
-            raise NonFinite(
-                f"the loss is {cls} (classes) + {box} (boxes); images {_gather_ids(ids)}"
-            )
+        said = " + ".join(f"{losses[name]} ({LOSS_TERMS[name]})" for name in names)
+        if not _finite(*losses.values()):
+            raise NonFinite(f"the loss is {said}; images {_gather_ids(ids)}")
         self.scaler.unscale_(self.optimiser)
         norm = self._clip()
         if not _finite(norm) and not self.scaler.is_enabled():
             raise NonFinite(
-                f"the gradient's norm is {norm}, the loss {cls} + {box}; images {_gather_ids(ids)}"
+                f"the gradient's norm is {norm}, the loss {said}; images {_gather_ids(ids)}"
             )
         self.scaler.step(self.optimiser)
         self.scaler.update()
         if self.average is not None:
             self.average.update(self.model)
-        return StepResult(cls, box, norm, positives)
+        return StepResult(losses, norm, positives)
 
     def deployed_weights(self) -> dict[str, Tensor]:
         """Return the average's weights where there is one, else the network's."""
@@ -204,7 +205,7 @@ class Learner:
             parts: number of them.
 
         Returns:
-            (2,) its detached losses, of classes and boxes, divided by `parts`, and its positives.
+            Its detached terms, in the criterion's order, divided by `parts`; and its positives.
         """
         images = self.normalise(
             batch.images.to(self.device, non_blocking=True), batch.valid_hw.to(self.device)
@@ -213,8 +214,9 @@ class Learner:
         with torch.autocast(self.device.type, precision, enabled=precision is not None):
             out = self.network(images)
         losses = self.criterion(out, batch.targets, epoch)
-        self.scaler.scale((losses.cls + losses.box) / parts).backward()
-        return torch.stack((losses.cls, losses.box)).detach() / parts, losses.positives
+        self.scaler.scale(losses.total / parts).backward()
+        terms = torch.stack([losses.terms[name] for name in self.criterion.term_names])
+        return terms.detach() / parts, losses.positives
 
     def _sync(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Let gradients travel between workers with the last part only."""
@@ -230,8 +232,22 @@ class Learner:
         return float(nn.utils.get_total_norm([p.grad for p in learning if p.grad is not None]))
 
 
-def _wrap(model: DenseDetector, recipe: Recipe, device: torch.device) -> nn.Module:
-    network: nn.Module = model
+class MapsNetwork(nn.Module):
+    """A detector that gives its head's raw maps, which losses on logits read."""
+
+    def __init__(self, model: DenseDetector) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> HeadMaps:
+        """Return the maps of normalised images (B, 3, H, W)."""
+        model, head = self.model, self.model.bbox_head
+        if not isinstance(head, SeparateTowers):
+            raise TypeError(f"{type(head).__name__} has no raw maps; expected separate towers")
+        return head.maps(model.neck(model.backbone(images)))
+
+
+def _wrap(network: nn.Module, recipe: Recipe, device: torch.device) -> nn.Module:
     if recipe.compile:
         network = torch.compile(network)  # type: ignore[assignment]
     if world_size() > 1:

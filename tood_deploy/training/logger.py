@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from tood_deploy.errors import OutputError, not_installed
 from tood_deploy.reporter import ProgressTask, Reporter
 from tood_deploy.training.checkpoints import make_run_folder
+from tood_deploy.training.config import LOSS_TERMS
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -100,10 +101,10 @@ class Journal:
 
     def step(self, values: Mapping[str, float]) -> None:
         """Show that a step is done, and write every so many; `values["step"]` counts from 1."""
-        losses = f"cls {values['cls']:.3f} box {values['box']:.3f} lr {values['lr']:.2g}"
+        losses = " ".join(f"{name} {values[name]:.3f}" for name in LOSS_TERMS if name in values)
         speed = f"{values['images_per_s']:.1f} images/s {memory_mb():.0f} MB"
         if self._task is not None:
-            self._task.advance(state=f"{losses} {speed}")
+            self._task.advance(state=f"{losses} lr {values['lr']:.2g} {speed}")
         if int(values["step"]) % self.every == 0:
             self.write("step", values)
 

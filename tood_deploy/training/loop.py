@@ -287,7 +287,8 @@ class _Run:
             "seconds": seconds,
             "data_seconds": loaded - start,
         }
-        self.epoch_values.append(result._asdict() | values)
+        gradient = {"grad_norm": result.grad_norm, "positives": result.positives}
+        self.epoch_values.append(result.losses | gradient | values)
         self.journal.step(self.epoch_values[-1])
 
     def _next_parts(self, batches: Iterator[Batch]) -> list[Batch]:
@@ -316,7 +317,14 @@ class _Run:
 
     def _restore(self, content: dict[str, Any], path: Path) -> None:
         training, preset = content["training"], self.learner.model.preset
-        if tuple(json.loads(content["tood_deploy"])["class_names"]) != preset.class_names:
+        before = json.loads(content["tood_deploy"])
+        # The weights do not show it: ATSS and PAA are one network.
+        if (detector := before.get("detector", "tood")) != preset.detector:
+            raise CheckpointError(
+                f"{path}: was trained as {detector}, the preset {preset.name} is "
+                f"{preset.detector}; use the same preset"
+            )
+        if tuple(before["class_names"]) != preset.class_names:
             names = ", ".join(preset.class_names[:5])
             raise CheckpointError(
                 f"{path}: was trained on other classes; expected {names}: use the same data"

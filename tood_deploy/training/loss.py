@@ -1,10 +1,12 @@
-"""The losses of TOOD: the head's output and the ground truth in, two sums out.
+"""What the losses of all detectors share: positives, focal and box losses, averaging factors.
 
-Source: reference/SPEC.md section 3. Which stage of training it is comes in as an argument; nothing
-is remembered between calls. Knows no images and no optimiser.
+Maps and ground truth in, sums of every level out. A detector's own loss is a file in `losses`.
+Knows no images and no optimiser.
 """
 
-from collections.abc import Callable, Sequence
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,38 +15,64 @@ from torch.nn import functional as F
 
 from tood_deploy.errors import ToodError
 from tood_deploy.model.boxes import box_giou
-from tood_deploy.model.head import HeadOutput
-from tood_deploy.presets import Convention, Preset, get_preset
-from tood_deploy.training.assign import (
-    AnchorGrid,
-    Assignment,
-    Targets,
-    assign_atss,
-    assign_task_aligned,
-    normalised_metrics,
-)
+from tood_deploy.model.head import HeadMaps
+from tood_deploy.presets import Preset
+from tood_deploy.training.assign import AnchorGrid, Assignment, Targets, assign_atss
 from tood_deploy.training.distributed import mean_over_ranks
 
-WARMUP_EPOCHS = 4  # epochs of ATSS before task-aligned assignment
-BOX_WEIGHT = 2.0
+BOX_WEIGHT = 2.0  # of TOOD, ATSS and GFL
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0
-TINY_FACTOR = 1e-12  # below it the authors' code divides by 1
+
+ClassLoss = Callable[[Tensor, Tensor], Tensor]
 
 
 class Losses(NamedTuple):
-    """The two terms, already averaged; the loss is their sum.
+    """The terms, already averaged; the loss is their sum.
 
     Attributes:
-        cls, box: scalars.
-        cls_levels, box_levels: (L,) what each level adds to them, detached.
+        terms: scalars by name: "cls", "box", and the third that ATSS ("centerness"), GFL
+            ("distribution") and PAA ("overlap") have.
+        levels: (L,) by name, what each level adds to them, detached.
         positives: how many anchor points learn a box.
     """
 
-    cls: Tensor
-    box: Tensor
-    cls_levels: Tensor
-    box_levels: Tensor
+    terms: dict[str, Tensor]
+    levels: dict[str, Tensor]
     positives: int
+
+    @classmethod
+    def of_anchors(
+        cls, by_anchor: Mapping[str, Tensor], grid: AnchorGrid, positives: Positives
+    ) -> Losses:
+        """Sum up.
+
+        Args:
+            by_anchor: (A,) of every term.
+            grid: the anchor points.
+            positives: of the batch.
+        """
+        levels = {
+            name: torch.stack([part.sum() for part in values.split(grid.level_lengths)])
+            for name, values in by_anchor.items()
+        }
+        terms = {name: values.sum() for name, values in levels.items()}
+        detached = {name: values.detach() for name, values in levels.items()}
+        return cls(terms, detached, len(positives.anchors))
+
+    @property
+    def cls(self) -> Tensor:
+        """Return the class loss."""
+        return self.terms["cls"]
+
+    @property
+    def box(self) -> Tensor:
+        """Return the box loss."""
+        return self.terms["box"]
+
+    @property
+    def total(self) -> Tensor:
+        """Return the sum of all terms."""
+        return torch.stack(list(self.terms.values())).sum()
 
 
 class Positives(NamedTuple):
@@ -65,116 +93,142 @@ class Positives(NamedTuple):
     scores: Tensor
     weights: Tensor
 
-
-class ToodLoss:
-    """The losses of a preset."""
-
-    def __init__(
-        self,
-        preset: str | Preset,
-        variant: Convention | None = None,
-        warmup_epochs: int = WARMUP_EPOCHS,
-    ) -> None:
-        """Choose whose losses.
+    @classmethod
+    def of_image(
+        cls, image: int, assigned: Assignment, target: Targets, scores: Tensor, weights: Tensor
+    ) -> Positives:
+        """Return those of one image.
 
         Args:
-            preset: says the number of classes, and the variant where that is not given.
-            variant: "mmdet", or "authors": in task-aligned epochs their padding anchors count as
-                negatives, their averaging factors are not raised to at least 1, and inverted boxes
-                have no area.
-            warmup_epochs: epochs of ATSS before task-aligned assignment.
+            image: position in the batch.
+            assigned: P pairs of anchor points and boxes.
+            target: of the image.
+            scores, weights: (P,) see the class.
         """
-        self.preset = get_preset(preset) if isinstance(preset, str) else preset
-        self.variant = variant or self.preset.convention
-        self.warmup_epochs = warmup_epochs
+        images = torch.full_like(assigned.anchors, image)
+        labels, boxes = target.labels[assigned.boxes], target.boxes[assigned.boxes]
+        return cls(images, assigned.anchors, labels, boxes, scores, weights)
 
-    def __call__(self, out: HeadOutput, targets: Sequence[Targets], epoch: int) -> Losses:
-        """Compute the losses of one batch; differentiable in `out`.
+    @classmethod
+    def join(cls, parts: Sequence[Positives]) -> Positives:
+        """Return those of all images."""
+        return cls(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
-        Args:
-            out: the head's maps for B images.
-            targets: of the B images.
-            epoch: counted from 0; decides between the warm-up and task-aligned assignment.
+    def of(self, maps: Tensor) -> Tensor:
+        """Return (P, C), what flattened maps (B, C, A) hold at the positives."""
+        return maps[self.images, :, self.anchors]
+
+    def sum_at_anchors(self, values: Tensor, count: int) -> Tensor:
+        """Return (A,) the sum over the batch of values (P,), for A = `count` anchor points.
+
+        Without positives it is zeros that depend on the values: every worker then has a gradient to
+        share.
+        """
+        return values.new_zeros(count).index_add(0, self.anchors, values)
+
+    def points_strides(self, grid: AnchorGrid) -> Tensor:
+        """Return (P, 2) x, y of the anchor points, in strides."""
+        return grid.points[self.anchors] / grid.strides[self.anchors].unsqueeze(1)
+
+    def boxes_strides(self, grid: AnchorGrid) -> Tensor:
+        """Return (P, 4) what the boxes shall be, in strides."""
+        return self.boxes_net / grid.strides[self.anchors].unsqueeze(1)
+
+
+class FlatMaps(NamedTuple):
+    """A batch of raw maps, levels joined, with its ground truth.
+
+    Attributes:
+        classes: (B, K, A) logits.
+        regression: (B, C, A) in the head's own coding.
+        quality: (B, A) logits; no values where the head predicts none.
+        grid: the anchor points.
+        targets: of every image, on the maps' device.
+        valid: (B, A) bool, anchor points on the images.
+    """
+
+    classes: Tensor
+    regression: Tensor
+    quality: Tensor
+    grid: AnchorGrid
+    targets: list[Targets]
+    valid: Tensor
+
+    @classmethod
+    def of(cls, maps: HeadMaps, targets: Sequence[Targets], preset: Preset) -> FlatMaps:
+        """Join the levels, in float32.
 
         Raises:
             ToodError: the number of targets, or a label, does not fit the maps.
         """
-        _check_targets(out, targets)
-        grid = AnchorGrid.of_maps(out.scores, self.preset.anchor_side, self.preset.anchor_offset)
-        scores = torch.cat([level.flatten(2) for level in out.scores], dim=2)  # (B, K, A)
-        boxes = torch.cat([level.flatten(2) for level in out.boxes_strides], dim=2)
-        boxes = boxes.transpose(1, 2)  # (B, A, 4)
-        targets = [target.to(scores.device) for target in targets]
-        warmup = epoch < self.warmup_epochs
-        by_image = [
-            self._assign(i, scores, boxes, grid, target, warmup) for i, target in enumerate(targets)
-        ]
-        positives = _join(by_image)
-        valid = torch.stack([grid.valid_mask(target.valid_hw) for target in targets])
-        if self.variant == "authors" and not warmup:
-            valid = torch.ones_like(valid)
-        cls_factor, box_factor = self._average_factors(positives)
-        class_loss = focal_loss if warmup else quality_focal_loss
-        cls_anchors = _class_loss(scores, positives, class_loss, valid).sum(0) / cls_factor
-        box_anchors = self._box_loss(boxes, positives, grid) / box_factor
-        cls_levels, box_levels = (
-            torch.stack([part.sum() for part in values.split(grid.level_lengths)])
-            for values in (cls_anchors, box_anchors)
-        )
-        return Losses(
-            cls_levels.sum(),
-            box_levels.sum(),
-            cls_levels.detach(),
-            box_levels.detach(),
-            len(positives.anchors),
-        )
+        check_targets(maps.classes[0], targets)
+        grid = AnchorGrid.of_maps(maps.classes, preset.anchor_side, preset.anchor_offset)
+        classes, regression = flatten(maps.classes), flatten(maps.regression)
+        quality = flatten(maps.quality).squeeze(1) if maps.quality else classes.new_zeros(0)
+        moved = [target.to(classes.device) for target in targets]
+        valid = torch.stack([grid.valid_mask(target.valid_hw) for target in moved])
+        return cls(classes, regression, quality, grid, moved, valid)
 
-    def _assign(
-        self,
-        image: int,
-        scores: Tensor,
-        boxes: Tensor,
-        grid: AnchorGrid,
-        target: Targets,
-        warmup: bool,
-    ) -> Positives:
-        if warmup:
-            assigned = assign_atss(grid, target.valid_hw, target.boxes)
-        else:
-            boxes_net = boxes[image].detach() * grid.strides.unsqueeze(1)
-            valid = grid.valid_mask(target.valid_hw)
-            assigned = assign_task_aligned(
-                scores[image].detach(), boxes_net, grid.points, valid, target.boxes, target.labels
-            )
-        return _positives_of_image(image, assigned, grid, target, warmup)
 
-    def _average_factors(self, positives: Positives) -> tuple[Tensor, Tensor]:
-        """Return what the class and the box loss are divided by, the mean over all workers."""
-        factors = mean_over_ranks(torch.stack((positives.scores.sum(), positives.weights.sum())))
-        if self.variant == "authors":
-            factors = torch.where(factors < TINY_FACTOR, 1.0, factors)
-        else:
-            factors = factors.clamp(min=1.0)
-        return factors[0], factors[1]
+def flatten(levels: Sequence[Tensor]) -> Tensor:
+    """Return (B, C, A) of maps (B, C, h, w), in float32."""
+    return torch.cat([level.flatten(2) for level in levels], dim=2).float()
 
-    def _box_loss(self, boxes: Tensor, positives: Positives, grid: AnchorGrid) -> Tensor:
-        """Return (A,) weighted GIoU loss, summed over the batch.
 
-        Where there are no positives, it is zeros that depend on the boxes: every worker then has a
-        gradient to share.
+def atss_positives(grid: AnchorGrid, targets: Sequence[Targets]) -> Positives:
+    """Return what ATSS assigns in a batch: class scores of 1, boxes weighed by centre-ness."""
+    parts = []
+    for i, target in enumerate(targets):
+        assigned = assign_atss(grid, target.valid_hw, target.boxes)
+        weights = centerness(grid.points[assigned.anchors], target.boxes[assigned.boxes])
+        parts.append(Positives.of_image(i, assigned, target, assigned.metrics, weights))
+    return Positives.join(parts)
 
-        Args:
-            boxes: (B, A, 4) predicted, xyxy in strides.
-            positives: of the batch.
-            grid: the anchor points.
-        """
-        if not len(positives.anchors):
-            return (boxes * 0).sum((0, 2))
-        predicted = boxes[positives.images, positives.anchors]
-        goal = positives.boxes_net / grid.strides[positives.anchors].unsqueeze(1)
-        giou = box_giou(predicted, goal, clamp_areas=self.variant == "authors")
-        losses = BOX_WEIGHT * (1 - giou) * positives.weights
-        return losses.new_zeros(boxes.shape[1]).index_add(0, positives.anchors, losses)
+
+def centerness(points: Tensor, boxes: Tensor) -> Tensor:
+    """Return (P,) how central points (P, 2) lie in boxes (P, 4): 1 at the centre, 0 at a side."""
+    near, far = points - boxes[:, :2], boxes[:, 2:] - points
+    return (torch.minimum(near, far) / torch.maximum(near, far)).prod(1).sqrt()
+
+
+def positives_factor(positives: Positives, batch: int) -> Tensor:
+    """Return how many positives there are, an image without any counted as one.
+
+    The mean over all workers (reference/SPEC_FAMILY.md section 0).
+    """
+    counts = positives.images.bincount(minlength=batch).clamp(min=1)
+    return mean_over_ranks(counts.sum())
+
+
+def weights_factor(weights: Tensor) -> Tensor:
+    """Return the sum of weights (P,), the mean over all workers, raised to at least 1."""
+    return mean_over_ranks(weights.sum()).clamp(min=1.0)
+
+
+def giou_loss(boxes: Tensor, goal: Tensor, *, clamp_areas: bool = False) -> Tensor:
+    """Return (P,) one minus the generalised IoU.
+
+    Args:
+        boxes, goal: (P, 4) xyxy, in one frame.
+        clamp_areas: see `box_giou`.
+    """
+    return 1 - box_giou(boxes, goal, clamp_areas=clamp_areas)
+
+
+def focal_loss(scores: Tensor, goal: Tensor) -> Tensor:
+    """Compute focal loss on probabilities, element by element, for a goal of exactly 0 or 1."""
+    return _focal_factor(scores, goal) * _cross_entropy(scores, goal)
+
+
+def focal_loss_of_logits(logits: Tensor, goal: Tensor) -> Tensor:
+    """Compute focal loss on logits, element by element, for a goal of exactly 0 or 1."""
+    factor = _focal_factor(logits.sigmoid(), goal)
+    return factor * F.binary_cross_entropy_with_logits(logits, goal, reduction="none")
+
+
+def _focal_factor(scores: Tensor, goal: Tensor) -> Tensor:
+    balance = torch.where(goal > 0, FOCAL_ALPHA, 1 - FOCAL_ALPHA)
+    return balance * (goal - scores).abs().pow(FOCAL_GAMMA)
 
 
 def quality_focal_loss(scores: Tensor, goal: Tensor) -> Tensor:
@@ -187,11 +241,10 @@ def quality_focal_loss(scores: Tensor, goal: Tensor) -> Tensor:
     return (goal - scores).square() * _cross_entropy(scores, goal)
 
 
-def focal_loss(scores: Tensor, goal: Tensor) -> Tensor:
-    """Compute focal loss on probabilities, element by element, for a goal of exactly 0 or 1."""
-    miss = (goal - scores).abs()
-    balance = torch.where(goal > 0, FOCAL_ALPHA, 1 - FOCAL_ALPHA)
-    return balance * miss.pow(FOCAL_GAMMA) * _cross_entropy(scores, goal)
+def quality_focal_loss_of_logits(logits: Tensor, goal: Tensor) -> Tensor:
+    """Compute |y - p|^2 BCE(p, y) of logits of p, element by element; y from 0 to 1."""
+    factor = (goal - logits.sigmoid()).square()
+    return factor * F.binary_cross_entropy_with_logits(logits, goal, reduction="none")
 
 
 def _cross_entropy(scores: Tensor, goal: Tensor) -> Tensor:
@@ -200,52 +253,23 @@ def _cross_entropy(scores: Tensor, goal: Tensor) -> Tensor:
     return F.binary_cross_entropy(scores.nan_to_num(nan=0.0), goal, reduction="none")
 
 
-def _class_loss(
-    scores: Tensor, positives: Positives, loss: Callable[[Tensor, Tensor], Tensor], valid: Tensor
-) -> Tensor:
-    """Return (B, A) the loss of every anchor point over all classes.
+def class_loss(predicted: Tensor, positives: Positives, loss: ClassLoss, valid: Tensor) -> Tensor:
+    """Return (A,) the class loss of every anchor point, over all classes and the batch.
 
     Args:
-        scores: (B, K, A) probabilities.
+        predicted: (B, K, A) probabilities, or logits.
         positives: of the batch.
-        loss: of scores and goals, element by element.
+        loss: of predictions and goals, element by element.
         valid: (B, A) bool; others count for nothing.
     """
-    goal = torch.zeros_like(scores)
+    goal = torch.zeros_like(predicted)
     goal[positives.images, positives.labels, positives.anchors] = positives.scores
-    return loss(scores, goal).sum(1) * valid
+    return (loss(predicted, goal).sum(1) * valid).sum(0)
 
 
-def _positives_of_image(
-    image: int, assigned: Assignment, grid: AnchorGrid, target: Targets, warmup: bool
-) -> Positives:
-    boxes_net = target.boxes[assigned.boxes]
-    if warmup:
-        scores, weights = assigned.metrics, centerness(grid.points[assigned.anchors], boxes_net)
-    else:
-        scores = weights = normalised_metrics(assigned, len(target.boxes))
-    return Positives(
-        torch.full_like(assigned.anchors, image),
-        assigned.anchors,
-        target.labels[assigned.boxes],
-        boxes_net,
-        scores,
-        weights,
-    )
-
-
-def centerness(points: Tensor, boxes: Tensor) -> Tensor:
-    """Return (P,) how central points (P, 2) lie in boxes (P, 4): 1 at the centre, 0 at a side."""
-    near, far = points - boxes[:, :2], boxes[:, 2:] - points
-    return (torch.minimum(near, far) / torch.maximum(near, far)).prod(1).sqrt()
-
-
-def _join(parts: Sequence[Positives]) -> Positives:
-    return Positives(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
-
-
-def _check_targets(out: HeadOutput, targets: Sequence[Targets]) -> None:
-    batch, classes = out.scores[0].shape[:2]
+def check_targets(maps: Tensor, targets: Sequence[Targets]) -> None:
+    """Raise ToodError unless targets fit a level's class maps (B, K, h, w)."""
+    batch, classes = maps.shape[:2]
     if len(targets) != batch:
         raise ToodError(f"{len(targets)} targets for a batch of {batch} images; expected one each")
     for i, target in enumerate(targets):

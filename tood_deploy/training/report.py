@@ -16,6 +16,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from tood_deploy.reporter import Reporter, printable
+from tood_deploy.training.config import LOSS_TERMS
 from tood_deploy.training.records import MIN_IMAGE_SIDE, LabelledImages, read_image
 
 SIDES = (0, 8, 16, 32, 64, 96, 128, 256, 512)  # pixels: square root of a box's area
@@ -90,8 +91,9 @@ def plot_learning(history: Sequence[Mapping[str, float]], path: Path) -> None:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     losses, scores = figure.subplots(1, 2)
     epochs = [row["epoch"] for row in history]
-    for name, label in (("cls", "classes"), ("box", "boxes")):
-        losses.plot(epochs, [row.get(name, np.nan) for row in history], label=label)
+    for name, label in LOSS_TERMS.items():
+        if any(name in row for row in history):
+            losses.plot(epochs, [row.get(name, np.nan) for row in history], label=label)
     losses.set(xlabel="epoch", ylabel="mean loss of the epoch", ylim=(0, None))
     losses.legend()
     evaluated = [row for row in history if "AP" in row]

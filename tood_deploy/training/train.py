@@ -96,9 +96,13 @@ def choose_recipe(preset: str, changes: Mapping[str, Any]) -> tuple[Recipe, list
         changes: values by field of `Recipe`, and "published": "1x" or "2x". A changed number of
             epochs moves the drops along, a changed batch the learning rate, unless these are given
             too.
+
+    Raises:
+        ToodError: the preset's detector is not trained here, or has no such epochs.
     """
     changes = dict(changes)
     published = changes.pop("published", None)
+    _check_trained(preset, changes)
     recipe, notes = RECIPES[preset], []
     if published is not None:
         schedule = SCHEDULES[published]
@@ -115,6 +119,22 @@ def choose_recipe(preset: str, changes: Mapping[str, Any]) -> tuple[Recipe, list
             f"{before.lr:g} is for {before.batch} images a step"
         )
     return replace(recipe, **changes), notes
+
+
+def _check_trained(preset: str, changes: Mapping[str, Any]) -> None:
+    """Raise ToodError for a preset without a recipe, and for epochs that its loss does not have."""
+    if preset not in RECIPES:
+        trained = ", ".join(dict.fromkeys(get_preset(name).detector for name in RECIPES))
+        raise ToodError(
+            f"{preset}: there is no training of {get_preset(preset).detector}; "
+            f"choose a preset of {trained}"
+        )
+    own = changes.get("loss", RECIPES[preset].loss) == "own"
+    if "atss_epochs" in changes and own and get_preset(preset).detector != "tood":
+        raise ToodError(
+            f"{preset}: atss_epochs is {changes['atss_epochs']}, which TOOD's loss alone has; "
+            "leave it out, or give --loss tood"
+        )
 
 
 def train(
@@ -229,6 +249,7 @@ def _describe(
         ", ..." if preset.num_classes > 4 else ""
     )
     rate = f"{recipe.optimiser} with learning rate {recipe.lr:g}, {recipe.schedule} schedule"
+    other = recipe.loss == "tood" and preset.detector != "tood"
     workers = f"{world_size()} workers" if world_size() > 1 else "1 worker"
     slices = []
     if recipe.slice is not None:
@@ -244,6 +265,7 @@ def _describe(
         f"{usable} {what} of {labelled.path}",
         *slices,
         *(f"left out or mended: {line}" for line in labelled.problems.lines()),
+        *(["the loss is TOOD's, not the detector's own"] if other else []),
         f"{recipe.epochs} epochs of batch {recipe.batch}, {rate}, {recipe.precision}, "
         f"seed {recipe.seed}, {workers} on {device.type}",
     ]
