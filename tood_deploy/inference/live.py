@@ -14,6 +14,7 @@ from fractions import Fraction
 from av.container import InputContainer
 from av.error import ExitError, FFmpegError
 from av.format import Flags
+from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
@@ -26,8 +27,9 @@ from tood_deploy.inference.video import TIMEOUT_S, find_video_stream, open_conta
 MICROSECOND = Fraction(1, 1_000_000)
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 8.0  # between attempts to connect again
 MAX_CLOCK_ERROR_S = 5.0  # of a stream's own times against those at which its frames come
+MAX_BUFFERED, BUFFERED_WAIT_S = 3, 0.002
 # FFmpeg's default looks at seconds of a stream before it gives the first frame.
-LIVE_OPTIONS = {"fflags": "nobuffer", "fpsprobesize": "0", "analyzeduration": "500000"}
+LIVE_OPTIONS = {"fpsprobesize": "0", "analyzeduration": "500000"}
 SCHEME_OPTIONS = {
     "rtsp": {"rtsp_transport": "tcp"},
     "rtsps": {"rtsp_transport": "tcp"},
@@ -215,24 +217,43 @@ class Camera:
             return self._read_frames(container, stream)
 
     def _read_frames(self, container: InputContainer, stream: VideoStream) -> str:
+        """Take the frames of a connection; return why it ended."""
         has_times = not container.format.flags & Flags.no_timestamps.value
+        held = None  # the last frame that was read to find out the format: it came earlier
+        buffered, asked_s = 0 if has_times else MAX_BUFFERED, time.perf_counter()
         try:
             for packet in container.demux(stream):
                 arrived_s = time.perf_counter()
-                try:
-                    frames = stream.codec_context.decode(packet) if packet.size else []
-                except FFmpegError:
-                    self.broken += 1
-                    continue
-                for frame in frames:
-                    self._take(frame, frame.time if has_times else None, arrived_s)
+                at_once = packet.size > 0 and arrived_s - asked_s < BUFFERED_WAIT_S
+                buffered = buffered - 1 if at_once and buffered else 0
+                for frame in self._decode(stream, packet):
+                    if buffered:
+                        held = frame
+                        self.frames += 1
+                        self.dropped += 1
+                    else:
+                        held = None
+                        self._take(frame, frame.time if has_times else None, arrived_s)
                 if self._closing.is_set():
                     return "closed"
+                asked_s = time.perf_counter()
         except ExitError:
             return f"nothing came for {TIMEOUT_S:.0f} seconds"
         except FFmpegError as error:
             return without_secrets(str(error.strerror or error), self.address)
+        finally:
+            if held is not None:  # nothing came later
+                self.frames -= 1
+                self.dropped -= 1
+                self._take(held, None, time.perf_counter())
         return "no more data"
+
+    def _decode(self, stream: VideoStream, packet: Packet) -> list[VideoFrame]:
+        try:
+            return stream.codec_context.decode(packet) if packet.size else []
+        except FFmpegError:
+            self.broken += 1
+            return []
 
     def _take(self, frame: VideoFrame, stream_s: float | None, arrived_s: float) -> None:
         """Make a frame the latest one."""

@@ -80,7 +80,8 @@ def open_container(
     shown, expected = redacted(name), "expected an image, video, camera or stream"
     camera_format = "v4l2" if name.startswith("/dev/") else None
     try:
-        file = sys.stdin.buffer if name == STDIN else name
+        # Unbuffered: what has come is read at once.
+        file = getattr(sys.stdin.buffer, "raw", sys.stdin.buffer) if name == STDIN else name
         return av.open(file, "r", format=camera_format, options=options or {}, timeout=timeout_s)
     except ExitError as error:
         raise InputError(
@@ -239,9 +240,12 @@ class VideoSource(Source):
                 "within the video and before --end"
             )
         if not given:
+            cure = (
+                "; an .mp4 with its index at the end needs a file's name" if self._is_pipe else ""
+            )
             raise InputError(
                 f"{self.name}: not one frame can be decoded; expected a video, this one is "
-                "empty or damaged"
+                f"empty or damaged{cure}"
             )
         losses = ledger.losses(decoder.read_to_end)
         for count, text in losses:
