@@ -85,9 +85,7 @@ def model_files(model: str, classes: str | None = None) -> list[Path]:
     """
     path = Path(model)
     files = [path]
-    if (
-        path.suffix.lower() in ARTEFACT_SUFFIXES
-    ):  # OpenVINO has a file of weights
+    if path.suffix.lower() in ARTEFACT_SUFFIXES:  # OpenVINO has a file of weights
         files += [path.with_suffix(".json"), path.with_suffix(".bin"), Path(f"{path}.data")]
     if classes is not None:
         files.append(Path(classes))
