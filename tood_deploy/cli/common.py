@@ -40,6 +40,7 @@ COMMANDS = {
     "tood-infer": "Find objects in images, videos, cameras and streams.",
     "tood-eval": "Measure COCO AP of a model or of its results, and report where it is wrong.",
     "tood-bench": "Measure latency, video throughput, and parity with PyTorch.",
+    "tood-serve": "Serve artefacts over HTTP: encoded images and the Open Inference Protocol.",
     "tood-train": "Train a TOOD detector on COCO-format data.",
 }
 MODELS = ("model", "models", "checkpoint", "reference", "baseline", "clip")  # files, or presets
