@@ -65,7 +65,10 @@ class WorkerOptions:
 
 def model_bytes(artefact: Path) -> dict[str, bytes]:
     """Return the files of an artefact, for workers on machines that do not have it."""
-    return {path.name: path.read_bytes() for path in (*artefact_files(artefact), manifest_path(artefact))}
+    return {
+        path.name: path.read_bytes()
+        for path in (*artefact_files(artefact), manifest_path(artefact))
+    }
 
 
 class ChunkSource(Source):

@@ -176,7 +176,9 @@ def check_options(args: argparse.Namespace) -> None:
             "--threads: an engine has as many as its worker has CPUs; use --cpus-per-worker"
         )
     if args.gpus_per_worker and args.device != "cuda":
-        raise ToodError("--gpus-per-worker gives workers GPUs that they do not use; add --device cuda")
+        raise ToodError(
+            "--gpus-per-worker gives workers GPUs that they do not use; add --device cuda"
+        )
     if args.coco_annotations is not None and args.format != "coco":
         raise ToodError("--coco-annotations gives ids to COCO results; add --format coco")
 
@@ -206,7 +208,9 @@ def coco_ids(
 
     manifest = read_manifest(Path(args.model))
     if manifest is None:
-        raise ArtefactError(f"{args.model}: its manifest is missing, the .json beside it: copy both")
+        raise ArtefactError(
+            f"{args.model}: its manifest is missing, the .json beside it: copy both"
+        )
     names = [name for chunk in listed for name in chunk.names]
     if args.coco_annotations is None:
         return {name: number for number, name in enumerate(names, 1)}, None

@@ -19,12 +19,12 @@ from tood_deploy.cli.common import (
     class_options,
     is_artefact,
     load_options,
-    model_files,
     run_command,
     runtime_options,
     slicing_options,
     takes_hint,
 )
+from tood_deploy.cli.files import model_files
 from tood_deploy.errors import ArtefactError, ToodError
 from tood_deploy.reporter import Reporter
 
