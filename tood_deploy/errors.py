@@ -106,6 +106,12 @@ PACKAGES = {  # by the name that is imported
     "matplotlib": Package("matplotlib", ("eval", "export", "train")),
     "psutil": Package("psutil", ("eval",)),
     "pycocotools": Package("pycocotools", ("eval", "train")),
+    "httptools": Package("httptools", ("serve",)),
+    "prometheus_client": Package("prometheus-client", ("serve",)),
+    "python_multipart": Package("python-multipart", ("serve",)),
+    "starlette": Package("starlette", ("serve",)),
+    "uvicorn": Package("uvicorn", ("serve",)),
+    "uvloop": Package("uvloop", ("serve",)),
     "tensorboard": Package("tensorboard", ("train",)),
     "pynvml": Package("nvidia-ml-py", ("gpu",)),
 }
