@@ -14,11 +14,14 @@ from tood_deploy import files
 from tood_deploy.errors import OutputError
 from tood_deploy.files import (
     TEMPORARY,
+    absent_or,
     atomic_path,
     atomic_paths,
+    check_overwrites,
     file_sha256,
     remove_leftovers,
     temporary_folder,
+    write_text,
 )
 
 
@@ -163,3 +166,38 @@ class TestLeftovers:
         with temporary_folder(tmp_path / ("m" * length), tmp_path) as folder:
             (folder / "x").touch()
         assert [path.name for path in tmp_path.iterdir()] == [f"{'n' * length}.txt"]
+
+
+class TestCheckOverwrites:
+    def test_by_name_by_link_and_by_number(self, tmp_path: Path) -> None:
+        given = tmp_path / "a.json"
+        given.touch()
+        (tmp_path / "link.json").symlink_to(given)
+        (tmp_path / "hard.json").hardlink_to(given)
+        (tmp_path / "folder").symlink_to(tmp_path)
+        for name in ("a.json", "link.json", "hard.json", "folder/a.json", "x/../a.json"):
+            with pytest.raises(
+                OutputError, match=r"--json .*: is the truth and would be overwritten"
+            ):
+                check_overwrites({"the truth": [given]}, {"--json": [tmp_path / name]})
+        check_overwrites({"the truth": [given]}, {"--json": [tmp_path / "b.json"]})
+
+    def test_two_outputs_of_one_name_or_one_below_the_other(self, tmp_path: Path) -> None:
+        with pytest.raises(OutputError, match=r"--jsonl .*: is written by --json, too"):
+            check_overwrites({}, {"--json": [tmp_path / "r"], "--jsonl": [tmp_path / "." / "r"]})
+        with pytest.raises(OutputError, match=r"lies in .*, which --json writes as a file"):
+            check_overwrites({}, {"--json": [tmp_path / "r"], "--output": [tmp_path / "r" / "a"]})
+
+    def test_a_device_takes_all(self) -> None:
+        check_overwrites({"x": ["/dev/null"]}, {"--json": ["/dev/null"], "--jsonl": ["/dev/null"]})
+
+
+@pytest.mark.parametrize("text", ["x" * 300, "a\0b", "y/" * 3000])
+def test_text_that_can_be_no_path_is_no_file(text: str) -> None:
+    assert not absent_or(Path(text).is_file)
+    assert not absent_or(Path(text).is_dir)
+
+
+def test_what_is_no_text_is_escaped(tmp_path: Path) -> None:
+    write_text(tmp_path / "a.txt", "caf\udce9")
+    assert (tmp_path / "a.txt").read_bytes() == b"caf\\udce9"

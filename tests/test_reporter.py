@@ -6,7 +6,7 @@ import sys
 import pytest
 from rich.table import Table
 
-from tood_deploy.reporter import Reporter
+from tood_deploy.reporter import Reporter, printable
 
 
 class Terminal(io.StringIO):
@@ -139,3 +139,38 @@ def test_tasks_share_the_pauses(clock: Clock, capsys: pytest.CaptureFixture[str]
         "inner: 2 of 4",
         "inner: 4 of 4",
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("traffic light", "traffic light"),
+        ("\u00e9t\u00e9 \u4ea4\u901a \U0001f600", "\u00e9t\u00e9 \u4ea4\u901a \U0001f600"),
+        ("$x_1$ [/] [red] :smile: <b>", "$x_1$ [/] [red] :smile: <b>"),
+        ("a\x1b[2Jb", r"a\x1b[2Jb"),
+        ("a\nb\r\tc", r"a\x0ab\x0d\x09c"),
+        ("caf\udce9", r"caf\xe9"),
+        ("\ud800", r"\ud800"),
+        ("a\u202eb\u2028", r"a\u202eb\u2028"),
+        ("\x9b2J", r"\x9b2J"),
+    ],
+)
+def test_a_name_is_shown_literally(name: str, shown: str) -> None:
+    assert printable(name) == shown
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
+def test_lines_of_any_text_are_printed(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2))
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    reporter = Reporter()
+    reporter.result("caf\udce9 \u4ea4 \x1b[31m\nsecond line")
+    reporter.warn("caf\udce9 \u4ea4")
+    for stream in (out, err):
+        stream.flush()
+    written = out.buffer.getvalue().decode(encoding)  # pyright: ignore[reportAttributeAccessIssue]
+    assert written.startswith(r"caf\xe9 ")
+    assert written.count("\n") == 2
+    assert "\x1b" not in written
+    assert b"warning: caf" in err.buffer.getvalue()  # pyright: ignore[reportAttributeAccessIssue]

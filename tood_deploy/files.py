@@ -20,6 +20,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+MAX_NAME_BYTES = 255  # of ext4, XFS, APFS, NTFS (there letters)
 TEMPORARY = ".tood-"  # begins the name of whatever will get its own name when it is complete
 LEFTOVER = re.compile(rf"{re.escape(TEMPORARY)}[0-9a-f]{{16}}(\..*)?")
 
@@ -266,12 +267,12 @@ def check_overwrites(
         key: (what, path)
         for what, paths in inputs.items()
         for path in paths
-        for key in file_identities(path)
+        for key in _identities(path)
     }
     written: dict[object, tuple[str, str | Path]] = {}
     for option, paths in outputs.items():
         for path in paths:
-            keys = file_identities(path)
+            keys = _identities(path)
             if hit := next((read[key] for key in keys if key in read), None):
                 raise OutputError(
                     f"{option} {path}: is {hit[0]} and would be overwritten; choose another "
@@ -291,7 +292,7 @@ def check_overwrites(
                 )
 
 
-def file_identities(path: str | Path) -> list[object]:
+def _identities(path: str | Path) -> list[object]:
     """Return what a file is known by: its real path, and its number if it is there.
 
     Nothing for a device, which may be read and written by several.

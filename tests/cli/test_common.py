@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 
 from tood_deploy import __version__
-from tood_deploy.cli.common import COMMANDS, CommandParser, accept_old_name, add_device
+from tood_deploy.cli.common import (
+    COMMANDS,
+    CommandParser,
+    accept_old_name,
+    add_device,
+    class_names_from,
+)
+from tood_deploy.errors import ToodError
+from tood_deploy.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))[
@@ -147,3 +155,44 @@ def test_devices(
     err = capsys.readouterr().err
     assert word in err
     assert bool(err) == bool(word)
+
+
+class TestClassNames:
+    def test_many_names_are_no_path(self) -> None:
+        names = list(PRESETS["r50-1x"].class_names)
+        assert len(",".join(names)) > 255
+        assert class_names_from(",".join(names)) == names
+        assert class_names_from(", ".join(names)) == names
+
+    @pytest.mark.parametrize("mark", ["", "\ufeff"])
+    @pytest.mark.parametrize("end", ["\n", "\r\n"])
+    def test_of_a_file_of_any_editor(self, tmp_path: Path, mark: str, end: str) -> None:
+        path = tmp_path / "names.txt"
+        path.write_bytes(f"{mark}caf\u00e9{end}[red]{end}{end}$x${end}".encode())
+        assert class_names_from(str(path)) == ["caf\u00e9", "[red]", "$x$"]
+
+    def test_a_file_that_is_no_utf8_is_named(self, tmp_path: Path) -> None:
+        (tmp_path / "names.txt").write_bytes(b"caf\xe9\n")
+        with pytest.raises(ToodError, match=r"names\.txt: not in UTF-8 .* save it in UTF-8"):
+            class_names_from(str(tmp_path / "names.txt"))
+
+    def test_a_long_wrong_text_is_cut_in_the_message(self) -> None:
+        with pytest.raises(ToodError) as caught:
+            class_names_from(",".join(["same"] * 300))
+        assert len(str(caught.value)) < 250
+
+
+@pytest.mark.parametrize("text", ["x" * 300, "x" * 300 + ".onnx", "é" * 130, "a\0b"])
+@pytest.mark.parametrize("arguments", [("{}",), ("m.onnx", "--json", "{}")])
+def test_text_that_can_name_no_file_is_wrong_use(
+    arguments: tuple[str, ...], text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = CommandParser("tood-infer")
+    parser.add_argument("model")
+    parser.add_argument("--json", type=Path)
+    with pytest.raises(SystemExit) as stopped:
+        parser.parse_args([argument.format(text) for argument in arguments])
+    assert stopped.value.code == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "no file can have such a name" in err

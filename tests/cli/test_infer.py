@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 import pytest
 from inference.fakes import CLASSES, RedEngine, moving_images, red_image, write_image, write_video
+from inference.test_file_list import write_animation, write_pages
 
 from tood_deploy.cli import infer
 from tood_deploy.cli.infer import main
@@ -201,6 +202,45 @@ def test_ids_count_the_images_that_cannot_be_read(run: Run, tmp_path: Path) -> N
     assert [row["image_id"] for row in json.loads(Path("r.json").read_text())] == [1, 3]
 
 
+def test_pages_animations_and_odd_names(run: Run, tmp_path: Path) -> None:
+    latin = os.fsdecode(b"caf\xe9.png")
+    write_image(tmp_path / "in" / "x.png").rename(tmp_path / "in" / latin)
+    write_image(tmp_path / "in" / "x.png").rename(tmp_path / "in" / f"{'n' * 249}.png")
+    write_pages(tmp_path / "in" / "pages.tif")
+    write_animation(tmp_path / "in" / "moving.gif")
+    (tmp_path / "in" / "notes.md").write_text("text")
+    code, out, err = run(
+        tmp_path / "in", "--output", "out", "--jsonl", "r.jsonl", "--json", "r.json", "--crops", "c"
+    )
+    assert code == 0, err
+    assert "1 no image or video (notes.md)" in err
+    assert len(out.splitlines()) == 8
+    assert r"caf\xe9.png: 1 red thing" in out
+    assert sorted(path.name for path in Path("out").iterdir()) == sorted(
+        [latin, f"{'n' * 249}.png", "moving.mp4", *(f"pages-{i}.jpg" for i in (1, 2, 3))]
+    )
+    assert len(list(Path("c").iterdir())) == 8
+    assert len(json.loads(Path("r.json").read_text())) == 8
+    records = [json.loads(line) for line in Path("r.jsonl").read_text().splitlines()]
+    assert [record.get("page") for record in records if record["source"].endswith("pages.tif")] == [
+        1,
+        2,
+        3,
+    ]
+    assert str(tmp_path / "in" / latin) in [record["source"] for record in records]
+    assert run(tmp_path / "in", "--first-page", "--json", "r.json")[0] == 0
+    ids = [row["image_id"] for row in json.loads(Path("r.json").read_text())]
+    assert ids == [1, 2, 3, 4]
+
+
+def test_ids_of_pages(run: Run, tmp_path: Path) -> None:
+    write_pages(tmp_path / "a.tif")
+    write_image(tmp_path / "b.png")
+    assert run(tmp_path / "a.tif", tmp_path / "b.png", "--json", "r.json")[0] == 0
+    ids = [row["image_id"] for row in json.loads(Path("r.json").read_text())]
+    assert ids == [1, 2, 3, 4]
+
+
 def test_equal_names_in_two_folders(run: Run, tmp_path: Path) -> None:
     one, two = (
         write_image(tmp_path / "one" / "a.png"),
@@ -352,6 +392,65 @@ class TestBadInput:
         before = path.read_bytes()
         assert_one_line(run(path, "--output", tmp_path), "would be overwritten")
         assert path.read_bytes() == before
+
+    @pytest.mark.parametrize("option", ["--json", "--jsonl", "--output"])
+    def test_no_output_replaces_anything_that_is_read(
+        self, run: Run, tmp_path: Path, option: str
+    ) -> None:
+        image = write_image(tmp_path / "a.png")
+        listing, truth = tmp_path / "list.txt", tmp_path / "truth.json"
+        listing.write_text("a.png\n")
+        truth.write_text(
+            json.dumps(
+                {
+                    "images": [{"id": 1, "file_name": "a.png"}],
+                    "categories": [{"id": i, "name": name} for i, name in enumerate(CLASSES)],
+                }
+            )
+        )
+        model = tmp_path / "model.pth"
+        model.write_text("weights")
+        (tmp_path / "hard.png").hardlink_to(image)
+        targets = (image, tmp_path / "hard.png")
+        targets += () if option == "--output" else (listing, truth, model)
+        before = {path: path.read_bytes() for path in targets}
+        for target in targets:
+            more = ["--coco-annotations", truth, "--json", "r.json"] if target == truth else []
+            if target == truth and option == "--json":
+                more = more[:2]
+            result = run(listing, option, target, *more, model=str(model))
+            assert_one_line(result, "would be overwritten")
+            assert {path: path.read_bytes() for path in targets} == before
+
+    def test_two_outputs_of_one_name(self, run: Run, tmp_path: Path) -> None:
+        image = write_image(tmp_path / "a.png")
+        assert_one_line(run(image, "--json", "r", "--jsonl", "./r"), "is written by --json, too")
+
+    def test_crops_replace_no_input(self, run: Run, tmp_path: Path) -> None:
+        image = write_image(tmp_path / "a.png")
+        crop = write_image(tmp_path / "a_000_red-thing.jpg")
+        assert_one_line(run(image, crop, "--crops", tmp_path), "has the name of a crop")
+        assert run(image, "--crops", tmp_path)[0] == 0
+
+    def test_a_video_of_an_unknown_codec_spoils_no_run(self, run: Run, tmp_path: Path) -> None:
+        image = write_image(tmp_path / "a.png")
+        video = write_video(tmp_path / "b.mp4", moving_images(3))
+        video.write_bytes(video.read_bytes().replace(b"avc1", b"zzzz"))
+        code, out, err = run(image, video, "--json", "r.json", "--jsonl", "r.jsonl")
+        assert (code, out) == (1, f"{image}: 1 red thing\n")
+        assert "b.mp4" in err
+        assert "Traceback" not in err
+        assert len(json.loads(Path("r.json").read_text())) == 1
+        assert len(Path("r.jsonl").read_text().splitlines()) == 1
+
+    def test_a_frame_that_an_output_cannot_take(self, run: Run, tmp_path: Path) -> None:
+        wide = write_image(tmp_path / "b.png", np.full((8, 70_000, 3), 60, np.uint8))
+        images = [write_image(tmp_path / "a.png"), wide.rename(tmp_path / "b.jpg")]
+        code, out, err = run(*images, "--output", "out", "--json", "r.json", "--imgsz", "48", "64")
+        assert (code, len(out.splitlines())) == (1, 2)
+        assert "70000 x 8 pixels cannot be written as .jpg" in err
+        assert sorted(path.name for path in Path("out").iterdir()) == ["a.png"]
+        assert len(json.loads(Path("r.json").read_text())) == 1
 
     def test_a_full_disk(self, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def full(*_: object) -> None:
@@ -527,3 +626,64 @@ def run_and_stop_reading(*arguments: str | Path) -> tuple[int, str]:
     process.stderr.close()
     lines = [line for line in err.splitlines(keepends=True) if " frames in " not in line]
     return process.wait(timeout=30), "".join(lines)
+
+
+class TestSlices:
+    def test_an_image_in_slices(self, run: Run, tmp_path: Path) -> None:
+        image = write_image(tmp_path / "a.png", red_image(300, 420, left=200, top=100, side=16))
+        size = ("--slice", "96", "--imgsz", "96", "96", "--no-whole")
+        code, _, err = run(image, "--jsonl", "r.jsonl", "--batch", "4", *size)
+        assert code == 0, err
+        record = json.loads(Path("r.jsonl").read_text(encoding="utf-8"))
+        assert [one["box"] for one in record["detections"]] == [[200, 100, 216, 116]]
+
+    def test_a_small_image_is_one_window_and_said_once(self, run: Run, tmp_path: Path) -> None:
+        for name in "ab":
+            write_image(tmp_path / "images" / f"{name}.png")
+        code, _, err = run(tmp_path / "images", "--slice", "640", "640")
+        assert code == 0
+        assert err.count("640 x 640") == 1
+
+    def test_classes_and_thresholds(self, run: Run, tmp_path: Path) -> None:
+        image = write_image(tmp_path / "a.png")
+        Path("t.json").write_text(json.dumps({"default": 0.9, "classes": {CLASSES[0]: 0.5}}))
+        for given, expected in (
+            (("--conf", f"0.9,{CLASSES[0]}=0.5"), 1),
+            (("--conf", f"0.2,{CLASSES[0]}=0.8"), 0),
+            (("--conf", "t.json"), 1),
+            (("--only", CLASSES[0]), 1),
+            (("--only", CLASSES[1]), 0),
+            (("--except", CLASSES[0]), 0),
+        ):
+            code, _, err = run(image, "--jsonl", "r.jsonl", *given)
+            assert code == 0, err
+            record = json.loads(Path("r.jsonl").read_text(encoding="utf-8"))
+            assert len(record["detections"]) == expected, given
+
+    @pytest.mark.parametrize(
+        ("given", "words"),
+        [
+            (("--slice", "0"), ("0", "positive")),
+            (("--slice", "640", "-1"), ("-1", "positive")),
+            (("--slice", "1", "2", "3"), ("1 2 3",)),
+            (("--slice", "64", "--overlap", "0.95"), ("0.95", "0.9")),
+            (("--slice", "64", "--merge-threshold", "2"), ("2",)),
+            (("--overlap", "0.1"), ("--overlap", "--slice")),
+            (("--no-whole",), ("--no-whole", "--slice")),
+            (("--slice", "64", "--fast-decode"), ("fast_decode",)),
+            (("--conf", "0.3,red thin=0.5"), ("did you mean 'red thing'",)),
+            (("--conf", "0.3,red thing=7"), ("7",)),
+            (("--conf", "none.json"), ("none.json",)),
+            (("--only", "zebra"), ("zebra", "red thing")),
+            (("--only", "red thing", "--except", "red thing"), ("one of them",)),
+            (("--crs", "EPSG:4326"), ("--geojson",)),
+            (("--geojson", "out.geojson"), ("georeferenced",)),
+        ],
+    )
+    def test_bad_values_are_one_line(
+        self, run: Run, tmp_path: Path, given: tuple[str, ...], words: tuple[str, ...]
+    ) -> None:
+        if "--geojson" in given:
+            pytest.importorskip("rasterio")
+        image = write_image(tmp_path / "a.png")
+        assert_one_line(run(image, *given), *words)

@@ -46,8 +46,9 @@ def test_a_signal_ends_a_command_in_good_order(
 ) -> None:
     """Also where a terminal and a parent process send it both."""
     command = [sys.executable, "-c", WRITER, str(tmp_path / "out.json")]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, text=True, **pipes) as process:
+    with subprocess.Popen(
+        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         for _ in range(times):

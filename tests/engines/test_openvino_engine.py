@@ -169,11 +169,7 @@ class TestPrecision:
             options={"rest": rest} if rest else {},
         )
         with open_engine(
-            path,
-            runtime="openvino",
-            threads=1,
-            self_test=False,
-            **({"precision": asked} if asked else {}),
+            path, runtime="openvino", threads=1, self_test=False, precision=asked
         ) as engine:
             assert engine.precision == runs
 

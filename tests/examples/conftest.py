@@ -12,7 +12,7 @@ import pytest
 from tood_deploy import Detector
 from tood_deploy.demo.scenes import make_scene
 from tood_deploy.export.export import export_onnx
-from tood_deploy.inference.sinks import frame_record
+from tood_deploy.inference.text_sinks import frame_record
 from tood_deploy.model import load_checkpoint
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "tood_deploy" / "weights" / "tiny-demo.safetensors"

@@ -89,7 +89,7 @@ def test_other_sizings_are_pythons(
     changes: dict[str, Any], tood: Run, demo_artefact: Path, scenes: list[Path], tmp_path: Path
 ) -> None:
     from tood_deploy import Detector
-    from tood_deploy.inference.sinks import frame_record
+    from tood_deploy.inference.text_sinks import frame_record
 
     artefact = tmp_path / "other.onnx"
     shutil.copy(demo_artefact, artefact)

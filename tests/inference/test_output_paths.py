@@ -1,12 +1,12 @@
 """Which file each output goes to."""
 
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import pytest
 
 from tood_deploy.errors import OutputError
 from tood_deploy.inference.frame import Input
-from tood_deploy.inference.output_paths import check_writable, plan_outputs
+from tood_deploy.inference.output_paths import check_writable, plan_outputs, shorten
 
 
 def inputs_of(names: list[str]) -> list[Input]:
@@ -49,6 +49,41 @@ def test_every_input_has_a_file_of_its_own(names: list[str], outputs: list[str] 
     assert len(set(result)) == len(names)
     assert all(name.startswith("out/") and ".." not in name for name in result)
     assert outputs is None or result == outputs
+
+
+def test_names_that_some_file_systems_take_for_one() -> None:
+    assert planned(["a/IMG.JPG", "a/img.jpg"]) == ["out/IMG.JPG", "out/img-2.jpg"]
+    composed = planned(["a/\u00e9.jpg", "a/e\u0301.jpg"])
+    assert composed == ["out/\u00e9.jpg", "out/e\u0301-2.jpg"]
+    assert planned(["a.jpg", "A.JPG", "a-2.jpg"])[2] != "out/A-2.JPG"
+
+
+def test_pages_have_numbers() -> None:
+    result = plan_outputs([Input("x/a.tif", "images", 12), Input("x/a-01.jpg")], Path("out"))
+    assert [str(path) for path in result.values()] == [
+        *(f"out/a.tif-{page:02d}.jpg" for page in range(1, 13)),
+        "out/a-01.jpg.jpg",
+    ]
+    assert list(plan_outputs([Input("a.tif", "images", 3)], Path("out"))) == [
+        ("a.tif", 1),
+        ("a.tif", 2),
+        ("a.tif", 3),
+    ]
+    with pytest.raises(OutputError, match="one file for 3 pages"):
+        plan_outputs([Input("a.tif", "images", 3)], Path("out.jpg"))
+
+
+def test_an_animation_is_written_as_a_video() -> None:
+    result = plan_outputs([Input("a.gif", "video", animated=True), Input("b.gif")], Path("out"))
+    assert [str(path) for path in result.values()] == ["out/a.mp4", "out/b.png"]
+
+
+def test_long_names_are_cut_and_stay_different() -> None:
+    names = [f"{'x' * 249}{ending}" for ending in ("1.webm", "2.webm")] + ["\u00e9" * 126 + ".avi"]
+    result = planned([*names, names[0].replace("webm", "jpg"), "x" * 251 + ".jpg"])
+    assert len(set(result)) == 5
+    assert all(len(Path(name).name.encode()) <= 255 for name in result)
+    assert shorten(PurePath("x" * 250 + ".jpg"), room=20).suffix == ".jpg"
 
 
 def test_one_file_for_a_single_input(tmp_path: Path) -> None:

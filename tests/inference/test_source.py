@@ -14,10 +14,12 @@ import cv2
 import numpy as np
 import pytest
 from inference.fakes import RedEngine, moving_images, red_image, write_image, write_video
+from inference.test_file_list import write_animation, write_pages
 
 from tood_deploy import Detector
 from tood_deploy.data.image_header import KNOWN_KINDS
 from tood_deploy.errors import InputError, ToodError
+from tood_deploy.inference import image_source as image_source_module
 from tood_deploy.inference import source as source_module
 from tood_deploy.inference.pipeline import detect_frames
 from tood_deploy.inference.source import ImageSource, LiveSource, open_source
@@ -307,3 +309,56 @@ def test_a_live_stream_without_a_container_length(tmp_path: Path) -> None:
     with serve("video/mp2t", answer) as address:
         source = open_source(address)
         assert len(list(source)) >= 1
+
+
+def test_an_image_at_an_address_is_an_image() -> None:
+    data = cv2.imencode(".png", red_image())[1].tobytes()
+    for content_type in ("image/png", "application/octet-stream"):
+        with serve(content_type, lambda client: client.write(data)) as address:
+            source = open_source(address)
+            (frame,) = source
+        assert (source.kind, frame.name) == ("images", address)
+        assert (frame.image_bgr == red_image()).all()
+
+
+def test_every_page_is_a_frame(tmp_path: Path) -> None:
+    path = write_pages(tmp_path / "a.tif")
+    source = open_source(path)
+    assert [(frame.index, frame.page, frame.timestamp_s) for frame in source] == [
+        (0, 1, None),
+        (1, 2, None),
+        (2, 3, None),
+    ]
+    assert (source.kind, source.length, source.notes) == ("images", 3, [])
+    data = path.read_bytes()
+    path.write_bytes(
+        data[: len(data) * 2 // 3] + bytes(len(data) // 6) + data[len(data) * 5 // 6 :]
+    )
+    assert len(list(open_source(path, first_page=True))) == 1
+
+
+def test_an_animation_is_a_video(tmp_path: Path) -> None:
+    source = open_source(write_animation(tmp_path / "a.gif"))
+    frames = list(source)
+    assert source.kind == "video"
+    assert [frame.timestamp_s for frame in frames] == [0.0, 0.1, 0.4]
+    assert (frames[0].image_bgr != frames[2].image_bgr).any()
+    first = open_source(tmp_path / "a.gif", first_page=True)
+    assert len(list(first)) == 1
+    assert first.kind == "images"
+    assert "the first of 3" in first.notes[0]
+
+
+def test_whatever_one_file_does_the_rest_goes_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Any) -> bytes:
+        if Path(path).name == "b.png":
+            raise RuntimeError("a library met something")
+        return Path(path).read_bytes()
+
+    monkeypatch.setattr(image_source_module, "read_file", fail)
+    source = open_source(folder)
+    assert names(source) == ["a.JPG", "c.webp"]
+    assert source.skipped == 1
+    assert "b.png: cannot be read (RuntimeError: a library met something)" in source.problems[0]

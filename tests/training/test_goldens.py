@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from tood_deploy.model import DenseDetector, build_model
 from tood_deploy.model.boxes import box_giou
 from tood_deploy.model.head import HeadOutput
+from tood_deploy.model.heads.tood import TaskAlignedHead
 from tood_deploy.presets import PRESETS
 from tood_deploy.training import Targets, ToodLoss
 from tood_deploy.training.assign import (
@@ -164,6 +165,7 @@ def test_authors_variant_equals_the_authors_code(
 ) -> None:
     golden, model = goldens(f"fcjian_train_{case}"), models["af"]
     model.zero_grad(set_to_none=True)
+    assert isinstance(model.bbox_head, TaskAlignedHead)
     model.bbox_head.keep_inverted = True
     try:
         out = model(torch.from_numpy(goldens("train_input")["input"]).double())

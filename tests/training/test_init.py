@@ -79,10 +79,10 @@ def test_fine_tuning_with_other_classes(small_preset: Preset, tmp_path: Path) ->
     source = new_model(small_preset, 1)
     save_checkpoint(source, tmp_path / "source.safetensors")
     model = new_model(replace(small_preset, class_names=("cat", "dog")), 2)
-    fresh = model.bbox_head.tood_cls.weight.clone()
+    fresh = model.get_parameter("bbox_head.tood_cls.weight").clone()
     said = load_pretrained(model, str(tmp_path / "source.safetensors"))
     assert said.endswith("but for the class layer, which starts anew: 5 classes there, 2 here")
-    assert torch.equal(model.bbox_head.tood_cls.weight, fresh)
+    assert torch.equal(model.get_parameter("bbox_head.tood_cls.weight"), fresh)
     for key, value in source.state_dict().items():
         if "tood_cls" not in key:
             assert torch.equal(model.state_dict()[key], value), key
@@ -94,7 +94,10 @@ def test_fine_tuning_with_the_same_classes(small_preset: Preset, tmp_path: Path)
     assert load_pretrained(model, str(tmp_path / "source.safetensors")).startswith(
         "all weights from"
     )
-    assert torch.equal(model.bbox_head.tood_cls.weight, source.bbox_head.tood_cls.weight)
+    assert torch.equal(
+        model.get_parameter("bbox_head.tood_cls.weight"),
+        source.get_parameter("bbox_head.tood_cls.weight"),
+    )
 
 
 def test_fine_tuning_from_another_network_is_refused(small_preset: Preset, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import shlex
 import sys
 from collections.abc import Sequence
@@ -150,8 +151,9 @@ def export_command(argv: Sequence[str] | None) -> int:
     annotated = open_annotated(config)
     from tood_deploy.export.preflight import check_export, written_files
 
-    check_written(arguments.classes, written_files(config))
-    check_export(config, annotated)
+    check_written(arguments.classes, itertools.chain(*written_files(config).values()))
+    for note in check_export(config, annotated):
+        reporter.note(note)
     reporter.info(f"{config.source}: checked all that its export needs; starting PyTorch")
     from tood_deploy.export.export import run_export
     from tood_deploy.export.timings import record_timings

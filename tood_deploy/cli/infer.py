@@ -147,6 +147,18 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--crops", type=Path, metavar="DIR", help="every object as an image of its own"
     )
+    group.add_argument(
+        "--geojson",
+        type=Path,
+        metavar="FILE",
+        help="objects of georeferenced images (GeoTIFF, or with a world file) as polygons, in "
+        "degrees of WGS 84",
+    )
+    group.add_argument(
+        "--crs",
+        metavar="CODE",
+        help="coordinate system of images with a world file alone, such as EPSG:32632",
+    )
     group.add_argument("--show", action="store_true", help="show the frames in a window; q ends")
     group.add_argument(
         "--quiet", action="store_true", help="no line a frame, no progress, no closing line"
@@ -174,7 +186,14 @@ def infer_command(argv: Sequence[str] | None = None) -> int:
     )  # what fails is said once, by us
     reporter = Reporter(args.quiet)
     outputs = Outputs(
-        args.output, args.json, args.coco_annotations, args.jsonl, args.crops, args.show
+        args.output,
+        args.json,
+        args.coco_annotations,
+        args.jsonl,
+        args.crops,
+        args.show,
+        args.geojson,
+        args.crs,
     )
     slicing = slicing_options(args)
     source = open_source(

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 BIT_DEPTHS = range(9, 17)  # that --bit-depth takes
 DEFAULT_FRAME_MS = 100  # of an animation that states no duration, as browsers show it
 
-OPENCV_FORMATS = frozenset("BMP DIB JPEG MPO PNG SUN TIFF WEBP".split())
-DEEP_FORMATS = frozenset(("", "PNG", "TIFF"))  # of these, those that OpenCV gives with all bits
+OPENCV_FORMATS = frozenset("BMP JPEG JPEG2000 MPO PNG SUN TIFF WEBP".split())
+DEEP_FORMATS = frozenset(("", "JPEG2000", "PNG", "TIFF"))  # may be deep
 DECODING = {  # OpenCV's way of reading, by how many times smaller a JPEG is decoded
     1: cv2.IMREAD_COLOR,
     2: cv2.IMREAD_REDUCED_COLOR_2,
@@ -173,7 +173,7 @@ def decode_frames(
     for position in header.positions:
         try:
             image.seek(position)
-            frame = _upright(_bgr_from_pillow(image), orientation_of(image))
+            frame = upright(_bgr_from_pillow(image), orientation_of(image))
         except Exception as error:  # Pillow's plugins raise what they meet
             raise InputError(
                 f"{name}: frame {position} is cut or damaged ({error}); copy or convert the file "
@@ -202,7 +202,7 @@ def reduction(image_hw: tuple[int, int], fit: ImageSize) -> int:
     )
 
 
-def _upright(image: NDArray[np.generic], orientation: int) -> NDArray[np.generic]:
+def upright(image: NDArray[np.generic], orientation: int) -> NDArray[np.generic]:
     """Return an image (H, W, C) turned and mirrored as its EXIF orientation, 1 to 8, says."""
     if orientation >= 5:
         image = image.swapaxes(0, 1)
@@ -216,7 +216,7 @@ def _upright(image: NDArray[np.generic], orientation: int) -> NDArray[np.generic
 def as_stored(image: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
     """Return an upright image (H, W, 3) as it lies in its file, by its EXIF orientation, 1 to 8."""
     back = {6: 8, 8: 6}.get(orientation, orientation)
-    return np.asarray(_upright(image, back), np.uint8)
+    return np.asarray(upright(image, back), np.uint8)
 
 
 def _decode_heif(data: bytes, name: str, max_pixels: int) -> NDArray[np.uint8]:
@@ -246,7 +246,7 @@ def _decode_with_pillow(data: bytes, name: str, position: int) -> NDArray[np.gen
         assert image is not None
         if position:
             image.seek(position)
-        return _upright(_bgr_from_pillow(image), orientation_of(image))
+        return upright(_bgr_from_pillow(image), orientation_of(image))
     except Exception as error:  # Pillow's plugins raise what they meet
         raise InputError(
             f"{name}: cut, damaged or of an unusual form ({error}); copy or convert it again"
@@ -276,6 +276,13 @@ def _imdecode(data: bytes, position: int, flags: int) -> NDArray[np.generic] | N
     return pages[0] if done and pages else None
 
 
+def _in_three_channels(image: NDArray[np.generic] | None) -> NDArray[np.generic] | None:
+    if image is None or (image.ndim == 3 and image.shape[2] not in (1, 3, 4)):
+        return None
+    grey = image.ndim == 2 or image.shape[2] == 1
+    return image.reshape(*image.shape[:2], 1).repeat(3, 2) if grey else image[..., :3]
+
+
 def _decode_page(data: bytes, name: str, position: int, flags: int) -> NDArray[np.generic]:
     """Return what OpenCV decodes of a file's page.
 
@@ -286,6 +293,8 @@ def _decode_page(data: bytes, name: str, position: int, flags: int) -> NDArray[n
         # A PNG without its end is known beforehand: libpng would write lines of its own to stderr.
         cut = data.startswith(PNG_START) and PNG_END not in data
         image = None if cut else _imdecode(data, position, flags)
+        if image is None and flags == ALL_BITS and not cut:  # grey ones of 32 bits
+            image = _in_three_channels(_imdecode(data, position, cv2.IMREAD_UNCHANGED))
     except cv2.error as error:
         raise InputError(
             f"{name}: OpenCV cannot decode it ({error.err}); convert it to 8-bit PNG or JPEG"
@@ -351,7 +360,7 @@ def _to_8_bits(
     if image.dtype == np.uint8:
         return np.asarray(image, np.uint8), ()
     if image.dtype.kind == "f":
-        return _from_float(image, name), ()
+        return _from_float(image, name)
     if image.dtype != np.uint16:
         raise InputError(
             f"{name}: values of type {image.dtype}; expected 8 or 16 bits without sign: convert it"
@@ -375,16 +384,21 @@ def _to_8_bits(
     return np.asarray(eight, np.uint8), (note,) if dark else ()
 
 
-def _from_float(image: NDArray[np.generic], name: str) -> NDArray[np.uint8]:
-    """Return uint8 of values from 0 to 1.
+def _from_float(image: NDArray[np.generic], name: str) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
+    """Return uint8 of values from 0 to 1, or from 0 to 255, and a note on the latter.
 
     Raises:
         InputError: of any other range.
     """
-    smallest, largest = float(np.nanmin(image)), float(np.nanmax(image))
-    if not (smallest >= 0 and largest <= 1):
+    values = np.asarray(image, np.float32)
+    finite = values[np.isfinite(values)]
+    smallest, largest = float(finite.min(initial=0)), float(finite.max(initial=0))
+    if not (smallest >= 0 and largest <= 255):
         raise InputError(
-            f"{name}: floating-point values from {smallest:g} to {largest:g}; expected 0 to 1: "
-            "scale and convert it to 8 bits"
+            f"{name}: floating-point values from {smallest:g} to {largest:g}; expected 0 to 1 or 0 "
+            "to 255: scale and convert it to 8 bits"
         )
-    return np.rint(np.nan_to_num(image.astype(np.float32)) * 255).astype(np.uint8)
+    factor = 255 if largest <= 1 else 1
+    eight = np.rint(np.nan_to_num(values, posinf=0, neginf=0) * factor).astype(np.uint8)
+    note = f"{name}: floating-point values up to {largest:g} are taken as those from 0 to 255"
+    return eight, () if factor == 255 else (note,)

@@ -16,7 +16,13 @@ from numpy.typing import NDArray
 
 from tood_deploy.data.coco import Annotations
 from tood_deploy.data.image_file import decode_image
-from tood_deploy.data.images import find_image, image_paths, missing_image_cure, read_image
+from tood_deploy.data.images import (
+    find_image,
+    image_paths,
+    left_out_note,
+    missing_image_cure,
+    read_image,
+)
 from tood_deploy.errors import InputError, ToodError
 from tood_deploy.files import absolute_path
 from tood_deploy.preprocess import fit_size, pad_size
@@ -195,7 +201,9 @@ def open_image_set(
         ImageEntry(path.name, key, lambda path=path: read_image(path))
         for key, path in files.items()
     )
-    return ImageSet(f"{len(images)} images of {folder}", images, truth)
+    left_out = left_out_note(folder) if truth is None else ""
+    what = f"{len(images)} images of {folder}"
+    return ImageSet(f"{what} ({left_out.partition(': ')[2]})" if left_out else what, images, truth)
 
 
 def _synthetic(imgsz: tuple[int, int], count: int) -> tuple[ImageEntry, ...]:

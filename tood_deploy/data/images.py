@@ -195,7 +195,7 @@ class ImagesToCheck:
     decode: Callable[[Path], object] | None = read_image
 
 
-def check_images(sets: Sequence[ImagesToCheck], seconds: float = CHECK_SECONDS) -> None:
+def check_images(sets: Sequence[ImagesToCheck], seconds: float = CHECK_SECONDS) -> list[str]:
     """Look at headers first and then at whole images, spread evenly over each set.
 
     Args:
@@ -203,17 +203,28 @@ def check_images(sets: Sequence[ImagesToCheck], seconds: float = CHECK_SECONDS) 
         seconds: for all sets together; of every set at least one image is decoded, however long it
             takes.
 
+    Returns:
+        A sentence for every set in which images with several pages or frames were seen.
+
     Raises:
         InputError: some cannot be read; the message names the first of them.
     """
+    notes: list[str] = []
     for images in sets:
         started = time.perf_counter()
         share = seconds / len(sets)
-        unread = list(_without_header(images.paths, started + share / 2))
+        paged: list[Path] = []
+        unread = list(_without_header(images.paths, started + share / 2, paged))
         if not unread and images.decode is not None:
             unread = list(_undecoded(images, started + share))
         if unread:
             raise InputError(_unread_message(images, unread))
+        if paged:
+            notes.append(
+                f"{images.option}: the first page or frame is taken of {_named(paged)}, which have "
+                "several"
+            )
+    return notes
 
 
 def spread_evenly(count: int) -> list[int]:
@@ -221,11 +232,21 @@ def spread_evenly(count: int) -> list[int]:
     return sorted(range(count), key=lambda number: f"{number:032b}"[::-1])
 
 
-def _without_header(paths: Sequence[Path], deadline: float) -> Iterator[Path]:
-    """Yield those that have no image's header, while there is time."""
+def _without_header(paths: Sequence[Path], deadline: float, paged: list[Path]) -> Iterator[Path]:
+    """Yield those that have no image's header, while there is time.
+
+    Args:
+        paths: to look at.
+        deadline: by `time.perf_counter`.
+        paged: gets those that have several pages or frames.
+    """
     for number in spread_evenly(len(paths)):
+        header = header_of(paths[number])
+        if header is not None and len(header.positions) > 1:
+            paged.append(paths[number])
         try:
-            read_image_size(paths[number])
+            if header is None or header.size_hw is None:
+                read_image_size(paths[number])
         except InputError:
             yield paths[number]
         if time.perf_counter() > deadline:
@@ -244,11 +265,22 @@ def _undecoded(images: ImagesToCheck, deadline: float) -> Iterator[Path]:
             return
 
 
+def _named(paths: Sequence[Path]) -> str:
+    """Return the first of them, and how many more there are."""
+    named = ", ".join(map(str, sorted(paths)[:NAMED_IMAGES]))
+    return named + (f" and {len(paths) - NAMED_IMAGES} more" if len(paths) > NAMED_IMAGES else "")
+
+
+def left_out_note(folder: Path) -> str:
+    """Return a sentence on the files of a folder that are no images; "" where there are none."""
+    others = [path for path in folder.iterdir() if path.is_file() and not is_image(path)]
+    shown = [path for path in others if not path.name.startswith(".")]
+    return f"{folder}: {len(shown)} files are no images: {_named(shown)}" if shown else ""
+
+
 def _unread_message(images: ImagesToCheck, unread: Sequence[Path]) -> str:
-    named = ", ".join(map(str, sorted(unread)[:NAMED_IMAGES]))
-    more = f" and {len(unread) - NAMED_IMAGES} more" if len(unread) > NAMED_IMAGES else ""
     return (
         f"{images.option}: {len(unread)} of {len(images.paths)} images cannot be read: "
-        f"{named}{more}; "
+        f"{_named(unread)}; "
         "expected whole image files: remove or replace them"
     )

@@ -15,13 +15,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tood_deploy.data.images import ImagesToCheck, check_images, choose_images, image_paths
+from tood_deploy.data.images import (
+    ImagesToCheck,
+    check_images,
+    choose_images,
+    image_paths,
+    left_out_note,
+)
 from tood_deploy.engines.tensorrt.library import load_flavour
 from tood_deploy.errors import ArtefactError, CheckpointError, DeviceError, OutputError, ToodError
 from tood_deploy.export.config import ExportConfig, PrecisionOptions
 from tood_deploy.export.options import flag_of
 from tood_deploy.export.tensorrt.options import EngineOptions, SizeOptions
-from tood_deploy.files import file_identities, home_folder
+from tood_deploy.files import check_overwrites, home_folder
 from tood_deploy.graph_io import (
     ARTEFACT_SUFFIXES,
     OPENVINO_SUFFIX,
@@ -96,29 +102,6 @@ def _is_manifest(path: Path) -> bool:
     return isinstance(content, dict) and {"format", "preset"} <= content.keys()
 
 
-def check_inputs_stay(written: Collection[Path], inputs: Collection[Path]) -> None:
-    """Refuse to write over what is read, and two results into one file.
-
-    Raises:
-        OutputError: a file stands on both sides, or twice among those that are written.
-    """
-    read = {identity for path in inputs for identity in file_identities(path)}
-    places: set[object] = set()
-    for path in written:
-        identities = set(file_identities(path))
-        if identities & read:
-            raise OutputError(
-                f"{path}: is an input of this export, and would be replaced by its result; "
-                "give another name"
-            )
-        if identities & places:
-            raise OutputError(
-                f"{path}: two results of this export would be written there; "
-                "give each a name of its own"
-            )
-        places |= identities
-
-
 def check_writable(folder: Path, remedy: str) -> Path:
     """Refuse a folder that cannot be written, or made where it is not there yet.
 
@@ -160,12 +143,15 @@ def check_space(folder: Path, needed_bytes: int) -> None:
         )
 
 
-def check_export(config: ExportConfig, annotated: AnnotatedImages | None = None) -> None:
+def check_export(config: ExportConfig, annotated: AnnotatedImages | None = None) -> list[str]:
     """Refuse what would fail later.
 
     Args:
         config: whose options go together, as `check_rules` finds.
         annotated: the images of its annotations.
+
+    Returns:
+        What is not wrong, but should be known, a sentence each.
 
     Raises:
         ToodError: something is missing or wrong; one line names it and the cure.
@@ -178,7 +164,9 @@ def check_export(config: ExportConfig, annotated: AnnotatedImages | None = None)
     if config.precision.autotune or config.precision.precision in ("int8", "auto"):
         # Where a calibration will keep what it has measured.
         check_writable(home_folder("calibration"), "name another folder in TOOD_HOME")
-    check_images(list(_image_sets(config, annotated)))
+    folders = (config.precision.calib_data, config.verify_images)
+    left_out = [left_out_note(folder) for folder in folders if folder is not None]
+    return [*check_images(list(_image_sets(config, annotated))), *filter(None, left_out)]
 
 
 def _check_numbers(config: ExportConfig, annotated: AnnotatedImages | None) -> None:
@@ -379,19 +367,22 @@ def _check_output(config: ExportConfig, source: Manifest | None) -> None:
     read += [] if config.precision.annotations is None else [config.precision.annotations]
     for images in (config.precision.calib_data, config.verify_images, config.images):
         read += [] if images is None else image_paths(images)
-    check_inputs_stay(written_files(config), read)
+    check_overwrites({"an input of this export": read}, written_files(config))
     check_space(check_writable(folder, ELSEWHERE), COPIES[config.to] * _weights_bytes(config))
 
 
-def written_files(config: ExportConfig) -> list[Path]:
-    """Return the files that an export writes; not those inside a Triton repository."""
+def written_files(config: ExportConfig) -> dict[str, list[Path]]:
+    """Return the files that an export writes, by option; not those in a Triton repository."""
     place = config.place
     written = [] if config.to == "triton" else [place, manifest_path(place)]
     if place.suffix.lower() == OPENVINO_SUFFIX:
         written.append(place.with_suffix(OPENVINO_WEIGHTS_SUFFIX))
-    for path in (config.sizes.shapes_plot, config.engine.timing_cache):
-        written += [] if path is None else [path]
-    return written
+    plot, cache = config.sizes.shapes_plot, config.engine.timing_cache
+    return {
+        "--output": written,
+        flag_of(SizeOptions, "shapes_plot"): [plot] if plot else [],
+        flag_of(EngineOptions, "timing_cache"): [cache] if cache else [],
+    }
 
 
 def _weights_bytes(config: ExportConfig) -> int:

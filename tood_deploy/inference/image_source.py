@@ -15,11 +15,13 @@ from io import BytesIO
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import numpy as np
+
 from tood_deploy.data.image_file import ReadOptions, decode_file, decode_frames
 from tood_deploy.data.image_header import check_header, read_header
-from tood_deploy.data.images import read_file
+from tood_deploy.data.images import header_of, read_file
 from tood_deploy.errors import InputError
-from tood_deploy.inference.frame import Frame, Input, Source
+from tood_deploy.inference.frame import Frame, Input, Source, WindowReader
 
 MILLISECOND = Fraction(1, 1000)
 FETCH_TIMEOUT_S = 10.0
@@ -61,6 +63,10 @@ class ImageSource(Source):
         Raises:
             InputError: the image, or every page, cannot be read.
         """
+        if self.by_window and self._data is None and (reader := self._window_reader()) is not None:
+            none = np.zeros((0, 0, 3), np.uint8)
+            yield Frame(none, self.path, original_hw=reader.size_hw, reader=reader)
+            return
         data = read_file(Path(self.path)) if self._data is None else self._data
         header = check_header(data, self.path, self.options.max_pixels)
         left_out = len(header.positions) - self.pages
@@ -87,6 +93,17 @@ class ImageSource(Source):
             raise failures[0]
         for error in failures:
             self.skip(str(error))
+
+    def _window_reader(self) -> WindowReader | None:
+        """Return what reads the image by window, where it is too large to be decoded at once."""
+        header = header_of(Path(self.path))
+        if header is None or header.size_hw is None or len(header.positions) > 1:
+            return None
+        if header.size_hw[0] * header.size_hw[1] <= self.options.max_pixels:
+            return None
+        from tood_deploy.inference.windowed import RasterReader
+
+        return RasterReader(self.path, header, self.options.bit_depth)
 
 
 class AnimationSource(Source):

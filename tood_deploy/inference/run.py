@@ -92,6 +92,8 @@ class Outputs:
         json_lines: file for one JSON object a frame; "-" for stdout.
         crops: folder for every object as an image.
         show: whether to show the frames in a window.
+        geojson: file for the objects of georeferenced images, in degrees.
+        crs: coordinate system of images whose files name none, such as "EPSG:32632".
     """
 
     annotated: Path | None = None
@@ -100,8 +102,12 @@ class Outputs:
     json_lines: str | None = None
     crops: Path | None = None
     show: bool = False
+    geojson: Path | None = None
+    crs: str | None = None
 
     def __post_init__(self) -> None:
+        if self.crs is not None and self.geojson is None:
+            raise ToodError("--crs is for GeoJSON, and none is asked for; add --geojson FILE")
         if self.coco_annotations is not None and self.coco_json is None:
             raise ToodError(
                 "--coco-annotations gives ids to COCO results, and none are asked for; add --json "
@@ -132,6 +138,8 @@ class Outputs:
             files["--json"] = [self.coco_json]
         if self.json_lines not in (None, STDOUT):
             files["--jsonl"] = [str(self.json_lines)]
+        if self.geojson is not None:
+            files["--geojson"] = [self.geojson]
         check_overwrites(inputs, files)
 
     def needing_pixels(self) -> list[str]:
@@ -173,11 +181,24 @@ def open_sinks(
         sinks.append(Annotated(plan_outputs(source.inputs, outputs.annotated)))
     if outputs.crops is not None:
         sinks.append(Crops(outputs.crops, source.inputs))
+    if outputs.geojson is not None:
+        sinks.append(_geojson(outputs.geojson, source, outputs.crs))
     if outputs.show:
         from tood_deploy.inference.sinks import Window
 
         sinks.append(Window())
     return sinks
+
+
+def _geojson(path: Path, source: Source, crs: str | None) -> Sink:
+    from tood_deploy.inference.geojson import GeoJson
+
+    if source.kind != "images":
+        raise InputError(
+            f"{source.names[0]}: --geojson is for georeferenced images, the source is a video; "
+            "leave the option out"
+        )
+    return GeoJson(path, [file.name for file in source.inputs], crs)
 
 
 def _coco_results(

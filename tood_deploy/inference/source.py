@@ -220,7 +220,7 @@ class FileSources(Source):
 
     def _frames_of(self, file: Input) -> Iterator[Frame]:
         source = _open_file(file, self.options)
-        source.fit = self.fit
+        source.fit, source.by_window = self.fit, self.by_window
         try:
             yield from source
         finally:

@@ -58,8 +58,8 @@ def model(seeded_fill: Callable) -> DenseDetector:
         {key: torch.from_numpy(value) for key, value in seeded_fill(shapes).items()}
     )
     with torch.no_grad():
-        for layer in (network.bbox_head.tood_cls, network.bbox_head.cls_prob_module[2]):
-            layer.get_parameter("bias").add_(8)
+        for layer in ("tood_cls", "cls_prob_module.2"):
+            network.get_parameter(f"bbox_head.{layer}.bias").add_(8)
     return network
 
 

@@ -51,8 +51,10 @@ def model(seeded_fill: Callable) -> DenseDetector:
         {key: torch.from_numpy(value) for key, value in seeded_fill(shapes).items()}
     )
     with torch.no_grad():
-        for layer in (made.bbox_head.tood_cls, made.bbox_head.cls_prob_module[2]):
-            layer.get_parameter("bias").add_(2)  # so that scores go beyond the threshold
+        for layer in ("tood_cls", "cls_prob_module.2"):
+            made.get_parameter(f"bbox_head.{layer}.bias").add_(
+                2
+            )  # so that scores go beyond the threshold
     return made
 
 
@@ -170,7 +172,7 @@ def test_a_network_equals_itself(model: DenseDetector, scoring: Scoring) -> None
     [
         (lambda model: model.backbone.layer2[0].conv1.weight[3].zero_(), "backbone"),
         (lambda model: model.neck.lateral_convs[1].conv.bias.add_(0.5), "pyramid"),
-        (lambda model: model.bbox_head.tood_reg.get_parameter("bias").add_(0.01), "head"),
+        (lambda model: model.get_parameter("bbox_head.tood_reg.bias").add_(0.01), "head"),
     ],
 )
 def test_the_guilty_stage_of_a_broken_network(
@@ -184,7 +186,7 @@ def test_the_guilty_stage_of_a_broken_network(
 
 
 def test_wider_limits_let_it_pass(model: DenseDetector) -> None:
-    artefact = broken(model, lambda copy: copy.bbox_head.tood_reg.get_parameter("bias").add_(1e-3))
+    artefact = broken(model, lambda copy: copy.get_parameter("bbox_head.tood_reg.bias").add_(1e-3))
     assert not run(model, artefact).passed
     assert run(
         model, artefact, own=OwnLimits(max_box_strides=1, max_box_px=20, min_matched=0.5)
@@ -192,7 +194,7 @@ def test_wider_limits_let_it_pass(model: DenseDetector) -> None:
 
 
 def test_an_ap_drop_alone_fails(model: DenseDetector, scoring: Scoring) -> None:
-    artefact = broken(model, lambda copy: copy.bbox_head.tood_reg.get_parameter("bias").add_(0.3))
+    artefact = broken(model, lambda copy: copy.get_parameter("bbox_head.tood_reg.bias").add_(0.3))
     wide = OwnLimits(10, 10, 10, 1e6, 1e6, 0, max_ap_drop=0.1)
     result = run(model, artefact, scoring, wide)
     assert result.guilty == "AP"
@@ -371,7 +373,7 @@ class TestVerdict:
         manifest = changed(Manifest(model.preset), parity={"exported": 1}).with_artefact(path)
         manifest_path(path).write_text(manifest.to_json())
         artefact = broken(
-            model, lambda copy: copy.bbox_head.tood_reg.get_parameter("bias").add_(0.1)
+            model, lambda copy: copy.get_parameter("bbox_head.tood_reg.bias").add_(0.1)
         )
         artefact = replace(artefact, name=str(path), path=path, sha256=manifest.artefact_sha256)
         artefact.engine.manifest = manifest
@@ -401,7 +403,7 @@ class TestVerdict:
 
 
 def test_reports(model: DenseDetector, scoring: Scoring, tmp_path: Path) -> None:
-    artefact = broken(model, lambda copy: copy.bbox_head.tood_cls.get_parameter("bias").add_(1.0))
+    artefact = broken(model, lambda copy: copy.get_parameter("bbox_head.tood_cls.bias").add_(1.0))
     result = run(
         model, artefact, scoring, settings=Settings(IMGSZ, sizes_hw=((64, 64),), net_hw=(128, 128))
     )

@@ -51,8 +51,10 @@ def reference(tmp_path_factory: pytest.TempPathFactory, seeded_fill: Callable) -
             {key: torch.from_numpy(value) for key, value in seeded_fill(shapes).items()}
         )
         with torch.no_grad():
-            for layer in (model.bbox_head.tood_cls, model.bbox_head.cls_prob_module[2]):
-                layer.get_parameter("bias").add_(2)  # so that scores go beyond the threshold
+            for layer in ("tood_cls", "cls_prob_module.2"):
+                model.get_parameter(f"bbox_head.{layer}.bias").add_(
+                    2
+                )  # so that scores go beyond the threshold
         checkpoint = tmp_path_factory.mktemp("checkpoint") / "tiny.safetensors"
         save_checkpoint(model, checkpoint)
     return open_compared(str(checkpoint), device="cpu", threads=2, stages=True)

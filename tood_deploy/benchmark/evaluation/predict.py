@@ -302,7 +302,7 @@ def predict(
     if not todo:
         return timings
     ids = {str(files[key]): key for key in todo}
-    source = open_source([files[key] for key in todo], MAX_PIXELS)
+    source = open_source([files[key] for key in todo], MAX_PIXELS, first_page=True)
     results = detect_frames(detector, source, batch, timings)
     warned = 0
     with reporter.progress(description, len(todo)) as task, kept, closing(results):
@@ -316,6 +316,9 @@ def predict(
             others = f" or one of the {batch - 1} after it" if batch > 1 else ""
             raise ArtefactError(f"{error} (image {image}{others})") from error
         _warn_of_problems(source, warned, reporter)
+    if source.notes:
+        others = len(source.notes) - 1
+        reporter.note(source.notes[0] + (f"; {others} other images have a note" if others else ""))
     if source.skipped:
         raise InputError(
             f"{source.skipped} of {len(files)} images cannot be read, the first: "
