@@ -31,12 +31,12 @@ LAYERS = (
     {"parity"},
     {"training", "engines"},
     {"export", "inference"},
-    {"benchmark"},
+    {"batch", "benchmark"},
     {"cli"},
     {"demo", "__main__"},
 )
 RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
-TORCH_FREE = LAYERS[0] | {"preprocess", "engines", "inference"}
+TORCH_FREE = LAYERS[0] | {"preprocess", "engines", "inference", "batch"}
 TORCH_ENGINE = "engines/torch_engine.py"
 
 

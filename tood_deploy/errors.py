@@ -107,6 +107,8 @@ PACKAGES = {  # by the name that is imported
     "psutil": Package("psutil", ("eval",)),
     "pycocotools": Package("pycocotools", ("eval", "train")),
     "tensorboard": Package("tensorboard", ("train",)),
+    "pyarrow": Package("pyarrow", ("cluster",)),
+    "ray": Package("ray[data]", ("cluster",)),
     "pynvml": Package("nvidia-ml-py", ("gpu",)),
 }
 ONNXRUNTIME_CURE = (

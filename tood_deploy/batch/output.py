@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-from pyarrow import fs
+import pyarrow as pa  # pyright: ignore[reportMissingImports]
+import pyarrow.parquet as pq  # pyright: ignore[reportMissingImports]
+from pyarrow import fs  # pyright: ignore[reportMissingImports]
 
 from tood_deploy.batch.source import Location, locate, open_filesystem
 from tood_deploy.batch.worker import ROWS
