@@ -27,12 +27,19 @@ def rows(*names: str, error: str | None = None) -> pa.Table:
     return pa.Table.from_pylist(values, schema=ROWS)
 
 
-def paths(folder: Path) -> list[str]:
-    return pq.read_table(folder, columns=["path"]).column(0).to_pylist()
+def begun(folder: Path) -> BatchOutput:
+    output = BatchOutput(str(folder), RUN, resume=False)
+    output.begin()
+    return output
+
+
+def test_nothing_is_written_before_a_run_begins(tmp_path: Path) -> None:
+    BatchOutput(str(tmp_path / "out"), RUN, resume=False)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_rows_are_written_and_resumed(tmp_path: Path) -> None:
-    first = BatchOutput(str(tmp_path / "new" / "out"), RUN, resume=False)
+    first = begun(tmp_path / "new" / "out")
     first.write(rows("a", "b"))
     first.flush()
     first.write(rows("c"))  # waits, and is lost
@@ -52,7 +59,7 @@ def test_rows_are_written_and_resumed(tmp_path: Path) -> None:
 
 def test_many_rows_are_written_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(output_module, "ROWS_OF_FILE", 2)
-    output = BatchOutput(str(tmp_path), RUN, resume=False)
+    output = begun(tmp_path)
     for name in "abc":
         output.write(rows(name))
     assert [path.name for path in tmp_path.glob("part-*")] == ["part-000000.parquet"]
@@ -62,14 +69,14 @@ def test_many_rows_are_written_at_once(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_what_a_killed_run_left_half_written_goes(tmp_path: Path) -> None:
-    BatchOutput(str(tmp_path), RUN, resume=False)
+    begun(tmp_path)
     (tmp_path / ".tmp-0123").write_bytes(b"PAR1")
-    BatchOutput(str(tmp_path), RUN, resume=True)
+    BatchOutput(str(tmp_path), RUN, resume=True).begin()
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
 
 def test_a_run_is_not_gone_on_with_unasked(tmp_path: Path) -> None:
-    BatchOutput(str(tmp_path), RUN, resume=False)
+    begun(tmp_path)
     with pytest.raises(OutputError, match="--resume"):
         BatchOutput(str(tmp_path), RUN, resume=False)
 
@@ -84,7 +91,7 @@ def test_a_run_is_not_gone_on_with_unasked(tmp_path: Path) -> None:
     ],
 )
 def test_another_run_is_named(other: RunDescription, named: str, tmp_path: Path) -> None:
-    BatchOutput(str(tmp_path), RUN, resume=False)
+    begun(tmp_path)
     with pytest.raises(OutputError, match=named):
         BatchOutput(str(tmp_path), other, resume=True)
 
@@ -97,7 +104,7 @@ def test_other_files_are_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
-    BatchOutput(str(tmp_path), RUN, resume=False)
+    begun(tmp_path)
     (tmp_path / "part-000000.parquet").write_bytes(b"PAR1")
     with pytest.raises(OutputError, match="part-000000"):
         BatchOutput(str(tmp_path), RUN, resume=True)
@@ -110,7 +117,7 @@ def test_a_file_in_the_place_of_the_folder(tmp_path: Path) -> None:
 
 
 def test_missing_rows_and_files_of_others_are_noticed(tmp_path: Path) -> None:
-    output = BatchOutput(str(tmp_path), RUN, resume=False)
+    output = begun(tmp_path)
     output.write(rows("a"))
     output.flush()
     with pytest.raises(OutputError, match="b has no row"):
@@ -121,7 +128,7 @@ def test_missing_rows_and_files_of_others_are_noticed(tmp_path: Path) -> None:
 
 
 def test_json_lines_and_coco(tmp_path: Path) -> None:
-    output = BatchOutput(str(tmp_path), RUN, resume=False)
+    output = begun(tmp_path)
     output.write(rows("b", "a"))
     output.write(rows("c", error="cut"))
     output.flush()
@@ -147,6 +154,6 @@ def test_json_lines_and_coco(tmp_path: Path) -> None:
 
 
 def test_no_objects_are_an_empty_list(tmp_path: Path) -> None:
-    output = BatchOutput(str(tmp_path), RUN, resume=False)
+    output = begun(tmp_path)
     output.export("coco", {}, None)
     assert json.loads((tmp_path / "results.json").read_text()) == []

@@ -130,6 +130,7 @@ def run_batch(
         link = _RayLink(ray.put(model_bytes(artefact)), attempts.remote())
         try:
             cpus, workers = plan_workers(ray, cluster)
+            output.begin()
             if options.detector["device"] == "cpu":
                 threads = {**options.detector, "threads": cpus}
                 options = replace(options, detector=threads)
@@ -272,7 +273,6 @@ def ray_session(cluster: ClusterOptions) -> Iterator[Any]:
     with naming_extras("cluster"), _silent_stderr():
         import ray  # pyright: ignore[reportMissingImports]
         import ray.data  # pyright: ignore[reportMissingImports]
-    _check_answers(cluster.address)
     quiet: dict[str, Any] = {"logging_level": logging.CRITICAL, "log_to_driver": False}
     if cluster.address == LOCAL:
         quiet |= {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
@@ -308,8 +308,8 @@ def _silent_stderr() -> Iterator[None]:
         os.close(kept)
 
 
-def _check_answers(address: str) -> None:
-    """Ask whether anything listens there: Ray itself would ask for half a minute.
+def check_address(address: str) -> None:
+    """Ask whether anything listens there, before work begins: Ray would ask for half a minute.
 
     Raises:
         ToodError: nothing does, or it is no address.

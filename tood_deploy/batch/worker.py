@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import tempfile
 import time
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -134,9 +136,9 @@ class Worker:
         cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
         self.link, self.options = link, options
         self.name = f"{platform.node()}:{os.getpid()}"
-        self._folder = tempfile.TemporaryDirectory(prefix="tood-batch-")
         self._refusal = ""
-        folder = Path(self._folder.name)
+        folder = Path(tempfile.mkdtemp(prefix="tood-batch-"))
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         for name, data in link.model_files().items():
             (folder / name).write_bytes(data)
         try:

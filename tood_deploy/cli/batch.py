@@ -136,13 +136,14 @@ def batch_command(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(args.max_pixels))
     with naming_extras("cluster"):
         from tood_deploy.batch.output import BatchOutput, RunDescription
-        from tood_deploy.batch.run import ClusterOptions, run_batch
+        from tood_deploy.batch.run import ClusterOptions, check_address, run_batch
         from tood_deploy.batch.source import list_images
         from tood_deploy.batch.worker import WorkerOptions
     from tood_deploy.data.image_file import ReadOptions
     from tood_deploy.manifest import artefact_sha256
 
     check_bytes(args)
+    check_address(args.address)
     reporter = Reporter(args.quiet)
     model = Path(args.model)
     options = worker_detector_options(args)
