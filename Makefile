@@ -37,7 +37,7 @@ docs: .venv/installed-docs  ## the documentation site in site/; a broken link is
 	touch $@
 
 .venv/installed-dev: .venv/installed-export
-	$(PIP_INSTALL) --editable '.[export,eval,train,dev]'
+	$(PIP_INSTALL) --editable '.[export,eval,train,serve,dev]'
 	touch $@
 
 .venv/installed-docs: pyproject.toml constraints.txt

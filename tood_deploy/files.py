@@ -20,6 +20,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+MAX_NAME_BYTES = 255  # of ext4, XFS, APFS, NTFS (there letters)
 TEMPORARY = ".tood-"  # begins the name of whatever will get its own name when it is complete
 LEFTOVER = re.compile(rf"{re.escape(TEMPORARY)}[0-9a-f]{{16}}(\..*)?")
 

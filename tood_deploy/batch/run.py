@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import statistics
 import sys
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -277,7 +279,7 @@ def ray_session(cluster: ClusterOptions) -> Iterator[Any]:
     if cluster.address == LOCAL:
         quiet |= {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
     try:
-        with _silent_stderr():
+        with _silent_stderr(), _own_sigterm():
             ray.init(cluster.address, **quiet)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         reason = " ".join(str(error).split())
@@ -292,6 +294,17 @@ def ray_session(cluster: ClusterOptions) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Put back what SIGTERM does here: Ray makes it end the process at once."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -2,10 +2,9 @@
 
 import argparse
 import os
-import signal
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from tood_deploy.cli.common import (
     DONE,
@@ -156,7 +155,6 @@ def batch_command(argv: Sequence[str] | None = None) -> int:
     output = BatchOutput(args.output, run, resume=args.resume)
     cluster = ClusterOptions(args.address, args.workers, args.cpus_per_worker, gpus_of(args))
     worker_options = WorkerOptions(model.name, options, reading, args.batch)
-    signal.signal(signal.SIGTERM, _interrupt)  # as Ctrl-C: what is done is written
     progress = run_batch(model, listed, output, worker_options, cluster, reporter)
     for line in progress.stragglers():
         reporter.note(f"slow worker: {line}")
@@ -245,10 +243,6 @@ def finish(
             "error of their rows says why"
         )
     return FAILED_CHECK if output.failed else DONE
-
-
-def _interrupt(signum: int, frame: object) -> NoReturn:
-    raise KeyboardInterrupt
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -23,7 +23,7 @@ from tood_deploy.cli.process import (
 )
 from tood_deploy.engines.open import DEVICES, RUNTIMES, runtimes_for
 from tood_deploy.errors import CheckFailed, Stopped, ToodError, naming_extras
-from tood_deploy.files import absent_or, check_overwrites
+from tood_deploy.files import MAX_NAME_BYTES, absent_or, check_overwrites
 from tood_deploy.graph_io import ARTEFACT_SUFFIXES
 from tood_deploy.reporter import (
     Reporter,
@@ -40,8 +40,10 @@ COMMANDS = {
     "tood-batch": "Detect objects in more images than one machine gets through, on a Ray cluster.",
     "tood-eval": "Measure COCO AP of a model or of its results, and report where it is wrong.",
     "tood-bench": "Measure latency, video throughput, and parity with PyTorch.",
+    "tood-serve": "Serve artefacts over HTTP: encoded images and the Open Inference Protocol.",
     "tood-train": "Train a TOOD detector on COCO-format data.",
 }
+MODELS = ("model", "models", "checkpoint", "reference", "baseline", "clip")  # files, or presets
 SHOWN_LETTERS = 80  # of a long argument, in errors
 DONE, FAILED_CHECK, WRONG_USE = 0, 1, 2
 BROKEN_PIPE = 141  # as of a program that SIGPIPE ends
@@ -145,7 +147,22 @@ class CommandParser(argparse.ArgumentParser):
             import argcomplete
 
             argcomplete.autocomplete(self)
-        return super().parse_args(args, namespace)
+        parsed = super().parse_args(args, namespace)
+        self._check_names(parsed)
+        return parsed
+
+    def _check_names(self, parsed: argparse.Namespace) -> None:
+        """Refuse, as wrong use, texts that stand for files and can be the name of none."""
+        for name, value in vars(parsed).items():
+            for text in value if isinstance(value, list | tuple) else (value,):
+                if not isinstance(text, Path) and not (name in MODELS and isinstance(text, str)):
+                    continue
+                longest = max((len(os.fsencode(part)) for part in Path(text).parts), default=0)
+                if longest > MAX_NAME_BYTES or "\0" in str(text):
+                    self.error(
+                        f"{str(text)[:SHOWN_LETTERS]}...: no file can have such a name, of "
+                        f"{longest} bytes; expected {MAX_NAME_BYTES} at most"
+                    )
 
     def _print_message(self, message: str, file: Any = None) -> None:
         """Print help and version; argparse itself passes over a stdout that takes nothing."""
