@@ -17,7 +17,9 @@ def test_preset_table_agrees_with_the_presets() -> None:
     rows = re.findall(
         r"^\| `([\w-]+)` \|.*\| ([\d.]+|-) \| (yes|by hand|none) \|$", README, flags=re.MULTILINE
     )
-    assert [name for name, _, _ in rows] == list(PRESETS)
+    assert [name for name, _, _ in rows] == [
+        name for name, preset in PRESETS.items() if preset.detector == "tood"
+    ]
     for name, ap, download in rows:
         preset = PRESETS[name]
         assert ap == ("-" if preset.published_ap is None else str(preset.published_ap)), name

@@ -19,12 +19,12 @@ from tood_deploy.cli.common import (
     class_options,
     is_artefact,
     load_options,
-    model_files,
     run_command,
     runtime_options,
     slicing_options,
     takes_hint,
 )
+from tood_deploy.cli.files import model_files
 from tood_deploy.errors import ArtefactError, ToodError
 from tood_deploy.reporter import Reporter
 
@@ -220,7 +220,6 @@ def infer_command(argv: Sequence[str] | None = None) -> int:
 
     from tood_deploy.inference.detector import Detector
     from tood_deploy.inference.run import Outputs, run_inference
-    from tood_deploy.inference.slicing import Slicing
     from tood_deploy.inference.source import open_source
     from tood_deploy.manifest import doubts
 
@@ -239,7 +238,6 @@ def infer_command(argv: Sequence[str] | None = None) -> int:
         args.crs,
         encoding=video_encoding(args),
     )
-    slicing = slicing_options(args)
     source = open_source(
         args.source,
         args.max_pixels,
@@ -248,13 +246,9 @@ def infer_command(argv: Sequence[str] | None = None) -> int:
         **video_options(args),
     )
     outputs.check_files(source, model_files(args.model, args.classes))
-    options = {name: getattr(args, name) for name in ("conf", "iou", "max_det", "imgsz", "device")}
-    options |= class_options(args) | {"slicing": None if slicing is None else Slicing(**slicing)}
-    options["fast_decode"] = bool(args.fast_decode)
+    options = detector_options(args)
     check_bytes(args)
-    if is_artefact(args.model):
-        options["verify"] = "off"  # done
-    many = source.kind == "video" or len(source.names) > 1 or slicing is not None
+    many = source.kind == "video" or len(source.names) > 1 or options["slicing"]
     if takes_hint(args.model, args) and source.kind != "live" and many:
         options["hint"] = "throughput"  # nobody waits for a single frame
     with Detector(args.model, **options, **engine_options(args)) as detector:
@@ -298,6 +292,23 @@ def video_encoding(args: argparse.Namespace) -> "VideoEncoding":
             "--codec and --crf are of annotated videos, and none are asked for; add --output"
         )
     return VideoEncoding(args.codec or "h264", args.crf)
+
+
+def detector_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what `Detector` takes of `add_inference_options`, runtimes and threads left out.
+
+    Raises:
+        ToodError: options of slices without --slice.
+    """
+    from tood_deploy.inference.slicing import Slicing
+
+    slicing = slicing_options(args)
+    options = {name: getattr(args, name) for name in ("conf", "iou", "max_det", "imgsz", "device")}
+    options |= class_options(args) | {"slicing": None if slicing is None else Slicing(**slicing)}
+    options["fast_decode"] = bool(args.fast_decode)
+    if is_artefact(args.model):
+        options["verify"] = "off"  # `check_bytes` does
+    return options
 
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:

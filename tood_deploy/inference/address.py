@@ -40,6 +40,12 @@ def local_path(spec: str | PathLike[str]) -> str | PathLike[str]:
     return path.lstrip("/") if sys.platform == "win32" else path
 
 
+def for_ffmpeg(name: str) -> str:
+    """Return a name so that FFmpeg takes a path for one: 12:30.mp4 is no protocol called "12"."""
+    is_path = "://" not in name and name != STDIN and not name.startswith(CAMERA)
+    return f"file:{name}" if is_path else name
+
+
 def redacted(address: str) -> str:
     """Return an address as it may be printed: passwords, and values of keys that hold some, hidden.
 

@@ -146,6 +146,8 @@ class Outputs:
             files["--output"] = list(plan_outputs(source.inputs, self.annotated).values())
         if self.coco_json is not None:
             files["--json"] = [self.coco_json]
+        if self.geojson is not None:
+            files["--geojson"] = [self.geojson]
         if self.json_lines not in (None, STDOUT):
             files["--jsonl"] = [str(self.json_lines)]
         if self.geojson is not None:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from tood_deploy.data.image_header import MAX_PIXELS
 from tood_deploy.errors import InputError
 from tood_deploy.files import absent_or
-from tood_deploy.inference.address import STDIN, redacted, without_secrets
+from tood_deploy.inference.address import STDIN, for_ffmpeg, redacted, without_secrets
 from tood_deploy.inference.frame import (
     ALL_FRAMES,
     Chooser,
@@ -81,7 +81,11 @@ def open_container(
     camera_format = "v4l2" if name.startswith("/dev/") else None
     try:
         # Unbuffered: what has come is read at once.
-        file = getattr(sys.stdin.buffer, "raw", sys.stdin.buffer) if name == STDIN else name
+        file = (
+            getattr(sys.stdin.buffer, "raw", sys.stdin.buffer)
+            if name == STDIN
+            else for_ffmpeg(name)
+        )
         return av.open(file, "r", format=camera_format, options=options or {}, timeout=timeout_s)
     except ExitError as error:
         raise InputError(

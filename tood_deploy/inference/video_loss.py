@@ -22,6 +22,8 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
+from tood_deploy.inference.address import for_ffmpeg
+
 CONSTANT_SHARE = 0.8  # of the spacings that are alike, for gaps to be counted in frames
 MIN_SPACINGS = 4
 SHORT_TAIL_S = 0.5  # of a header that says more than the file holds, without another sign of damage
@@ -286,7 +288,7 @@ def references_are_missing(name: str, stream_index: int, gap: tuple[int, int, in
         gap: last time before it, first time after it, in units of the stream; number of frames.
     """
     try:
-        with av.open(name) as container:
+        with av.open(for_ffmpeg(name)) as container:
             stream = container.streams[stream_index]
             assert isinstance(stream, VideoStream)
             stream.codec_context.thread_count = 1  # what it says is heard in this thread

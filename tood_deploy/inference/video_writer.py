@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from tood_deploy.errors import OutputError, ToodError
 from tood_deploy.files import atomic_path
-from tood_deploy.inference.address import redacted
+from tood_deploy.inference.address import for_ffmpeg, redacted
 from tood_deploy.inference.frame import VideoFormat
 
 
@@ -113,7 +113,7 @@ class Sound:
             FFmpegError: the source cannot be opened, or has no sound that can be read.
             ValueError: the file's format does not take the codec.
         """
-        self._source: InputContainer = av.open(name)
+        self._source: InputContainer = av.open(for_ffmpeg(name))
         try:
             self.stream: AudioStream = self._source.streams.audio[0]
             self._out = out.add_stream_from_template(self.stream)
@@ -204,7 +204,7 @@ class VideoWriter:
 
     def _open(self, with_sound: bool) -> None:
         """Open the encoder and write the header: without sound, where it cannot be kept."""
-        self._container = av.open(str(self._temporary), "w")
+        self._container = av.open(for_ffmpeg(str(self._temporary)), "w")
         crf = self.encoder.crf if self.crf is None else self.crf
         options = self.encoder.options | {"crf": str(crf)}
         stream = self._container.add_stream(self.encoder.name, self.video.rate, options)
