@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 from tood_deploy.data.image_header import IMAGE_SUFFIXES
 from tood_deploy.errors import OutputError
 from tood_deploy.files import MAX_NAME_BYTES, absent_or, absolute_path, check_overwrites
+from tood_deploy.inference.address import STDIN
 from tood_deploy.inference.frame import Input, Part
 from tood_deploy.inference.video import VIDEO_SUFFIXES
 
@@ -165,6 +166,8 @@ def _shared_folder(inputs: Sequence[Input]) -> str:
 
 def _relative_parts(name: str, shared: str) -> tuple[str, ...]:
     """Return the path below the folder that all inputs share; for an address, a name made of it."""
+    if name == STDIN:
+        return ("stdin",)
     if "://" in name:
         address = urlsplit(name)
         return (

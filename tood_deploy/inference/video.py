@@ -214,9 +214,13 @@ class VideoSource(Source):
         Raises:
             InputError: there is not a single one.
         """
-        with self._opened or open_container(self.address) as container:
+        with library_lines() as lines:
+            opened = self._opened or open_container(self.address)
+        with opened as container:
             stream = find_video_stream(container, self.name, self.max_pixels)
-            decoder = Decoder(container, stream, LossLedger(container, stream))
+            ledger = LossLedger(container, stream)
+            ledger.hear_opening(lines)
+            decoder = Decoder(container, stream, ledger)
             given, video = 0, None
             try:
                 for frame, index, pts in decoder.selected(self.selection):

@@ -30,6 +30,7 @@ SHORT_TAIL_S = 0.5  # of a header that says more than the file holds, without an
 MAX_LEADING = 1000  # packets before the first key frame that are remembered
 MAX_CHECKED_GAPS, MAX_CHECKED_PACKETS = 20, 1000
 CONNECTIONS = frozenset(("http", "https", "tcp", "tls"))
+TRANSPORT_PACKETS = (188, 192, 204)  # bytes: plain, of Blu-ray and cameras, with error correction
 HIDING_CODECS = ("vp8", "vp9", "av1", "libdav1d", "libvpx")  # have frames that are not shown
 SELF_DESCRIBING = ("matroska", "mov", "mpegts", "avi")  # say themselves where they are cut
 
@@ -93,15 +94,27 @@ class LossLedger:
         self._times = array("q")
         self._end = self._last_dts = 0
         self._decodable = self._shown = 0  # packets and frames that have times
-        self._last_shown = -(2**63)
+        self._first_shown, self._last_shown = 2**63 - 1, -(2**63)
+        self._has_fields = False
         self._leading: set[int] = set()
-        self._key_seen = self._suspect = self._ends_cut = False
+        self._key_seen = self._suspect = self._ends_cut = self._opened_with_errors = False
+
+    def hear_opening(self, lines: list[tuple[int, str, str]]) -> None:
+        """Take what FFmpeg said while the file was opened, which reads small ones to their end.
+
+        Alone it is no proof: a header may be odd, and all frames there.
+        """
+        self._suspect = self._suspect or any(self._is_error(line) for line in lines)
+        self._opened_with_errors = self._suspect
+
+    def _is_error(self, line: tuple[int, str, str]) -> bool:
+        level, source, _ = line
+        return level <= av.logging.ERROR and (source == self._format or source in CONNECTIONS)
 
     def hear(self, lines: list[tuple[int, str, str]]) -> None:
         """Take what FFmpeg said while a packet was read."""
-        for level, source, text in lines:
-            if level <= av.logging.ERROR and (source == self._format or source in CONNECTIONS):
-                self.container_error = self.container_error or " ".join(text.split())
+        for line in filter(self._is_error, lines):
+            self.container_error = self.container_error or " ".join(line[2].split())
 
     def count(self, packet: Packet) -> bool:
         """Take a packet that was read; tell whether it is whole, and can be decoded."""
@@ -149,7 +162,9 @@ class LossLedger:
         """
         if time is not None:
             self._leading.discard(time)
+            self._first_shown = min(self._first_shown, time)
             self._last_shown = max(self._last_shown, time)
+        self._has_fields = self._has_fields or frame.interlaced_frame
         self._shown += time is not None or self.has_decoding_times_alone
         if frame.is_corrupt:
             self.broken += 1
@@ -196,14 +211,20 @@ class LossLedger:
     def _never_shown(self) -> int:
         """Return how many packets were decoded without an error, and yet gave no frame.
 
-        A decoder that fails at the end of the file gives no error for it. An intact video may have
-        such packets, too: the second fields of interlaced frames, or hidden frames.
+        A decoder that fails at the end of the file gives no error for it, and H.264's none for what
+        it skips to the next key frame. An intact video may have such packets, too: the second
+        fields of interlaced frames, hidden frames, and frames that refer to what was before the
+        first key frame.
         """
         silent = self._decodable - self._shown - self.failures - len(self._leading)
-        if silent <= 0 or self.stream.codec_context.name.startswith(HIDING_CODECS):
+        codec, times = self.stream.codec_context.name, self._sorted_times()
+        if silent <= 0 or codec.startswith(HIDING_CODECS):
             return 0
-        at_end = int(np.count_nonzero(self._sorted_times() > self._last_shown))
-        return silent if self.broken or self._is_damaged or self._suspect or silent == at_end else 0
+        if self.broken or self._is_damaged or self._suspect:
+            return silent
+        if codec == "h264" and not self._has_fields:
+            return max(0, silent - int(np.count_nonzero(times < self._first_shown)))
+        return silent if silent == np.count_nonzero(times > self._last_shown) else 0
 
     def gaps_unexplained(self) -> list[tuple[int, int, int]]:
         """Return (last time before, first time after, frames) of gaps without a sign of damage.
@@ -252,17 +273,27 @@ class LossLedger:
             held = self._last_dts + 1 if is_cut else self.stream.frames
             missing = len(self.stream.index_entries) - self.packets
             return self._fewer_than(self.stream.frames, held - max(0, missing))
+        if self._format == "mpegts" and self._ends_within_a_packet():
+            return 1, "cut or damaged: it ends within a packet"
         promised_s, held = self._promised_end_s(), self.end_s
         missing = round((promised_s - held) / float(spacing * self.time_base)) if spacing else 1
         excess_s = promised_s - held
-        damaged = self._is_damaged or self._ends_cut
-        only_header = not self._format.startswith(SELF_DESCRIBING) and spacing > 0
+        damaged = self._is_damaged or self._ends_cut or (self._opened_with_errors and spacing > 0)
+        # Two signs: errors at the opening or even times, and a header that says much more.
+        only_header = self._opened_with_errors or (
+            not self._format.startswith(SELF_DESCRIBING) and spacing > 0
+        )
         if not (excess_s > 0 and missing > 0 and (damaged or only_header)):
             return None
         if not damaged and (excess_s <= SHORT_TAIL_S or len(self.container.streams) > 1):
             return None
         text = f"cut or damaged: it ends after {held:.1f} of {promised_s:.1f} seconds"
         return missing, text
+
+    def _ends_within_a_packet(self) -> bool:
+        """Tell whether an MPEG transport stream has no whole number of packets, of any kind."""
+        size = self.container.size
+        return size > 0 and all(size % packet for packet in TRANSPORT_PACKETS)
 
     @staticmethod
     def _fewer_than(promised: int, held: int) -> tuple[int, str] | None:
