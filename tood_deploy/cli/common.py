@@ -38,6 +38,7 @@ COMMANDS = {
     "tood-export": "Turn a TOOD checkpoint into an artefact with pre- and post-processing inside, "
     "and prove it equal to PyTorch.",
     "tood-infer": "Find objects in images, videos, cameras and streams.",
+    "tood-batch": "Detect objects in more images than one machine gets through, on a Ray cluster.",
     "tood-eval": "Measure COCO AP of a model or of its results, and report where it is wrong.",
     "tood-bench": "Measure latency, video throughput, and parity with PyTorch.",
     "tood-serve": "Serve artefacts over HTTP: encoded images and the Open Inference Protocol.",

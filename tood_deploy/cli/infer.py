@@ -162,14 +162,14 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
         help="annotated images and videos: a folder, or a file for a single source",
     )
     group.add_argument(
-        "--codec", metavar="NAME", help="of annotated videos: h264 (default), hevc or av1"
+        "--codec", metavar="NAME", help="of annotated videos: h264 (default), hevc or vp9"
     )
     group.add_argument(
         "--crf",
         type=int,
         metavar="N",
         help="quality of annotated videos, 0 the best (default: 20 for h264, 24 for hevc, 30 for "
-        "av1)",
+        "vp9)",
     )
     group.add_argument(
         "--json",
@@ -219,7 +219,6 @@ def infer_command(argv: Sequence[str] | None = None) -> int:
 
     from tood_deploy.inference.detector import Detector
     from tood_deploy.inference.run import Outputs, run_inference
-    from tood_deploy.inference.slicing import Slicing
     from tood_deploy.inference.source import open_source
     from tood_deploy.manifest import doubts
 
@@ -238,7 +237,6 @@ def infer_command(argv: Sequence[str] | None = None) -> int:
         args.crs,
         encoding=video_encoding(args),
     )
-    slicing = slicing_options(args)
     source = open_source(
         args.source,
         args.max_pixels,
@@ -247,13 +245,9 @@ def infer_command(argv: Sequence[str] | None = None) -> int:
         **video_options(args),
     )
     outputs.check_files(source, model_files(args.model, args.classes))
-    options = {name: getattr(args, name) for name in ("conf", "iou", "max_det", "imgsz", "device")}
-    options |= class_options(args) | {"slicing": None if slicing is None else Slicing(**slicing)}
-    options["fast_decode"] = bool(args.fast_decode)
+    options = detector_options(args)
     check_bytes(args)
-    if is_artefact(args.model):
-        options["verify"] = "off"  # done
-    many = source.kind == "video" or len(source.names) > 1 or slicing is not None
+    many = source.kind == "video" or len(source.names) > 1 or options["slicing"]
     if takes_hint(args.model, args) and source.kind != "live" and many:
         options["hint"] = "throughput"  # nobody waits for a single frame
     with Detector(args.model, **options, **engine_options(args)) as detector:
@@ -297,6 +291,23 @@ def video_encoding(args: argparse.Namespace) -> "VideoEncoding":
             "--codec and --crf are of annotated videos, and none are asked for; add --output"
         )
     return VideoEncoding(args.codec or "h264", args.crf)
+
+
+def detector_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what `Detector` takes of `add_inference_options`, runtimes and threads left out.
+
+    Raises:
+        ToodError: options of slices without --slice.
+    """
+    from tood_deploy.inference.slicing import Slicing
+
+    slicing = slicing_options(args)
+    options = {name: getattr(args, name) for name in ("conf", "iou", "max_det", "imgsz", "device")}
+    options |= class_options(args) | {"slicing": None if slicing is None else Slicing(**slicing)}
+    options["fast_decode"] = bool(args.fast_decode)
+    if is_artefact(args.model):
+        options["verify"] = "off"  # `check_bytes` does
+    return options
 
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -148,7 +148,7 @@ class VideoFormat:
     Attributes:
         sample_aspect: width of a pixel over its height, in the upright image.
         rate: average frames a second; None where not stated.
-        start_s: when the file starts, video or sound, in seconds.
+        lead_s: by how many seconds the sound starts before the video.
         end_s: when the video ends by its header; None where not stated.
         color: range, primaries, transfer and matrix, as FFmpeg and ISO/IEC 23091-2 number them.
         sound: the file, where it holds sound and can be opened again; None where not.
@@ -156,7 +156,7 @@ class VideoFormat:
 
     sample_aspect: Fraction = Fraction(1)
     rate: Fraction | None = None
-    start_s: float = 0.0
+    lead_s: float = 0.0
     end_s: float | None = None
     color: tuple[int, int, int, int] = (1, 1, 1, 1)
     sound: str | None = None

@@ -280,16 +280,21 @@ class VideoSource(Source):
     ) -> VideoFormat:
         context, base = stream.codec_context, stream.time_base or Fraction(0)
         aspect = stream.sample_aspect_ratio or context.sample_aspect_ratio or Fraction(1)
-        start_s = (container.start_time or 0) / av.time_base
-        end = None if not stream.duration else (stream.start_time or 0) + stream.duration
+        start = stream.start_time or 0
+        lead_s = max(0.0, float(start * base) - (container.start_time or 0) / av.time_base)
+        end_s = None
+        if stream.duration:
+            end_s = float((start + stream.duration) * base)
+        elif container.duration and len(container.streams) == 1:
+            end_s = container.duration / av.time_base
         has_sound = bool(container.streams.audio)
         if has_sound and self._is_pipe:
             self.notes.append(f"{self.name}: its sound is not kept, a pipe is read only once")
         return VideoFormat(
             1 / aspect if orientation_of(frame)[0] else aspect,
             stream.average_rate or stream.guessed_rate,
-            start_s,
-            None if end is None else float(end * base),
+            lead_s,
+            end_s,
             (frame.color_range, frame.color_primaries, frame.color_trc, frame.colorspace),
             self.address if has_sound and not self._is_pipe else None,
         )

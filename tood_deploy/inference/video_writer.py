@@ -57,13 +57,14 @@ ENCODERS = {
     "hevc": _Encoder(
         "HEVC", "libx265", 24, 51, {"preset": "veryfast", "x265-params": "log-level=none"}, "hvc1"
     ),
-    "av1": _Encoder("AV1", "libsvtav1", 30, 63, {"preset": "10"}),
+    "vp9": _Encoder(
+        "VP9", "libvpx-vp9", 30, 63, {"b": "0", "deadline": "realtime", "cpu-used": "8"}
+    ),
 }
-SMALLEST_SIDE = {"libx264": 16, "libx265": 16, "libsvtav1": 64}  # of a frame that players take
+SMALLEST_SIDE = 16  # of a frame that players take
 UNSPECIFIED, FULL_RANGE = 2, 2
 MATROSKA = ".mkv"
 PREROLL_S = 0.1  # of sound that decoders need before what is heard
-MAX_LEAD_S = 1.0  # between the starts, or the ends, of the sound and the video of one recording
 MATRICES = {  # of ISO/IEC 23091-2, for swscale; the others are what it takes if nothing is stated
     1: Colorspace.ITU709,
     4: Colorspace.FCC,
@@ -228,8 +229,9 @@ class VideoWriter:
 
     def _set_up(self, stream: VideoStream) -> None:
         """Set what the encoder needs to know before it is opened."""
-        smallest = SMALLEST_SIDE[self.encoder.name]
-        stream.width, stream.height = (max(smallest, side + side % 2) for side in self.frame_wh)
+        stream.width, stream.height = (
+            max(SMALLEST_SIDE, side + side % 2) for side in self.frame_wh
+        )
         stream.pix_fmt = "yuv420p"
         context = stream.codec_context
         context.time_base = self.time_base
@@ -286,11 +288,9 @@ class VideoWriter:
     def _origin_of(self, first_pts: int) -> int:
         """Return the source's time that becomes 0, in units.
 
-        Sound and video may start apart. Where frames before the first were left out, that is 0.
+        Sound may start before the video: as much of it is kept.
         """
-        start = round(self.video.start_s / self.time_base)
-        lead_s = float((first_pts - start) * self.time_base)
-        return start if self._sound and 0 <= lead_s < MAX_LEAD_S else first_pts
+        return first_pts - (round(self.video.lead_s / self.time_base) if self._sound else 0)
 
     def _usual_duration(self) -> int:
         rate = self.video.rate
@@ -335,13 +335,28 @@ class VideoWriter:
         if self._last is None:
             return
         last, self._last = self._last, None
+        self._correct_duration(last)
         end_s = float(((last.pts or 0) + (last.duration or 0)) * self.time_base)
         self._encode(last)
         self._encode(None)
         source_end_s = end_s + float((self._origin or 0) * self.time_base)
         promised_s = self.video.end_s
-        whole = promised_s is not None and source_end_s > promised_s - MAX_LEAD_S
+        frame_s = float((last.duration or 0) * self.time_base)
+        whole = promised_s is not None and source_end_s > promised_s - frame_s / 2
         self._copy_sound(float("inf") if whole else end_s)
+
+    def _correct_duration(self, last: VideoFrame) -> None:
+        """Make the last frame end where the source's header says that the video ends.
+
+        What a file with B-frames says of a single frame is how long it took to the next one in the
+        order of decoding. An end far away is none: the run was stopped before it.
+        """
+        if self.video.end_s is None:
+            return
+        end = round(self.video.end_s / self.time_base) - (self._origin or 0)
+        remaining = end - (last.pts or 0)
+        if 0 < remaining <= 2 * max(last.duration or 0, self._usual_duration()):
+            last.duration = remaining
 
     def __enter__(self) -> Self:
         return self
