@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from inference.fakes import red_image, write_image
 from numpy.typing import NDArray
+from PIL import Image as PillowImage
 
 from tood_deploy.data import images as module
 from tood_deploy.data.image_file import decode_image
@@ -19,6 +20,7 @@ from tood_deploy.data.images import (
     choose_images,
     find_image,
     image_paths,
+    left_out_note,
     missing_image_cure,
     read_image,
     read_image_of_size,
@@ -310,3 +312,24 @@ def test_an_image_is_found_by_a_name_written_on_windows(tmp_path: Path) -> None:
 def test_a_missing_image_has_a_cure(tmp_path: Path, folder: str, cure: str) -> None:
     write_one(tmp_path / "images" / "1" / "a.png")
     assert re.match(cure, missing_image_cure(tmp_path / folder, "images\\1\\a.png"))
+
+
+def test_the_first_page_is_taken_with_a_note(tmp_path: Path) -> None:
+    pages = [PillowImage.fromarray(np.full((8, 9, 3), 80 * i, np.uint8)) for i in (1, 2)]
+    pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
+    write_one(tmp_path / "b.png")
+    (tmp_path / "notes.md").write_text("text")
+    (note,) = check_images([ImagesToCheck("--calib-data", image_paths(tmp_path))])
+    assert note.startswith("--calib-data: the first page or frame is taken of ")
+    assert "a.tif" in note
+    assert read_image(tmp_path / "a.tif").mean() == 80
+    assert left_out_note(tmp_path) == f"{tmp_path}: 1 files are no images: {tmp_path / 'notes.md'}"
+    (tmp_path / "notes.md").unlink()
+    assert left_out_note(tmp_path) == ""
+
+
+def test_a_folder_has_images_under_any_name(tmp_path: Path) -> None:
+    write_one(tmp_path / "a.png").rename(tmp_path / "no-ending")
+    write_one(tmp_path / "a.png").rename(tmp_path / "b.JFIF")
+    (tmp_path / "c.csv").write_text("1,2\n")
+    assert [path.name for path in image_paths(tmp_path)] == ["b.JFIF", "no-ending"]

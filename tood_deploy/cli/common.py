@@ -76,6 +76,7 @@ def run_command(
     open_standard_streams()
     ends_process = argv is None
     with library_lines(ends_process), stopping_signals(ends_process), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # decoding says what is wrong
         show_artefact_warnings()
         try:
             code = _exit_code(work)

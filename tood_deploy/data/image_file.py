@@ -227,7 +227,7 @@ def _decode_heif(data: bytes, name: str, max_pixels: int) -> NDArray[np.uint8]:
     try:
         image = pi_heif.open_heif(io.BytesIO(data), convert_hdr_to_8bit=True, bgr_mode=True)
         check_pixels(image.size[::-1], name, max_pixels)
-        pixels = np.asarray(image)
+        pixels = np.array(image)  # a copy: the memory of `image` goes with it
     except InputError:
         raise
     except Exception as error:  # libheif's and Python's own

@@ -152,11 +152,21 @@ def open_with_pillow(stream: BinaryIO, name: str) -> Image | None:
     """
     from PIL import Image
 
-    Image.init()
-    by_name = Image.EXTENSION.get(f".{name.rpartition('.')[2].lower()}", "")
-    formats = dict.fromkeys((*BY_CONTENT, *([by_name] if by_name not in UNREAD else ())))
     stream.seek(0)
     start = stream.read(16)
+    for load_plugins in (Image.preinit, Image.init):  # those of the usual formats, then all
+        load_plugins()
+        if (image := _open_with_plugins(stream, start, name)) is not None:
+            return image
+    return None
+
+
+def _open_with_plugins(stream: BinaryIO, start: bytes, name: str) -> Image | None:
+    """Open a file with the first plugin that takes it, of those that are loaded."""
+    from PIL import Image
+
+    by_name = Image.EXTENSION.get(f".{name.rpartition('.')[2].lower()}", "")
+    formats = dict.fromkeys((*BY_CONTENT, *([by_name] if by_name not in UNREAD else ())))
     for format_name in formats:
         factory, accept = Image.OPEN.get(format_name, (None, None))
         accepted = accept is None or accept(start)
