@@ -30,6 +30,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=200, help="kills and signals")
     parser.add_argument("--minutes", type=float, default=60, help="stop after so long")
     parser.add_argument("--folder", type=Path, default=FOLDER)
+    parser.add_argument("--only", help="these inputs alone, separated by commas, and no kills")
     parser.add_argument("--case", help="run this one again, such as jpg/17")
     parser.add_argument("--report", type=Path, metavar="FILE.md", help="write the table there")
     arguments = parser.parse_args()
@@ -46,8 +47,12 @@ def main() -> int:
     campaign = Campaign(folder, {name: target for name, (target, _) in chosen.items()})
     kills = Kills(folder, seeds, campaign.ledger)
     shares = KILL_SHARES | SIGNAL_SHARES
-    kills.run(scaled(shares, arguments.kills), until_s)
-    campaign.run(scaled({name: n for name, (_, n) in chosen.items()}, arguments.cases), until_s)
+    counts = scaled({name: share for name, (_, share) in chosen.items()}, arguments.cases)
+    if arguments.only:
+        counts = {name: counts[name] for name in arguments.only.split(",")}
+    else:
+        kills.run(scaled(shares, arguments.kills), until_s)
+    campaign.run(counts, until_s)
     rows = campaign.ledger.rows.values()
     print(table(rows))
     print(failures(rows))

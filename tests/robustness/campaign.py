@@ -93,12 +93,15 @@ def captured(folder: Path) -> Iterator[list[str]]:
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(handle, number)
         os.close(handle)
+    before = sys.stdout, sys.stderr  # of a test these are not the descriptors
+    sys.stdout, sys.stderr = (os.fdopen(n, "w", closefd=False, errors="replace") for n in (1, 2))
     try:
         yield said
     finally:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(Exception):
                 stream.flush()
+        sys.stdout, sys.stderr = before
         for number, handle in zip((1, 2), saved, strict=True):
             os.dup2(handle, number)
             os.close(handle)
