@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -12,6 +13,7 @@ from inference.fakes import CLASSES, RedEngine, red_image
 from numpy.typing import NDArray
 
 from tood_deploy import Detections, Detector, Slicing, ToodError
+from tood_deploy.data.images import read_images
 from tood_deploy.engines import BatchDetections
 from tood_deploy.inference.frame import Frame, Source
 from tood_deploy.inference.pipeline import Timings, detect_frames
@@ -19,6 +21,7 @@ from tood_deploy.inference.slicing import merge_windows, shift
 from tood_deploy.manifest import Manifest
 from tood_deploy.presets import PRESETS
 
+ROOT = Path(__file__).resolve().parents[2]
 WINDOW = 96
 
 
@@ -233,3 +236,34 @@ def test_classes_have_thresholds_of_their_own_and_can_be_left_out() -> None:
 def test_slices_need_all_pixels() -> None:
     with pytest.raises(ToodError, match="fast_decode"):
         Detector(SquaresEngine(), slicing=Slicing(8), fast_decode=True)
+
+
+@pytest.mark.slow
+@pytest.mark.shared
+def test_windows_of_a_mosaic_of_photographs_are_their_crops(shared: Path) -> None:
+    """A real network on a 4K image: in slices and batches it gives what crops give alone."""
+    photographs = read_images(shared / "data" / "coco_mini" / "images" / "train2017", 12)
+    tiles = [np.asarray(cv2.resize(image, (960, 720)), np.uint8) for image in photographs]
+    rows_of_tiles = [np.concatenate(tiles[4 * i : 4 * i + 4], axis=1) for i in range(3)]
+    mosaic = np.concatenate(rows_of_tiles)
+    assert mosaic.shape == (2160, 3840, 3)
+    slicing = Slicing((640, 960), whole=False)
+    weights = ROOT / "tood_deploy" / "weights" / "tiny-demo.safetensors"
+    with Detector(weights, conf=0.1) as plain:
+        parts = [
+            shift(plain(np.ascontiguousarray(mosaic[top:bottom, left:right])), np.array(window))
+            for window in slicing.windows((2160, 3840)).tolist()
+            for left, top, right, bottom in [window]
+        ]
+        plain.slicing = slicing
+        alone, batched = merge_windows(parts, slicing), plain(mosaic, batch=4)
+    assert len(alone) > 10
+    assert len(batched) == len(alone)
+    np.testing.assert_allclose(batched.scores, alone.scores, atol=1e-5)
+    for column in ("boxes", "class_ids"):
+        one, other = getattr(batched, column), getattr(alone, column)
+        order, other_order = (
+            np.lexsort(batched.boxes.T.round(1)),
+            np.lexsort(alone.boxes.T.round(1)),
+        )
+        np.testing.assert_allclose(one[order], other[other_order], atol=0.05)

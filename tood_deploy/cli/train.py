@@ -280,6 +280,8 @@ def train_command(argv: Sequence[str] | None) -> int:
     paths = _data_paths(arguments)
     class_names = class_names_from(arguments.classes)
     reporter = Reporter(arguments.quiet)
+    if arguments.check_data and arguments.slice is not None:
+        raise ToodError("--check-data looks at whole images; leave --slice out")
     if arguments.check_data:
         return _check_data(paths, class_names, Reporter())
     from tood_deploy.preprocess import check_imgsz
