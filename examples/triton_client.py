@@ -1,7 +1,10 @@
-"""Find objects in images by a model on Triton Inference Server, from `tood-export --to triton`.
+"""Find objects in images by a model on Triton Inference Server, or on `tood-serve`.
 
     pip install "tritonclient[grpc]"
     python examples/triton_client.py tood street.jpg dog.jpg --url localhost:8001
+
+    pip install "tritonclient[http]"
+    python examples/triton_client.py tood street.jpg dog.jpg --http --url localhost:8000
 
 The client scales and pads images as `Detector` does and maps boxes back; it asks the server for
 what it must know of the model. `tood_deploy` is needed for its pre-processing alone: NumPy and
@@ -13,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -50,8 +54,12 @@ class ServedModel:
 
 def read_model(client: Any, name: str) -> ServedModel:
     """Ask the server for a model's configuration."""
-    config = client.get_model_config(name).config
-    parameters = {key: value.string_value for key, value in config.parameters.items()}
+    answer = client.get_model_config(name)
+    if isinstance(answer, dict):  # over HTTP
+        parameters = {key: value["string_value"] for key, value in answer["parameters"].items()}
+    else:
+        stated = answer.config.parameters
+        parameters = {key: value.string_value for key, value in stated.items()}
     sizing: dict[str, Any] = json.loads(parameters["sizing"])
     for key, value in sizing.items():
         sizing[key] = tuple(value) if isinstance(value, list) else value
@@ -142,6 +150,21 @@ def detect(
         yield from pool.map(ask, images_bgr)
 
 
+class HttpClients(threading.local):
+    """A client over HTTP for every thread: its connections are for one alone."""
+
+    def __init__(self, url: str) -> None:
+        """Connect when something is asked for.
+
+        Args:
+            url: host and port of the server's HTTP service.
+        """
+        from tritonclient import http  # pyright: ignore[reportMissingImports]
+
+        self._client = http.InferenceServerClient(url)
+        self.get_model_config, self.infer = self._client.get_model_config, self._client.infer
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Print a line for each object, and return the exit code.
 
@@ -155,31 +178,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--url",
         default="localhost:8001",
-        help="host and port of the server's gRPC service (default: %(default)s)",
+        help="host and port of the server's gRPC service, or of its HTTP service "
+        "(default: %(default)s)",
     )
+    parser.add_argument("--http", action="store_true", help="ask over HTTP in place of gRPC")
     parser.add_argument("--conf", type=float, default=0.3)
     parser.add_argument("--iou", type=float, default=0.6)
     arguments = parser.parse_args(argv)
     # No extra of tood_deploy: it wants older versions of some packages than tood_deploy does.
-    from tritonclient import grpc  # pyright: ignore[reportMissingImports]
+    if arguments.http:
+        from tritonclient import http as triton  # pyright: ignore[reportMissingImports]
 
+        client: Any = HttpClients(arguments.url)
+    else:
+        from tritonclient import grpc as triton  # pyright: ignore[reportMissingImports]
+
+        client = triton.InferenceServerClient(arguments.url)
     images: list[Any] = [cv2.imread(str(path), cv2.IMREAD_COLOR) for path in arguments.images]
     pairs = zip(arguments.images, images, strict=True)
     if unreadable := [str(path) for path, image in pairs if image is None]:
         print(f"error: cannot be read as images: {', '.join(unreadable)}", file=sys.stderr)
         return 2
-    with grpc.InferenceServerClient(arguments.url) as client:
-        model = read_model(client, arguments.model)
-        answers = detect(client, grpc, model, images, arguments.conf, arguments.iou)
-        for path in arguments.images:
-            try:
-                detections = next(answers)
-            except ToodError as error:
-                print(f"error: {path}: {error}", file=sys.stderr)
-                return 2
-            columns = (detections.boxes, detections.scores, detections.names())
-            for box, score, name in zip(*columns, strict=True):
-                print(f"{path}\t{name}\t{score:.3f}\t{' '.join(f'{side:.1f}' for side in box)}")
+    model = read_model(client, arguments.model)
+    answers = detect(client, triton, model, images, arguments.conf, arguments.iou)
+    for path in arguments.images:
+        try:
+            detections = next(answers)
+        except ToodError as error:
+            print(f"error: {path}: {error}", file=sys.stderr)
+            return 2
+        columns = (detections.boxes, detections.scores, detections.names())
+        for box, score, name in zip(*columns, strict=True):
+            print(f"{path}\t{name}\t{score:.3f}\t{' '.join(f'{side:.1f}' for side in box)}")
     return 0
 
 

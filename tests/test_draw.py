@@ -183,3 +183,10 @@ def test_letters_of_other_scripts_are_drawn() -> None:
         draw(grey(100, 200), [[10, 40, 100, 90]], [label]) for label in ("日本", "??")
     )
     assert (japanese != question).any()
+
+
+@pytest.mark.parametrize("label", ["a\nb", "\x1b[31m", "caf\udce9", "\u202eabc", "", "x" * 500])
+def test_any_label_is_drawn(label: str) -> None:
+    drawn = draw(grey(100, 200), [[10, 40, 100, 90]], [label])
+    assert drawn.shape == (100, 200, 3)
+    assert (drawn != draw(grey(100, 200), [[10, 40, 100, 90]], ["?"])).any()

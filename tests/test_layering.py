@@ -26,17 +26,18 @@ LAYERS = (
         "manifest_sections",
         "reporter",
     },
-    {"manifest", "matching", "preprocess", "windows"},
+    {"manifest", "distributions", "matching", "preprocess", "windows"},
     {"onnx_file", "data", "model"},
     {"parity"},
     {"training", "engines"},
     {"export", "inference"},
-    {"benchmark"},
+    {"serve"},
+    {"batch", "benchmark"},
     {"cli"},
     {"demo", "__main__"},
 )
 RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
-TORCH_FREE = LAYERS[0] | {"preprocess", "engines", "inference"}
+TORCH_FREE = LAYERS[0] | {"preprocess", "engines", "inference", "batch"}
 TORCH_ENGINE = "engines/torch_engine.py"
 
 

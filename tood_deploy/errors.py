@@ -106,7 +106,15 @@ PACKAGES = {  # by the name that is imported
     "matplotlib": Package("matplotlib", ("eval", "export", "train")),
     "psutil": Package("psutil", ("eval",)),
     "pycocotools": Package("pycocotools", ("eval", "train")),
+    "httptools": Package("httptools", ("serve",)),
+    "prometheus_client": Package("prometheus-client", ("serve",)),
+    "python_multipart": Package("python-multipart", ("serve",)),
+    "starlette": Package("starlette", ("serve",)),
+    "uvicorn": Package("uvicorn", ("serve",)),
+    "uvloop": Package("uvloop", ("serve",)),
     "tensorboard": Package("tensorboard", ("train",)),
+    "pyarrow": Package("pyarrow", ("cluster",)),
+    "ray": Package("ray[data]", ("cluster",)),
     "pynvml": Package("nvidia-ml-py", ("gpu",)),
 }
 ONNXRUNTIME_CURE = (

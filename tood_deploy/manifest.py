@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tood_deploy import __version__
 from tood_deploy.errors import ArtefactError, ToodError
 from tood_deploy.files import file_sha256
 from tood_deploy.graph_io import ARTEFACT_SUFFIXES, OPENVINO_SUFFIX, OPENVINO_WEIGHTS_SUFFIX
 from tood_deploy.manifest_schema import check_manifest
 from tood_deploy.manifest_sections import Build, EngineTarget, Parity, SelfTest
-from tood_deploy.presets import Preset
+from tood_deploy.presets import SIZE_DIVISOR, Preset
 
 FORMAT = 1
 METADATA_KEY = "tood_deploy"
@@ -142,6 +143,22 @@ def _damaged(origin: str, error: Exception) -> ArtefactError:
         f"{origin}: not a manifest of tood_deploy, or a damaged one ({reason}); export the model "
         "again with tood-export"
     )
+
+
+def client_parameters(manifest: Manifest) -> dict[str, str]:
+    """Return what clients need to know of a served model and cannot see in its tensors, as text."""
+    preset = manifest.preset
+    return {
+        METADATA_KEY: __version__,
+        "preset": preset.name,
+        "precision": manifest.precision,
+        "class_names": json.dumps(preset.class_names, ensure_ascii=False),
+        "imgsz": f"{preset.imgsz[0]} {preset.imgsz[1]}",
+        "sizing": json.dumps(asdict(preset.sizing)),
+        "size_divisor": str(SIZE_DIVISOR),
+        "model_sha256": manifest.artefact_sha256,
+        "checkpoint_sha256": manifest.checkpoint_sha256,
+    }
 
 
 def saturating_weights(manifest: Manifest) -> bool:

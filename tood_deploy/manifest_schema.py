@@ -65,6 +65,16 @@ class OptionsSchema(Struct):
     rebuild: str = ""
 
 
+class StatisticsSchema(Struct):
+    """Of `ImageStatistics`."""
+
+    images: Count
+    conf: Share
+    scores: list[Count]
+    classes: list[Count]
+    sizes: list[Count]
+
+
 class ParitySchema(Struct):
     """Of `Parity`."""
 
@@ -76,6 +86,7 @@ class ParitySchema(Struct):
     compared: str = ""
     onnx: ParitySchema | None = None
     benchmark: dict[str, Any] | UnsetType = UNSET
+    statistics: StatisticsSchema | UnsetType = UNSET
 
 
 class SelfTestCaseSchema(Struct):

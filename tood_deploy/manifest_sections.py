@@ -205,6 +205,42 @@ class BenchmarkVerdict:
 
 
 @dataclass(frozen=True)
+class ImageStatistics:
+    """How images like those to come, and the reference's detections in them, were distributed.
+
+    Bins are those of `distributions`.
+
+    Attributes:
+        images: how many there were.
+        conf: detections have a score above it.
+        scores: detections in every bin of the score.
+        classes: detections of every class.
+        sizes: images in every bin of the size.
+    """
+
+    images: int
+    conf: float
+    scores: tuple[int, ...]
+    classes: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    def to_dict(self) -> dict[str, Json]:
+        """Return plain values for JSON."""
+        return {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in asdict(self).items()
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Return what `to_dict` wrote."""
+        scores, classes, sizes = (
+            tuple(map(int, values[key])) for key in ("scores", "classes", "sizes")
+        )
+        return cls(int(values["images"]), float(values["conf"]), scores, classes, sizes)
+
+
+@dataclass(frozen=True)
 class Parity:
     """The verdict of a comparison with the reference.
 
@@ -216,6 +252,7 @@ class Parity:
         compared: what was compared, if it was not this artefact itself.
         onnx: the verdict on the .onnx that this artefact was made from.
         benchmark: what `tood-bench parity` found later.
+        statistics: of the calibration images that were compared; None where there were none.
         details: limits and deviations; `parity` writes and reads them.
     """
 
@@ -226,7 +263,13 @@ class Parity:
     compared: str = ""
     onnx: Parity | None = None
     benchmark: BenchmarkVerdict | None = None
+    statistics: ImageStatistics | None = None
     details: JsonObject = field(default_factory=dict)
+
+    @property
+    def image_statistics(self) -> ImageStatistics | None:
+        """Return the statistics, those of the .onnx where an artefact made from it has none."""
+        return self.statistics or (self.onnx.image_statistics if self.onnx else None)
 
     def to_dict(self) -> dict[str, Json]:
         """Return plain values for JSON: those that are stated."""
@@ -238,6 +281,7 @@ class Parity:
             del values["images"]
         values |= {"onnx": self.onnx.to_dict()} if self.onnx else {}
         values |= {"benchmark": dict(self.benchmark.report)} if self.benchmark else {}
+        values |= {"statistics": self.statistics.to_dict()} if self.statistics else {}
         return values | dict(self.details)
 
     @classmethod
@@ -251,7 +295,10 @@ class Parity:
             **stated,
             onnx=cls.from_dict(values["onnx"]) if values.get("onnx") else None,
             benchmark=BenchmarkVerdict(values["benchmark"]) if "benchmark" in values else None,
-            details=_without(values, *names, "onnx", "benchmark"),
+            statistics=ImageStatistics.from_dict(values["statistics"])
+            if values.get("statistics")
+            else None,
+            details=_without(values, *names, "onnx", "benchmark", "statistics"),
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -216,3 +217,34 @@ def test_a_command_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
         main([])
     assert stop.value.code == 2
     assert "COMMAND" in capsys.readouterr().err
+
+
+def test_a_clip_in_slices(
+    run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_video(Path("clip.mp4"), moving_images(6, 96, 128))
+    engine = RedEngine(0.001)
+    monkeypatch.setattr(detector_module, "open_engine", lambda model, **options: engine)
+    monkeypatch.setattr(video_module, "ENGINE_S", 0.01)
+    size = ("--slice", "48", "64", "--imgsz", "48", "64", "--quiet")
+    code, _, err = run("video", "model.pth", "clip.mp4", *size, "--no-encode", "--batch", "2")
+    assert code == 0, err
+    values = json.loads(Path("video-report/video.json").read_text(encoding="utf-8"))
+    assert values["run"]["frames"] == 6
+    assert "slices of 48 x 64" in values["facts"]["slices"]
+    assert max(engine.batches) == 2
+
+
+def test_latency_of_images_in_slices(
+    run: Callable[..., tuple[int, str, str]], checkpoints: tuple[Path, Path], tmp_path: Path
+) -> None:
+    write_image(tmp_path / "images" / "a.png")
+    times = ("--rounds", "1", "--turn-seconds", "0.01", "--warmup-seconds", "0.01", "--quiet")
+    given = ("--images", tmp_path / "images", "--slice", "32", "--overlap", "0.1", *times, *SMALL)
+    code, _, err = run("latency", checkpoints[0], *given)
+    assert code == 0, err
+    values = json.loads(Path("latency-report/latency.json").read_text(encoding="utf-8"))
+    assert values["measurements"]
+    shutil.rmtree("latency-report")
+    assert_one_line(run("latency", checkpoints[0], "--overlap", "0.1"), "--overlap", "--slice")
+    assert_one_line(run("video", checkpoints[0], "c.mp4", "--slice", "0"), "0", "positive")

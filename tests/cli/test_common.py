@@ -10,13 +10,8 @@ from typing import Any
 import pytest
 
 from tood_deploy import __version__
-from tood_deploy.cli.common import (
-    COMMANDS,
-    CommandParser,
-    accept_old_name,
-    add_device,
-    class_names_from,
-)
+from tood_deploy.cli.common import COMMANDS, CommandParser, accept_old_name, add_device
+from tood_deploy.cli.files import class_names_from
 from tood_deploy.errors import ToodError
 from tood_deploy.presets import PRESETS
 
@@ -180,3 +175,19 @@ class TestClassNames:
         with pytest.raises(ToodError) as caught:
             class_names_from(",".join(["same"] * 300))
         assert len(str(caught.value)) < 250
+
+
+@pytest.mark.parametrize("text", ["x" * 300, "x" * 300 + ".onnx", "é" * 130, "a\0b"])
+@pytest.mark.parametrize("arguments", [("{}",), ("m.onnx", "--json", "{}")])
+def test_text_that_can_name_no_file_is_wrong_use(
+    arguments: tuple[str, ...], text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = CommandParser("tood-infer")
+    parser.add_argument("model")
+    parser.add_argument("--json", type=Path)
+    with pytest.raises(SystemExit) as stopped:
+        parser.parse_args([argument.format(text) for argument in arguments])
+    assert stopped.value.code == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "no file can have such a name" in err

@@ -247,3 +247,51 @@ def test_real_checkpoints_score_as_in_their_own_code(
     assert tuple(numbers[key] for key in ("AP", "AP50", "AP75")) == pytest.approx(
         expected, abs=5e-4
     )
+
+
+def test_slices_beside_the_whole(run: Run) -> None:
+    for i in range(1, 4):
+        write_image(Path("images") / f"{i}.png", red_image(left=4 * i))
+    code, _, err = run("--images", "images", "--slice", "32", "40", "--imgsz", "48", "64")
+    assert code == 0, err
+    values = report("model-eval")
+    assert values["whole_numbers"]["AP"] == pytest.approx(0.6634, abs=1e-3)
+    assert "slices of 32 x 40" in values["facts"]["slices"]
+    markdown = Path("model-eval/report.md").read_text(encoding="utf-8")
+    assert "Whole against sliced" in markdown
+    assert len(list(Path("model-eval").glob("predictions-*.jsonl"))) == 2
+
+
+def test_its_thresholds_are_taken_back(run: Run) -> None:
+    assert run("--images", "images", "--target-precision", "0.9")[0] == 0
+    path = Path("model-eval/thresholds.json")
+    assert "0.9" in json.loads(path.read_text(encoding="utf-8"))["chosen_for"]
+    code, _, err = run("--images", "images", "--conf", str(path), "--output", "again")
+    assert code == 0, err
+    assert "red thing=" in report("again")["facts"]["detection"]
+
+
+def test_a_guarantee_needs_images_and_says_so(run: Run) -> None:
+    code, _, err = run("--images", "images", "--max-miss-rate", "0.1", "--confidence", "0.9")
+    assert code == 0
+    assert "too few objects" in err
+    assert "22 are needed" in err
+
+
+@pytest.mark.parametrize(
+    ("given", "word"),
+    [
+        (("--max-miss-rate", "1.5"), "1.5"),
+        (("--target-recall", "0"), "0"),
+        (("--confidence", "0.9"), "--max-miss-rate"),
+        (("--max-miss-rate", "0.1", "--confidence", "2"), "2"),
+        (("--merge", "nms"), "--slice"),
+    ],
+)
+def test_wrong_thresholds_are_one_line(run: Run, given: tuple[str, ...], word: str) -> None:
+    assert_one_line(run("--images", "images", *given), word)
+
+
+def test_slices_of_a_results_file_are_refused(run: Run) -> None:
+    write_json(Path("found.json"), [result(1, 1, (4, 8, 16, 16), 0.9)])
+    assert_one_line(run("--slice", "32", "--except", "x", model="found.json"), "--slice")

@@ -626,3 +626,64 @@ def run_and_stop_reading(*arguments: str | Path) -> tuple[int, str]:
     process.stderr.close()
     lines = [line for line in err.splitlines(keepends=True) if " frames in " not in line]
     return process.wait(timeout=30), "".join(lines)
+
+
+class TestSlices:
+    def test_an_image_in_slices(self, run: Run, tmp_path: Path) -> None:
+        image = write_image(tmp_path / "a.png", red_image(300, 420, left=200, top=100, side=16))
+        size = ("--slice", "96", "--imgsz", "96", "96", "--no-whole")
+        code, _, err = run(image, "--jsonl", "r.jsonl", "--batch", "4", *size)
+        assert code == 0, err
+        record = json.loads(Path("r.jsonl").read_text(encoding="utf-8"))
+        assert [one["box"] for one in record["detections"]] == [[200, 100, 216, 116]]
+
+    def test_a_small_image_is_one_window_and_said_once(self, run: Run, tmp_path: Path) -> None:
+        for name in "ab":
+            write_image(tmp_path / "images" / f"{name}.png")
+        code, _, err = run(tmp_path / "images", "--slice", "640", "640")
+        assert code == 0
+        assert err.count("640 x 640") == 1
+
+    def test_classes_and_thresholds(self, run: Run, tmp_path: Path) -> None:
+        image = write_image(tmp_path / "a.png")
+        Path("t.json").write_text(json.dumps({"default": 0.9, "classes": {CLASSES[0]: 0.5}}))
+        for given, expected in (
+            (("--conf", f"0.9,{CLASSES[0]}=0.5"), 1),
+            (("--conf", f"0.2,{CLASSES[0]}=0.8"), 0),
+            (("--conf", "t.json"), 1),
+            (("--only", CLASSES[0]), 1),
+            (("--only", CLASSES[1]), 0),
+            (("--except", CLASSES[0]), 0),
+        ):
+            code, _, err = run(image, "--jsonl", "r.jsonl", *given)
+            assert code == 0, err
+            record = json.loads(Path("r.jsonl").read_text(encoding="utf-8"))
+            assert len(record["detections"]) == expected, given
+
+    @pytest.mark.parametrize(
+        ("given", "words"),
+        [
+            (("--slice", "0"), ("0", "positive")),
+            (("--slice", "640", "-1"), ("-1", "positive")),
+            (("--slice", "1", "2", "3"), ("1 2 3",)),
+            (("--slice", "64", "--overlap", "0.95"), ("0.95", "0.9")),
+            (("--slice", "64", "--merge-threshold", "2"), ("2",)),
+            (("--overlap", "0.1"), ("--overlap", "--slice")),
+            (("--no-whole",), ("--no-whole", "--slice")),
+            (("--slice", "64", "--fast-decode"), ("fast_decode",)),
+            (("--conf", "0.3,red thin=0.5"), ("did you mean 'red thing'",)),
+            (("--conf", "0.3,red thing=7"), ("7",)),
+            (("--conf", "none.json"), ("none.json",)),
+            (("--only", "zebra"), ("zebra", "red thing")),
+            (("--only", "red thing", "--except", "red thing"), ("one of them",)),
+            (("--crs", "EPSG:4326"), ("--geojson",)),
+            (("--geojson", "out.geojson"), ("georeferenced",)),
+        ],
+    )
+    def test_bad_values_are_one_line(
+        self, run: Run, tmp_path: Path, given: tuple[str, ...], words: tuple[str, ...]
+    ) -> None:
+        if "--geojson" in given:
+            pytest.importorskip("rasterio")
+        image = write_image(tmp_path / "a.png")
+        assert_one_line(run(image, *given), *words)

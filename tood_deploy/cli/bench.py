@@ -16,14 +16,15 @@ from tood_deploy.cli.common import (
     add_device,
     add_model_options,
     add_runtime_options,
-    check_written,
+    add_slicing,
     is_artefact,
     load_options,
-    model_files,
     run_command,
     runtime_options,
+    slicing_options,
     takes_hint,
 )
+from tood_deploy.cli.files import check_written, model_files
 from tood_deploy.errors import CheckFailed, ToodError, naming_extras
 
 PARITY_SIZES = ("64x64", "320x320", "640x384", "384x640", "1344x1344")
@@ -123,6 +124,7 @@ def _add_latency(parser: argparse.ArgumentParser) -> None:
         help="longest warm-up of each kind of call (default: 20)",
     )
     _add_thresholds(parser, conf=0.3)
+    add_slicing(parser)
     parser.add_argument(
         "--ap",
         action="append",
@@ -149,6 +151,7 @@ def _add_video(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, metavar="N", help="take the first N frames only")
     parser.add_argument("--no-encode", action="store_true", help="neither draw nor encode")
     _add_thresholds(parser, conf=0.3)
+    add_slicing(parser)
     _add_shared(parser, "video")
 
 
@@ -273,6 +276,7 @@ def latency_command(args: argparse.Namespace, command: str) -> int:
     models = {BASELINE: args.baseline} if args.baseline else {}
     models |= dict(zip(names, args.models, strict=True))
     options = options_by_model(args, list(models.values()))
+    slicing = _slicing(args)
     cases = tuple(
         Case(
             model,
@@ -283,7 +287,7 @@ def latency_command(args: argparse.Namespace, command: str) -> int:
             conf=args.conf,
             iou=args.iou,
             warmup_s=args.warmup_seconds,
-            options=options[model],
+            options=options[model] | slicing,
         )
         for name, model in models.items()
     )
@@ -303,7 +307,7 @@ def video_command(args: argparse.Namespace, command: str) -> int:
 
     options = {name: getattr(args, name) for name in ("conf", "iou", "imgsz", "device")}
     options |= {} if args.threads is None else {"threads": args.threads}
-    options |= options_by_model(args, [args.model])[args.model]
+    options |= options_by_model(args, [args.model])[args.model] | _slicing(args)
     options |= {"hint": "throughput"} if takes_hint(args.model, args) else {}
     plan = VideoPlan(args.clip, args.batch, args.limit, encode=not args.no_encode)
     reporter = Reporter(args.quiet)
@@ -311,6 +315,14 @@ def video_command(args: argparse.Namespace, command: str) -> int:
         bench_video(detector, args.model, plan, args.output, command=command, reporter=reporter)
     reporter.result(f"{args.output / 'video.html'}")
     return DONE
+
+
+def _slicing(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what a detector is made with beside other options, where slices are asked for."""
+    from tood_deploy.inference.slicing import Slicing
+
+    options = slicing_options(args)
+    return {} if options is None else {"slicing": Slicing(**options)}
 
 
 def options_by_model(args: argparse.Namespace, models: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tood_deploy.errors import ArtefactError, ArtefactWarning, InputError, ToodError, naming_extras
+from tood_deploy.files import absent_or
 from tood_deploy.graph_io import ARTEFACT_SUFFIXES, ENGINE_SUFFIXES, ONNX_SUFFIX, OPENVINO_SUFFIX
 from tood_deploy.presets import PRESETS
 
@@ -97,7 +98,7 @@ def open_engine(
     _check_arguments(model, device, verify)
     path = Path(model)
     is_preset = str(model) in PRESETS and not path.exists()
-    if not is_preset and not path.is_file():
+    if not is_preset and not absent_or(path.is_file):
         raise ToodError(
             f"{model}: no such file; expected an exported artefact, a checkpoint, or one of the "
             f"presets {', '.join(PRESETS)}"

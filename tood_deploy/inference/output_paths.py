@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 from tood_deploy.data.image_header import IMAGE_SUFFIXES
 from tood_deploy.errors import OutputError
-from tood_deploy.files import absent_or, absolute_path, check_overwrites
+from tood_deploy.files import MAX_NAME_BYTES, absent_or, absolute_path, check_overwrites
 from tood_deploy.inference.frame import Input, Part
 from tood_deploy.inference.video import VIDEO_SUFFIXES
 
@@ -26,7 +26,6 @@ IMAGE_OUTPUTS = frozenset(
 )  # OpenCV writes them in full colour
 VIDEO_OUTPUTS = frozenset((".mkv", ".mov", ".mp4"))
 DEFAULT_IMAGE, DEFAULT_VIDEO, PAGE_SUFFIX = ".png", ".mp4", ".jpg"
-MAX_NAME_BYTES = 255  # of ext4, XFS, APFS, NTFS (there letters)
 
 
 def check_writable(path: Path) -> None:

@@ -139,9 +139,10 @@ class SlicedPipeline(Pipeline):
     def _prepare(self) -> None:
         for frame in queue_items(self.frames):
             sliced = _SlicedFrame(frame, self._parts(frame))
+            inputs = part_inputs(self.detector, frame, sliced.parts, self.slicing)
             count = len(sliced.parts)
             started = time.perf_counter()
-            for done, (number, prepared) in enumerate(self._inputs(sliced), 1):
+            for done, (number, prepared) in enumerate(inputs, 1):
                 sliced.pre_s += time.perf_counter() - started
                 while not self.room.acquire(timeout=ROOM_S):
                     if self.in_flight.stopped:
@@ -152,33 +153,17 @@ class SlicedPipeline(Pipeline):
                 started = time.perf_counter()
 
     def _parts(self, frame: Frame) -> NDArray[np.int64]:
-        """Return (N, 4) the windows of a frame, and after them the whole where it is searched."""
-        windows = self.slicing.windows(frame.size_hw)
-        if len(windows) == 1:
-            if not self.detector.slice_notes:
-                height, width = self.slicing.size_hw
-                note = (
-                    f"{frame.name} is no larger than a slice of {height} x {width} pixels, and is "
-                    "searched as it is; so are others of its size"
-                )
-                self.detector.slice_notes.append(note)  # once for a detector
-                self.source.notes.append(note)
-            return windows
-        whole = np.array([[0, 0, *frame.size_hw[::-1]]])
-        return np.concatenate([windows, whole]) if self.slicing.whole else windows
-
-    def _inputs(self, sliced: _SlicedFrame) -> Iterator[tuple[int, Prepared]]:
-        """Yield number and input of every part: the whole image first, as it takes longest."""
-        frame, parts = sliced.frame, sliced.parts
-        has_whole = self.slicing.whole and len(parts) > 1
-        windows = parts[:-1] if has_whole else parts
-        if has_whole:
-            image = frame.image_bgr
-            if frame.reader is not None:
-                image = frame.reader.read_to_fit(self.detector.sizing)
-            yield (len(windows), self.detector.prepare(image, frame.original_hw, color="bgr"))
-        for number, crop in _crops(frame, windows):
-            yield number, self.detector.prepare(crop, None, color="bgr")
+        """Return (N, 4) all that is searched of a frame; where that is one window, say so once."""
+        parts = frame_parts(self.slicing, frame.size_hw)
+        if len(parts) == 1 and not self.detector.slice_notes:
+            height, width = self.slicing.size_hw
+            note = (
+                f"{frame.name} is no larger than a slice of {height} x {width} pixels, and is "
+                "searched as it is; so are others of its size"
+            )
+            self.detector.slice_notes.append(note)  # once for a detector
+            self.source.notes.append(note)
+        return parts
 
     def _infer(self) -> None:
         try:
@@ -264,6 +249,39 @@ class SlicedPipeline(Pipeline):
             self.timings.add(stage, getattr(sliced, f"{stage}_s"))
         self.timings.finish_frame(sliced.frame.decoded_s)
         self.results.put((sliced.frame, merged))
+
+
+def frame_parts(slicing: Slicing, image_hw: tuple[int, int]) -> NDArray[np.int64]:
+    """Return (N, 4) xyxy, the windows of an image, and after them the whole where it is searched.
+
+    An image no larger than a window is one window, and not searched twice.
+    """
+    windows = slicing.windows(image_hw)
+    if len(windows) == 1 or not slicing.whole:
+        return windows
+    return np.concatenate([windows, [[0, 0, image_hw[1], image_hw[0]]]])
+
+
+def part_inputs(
+    detector: BatchDetector, frame: Frame, parts: NDArray[np.int64], slicing: Slicing
+) -> Iterator[tuple[int, Prepared]]:
+    """Yield number and input of every part: the whole image first, as it may take longest.
+
+    Args:
+        detector: prepares them.
+        frame: the image.
+        parts: as `frame_parts` gives them.
+        slicing: the same.
+    """
+    has_whole = slicing.whole and len(parts) > 1
+    windows = parts[:-1] if has_whole else parts
+    if has_whole:
+        image = frame.image_bgr
+        if frame.reader is not None:
+            image = frame.reader.read_to_fit(detector.sizing)
+        yield len(windows), detector.prepare(image, frame.original_hw, color="bgr")
+    for number, crop in _crops(frame, windows):
+        yield number, detector.prepare(crop, None, color="bgr")
 
 
 def _crops(frame: Frame, windows: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.uint8]]]:

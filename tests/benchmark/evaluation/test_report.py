@@ -12,9 +12,12 @@ from tood_deploy.benchmark.evaluation.evaluate import (
     unlisted_notes,
 )
 from tood_deploy.benchmark.evaluation.report import write_evaluation
+from tood_deploy.benchmark.html_report import Table
+from tood_deploy.cli.eval import summary
 from tood_deploy.data.coco_metrics import NUMBERS
 from tood_deploy.data.image_set import list_image_files
 from tood_deploy.data.results import empty_results, results_from_rows
+from tood_deploy.reporter import Reporter
 
 
 def write(folder: Path, *arguments, **options) -> tuple[str, str, dict]:
@@ -126,3 +129,59 @@ def test_what_a_mapping_leaves_out_is_told(tmp_path: Path) -> None:
         "b.",
         "cat.",
     ]
+
+
+HOSTILE_NAMES = (
+    "$x$ and $",
+    "[/]",
+    "[red]b",
+    "a\x1b[31mb",
+    "a\nb",
+    "caf\udce9",
+    "_hidden",
+    "<i>b</i>",
+    "a|b",
+    "`c` *d*",
+    "{{ e }}",
+)
+
+
+def test_class_names_are_shown_literally(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    count = len(HOSTILE_NAMES)
+    annotations, rows = random_rows(1, categories=count)
+    truth = truth_of(tmp_path, annotations, images=12, names=HOSTILE_NAMES)
+    for image in truth.images.values():
+        write_image(tmp_path / "p" / image.file_name)
+    evaluation = evaluate_results(
+        "[bold]$m$",
+        truth,
+        results_from_rows(rows, truth),
+        files=list_image_files(truth, tmp_path / "p"),
+    )
+    write_evaluation(evaluation, tmp_path)
+    html, markdown = (
+        (tmp_path / f"report.{kind}").read_bytes().decode() for kind in ("html", "md")
+    )
+    for shown in ("$x$ and $", "[/]", "[red]b", r"a\x1b[31mb", r"a\x0ab", r"caf\xe9", "_hidden"):
+        assert shown in html
+    assert "&lt;i&gt;b&lt;/i&gt;" in html
+    assert "<i>b" not in html
+    assert "{{ e }}" in html
+    assert r"\[red\]b" in markdown
+    assert r"a\|b" in markdown
+    rows_of_table = [line for line in markdown.splitlines() if "x0ab" in line]
+    assert rows_of_table
+    assert all(line.startswith("| ") and line.endswith(" |") for line in rows_of_table)
+    for text in (html, markdown):
+        assert "\x1b" not in text
+    values = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert set(values["classes"]) == set(HOSTILE_NAMES)
+    table = Table(("class", "n"), [(name, 1) for name in HOSTILE_NAMES], note="[x] $y$")
+    Reporter().table(table.rich())
+    Reporter().result(summary(evaluation))
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    for shown in ("$x$ and $", "[/]", "[red]b", r"a\x1b[31mb", r"a\x0ab", r"caf\xe9"):
+        assert shown in out

@@ -116,7 +116,8 @@ def f1_over_score(curves: Mapping[str, F1Curve]) -> Markup:
     """Draw F1 over the score threshold, a line a class."""
     figure, axes = new_figure()
     for name, curve in curves.items():
-        axes.step(curve.scores, curve.f1, where="post", label=name, linewidth=1.4)
+        label = f" {name}" if name.startswith("_") else name  # matplotlib lists no such name
+        axes.step(curve.scores, curve.f1, where="post", label=label, linewidth=1.4)
     _unit_axes(axes, "keep detections from this score on", "F1")
     figure.legend(fontsize=8.5, loc="outside lower center", ncols=3)
     return embed_figure(figure, "F1 over the score threshold")

@@ -49,14 +49,16 @@ def run_latency(
     """
     machine, watch = describe_machine(), LoadWatch()
     on_gpu = any(case.device == "cuda" for case in plan.cases)
-    peak = None if on_gpu else _measure_peak(plan)
+    # Of an image in slices the network's cost is not that of one input.
+    sliced = any("slicing" in case.options for case in plan.cases)
+    peak = None if on_gpu or sliced else _measure_peak(plan)
     with closing(GpuMeter()) if on_gpu else nullcontext() as meter:
         measurements = measure(plan, reporter, meter)
         account = {"gpu": meter.account.to_dict()} if meter else {}
     load = watch.stop()
     warnings = _warnings(measurements, load)
     arithmetic = _arithmetic(measurements, peak, plan)
-    if arithmetic is None and not on_gpu:
+    if arithmetic is None and not (on_gpu or sliced):
         warnings.append(
             "share of peak is not shown: counting needs torch and onnx, of the extra export"
         )

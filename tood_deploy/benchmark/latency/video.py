@@ -10,12 +10,13 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tood_deploy import __version__
 from tood_deploy.benchmark.html_report import (
@@ -30,9 +31,11 @@ from tood_deploy.benchmark.latency.machine import LoadWatch, describe_machine
 from tood_deploy.detections import Detections
 from tood_deploy.errors import InputError, ToodError
 from tood_deploy.inference.detector import Detector
-from tood_deploy.inference.frame import Frame, Part, Source
+from tood_deploy.inference.frame import Frame, Part, Prepared, Source
 from tood_deploy.inference.pipeline import Timings, detect_frames
 from tood_deploy.inference.sinks import Annotated, Sink, SinkThread
+from tood_deploy.inference.sliced_pipeline import frame_parts, part_inputs
+from tood_deploy.inference.slicing import Slicing
 from tood_deploy.inference.source import open_source
 from tood_deploy.reporter import Reporter
 
@@ -223,7 +226,13 @@ def engine_rate(detector: Detector, plan: VideoPlan, seconds: float) -> float:
     frames = [frame.image_bgr for frame in source]
     if not frames:
         raise _no_frame(plan)
-    prepared = [detector.prepare(frames[i % len(frames)]) for i in range(max(batch, len(frames)))]
+    parts = 1
+    if detector.slicing is None:
+        every = range(max(batch, len(frames)))
+        prepared = [detector.prepare(frames[i % len(frames)]) for i in every]
+    else:
+        windows, prepared = _windows(detector, detector.slicing, frames[0], batch)
+        parts = windows  # the whole frame, one more of many, is left out
     batches = [prepared[i : i + batch] for i in range(0, len(prepared) - batch + 1, batch)]
     detector.run_engine(batches[0])
     detector.engine.settle(batch, prepared[0].transform.net_hw)
@@ -238,7 +247,24 @@ def engine_rate(detector: Detector, plan: VideoPlan, seconds: float) -> float:
         detector.collect(ticket)
     # Batches that run side by side may end in pairs, which a median would not see.
     typical = np.mean if at_once > 1 else np.median
-    return batch / float(typical(times))
+    return batch / float(typical(times)) / parts
+
+
+def _windows(
+    detector: Detector, slicing: Slicing, frame: NDArray[np.uint8], batch: int
+) -> tuple[int, list[Prepared]]:
+    """Return how many windows a frame has, and at least a batch of them, ready for the network.
+
+    Args:
+        detector: prepares them.
+        slicing: says which.
+        frame: (H, W, 3) uint8 BGR.
+        batch: of an engine call.
+    """
+    inputs = replace(slicing, whole=False)
+    parts = frame_parts(inputs, (frame.shape[0], frame.shape[1]))
+    prepared = [item for _, item in part_inputs(detector, Frame(frame, "clip"), parts, inputs)]
+    return len(parts), (prepared * -(-batch // len(prepared)))[: max(batch, ENGINE_FRAMES)]
 
 
 def bench_video(
@@ -267,7 +293,8 @@ def bench_video(
     run = run_video(detector, plan)
     load = watch.stop()
     engine, imgsz = detector.engine, f"{detector.imgsz[0]} x {detector.imgsz[1]}"
-    facts = {
+    slices = {} if detector.slicing is None else {"slices": str(detector.slicing)}
+    facts = slices | {
         "command": command,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "model": f"{model}, {engine.name}, {engine.precision}, {engine.device}",

@@ -46,7 +46,8 @@ class Case:
         conf: score that detections must exceed, 0 to 1.
         iou: overlap above which the weaker of two boxes goes, 0 to 1; the model's own where None.
         warmup_s: the longest warm-up of each kind of call.
-        options: that the model is opened with.
+        options: that the model is opened with; with `slicing` an image is all of its windows, and
+            a call runs `batch` of them at a time.
     """
 
     model: str
@@ -152,7 +153,12 @@ def _open(case: Case) -> Bench:
         **threads,
         **case.options,
     )
-    return Bench(case, detector, time.perf_counter() - started)
+    load_s = time.perf_counter() - started
+    if detector.slicing is not None:
+        from tood_deploy.benchmark.latency.sliced import SlicedBench
+
+        return SlicedBench(case, detector, load_s)
+    return Bench(case, detector, load_s)
 
 
 class Bench:

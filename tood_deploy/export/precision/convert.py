@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from tood_deploy.data import MAX_CALIBRATION_IMAGES
 from tood_deploy.data.image_set import photograph_crops
 from tood_deploy.data.images import choose_images, read_image
+from tood_deploy.distributions import COUNTED_CONF, ImageCounter
 from tood_deploy.engines.precision_support import half_precision_of
 from tood_deploy.engines.self_test import self_test_from
 from tood_deploy.errors import ToodError
@@ -47,7 +48,8 @@ from tood_deploy.export.precision.sensitivity import (
     choose_kept,
     measure_sensitivity,
 )
-from tood_deploy.manifest_sections import HalfBuild, Int8Build, Parity, SelfTest
+from tood_deploy.manifest_sections import HalfBuild, ImageStatistics, Int8Build, Parity, SelfTest
+from tood_deploy.matching import split_batch
 from tood_deploy.onnx_file import OnnxArtefact, artefact_in_memory
 from tood_deploy.parity.onnx_reference import OnnxRunner
 from tood_deploy.parity.reference import Reference
@@ -450,6 +452,8 @@ def verify_converted(
     )
     if precision == "int8":
         self_test = self_test_from(run)
+        classes = artefact.manifest.preset.num_classes
+        parity |= {"statistics": image_statistics(reference, classes, images).to_dict()}
     return _with_verdict(artefact, parity, self_test)
 
 
@@ -460,6 +464,28 @@ def _with_verdict(
     verdict = Parity.from_dict(parity)
     manifest = replace(artefact.manifest, parity=verdict, self_test=self_test)
     return replace(artefact, manifest=manifest)
+
+
+def image_statistics(
+    reference: Reference, classes: int, images: Sequence[NDArray[np.uint8]]
+) -> ImageStatistics:
+    """Return how images like those to come are distributed, and what the reference detects.
+
+    A server compares with it what it is sent.
+
+    Args:
+        reference: the float32 network.
+        classes: how many it has.
+        images: (H, W, 3) uint8 BGR, of calibration.
+    """
+    counter = ImageCounter(classes)
+    for image in images:
+        padded, transform = resize_and_pad(image, reference.sizing)
+        valid_hw = np.array([transform.resized_hw], np.int32)
+        outputs = reference.run(padded[None], valid_hw, COUNTED_CONF, reference.iou_threshold)
+        (rows,) = split_batch(outputs)
+        counter.add(transform.image_hw, rows.scores, rows.labels)
+    return counter.statistics()
 
 
 def images_to_verify(

@@ -6,9 +6,7 @@ that the warm-up runs on. Knows neither the repository nor a runtime.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -19,14 +17,12 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, te
 from google.protobuf.message import Message
 from numpy.typing import NDArray
 
-from tood_deploy import __version__
 from tood_deploy.data.image_set import synthetic_image
 from tood_deploy.export.tensorrt.options import Profiles, Shape
 from tood_deploy.export.triton.options import Backend, TritonOptions
 from tood_deploy.graph_io import INPUTS, OUTPUTS
-from tood_deploy.manifest import Manifest
+from tood_deploy.manifest import METADATA_KEY, Manifest, client_parameters
 from tood_deploy.preprocess import resize_and_pad
-from tood_deploy.presets import SIZE_DIVISOR
 
 DESCRIPTOR = "triton_model_config.binpb"
 
@@ -73,7 +69,7 @@ WARM_UP_FOLDER = "warmup"  # where Triton looks for the files that a warm-up nam
 MODEL_FILES: dict[Backend, str] = {"onnxruntime": "model.onnx", "tensorrt": "model.plan"}
 PLATFORMS: dict[Backend, str] = {"onnxruntime": "onnxruntime_onnx", "tensorrt": "tensorrt_plan"}
 WARM_UP_CONF, WARM_UP_IOU = 0.05, 0.6
-OURS = "tood_deploy"  # the parameter by which a configuration of ours is known
+OURS = METADATA_KEY  # the parameter by which a configuration of ours is known
 
 
 def triton_config(
@@ -107,7 +103,9 @@ def triton_config(
             for shape in profiles.shapes_hw
             for batch in options.warm_up_batches
         ],
-        parameters={name: {"string_value": value} for name, value in _parameters(manifest).items()},
+        parameters={
+            name: {"string_value": value} for name, value in client_parameters(manifest).items()
+        },
     )
 
 
@@ -193,22 +191,3 @@ def write_warm_up(folder: Path, shapes_hw: Sequence[Shape]) -> None:
 
 def _size_name(shape: Shape) -> str:
     return f"{shape[0]}x{shape[1]}"
-
-
-def _parameters(manifest: Manifest) -> dict[str, str]:
-    """Return what clients need to know of the model and cannot see in its inputs and outputs.
-
-    They can ask the server for it.
-    """
-    preset = manifest.preset
-    return {
-        OURS: __version__,
-        "preset": preset.name,
-        "precision": manifest.precision,
-        "class_names": json.dumps(preset.class_names, ensure_ascii=False),
-        "imgsz": f"{preset.imgsz[0]} {preset.imgsz[1]}",
-        "sizing": json.dumps(asdict(preset.sizing)),
-        "size_divisor": str(SIZE_DIVISOR),
-        "model_sha256": manifest.artefact_sha256,
-        "checkpoint_sha256": manifest.checkpoint_sha256,
-    }

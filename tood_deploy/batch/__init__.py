@@ -1,0 +1,1 @@
+"""Detect objects in more images than one machine gets through, on Ray Data."""
