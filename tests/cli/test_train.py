@@ -162,6 +162,39 @@ def test_wrong_use_is_one_line(
     assert message in errors[0]
 
 
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["fcos-r50-1x"], "fcos-r50-1x: there is no training of fcos; choose a preset of tood, "),
+        (["retinanet-r50-1x"], "there is no training of retinanet"),
+        (["vfnet-r50-1x"], "there is no training of vfnet"),
+        (["tiny-gfl", "--atss-epochs", "2"], "leave it out, or give --loss tood"),
+    ],
+)
+def test_what_is_not_trained_is_one_line(
+    command: list[str], message: str, data: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command, *data]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1
+    assert message in errors[0]
+
+
+def test_another_detector_is_trained_and_tuned(
+    data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert main(["tiny-paa", *data, *FAST, "--epochs", "1", "--output", str(first)]) == 0
+    tuned = ["--checkpoint", str(first / "model.safetensors"), "--classes", "star,disc"]
+    command = ["tiny-paa", *data, *FAST, *tuned, "--epochs", "1", "--loss", "tood"]
+    assert main([*command, "--output", str(second)]) == 0
+    said = capsys.readouterr().err
+    assert "but for the class layer, which starts anew: 5 classes there, 2 here" in said
+    assert "the loss is TOOD's, not the detector's own" in said
+    preset = load_checkpoint(second / "model.safetensors").preset
+    assert (preset.detector, preset.class_names) == ("paa", ("star", "disc"))
+
+
 def test_random_frozen_layers_are_refused(
     data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

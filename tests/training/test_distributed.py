@@ -80,9 +80,7 @@ def train(workers: int, output: Path, preset: Preset, recipe: Recipe, scenes: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("detector", "accumulate"), [("tood", 1), ("tood", 2), ("atss", 1), ("gfl", 1)]
-)
+@pytest.mark.parametrize(("detector", "accumulate"), [("tood", 1), ("tood", 2), ("atss", 1)])
 def test_two_workers_learn_as_one(
     scenes: Path,
     small_presets: dict[str, Preset],
@@ -135,13 +133,21 @@ def test_two_workers_learn_as_one(
 
 
 @pytest.mark.slow
-def test_two_workers_of_paa_stay_alike(
-    scenes: Path, small_presets: dict[str, Preset], short_recipe: Recipe, tmp_path: Path
+@pytest.mark.parametrize("detector", ["gfl", "paa"])
+def test_two_workers_of_other_detectors_learn(
+    scenes: Path,
+    small_presets: dict[str, Preset],
+    short_recipe: Recipe,
+    tmp_path: Path,
+    detector: str,
 ) -> None:
-    # Its averages are those of a worker's own images, so that two do not learn exactly as one.
+    # Not exactly as one does, as in the reference: PAA's averages are those of a worker's own
+    # images, and GFL's are raised to 1 as long as no class is certain.
     recipe = replace(short_recipe, epochs=2, short_sides=None, ema=None)
-    train(2, tmp_path, small_presets["paa"], recipe, scenes)
-    assert [entry["step"] for entry in read_log(tmp_path, "step")] == list(range(1, 7))
+    train(2, tmp_path, small_presets[detector], recipe, scenes)
+    steps = read_log(tmp_path, "step")
+    assert [entry["step"] for entry in steps] == list(range(1, 7))
+    assert steps[-1]["cls"] < steps[0]["cls"]
     state = read_training_state(tmp_path / "last.pth")["state_dict"]
     assert all(value.isfinite().all() for value in state.values())
 

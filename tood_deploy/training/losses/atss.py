@@ -30,7 +30,7 @@ class AtssLoss:
     """The losses of a preset."""
 
     reads_maps = True
-    term_names = ("cls", "box", "centerness")
+    term_names: tuple[str, ...] = ("cls", "box", "centerness")
 
     def __init__(self, preset: Preset) -> None:
         self.preset = preset

@@ -32,7 +32,7 @@ class GflLoss:
     """The losses of a preset."""
 
     reads_maps = True
-    term_names = ("cls", "box", "distribution")
+    term_names: tuple[str, ...] = ("cls", "box", "distribution")
 
     def __init__(self, preset: Preset) -> None:
         self.preset = preset

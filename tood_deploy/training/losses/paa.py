@@ -34,7 +34,7 @@ class PaaLoss:
     """The losses of a preset."""
 
     reads_maps = True
-    term_names = ("cls", "box", "overlap")
+    term_names: tuple[str, ...] = ("cls", "box", "overlap")
 
     def __init__(self, preset: Preset) -> None:
         self.preset = preset

@@ -35,7 +35,7 @@ class ToodLoss:
     """The losses of a preset."""
 
     reads_maps = False
-    term_names = ("cls", "box")
+    term_names: tuple[str, ...] = ("cls", "box")
 
     def __init__(
         self,
