@@ -77,6 +77,12 @@ def test_the_index_is_a_distance(first: np.ndarray, second: np.ndarray) -> None:
     assert stability_index(first, second) == pytest.approx(stability_index(second, first))
 
 
+def test_few_images_of_one_size_are_alike() -> None:
+    first, second = np.zeros(16), np.zeros(16)
+    first[5], second[5] = 16, 40
+    assert stability_index(first, second) == 0
+
+
 def test_the_index_of_known_shares() -> None:
     first, second = np.array([50e6, 50e6]), np.array([80e6, 20e6])
     expected = 0.3 * np.log(1.6) + -0.3 * np.log(0.4)

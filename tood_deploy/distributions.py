@@ -19,7 +19,7 @@ SCORE_BINS = 14  # of 0.05 each, from `COUNTED_CONF` to 1
 # An image's size is the root of its pixels; a bin is a factor of the root of two.
 SMALLEST_SIZE, SIZE_BINS = 64.0, 16
 KINDS = ("scores", "classes", "sizes")
-# Added to every count, so that a class that one side has never seen gives no infinity.
+# Added to the counts of bins that one side has seen, so that the other's zero gives no infinity.
 PSEUDO_COUNT = 0.5
 
 
@@ -113,8 +113,9 @@ def stability_index(expected: NDArray[np.float64], actual: NDArray[np.float64]) 
     Args:
         expected, actual: counts.
     """
+    seen = (expected + actual) > 0
     first, second = (
-        (counts + PSEUDO_COUNT) / (counts.sum() + PSEUDO_COUNT * len(counts))
+        (counts[seen] + PSEUDO_COUNT) / (counts.sum() + PSEUDO_COUNT * seen.sum())
         for counts in (expected, actual)
     )
     return float(((second - first) * np.log(second / first)).sum())

@@ -14,14 +14,21 @@ from manifest_values import plain
 from onnx import numpy_helper
 from recording import RecordingReporter
 
+from tood_deploy import Detector
 from tood_deploy.data.image_set import synthetic_image
 from tood_deploy.engines import open_engine
 from tood_deploy.errors import ArtefactError, InputError, ToodError
 from tood_deploy.export.precision import convert as convert_module
-from tood_deploy.export.precision.convert import Int8Options, lower_artefact, quantize_artefact
+from tood_deploy.export.precision.convert import (
+    Int8Options,
+    image_statistics,
+    lower_artefact,
+    quantize_artefact,
+)
 from tood_deploy.export.precision.half import emulate_low_precision
 from tood_deploy.export.precision.sensitivity import DetectionMismatch, Sensitivity
 from tood_deploy.onnx_file import OnnxArtefact, artefact_in_memory, read_onnx, write_onnx
+from tood_deploy.parity.onnx_reference import onnx_reference
 
 OPTIONS = Int8Options(method="minmax")
 TOWER = "detector.model.bbox_head.inter_convs.0.conv.weight"
@@ -200,3 +207,13 @@ def written(artefact: OnnxArtefact, path: Path) -> Path:
     plain = replace(artefact.manifest, precision="fp32")
     write_onnx(artefact_in_memory(path, rounded, plain), path)
     return path
+
+
+def test_statistics_are_those_of_the_reference(artefact: OnnxArtefact, tiny_artefact: Path) -> None:
+    images = [synthetic_image(90, 120, 0), synthetic_image(300, 200, 1)]
+    with Detector(tiny_artefact, conf=0.3) as detector:
+        ids = np.concatenate([detector(image).class_ids for image in images])
+    statistics = image_statistics(onnx_reference(artefact), 80, images)
+    assert statistics.images == sum(statistics.sizes) == 2
+    assert sum(statistics.scores) == len(ids)
+    assert statistics.classes == tuple(np.bincount(ids, minlength=80).tolist())
