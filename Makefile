@@ -6,7 +6,7 @@ PROCESSES ?= --numprocesses logical --maxprocesses 8 --dist loadfile
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint format docs metrics
+.PHONY: demo robustness test lint format docs metrics
 .DELETE_ON_ERROR:
 
 demo: .venv/installed-export  ## export a small model, verify it, find objects with it
@@ -19,6 +19,9 @@ lint: .venv/installed-dev  ## what every commit must pass
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+robustness: .venv/installed-dev  ## mutated inputs, kills and signals; goes on where it stopped; ARGS="--minutes 10"
+	PYTHONPATH=tests $(BIN)/python -m robustness --report docs/results/robustness.md $(ARGS)
 
 metrics: .venv/installed-dev  ## sizes, import lines, typing, documentation, counted
 	$(BIN)/python .ci/metrics.py

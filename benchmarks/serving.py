@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import json
 import multiprocessing
+import os
 import re
 import signal
 import statistics
@@ -23,6 +24,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,7 @@ import numpy as np
 import psutil
 import uvloop
 
-from tood_deploy import Detector
+from tood_deploy import Detector, __version__
 from tood_deploy.benchmark.latency.machine import describe_machine
 from tood_deploy.data.images import IMAGE_SUFFIXES, decode_image
 
@@ -305,10 +307,18 @@ def print_page(
 ) -> None:
     """Measure and print, part by part."""
     engine.recv()
+    machine = describe_machine()
     print("# Serving\n")
     print(
-        f"`tood-serve {arguments.artefact.name}`, {len(questions)} JPEG images. "
-        f"{describe_machine()}"
+        f"`python benchmarks/serving.py {arguments.artefact.name} scenes/images`: tood_deploy "
+        f"{__version__}, {len(questions)} JPEG images, {datetime.now(UTC):%Y-%m-%d}.\n"
+    )
+    print(
+        f"{machine.cpu}, {machine.usable_cores} cores, {machine.system}, Python {machine.python}; "
+        f"load of the machine before: {os.getloadavg()[0]:.1f}. Server, engine and load are "
+        "processes of their own on these cores. Engine and server take turns, so that their ratio "
+        "holds where their rates do not; CPU time an image is disturbed least. Every answer was "
+        "compared with the Detector's."
     )
     capacity = print_ratio(arguments, questions, engine, server)
     print_latency(arguments, questions)

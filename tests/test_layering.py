@@ -32,12 +32,12 @@ LAYERS = (
     {"training", "engines"},
     {"export", "inference"},
     {"serve"},
-    {"benchmark"},
+    {"batch", "benchmark"},
     {"cli"},
     {"demo", "__main__"},
 )
 RANK = {unit: rank for rank, units in enumerate(LAYERS) for unit in units}
-TORCH_FREE = LAYERS[0] | {"preprocess", "engines", "inference"}
+TORCH_FREE = LAYERS[0] | {"preprocess", "engines", "inference", "batch"}
 TORCH_ENGINE = "engines/torch_engine.py"
 
 

@@ -113,6 +113,8 @@ PACKAGES = {  # by the name that is imported
     "uvicorn": Package("uvicorn", ("serve",)),
     "uvloop": Package("uvloop", ("serve",)),
     "tensorboard": Package("tensorboard", ("train",)),
+    "pyarrow": Package("pyarrow", ("cluster",)),
+    "ray": Package("ray[data]", ("cluster",)),
     "pynvml": Package("nvidia-ml-py", ("gpu",)),
 }
 ONNXRUNTIME_CURE = (

@@ -299,8 +299,10 @@ def _identities(path: str | Path) -> list[object]:
     """
     try:
         state = Path(path).stat()
-    except (OSError, ValueError):
+    except OSError:
         return [os.path.realpath(path)]
+    except ValueError:  # a zero byte: no file has such a name
+        return [str(path)]
     if not (stat.S_ISREG(state.st_mode) or stat.S_ISDIR(state.st_mode)):
         return []
     return [os.path.realpath(path), (state.st_dev, state.st_ino)]

@@ -61,6 +61,10 @@ def inner_value_names(preset: Preset) -> tuple[str, ...]:
     return INNER_VALUES + (RANKING if preset.ranks_by_class_score else ())
 
 
+# OpenVINO's files in the folder of a model server: a target of the command alone.
+OVMS = "ovms"
+
+
 def graph_feeds(
     images: NDArray[np.uint8],
     valid_hw: NDArray[np.int32],

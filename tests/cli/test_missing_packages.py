@@ -53,6 +53,7 @@ def run(folder: Path, command: str, missing: list[str]) -> tuple[int, str]:
         ("infer m.xml a.png", "openvino", "openvino"),
         ("infer m.onnx a.png --runtime openvino", "openvino", "openvino"),
         ("infer m.engine a.png", "cuda-bindings", "tensorrt"),
+        ("batch m.onnx a.png --output o", "pyarrow", "cluster"),
         ("eval m.onnx --annotations t.json --images .", "", "eval"),
         ("eval r.json --annotations t.json", "", "eval"),
         ("bench latency m.onnx", "", "eval"),

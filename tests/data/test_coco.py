@@ -81,6 +81,12 @@ def test_what_other_tools_write_is_read(
     assert not truth.problems.counts
 
 
+@pytest.mark.parametrize("change", [{"area": 10**400}, {"bbox": [1, 2, 3, 10**400]}])
+def test_numbers_that_are_too_large_are_one_error(tmp_path: Path, change: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="annotation number 0 cannot be read"):
+        truth_of(tmp_path, [BOX | change])
+
+
 def test_ids_of_digits_and_absent_sizes(tmp_path: Path) -> None:
     content = changed(
         images=[{"id": "1", "file_name": "a"}, {"id": 2, "file_name": "b", "width": None}],
@@ -176,7 +182,7 @@ def test_what_is_no_annotation_file_is_refused(tmp_path: Path, content: Any, wor
         (b"", "not JSON"),
         (b"\xff\xfe\x00", "not JSON"),
         (b"[" * 100_000, "not JSON"),
-        (gzip.compress(b"{}")[:-9], "cannot be read"),
+        (gzip.compress(b"{}", mtime=0)[:-9], "cannot be read"),
         (b"\x1f\x8bnone", "cannot be read"),
         (None, "cannot be read"),
     ],

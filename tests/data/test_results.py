@@ -60,6 +60,9 @@ def test_no_results_at_all(tmp_path: Path, truth: Annotations) -> None:
             r"row 0 is .*expected image_id, category_id, bbox \(x, y, width, height\) and score",
         ),
         ([GOOD | {"score": "high"}], "not a number"),
+        ([GOOD | {"score": 10**400}], "not a number"),
+        ([GOOD | {"image_id": [1]}, GOOD | {"image_id": [1]}], "not a number"),
+        ([GOOD | {"category_id": [[1]]}], "not a number"),
         (
             [GOOD, result(1, 1, (1, 2, 3, 4), float("nan"))],
             "1 of 2 detections hold NaN or infinite values, the first is row 1",

@@ -86,8 +86,7 @@ def page(browser: Any, address: str) -> Iterator[Any]:
 def open_model(page: Any, artefact: Path) -> None:
     page.set_input_files("#model", [str(artefact), str(artefact.with_suffix(".json"))])
     page.wait_for_function(
-        "/is open|cannot|not /.test(document.querySelector('#status').textContent)",
-        timeout=WAIT_MS,
+        "/is open|cannot|not /.test(document.querySelector('#status').textContent)", timeout=WAIT_MS
     )
 
 

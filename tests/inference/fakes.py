@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import errno
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -94,24 +94,54 @@ def write_video(
     images: Sequence[NDArray[np.uint8]],
     times: Sequence[int] | None = None,
     rotation: int | None = None,
+    matrix: Sequence[int] | None = None,
+    aspect: Fraction | None = None,
+    b_frames: int = 0,
+    color: tuple[int, int, int, int] | None = None,
+    time_base: Fraction = MILLISECOND,
     **options: str,
 ) -> Path:
-    """A video with these frames at these times, in milliseconds (every 40 where not given)."""
+    """A video with these frames at these times, in milliseconds (every 40 where not given).
+
+    `matrix`: of its display, nine numbers; `color`: range, primaries, transfer, matrix.
+    """
     with av.open(str(path), "w", options=options) as container:
         stream = container.add_stream(
-            "libx264", rate=25, options={"crf": "10", "bf": "0", "g": "10"}
+            "libx264", rate=25, options={"crf": "10", "bf": str(b_frames), "g": "10"}
         )
         stream.height, stream.width = images[0].shape[:2]
         stream.pix_fmt = "yuv420p"
-        stream.codec_context.time_base = MILLISECOND
+        stream.codec_context.time_base = time_base
         if rotation is not None:
             stream.set_display_rotation(rotation)
+        if matrix is not None:
+            stream.set_display_matrix(matrix)
+        context = stream.codec_context
+        if aspect is not None:
+            context.sample_aspect_ratio = aspect
+        if color is not None:
+            context.color_range, context.color_primaries = color[:2]
+            context.color_trc, context.colorspace = color[2:]
         for i, image in enumerate(images):
             frame = VideoFrame.from_ndarray(image, format="bgr24")
-            frame.pts, frame.time_base = (40 * i if times is None else times[i]), MILLISECOND
+            frame.pts, frame.time_base = (40 * i if times is None else times[i]), time_base
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return path
+
+
+def without_packets(path: Path, kept: Path, dropped: Collection[int], shift: int = 0) -> Path:
+    """A copy of a video without some of its packets, its times shifted by so many units."""
+    with av.open(str(path)) as source, av.open(str(kept), "w") as out:
+        stream = source.streams.video[0]
+        copied = out.add_stream_from_template(stream)
+        packets = [packet for packet in source.demux(stream) if packet.size]
+        for number, packet in enumerate(packets):
+            if number not in dropped and packet.pts is not None and packet.dts is not None:
+                packet.pts, packet.dts = packet.pts + shift, packet.dts + shift
+                packet.stream = copied
+                out.mux(packet)
+    return kept
 
 
 def write_image(path: Path, image: NDArray[np.uint8] | None = None) -> Path:

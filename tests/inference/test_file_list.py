@@ -7,9 +7,13 @@ import pytest
 from inference.fakes import moving_images, red_image, write_image, write_video
 from PIL import Image
 
+from tood_deploy.detections import Detections
 from tood_deploy.errors import InputError
 from tood_deploy.inference.file_list import FileList, input_of, is_video, list_files
 from tood_deploy.inference.frame import Input
+from tood_deploy.inference.output_paths import plan_outputs
+from tood_deploy.inference.sinks import Annotated
+from tood_deploy.inference.source import open_source
 
 
 def listed(*specs: object) -> FileList:
@@ -110,6 +114,22 @@ def test_text_that_can_be_no_path(tmp_path: Path, name: str) -> None:
     write_image(tmp_path / "a.png")
     (tmp_path / "list.txt").write_text(f"{name}\na.png\n")
     assert names(listed(tmp_path / "list.txt"))[1] == "a.png"
+
+
+@pytest.mark.parametrize("name", [b"12:30:00.mp4", b"file:x.mp4", b"caf\xe9.mkv", b"http:.mp4"])
+def test_a_video_of_any_name_is_read_and_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: bytes
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = Path(os.fsdecode(name))
+    write_video(tmp_path / "v.mp4", moving_images(3)).rename(path)
+    source = open_source(path)
+    (output,) = plan_outputs(source.inputs, Path("out")).values()
+    assert output.name == path.name
+    with Annotated({(str(path), None): output}) as sink:
+        for frame in source:
+            sink.write(frame, Detections.empty())
+    assert len(list(open_source(Path("out")))) == 3
 
 
 def test_a_file_named_twice_is_run_once_with_a_note(tmp_path: Path) -> None:

@@ -1,11 +1,14 @@
 """The log of a run: files for programs, lines and progress for a person."""
 
+import shutil
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from recording import RecordingReporter
 
+from tood_deploy.errors import OutputError
 from tood_deploy.reporter import Reporter
 from tood_deploy.training.logger import LOG, Journal, read_log
 
@@ -25,6 +28,24 @@ def test_journal_writes_tensorboard_and_json_lines(tmp_path: Path) -> None:
     events.Reload()
     assert events.Scalars("epoch/AP")[0].value == 0.25
     assert events.Tags()["images"] == ["validation/0"]
+
+
+def test_a_folder_that_goes_away_is_one_error(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """TensorBoard writes in a thread of its own, whose traceback nobody wants."""
+    pytest.importorskip("torch.utils.tensorboard")
+    output = tmp_path / "run"
+    with (  # noqa: PT012
+        pytest.raises(OutputError, match="TensorBoard's files cannot be written"),
+        Journal(output, Reporter.silent()) as journal,
+    ):
+        shutil.rmtree(output)
+        output.mkdir()
+        for step in range(2000):
+            journal.write("step", {"step": step, "cls": 1.0})
+            time.sleep(0.001)
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_journal_without_tensorboard_says_so(

@@ -12,18 +12,20 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-from pyarrow import fs
+import pyarrow as pa  # pyright: ignore[reportMissingImports]
+import pyarrow.parquet as pq  # pyright: ignore[reportMissingImports]
+from pyarrow import fs  # pyright: ignore[reportMissingImports]
 
 from tood_deploy.batch.source import Location, locate, open_filesystem
 from tood_deploy.batch.worker import ROWS
 from tood_deploy.detections import Detections
 from tood_deploy.errors import OutputError
 from tood_deploy.inference.frame import Frame
+from tood_deploy.inference.output_paths import check_writable
 from tood_deploy.inference.text_sinks import finite_detections, frame_record, json_text
 
 Format = Literal["parquet", "jsonl", "coco"]
@@ -70,7 +72,7 @@ class BatchOutput:
     """
 
     def __init__(self, folder: str, run: RunDescription, *, resume: bool) -> None:
-        """Begin a run in an empty folder, or go on with one.
+        """Look whether a run can begin in the folder, or go on; nothing is written yet.
 
         Args:
             folder: a path, or an address as `locate` takes it.
@@ -90,15 +92,24 @@ class BatchOutput:
         names = self._list()
         with self._errors():
             self._check(names, run, resume)
-            if RUN_FILE not in names:
-                self._files.create_dir(self.where.path, recursive=True)
-                text = json.dumps({"format": 1, **asdict(run)}, indent=2)
-                self._write(RUN_FILE, lambda stream: stream.write(text.encode()))
-            for name in names:
-                if name.startswith(TEMPORARY):
-                    self._files.delete_file(self._path(name))  # of a run that was killed
+        self._run, self._begun = run, RUN_FILE in names
+        self._left_over = [name for name in names if name.startswith(TEMPORARY)]
         self.parts = [name for name in names if name.startswith(PART)]
         self._read_done()
+
+    def begin(self) -> None:
+        """Write whose folder it is; what a run that was killed has left half-written goes.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        with self._errors():
+            if not self._begun:
+                self._files.create_dir(self.where.path, recursive=True)
+                text = json.dumps({"format": 1, **asdict(self._run)}, indent=2)
+                self._write(RUN_FILE, lambda stream: stream.write(text.encode()))
+            for name in self._left_over:
+                self._files.delete_file(self._path(name))
 
     def write(self, table: pa.Table) -> None:
         """Take rows; they are written with others.
@@ -188,6 +199,8 @@ class BatchOutput:
 
     def _check(self, names: Sequence[str], run: RunDescription, resume: bool) -> None:
         if RUN_FILE not in names:
+            if not self.where.address:
+                check_writable(Path(self.where.path))
             if names:
                 raise OutputError(
                     f"{self.where.name}: holds {len(names)} files, but no run of tood-batch "

@@ -2,28 +2,32 @@
 
 Images never travel: workers read them where they lie, and send rows. Ray's actor pool grows with
 the work, holds back what nobody has time for, and repeats what a lost worker had; the writer takes
-each image once. What no worker survives is tried alone in the end, and is a row with its error.
+each image once. Images of a chunk that workers do not survive are done alone in the end; the one
+that kills them is a row with its error.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import statistics
+import sys
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
+import pyarrow as pa  # pyright: ignore[reportMissingImports]
 
 from tood_deploy.batch.output import BatchOutput
 from tood_deploy.batch.source import Chunk, deal_out
-from tood_deploy.batch.worker import ANSWER, Worker, WorkerOptions, model_bytes
+from tood_deploy.batch.worker import Worker, WorkerLink, WorkerOptions, model_bytes
 from tood_deploy.errors import DeviceError, ToodError, naming_extras
 from tood_deploy.reporter import Reporter
 
@@ -33,7 +37,7 @@ OBJECT_STORE_BYTES = 128 * 2**20  # of a local cluster: no image goes through it
 MAX_CPUS_OF_WORKER = 4  # by itself: more threads of one engine gain less than another engine
 CHUNK_IMAGES = (16, 512)  # least and most that one worker takes at a time
 CHUNKS_OF_WORKER = 32  # at least so many, where there are images enough, so that all end together
-RETRIES = 3  # of a chunk whose worker was lost
+ATTEMPTS = 4  # at a chunk, until it counts as what kills workers
 STRAGGLER = 0.5  # of the median worker's rate
 
 
@@ -124,20 +128,23 @@ def run_batch(
     progress = Progress()
     with ray_session(cluster) as ray, reporter.progress("images", total) as task:
         task.update(len(output.done), state="workers start")
-        files = ray.put(model_bytes(artefact))
+        attempts = ray.remote(_Attempts).options(num_cpus=0, max_restarts=-1, max_task_retries=-1)
+        link = _RayLink(ray.put(model_bytes(artefact)), attempts.remote())
         try:
             cpus, workers = plan_workers(ray, cluster)
+            output.begin()
+            if options.detector["device"] == "cpu":
+                threads = {**options.detector, "threads": cpus}
+                options = replace(options, detector=threads)
             progress.started_s = time.monotonic()
             left = total - len(output.done)
             size = max(CHUNK_IMAGES[0], min(left // (workers * CHUNKS_OF_WORKER), CHUNK_IMAGES[1]))
             for chunk_images in (size, 1):
                 chunks = deal_out(listed, chunk_images, output.done)
-                for table in answers(ray, chunks, files, options, cluster, cpus, workers):
+                for table in answers(ray, chunks, link, options, cluster, cpus, workers):
                     progress.add(table)
                     output.write(table)
                     task.update(len(output.done), state=progress.state())
-            for chunk in deal_out(listed, 1, output.done):
-                output.write(_lost(chunk))
         finally:
             output.flush()
     return progress
@@ -146,7 +153,7 @@ def run_batch(
 def answers(
     ray: Any,
     chunks: Sequence[Chunk],
-    files: Any,
+    link: WorkerLink,
     options: WorkerOptions,
     cluster: ClusterOptions,
     cpus: int,
@@ -157,7 +164,7 @@ def answers(
     Args:
         ray: the module.
         chunks: what to do.
-        files: Ray's reference to the model's files.
+        link: from workers to the job.
         options: of workers.
         cluster: what to run on.
         cpus: of a worker.
@@ -172,14 +179,12 @@ def answers(
     rows = [chunk.to_row() for chunk in chunks]
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         Worker,
-        fn_constructor_kwargs={"files": _Fetch(files), "options": options},
+        fn_constructor_kwargs={"link": link, "options": options},
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=cpus,
         num_gpus=cluster.gpus_per_worker or None,
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=pool_size, initial_size=pool_size),
-        max_restarts=-1,
-        max_task_retries=RETRIES,
     )
     for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
         refusals = [path == "" for path in table.column("path").to_pylist()]
@@ -189,22 +194,43 @@ def answers(
             yield table
 
 
+class _Attempts:
+    """Counts how often workers have begun a chunk; runs as an actor of its own.
+
+    Ray calls a worker again as often as it is lost: of an image that kills workers there is no end.
+    """
+
+    def __init__(self) -> None:
+        self.counts: dict[str, int] = defaultdict(int)
+
+    def begin(self, chunk: str) -> int:
+        """Return how often this chunk was begun, this time counted."""
+        self.counts[chunk] += 1
+        return self.counts[chunk]
+
+
 @dataclass(frozen=True)
-class _Fetch:
-    """Fetches the model's files on the machine of a worker."""
+class _RayLink:
+    """What workers ask of the job, over Ray.
 
-    reference: Any
+    Attributes:
+        files: reference to the model's files.
+        attempts: handle of `_Attempts`.
+    """
 
-    def __call__(self) -> dict[str, bytes]:
-        import ray
+    files: Any
+    attempts: Any
 
-        return ray.get(self.reference)
+    def model_files(self) -> dict[str, bytes]:
+        import ray  # pyright: ignore[reportMissingImports]
 
+        return ray.get(self.files)
 
-def _lost(chunk: Chunk) -> pa.Table:
-    (name,) = chunk.names
-    error = f"{name}: workers were lost at this image, {RETRIES + 1} times in a row; run it alone"
-    return pa.Table.from_pylist([{"path": name, "error": error}], schema=ANSWER)
+    def is_hopeless(self, chunk: Chunk) -> bool:
+        import ray  # pyright: ignore[reportMissingImports]
+
+        key = f"{chunk.names[0]} {len(chunk.names)}"
+        return int(ray.get(self.attempts.begin.remote(key))) > ATTEMPTS
 
 
 def plan_workers(ray: Any, cluster: ClusterOptions) -> tuple[int, int]:
@@ -227,7 +253,7 @@ def plan_workers(ray: Any, cluster: ClusterOptions) -> tuple[int, int]:
     if room == 0 and cluster.workers is None:
         most = max(cpus_of, default=0), max(machine.get("GPU", 0) for machine in machines)
         raise DeviceError(
-            f"a worker needs {cpus} CPUs and {gpus:g} GPUs, and the largest machines of the cluster "
+            f"a worker needs {cpus} CPUs and {gpus:g} GPUs, the largest machines of the cluster "
             f"have {most[0]} and {most[1]:g}; ask for less by --cpus-per-worker and "
             "--gpus-per-worker, or say by --workers how far the cluster shall grow"
         )
@@ -244,18 +270,16 @@ def ray_session(cluster: ClusterOptions) -> Iterator[Any]:
     # Ray sends statistics of use, and logs a lot, unless told otherwise before it is imported.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DATA_LOG_LEVEL", "CRITICAL")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    with naming_extras("cluster"):
-        import ray
-        import ray.data
-    _check_answers(cluster.address)
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    with naming_extras("cluster"), _silent_stderr():
+        import ray  # pyright: ignore[reportMissingImports]
+        import ray.data  # pyright: ignore[reportMissingImports]
     quiet: dict[str, Any] = {"logging_level": logging.CRITICAL, "log_to_driver": False}
+    if cluster.address == LOCAL:
+        quiet |= {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
     try:
-        if cluster.address == LOCAL:
-            size = OBJECT_STORE_BYTES
-            ray.init("local", include_dashboard=False, object_store_memory=size, **quiet)
-        else:
+        with _silent_stderr(), _own_sigterm():
             ray.init(cluster.address, **quiet)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         reason = " ".join(str(error).split())
@@ -272,8 +296,33 @@ def ray_session(cluster: ClusterOptions) -> Iterator[Any]:
         ray.shutdown()
 
 
-def _check_answers(address: str) -> None:
-    """Ask whether anything listens there: Ray itself would ask for half a minute.
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Put back what SIGTERM does here: Ray makes it end the process at once."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Leave out what libraries in C++ write to stderr; errors are raised all the same."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def check_address(address: str) -> None:
+    """Ask whether anything listens there, before work begins: Ray would ask for half a minute.
 
     Raises:
         ToodError: nothing does, or it is no address.

@@ -17,9 +17,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-from pyarrow import fs
+import pyarrow as pa  # pyright: ignore[reportMissingImports]
+import pyarrow.parquet as pq  # pyright: ignore[reportMissingImports]
+from pyarrow import fs  # pyright: ignore[reportMissingImports]
 
 from tood_deploy.data.image_header import IMAGE_SUFFIXES
 from tood_deploy.errors import InputError
@@ -78,7 +78,8 @@ class Chunk:
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> Self:
         """Return what `to_row` wrote."""
-        return cls(**row | {"names": tuple(row["names"]), "rows": tuple(row["rows"])})
+        plain: dict[str, Any] = {**row, "names": tuple(row["names"]), "rows": tuple(row["rows"])}
+        return cls(**plain)
 
     def part(self, positions: Sequence[int]) -> Chunk:
         """Return the images at these positions."""
@@ -128,13 +129,15 @@ def list_images(specs: Sequence[str], column: str | None = None) -> list[Chunk]:
         InputError: nothing there, or nothing that can be read.
     """
     chunks: list[Chunk] = []
+    any_table = False
     for spec in specs:
         located = [file for one in _of_list(spec) for file in _files(one)]
         tables = [file for file in located if file.path.endswith(TABLE_SUFFIX)]
         images = [file for file in located if not file.path.endswith(TABLE_SUFFIX)]
+        any_table |= bool(tables)
         chunks += [chunk for table in tables for chunk in _chunks_of_table(table, column)]
         chunks += _chunks_of_files(images)
-    if column is not None and not any(chunk.column for chunk in chunks):
+    if column is not None and not any_table:
         raise InputError(f"--column {column} names a column, and no Parquet table is given")
     return _each_once(chunks)
 

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import tempfile
 import time
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import cv2
-import pyarrow as pa
+import pyarrow as pa  # pyright: ignore[reportMissingImports]
 
 from tood_deploy.batch.source import Chunk, read_chunk
 from tood_deploy.data.image_file import ReadOptions, decode_file
@@ -65,7 +67,10 @@ class WorkerOptions:
 
 def model_bytes(artefact: Path) -> dict[str, bytes]:
     """Return the files of an artefact, for workers on machines that do not have it."""
-    return {path.name: path.read_bytes() for path in (*artefact_files(artefact), manifest_path(artefact))}
+    return {
+        path.name: path.read_bytes()
+        for path in (*artefact_files(artefact), manifest_path(artefact))
+    }
 
 
 class ChunkSource(Source):
@@ -106,23 +111,35 @@ class ChunkSource(Source):
         return Frame(decoded.image_bgr, name, original_hw=decoded.original_hw)
 
 
+class WorkerLink(Protocol):
+    """What a worker asks of the job."""
+
+    def model_files(self) -> dict[str, bytes]:
+        """Return the bytes of the artefact's files, by their names."""
+        ...
+
+    def is_hopeless(self, chunk: Chunk) -> bool:
+        """Say that a chunk is begun; return whether too many workers were lost at it."""
+        ...
+
+
 class Worker:
     """Runs one engine."""
 
-    def __init__(self, files: Any, options: WorkerOptions) -> None:
+    def __init__(self, link: WorkerLink, options: WorkerOptions) -> None:
         """Open the model; an error is kept for the first chunk's answer.
 
         Args:
-            files: a function that gives the bytes of the artefact's files by name.
-            options: how to open it.
+            link: to the job.
+            options: how to open the model and read images.
         """
         cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-        self.options = options
+        self.link, self.options = link, options
         self.name = f"{platform.node()}:{os.getpid()}"
-        self._folder = tempfile.TemporaryDirectory(prefix="tood-batch-")
         self._refusal = ""
-        folder = Path(self._folder.name)
-        for name, data in files().items():
+        folder = Path(tempfile.mkdtemp(prefix="tood-batch-"))
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        for name, data in link.model_files().items():
             (folder / name).write_bytes(data)
         try:
             self.detector = Detector(folder / options.model, **options.detector)
@@ -130,7 +147,7 @@ class Worker:
             self._refusal = str(error).replace(f"{folder}/", "")
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Return a row for each image of the chunks."""
+        """Return a row for each image of the chunks; none of those that are to be done alone."""
         rows = [row for values in table.to_pylist() for row in self._rows(Chunk.from_row(values))]
         return pa.Table.from_pylist(rows, schema=ANSWER)
 
@@ -138,7 +155,13 @@ class Worker:
         if self._refusal:
             return [{"path": "", "error": self._refusal, "worker": self.name}]
         started = time.perf_counter()
-        rows = self._detect(chunk)
+        if not self.link.is_hopeless(chunk):
+            rows = self._detect(chunk)
+        elif len(chunk.names) == 1:
+            error = f"{chunk.names[0]}: workers were lost at this image, time and again"
+            rows = [{"path": chunk.names[0], "error": error}]
+        else:
+            return []
         seconds = (time.perf_counter() - started) / len(rows)
         return [row | {"worker": self.name, "seconds": seconds} for row in rows]
 

@@ -2,10 +2,9 @@
 
 import argparse
 import os
-import signal
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from tood_deploy.cli.common import (
     DONE,
@@ -13,6 +12,7 @@ from tood_deploy.cli.common import (
     CommandParser,
     is_artefact,
     run_command,
+    runtime_options,
     takes_hint,
 )
 from tood_deploy.cli.infer import (
@@ -34,8 +34,7 @@ read is a row with its error, and the exit code is then 1. A job that was stoppe
 --resume. Workers read images themselves: all machines of the cluster must see them, and have
 tood_deploy installed; the model is sent to them.
 """
-OF_ONE_MACHINE = ("threads",)
-NOT_OF_RESULTS = ("batch", "max_pixels")  # options that rows which could be read do not depend on
+OF_MACHINES = ("device", "hint", "self_test", "verify")  # rows do not depend on them
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -136,26 +135,26 @@ def batch_command(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(args.max_pixels))
     with naming_extras("cluster"):
         from tood_deploy.batch.output import BatchOutput, RunDescription
-        from tood_deploy.batch.run import ClusterOptions, run_batch
+        from tood_deploy.batch.run import ClusterOptions, check_address, run_batch
         from tood_deploy.batch.source import list_images
         from tood_deploy.batch.worker import WorkerOptions
     from tood_deploy.data.image_file import ReadOptions
     from tood_deploy.manifest import artefact_sha256
 
     check_bytes(args)
+    check_address(args.address)
     reporter = Reporter(args.quiet)
     model = Path(args.model)
     options = worker_detector_options(args)
     reading = ReadOptions(args.max_pixels, args.bit_depth, args.first_page)
     listed = list_images(args.source, args.column)
     ids = coco_ids(args, listed)
-    shown = {name: str(value) for name, value in options.items() if name not in OF_ONE_MACHINE}
+    shown = {name: str(value) for name, value in options.items() if name not in OF_MACHINES}
     shown |= {"bit_depth": str(reading.bit_depth), "first_page": str(reading.first_page)}
     run = RunDescription(artefact_sha256(model), tuple(args.source), shown)
     output = BatchOutput(args.output, run, resume=args.resume)
     cluster = ClusterOptions(args.address, args.workers, args.cpus_per_worker, gpus_of(args))
     worker_options = WorkerOptions(model.name, options, reading, args.batch)
-    signal.signal(signal.SIGTERM, _interrupt)  # as Ctrl-C: what is done is written
     progress = run_batch(model, listed, output, worker_options, cluster, reporter)
     for line in progress.stragglers():
         reporter.note(f"slow worker: {line}")
@@ -176,7 +175,9 @@ def check_options(args: argparse.Namespace) -> None:
             "--threads: an engine has as many as its worker has CPUs; use --cpus-per-worker"
         )
     if args.gpus_per_worker and args.device != "cuda":
-        raise ToodError("--gpus-per-worker gives workers GPUs that they do not use; add --device cuda")
+        raise ToodError(
+            "--gpus-per-worker gives workers GPUs that they do not use; add --device cuda"
+        )
     if args.coco_annotations is not None and args.format != "coco":
         raise ToodError("--coco-annotations gives ids to COCO results; add --format coco")
 
@@ -190,7 +191,7 @@ def worker_detector_options(args: argparse.Namespace) -> dict[str, Any]:
     """Return what the workers' detectors take; a file of thresholds is read here."""
     from tood_deploy.inference.thresholds import thresholds_from
 
-    options = detector_options(args) | {"conf": thresholds_from(args.conf)}
+    options = detector_options(args) | runtime_options(args) | {"conf": thresholds_from(args.conf)}
     if takes_hint(args.model, args):
         options["hint"] = "throughput"  # nobody waits for a single image
     return options
@@ -206,7 +207,9 @@ def coco_ids(
 
     manifest = read_manifest(Path(args.model))
     if manifest is None:
-        raise ArtefactError(f"{args.model}: its manifest is missing, the .json beside it: copy both")
+        raise ArtefactError(
+            f"{args.model}: its manifest is missing, the .json beside it: copy both"
+        )
     names = [name for chunk in listed for name in chunk.names]
     if args.coco_annotations is None:
         return {name: number for number, name in enumerate(names, 1)}, None
@@ -240,10 +243,6 @@ def finish(
             "error of their rows says why"
         )
     return FAILED_CHECK if output.failed else DONE
-
-
-def _interrupt(signum: int, frame: object) -> NoReturn:
-    raise KeyboardInterrupt
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -17,15 +17,14 @@ from tood_deploy.cli.common import (
     add_model_options,
     add_runtime_options,
     add_slicing,
-    check_written,
     is_artefact,
     load_options,
-    model_files,
     run_command,
     runtime_options,
     slicing_options,
     takes_hint,
 )
+from tood_deploy.cli.files import check_written, model_files
 from tood_deploy.errors import CheckFailed, ToodError, naming_extras
 
 PARITY_SIZES = ("64x64", "320x320", "640x384", "384x640", "1344x1344")

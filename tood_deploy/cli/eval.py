@@ -19,14 +19,13 @@ from tood_deploy.cli.common import (
     add_runtime_options,
     add_slicing,
     add_thresholds,
-    check_written,
     class_options,
     is_artefact,
-    model_files,
     run_command,
     slicing_options,
     takes_hint,
 )
+from tood_deploy.cli.files import check_written, model_files
 from tood_deploy.cli.infer import engine_options
 from tood_deploy.errors import CheckFailed, ToodError
 from tood_deploy.reporter import Reporter, printable

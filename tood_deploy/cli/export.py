@@ -21,10 +21,10 @@ from tood_deploy.cli.common import (
     CommandParser,
     accept_old_name,
     add_model_options,
-    check_written,
     load_options,
     run_command,
 )
+from tood_deploy.cli.files import check_written
 from tood_deploy.errors import DeviceError, InputError, ToodError, not_installed
 from tood_deploy.export.config import SECTIONS, CheckpointOptions, ExportConfig, PrecisionOptions
 from tood_deploy.export.options import (
@@ -37,6 +37,7 @@ from tood_deploy.export.options import (
 )
 from tood_deploy.export.tensorrt.options import EngineOptions, SizeOptions
 from tood_deploy.export.triton.options import TritonOptions
+from tood_deploy.graph_io import OVMS
 from tood_deploy.reporter import Reporter
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from tood_deploy.benchmark.evaluation.evaluate import DataSet
     from tood_deploy.benchmark.precision_search import ApDrop, PrecisionSearch
     from tood_deploy.data.images import ImagesToCheck
+    from tood_deploy.export.ovms import OvmsModel
     from tood_deploy.onnx_file import OnnxArtefact
 
 # Extras that bring a package; "export" where not named.
@@ -56,6 +58,7 @@ what comes out:
   --to onnx (the default)  one .onnx for ONNX Runtime, with pre- and post-processing inside; every
                            other target is made from it
   --to openvino            .xml and .bin for OpenVINO on CPUs
+  --to ovms                the same in a folder of OpenVINO Model Server (docs/serving.md)
   --to engine              a TensorRT or TensorRT-RTX engine; the precision is written into the
                            graph, the network strongly typed
   --to triton              a model in a repository of NVIDIA Triton Inference Server
@@ -145,6 +148,7 @@ def export_command(argv: Sequence[str] | None) -> int:
     """Check all that the export needs first, then run it and print what came of it."""
     arguments = parser().parse_args(argv)
     command = shlex.join(["tood-export", *(sys.argv[1:] if argv is None else argv)])
+    served = take_ovms(arguments)
     config = config_from(arguments, command)
     _check_packages(config)
     reporter = Reporter(config.quiet)
@@ -164,7 +168,30 @@ def export_command(argv: Sequence[str] | None) -> int:
     if config.timings:
         reporter.info(timings.text())
     result.print(reporter, list_layers=config.list_layers)
+    if served is not None:
+        reporter.info(f"{served.write_config()}: lists every model of its folder")
     return DONE
+
+
+def take_ovms(arguments: argparse.Namespace) -> OvmsModel | None:
+    """Make of --to ovms the --to openvino that it is, into the model server's folder.
+
+    Args:
+        arguments: of the command; changed.
+
+    Returns:
+        The model's place; None for another target.
+
+    Raises:
+        ToodError: a name or a place that cannot be.
+    """
+    if arguments.to != OVMS:
+        return None
+    from tood_deploy.export.ovms import plan_ovms
+
+    served = plan_ovms(arguments.checkpoint, arguments.output, arguments.name)
+    arguments.to, arguments.output, arguments.name = "openvino", served.path, None
+    return served
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,7 +4,7 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tood_deploy.cli.common import (
     DONE,
@@ -19,12 +19,12 @@ from tood_deploy.cli.common import (
     class_options,
     is_artefact,
     load_options,
-    model_files,
     run_command,
     runtime_options,
     slicing_options,
     takes_hint,
 )
+from tood_deploy.cli.files import model_files
 from tood_deploy.errors import ArtefactError, ToodError
 from tood_deploy.reporter import Reporter
 
@@ -34,6 +34,9 @@ cannot be read is named and the rest goes on; the exit code is then 1, as it is 
 cut or has broken frames. Ctrl-C completes the outputs so far (exit code 130). A camera or stream
 gives the latest frame whenever the model is free, and counts those it drops.
 """
+if TYPE_CHECKING:
+    from tood_deploy.inference.video_writer import VideoEncoding
+
 OPENCV_PIXEL_LIMIT = 2**30
 
 
@@ -49,10 +52,11 @@ def build_parser() -> argparse.ArgumentParser:
         "source",
         metavar="SOURCE",
         nargs="+",
-        help="an image, folder, glob, text file with one path a line, video, camera (0 or "
-        "/dev/video0), rtsp:// or http(s):// address",
+        help="an image, folder, glob, text file with one path a line, video, - for a video from "
+        "stdin, camera (0 or /dev/video0), rtsp://, http(s)://, rtmp://, udp:// or file:// address",
     )
     add_inference_options(parser)
+    add_video_options(parser)
     add_output_options(parser)
     add_model_options(parser)
     return parser
@@ -120,6 +124,34 @@ def add_inference_options(parser: argparse.ArgumentParser) -> None:
     add_slicing(parser)
 
 
+def add_video_options(parser: argparse.ArgumentParser) -> None:
+    """Add which frames of videos and streams are run."""
+    group = parser.add_argument_group("videos and streams")
+    group.add_argument(
+        "--stride", type=int, default=1, metavar="N", help="every N-th frame (default: 1)"
+    )
+    group.add_argument(
+        "--start", metavar="TIME", help="from here on: seconds (12.5), or a frame (300f)"
+    )
+    group.add_argument("--end", metavar="TIME", help="up to before this time or frame")
+    group.add_argument(
+        "--max-frames", type=int, metavar="N", help="at most N frames of each video or stream"
+    )
+    group.add_argument(
+        "--reconnect",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="connect again when the connection to a stream is lost (default: for rtsp and http)",
+    )
+    group.add_argument(
+        "--reconnect-timeout",
+        type=float,
+        default=30.0,
+        metavar="S",
+        help="give up after so many seconds without a frame (default: 30)",
+    )
+
+
 def add_output_options(parser: argparse.ArgumentParser) -> None:
     """Add what to write and where."""
     group = parser.add_argument_group("output")
@@ -128,6 +160,16 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="PLACE",
         help="annotated images and videos: a folder, or a file for a single source",
+    )
+    group.add_argument(
+        "--codec", metavar="NAME", help="of annotated videos: h264 (default), hevc or vp9"
+    )
+    group.add_argument(
+        "--crf",
+        type=int,
+        metavar="N",
+        help="quality of annotated videos, 0 the best (default: 20 for h264, 24 for hevc, 30 for "
+        "vp9)",
     )
     group.add_argument(
         "--json",
@@ -177,7 +219,6 @@ def infer_command(argv: Sequence[str] | None = None) -> int:
 
     from tood_deploy.inference.detector import Detector
     from tood_deploy.inference.run import Outputs, run_inference
-    from tood_deploy.inference.slicing import Slicing
     from tood_deploy.inference.source import open_source
     from tood_deploy.manifest import doubts
 
@@ -194,19 +235,19 @@ def infer_command(argv: Sequence[str] | None = None) -> int:
         args.show,
         args.geojson,
         args.crs,
+        encoding=video_encoding(args),
     )
-    slicing = slicing_options(args)
     source = open_source(
-        args.source, args.max_pixels, first_page=args.first_page, bit_depth=args.bit_depth
+        args.source,
+        args.max_pixels,
+        first_page=args.first_page,
+        bit_depth=args.bit_depth,
+        **video_options(args),
     )
     outputs.check_files(source, model_files(args.model, args.classes))
-    options = {name: getattr(args, name) for name in ("conf", "iou", "max_det", "imgsz", "device")}
-    options |= class_options(args) | {"slicing": None if slicing is None else Slicing(**slicing)}
-    options["fast_decode"] = bool(args.fast_decode)
+    options = detector_options(args)
     check_bytes(args)
-    if is_artefact(args.model):
-        options["verify"] = "off"  # done
-    many = source.kind == "video" or len(source.names) > 1 or slicing is not None
+    many = source.kind == "video" or len(source.names) > 1 or options["slicing"]
     if takes_hint(args.model, args) and source.kind != "live" and many:
         options["hint"] = "throughput"  # nobody waits for a single frame
     with Detector(args.model, **options, **engine_options(args)) as detector:
@@ -218,6 +259,55 @@ def infer_command(argv: Sequence[str] | None = None) -> int:
     if source.skipped and source.kind != "live":  # a lost connection has been told
         reporter.problem(f"failed: {source.skipped} images or frames could not be read")
     return FAILED_CHECK if source.skipped else DONE
+
+
+def video_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what `open_source` takes for videos and streams.
+
+    Raises:
+        ToodError: a value out of range.
+    """
+    from tood_deploy.inference.frame import Moment, Selection
+    from tood_deploy.inference.live import Reconnection
+
+    start = None if args.start is None else Moment.parse(args.start, "--start")
+    end = None if args.end is None else Moment.parse(args.end, "--end")
+    return {
+        "selection": Selection(args.stride, start, end, args.max_frames),
+        "reconnection": Reconnection(args.reconnect, args.reconnect_timeout),
+    }
+
+
+def video_encoding(args: argparse.Namespace) -> "VideoEncoding":
+    """Return how annotated videos are encoded.
+
+    Raises:
+        ToodError: a value out of range, or no annotated video is asked for.
+    """
+    from tood_deploy.inference.video_writer import VideoEncoding
+
+    if args.output is None and (args.codec is not None or args.crf is not None):
+        raise ToodError(
+            "--codec and --crf are of annotated videos, and none are asked for; add --output"
+        )
+    return VideoEncoding(args.codec or "h264", args.crf)
+
+
+def detector_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what `Detector` takes of `add_inference_options`, runtimes and threads left out.
+
+    Raises:
+        ToodError: options of slices without --slice.
+    """
+    from tood_deploy.inference.slicing import Slicing
+
+    slicing = slicing_options(args)
+    options = {name: getattr(args, name) for name in ("conf", "iou", "max_det", "imgsz", "device")}
+    options |= class_options(args) | {"slicing": None if slicing is None else Slicing(**slicing)}
+    options["fast_decode"] = bool(args.fast_decode)
+    if is_artefact(args.model):
+        options["verify"] = "off"  # `check_bytes` does
+    return options
 
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:

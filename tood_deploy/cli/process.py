@@ -95,7 +95,8 @@ def library_lines(ends_process: bool) -> Iterator[None]:
     before, sys.stderr = sys.stderr, os.fdopen(terminal, "w", 1, errors="backslashreplace")
     os.dup2(write, 2)
     os.close(write)
-    faulthandler.enable(sys.stderr)
+    if traces := not faulthandler.is_enabled():
+        faulthandler.enable(sys.stderr)
     reader = threading.Thread(target=_print_lines, args=(read,), daemon=True)
     reader.start()
     try:
@@ -103,8 +104,10 @@ def library_lines(ends_process: bool) -> Iterator[None]:
     finally:
         os.dup2(terminal, 2)  # the last writer of the pipe is gone, and the reader ends
         reader.join(READER_LIMIT_S)
-        faulthandler.disable()
-        sys.stderr = before
+        if traces:
+            faulthandler.disable()
+        own, sys.stderr = sys.stderr, before
+        own.close()
 
 
 def _print_lines(descriptor: int) -> None:

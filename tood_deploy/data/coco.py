@@ -349,7 +349,7 @@ def _read_boxes(
     for position, entry in enumerate(entries):
         try:
             row = _read_row(entry, position)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise InputError(
                 f"{path}: annotation number {position} cannot be read ({_reason(error)}); "
                 "expected image_id, category_id and bbox (x, y, width, height)"

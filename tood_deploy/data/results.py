@@ -80,7 +80,7 @@ def results_from_rows(
     try:
         image_ids, category_ids = _ids(rows, "image_id"), _ids(rows, "category_id")
         values = np.array([(*row["bbox"], row["score"]) for row in rows], np.float64).reshape(-1, 5)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise InputError(
             f"{origin}: a value is not a number ({error}); expected {EXPECTED_ROW} in each row"
         ) from error
@@ -121,7 +121,7 @@ def _is_row(row: object) -> bool:
 def _ids(rows: Sequence[Mapping[str, Any]], key: str) -> NDArray[np.int64]:
     """Return the ids of a column; texts of digits count as numbers, as in the annotations."""
     column = np.array([row[key] for row in rows])
-    if column.dtype.kind == "i":  # the usual case, in a hundredth of the time
+    if column.dtype.kind == "i" and column.ndim == 1:  # the usual case, in a hundredth of the time
         return column.astype(np.int64)
     return np.array([whole_number(row[key]) for row in rows], np.int64)
 

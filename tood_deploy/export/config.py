@@ -39,7 +39,7 @@ from tood_deploy.export.options import (
 )
 from tood_deploy.export.tensorrt.options import EngineOptions, SizeOptions
 from tood_deploy.export.triton.options import TritonOptions
-from tood_deploy.graph_io import ENGINE_SUFFIXES, ONNX_SUFFIX, TARGET_SUFFIXES, Target
+from tood_deploy.graph_io import ENGINE_SUFFIXES, ONNX_SUFFIX, OVMS, TARGET_SUFFIXES, Target
 
 Precision = Literal["fp32", "bf16", "fp16", "int8", "auto"]
 FloatPrecision = Literal["fp32", "bf16", "fp16"]
@@ -233,7 +233,7 @@ class ExportConfig:
 
     source: str
     to: Target = option(
-        "onnx", "--to", "what to make (default: onnx)", choices=tuple(TARGET_SUFFIXES)
+        "onnx", "--to", "what to make (default: onnx)", choices=(*TARGET_SUFFIXES, OVMS)
     )
     output: Path | None = option(
         None,

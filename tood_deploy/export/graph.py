@@ -4,6 +4,7 @@ The model knows nothing of this file (DESIGN section 4).
 """
 
 import copy
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from tood_deploy.model.deform import DeformConv2d, OffsetConv2d
+from tood_deploy.model.deform import DeformConv2d, OffsetConv2d, sample_taps
 from tood_deploy.model.detector import DenseDetector, FusedDetector, Stages
 from tood_deploy.model.heads.tood import Alignment, TaskAlignedHead, TaskDecomposition, TowerMaps
 from tood_deploy.model.resnet import Bottleneck
@@ -88,7 +89,8 @@ class ExportedGraph(nn.Module):
             use_static_kernels(model.bbox_head)
         _fold_batch_norms(model)
         if deform == "op":
-            _use_deform_op(model)
+            _exchange(model, DeformConv2d, DeformConvOp)
+        _exchange(model, OffsetConv2d, OffsetConvOp if deform == "op" else OffsetConvProduct)
         self.detector = FusedDetector(model, max_det).eval()
 
     def forward(
@@ -140,6 +142,29 @@ class OffsetConvOp(nn.Module):
         kernel, padding = list(self.layer.weight.shape[2:]), self.layer.padding
         attributes = {"kernel_shape": kernel, "pads": [padding] * 4}
         return _deform_node(self.layer, x, offset, None, attributes)
+
+
+class OffsetConvProduct(nn.Module):
+    """An `OffsetConv2d` as gathers and one product with a matrix that is made once, here.
+
+    The optimiser folds no constant as large as these kernels, and layers whose weight is no plain
+    constant stay float32 in INT8.
+    """
+
+    def __init__(self, layer: OffsetConv2d) -> None:
+        super().__init__()
+        out_channels, _, *kernel = layer.weight.shape
+        self.kernel_hw, self.padding = (kernel[0], kernel[1]), layer.padding
+        matrix = layer.weight.detach().flatten(2).permute(2, 1, 0)
+        self.weight = nn.Parameter(matrix.reshape(-1, out_channels).contiguous())
+
+    def forward(self, x: Tensor, offset: Tensor) -> Tensor:
+        """As `OffsetConv2d.forward`."""
+        samples = sample_taps(x, offset, None, self.kernel_hw, padding=self.padding)
+        product = samples.reshape(-1, self.weight.shape[0]) @ self.weight
+        batch, (height, width) = x.shape[0], offset.shape[2:]
+        out = product.reshape(batch, height, width, self.weight.shape[1])
+        return out.permute(0, 3, 1, 2).contiguous()
 
 
 def _deform_node(
@@ -205,12 +230,17 @@ def _fold_batch_norms(model: DenseDetector) -> None:
             block.add_module("bn2", Bias(bias))
 
 
-def _use_deform_op(model: DenseDetector) -> None:
-    """Turns every deformable convolution into an operator, in place."""
+def _exchange(
+    model: DenseDetector, kind: type[nn.Module], make: Callable[[Any], nn.Module]
+) -> None:
+    """Exchange every layer of a kind for another form of it, in place.
+
+    Args:
+        model: with the layers.
+        kind: of the layers.
+        make: gives the other form.
+    """
     for name, module in list(model.named_modules()):
-        if isinstance(module, DeformConv2d):
+        if isinstance(module, kind):
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, DeformConvOp(module))
-        elif isinstance(module, OffsetConv2d):
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, OffsetConvOp(module))
+            setattr(model.get_submodule(parent), child, make(module))

@@ -21,6 +21,7 @@ from tood_deploy.data.image_header import IMAGE_SUFFIXES
 from tood_deploy.data.images import header_of
 from tood_deploy.errors import InputError
 from tood_deploy.files import absent_or, absolute_path
+from tood_deploy.inference.address import STDIN
 from tood_deploy.inference.frame import Input
 from tood_deploy.inference.video import VIDEO_SUFFIXES
 
@@ -89,6 +90,8 @@ def input_of(path: Path, first_page: bool = False) -> Input:
         first_page: whether its first page or frame is all that is taken.
     """
     name, suffix = str(path), path.suffix.lower()
+    if name == STDIN or absent_or(path.is_fifo):  # what is looked at would be missing later
+        return Input(name, "video")
     if _starts_as_jpeg(path):
         return Input(name)
     header = header_of(path)
@@ -127,6 +130,8 @@ def _starts_as_jpeg(path: Path) -> bool:
 def _expand(spec: Spec, files: FileList) -> list[Path]:
     """Return the files that one argument stands for; lists and notes go into `files`."""
     path, text = Path(spec), str(spec)
+    if text == STDIN:
+        return [path]
     if absent_or(path.is_dir):
         return _files_of_folder(path, files)
     if absent_or(path.is_file):

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tood_deploy.errors import InputError
+from tood_deploy.errors import InputError, ToodError
 from tood_deploy.preprocess import ImageSize, ImageTransform
 
 Kind = Literal["images", "video", "live"]
@@ -44,6 +44,122 @@ class Input:
         if self.pages == 1:
             return ((self.name, None),)
         return tuple((self.name, page) for page in range(1, self.pages + 1))
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A place in a video.
+
+    Attributes:
+        value: seconds from its start, or the number of a frame from 0.
+        is_frame: which of the two.
+    """
+
+    value: float
+    is_frame: bool = False
+
+    @classmethod
+    def parse(cls, text: str, option: str) -> Self:
+        """Return what a user wrote: seconds ("12.5"), or a number of frames ("300f").
+
+        Args:
+            text: of the option.
+            option: its name, for the error.
+
+        Raises:
+            ToodError: it is neither.
+        """
+        number, is_frame = text.removesuffix("f"), text.endswith("f")
+        try:
+            return cls(int(number) if is_frame else float(number), is_frame)
+        except ValueError as error:
+            raise ToodError(
+                f"{option} is {text}; expected seconds, such as 12.5, or a frame, such as 300f"
+            ) from error
+
+    def is_reached(self, index: int, seconds: float) -> bool:
+        """Tell whether the frame of this number and time is at the moment or behind it."""
+        return index >= self.value if self.is_frame else seconds >= self.value - 1e-6
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which frames of a video or stream are given: all, as it stands here.
+
+    Attributes:
+        stride: every so many-th.
+        start, end: from the first moment on, up to before the second.
+        max_frames: at most so many of each video or stream.
+    """
+
+    stride: int = 1
+    start: Moment | None = None
+    end: Moment | None = None
+    max_frames: int | None = None
+
+    def __post_init__(self) -> None:
+        for option, value in (("--stride", self.stride), ("--max-frames", self.max_frames)):
+            if value is not None and value < 1:
+                raise ToodError(f"{option} is {value}; expected 1 or more")
+        for option, moment in (("--start", self.start), ("--end", self.end)):
+            if moment is not None and not 0 <= moment.value < float("inf"):
+                raise ToodError(f"{option} is {moment.value}; expected seconds or frames from 0 on")
+
+
+ALL_FRAMES = Selection()
+
+
+class Chooser:
+    """Goes through a video in order, and chooses frames.
+
+    Attributes:
+        is_done: whether no more frames are wanted.
+    """
+
+    def __init__(self, selection: Selection) -> None:
+        self.selection, self.is_done = selection, False
+        self._first: int | None = None
+        self._given = 0
+
+    def takes(self, index: int, seconds: float) -> bool:
+        """Tell whether a frame is given.
+
+        Args:
+            index: its number in the video, from 0.
+            seconds: its time from the start of the video.
+        """
+        chosen = self.selection
+        if chosen.end is not None and chosen.end.is_reached(index, seconds):
+            self.is_done = True
+        if self.is_done or (chosen.start and not chosen.start.is_reached(index, seconds)):
+            return False
+        self._first = index if self._first is None else self._first
+        if (index - self._first) % chosen.stride:
+            return False
+        self._given += 1
+        self.is_done = self._given == chosen.max_frames
+        return True
+
+
+@dataclass(frozen=True)
+class VideoFormat:
+    """How the video that a frame belongs to is played, apart from its pixels.
+
+    Attributes:
+        sample_aspect: width of a pixel over its height, in the upright image.
+        rate: average frames a second; None where not stated.
+        lead_s: by how many seconds the sound starts before the video.
+        end_s: when the video ends by its header; None where not stated.
+        color: range, primaries, transfer and matrix, as FFmpeg and ISO/IEC 23091-2 number them.
+        sound: the file, where it holds sound and can be opened again; None where not.
+    """
+
+    sample_aspect: Fraction = Fraction(1)
+    rate: Fraction | None = None
+    lead_s: float = 0.0
+    end_s: float | None = None
+    color: tuple[int, int, int, int] = (1, 1, 1, 1)
+    sound: str | None = None
 
 
 class WindowReader(ABC):
@@ -94,6 +210,8 @@ class Frame:
             read by window; None elsewhere.
         reader: reads parts of an image that is too large to be decoded at once; `image_bgr` has no
             rows then.
+        duration: how long it is shown, in units of time_base; None where not known.
+        video: how its video is played; None for an image or a stream.
     """
 
     image_bgr: NDArray[np.uint8]
@@ -105,6 +223,8 @@ class Frame:
     original_hw: tuple[int, int] | None = None
     page: int | None = None
     reader: WindowReader | None = None
+    duration: int | None = None
+    video: VideoFormat | None = None
 
     @property
     def part(self) -> Part:
@@ -152,6 +272,7 @@ class Source(ABC):
         lists: text files that names were read from.
         fit: the size that images will be scaled to fit: JPEG images may then be decoded at 1/2, 1/4
             or 1/8 of their size where that is enough; None, as at first: all of their pixels.
+        on_news: called where there are problems that may not wait for the next frame.
         by_window: whether images with more pixels than are decoded at once are read by window.
     """
 
@@ -166,6 +287,7 @@ class Source(ABC):
         self.problems: list[str] = []
         self.notes: list[str] = []
         self.lists: tuple[str, ...] = ()
+        self.on_news: Callable[[], None] = lambda: None
 
     @property
     def inputs(self) -> tuple[Input, ...]:

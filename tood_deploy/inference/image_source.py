@@ -21,7 +21,17 @@ from tood_deploy.data.image_file import ReadOptions, decode_file, decode_frames
 from tood_deploy.data.image_header import check_header, read_header
 from tood_deploy.data.images import header_of, read_file
 from tood_deploy.errors import InputError
-from tood_deploy.inference.frame import Frame, Input, Source, WindowReader
+from tood_deploy.inference.address import redacted
+from tood_deploy.inference.frame import (
+    ALL_FRAMES,
+    Chooser,
+    Frame,
+    Input,
+    Selection,
+    Source,
+    VideoFormat,
+    WindowReader,
+)
 
 MILLISECOND = Fraction(1, 1000)
 FETCH_TIMEOUT_S = 10.0
@@ -116,6 +126,7 @@ class AnimationSource(Source):
         path: str | Path,
         options: ReadOptions = ReadOptions(),  # noqa: B008 - it is frozen
         data: bytes | None = None,
+        selection: Selection = ALL_FRAMES,
     ) -> None:
         """Take where it is; nothing is read yet.
 
@@ -123,9 +134,11 @@ class AnimationSource(Source):
             path: of the file, or its address.
             options: how to read it.
             data: what it holds, where it has been read.
+            selection: which frames to give.
         """
         super().__init__((str(path),), None)
         self.path, self.options, self._data = str(path), options, data
+        self.selection = selection
 
     @property
     def inputs(self) -> tuple[Input, ...]:
@@ -140,10 +153,17 @@ class AnimationSource(Source):
         """
         data = read_file(Path(self.path)) if self._data is None else self._data
         count = len(check_header(data, self.path, self.options.max_pixels).positions)
-        index, shown_ms = 0, 0
+        index, shown_ms, chooser = 0, 0, Chooser(self.selection)
         try:
             for image, duration_ms in decode_frames(data, self.path, self.options):
-                yield Frame(image, self.path, index, shown_ms, MILLISECOND)
+                if chooser.takes(index, shown_ms / 1000):
+                    yield Frame(
+                        *(image, self.path, index, shown_ms, MILLISECOND),
+                        duration=duration_ms,
+                        video=VideoFormat(),
+                    )
+                if chooser.is_done:
+                    return
                 index, shown_ms = index + 1, shown_ms + duration_ms
         except InputError as error:
             if index == 0:
@@ -189,7 +209,9 @@ def fetch_image(address: str) -> bytes | None:
     except (OSError, HTTPException, ValueError):  # what opens streams says why
         return None
     if expected is not None and expected.isdecimal() and len(data) != int(expected):
-        raise InputError(f"{address}: {len(data)} of {expected} bytes of an image came; try again")
+        raise InputError(
+            f"{redacted(address)}: {len(data)} of {expected} bytes of an image came; try again"
+        )
     return data
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from tood_deploy.inference.output_paths import plan_outputs
 from tood_deploy.inference.pipeline import Timings, detect_frames
 from tood_deploy.inference.sinks import Annotated, Crops, Sink, SinkThread
 from tood_deploy.inference.text_sinks import STDOUT, CocoResults, JsonLines, TextLines
+from tood_deploy.inference.video_writer import USUAL_ENCODING, VideoEncoding
 from tood_deploy.reporter import Reporter
 
 
@@ -37,6 +39,8 @@ class RunProgress:
         """
         self.source, self.timings, self.reporter, self.notes = source, timings, reporter, notes
         self._problems = self._notes = self._remarks = 0  # how many of each were printed
+        self._lock = threading.Lock()
+        source.on_news = self._print_news
 
     def advance(self) -> None:
         """Count one more frame."""
@@ -45,6 +49,10 @@ class RunProgress:
         self._print_news()
 
     def _print_news(self) -> None:
+        with self._lock:  # a live source calls from its own thread
+            self._print_new_lines()
+
+    def _print_new_lines(self) -> None:
         for problem in self.source.problems[self._problems :]:
             self.reporter.warn(problem)
             self._problems += 1
@@ -94,6 +102,7 @@ class Outputs:
         show: whether to show the frames in a window.
         geojson: file for the objects of georeferenced images, in degrees.
         crs: coordinate system of images whose files name none, such as "EPSG:32632".
+        encoding: of annotated videos.
     """
 
     annotated: Path | None = None
@@ -104,6 +113,7 @@ class Outputs:
     show: bool = False
     geojson: Path | None = None
     crs: str | None = None
+    encoding: VideoEncoding = USUAL_ENCODING
 
     def __post_init__(self) -> None:
         if self.crs is not None and self.geojson is None:
@@ -136,6 +146,8 @@ class Outputs:
             files["--output"] = list(plan_outputs(source.inputs, self.annotated).values())
         if self.coco_json is not None:
             files["--json"] = [self.coco_json]
+        if self.geojson is not None:
+            files["--geojson"] = [self.geojson]
         if self.json_lines not in (None, STDOUT):
             files["--jsonl"] = [str(self.json_lines)]
         if self.geojson is not None:
@@ -178,7 +190,9 @@ def open_sinks(
             _coco_results(outputs.coco_json, outputs.coco_annotations, source, class_names)
         )
     if outputs.annotated is not None:
-        sinks.append(Annotated(plan_outputs(source.inputs, outputs.annotated)))
+        files = plan_outputs(source.inputs, outputs.annotated)
+        live = source.kind == "live"
+        sinks.append(Annotated(files, live, outputs.encoding, reporter.note))
     if outputs.crops is not None:
         sinks.append(Crops(outputs.crops, source.inputs))
     if outputs.geojson is not None:

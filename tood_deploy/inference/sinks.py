@@ -10,7 +10,7 @@ import re
 import sys
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from queue import Queue
@@ -26,7 +26,7 @@ from tood_deploy.errors import OutputError
 from tood_deploy.files import atomic_path
 from tood_deploy.inference.frame import Frame, Input, Part
 from tood_deploy.inference.output_paths import check_writable, plan_names, shorten
-from tood_deploy.inference.video import VideoWriter
+from tood_deploy.inference.video_writer import USUAL_ENCODING, VideoEncoding, VideoWriter
 
 WAITING_FRAMES = 2
 
@@ -191,37 +191,54 @@ def write_image(path: Path, image_bgr: NDArray[np.uint8]) -> None:
 class Annotated(Sink):
     """One annotated file per input.
 
-    An image for an image, an H.264 video with the same frame times for a video.
+    An image for an image, a video with the same frame times for a video. The videos of streams are
+    written at the same time, of files one after the other.
     """
 
-    def __init__(self, files: Mapping[Part, Path]) -> None:
+    def __init__(
+        self,
+        files: Mapping[Part, Path],
+        live: bool = False,
+        encoding: VideoEncoding = USUAL_ENCODING,
+        note: Callable[[str], None] = lambda _: None,
+    ) -> None:
         """Take the file of each input, or of each of its pages.
+
+        Args:
+            files: where to write.
+            live: whether the inputs are streams.
+            encoding: of the videos.
+            note: is told what of a video cannot be kept.
 
         Raises:
             OutputError: a folder cannot be written.
         """
-        self.files = files
-        self._writer: VideoWriter | None = None
+        self.files, self.live, self.encoding, self.note = files, live, encoding, note
+        self._writers: dict[Path, VideoWriter] = {}
         for folder in {path.parent for path in files.values()}:
             check_writable(folder)
 
     def write(self, frame: Frame, detections: Detections) -> None:
-        """Draw a frame and adds it to its file."""
+        """Draw a frame and add it to its file."""
         path, drawn = self.files[frame.part], detections.plot(frame.image_bgr)
-        if frame.pts is None or frame.time_base is None:
+        if path not in self._writers and not self.live:
             self._close(None)
+        if frame.pts is None or frame.time_base is None:
             write_image(path, drawn)
             return
-        if self._writer is None or self._writer.path != path:
-            self._close(None)
-            self._writer = VideoWriter(path, (drawn.shape[1], drawn.shape[0]), frame.time_base)
-        self._writer.write(drawn, frame.pts)
+        if path not in self._writers:
+            self._writers[path] = VideoWriter(
+                *(path, (drawn.shape[1], drawn.shape[0]), frame.time_base),
+                *(frame.video, self.encoding, self.note),
+            )
+        self._writers[path].write(drawn, frame.pts, frame.duration)
 
     def _close(self, error: BaseException | None) -> None:
-        """Complete the video being written, or removes it where there was an error."""
-        writer, self._writer = self._writer, None
-        if writer is not None:
-            writer.__exit__(type(error) if error else None, error, None)
+        """Complete the videos being written, or remove them where there was an error."""
+        with ExitStack() as stack:  # all of them, also where one fails
+            while self._writers:
+                _, writer = self._writers.popitem()
+                stack.callback(writer.__exit__, type(error) if error else None, error, None)
 
     def __exit__(
         self,

@@ -5,29 +5,43 @@ Broken ones are counted and left out. PyAV decodes.
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Iterator
-from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import av
-import cv2
 import numpy as np
 from av.container import InputContainer
-from av.error import FFmpegError, InvalidDataError
+from av.error import ExitError, FFmpegError, InvalidDataError
 from av.packet import Packet
+from av.sidedata.sidedata import SideData
 from av.stream import Disposition
 from av.video.frame import VideoFrame
-from av.video.reformatter import Colorspace, VideoReformatter
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 from tood_deploy.data.image_header import MAX_PIXELS
-from tood_deploy.errors import InputError, OutputError
-from tood_deploy.files import atomic_path
-from tood_deploy.inference.frame import Frame, Source
+from tood_deploy.errors import InputError
+from tood_deploy.files import absent_or
+from tood_deploy.inference.address import STDIN, for_ffmpeg, redacted, without_secrets
+from tood_deploy.inference.frame import (
+    ALL_FRAMES,
+    Chooser,
+    Frame,
+    Moment,
+    Selection,
+    Source,
+    VideoFormat,
+)
+from tood_deploy.inference.video_loss import (
+    MAX_CHECKED_GAPS,
+    LossLedger,
+    frames_text,
+    library_lines,
+    references_are_missing,
+)
 
 VIDEO_SUFFIXES = frozenset(
     (
@@ -40,31 +54,50 @@ DECODER_THREADS = 4
 MAX_FAILURES_IN_A_ROW = (
     50  # then the rest is given up: a cut file fails at every packet that is not there
 )
-END_TOLERANCE_S = 0.5
 TIMEOUT_S = 10.0
+REORDERED_FRAMES = 16  # the most that H.264 and HEVC decode before they show one
+# Before a decoder is freed: its threads may wait for Python's lock to say something, see
+# `library_lines`, and are waited for while the lock is held.
+RELEASE_S = 0.001
+MAX_WAITING_PACKETS = 5000  # kept while looking for the start
 
 
-def open_container(name: str, timeout_s: float = TIMEOUT_S) -> InputContainer:
-    """Open a file, a camera's device file or an address with PyAV.
+def open_container(
+    name: str, timeout_s: float = TIMEOUT_S, options: dict[str, str] | None = None
+) -> InputContainer:
+    """Open a file, a pipe ("-" is stdin), a camera's device file or an address with PyAV.
 
     A silence of `timeout_s` seconds is an error.
+
+    Args:
+        name: of it.
+        timeout_s: for opening, and for every packet.
+        options: of FFmpeg's reader.
 
     Raises:
         InputError: nothing there, or not a video.
     """
+    shown, expected = redacted(name), "expected an image, video, camera or stream"
     camera_format = "v4l2" if name.startswith("/dev/") else None
-    options = {"rtsp_transport": "tcp", "fflags": "nobuffer"} if name.startswith("rtsp") else {}
     try:
-        return av.open(name, format=camera_format, options=options, timeout=timeout_s)
+        # Unbuffered: what has come is read at once.
+        file = (
+            getattr(sys.stdin.buffer, "raw", sys.stdin.buffer)
+            if name == STDIN
+            else for_ffmpeg(name)
+        )
+        return av.open(file, "r", format=camera_format, options=options or {}, timeout=timeout_s)
+    except ExitError as error:
+        raise InputError(
+            f"{shown}: no answer within {timeout_s:.0f} seconds; check that the camera or server "
+            "is on and sends"
+        ) from error
     except FFmpegError as error:
-        raise InputError(
-            f"{name}: cannot be opened as a video ({error.strerror or error}); expected an image, "
-            "video, camera or stream"
-        ) from error
+        reason = without_secrets(str(error.strerror or error), name)
+        raise InputError(f"{shown}: cannot be opened as a video ({reason}); {expected}") from error
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"{name}: cannot be opened ({error}); expected an image, video, camera or stream"
-        ) from error
+        reason = without_secrets(str(error), name)
+        raise InputError(f"{shown}: cannot be opened ({reason}); {expected}") from error
 
 
 def find_video_stream(
@@ -105,288 +138,319 @@ def find_video_stream(
     return stream
 
 
+Orientation = tuple[bool, bool, bool]  # rows and columns exchanged; then mirrored in x, in y
+
+
+def orientation_of(frame: VideoFrame) -> Orientation:
+    """Return how a frame is turned for display, as its matrix says.
+
+    The matrix [a b; c d] takes x, y to a x + c y, b x + d y (ISO/IEC 14496-12, 8.3.2). Matroska's
+    projection and H.264's SEI message come as such a matrix, too. Angles between the quarters are
+    taken for the nearest.
+    """
+    try:
+        matrix: SideData | None = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # a kind of side data that this PyAV does not know
+        quarters = round(frame.rotation / 90) % 4  # counter-clockwise
+        return quarters % 2 == 1, quarters in (2, 3), quarters in (1, 2)
+    if matrix is None:
+        return False, False, False
+    a, b, _, c, d = (int(value) for value in np.frombuffer(bytes(matrix), np.int32)[:5])
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        return True, c < 0, b < 0
+    return False, a < 0, d < 0
+
+
 def upright_bgr(frame: VideoFrame) -> NDArray[np.uint8]:
-    """Return the frame as (H, W, 3) uint8 BGR, turned the way its metadata says."""
+    """Return the frame as (H, W, 3) uint8 BGR, turned and mirrored the way its metadata says."""
     image = np.asarray(
         frame.to_ndarray(format="bgr24", threads=1), np.uint8
     )  # threads made anew for each frame do not pay
-    quarter_turns = round(frame.rotation / 90) % 4  # counter-clockwise, as np.rot90 turns
-    return np.ascontiguousarray(np.rot90(image, quarter_turns)) if quarter_turns else image
+    exchanged, mirrored_x, mirrored_y = orientation_of(frame)
+    if exchanged:
+        image = image.transpose(1, 0, 2)
+    if mirrored_x:
+        image = image[:, ::-1]
+    if mirrored_y:
+        image = image[::-1]
+    return np.ascontiguousarray(image)
 
 
 class VideoSource(Source):
-    """One video file, or a recording at an address."""
+    """One video: a file, what a pipe gives, or a recording at an address."""
 
     kind = "video"
 
-    def __init__(self, name: str, max_pixels: int = MAX_PIXELS) -> None:
+    def __init__(
+        self, name: str, max_pixels: int = MAX_PIXELS, selection: Selection = ALL_FRAMES
+    ) -> None:
         """Read the header.
+
+        Args:
+            name: path, address, or "-" for stdin.
+            max_pixels: refuse larger frames.
+            selection: which frames to give.
 
         Raises:
             InputError: not a video, or one without a video stream.
         """
-        super().__init__((name,), None)
-        self.name, self.max_pixels = name, max_pixels
-        with open_container(name) as container:
-            stream = find_video_stream(container, name, max_pixels)
-            self.length = stream.frames or _estimated_frames(container, stream)
+        self.name, self.address = redacted(name), name
+        super().__init__((self.name,), None)
+        self.max_pixels, self.selection = max_pixels, selection
+        self._is_pipe = name == STDIN or ("://" not in name and absent_or(Path(name).is_fifo))
+        container = open_container(name)
+        stream = find_video_stream(container, self.name, max_pixels)
+        if selection.start is None and selection.end is None:
+            length = stream.frames or _estimated_frames(container, stream)
+            self.length = _selected(length, selection)
+        # A pipe can be opened only once.
+        self._opened = container if self._is_pipe else None
+        if self._opened is None:
+            container.close()
 
     def __iter__(self) -> Iterator[Frame]:
-        """Yield every frame that can be decoded; what could not is told at the end.
+        """Yield every selected frame that can be decoded; what could not is told at the end.
 
         Raises:
             InputError: there is not a single one.
         """
-        with open_container(self.name) as container:
-            decoder = Decoder(container, find_video_stream(container, self.name, self.max_pixels))
-            index = -1
-            for index, (frame, pts) in enumerate(decoder.frames()):
-                yield Frame(upright_bgr(frame), self.name, index, pts, decoder.time_base)
-            if index < 0:
-                raise InputError(
-                    f"{self.name}: not one frame can be decoded; expected a video, this one is "
-                    "empty or damaged"
-                )
-            if decoder.broken:
-                self.skip(
-                    f"{self.name}: {decoder.broken} broken frames were skipped", decoder.broken
-                )
-            if loss := decoder.loss_at_end():
-                self.skip(
-                    f"{self.name}: cut or damaged: {loss}; what could be decoded, {index + 1} "
-                    "frames, is kept",
-                    0,
-                )
-                self.skipped += max(1, decoder.missing)
+        with self._opened or open_container(self.address) as container:
+            stream = find_video_stream(container, self.name, self.max_pixels)
+            decoder = Decoder(container, stream, LossLedger(container, stream))
+            given, video = 0, None
+            try:
+                for frame, index, pts in decoder.selected(self.selection):
+                    video = video or self._format(container, stream, frame)
+                    given += 1
+                    yield Frame(
+                        *(upright_bgr(frame), self.name, index, pts, decoder.time_base),
+                        duration=frame.duration or None,
+                        video=video,
+                    )
+                self._tell_losses(decoder, stream.index, given)
+            finally:
+                time.sleep(RELEASE_S)
+
+    def _tell_losses(self, decoder: Decoder, stream_index: int, given: int) -> None:
+        """Count what is missing, and keep a line for it.
+
+        Raises:
+            InputError: no frame was given.
+        """
+        ledger = decoder.ledger
+        if not given and decoder.decoded:
+            raise InputError(
+                f"{self.name}: none of its {decoder.decoded} frames is chosen; expected --start "
+                "within the video and before --end"
+            )
+        if not given:
+            cure = (
+                "; an .mp4 with its index at the end needs a file's name" if self._is_pipe else ""
+            )
+            raise InputError(
+                f"{self.name}: not one frame can be decoded; expected a video, this one is "
+                f"empty or damaged{cure}"
+            )
+        losses = ledger.losses(decoder.read_to_end)
+        for count, text in losses:
+            kept = f"; what could be decoded, {given} frames, is kept" if "cut" in text else ""
+            self.skip(f"{self.name}: {text}{kept}", count)
+        if not losses and not self._is_pipe:
+            self._tell_gaps(ledger, stream_index)
+
+    def _tell_gaps(self, ledger: LossLedger, stream_index: int) -> None:
+        """Tell gaps in the times of an intact file: lost, where later frames refer to them."""
+        gaps = ledger.gaps_unexplained()[:MAX_CHECKED_GAPS]
+        lost = [gap for gap in gaps if references_are_missing(self.address, stream_index, gap)]
+        if lost:
+            count = sum(frames for _, _, frames in lost)
+            self.skip(
+                f"{self.name}: {frames_text(count)} lost between others, which refer to them", count
+            )
+        elif gaps and not ledger.repeats_frames:
+            seconds = float((gaps[0][0]) * ledger.time_base)
+            others = f", and {len(gaps) - 1} more" if len(gaps) > 1 else ""
+            self.notes.append(
+                f"{self.name}: its times have a gap of {gaps[0][2]} frames after {seconds:.2f} s"
+                f"{others}; nothing shows that frames were lost"
+            )
+
+    def _format(
+        self, container: InputContainer, stream: VideoStream, frame: VideoFrame
+    ) -> VideoFormat:
+        context, base = stream.codec_context, stream.time_base or Fraction(0)
+        aspect = stream.sample_aspect_ratio or context.sample_aspect_ratio or Fraction(1)
+        start = stream.start_time or 0
+        lead_s = max(0.0, float(start * base) - (container.start_time or 0) / av.time_base)
+        end_s = None
+        if stream.duration:
+            end_s = float((start + stream.duration) * base)
+        elif container.duration and len(container.streams) == 1:
+            end_s = container.duration / av.time_base
+        has_sound = bool(container.streams.audio)
+        if has_sound and self._is_pipe:
+            self.notes.append(f"{self.name}: its sound is not kept, a pipe is read only once")
+        return VideoFormat(
+            1 / aspect if orientation_of(frame)[0] else aspect,
+            stream.average_rate or stream.guessed_rate,
+            lead_s,
+            end_s,
+            (frame.color_range, frame.color_primaries, frame.color_trc, frame.colorspace),
+            self.address if has_sound and not self._is_pipe else None,
+        )
 
 
 class Decoder:
     """Reads packets and decodes them, past whatever is broken.
 
     Attributes:
-        broken: packets and frames that could not be decoded.
-        missing: packets that the header promises and the file does not hold, as far as it can be
-            told.
+        ledger: counts what is missing.
         time_base: seconds of one unit of the frames' pts.
-        end: why reading ended.
+        decoded: good frames so far, given or not.
+        read_to_end: whether no packet is left.
     """
 
-    def __init__(self, container: InputContainer, stream: VideoStream) -> None:
-        self.container, self.stream = container, stream
-        self.broken = self.packets = 0
-        self.time_base = stream.time_base or Fraction(1, 90_000)
-        self.end, self.end_s = "no more data", 0.0
-        self._last_pts: int | None = None
+    def __init__(self, container: InputContainer, stream: VideoStream, ledger: LossLedger) -> None:
+        """Read nothing yet.
 
-    @property
-    def missing(self) -> int:
-        """Packets that the header promises and the file does not hold.
-
-        0 where the header does not say.
+        Args:
+            container: open.
+            stream: of it, that is decoded.
+            ledger: takes what is read.
         """
-        return max(0, self.stream.frames - self.packets)
+        self.container, self.stream, self.ledger = container, stream, ledger
+        self.time_base = ledger.time_base
+        self.decoded, self.read_to_end = 0, False
+        self._last_pts: int | None = None
+        self._start: Moment | None = None
+        self._first_dts: int | None = None
+        self._delay: int | None = None
+
+    def selected(self, selection: Selection) -> Iterator[tuple[VideoFrame, int, int]]:
+        """Yield the chosen frames, each with its number and pts."""
+        self._start, chooser, index = selection.start, Chooser(selection), -1
+        for frame, pts in self.frames():
+            index += 1
+            if self._start is not None:
+                # Frames before the first key frame were not decoded, and some behind it cannot be.
+                index = max(index, self.ledger.rank(pts))
+            if chooser.takes(index, float((pts - self._start_pts()) * self.time_base)):
+                self._start = None
+                yield frame, index, pts
+            if chooser.is_done:
+                return
 
     def frames(self) -> Iterator[tuple[VideoFrame, int]]:
         """Yield every good frame and its pts, which always grows."""
-        for packet in self._packets():
+        for packet in self._from_start(self._packets()):
             try:
                 decoded = self.stream.codec_context.decode(packet)
             except FFmpegError:
-                self.broken += 1
+                if self._start is None:
+                    self.ledger.fail()
                 continue
+            if self._first_dts is None and packet is not None:
+                self._first_dts = packet.dts
             for frame in decoded:
-                if frame.is_corrupt:
-                    self.broken += 1
-                else:
-                    yield frame, self._next_pts(frame)
+                time = self._time_of(frame)
+                # What follows the first key frame may refer to frames before it, that are left out.
+                if self.ledger.is_whole(frame, time) or self._start is not None:
+                    self.decoded += 1
+                    yield frame, self._growing(time)
 
-    def loss_at_end(self) -> str:
-        """Return what is missing at the end of the file, by its header; "" where nothing is."""
-        promised_s = _promised_end_s(self.container, self.stream)
-        if self.missing:
-            return f"it holds {self.packets} of {self.stream.frames} frames"
-        if not self.stream.frames and promised_s - self.end_s > END_TOLERANCE_S:
-            return f"it ends after {self.end_s:.1f} of {promised_s:.1f} seconds"
-        return ""
+    def _start_pts(self) -> int:
+        """Return the time that seconds from the start are counted from, in units."""
+        return self.stream.start_time or 0
+
+    def _from_start(self, packets: Iterator[Packet | None]) -> Iterator[Packet | None]:
+        """Leave out the packets before the key frame that the start needs."""
+        waiting: list[Packet] = []
+        if self._start is None:
+            yield from packets
+            return
+        for packet in packets:
+            reached = packet is None or self._reaches_start(packet)
+            if packet is not None and packet.is_keyframe and not reached:
+                waiting.clear()
+            if packet is not None:
+                waiting.append(packet)
+            if reached or len(waiting) > MAX_WAITING_PACKETS:
+                yield from waiting
+                if packet is None:
+                    yield None
+                break
+        yield from packets
+
+    def _reaches_start(self, packet: Packet) -> bool:
+        """Tell whether frames at or behind the start may need this packet to be decoded."""
+        if packet.pts is None or self._start is None:
+            return True
+        if self._start.is_frame:
+            return self.ledger.packets > self._start.value - REORDERED_FRAMES
+        seconds = float((packet.pts - self._start_pts()) * self.time_base)
+        return self._start.is_reached(0, seconds)
 
     def _packets(self) -> Iterator[Packet | None]:
         """Yield all packets, then None, which makes the decoder give what it still holds."""
-        failures = 0
+        failures, packets = 0, self.container.demux(self.stream)
         while failures < MAX_FAILURES_IN_A_ROW:
             try:
-                for packet in self.container.demux(self.stream):
-                    failures = 0
-                    if packet.size:
-                        self._count(packet)
-                        yield packet
-                break
-            except InvalidDataError:
+                with library_lines() as lines:
+                    packet = next(packets, None)
+            except InvalidDataError as error:
                 failures += 1
-            except (
-                FFmpegError
-            ) as error:  # a lost connection or a failing disk: asking again would only wait again
-                self.end = str(error.strerror or error)
+                self.ledger.container_error = self.ledger.container_error or str(error.strerror)
+                packets = self.container.demux(self.stream)
+                continue
+            except FFmpegError as error:  # a lost connection or a failing disk: asking again waits
+                reason = str(error.strerror or error)
+                self.ledger.read_error = without_secrets(reason, self.container.name)
                 break
+            self.ledger.hear(lines)
+            if packet is None:
+                break
+            failures = 0
+            if packet.size and self.ledger.count(packet):
+                yield packet
+        self.read_to_end = True
         yield None
 
-    def _count(self, packet: Packet) -> None:
-        self.packets += 1
-        if packet.pts is not None:
-            self.end_s = max(
-                self.end_s, float((packet.pts + (packet.duration or 0)) * self.time_base)
-            )
+    def _time_of(self, frame: VideoFrame) -> int | None:
+        """Return a frame's own time; None where it has none.
 
-    def _next_pts(self, frame: VideoFrame) -> int:
-        """Return the frame's own time if it grows, else one frame after the last."""
+        From AVI, which has no times to show frames at, the decoder gives those that they were
+        decoded at, in order, and later by its delay.
+        """
+        if not self.ledger.has_decoding_times_alone:
+            return frame.pts
+        if frame.dts is None:
+            return None
+        if self._delay is None:
+            self._delay = frame.dts - (self._first_dts or 0)
+        return frame.dts - self._delay
+
+    def _growing(self, time: int | None) -> int:
+        """Return a frame's own time if it grows, else one frame after the last."""
         step = max(1, round(1 / (float(self.stream.guessed_rate or 25) * self.time_base)))
         after_last = 0 if self._last_pts is None else self._last_pts + step
-        stalls = frame.pts is None or (self._last_pts is not None and frame.pts <= self._last_pts)
-        pts = after_last if frame.pts is None or stalls else frame.pts
-        self._last_pts = pts
-        return pts
+        stalls = time is None or (self._last_pts is not None and time <= self._last_pts)
+        self._last_pts = after_last if time is None or stalls else time
+        return self._last_pts
 
 
 def _estimated_frames(container: InputContainer, stream: VideoStream) -> int | None:
-    start_s = float((stream.start_time or 0) * (stream.time_base or 0))
-    duration_s = _promised_end_s(container, stream) - start_s
-    return (
-        round(duration_s * float(stream.guessed_rate)) or None
-        if duration_s > 0 and stream.guessed_rate
-        else None
-    )
-
-
-def _promised_end_s(container: InputContainer, stream: VideoStream) -> float:
-    """Return when the video ends by its header, in seconds; 0 where it is not stated."""
+    """Return how many frames the header's duration and rate make; None where it has none."""
     if stream.duration and stream.time_base:
-        return float((stream.start_time or 0) + stream.duration) * float(stream.time_base)
-    if container.duration and len(container.streams) == 1:
-        return ((container.start_time or 0) + container.duration) / av.time_base
-    return 0.0
+        duration_s = float(stream.duration * stream.time_base)
+    else:
+        duration_s = (container.duration or 0) / av.time_base
+    return round(duration_s * float(stream.guessed_rate or 0)) or None
 
 
-ENCODER = "libx264"
-ENCODER_OPTIONS = {"preset": "veryfast", "crf": "20"}
-SMALLEST_SIDE = 16  # of a frame that players take
-BT709, LIMITED_RANGE = (
-    1,
-    1,
-)  # ISO/IEC 23091-2: what players assume of a video that is not marked otherwise
-
-
-class VideoWriter:
-    """A video under a temporary name.
-
-    Leaving the context completes and renames it, leaving with an error removes it.
-    """
-
-    def __init__(self, path: Path, frame_wh: tuple[int, int], time_base: Fraction) -> None:
-        """Open the file.
-
-        Args:
-            path: .mp4, .mkv or .mov.
-            frame_wh: width and height of the frames; padded to even numbers, as H.264 wants.
-            time_base: seconds of one unit of the frames' times.
-
-        Raises:
-            OutputError: the place cannot be written, or the frames are too large for H.264.
-        """
-        self.path, self.frame_wh, self.time_base = path, frame_wh, time_base
-        self._last_pts: int | None = None
-        self._reformatter = VideoReformatter()
-        self._file = atomic_path(path)
-        self._temporary = self._file.__enter__()
-        try:
-            self._container = av.open(str(self._temporary), "w")
-            self._stream = self._container.add_stream(ENCODER, options=dict(ENCODER_OPTIONS))
-            self._stream.width, self._stream.height = (
-                max(SMALLEST_SIDE, side + side % 2) for side in frame_wh
-            )
-            self._stream.pix_fmt = "yuv420p"
-            context = self._stream.codec_context
-            context.time_base = time_base
-            context.colorspace = context.color_primaries = context.color_trc = BT709
-            context.color_range = LIMITED_RANGE
-            context.open()
-        except (FFmpegError, ValueError, OverflowError) as error:
-            self._drop(error)
-            raise OutputError(
-                f"{path}: frames of {frame_wh[0]} x {frame_wh[1]} cannot be encoded as H.264 "
-                f"({error})"
-            ) from error
-
-    def write(self, image_bgr: NDArray[np.uint8], pts: int) -> None:
-        """Add a frame; one of another size than the first is scaled to it.
-
-        Args:
-            image_bgr: (H, W, 3) uint8 BGR.
-            pts: its time in units of `time_base`; moved behind the last frame's where it is not
-                later.
-
-        Raises:
-            OutputError: writing failed, for example on a full disk.
-        """
-        if self._last_pts is not None and pts <= self._last_pts:
-            pts = self._last_pts + 1
-        self._last_pts = pts
-        frame = VideoFrame.from_numpy_buffer(
-            np.ascontiguousarray(self._fit(image_bgr)), format="bgr24"
-        )
-        frame = self._reformatter.reformat(
-            frame, format="yuv420p", dst_colorspace=Colorspace.ITU709, threads=1
-        )
-        frame.pts, frame.time_base = pts, self.time_base
-        self._encode(frame)
-
-    def _fit(self, image_bgr: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        width, height = self.frame_wh
-        if image_bgr.shape[:2] != (height, width):
-            image_bgr = np.asarray(
-                cv2.resize(image_bgr, (width, height), interpolation=cv2.INTER_AREA), np.uint8
-            )
-        right, bottom = self._stream.width - width, self._stream.height - height
-        if right or bottom:
-            image_bgr = np.asarray(
-                cv2.copyMakeBorder(image_bgr, 0, bottom, 0, right, cv2.BORDER_REPLICATE), np.uint8
-            )
-        return image_bgr
-
-    def _encode(self, frame: VideoFrame | None) -> None:
-        try:
-            self._container.mux(self._stream.encode(frame))
-        except FFmpegError as error:
-            raise OutputError(
-                f"{self.path}: writing failed ({error.strerror or error}); expected a place with "
-                "room that can be written"
-            ) from error
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if error is not None:
-            self._drop(error)
-            return
-        try:
-            self._encode(None)
-            self._container.close()
-        except (FFmpegError, OutputError) as failure:
-            self._drop(failure)
-            raise OutputError(
-                f"{self.path}: writing failed ({failure}); expected a place with room that can be "
-                "written"
-            ) from failure
-        self._file.__exit__(None, None, None)
-
-    def _drop(self, error: BaseException) -> None:
-        """Close what is open and removes the temporary file."""
-        with suppress(FFmpegError):  # writing the trailer of a file that is removed anyway
-            if hasattr(self, "_container"):
-                self._container.close()
-        with suppress(OSError, OutputError):  # the caller tells the first error
-            self._file.__exit__(type(error), error, error.__traceback__)
+def _selected(length: int | None, selection: Selection) -> int | None:
+    """Return how many of so many frames are given."""
+    if length is not None:
+        length = -(-length // selection.stride)
+    if selection.max_frames is None:
+        return length
+    return selection.max_frames if length is None else min(length, selection.max_frames)

@@ -82,9 +82,31 @@ def deform_conv2d(
     Returns:
         (B, C', H', W').
     """
-    batch, channels, height, width = x.shape
     out_channels, _, kernel_h, kernel_w = weight.shape
-    taps = kernel_h * kernel_w
+    out_h, out_w = offset.shape[2:]
+    samples = sample_taps(x, offset, mask, (kernel_h, kernel_w), stride=stride, padding=padding)
+    out = _contract(samples, weight, groups).reshape(x.shape[0], out_h, out_w, out_channels)
+    return out.permute(0, 3, 1, 2).contiguous()
+
+
+def sample_taps(
+    x: Tensor,
+    offset: Tensor,
+    mask: Tensor | None,
+    kernel_hw: tuple[int, int],
+    *,
+    stride: int = 1,
+    padding: int = 1,
+) -> Tensor:
+    """Return what the T taps of a deformable kernel read, (B*H'*W', T, C).
+
+    Args:
+        x, offset, mask: as `deform_conv2d` takes them.
+        kernel_hw: rows and columns of the kernel.
+        stride, padding: as of an ordinary convolution.
+    """
+    batch, channels, height, width = x.shape
+    taps = kernel_hw[0] * kernel_hw[1]
     offset_groups = offset.shape[1] // (2 * taps)
     out_h, out_w = offset.shape[2:]
     # Positions are ordered (B, H', W', T, G), so that each reads one row of C / G channels that
@@ -99,7 +121,7 @@ def deform_conv2d(
         if mask is None
         else mask.reshape(batch, offset_groups, taps, out_h, out_w).permute(0, 3, 4, 2, 1)
     )
-    tap_y, tap_x = _tap_positions((out_h, out_w), (kernel_h, kernel_w), stride, padding, x)
+    tap_y, tap_x = _tap_positions((out_h, out_w), kernel_hw, stride, padding, x)
     rows = x.permute(0, 2, 3, 1).reshape(
         batch * height * width * offset_groups, channels // offset_groups
     )
@@ -112,9 +134,7 @@ def deform_conv2d(
         read = read * (share if factor is None else share * factor).reshape(-1, 1)
         samples = read if samples is None else samples + read
     assert samples is not None
-    samples = samples.to(x.dtype).reshape(batch * out_h * out_w, taps, channels)
-    out = _contract(samples, weight, groups).reshape(batch, out_h, out_w, out_channels)
-    return out.permute(0, 3, 1, 2).contiguous()
+    return samples.to(x.dtype).reshape(batch * out_h * out_w, taps, channels)
 
 
 def _tap_positions(

@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import resource
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -64,7 +66,13 @@ class Journal:
         if self.output is not None:
             make_run_folder(self.output)
             self._board = _open_board(self.output, self.reporter)
+            self._hook, threading.excepthook = threading.excepthook, self._heed_thread
         return self
+
+    def _heed_thread(self, args: threading.ExceptHookArgs) -> None:
+        """Leave to `write` what fails in TensorBoard's thread: it is raised again there."""
+        if not issubclass(args.exc_type, OSError):
+            self._hook(args)
 
     def __exit__(
         self,
@@ -74,8 +82,25 @@ class Journal:
     ) -> None:
         if self._task is not None:
             self._task.close()
-        if self._board is not None:
-            self._board.close()
+        if self.output is not None:
+            threading.excepthook = self._hook
+        if self._board is not None and error is None:
+            with self._board_errors():
+                self._board.close()
+        elif self._board is not None:
+            with suppress(Exception):  # the first error is the one to tell
+                self._board.close()
+
+    @contextmanager
+    def _board_errors(self) -> Iterator[None]:
+        """Make what fails in TensorBoard's files one error of ours."""
+        try:
+            yield
+        except OSError as error:
+            raise OutputError(
+                f"{self.output}: TensorBoard's files cannot be written ({error.strerror}); see "
+                "that the folder is there and has room, then go on with --resume"
+            ) from error
 
     def forget_after(self, step: int) -> None:
         """Drop entries of steps beyond this one, which a resumed run makes again."""
@@ -128,16 +153,22 @@ class Journal:
         step = values.get("step", 0)
         if self._board is None:
             return
-        for name, value in values.items():
-            if name != "step" and isinstance(value, int | float) and isinstance(step, int | float):
-                self._board.add_scalar(f"{kind}/{name}", value, int(step))
+        with self._board_errors():
+            for name, value in values.items():
+                if (
+                    name != "step"
+                    and isinstance(value, int | float)
+                    and isinstance(step, int | float)
+                ):
+                    self._board.add_scalar(f"{kind}/{name}", value, int(step))
 
     def images(self, images: Sequence[NDArray[np.uint8]], step: int) -> None:
         """Write validation images, (H, W, 3) uint8 RGB, with detections drawn, for TensorBoard."""
         if self._board is None:
             return
-        for i, image in enumerate(images):
-            self._board.add_image(f"validation/{i}", image, step, dataformats="HWC")
+        with self._board_errors():
+            for i, image in enumerate(images):
+                self._board.add_image(f"validation/{i}", image, step, dataformats="HWC")
 
 
 def read_log(output: Path, kind: str) -> list[Entry]:

@@ -16,6 +16,7 @@ as the images are exchangeable with those to come.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -202,14 +203,18 @@ def guaranteed_threshold(
         confidence: with which it holds.
     """
     levels = np.unique(shares.scores[shares.scores >= 0])
-    safe = None
-    for below, score in zip([0.0, *levels[:-1].tolist()], levels.tolist(), strict=True):
-        # Just below `score` all objects of lower scores are missed.
-        risk = float(shares.weights[shares.scores < score].sum())
-        if hoeffding_bentkus(risk, shares.images, max_miss_rate) > 1 - confidence:
-            break  # the risk only grows from here
-        safe = _between(below, score)
-    return safe
+    # Just below a level all objects of lower scores are missed.
+    total = np.concatenate([[0.0], np.cumsum(shares.weights)])
+    risks = total[np.searchsorted(shares.scores, levels, "left")].tolist()
+
+    def is_unsafe(risk: float) -> bool:
+        return hoeffding_bentkus(risk, shares.images, max_miss_rate) > 1 - confidence
+
+    safe = bisect_left(risks, True, key=is_unsafe)  # the risk grows with the level
+    if not safe:
+        return None
+    below = float(levels[safe - 2]) if safe > 1 else 0.0
+    return _between(below, float(levels[safe - 1]))
 
 
 def hoeffding_bentkus(risk: float, count: int, bound: float) -> float:
