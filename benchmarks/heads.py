@@ -149,8 +149,7 @@ def time_models(arguments: argparse.Namespace) -> int:
     command = f"python benchmarks/heads.py {' '.join(sys.argv[1:])}"
     output = arguments.work / "latency"
     run_latency(plan, output, ap={}, command=command, reporter=Reporter())
-    weights = "as given" if len(given) == len(LARGE) else "random where none was given"
-    write_text(output / "weights.txt", weights)
+    write_text(output / "weights.txt", arguments.weights)
     return 0
 
 
@@ -317,7 +316,7 @@ def latency(folder: Path) -> list[str]:
     note = (
         "Median milliseconds of a call, end to end, batch 1; in brackets how many times as fast as "
         f"{LARGE[0]} in the same runtime, with its 95% interval. All took turns in one run. "
-        f"Weights {(folder / 'weights.txt').read_text(encoding='utf-8')}."
+        f"Weights: {(folder / 'weights.txt').read_text(encoding='utf-8')}."
     )
     facts = [f"- {name}: {value}" for name, value in content["facts"].items()]
     facts += [f"- warning: {warning}" for warning in content["warnings"]]
@@ -371,6 +370,9 @@ def _add_latency(command: argparse.ArgumentParser) -> None:
         default=[],
         metavar="FILE",
         help=f"named as {', '.join(LARGE)} (default: random weights)",
+    )
+    command.add_argument(
+        "--weights", default="random", metavar="TEXT", help="what the page calls the weights"
     )
     command.add_argument("--images", type=Path, required=True, metavar="DIR")
     command.add_argument("--imgsz", type=int, nargs=2, default=(800, 1333), metavar=("H", "W"))
