@@ -18,22 +18,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tood_deploy import __version__
-from tood_deploy.benchmark.html_report import Table
 from tood_deploy.benchmark.latency.measure import LatencyPlan
-from tood_deploy.benchmark.latency.peak import network_cost
-from tood_deploy.benchmark.latency.run import run_latency
 from tood_deploy.benchmark.latency.statistics import speedup
 from tood_deploy.benchmark.latency.worker import END_TO_END, Case
 from tood_deploy.cli.train import main as tood_train
 from tood_deploy.files import write_text
 from tood_deploy.presets import PRESETS
 from tood_deploy.reporter import Reporter
-from tood_deploy.training.checkpoints import FINAL
-from tood_deploy.training.config import RECIPES
-from tood_deploy.training.logger import read_log
+
+if TYPE_CHECKING:
+    from tood_deploy.benchmark.html_report import Table
 
 LARGE = ("r50-1x", "atss-r50-1x", "gfl-r50-1x", "paa-r50-1x")
 LARGE_HW = (800, 1344)
@@ -92,6 +89,8 @@ def run_folder(work: Path, name: str, epochs: int, seed: int) -> Path:
 
 def train(arguments: argparse.Namespace) -> int:
     """Train what is not finished, seed by seed; return the exit code of the last training."""
+    from tood_deploy.training.checkpoints import FINAL
+
     data = arguments.data
     for seed in arguments.seeds:
         for name in arguments.variants:
@@ -114,11 +113,17 @@ def train(arguments: argparse.Namespace) -> int:
 
 def drops(epochs: int) -> tuple[int, ...]:
     """Return the epochs after which the learning rate drops: of 12 the published 8 and 11."""
+    from tood_deploy.training.config import RECIPES
+
     return (8, 11) if epochs == 12 else RECIPES["tiny"].with_epochs(epochs).drops
 
 
 def time_models(arguments: argparse.Namespace) -> int:
     """Make every large model for every runtime, and time all of them in one run."""
+    # Only here, as what imports torch and matplotlib elsewhere: the processes that are timed
+    # import this file too.
+    from tood_deploy.benchmark.latency.run import run_latency
+
     folder = arguments.work / "models"
     folder.mkdir(parents=True, exist_ok=True)
     given = {path.name.split(".")[0]: path for path in arguments.checkpoints}
@@ -149,8 +154,7 @@ def time_models(arguments: argparse.Namespace) -> int:
     command = f"python benchmarks/heads.py {' '.join(sys.argv[1:])}"
     output = arguments.work / "latency"
     run_latency(plan, output, ap={}, command=command, reporter=Reporter())
-    weights = "as given" if len(given) == len(LARGE) else "random where none was given"
-    write_text(output / "weights.txt", weights)
+    write_text(output / "weights.txt", arguments.weights)
     return 0
 
 
@@ -251,6 +255,9 @@ class Training:
 
 def trainings(work: Path) -> list[Training]:
     """Return the finished trainings."""
+    from tood_deploy.training.checkpoints import FINAL
+    from tood_deploy.training.logger import read_log
+
     done = []
     for final in sorted(work.glob(f"*-e*-s*/{FINAL}")):
         name, epochs, seed = final.parent.name.rsplit("-", 2)
@@ -263,6 +270,8 @@ def trainings(work: Path) -> list[Training]:
 
 def accuracy(work: Path) -> list[str]:
     """Return a table for each number of epochs that trainings have, the longest first."""
+    from tood_deploy.benchmark.html_report import Table
+
     done = trainings(work)
     parts = []
     for epochs in sorted({training.epochs for training in done}, reverse=True):
@@ -291,6 +300,9 @@ def accuracy_row(name: str, done: Sequence[Training]) -> list[str]:
 
 def size_table() -> Table:
     """Return parameters and multiply-adds of the large networks."""
+    from tood_deploy.benchmark.html_report import Table
+    from tood_deploy.benchmark.latency.peak import network_cost
+
     rows = []
     for preset in LARGE:
         parameters, gmacs = network_cost(PRESETS[preset], LARGE_HW)
@@ -305,6 +317,8 @@ def size_table() -> Table:
 
 def latency(folder: Path) -> list[str]:
     """Return a table of what `latency` measured, a row a detector, and how it was measured."""
+    from tood_deploy.benchmark.html_report import Table
+
     path = folder / "latency.json"
     if not path.is_file():
         return ["Not measured."]
@@ -317,7 +331,7 @@ def latency(folder: Path) -> list[str]:
     note = (
         "Median milliseconds of a call, end to end, batch 1; in brackets how many times as fast as "
         f"{LARGE[0]} in the same runtime, with its 95% interval. All took turns in one run. "
-        f"Weights {(folder / 'weights.txt').read_text(encoding='utf-8')}."
+        f"Weights: {(folder / 'weights.txt').read_text(encoding='utf-8')}."
     )
     facts = [f"- {name}: {value}" for name, value in content["facts"].items()]
     facts += [f"- warning: {warning}" for warning in content["warnings"]]
@@ -371,6 +385,9 @@ def _add_latency(command: argparse.ArgumentParser) -> None:
         default=[],
         metavar="FILE",
         help=f"named as {', '.join(LARGE)} (default: random weights)",
+    )
+    command.add_argument(
+        "--weights", default="random", metavar="TEXT", help="what the page calls the weights"
     )
     command.add_argument("--images", type=Path, required=True, metavar="DIR")
     command.add_argument("--imgsz", type=int, nargs=2, default=(800, 1333), metavar=("H", "W"))
