@@ -57,6 +57,15 @@ def test_rows_are_written_and_resumed(tmp_path: Path) -> None:
     assert BatchOutput(str(tmp_path / "new" / "out"), RUN, resume=True).failed == 1
 
 
+def test_an_image_has_one_row_however_often_it_comes(tmp_path: Path) -> None:
+    output = begun(tmp_path)
+    output.write(rows("a", "b"))
+    output.write(rows("b", "c"))
+    output.flush()
+    output.check_complete(["a", "b", "c"])
+    assert [row["path"] for row in output.rows()] == ["a", "b", "c"]
+
+
 def test_many_rows_are_written_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(output_module, "ROWS_OF_FILE", 2)
     output = begun(tmp_path)

@@ -113,7 +113,7 @@ def demo_artefact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Many images, two of them damaged."""
-    folder = tmp_path_factory.mktemp("images")
+    folder, data = tmp_path_factory.mktemp("images"), b""
     for seed in range(20):
         data = cv2.imencode(".jpg", make_scene(seed).image_bgr)[1].tobytes()
         for copy in range(COPIES):
@@ -129,13 +129,13 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
-    node = {"num_cpus": 1, "object_store_memory": 100_000_000}
+    node: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 100_000_000}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("PYTHONPATH", str(ROOT))
         nodes = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
         nodes.add_node(**node)
-        yield nodes.address
+        yield str(nodes.address)
         nodes.shutdown()
 
 

@@ -112,12 +112,13 @@ class BatchOutput:
                 self._files.delete_file(self._path(name))
 
     def write(self, table: pa.Table) -> None:
-        """Take rows; they are written with others.
+        """Take rows, but of images that have theirs; they are written with others.
 
         Raises:
             OutputError: they cannot be written.
         """
-        rows = table.select(ROWS.names).cast(ROWS)
+        new = [path not in self.done for path in table.column("path").to_pylist()]
+        rows = table.select(ROWS.names).cast(ROWS).filter(pa.array(new, pa.bool_()))
         self.done.update(rows.column("path").to_pylist())
         self.failed += len(rows) - rows.column("error").null_count
         self._waiting.append(rows)

@@ -59,6 +59,22 @@ class ClusterOptions:
     gpus_per_worker: float = 0.0
 
 
+@dataclass(frozen=True)
+class WorkerPool:
+    """How many workers, and what each needs.
+
+    Attributes:
+        cpus, gpus: of a worker.
+        first: how many can start at once.
+        most: at a time, as far as the cluster grows.
+    """
+
+    cpus: int
+    gpus: float
+    first: int
+    most: int
+
+
 @dataclass
 class Progress:
     """What workers have done.
@@ -131,17 +147,19 @@ def run_batch(
         attempts = ray.remote(_Attempts).options(num_cpus=0, max_restarts=-1, max_task_retries=-1)
         link = _RayLink(ray.put(model_bytes(artefact)), attempts.remote())
         try:
-            cpus, workers = plan_workers(ray, cluster)
+            pool = plan_workers(ray, cluster)
             output.begin()
             if options.detector["device"] == "cpu":
-                threads = {**options.detector, "threads": cpus}
+                threads = {**options.detector, "threads": pool.cpus}
                 options = replace(options, detector=threads)
             progress.started_s = time.monotonic()
             left = total - len(output.done)
-            size = max(CHUNK_IMAGES[0], min(left // (workers * CHUNKS_OF_WORKER), CHUNK_IMAGES[1]))
+            size = max(
+                CHUNK_IMAGES[0], min(left // (pool.most * CHUNKS_OF_WORKER), CHUNK_IMAGES[1])
+            )
             for chunk_images in (size, 1):
                 chunks = deal_out(listed, chunk_images, output.done)
-                for table in answers(ray, chunks, link, options, cluster, cpus, workers):
+                for table in answers(ray, chunks, link, options, pool):
                     progress.add(table)
                     output.write(table)
                     task.update(len(output.done), state=progress.state())
@@ -151,13 +169,7 @@ def run_batch(
 
 
 def answers(
-    ray: Any,
-    chunks: Sequence[Chunk],
-    link: WorkerLink,
-    options: WorkerOptions,
-    cluster: ClusterOptions,
-    cpus: int,
-    workers: int,
+    ray: Any, chunks: Sequence[Chunk], link: WorkerLink, options: WorkerOptions, pool: WorkerPool
 ) -> Iterator[pa.Table]:
     """Yield the workers' tables as they come, in any order; chunks that were lost are missing.
 
@@ -166,25 +178,25 @@ def answers(
         chunks: what to do.
         link: from workers to the job.
         options: of workers.
-        cluster: what to run on.
-        cpus: of a worker.
-        workers: the most at a time.
+        pool: how many workers, and what each needs.
 
     Raises:
         ToodError: no worker can open the model.
     """
     if not chunks:
         return
-    pool_size = min(workers, len(chunks))
+    most = min(pool.most, len(chunks))
     rows = [chunk.to_row() for chunk in chunks]
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         Worker,
         fn_constructor_kwargs={"link": link, "options": options},
         batch_size=None,
         batch_format="pyarrow",
-        num_cpus=cpus,
-        num_gpus=cluster.gpus_per_worker or None,
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=pool_size, initial_size=pool_size),
+        num_cpus=pool.cpus,
+        num_gpus=pool.gpus or None,
+        compute=ray.data.ActorPoolStrategy(
+            min_size=1, max_size=most, initial_size=min(most, pool.first)
+        ),
     )
     for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
         refusals = [path == "" for path in table.column("path").to_pylist()]
@@ -233,8 +245,8 @@ class _RayLink:
         return int(ray.get(self.attempts.begin.remote(key))) > ATTEMPTS
 
 
-def plan_workers(ray: Any, cluster: ClusterOptions) -> tuple[int, int]:
-    """Return the CPUs of a worker, and the most workers at a time.
+def plan_workers(ray: Any, cluster: ClusterOptions) -> WorkerPool:
+    """Return what workers get, and how many of them a cluster has room for.
 
     Raises:
         DeviceError: no machine of the cluster has room for one.
@@ -257,7 +269,7 @@ def plan_workers(ray: Any, cluster: ClusterOptions) -> tuple[int, int]:
             f"have {most[0]} and {most[1]:g}; ask for less by --cpus-per-worker and "
             "--gpus-per-worker, or say by --workers how far the cluster shall grow"
         )
-    return cpus, cluster.workers or room
+    return WorkerPool(cpus, gpus, max(room, 1), cluster.workers or room)
 
 
 @contextmanager
