@@ -1,6 +1,6 @@
 """Compare the images a second of tood-batch on this machine with those of tood-infer.
 
-python benchmarks/batch_throughput.py tiny.onnx --report docs/results/batch-throughput.md
+python benchmarks/batch_throughput.py tiny.onnx --report throughput.md
 
 Both commands run on a few and on many images, in turn. The difference of the two times is that of
 working; what is left of the shorter one is that of starting.

@@ -33,7 +33,7 @@ NOT_YET_FILES: list[str] = []
 
 RENAMED = {"--rest", "--keep"}  # accepted for one release, and documented as such
 FOREIGN = re.compile(
-    r"^(pip|docker|git|torchrun|perf_analyzer|grep|make|curl|\.venv)\b"
+    r"^(pip|docker|git|ray|torchrun|perf_analyzer|grep|make|curl|\.venv)\b"
 )  # other programs' command lines
 
 

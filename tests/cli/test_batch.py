@@ -218,7 +218,8 @@ def test_workers_that_are_killed_lose_nothing(
     _, err = job.communicate(timeout=150)
     assert job.returncode == 1, err
     assert "2 of 502 images" in err
-    assert "Traceback" not in err
+    assert len(err.splitlines()) < 20, err  # progress; nothing of Ray's
+    assert "retries" not in err
     parts = sorted((tmp_path / "out").glob("part-*"))
     rows = [row for path in parts for row in pq.read_table(path).to_pylist()]
     check_rows(rows, images, expected)
@@ -229,6 +230,7 @@ def test_a_stopped_job_is_resumed_and_written_as_json(
     cluster: str, demo_artefact: Path, images: Path, expected: dict[str, Any], tmp_path: Path
 ) -> None:
     command = (demo_artefact, images, "--output", tmp_path / "out", "--address", cluster)
+    wait_for(lambda: not working(0.0))  # those of the job before
     job = batch(*command)
     wait_for(lambda: working(5.0))
     job.send_signal(signal.SIGTERM)
