@@ -262,7 +262,7 @@ def full_gpu(bench: Bench) -> None:
     [
         (no_gpu, "no NVIDIA GPU that CUDA can use"),
         (old_driver, "the NVIDIA driver runs CUDA up to 11.8"),
-        (cut_plan, "it was cut, changed or exchanged"),
+        (cut_plan, "is not the file its manifest"),
         (cut_manifest, "not a manifest of tood_deploy"),
         (other_version, "10.14.1.2, installed is 10.13.3.9"),
         (other_flavour, "installed is TensorRT"),
