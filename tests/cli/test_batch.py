@@ -96,6 +96,7 @@ def test_a_folder_of_other_files(run: Run, tmp_path: Path) -> None:
 
 # With Ray, slow from here on.
 
+WAIT_S = 150.0
 COPIES = 25  # of the scenes: so many that a job takes as long as three kills
 
 
@@ -139,15 +140,27 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         nodes.shutdown()
 
 
-def batch(*arguments: str | Path) -> subprocess.Popen[str]:
+@pytest.fixture
+def batch() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """A function that starts a job, in a process that ends with the test."""
     code = "import sys; from tood_deploy.cli.batch import main; sys.exit(main())"
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )
+    jobs: list[subprocess.Popen[str]] = []
+
+    def start(*arguments: str | Path) -> subprocess.Popen[str]:
+        job = subprocess.Popen(
+            [sys.executable, "-c", code, *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        )
+        jobs.append(job)
+        return job
+
+    yield start
+    for job in jobs:
+        job.kill()
+        job.communicate()
 
 
 def working(since_s: float) -> list[Any]:
@@ -165,7 +178,7 @@ def working(since_s: float) -> list[Any]:
     return workers
 
 
-def wait_for(what: Callable[[], Any], seconds: float = 60.0) -> Any:
+def wait_for(what: Callable[[], Any], seconds: float = WAIT_S) -> Any:
     end_s = time.monotonic() + seconds
     while not (value := what()):
         assert time.monotonic() < end_s, "waited in vain"
@@ -206,7 +219,12 @@ def check_rows(rows: list[dict[str, Any]], images: Path, expected: dict[str, Any
 
 @pytest.mark.slow
 def test_workers_that_are_killed_lose_nothing(
-    cluster: str, demo_artefact: Path, images: Path, expected: dict[str, Any], tmp_path: Path
+    batch: Callable[..., Any],
+    cluster: str,
+    demo_artefact: Path,
+    images: Path,
+    expected: dict[str, Any],
+    tmp_path: Path,
 ) -> None:
     job = batch(demo_artefact, images, "--output", tmp_path / "out", "--address", cluster)
     killed: set[int] = set()
@@ -215,7 +233,7 @@ def test_workers_that_are_killed_lose_nothing(
         fresh = wait_for(lambda: [one for one in working(4.0) if one.pid not in killed])
         fresh[0].kill()
         killed.add(fresh[0].pid)
-    _, err = job.communicate(timeout=150)
+    _, err = job.communicate(timeout=WAIT_S)
     assert job.returncode == 1, err
     assert "2 of 502 images" in err
     assert len(err.splitlines()) < 20, err  # progress; nothing of Ray's
@@ -227,20 +245,25 @@ def test_workers_that_are_killed_lose_nothing(
 
 @pytest.mark.slow
 def test_a_stopped_job_is_resumed_and_written_as_json(
-    cluster: str, demo_artefact: Path, images: Path, expected: dict[str, Any], tmp_path: Path
+    batch: Callable[..., Any],
+    cluster: str,
+    demo_artefact: Path,
+    images: Path,
+    expected: dict[str, Any],
+    tmp_path: Path,
 ) -> None:
     command = (demo_artefact, images, "--output", tmp_path / "out", "--address", cluster)
     wait_for(lambda: not working(0.0))  # those of the job before
     job = batch(*command)
     wait_for(lambda: working(5.0))
     job.send_signal(signal.SIGTERM)
-    _, err = job.communicate(timeout=60)
+    _, err = job.communicate(timeout=WAIT_S)
     assert job.returncode == 128 + signal.SIGTERM, err
     parts = sorted((tmp_path / "out").glob("part-*"))
     before = sum(pq.read_table(path).num_rows for path in parts)
     assert before < 502
     resumed = batch(*command, "--resume", "--format", "jsonl")
-    _, err = resumed.communicate(timeout=150)
+    _, err = resumed.communicate(timeout=WAIT_S)
     assert resumed.returncode == 1, err
     assert sorted((tmp_path / "out").glob("part-*"))[: len(parts)] == parts
     text = (tmp_path / "out" / "results.jsonl").read_text(encoding="utf-8")
@@ -251,21 +274,21 @@ def test_a_stopped_job_is_resumed_and_written_as_json(
             one = expected[Path(line["source"]).name[:2]]
             assert line["detections"] == one["detections"]
     other = batch(*command, "--resume", "--conf", "0.5")
-    _, err = other.communicate(timeout=60)
+    _, err = other.communicate(timeout=WAIT_S)
     assert (other.returncode, err.count("\n")) == (2, 1), err
     assert "another run" in err
 
 
 @pytest.mark.slow
 def test_a_model_that_workers_cannot_open_is_one_line(
-    cluster: str, demo_artefact: Path, images: Path, tmp_path: Path
+    batch: Callable[..., Any], cluster: str, demo_artefact: Path, images: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "m.onnx").write_bytes(b"model")
     manifest = json.loads(demo_artefact.with_suffix(".json").read_text(encoding="utf-8"))
     (tmp_path / "m.json").write_text(json.dumps(manifest), encoding="utf-8")
     command = (tmp_path / "m.onnx", images, "--output", tmp_path / "out", "--address", cluster)
     job = batch(*command, "--allow-mismatch", "--quiet")
-    _, err = job.communicate(timeout=60)
+    _, err = job.communicate(timeout=WAIT_S)
     assert (job.returncode, err.count("\n")) == (2, 1), err
     assert "m.onnx" in err
     assert list((tmp_path / "out").glob("part-*")) == []
