@@ -195,7 +195,8 @@ def test_no_manifest(plan: Path) -> None:
 def test_a_manifest_that_is_no_plans(plan: Path, target: dict[str, Any]) -> None:
     write(plan, target=TARGET | target if target else {})
     with pytest.raises(
-        ArtefactError, match=r"r50\.json: (not a manifest|target is damaged|states no TensorRT).* again"
+        ArtefactError,
+        match=r"r50\.json: (not a manifest|target is damaged|states no TensorRT).* again",
     ):
         read_plan_manifest(plan)
 
