@@ -25,6 +25,7 @@ Run = Callable[..., tuple[int, str]]
 def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, Any]]:
     """What was asked of `open_engine`, in an empty folder."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "m.onnx").write_bytes(b"a model that is never read")
     calls: list[dict[str, Any]] = []
     monkeypatch.setattr(
         detector_module,
@@ -47,14 +48,15 @@ def test_reach_the_engine(run: Run, asked: list[dict[str, Any]], tmp_path: Path)
     code, _ = run(
         infer, "m.onnx", write_image(tmp_path / "a.png"), *GIVEN, "--threads", "1", "--quiet"
     )
-    assert (code, asked) == (0, [{"device": "cpu", "threads": 1, **TAKEN}])
+    assert (code, asked) == (0, [{"device": "cpu", "threads": 1, "verify": "off", **TAKEN}])
 
 
 def test_are_left_out_where_not_given(
     run: Run, asked: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     run(infer, "m.onnx", write_image(tmp_path / "a.png"), "--quiet")
-    assert asked == [{"device": "cpu"}]
+    # The command has compared the file with its manifest already.
+    assert asked == [{"device": "cpu", "verify": "off"}]
 
 
 def test_which_weights_reach_the_checkpoint(

@@ -259,7 +259,7 @@ def parse(path: Path) -> ParsedNetwork:
 
 
 def node(operator: str, *inputs: str) -> onnx.NodeProto:
-    return helper.make_node(operator, inputs, ["more"], name=f"the_{operator}")
+    return helper.make_node(operator, inputs, [f"of_{operator}"], name=f"the_{operator}")
 
 
 def constant(name: str, values: Sequence[int]) -> onnx.NodeProto:
@@ -272,15 +272,16 @@ def in_loop(body_node: onnx.NodeProto) -> list[onnx.NodeProto]:
     """A loop of one round around a node."""
     values = [
         helper.make_tensor_value_info(name, kind, shape)
-        for name, kind, shape in (("i", 7, []), ("go", 9, []), ("done", 9, []))
+        for name, kind, shape in (("i", 7, []), ("go", 9, []), ("done", 9, []), ("round", 7, []))
     ]
-    body = helper.make_graph(
-        [body_node, helper.make_node("Identity", ["go"], ["done"])], "body", values[:2], values[2:]
-    )
+    ends = [
+        helper.make_node("Identity", [name], [to]) for name, to in (("go", "done"), ("i", "round"))
+    ]
+    body = helper.make_graph([body_node, *ends], "body", values[:2], values[2:])
     once = helper.make_node(
         "Constant", [], ["once"], value=helper.make_tensor("", TensorProto.INT64, [], [1])
     )
-    return [once, helper.make_node("Loop", ["once", ""], [], body=body)]
+    return [once, helper.make_node("Loop", ["once", ""], ["rounds"], body=body)]
 
 
 DEFORM = (

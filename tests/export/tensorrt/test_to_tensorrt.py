@@ -30,14 +30,14 @@ from tood_deploy.export.to_onnx import onnx_from_model
 from tood_deploy.export.triton.repository import serving_form
 from tood_deploy.files import file_sha256
 from tood_deploy.manifest import Manifest, manifest_path, read_manifest
-from tood_deploy.manifest_sections import Parity, SelfTest
+from tood_deploy.manifest_sections import Parity, SelfTest, SelfTestCase
 from tood_deploy.onnx_file import OnnxArtefact, artefact_in_memory, read_onnx
 
 pytest.importorskip("tensorrt_rtx")
 
 
 PROFILES = Profiles(((64, 96),), (1, 1, 2))
-SELF_TEST = SelfTest("", 0.6, "a reference", ())
+SELF_TEST = SelfTest("iVBO", 0.6, "a reference", (SelfTestCase((64, 96), 0.3, (), (), ()),))
 LOOP = {"TRIP_LIMIT", "RECURRENCE", "ITERATOR", "LOOP_OUTPUT"}  # what the library makes of one
 PLAN_START = b"vtrt"  # of every plan of TensorRT-RTX
 
