@@ -14,6 +14,7 @@ from inference.fakes import red_image
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, ImageSequence
 
+from tood_deploy.data import image_file
 from tood_deploy.data.image_file import (
     ReadOptions,
     as_stored,
@@ -291,3 +292,14 @@ def test_damaged_headers_are_no_tracebacks() -> None:
                 changed[place] = rng.integers(0, 256)
             with suppress(InputError):
                 decode_image(bytes(changed), f"a.{kind.lower()}", max_pixels=10**6)
+
+
+def test_a_png_chunk_that_claims_gigabytes_is_refused_before_they_are_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data = cv2.imencode(".png", np.zeros((8, 8, 3), np.uint8))[1].tobytes()
+    place = data.index(b"IDAT") - 4
+    damaged = data[:place] + (0xF0000000).to_bytes(4) + data[place + 4 :]
+    monkeypatch.setattr(image_file, "_imdecode", lambda *_: pytest.fail("was decoded"))
+    with pytest.raises(InputError, match="cut, damaged"):
+        image_file.decode_image(damaged, "a.png")

@@ -283,6 +283,22 @@ def _in_three_channels(image: NDArray[np.generic] | None) -> NDArray[np.generic]
     return image.reshape(*image.shape[:2], 1).repeat(3, 2) if grey else image[..., :3]
 
 
+def _png_chunks_fit(data: bytes) -> bool:
+    """Return whether no chunk of a PNG file claims more bytes than there are.
+
+    OpenCV would take gigabytes for a chunk that says so, and seconds to find out.
+    """
+    place = len(PNG_START)
+    while place + 8 <= len(data):
+        size = int.from_bytes(data[place : place + 4])
+        if place + 12 + size > len(data):
+            return False
+        if data[place + 4 : place + 8] == b"IEND":
+            return True
+        place += 12 + size
+    return True
+
+
 def _decode_page(data: bytes, name: str, position: int, flags: int) -> NDArray[np.generic]:
     """Return what OpenCV decodes of a file's page.
 
@@ -291,7 +307,7 @@ def _decode_page(data: bytes, name: str, position: int, flags: int) -> NDArray[n
     """
     try:
         # A PNG without its end is known beforehand: libpng would write lines of its own to stderr.
-        cut = data.startswith(PNG_START) and PNG_END not in data
+        cut = data.startswith(PNG_START) and not (PNG_END in data and _png_chunks_fit(data))
         image = None if cut else _imdecode(data, position, flags)
         if image is None and flags == ALL_BITS and not cut:  # grey ones of 32 bits
             image = _in_three_channels(_imdecode(data, position, cv2.IMREAD_UNCHANGED))
