@@ -191,3 +191,21 @@ class SeparateTowers(nn.Module, ABC):
         """Return x, y of the anchor points of a level's map, (2, h, w), in strides."""
         size_hw = regression.shape[2], regression.shape[3]
         return anchor_points(size_hw, regression, self.anchor_offset)
+
+
+class CenternessTowers(SeparateTowers):
+    """Separate towers whose score is class probability times centre-ness (ATSS, FCOS).
+
+    Thresholds and limits look at the class probability alone, before the factor.
+    """
+
+    def scores(self, maps: HeadMaps) -> list[Tensor]:
+        """Return class probability times centre-ness."""
+        return [
+            probability * quality.float().sigmoid()
+            for probability, quality in zip(self.ranking(maps), maps.quality, strict=True)
+        ]
+
+    def ranking(self, maps: HeadMaps) -> list[Tensor]:
+        """Return the class probability alone."""
+        return [logits.float().sigmoid() for logits in maps.classes]

@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from tood_deploy.model.boxes import decode_deltas
 from tood_deploy.model.head import (
     PRIOR_BIAS,
+    CenternessTowers,
     HeadMaps,
-    SeparateTowers,
     geometric_mean_probability,
     init_convs,
 )
 from tood_deploy.presets import Preset
 
 
-class AtssHead(SeparateTowers):
+class AtssHead(CenternessTowers):
     """The head of ATSS: deltas against one square anchor; score is class times centre-ness.
 
     `maps` gives: class logits (B, K, h, w), deltas (B, 4, h, w) after the scale, and the logits of
@@ -46,17 +46,6 @@ class AtssHead(SeparateTowers):
             maps.regression.append(scale(self.atss_reg(features)))
             maps.quality.append(self.atss_centerness(features))
         return maps
-
-    def scores(self, maps: HeadMaps) -> list[Tensor]:
-        """Return class probability times centre-ness."""
-        return [
-            probability * quality.float().sigmoid()
-            for probability, quality in zip(self.ranking(maps), maps.quality, strict=True)
-        ]
-
-    def ranking(self, maps: HeadMaps) -> list[Tensor]:
-        """Return the class probability alone."""
-        return [logits.float().sigmoid() for logits in maps.classes]
 
     def boxes(self, regression: Tensor, level: int) -> Tensor:
         """Return boxes of deltas."""

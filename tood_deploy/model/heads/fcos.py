@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tood_deploy.model.boxes import decode_distances
-from tood_deploy.model.head import PRIOR_BIAS, HeadMaps, SeparateTowers, init_convs
+from tood_deploy.model.head import PRIOR_BIAS, CenternessTowers, HeadMaps, init_convs
 from tood_deploy.presets import Preset
 
 
-class FcosHead(SeparateTowers):
+class FcosHead(CenternessTowers):
     """The head of FCOS: rectified distances from cell centres; score is class times centre-ness.
 
     `maps` gives: class logits (B, K, h, w), distances (B, 4, h, w) in strides, rectified, and the
@@ -39,17 +39,6 @@ class FcosHead(SeparateTowers):
             maps.regression.append(F.relu(scale(self.conv_reg(features))))
             maps.quality.append(self.conv_centerness(features))
         return maps
-
-    def scores(self, maps: HeadMaps) -> list[Tensor]:
-        """Return class probability times centre-ness."""
-        return [
-            probability * quality.float().sigmoid()
-            for probability, quality in zip(self.ranking(maps), maps.quality, strict=True)
-        ]
-
-    def ranking(self, maps: HeadMaps) -> list[Tensor]:
-        """Return the class probability alone."""
-        return [logits.float().sigmoid() for logits in maps.classes]
 
     def boxes(self, regression: Tensor, level: int) -> Tensor:
         """Return boxes of distances."""
