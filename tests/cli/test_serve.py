@@ -51,17 +51,21 @@ def test_limits_have_a_range(limit: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "message"),
     [
-        ["none.onnx", "--port", "0"],
-        ["none.onnx", "--port", "99999"],
-        ["none.onnx", "--host", "203.0.113.1", "--port", "0"],
-        ["none.onnx", "--queue", "0"],
-        ["none.onnx", "--conf", "2", "--port", "0"],
+        (["none.onnx", "--port", "0"], "none.onnx: no such file"),
+        (["none.onnx", "--port", "99999"], "--port is 99999"),
+        (["none.onnx", "--host", "203.0.113.1", "--port", "0"], "203.0.113.1"),
+        (["none.onnx", "--queue", "0"], "queue"),
+        (["none.onnx", "--conf", "2", "--port", "0"], "conf is 2"),
     ],
 )
-def test_wrong_use_is_exit_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_use_is_exit_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(arguments) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err.splitlines()[-1].startswith("error: ")
+    last = captured.err.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert message in last

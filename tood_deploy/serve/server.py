@@ -29,6 +29,7 @@ from tood_deploy.serve.state import ServerState
 BACKLOG = 2048
 DRAIN_EXTRA_S = 5.0  # beyond the time limit of a request
 KEEP_ALIVE_S = 75  # more than the 60 s after which load balancers let go of a connection
+MAX_PORT = 65535
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -51,6 +52,11 @@ class ServeConfig:
     token: str | None = None
     limits: ServeLimits = field(default_factory=ServeLimits)
     access_log: bool = True
+
+    def __post_init__(self) -> None:
+        # The event loop would take the number's lowest 16 bits in silence.
+        if not 0 <= self.port <= MAX_PORT:
+            raise ToodError(f"--port is {self.port}; expected 0 (any that is free) to {MAX_PORT}")
 
 
 def run_server(
