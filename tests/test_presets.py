@@ -8,7 +8,7 @@ import pytest
 
 from tood_deploy.errors import ToodError
 from tood_deploy.manifest import Manifest
-from tood_deploy.presets import PRESETS, Preset
+from tood_deploy.presets import PRESETS, Preset, get_preset, like_presets
 
 OLD_FIELDS = (
     *(
@@ -89,3 +89,9 @@ def test_a_sizing_says_itself() -> None:
         str(replace(tiny, canvas_hw=(320, 320), pad_divisor=64).sizing)
         == "scaled to fit 240 x 320, padded to 320 x 320, sides multiples of 64"
     )
+
+
+def test_a_name_that_is_no_presets_names_the_nearest() -> None:
+    with pytest.raises(ToodError, match=r"'r50-3x'; expected one such as .*\br50-2x\b"):
+        get_preset("r50-3x")
+    assert like_presets("?").startswith("r50-1x, ")

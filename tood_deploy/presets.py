@@ -4,6 +4,7 @@ Knows nothing of torch. Sources: reference/SPEC.md section 6; reference/SPEC_FAM
 the MMDetection 3.3.0 model index; the authors' README.
 """
 
+import difflib
 from dataclasses import replace
 
 from tood_deploy.errors import DownloadError, ToodError
@@ -40,8 +41,12 @@ __all__ = [
     "Resize",
     "Sizing",
     "get_preset",
+    "like_presets",
     "published_weights",
 ]
+
+
+SHOWN = 4  # presets in a message
 
 
 def _openmmlab(folder: str, name: str, suffix: str, file: str = "") -> PublishedWeights:
@@ -291,11 +296,17 @@ def get_preset(name: str) -> Preset:
     """Return the preset of that name.
 
     Raises:
-        ToodError: there is none; the message lists those there are.
+        ToodError: there is none; the message names the nearest.
     """
     if name not in PRESETS:
-        raise ToodError(f"no preset is called {name!r}; expected one of {', '.join(PRESETS)}")
+        raise ToodError(f"no preset is called {name!r}; expected one such as {like_presets(name)}")
     return PRESETS[name]
+
+
+def like_presets(name: str) -> str:
+    """Return the presets whose names are nearest, for messages; the first where none is near."""
+    near = difflib.get_close_matches(name, PRESETS, SHOWN) or list(PRESETS)[:SHOWN]
+    return f"{', '.join(near)} (docs/presets.md lists all {len(PRESETS)})"
 
 
 def published_weights(preset: Preset) -> PublishedWeights:

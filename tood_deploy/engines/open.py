@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tood_deploy.errors import ArtefactError, ArtefactWarning, InputError, ToodError, naming_extras
 from tood_deploy.files import absent_or
 from tood_deploy.graph_io import ARTEFACT_SUFFIXES, ENGINE_SUFFIXES, ONNX_SUFFIX, OPENVINO_SUFFIX
-from tood_deploy.presets import PRESETS
+from tood_deploy.presets import PRESETS, like_presets
 
 if TYPE_CHECKING:
     from tood_deploy.engines.base import Engine
@@ -100,8 +100,8 @@ def open_engine(
     is_preset = str(model) in PRESETS and not path.exists()
     if not is_preset and not absent_or(path.is_file):
         raise ToodError(
-            f"{model}: no such file; expected an exported artefact, a checkpoint, or one of the "
-            f"presets {', '.join(PRESETS)}"
+            f"{model}: no such file; expected an exported artefact, a checkpoint, or a preset such "
+            f"as {like_presets(str(model))}"
         )
     if is_preset or path.suffix.lower() in CHECKPOINT_SUFFIXES:
         return _open_checkpoint(model, device, runtime, verify, options)
