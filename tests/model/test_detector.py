@@ -142,8 +142,8 @@ def test_batch_holds_independent_images(seeded_model: Callable[..., Any]) -> Non
             torch.testing.assert_close(first[0], second[i], rtol=0, atol=1e-5)
 
 
-def test_unknown_preset_names_the_known_ones() -> None:
-    with pytest.raises(ToodError, match=r"r50-1x.*tiny"):
+def test_unknown_preset_is_answered_with_the_nearest_and_where_all_are() -> None:
+    with pytest.raises(ToodError, match=r"'r50'; expected .*r50-1x.*docs/presets\.md"):
         build_model("r50")
 
 
