@@ -410,9 +410,8 @@ def maps_of(
 
 def _worth(scores: Floats, overlaps: Floats) -> Floats:
     """Return what decides which of several predictions of a place is shown."""
-    return (
-        scores * overlaps + np.float32(1e-4) * scores
-    )  # the score alone where nothing is overlapped
+    # The score alone decides where nothing is overlapped.
+    return np.asarray(scores * overlaps + 1e-4 * scores, np.float32)
 
 
 def _best_of_cells(
