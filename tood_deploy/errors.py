@@ -107,6 +107,7 @@ PACKAGES = {  # by the name that is imported
     "psutil": Package("psutil", ("eval",)),
     "pycocotools": Package("pycocotools", ("eval", "train")),
     "scipy": Package("scipy", ("eval",)),
+    "mlperf_loadgen": Package("mlcommons-loadgen", ("scenario",)),
     "httptools": Package("httptools", ("serve",)),
     "prometheus_client": Package("prometheus-client", ("serve",)),
     "python_multipart": Package("python-multipart", ("serve",)),
