@@ -20,7 +20,7 @@ from robustness.kills import LIMITS, Kills
 from robustness.table import failures, markdown_report, table
 
 FOLDER = Path(".robustness")
-COMMANDS = {"infer": 60, "openvino": 25, "triton": 25, "eval": 30, "train": 25, "bench": 15}
+COMMANDS = {"infer": 60, "openvino": 15, "triton": 40, "eval": 40, "train": 35, "bench": 10}
 KILL_SHARES = {f"kill {name}": share for name, share in COMMANDS.items()}
 KILL_SHARES |= {f"signal {name}": share // 3 for name, share in COMMANDS.items()}
 LIMIT_SHARES = {f"{limit} {name}": 1 for limit in LIMITS for name in COMMANDS}

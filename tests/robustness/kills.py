@@ -29,8 +29,8 @@ from tood_deploy.manifest import mismatch, read_manifest
 
 SIGNALS = {signal.SIGTERM: 143, signal.SIGHUP: 129, signal.SIGINT: 130}
 LIMIT_S = 400.0
-HANDLES = 40  # at most so many more than are open at the start
-MEMORY = 1500 * 2**20  # at most so much more address space
+HANDLES = 12  # at most so many more than are open at the start
+MEMORY = 500 * 2**20  # at most so much more address space
 DISK = 2 * 2**20  # the largest file, at most
 SOAK_MB, SOAK_HANDLES, SOAK_THREADS = 20, 2, 2  # between a fifth of a soak and its end
 
