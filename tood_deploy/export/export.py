@@ -115,6 +115,8 @@ def run_export(
         return _serve(config, Path(config.source), None, reporter)
     images = read_images(config.verify_images, MAX_VERIFY_IMAGES) if config.verify_images else []
     with _no_empty_folder(config.place.parent):
+        if config.to == "torch":
+            return _write_torch(config, images, reporter)
         artefact, reference = _float32_artefact(config, images, annotated, reporter)
         profiles = _choose_profiles(config, reference, reporter)
         ap = annotated.measure(artefact) if annotated else None
@@ -171,13 +173,7 @@ def _float32_artefact(
     if config.from_onnx:
         artefact = read_onnx(Path(config.source))
         return artefact, onnx_reference(_runnable(artefact))
-    options = config.checkpoint
-    reporter.info(f"{config.source}: loading the checkpoint")
-    with timed("checkpoint"):
-        model = load_checkpoint(
-            config.source, **options.load, imgsz=options.imgsz, reporter=reporter
-        )
-    reporter.info(f"{config.source}: {describe_preset(model.preset)}")
+    options, model = config.checkpoint, _load(config, reporter)
     max_det = model.preset.max_det if options.max_det is None else options.max_det
     _check_loaded(config, model, max_det, annotated)
     artefact = onnx_from_checkpoint(
@@ -188,6 +184,18 @@ def _float32_artefact(
         reporter=reporter,
     )
     return artefact, torch_reference(model, max_det)
+
+
+def _load(config: ExportConfig, reporter: Reporter) -> DenseDetector:
+    """Return the network of the checkpoint that is exported."""
+    options = config.checkpoint
+    reporter.info(f"{config.source}: loading the checkpoint")
+    with timed("checkpoint"):
+        model = load_checkpoint(
+            config.source, **options.load, imgsz=options.imgsz, reporter=reporter
+        )
+    reporter.info(f"{config.source}: {describe_preset(model.preset)}")
+    return model
 
 
 def _runnable(artefact: OnnxArtefact) -> OnnxArtefact:
@@ -397,6 +405,22 @@ def _convert(
         ap=None if config.to == "openvino" else ap,
         reporter=reporter,
     )
+
+
+def _write_torch(config: ExportConfig, images: Images, reporter: Reporter) -> ExportResult:
+    """Write a .pt2, which is traced from the network itself, not made from the ONNX graph."""
+    from tood_deploy.export.to_torch import export_torch
+
+    manifest = export_torch(
+        _load(config, reporter),
+        config.place,
+        precision=config.precision.precision,
+        max_det=config.checkpoint.max_det,
+        calib_data=config.precision.calib_data,
+        verify_images=images,
+        reporter=reporter,
+    )
+    return ExportResult(config.place, manifest)
 
 
 def _write_onnx(config: ExportConfig, prepared: PreparedExport, reporter: Reporter) -> ExportResult:
