@@ -16,7 +16,6 @@ from tood_deploy.cli.common import (
     add_runtime_options,
     add_slicing,
     add_thresholds,
-    check_fast_torch,
     class_options,
     is_artefact,
     load_options,
@@ -330,6 +329,23 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     if not is_artefact(args.model):
         check_fast_torch(args.model, chosen)
     return options | chosen | ({"threads": args.threads} if args.threads is not None else {})
+
+
+def check_fast_torch(model: str, chosen: dict[str, Any]) -> None:
+    """Refuse runtime options that a checkpoint, which PyTorch runs, does not have.
+
+    Args:
+        model: as given to the command.
+        chosen: what `runtime_options` gave.
+
+    Raises:
+        ToodError: there are such options.
+    """
+    if "self_test" in chosen or chosen.get("runtime", "torch") != "torch":
+        raise ToodError(
+            f"{model}: a checkpoint is run by PyTorch, and has no self-test; give --runtime torch "
+            "or leave --runtime out, leave --no-self-test out, or export it first"
+        )
 
 
 def check_bytes(args: argparse.Namespace) -> None:

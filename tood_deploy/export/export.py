@@ -8,8 +8,7 @@ the last step, which alone writes. What only some targets need is imported where
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
@@ -33,6 +32,7 @@ from tood_deploy.export.preflight import MAX_VERIFY_IMAGES, check_deform, needs_
 from tood_deploy.export.result import ExportResult, describe_preset
 from tood_deploy.export.timings import timed
 from tood_deploy.export.to_onnx import OPSET
+from tood_deploy.files import no_empty_folder
 from tood_deploy.graph_io import INNER_VALUES, ONNX_SUFFIX, Target
 from tood_deploy.manifest import Manifest
 from tood_deploy.manifest_sections import Build, Parity
@@ -114,9 +114,11 @@ def run_export(
         reporter.info(f"{config.source}: copying the engine into {config.place}")
         return _serve(config, Path(config.source), None, reporter)
     images = read_images(config.verify_images, MAX_VERIFY_IMAGES) if config.verify_images else []
-    with _no_empty_folder(config.place.parent):
+    with no_empty_folder(config.place.parent):
         if config.to == "torch":
-            return _write_torch(config, images, reporter)
+            from tood_deploy.export.to_torch import write_torch
+
+            return write_torch(config, _load(config, reporter), images, reporter)
         artefact, reference = _float32_artefact(config, images, annotated, reporter)
         profiles = _choose_profiles(config, reference, reporter)
         ap = annotated.measure(artefact) if annotated else None
@@ -152,18 +154,6 @@ def _finish(
     reporter.info(f"{config.place}: {_STEPS[config.to]}")
     with timed("target"):
         return _WRITERS[config.to](config, prepared, reporter)
-
-
-@contextmanager
-def _no_empty_folder(folder: Path) -> Iterator[None]:
-    """Leave no folder behind that was made for the output, if nothing came into it."""
-    new = not folder.exists()
-    try:
-        yield
-    finally:
-        if new:
-            with suppress(OSError):  # it was never made, or there is something in it
-                folder.rmdir()
 
 
 def _float32_artefact(
@@ -405,22 +395,6 @@ def _convert(
         ap=None if config.to == "openvino" else ap,
         reporter=reporter,
     )
-
-
-def _write_torch(config: ExportConfig, images: Images, reporter: Reporter) -> ExportResult:
-    """Write a .pt2, which is traced from the network itself, not made from the ONNX graph."""
-    from tood_deploy.export.to_torch import export_torch
-
-    manifest = export_torch(
-        _load(config, reporter),
-        config.place,
-        precision=config.precision.precision,
-        max_det=config.checkpoint.max_det,
-        calib_data=config.precision.calib_data,
-        verify_images=images,
-        reporter=reporter,
-    )
-    return ExportResult(config.place, manifest)
 
 
 def _write_onnx(config: ExportConfig, prepared: PreparedExport, reporter: Reporter) -> ExportResult:

@@ -34,9 +34,11 @@ from tood_deploy.engines.torch_program import (
     read_program,
 )
 from tood_deploy.errors import OutputError, ToodError
+from tood_deploy.export.config import ExportConfig
 from tood_deploy.export.graph import inner_values
 from tood_deploy.export.graph_cache import Say, describe
 from tood_deploy.export.precision.convert import images_to_verify
+from tood_deploy.export.result import ExportResult
 from tood_deploy.export.timings import timed
 from tood_deploy.export.to_onnx import EXAMPLE_BATCH, EXAMPLE_H, EXAMPLE_W, quiet_exporter
 from tood_deploy.files import atomic_path, atomic_paths, home_folder
@@ -165,6 +167,32 @@ def export_torch(
         manifest = manifest.with_artefact(written)
         described.write_text(manifest.to_json(), encoding="utf-8")
     return manifest
+
+
+def write_torch(
+    config: ExportConfig,
+    model: DenseDetector,
+    images: Sequence[NDArray[np.uint8]],
+    reporter: Reporter,
+) -> ExportResult:
+    """Carry out an export to PyTorch.
+
+    Args:
+        config: what is asked for.
+        model: the network of its checkpoint.
+        images: (H, W, 3) uint8 BGR, to verify on in addition to the built-in ones.
+        reporter: of every step.
+    """
+    manifest = export_torch(
+        model,
+        config.place,
+        precision=config.precision.precision,
+        max_det=config.checkpoint.max_det,
+        calib_data=config.precision.calib_data,
+        verify_images=images,
+        reporter=reporter,
+    )
+    return ExportResult(config.place, manifest)
 
 
 def _versions() -> dict[str, str]:
