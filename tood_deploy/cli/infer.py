@@ -106,6 +106,12 @@ def add_inference_options(parser: argparse.ArgumentParser) -> None:
     )
     add_fast_decode(parser)
     parser.add_argument(
+        "--device-resize",
+        action="store_true",
+        help="resize and pad images where the model runs, in PyTorch's fast form; pixels differ by "
+        "one grey level at most",
+    )
+    parser.add_argument(
         "--max-pixels",
         type=int,
         default=200_000_000,
@@ -252,6 +258,7 @@ def infer_command(argv: Sequence[str] | None = None) -> int:
     many = source.kind == "video" or len(source.names) > 1 or options["slicing"]
     if takes_hint(args.model, args) and source.kind != "live" and many:
         options["hint"] = "throughput"  # nobody waits for a single frame
+    options["device_resize"] = args.device_resize
     with Detector(args.model, **options, **engine_options(args)) as detector:
         if is_artefact(args.model) and (
             doubt := doubts(Path(args.model), detector.engine.manifest)
