@@ -34,13 +34,7 @@ from tood_deploy.errors import (
 )
 from tood_deploy.files import MAX_NAME_BYTES
 from tood_deploy.graph_io import ARTEFACT_SUFFIXES
-from tood_deploy.reporter import (
-    Reporter,
-    drop_stdout,
-    printable,
-    show_artefact_warnings,
-    stdout_errors,
-)
+from tood_deploy.reporter import Reporter, drop_stdout, printable, show_own_warnings, stdout_errors
 
 COMMANDS = {
     "tood-export": "Turn a TOOD checkpoint into an artefact with pre- and post-processing inside, "
@@ -90,7 +84,7 @@ def run_command(
     ends_process = argv is None
     with library_lines(ends_process), stopping_signals(ends_process), warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")  # decoding says what is wrong
-        show_artefact_warnings()
+        show_own_warnings()
         try:
             code = _exit_code(work)
         except SystemExit as left:  # after --help, --version or wrong use
