@@ -474,23 +474,6 @@ def runtime_options(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def check_fast_torch(model: str, chosen: dict[str, Any]) -> None:
-    """Refuse runtime options that a checkpoint, which PyTorch runs, does not have.
-
-    Args:
-        model: as given to the command.
-        chosen: what `runtime_options` gave.
-
-    Raises:
-        ToodError: there are such options.
-    """
-    if "self_test" in chosen or chosen.get("runtime", "torch") != "torch":
-        raise ToodError(
-            f"{model}: a checkpoint is run by PyTorch, and has no self-test; give --runtime torch "
-            "or leave --runtime out, leave --no-self-test out, or export it first"
-        )
-
-
 def is_artefact(model: str) -> bool:
     """Return whether a model argument names an exported artefact, no checkpoint or preset."""
     return Path(model).suffix.lower() in ARTEFACT_SUFFIXES

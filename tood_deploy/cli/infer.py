@@ -16,7 +16,6 @@ from tood_deploy.cli.common import (
     add_runtime_options,
     add_slicing,
     add_thresholds,
-    check_fast_torch,
     class_options,
     is_artefact,
     load_options,
@@ -106,6 +105,12 @@ def add_inference_options(parser: argparse.ArgumentParser) -> None:
         help="run an artefact that is not the file its manifest describes, with a warning",
     )
     add_fast_decode(parser)
+    parser.add_argument(
+        "--device-resize",
+        action="store_true",
+        help="resize and pad images where the model runs, in PyTorch's fast form; pixels differ by "
+        "one grey level at most",
+    )
     parser.add_argument(
         "--max-pixels",
         type=int,
@@ -253,6 +258,7 @@ def infer_command(argv: Sequence[str] | None = None) -> int:
     many = source.kind == "video" or len(source.names) > 1 or options["slicing"]
     if takes_hint(args.model, args) and source.kind != "live" and many:
         options["hint"] = "throughput"  # nobody waits for a single frame
+    options["device_resize"] = args.device_resize
     with Detector(args.model, **options, **engine_options(args)) as detector:
         if is_artefact(args.model) and (
             doubt := doubts(Path(args.model), detector.engine.manifest)
@@ -330,6 +336,23 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     if not is_artefact(args.model):
         check_fast_torch(args.model, chosen)
     return options | chosen | ({"threads": args.threads} if args.threads is not None else {})
+
+
+def check_fast_torch(model: str, chosen: dict[str, Any]) -> None:
+    """Refuse runtime options that a checkpoint, which PyTorch runs, does not have.
+
+    Args:
+        model: as given to the command.
+        chosen: what `runtime_options` gave.
+
+    Raises:
+        ToodError: there are such options.
+    """
+    if "self_test" in chosen or chosen.get("runtime", "torch") != "torch":
+        raise ToodError(
+            f"{model}: a checkpoint is run by PyTorch, and has no self-test; give --runtime torch "
+            "or leave --runtime out, leave --no-self-test out, or export it first"
+        )
 
 
 def check_bytes(args: argparse.Namespace) -> None:

@@ -13,12 +13,12 @@ from tood_deploy.cli.common import (
     add_device,
     add_model_options,
     add_runtime_options,
-    check_fast_torch,
     is_artefact,
     load_options,
     runtime_options,
     takes_hint,
 )
+from tood_deploy.cli.infer import check_fast_torch
 from tood_deploy.errors import CheckFailed, ToodError
 
 SCENARIOS = {
