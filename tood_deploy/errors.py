@@ -152,6 +152,8 @@ PACKAGES = {  # by the name that is imported
     "matplotlib": Package("matplotlib", ("eval", "export", "train")),
     "psutil": Package("psutil", ("eval",)),
     "pycocotools": Package("pycocotools", ("eval", "train")),
+    "scipy": Package("scipy", ("eval",)),
+    "mlperf_loadgen": Package("mlcommons-loadgen", ("scenario",)),
     "httptools": Package("httptools", ("serve",)),
     "prometheus_client": Package("prometheus-client", ("serve",)),
     "python_multipart": Package("python-multipart", ("serve",)),

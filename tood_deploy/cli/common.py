@@ -293,17 +293,24 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_runtime_options(parser: argparse._ActionsContainer) -> None:
-    """Add the options of every command that runs an exported artefact; None where not given."""
+    """Add the options of every command that chooses a runtime; None where not given."""
     parser.add_argument(
         "--runtime",
         choices=tuple(RUNTIMES),
-        help="what runs an artefact (default: by its name's ending)",
+        help="what runs an artefact (default: by its name's ending); torch runs a checkpoint in "
+        "PyTorch's fast form",
     )
     parser.add_argument(
         "--precision",
-        choices=("fp32", "bf16"),
-        help="OpenVINO alone: of all that is not quantised "
-        "(default: what the artefact was made for)",
+        choices=("fp32", "bf16", "fp16"),
+        help="OpenVINO: of all that is not quantised (default: what the artefact was made for); "
+        "PyTorch: of a checkpoint's network (default: fp32)",
+    )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        default=None,
+        help="PyTorch: compile kernels for each shape of images, at its first batch",
     )
     parser.add_argument(
         "--no-self-test",
@@ -461,9 +468,27 @@ def runtime_options(args: argparse.Namespace) -> dict[str, Any]:
     options = {
         "runtime": args.runtime,
         "precision": args.precision,
+        "compile": args.compile,
         "self_test": False if args.no_self_test else None,
     }
     return {name: value for name, value in options.items() if value is not None}
+
+
+def check_fast_torch(model: str, chosen: dict[str, Any]) -> None:
+    """Refuse runtime options that a checkpoint, which PyTorch runs, does not have.
+
+    Args:
+        model: as given to the command.
+        chosen: what `runtime_options` gave.
+
+    Raises:
+        ToodError: there are such options.
+    """
+    if "self_test" in chosen or chosen.get("runtime", "torch") != "torch":
+        raise ToodError(
+            f"{model}: a checkpoint is run by PyTorch, and has no self-test; give --runtime torch "
+            "or leave --runtime out, leave --no-self-test out, or export it first"
+        )
 
 
 def is_artefact(model: str) -> bool:
