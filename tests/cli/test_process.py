@@ -16,7 +16,7 @@ from tood_deploy.reporter import Reporter
 WRITER = """
 import sys, time
 from pathlib import Path
-from tood_deploy.cli.common import run_command
+from tood_deploy.cli.common import (run_command,)
 from tood_deploy.files import atomic_path
 
 def work(argv):
@@ -78,7 +78,7 @@ def test_the_handlers_of_a_program_come_back() -> None:
 
 PRINTER = """
 import sys
-from tood_deploy.cli.common import run_command
+from tood_deploy.cli.common import (run_command,)
 from tood_deploy.reporter import Reporter
 
 def work(argv):
@@ -165,7 +165,7 @@ def test_results_and_files_come_through(tmp_path: Path, capsys: pytest.CaptureFi
 
 NOISY = """
 import os, sys
-from tood_deploy.cli.common import run_command
+from tood_deploy.cli.common import (run_command,)
 from tood_deploy.reporter import Reporter
 
 def work(argv):

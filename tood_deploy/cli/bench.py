@@ -13,16 +13,19 @@ from typing import Any
 from tood_deploy.cli.common import (
     DONE,
     CommandParser,
-    add_device,
     add_model_options,
-    add_runtime_options,
-    add_slicing,
     is_artefact,
     load_options,
     run_command,
+)
+from tood_deploy.cli.detection import (
+    add_device,
+    add_hint,
+    add_runtime_options,
+    add_slicing,
+    hint_options,
     runtime_options,
     slicing_options,
-    takes_hint,
 )
 from tood_deploy.cli.files import check_written, model_files
 from tood_deploy.errors import CheckFailed, ToodError, naming_extras
@@ -153,6 +156,7 @@ def _add_video(parser: argparse.ArgumentParser) -> None:
     _add_thresholds(parser, conf=0.3)
     add_slicing(parser)
     _add_shared(parser, "video")
+    add_hint(parser, default="throughput")
 
 
 def _add_parity(parser: argparse.ArgumentParser) -> None:
@@ -308,7 +312,7 @@ def video_command(args: argparse.Namespace, command: str) -> int:
     options = {name: getattr(args, name) for name in ("conf", "iou", "imgsz", "device")}
     options |= {} if args.threads is None else {"threads": args.threads}
     options |= options_by_model(args, [args.model])[args.model] | _slicing(args)
-    options |= {"hint": "throughput"} if takes_hint(args.model, args) else {}
+    options |= hint_options(args.model, args, several=True)
     plan = VideoPlan(args.clip, args.batch, args.limit, encode=not args.no_encode)
     reporter = Reporter(args.quiet)
     with Detector(args.model, **options) as detector:

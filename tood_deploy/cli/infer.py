@@ -10,19 +10,22 @@ from tood_deploy.cli.common import (
     DONE,
     FAILED_CHECK,
     CommandParser,
+    add_model_options,
+    is_artefact,
+    load_options,
+    run_command,
+)
+from tood_deploy.cli.detection import (
     add_device,
     add_fast_decode,
-    add_model_options,
+    add_hint,
     add_runtime_options,
     add_slicing,
     add_thresholds,
     class_options,
-    is_artefact,
-    load_options,
-    run_command,
+    hint_options,
     runtime_options,
     slicing_options,
-    takes_hint,
 )
 from tood_deploy.cli.files import model_files
 from tood_deploy.errors import ArtefactError, ToodError
@@ -36,6 +39,7 @@ gives the latest frame whenever the model is free, counts those it drops, and is
 where it is lost (see --reconnect).
 """
 if TYPE_CHECKING:
+    from tood_deploy.inference.frame import Source
     from tood_deploy.inference.video_writer import VideoEncoding
 
 OPENCV_PIXEL_LIMIT = 2**30
@@ -98,6 +102,7 @@ def add_inference_options(parser: argparse.ArgumentParser) -> None:
         "--threads", type=int, metavar="N", help="CPU threads of one inference (default: all cores)"
     )
     add_runtime_options(parser)
+    add_hint(parser, default="throughput for more than one image")
     parser.add_argument(
         "--allow-mismatch",
         action="store_true",
@@ -248,9 +253,7 @@ def infer_command(argv: Sequence[str] | None = None) -> int:
     outputs.check_files(source, model_files(args.model, args.classes))
     options = detector_options(args)
     check_bytes(args)
-    many = source.kind == "video" or len(source.names) > 1 or options["slicing"]
-    if takes_hint(args.model, args) and source.kind != "live" and many:
-        options["hint"] = "throughput"  # nobody waits for a single frame
+    options |= source_hint(args, source, sliced=options["slicing"] is not None)
     with Detector(args.model, **options, **engine_options(args)) as detector:
         if is_artefact(args.model) and (
             doubt := doubts(Path(args.model), detector.engine.manifest)
@@ -260,6 +263,26 @@ def infer_command(argv: Sequence[str] | None = None) -> int:
     if source.skipped and source.kind != "live":  # a lost connection has been told
         reporter.problem(f"failed: {source.skipped} images or frames could not be read")
     return FAILED_CHECK if source.skipped else DONE
+
+
+def source_hint(args: argparse.Namespace, source: "Source", *, sliced: bool) -> dict[str, Any]:
+    """Return how the engine shares its cores, for what is read.
+
+    Args:
+        args: the command's arguments.
+        source: what is read.
+        sliced: whether an image is several inputs of the network.
+
+    Raises:
+        ToodError: throughput is asked for where frames are run one at a time; a checkpoint.
+    """
+    if source.kind == "live" and args.hint == "throughput":
+        raise ToodError(
+            f"{source.names[0]}: of a camera or stream the latest frame is run, one at a time; "
+            "leave --hint throughput out"
+        )
+    many = source.kind == "video" or len(source.names) > 1 or sliced
+    return hint_options(args.model, args, several=many and source.kind != "live")
 
 
 def video_options(args: argparse.Namespace) -> dict[str, Any]:

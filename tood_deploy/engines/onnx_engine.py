@@ -11,14 +11,17 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from tood_deploy.engines.base import BatchDetections, Engine, Hint, check_hint
+from tood_deploy.engines.base import BatchDetections, Engine, check_hint
+from tood_deploy.engines.open import Hint
 from tood_deploy.engines.precision_support import saturates_in_onnxruntime, why_not_on_cpus
 from tood_deploy.errors import ArtefactError, DeviceError, ToodError
 from tood_deploy.graph_io import INPUTS, OUTPUTS, graph_feeds
 from tood_deploy.manifest import METADATA_KEY, Manifest, manifest_path, read_manifest
 from tood_deploy.onnx_file import CPU, first_line, open_session, run_session
 
-STREAMS = 2  # more would hold more memory and keep a pair of cores no busier
+# Batches side by side with the hint throughput: every one holds its own memory, and what one thread
+# of four waits for is little.
+CORES_A_STREAM, FEWEST_STREAMS, MOST_STREAMS = 4, 2, 8
 PROVIDERS = {"cpu": CPU, "cuda": "CUDAExecutionProvider"}
 
 
@@ -40,9 +43,9 @@ class OnnxEngine(Engine):
             path: the .onnx file.
             device: "cpu" or "cuda" (needs onnxruntime-gpu; never falls back to the CPU).
             threads: on the CPU, of all inferences together; the number of cores where not given.
-            hint: "latency": all threads work on one batch; "throughput", on the CPU: two batches
-                run beside one another (`in_flight`), whose threads need not wait for each other
-                after every layer.
+            hint: "latency": all threads work on one batch; "throughput", on the CPU: two to eight
+                batches, one for four cores, run beside one another (`in_flight`), whose threads
+                need not wait for each other after every layer.
             float_arithmetic: compute quantised layers as their Q/DQ nodes define them, in float32;
                 what is quantised for TensorRT is compared so (`needs_float_arithmetic`).
 
@@ -66,12 +69,13 @@ class OnnxEngine(Engine):
         if device == "cpu":
             _check_precision(path)
         cores = _cores() if threads is None else threads
-        side_by_side = hint == "throughput" and cores >= STREAMS
+        side_by_side = hint == "throughput" and cores >= FEWEST_STREAMS
+        streams = streams_of(cores)
         # Who calls a session works for it; its own threads are one less than its number of threads.
         self.session = _open_session(
             path,
             provider,
-            cores - STREAMS + 1 if side_by_side else threads,
+            cores - streams + 1 if side_by_side else threads,
             float_arithmetic=float_arithmetic,
         )
         if self.session.get_providers()[0] != provider:
@@ -82,8 +86,8 @@ class OnnxEngine(Engine):
         self.manifest = _session_manifest(self.session, path)
         self.device = device
         self.name = f"ONNX Runtime {ort.__version__}"
-        self._callers = ThreadPoolExecutor(STREAMS, "onnxruntime") if side_by_side else None
-        self.in_flight = STREAMS if side_by_side else 1
+        self._callers = ThreadPoolExecutor(streams, "onnxruntime") if side_by_side else None
+        self.in_flight = streams if side_by_side else 1
         # Who calls a session does the work of the threads that a fork has left behind.
         self.survives_fork = device == "cpu" and not side_by_side
 
@@ -120,6 +124,11 @@ class OnnxEngine(Engine):
         if (callers := vars(self).pop("_callers", None)) is not None:
             callers.shutdown()
         vars(self).pop("session", None)
+
+
+def streams_of(cores: int) -> int:
+    """Return how many batches run side by side on so many cores, with the hint throughput."""
+    return min(max(cores // CORES_A_STREAM, FEWEST_STREAMS), MOST_STREAMS)
 
 
 def _cores() -> int:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 CHECKPOINT_SUFFIXES = (".pth", ".pt", ".safetensors")
 CHECKPOINT_OPTIONS = ("threads", "preset", "class_names", "convention", "weights_key")
 DEVICES = ("cpu", "cuda")
+Hint = Literal["latency", "throughput"]  # work on one batch at a time, or on several
+HINTS: tuple[Hint, ...] = ("latency", "throughput")
 Verify = Literal["warn", "strict", "off"]
 VERIFY: tuple[Verify, ...] = ("warn", "strict", "off")
 
