@@ -49,17 +49,24 @@ def device_from(text: str) -> str:
 
 
 def add_runtime_options(parser: argparse._ActionsContainer) -> None:
-    """Add the options of every command that runs an exported artefact; None where not given."""
+    """Add the options of every command that chooses a runtime; None where not given."""
     parser.add_argument(
         "--runtime",
         choices=tuple(RUNTIMES),
-        help="what runs an artefact (default: by its name's ending)",
+        help="what runs an artefact (default: by its name's ending); torch runs a checkpoint in "
+        "PyTorch's fast form",
     )
     parser.add_argument(
         "--precision",
-        choices=("fp32", "bf16"),
-        help="OpenVINO alone: of all that is not quantised "
-        "(default: what the artefact was made for)",
+        choices=("fp32", "bf16", "fp16"),
+        help="OpenVINO: of all that is not quantised (default: what the artefact was made for); "
+        "PyTorch: of a checkpoint's network (default: fp32)",
+    )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        default=None,
+        help="PyTorch: compile kernels for each shape of images, at its first batch",
     )
     parser.add_argument(
         "--no-self-test",
@@ -232,6 +239,7 @@ def runtime_options(args: argparse.Namespace) -> dict[str, Any]:
     options = {
         "runtime": args.runtime,
         "precision": args.precision,
+        "compile": args.compile,
         "self_test": False if args.no_self_test else None,
     }
     return {name: value for name, value in options.items() if value is not None}
@@ -267,3 +275,20 @@ def takes_hint(model: str, args: argparse.Namespace) -> bool:
     """
     runtimes = [args.runtime] if args.runtime else runtimes_for(Path(model))
     return bool(runtimes) and (args.device or "cpu") in RUNTIMES[runtimes[0]].side_by_side_on
+
+
+def check_fast_torch(model: str, chosen: dict[str, Any]) -> None:
+    """Refuse runtime options that a checkpoint, which PyTorch runs, does not have.
+
+    Args:
+        model: as given to the command.
+        chosen: what `runtime_options` gave.
+
+    Raises:
+        ToodError: there are such options.
+    """
+    if "self_test" in chosen or chosen.get("runtime", "torch") != "torch":
+        raise ToodError(
+            f"{model}: a checkpoint is run by PyTorch, and has no self-test; give --runtime torch "
+            "or leave --runtime out, leave --no-self-test out, or export it first"
+        )

@@ -22,6 +22,7 @@ from tood_deploy.cli.detection import (
     add_runtime_options,
     add_slicing,
     add_thresholds,
+    check_fast_torch,
     class_options,
     hint_options,
     runtime_options,
@@ -51,7 +52,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="an artefact of tood-export (.onnx, .xml, .engine), a checkpoint, or a preset's name",
+        help="an artefact of tood-export (.onnx, .xml, .engine, .pt2), a checkpoint, or a preset's "
+        "name",
     )
     parser.add_argument(
         "source",
@@ -348,11 +350,8 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
             "leave --preset, --classes, --convention, --weights-key out"
         )
     chosen = runtime_options(args)
-    if chosen and not is_artefact(args.model):
-        raise ToodError(
-            f"{args.model}: a checkpoint is run by PyTorch in float32; leave --runtime, "
-            "--precision, --no-self-test out, or export it first"
-        )
+    if not is_artefact(args.model):
+        check_fast_torch(args.model, chosen)
     return options | chosen | ({"threads": args.threads} if args.threads is not None else {})
 
 
