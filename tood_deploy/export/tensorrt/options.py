@@ -187,7 +187,8 @@ class SizeOptions:
         None,
         "--shapes",
         "padded image sizes, 1 to 6, or auto with --images (default: landscape and portrait of "
-        "--imgsz)",
+        "--imgsz); for sliced images the size of a slice, then that of the whole image, such as "
+        "640x640,480x640",
         parse=shapes_or_auto,
         metavar="HxW,...",
     )
