@@ -248,3 +248,60 @@ def test_latency_of_images_in_slices(
     shutil.rmtree("latency-report")
     assert_one_line(run("latency", checkpoints[0], "--overlap", "0.1"), "--overlap", "--slice")
     assert_one_line(run("video", checkpoints[0], "c.mp4", "--slice", "0"), "0", "positive")
+
+
+class TestScenario:
+    """Options and exit codes; what is measured is in tests/benchmark/scenario."""
+
+    @pytest.fixture(autouse=True)
+    def load_gen(self) -> None:
+        pytest.importorskip("mlperf_loadgen", reason="needs the extra scenario")
+
+    def test_bad_input(self, run: Callable, checkpoints: tuple[Path, Path]) -> None:
+        sound = checkpoints[0]
+        for options, words in (
+            (("--batch", 0), ("--batch is 0",)),
+            (("--workers", -1), ("--workers is -1",)),
+            (("--delay-ms", "nan"), ("--delay-ms is nan",)),
+            (("--min-queries", 0), ("--min-queries is 0", "positive")),
+            (("--latency-ms", -5), ("--latency-ms is -5",)),
+            (("--rate", 0), ("--rate is 0",)),
+            (("--annotations", "a.json"), ("a.json", "--reference")),
+            (("--reference-ap", 40), ("--annotations",)),
+            (("--images", "none"), ("none: no such folder",)),
+        ):
+            assert_one_line(run("scenario", "server", sound, *options), *words)
+
+    @pytest.mark.slow
+    def test_a_rate_with_its_accuracy(
+        self, run: Callable, checkpoints: tuple[Path, Path], tmp_path: Path
+    ) -> None:
+        """The whole of it, also that a model which is off does not have the accuracy."""
+        sound, off = checkpoints
+        write_image(tmp_path / "images" / "a.png")
+        content = {
+            "images": [{"id": 7, "file_name": "a.png", "width": 64, "height": 48}],
+            "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}],
+            "annotations": [
+                {"id": 1, "image_id": 7, "category_id": 1, "bbox": [8, 8, 16, 16], "area": 256}
+            ],
+        }
+        annotations = tmp_path / "a.json"
+        annotations.write_text(json.dumps(content))
+        short = ("--min-seconds", 0.1, "--min-queries", 3, "--warmup-seconds", 0, "--rate", 20)
+        options = ("--images", tmp_path / "images", "--from", "bytes", "--latency-ms", 60000)
+        truth = ("--annotations", annotations, "--reference", sound)
+        code, _, err = run("scenario", "server", off, *options, *truth, *short, *SMALL)
+        # Three queries are too few for early stopping.
+        assert code == 1
+        assert "more queries" in err
+        values = json.loads(Path("scenario-report/scenario.json").read_text())
+        assert values["accuracy"]["percent"] == 99
+        assert values["outcome"]["settings"]["scenario"] == "Server"
+        assert Path("scenario-report/loadgen/mlperf_log_summary.txt").is_file()
+
+    @pytest.mark.slow
+    def test_a_model_that_cannot_be_opened(self, run: Callable) -> None:
+        code, out, err = run("scenario", "single", "none.onnx")
+        assert (code, out) == (2, "")
+        assert err.splitlines()[-1].startswith("error: none.onnx: no such file")

@@ -1,4 +1,4 @@
-"""tood-bench: latency, video throughput, and parity with PyTorch. Parses arguments, nothing else.
+"""tood-bench: latency, video throughput, parity with PyTorch, scenarios. Parses, nothing else.
 
 Arguments come in; `LatencyPlan`, `ParityConfig` and a `Detector` go to `benchmark`.
 """
@@ -13,24 +13,32 @@ from typing import Any
 from tood_deploy.cli.common import (
     DONE,
     CommandParser,
-    add_device,
-    add_model_options,
-    add_runtime_options,
     add_slicing,
     is_artefact,
     load_options,
     run_command,
-    runtime_options,
     slicing_options,
     takes_hint,
 )
 from tood_deploy.cli.files import check_written, model_files
+from tood_deploy.cli.scenario import (
+    SCENARIO_EPILOG,
+    add_bench_options,
+    add_bench_thresholds,
+    add_scenario,
+    options_by_model,
+)
 from tood_deploy.errors import CheckFailed, ToodError, naming_extras
 
 PARITY_SIZES = ("64x64", "320x320", "640x384", "384x640", "1344x1344")
 BASELINE = "eager PyTorch"
 # Extras that each command always needs.
-EXTRAS = {"latency": ("eval",), "video": ("eval",), "parity": ("eval", "export")}
+EXTRAS = {
+    "latency": ("eval",),
+    "video": ("eval",),
+    "parity": ("eval", "export"),
+    "scenario": ("eval", "scenario"),
+}
 
 # Options of limits: name, metavar, help.
 LIMITS = (
@@ -61,7 +69,7 @@ Times of a busy machine mean little: what other processes took is measured and r
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of tood-bench."""
     parser = CommandParser(
-        prog="tood-bench", description="Latency, video throughput, and parity with PyTorch."
+        prog="tood-bench", description="Latency, video throughput, parity with PyTorch, scenarios."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_latency(
@@ -77,6 +85,13 @@ def build_parser() -> argparse.ArgumentParser:
             "parity",
             help="compare artefacts with a checkpoint, stage by stage",
             epilog=PARITY_EPILOG,
+        )
+    )
+    add_scenario(
+        commands.add_parser(
+            "scenario",
+            help="measure a model as MLPerf Inference does: single, multi, server, offline",
+            epilog=SCENARIO_EPILOG,
         )
     )
     return parser
@@ -123,7 +138,7 @@ def _add_latency(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="longest warm-up of each kind of call (default: 20)",
     )
-    _add_thresholds(parser, conf=0.3)
+    add_bench_thresholds(parser, conf=0.3)
     add_slicing(parser)
     parser.add_argument(
         "--ap",
@@ -132,7 +147,7 @@ def _add_latency(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL=P",
         help="a model's AP, 0 to 100 (default: its manifest's)",
     )
-    _add_shared(parser, "latency")
+    add_bench_options(parser, "latency")
 
 
 def _add_video(parser: argparse.ArgumentParser) -> None:
@@ -150,9 +165,9 @@ def _add_video(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--limit", type=int, metavar="N", help="take the first N frames only")
     parser.add_argument("--no-encode", action="store_true", help="neither draw nor encode")
-    _add_thresholds(parser, conf=0.3)
+    add_bench_thresholds(parser, conf=0.3)
     add_slicing(parser)
-    _add_shared(parser, "video")
+    add_bench_options(parser, "video")
 
 
 def _add_parity(parser: argparse.ArgumentParser) -> None:
@@ -164,7 +179,7 @@ def _add_parity(parser: argparse.ArgumentParser) -> None:
         "models", metavar="MODEL", nargs="+", help="exported artefacts, or other checkpoints"
     )
     _add_images(parser)
-    _add_thresholds(parser, conf=None)
+    add_bench_thresholds(parser, conf=None)
     parser.add_argument(
         "--stages",
         action=argparse.BooleanOptionalAction,
@@ -188,7 +203,7 @@ def _add_parity(parser: argparse.ArgumentParser) -> None:
         "--no-verdict", action="store_true", help="leave the artefacts' manifests as they are"
     )
     _add_limits(parser)
-    _add_shared(parser, "parity")
+    add_bench_options(parser, "parity")
 
 
 def _add_images(parser: argparse.ArgumentParser) -> None:
@@ -218,48 +233,6 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
     for name, metavar, text in LIMITS:
         option = f"--{name.replace('_', '-')}"
         limits.add_argument(option, type=float, metavar=metavar, help=text)
-
-
-def _add_thresholds(parser: argparse.ArgumentParser, *, conf: float | None) -> None:
-    of_model = "the model's own, 0.05 as published"
-    parser.add_argument(
-        "--conf",
-        type=float,
-        default=conf,
-        help=f"score that detections must exceed, 0 to 1 (default: {conf or of_model})",
-    )
-    parser.add_argument(
-        "--iou",
-        type=float,
-        help="overlap above which the weaker of two boxes goes, 0 to 1 "
-        "(default: the model's own, 0.6 as published)",
-    )
-
-
-def _add_shared(parser: argparse.ArgumentParser, name: str) -> None:
-    parser.add_argument(
-        "--imgsz",
-        nargs=2,
-        type=int,
-        metavar=("H", "W"),
-        help="short and long side to fit images to (default: the first model's)",
-    )
-    add_device(parser)
-    parser.add_argument(
-        "--threads", type=int, metavar="N", help="CPU threads of one inference (default: all cores)"
-    )
-    add_runtime_options(parser)
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path(f"{name}-report"),
-        metavar="DIR",
-        help=f"folder for the report (default: {name}-report)",
-    )
-    parser.add_argument(
-        "--quiet", action="store_true", help="no progress, no result on stdout: the files alone"
-    )
-    add_model_options(parser)
 
 
 def latency_command(args: argparse.Namespace, command: str) -> int:
@@ -323,23 +296,6 @@ def _slicing(args: argparse.Namespace) -> dict[str, Any]:
 
     options = slicing_options(args)
     return {} if options is None else {"slicing": Slicing(**options)}
-
-
-def options_by_model(args: argparse.Namespace, models: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Return what each model is opened with, by model.
-
-    Artefacts get the options of runtimes, checkpoints those of checkpoints.
-
-    Raises:
-        ToodError: options of runtimes, and no artefact.
-    """
-    of_artefacts, of_checkpoints = runtime_options(args), load_options(args)
-    if of_artefacts and not any(map(is_artefact, models)):
-        raise ToodError(
-            f"{models[0]}: not an exported artefact; "
-            "leave --runtime, --precision, --no-self-test out, or export it first"
-        )
-    return {model: of_artefacts if is_artefact(model) else of_checkpoints for model in models}
 
 
 def short_names(models: Sequence[str]) -> list[str]:

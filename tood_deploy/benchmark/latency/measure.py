@@ -9,11 +9,11 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from tood_deploy.benchmark.latency.machine import GpuMeter
 from tood_deploy.benchmark.latency.worker import Calls, Case, Failed, Opened, Turn, serve
@@ -22,7 +22,7 @@ from tood_deploy.manifest import artefact_files
 from tood_deploy.reporter import Reporter
 
 SAMPLE_EVERY_S = 0.1
-Answer = TypeVar("Answer", Opened, Turn)
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -106,49 +106,56 @@ class Measurement:
         return sum(file.stat().st_size for file in artefact_files(path)) / 2**20
 
 
-class Worker:
-    """A process that serves one case; a context manager that ends it."""
+class Child:
+    """A process of its own that answers questions; a context manager that ends it."""
 
-    def __init__(self, case: Case, meter: GpuMeter | None) -> None:
-        """Start the process; `meter` looks at the GPU while its answers are waited for."""
-        self.case, self.meter = case, meter
+    def __init__(self, name: str, target: Callable[..., None], *arguments: object) -> None:
+        """Start the process.
+
+        Args:
+            name: of what it measures, for errors.
+            target: takes its end of a connection, and the arguments; see `serve`.
+            *arguments: of the target.
+        """
+        self.name = name
         context = multiprocessing.get_context("spawn")
         self._connection, other = context.Pipe()
-        self._process = context.Process(target=serve, args=(other, case), daemon=True)
+        self._process = context.Process(target=target, args=(other, *arguments), daemon=True)
         self._process.start()
         other.close()
 
+    def ask(self, question: object) -> None:
+        """Send something that it takes."""
+        self._connection.send(question)
+
     def receive(self, kind: type[Answer]) -> Answer:
-        """Return the next answer; look at the GPU meanwhile.
+        """Return the next answer.
 
         Raises:
             ToodError: the process said so, or died.
         """
         try:
             while not self._connection.poll(SAMPLE_EVERY_S):
-                if self.meter is not None:
-                    self.meter.sample()
+                self._wait()
             answer = self._connection.recv()
         except (EOFError, ConnectionError) as error:
             self._process.join()
             code = self._process.exitcode
             raise ToodError(
-                f"{self.case.name}: its process ended with code {code}; "
+                f"{self.name}: its process ended with code {code}; "
                 "-9 means that memory ran out: try a smaller batch"
             ) from error
         if isinstance(answer, Failed):
             if answer.expected:
                 raise ToodError(answer.message)
-            raise RuntimeError(f"{self.case.name}: {answer.message}")
+            raise RuntimeError(f"{self.name}: {answer.message}")
         assert isinstance(answer, kind)
         return answer
 
-    def turn(self, seconds: float) -> Turn:
-        """Let it have its turn, of so many seconds for each kind of call."""
-        self._connection.send(seconds)
-        return self.receive(Turn)
+    def _wait(self) -> None:
+        """Do what is to be done while an answer is waited for."""
 
-    def __enter__(self) -> Worker:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -159,6 +166,24 @@ class Worker:
             self._process.kill()
             self._process.join()
         self._connection.close()
+
+
+class Worker(Child):
+    """A process that serves one case."""
+
+    def __init__(self, case: Case, meter: GpuMeter | None) -> None:
+        """Start the process; `meter` looks at the GPU while its answers are waited for."""
+        self.case, self.meter = case, meter
+        super().__init__(case.name, serve, case)
+
+    def _wait(self) -> None:
+        if self.meter is not None:
+            self.meter.sample()
+
+    def turn(self, seconds: float) -> Turn:
+        """Let it have its turn, of so many seconds for each kind of call."""
+        self.ask(seconds)
+        return self.receive(Turn)
 
 
 def measure(

@@ -335,7 +335,10 @@ def timed_call(engine: Engine) -> Call:
         return _whole_call(engine)
     if isinstance(engine, TimesItself):
         return _self_timed_call(engine)
-    return _bound_call(engine) if hasattr(engine, "session") else _torch_call(engine)
+    if hasattr(engine, "session"):
+        return _bound_call(engine)
+    # PyTorch's fast form is one CUDA graph, which has no steps.
+    return _torch_call(engine) if hasattr(engine, "detector") else _whole_call(engine)
 
 
 def _whole_call(engine: Engine) -> Call:
