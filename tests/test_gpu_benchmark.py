@@ -21,16 +21,16 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # the benchmarks are no part of the package
 
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import static_detector, torch_variants, variants
+from benchmarks.gpu import variants
 from benchmarks.gpu.facts import network_gflop
 from benchmarks.gpu.failures import note_of, status_of
 from benchmarks.gpu.parity import Reference, verdict
 from benchmarks.gpu.settings import Cell, Settings, cells
-from benchmarks.gpu.static_detector import EagerDetector, StaticDetector, convert_network, unpack
-from benchmarks.gpu.torch_variants import Recorded, TorchVariant
+from benchmarks.gpu.torch_variants import EagerVariant, open_variant, resident
 from tood_deploy.data.image_set import synthetic_image
+from tood_deploy.engines import torch_fast
 from tood_deploy.errors import ArtefactError, DeviceError, ToodError
-from tood_deploy.model import build_model, load_checkpoint
+from tood_deploy.model import load_checkpoint
 from tood_deploy.model.detector import DenseDetector
 from tood_deploy.presets import PRESETS
 
@@ -83,12 +83,12 @@ def row_of(
 class TestFlow:
     def test_every_variant_has_a_row_in_every_cell(self, report: dict[str, Any]) -> None:
         names = [(row["how"], row["precision"], row["cell"]) for row in report["rows"]]
-        hows = ("eager", "unrolled, channels last", "CPU", "engine")
+        hows = ("eager", "folded, channels last", "CPU", "engine")
         cells = ("64x96, batch 2", "64x96, batch 1")
         assert sorted(names) == sorted(itertools.product(hows, ("fp32", "bf16"), cells))
 
     def test_measured_rows(self, report: dict[str, Any]) -> None:
-        for how in ("eager", "unrolled, channels last", "CPU"):
+        for how in ("eager", "folded, channels last", "CPU"):
             row = row_of(report, how, "fp32")
             assert row["status"] == "ok"
             assert len(row["call_ms"]) == len(row["whole_ms"]) == 1
@@ -110,7 +110,7 @@ class TestFlow:
         assert report["failures"] == []
 
     def test_parity_in_the_first_cell(self, report: dict[str, Any]) -> None:
-        for how in ("eager", "unrolled, channels last", "CPU"):
+        for how in ("eager", "folded, channels last", "CPU"):
             parity = row_of(report, how, "fp32")["parity"]
             assert parity["matched"] == parity["reference"] > 20
             assert parity["images"] == 2
@@ -175,12 +175,13 @@ class TestFailures:
     def test_wrong_boxes_fail_the_run(
         self, run: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        original = static_detector.pack
+        original = torch_fast.finish_exactly
 
-        def shifted(result: Any, exact: torch.Tensor) -> torch.Tensor:
-            return original(result._replace(boxes_net=result.boxes_net + 8), exact)
+        def shifted(*arguments: Any, **options: Any) -> Any:
+            result = original(*arguments, **options)
+            return result._replace(boxes_net=result.boxes_net + 8)
 
-        monkeypatch.setattr(static_detector, "pack", shifted)
+        monkeypatch.setattr(torch_fast, "finish_exactly", shifted)
         one_variant = ("--precisions", "fp32", "--backends", "torch", "--modes", "static")
         assert run(tmp_path / "gpu", *one_variant) == 1
         text = (tmp_path / "gpu.md").read_text(encoding="utf-8")
@@ -214,106 +215,18 @@ class TestFailures:
         assert capsys.readouterr().err.startswith("error: device cuda is not there")
 
 
-class TestStaticDetector:
-    def inputs(self) -> tuple[torch.Tensor, ...]:
-        images = torch.from_numpy(np.stack([synthetic_image(*SIZE_HW, seed) for seed in range(2)]))
-        valid_hw = torch.tensor([[60, 90], [64, 96]], dtype=torch.int32)
-        return images, valid_hw, torch.tensor(0.05), torch.tensor(0.6)
-
-    @torch.no_grad()
-    def test_equals_the_fused_detector(self, model: DenseDetector) -> None:
-        result, exact = unpack(StaticDetector(model)(*self.inputs()).packed)
-        expected, _ = unpack(EagerDetector(model)(*self.inputs()).packed)
-        assert exact.all()
-        tolerances = {"num_dets": 0, "labels": 0, "scores": 1e-5, "boxes_net": 0.05}
-        for name, atol in tolerances.items():
-            parts = getattr(result, name), getattr(expected, name)
-            torch.testing.assert_close(*parts, atol=atol, rtol=0)
-
-    def test_suppression_that_did_not_settle_is_done_again(
-        self, model: DenseDetector, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        images, valid_hw, conf, iou = (tensor.numpy() for tensor in self.inputs())
-        variant = TorchVariant(model, "static", "fp32", Cell(SIZE_HW, 2), "cpu")
-        expected = variant.infer(images, valid_hw, float(conf), float(iou))
-        original = static_detector.suppress_unrolled
-
-        def unsettled(*arguments: Any) -> Any:
-            result, exact = original(*arguments)
-            result = result._replace(boxes_net=result.boxes_net * 0)
-            return result, exact & torch.tensor([True, False])
-
-        monkeypatch.setattr(static_detector, "suppress_unrolled", unsettled)
-        batch = variant.infer(images, valid_hw, float(conf), float(iou))
-        assert variant.repeated == 1
-        np.testing.assert_array_equal(batch.boxes_net, expected.boxes_net)
-        np.testing.assert_array_equal(batch.num_dets, expected.num_dets)
-
-    @pytest.mark.parametrize("mode", ["eager", "static"])
-    def test_network_is_copied_before_it_is_moved(self, model: DenseDetector, mode: Any) -> None:
-        """To a GPU, that is; here to the device without numbers. The reference runs it as well."""
-        detector = (EagerDetector if mode == "eager" else StaticDetector)(model).to("meta")
-        assert detector.fused.model.backbone.conv1.weight.is_meta
-        assert not any(parameter.is_meta for parameter in model.parameters())
-
-    def test_half_precision_keeps_what_it_must(self, model: DenseDetector) -> None:
-        converted: Any = convert_network(model, torch.bfloat16)
-        for layer in (converted.backbone.conv1, converted.bbox_head.inter_convs[0].gn):
-            assert layer.weight.dtype == torch.bfloat16
-        for kept in (converted.backbone.bn1.running_var, converted.bbox_head.scales[0].scale):
-            assert kept.dtype == torch.float32
-        assert model.backbone.conv1.weight.dtype == torch.float32
-
-    def test_deformable_convolutions_are_refused_in_half_precision(self) -> None:
-        with torch.device("meta"):
-            model = build_model(PRESETS["r101-dcn-2x"])
-        with pytest.raises(ToodError, match="deformable"):
-            convert_network(model, torch.float16)
-
-    @pytest.mark.slow
-    @torch.no_grad()
-    def test_is_one_graph_for_compilers(self, model: DenseDetector) -> None:
-        detector = StaticDetector(model, torch.bfloat16)
-        compiled = torch.compile(detector, backend="eager", fullgraph=True, dynamic=False)
-        packed = compiled(*self.inputs()).packed
-        torch.testing.assert_close(packed, detector(*self.inputs()).packed)
-
-
-def test_replay_with_a_stand_in_for_cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a GPU: the graph is a fake that runs the function again on the recorded tensors."""
-
-    class Graph:
-        def replay(self) -> None:
-            recorded.outputs.copy_(double(*recorded.inputs))
-
-    class Block:
-        def __init__(self, *_: Any) -> None: ...
-
-        def __enter__(self) -> None: ...
-
-        def __exit__(self, *_: Any) -> None: ...
-
-        def wait_stream(self, _: Any) -> None: ...
-
-    for name in ("Stream", "stream", "graph", "current_stream"):
-        monkeypatch.setattr(torch_variants.torch.cuda, name, Block)
-    monkeypatch.setattr(torch_variants.torch.cuda, "CUDAGraph", Graph)
-    calls = []
-
-    def double(value: torch.Tensor) -> torch.Tensor:
-        calls.append(value)
-        return value * 2
-
-    given = torch.tensor([1.0])
-    recorded = Recorded(double, (given,))
-    assert len(calls) == torch_variants.WARM_UPS + 1
-    assert recorded(torch.tensor([5.0])).item() == 10
-    assert given.item() == 1, "the caller's tensor stays as it is"
-    assert recorded(*recorded.inputs).item() == 10
+@pytest.mark.parametrize("mode", ["eager", "static"])
+def test_call_on_inputs_that_are_on_the_device(model: DenseDetector, mode: Any) -> None:
+    images = np.stack([synthetic_image(*SIZE_HW, seed) for seed in range(2)])
+    valid_hw = np.array([[60, 90], [64, 96]], np.int32)
+    engine = open_variant(model, mode, "fp32", Cell(SIZE_HW, 2), "cpu")
+    expected = engine.infer(images, valid_hw, 0.05, 0.6)
+    batch = resident(engine, images, valid_hw, 0.05, 0.6)()
+    np.testing.assert_array_equal(batch.boxes_net, expected.boxes_net)
 
 
 def test_parity_notices_damage_and_slots(model: DenseDetector) -> None:
-    class Shifted(TorchVariant):
+    class Shifted(EagerVariant):
         shift = np.zeros((2, 1, 1), np.float32)
 
         def _run(
@@ -322,7 +235,7 @@ def test_parity_notices_damage_and_slots(model: DenseDetector) -> None:
             batch = super()._run(images, valid_hw, score_threshold, iou_threshold)
             return replace(batch, boxes_net=batch.boxes_net + self.shift)
 
-    variant = Shifted(model, "eager", "fp32", Cell(SIZE_HW, 2), "cpu")
+    variant = Shifted(model, "fp32", Cell(SIZE_HW, 2), "cpu")
     reference = Reference(model, [synthetic_image(*SIZE_HW, 0)], SIZE_HW)
     assert verdict(reference.compare(variant, 2, "fp32")) == ""
     variant.shift = np.array([0, 9], np.float32).reshape(2, 1, 1)

@@ -17,7 +17,9 @@ SCRIPTS: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text(enco
 ]["scripts"]
 HEAVY = {"numpy", "cv2", "onnxruntime", "torch", "av", "rich"}
 RUNTIME = (*sorted(LAYERS[0]), "preprocess", "engines", "inference")
-NEED_TORCH = {"tood_deploy.engines.torch_engine"}
+NEED_TORCH = {
+    f"tood_deploy.engines.torch_{name}" for name in ("engine", "fast", "graphs", "program")
+}
 
 RUN_HELP = """
 import sys

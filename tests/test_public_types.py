@@ -22,7 +22,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tood_deploy import PRESETS, Detections, Detector, Preset, ToodError, open_engine
+from tood_deploy import (
+    PRESETS,
+    Detections,
+    Detector,
+    Moment,
+    Preset,
+    Selection,
+    ToodError,
+    open_engine,
+)
 from tood_deploy.engines import BatchDetections, Engine
 from tood_deploy.model import (
     DenseDetector,
@@ -41,7 +50,8 @@ for x1, y1, x2, y2 in best.boxes.tolist():
 print(found.to_coco(1)[0]["bbox"], found.class_ids[0] + 1, found.scores.max())
 print(found.names()[0].upper(), len(found))
 print(found.plot(np.zeros((4, 4, 3), np.uint8)).shape)
-for frame, found in detector.stream(["a.mp4", Path("b.mp4")], batch=2):
+chosen = Selection(stride=2, start=Moment(1.5), max_frames=9)
+for frame, found in detector.stream(["a.mp4", Path("b.mp4")], batch=2, selection=chosen):
     print(frame.timestamp_s, frame.image_bgr.shape, assert_type(found, Detections).names())
 prepared = detector.prepare(np.zeros((4, 4, 3), np.uint8))
 print(detector.infer([prepared])[0].boxes, prepared.transform.net_hw, prepared.image.shape)

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from tood_deploy.engines import open_engine
     from tood_deploy.errors import ToodError
     from tood_deploy.inference.detector import Detector
+    from tood_deploy.inference.frame import Moment, Selection
+    from tood_deploy.inference.live import Reconnection
     from tood_deploy.inference.slicing import Slicing
     from tood_deploy.presets import PRESETS, Preset
 
@@ -20,7 +22,10 @@ __all__ = [
     "PRESETS",
     "Detections",
     "Detector",
+    "Moment",
     "Preset",
+    "Reconnection",
+    "Selection",
     "Slicing",
     "ToodError",
     "__version__",
@@ -30,8 +35,11 @@ __all__ = [
 _HOMES = {
     "Detections": "tood_deploy.detections",
     "Detector": "tood_deploy.inference.detector",
+    "Moment": "tood_deploy.inference.frame",
     "PRESETS": "tood_deploy.presets",
     "Preset": "tood_deploy.presets",
+    "Reconnection": "tood_deploy.inference.live",
+    "Selection": "tood_deploy.inference.frame",
     "Slicing": "tood_deploy.inference.slicing",
     "ToodError": "tood_deploy.errors",
     "open_engine": "tood_deploy.engines",

@@ -5,6 +5,7 @@ Every message says what was found, what was expected and what to do.
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,10 @@ class ArtefactError(ToodError):
 
 class ArtefactWarning(UserWarning):
     """An artefact that opens, but is not the file that its manifest describes."""
+
+
+class InputWarning(UserWarning):
+    """An image or frames that could not be read, where the rest goes on."""
 
 
 class InputError(ToodError):
@@ -62,6 +67,47 @@ class Stopped(KeyboardInterrupt):
 
 class CheckFailed(Exception):  # noqa: N818 - the outcome of a check, not wrong use
     """A check that was run and failed (parity, AP): the commands exit with code 1."""
+
+
+NO_MEMORY = "there is not enough memory"
+NO_HANDLES = "the system opens no more files or threads for this process"
+# What libraries say whose errors are of types that say nothing.
+OUT_OF_MEMORY = (
+    "bad_alloc",
+    "cannot allocate memory",
+    "can't allocate memory",
+    "failed to allocate",
+    "out of memory",
+    "insufficient memory",
+    "could not create a primitive",  # oneDNN's, in PyTorch
+    "failed to map segment",  # of a library that is loaded
+    "failed to serialize proto",
+)
+OUT_OF_HANDLES = ("too many open files", "can't start new thread")
+
+
+def shortage_of(error: BaseException | None) -> str:
+    """Return what the system was short of, by an error and its causes: memory, or handles.
+
+    Returns:
+        `NO_MEMORY`, `NO_HANDLES`, or "" where the error has another reason: a damaged file, say.
+    """
+    while error is not None:
+        text, number = str(error).lower(), getattr(error, "errno", None)
+        if isinstance(error, MemoryError) or number == errno.ENOMEM:
+            return NO_MEMORY
+        if number in (errno.EMFILE, errno.ENFILE) or any(said in text for said in OUT_OF_HANDLES):
+            return NO_HANDLES
+        if any(said in text for said in OUT_OF_MEMORY):
+            return NO_MEMORY
+        error = error.__cause__
+    return ""
+
+
+def raise_shortage(error: Exception) -> None:
+    """Raise an error again that comes of no memory or no handles: no input is to blame for it."""
+    if shortage_of(error):
+        raise error
 
 
 @dataclass(frozen=True)
@@ -106,6 +152,7 @@ PACKAGES = {  # by the name that is imported
     "matplotlib": Package("matplotlib", ("eval", "export", "train")),
     "psutil": Package("psutil", ("eval",)),
     "pycocotools": Package("pycocotools", ("eval", "train")),
+    "scipy": Package("scipy", ("eval",)),
     "mlperf_loadgen": Package("mlcommons-loadgen", ("scenario",)),
     "httptools": Package("httptools", ("serve",)),
     "prometheus_client": Package("prometheus-client", ("serve",)),

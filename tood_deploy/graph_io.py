@@ -39,13 +39,14 @@ STAGE_OF_MAP = {
 }
 MAP_NAMES = tuple(STAGE_OF_MAP)
 
-Target = Literal["onnx", "openvino", "engine", "triton"]
+Target = Literal["onnx", "openvino", "engine", "triton", "torch"]
 
 ONNX_SUFFIX = ".onnx"
 OPENVINO_SUFFIX = ".xml"
 OPENVINO_WEIGHTS_SUFFIX = ".bin"  # of the file beside an OpenVINO .xml
 ENGINE_SUFFIXES = (".engine", ".plan")
-ARTEFACT_SUFFIXES = (ONNX_SUFFIX, OPENVINO_SUFFIX, *ENGINE_SUFFIXES)
+TORCH_SUFFIX = ".pt2"
+ARTEFACT_SUFFIXES = (ONNX_SUFFIX, OPENVINO_SUFFIX, *ENGINE_SUFFIXES, TORCH_SUFFIX)
 
 # What the files of every export target may end in, the usual ending first. Triton takes a folder.
 TARGET_SUFFIXES: dict[Target, tuple[str, ...]] = {
@@ -53,12 +54,21 @@ TARGET_SUFFIXES: dict[Target, tuple[str, ...]] = {
     "openvino": (OPENVINO_SUFFIX,),
     "engine": ENGINE_SUFFIXES,
     "triton": ("",),
+    "torch": (TORCH_SUFFIX,),
 }
 
 
 def inner_value_names(preset: Preset) -> tuple[str, ...]:
     """Return the names of all values on the way to `OUTPUTS` in a detector's graph."""
     return INNER_VALUES + (RANKING if preset.ranks_by_class_score else ())
+
+
+def program_outputs(preset: Preset) -> tuple[str, ...]:
+    """Return the names of what a .pt2 program gives, in order.
+
+    `OUTPUTS`, whether these are exact, and the values on the way to them, for who looks inside.
+    """
+    return (*OUTPUTS, "exact", *inner_value_names(preset))
 
 
 # OpenVINO's files in the folder of a model server: a target of the command alone.

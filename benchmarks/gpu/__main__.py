@@ -80,8 +80,6 @@ def add_variant_arguments(result: argparse.ArgumentParser) -> None:
     add("--modes", nargs="*", choices=get_args(Mode), help=modes)
     every = "compile every precision in every cell, not bf16 alone after the first"
     add("--compile-all", action="store_true", help=every)
-    compile_modes = ("default", "max-autotune-no-cudagraphs")
-    add("--compile-mode", choices=compile_modes, default="default")
 
 
 def add_measuring_arguments(result: argparse.ArgumentParser) -> None:
@@ -127,7 +125,6 @@ def settings_from(arguments: argparse.Namespace, folder: Path) -> Settings:
         backends=tuple(arguments.backends),
         modes=MODES[arguments.device] if arguments.modes is None else tuple(arguments.modes),
         compile_all=arguments.compile_all,
-        compile_mode=arguments.compile_mode,
         images=arguments.images,
         image_count=arguments.image_count,
         rounds=chosen.rounds,

@@ -141,8 +141,8 @@ def _finish(opened: OpenVariant, reference: Reference | None) -> None:
         with row_errors(row):
             row.parity = reference.compare(engine, row.cell.batch, row.precision)
     remarks = list(getattr(engine, "notes", []))
-    if isinstance(engine, TorchVariant) and engine.repeated:
-        remarks.append(f"suppression was repeated exactly for {engine.repeated} batches")
+    if repeated := getattr(engine, "repeated", 0):
+        remarks.append(f"suppression was repeated exactly for {repeated} batches")
     row.note = "; ".join(part for part in (row.note, *remarks) if part)
     engine.close()
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from benchmarks.gpu.failures import note_of, status_of
 from benchmarks.gpu.measure import time_calls
 from benchmarks.gpu.settings import CONF, IOU, Mode, Status
-from benchmarks.gpu.torch_variants import Recorded
 from tood_deploy.benchmark.latency.worker import warm_up
+from tood_deploy.engines.torch_graphs import Recorded
 from tood_deploy.model.detector import DenseDetector, FusedDetector
 from tood_deploy.model.nms import nms, nms_unrolled
 from tood_deploy.model.postprocess import MAX_DET, Candidates

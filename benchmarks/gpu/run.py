@@ -158,6 +158,5 @@ def _describe_run(settings: Settings, model: DenseDetector) -> dict[str, Any]:
         "rounds": settings.rounds,
         "TF32": "off",
         "cuDNN's search for algorithms": "on",
-        "compile mode": settings.compile_mode,
         "budget": f"{settings.budget_seconds:g} s",
     }

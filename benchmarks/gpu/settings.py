@@ -36,7 +36,6 @@ class Settings:
         backends: that are tried.
         modes: how PyTorch runs the network.
         compile_all: compile every precision in every cell, not bf16 alone in those after the first.
-        compile_mode: of `torch.compile`.
         images: images for parity; synthetic ones where not given.
         image_count: how many of them.
         rounds: in which all rows of a cell take turns.
@@ -57,7 +56,6 @@ class Settings:
     backends: tuple[Backend, ...] = BACKENDS
     modes: tuple[Mode, ...] = MODES["cuda"]
     compile_all: bool = False
-    compile_mode: str = "default"
     images: Path | None = None
     image_count: int = 8
     rounds: int = 5

@@ -1,10 +1,12 @@
 """Run a network in PyTorch as an engine of the package.
 
-Eagerly, without a loop on the data, as a CUDA graph, or compiled and then as a CUDA graph.
+Eagerly, as a user has it without doing anything, or in the package's own fast form: without a loop
+on the data, as a CUDA graph, or compiled and then as a CUDA graph.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -14,116 +16,40 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks.gpu.settings import Cell, Mode, Precision
-from benchmarks.gpu.static_detector import (
-    EagerDetector,
-    PackedResult,
-    StaticDetector,
-    repair,
-    unpack,
-)
 from tood_deploy.engines.base import BatchDetections, Engine
+from tood_deploy.engines.torch_fast import FastTorchEngine
 from tood_deploy.manifest import Manifest
-from tood_deploy.model.detector import DenseDetector
+from tood_deploy.model.detector import DenseDetector, FusedDetector
+from tood_deploy.model.static_detector import DTYPES
 
-DTYPES: dict[Precision, torch.dtype] = {
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-}
 TITLES: dict[Mode, str] = {
     "eager": "eager",
-    "static": "unrolled, channels last",
+    "static": "folded, channels last",
     "graph": "channels last, CUDA graph",
     "compiled": "compiled, channels last, CUDA graph",
 }
-WARM_UPS = 3
 
 Inputs = tuple[Tensor, ...]
 
 
-class Recorded:
-    """A function on tensors of fixed shapes, recorded once as a CUDA graph and replayed."""
+class EagerVariant(Engine):
+    """`FusedDetector` as it is, under PyTorch's autocast for half precision."""
 
-    def __init__(self, function: Callable[..., Any], inputs: Inputs) -> None:
-        """Warm the function up on copies of the inputs, and record it."""
-        self.inputs = tuple(tensor.clone() for tensor in inputs)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UPS):
-                function(*self.inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.outputs = function(*self.inputs)
-
-    def __call__(self, *inputs: Tensor) -> Any:
-        """Replay on these inputs; the result is overwritten by the next call."""
-        for mine, given in zip(self.inputs, inputs, strict=True):
-            if mine is not given:
-                mine.copy_(given, non_blocking=True)
-        self.graph.replay()
-        return self.outputs
-
-
-class TorchVariant(Engine):
-    """A network in PyTorch, in one mode and precision, for one size and batch.
-
-    Attributes:
-        repeated: batches whose suppression had to be done again, exactly.
-    """
-
-    def __init__(
-        self,
-        model: DenseDetector,
-        mode: Mode,
-        precision: Precision,
-        cell: Cell,
-        device: str,
-        compile_mode: str = "default",
-    ) -> None:
-        """Build the detector, and compile and record it as the mode says.
+    def __init__(self, model: DenseDetector, precision: Precision, cell: Cell, device: str) -> None:
+        """Copy the network to the device.
 
         Args:
-            model: the network, which is copied.
-            mode, precision: how to run it.
+            model: the network.
+            precision: of the autocast.
             cell: size and batch.
             device: "cuda" or "cpu".
-            compile_mode: of `torch.compile`.
         """
-        kind = EagerDetector if mode == "eager" else StaticDetector
-        detector = kind(model, DTYPES[precision]).to(device)
-        self.manifest = Manifest(model.preset, max_det=detector.fused.max_det)
+        # A copy, because it is then moved to its device.
+        self.fused = FusedDetector(copy.deepcopy(model)).to(device).eval()
+        self.manifest = Manifest(model.preset, max_det=self.fused.max_det)
         self.device, self.name = device, f"PyTorch {torch.__version__}"
         self.input_shapes_hw, self.max_batch = (cell.size_hw,), cell.batch
-        self.repeated = 0
-        self._function: Callable[..., PackedResult] = detector
-        if mode == "compiled":
-            self._function = torch.compile(
-                detector, dynamic=False, fullgraph=True, mode=compile_mode
-            )
-        if mode in ("graph", "compiled") and device == "cuda":
-            images = torch.zeros((cell.batch, *cell.size_hw, 3), dtype=torch.uint8, device=device)
-            valid_hw = torch.tensor([cell.size_hw] * cell.batch, dtype=torch.int32, device=device)
-            inputs = (images, valid_hw, *self._thresholds(0.0, 0.6))
-            with torch.no_grad():
-                self._function = Recorded(self._function, inputs)
-
-    def resident(
-        self, images: NDArray[np.uint8], valid_hw: NDArray[np.int32], conf: float, iou: float
-    ) -> Callable[[], BatchDetections]:
-        """Return a call on inputs that are on the device already.
-
-        Args:
-            images: (B, H, W, 3) uint8 RGB.
-            valid_hw: (B, 2) rows and columns that hold real pixels.
-            conf, iou: thresholds.
-        """
-        inputs = self._upload(images, valid_hw, conf, iou)
-        if isinstance(self._function, Recorded):
-            self._function(*inputs)
-            inputs = self._function.inputs
-        return lambda: self._detect(inputs)
+        self._dtype = DTYPES[precision]
 
     def _run(
         self,
@@ -132,33 +58,70 @@ class TorchVariant(Engine):
         score_threshold: float,
         iou_threshold: float,
     ) -> BatchDetections:
-        return self._detect(self._upload(images, valid_hw, score_threshold, iou_threshold))
+        inputs = (torch.from_numpy(array).to(self.device) for array in (images, valid_hw))
+        return self.detect((*inputs, torch.tensor(score_threshold), torch.tensor(iou_threshold)))
 
     @torch.no_grad()
-    def _detect(self, inputs: Inputs) -> BatchDetections:
-        packed = self._function(*inputs)
-        result, exact = unpack(packed.packed.cpu())
-        if not exact.all():
-            self.repeated += 1
-            result, _ = unpack(repair(packed, inputs[3]).packed.cpu())
-        return BatchDetections(*(tensor.numpy() for tensor in result))
-
-    def _upload(
-        self, images: NDArray[np.uint8], valid_hw: NDArray[np.int32], conf: float, iou: float
-    ) -> Inputs:
-        source_images, rows = (
-            torch.from_numpy(array).to(self.device) for array in (images, valid_hw)
-        )
-        return (source_images, rows, *self._thresholds(conf, iou))
-
-    def _thresholds(self, conf: float, iou: float) -> tuple[Tensor, Tensor]:
-        first, second = (torch.tensor(value, device=self.device) for value in (conf, iou))
-        return first, second
+    def detect(self, inputs: Inputs) -> BatchDetections:
+        """Run inputs that are on the device."""
+        with torch.autocast(self.device, self._dtype, enabled=self._dtype != torch.float32):
+            stages = self.fused(*inputs)
+        return BatchDetections(*(tensor.cpu().numpy() for tensor in stages.detections))
 
     def close(self) -> None:
-        """Free the network and the recording."""
+        """Free the network."""
         super().close()
-        vars(self).pop("_function", None)
+        vars(self).pop("fused", None)
+
+
+TorchVariant = EagerVariant | FastTorchEngine
+
+
+def open_variant(
+    model: DenseDetector, mode: Mode, precision: Precision, cell: Cell, device: str
+) -> TorchVariant:
+    """Return the network as an engine.
+
+    Args:
+        model: the network, which is copied.
+        mode, precision: how to run it.
+        cell: size and batch.
+        device: "cuda" or "cpu".
+    """
+    if mode == "eager":
+        return EagerVariant(model, precision, cell, device)
+    engine = FastTorchEngine(
+        model,
+        device=device,
+        precision=precision,
+        compile=mode == "compiled",
+        cuda_graph=mode in ("graph", "compiled"),
+    )
+    engine.input_shapes_hw, engine.max_batch = (cell.size_hw,), cell.batch
+    return engine
+
+
+def resident(
+    engine: TorchVariant,
+    images: NDArray[np.uint8],
+    valid_hw: NDArray[np.int32],
+    conf: float,
+    iou: float,
+) -> Callable[[], BatchDetections]:
+    """Return a call on inputs that are on the device already.
+
+    Args:
+        engine: open.
+        images: (B, H, W, 3) uint8 RGB.
+        valid_hw: (B, 2) rows and columns that hold real pixels.
+        conf, iou: thresholds.
+    """
+    if isinstance(engine, FastTorchEngine):
+        return engine.resident(images, valid_hw, conf, iou)
+    arrays = (torch.from_numpy(array).to(engine.device) for array in (images, valid_hw))
+    thresholds = (torch.tensor(value, device=engine.device) for value in (conf, iou))
+    inputs = (*arrays, *thresholds)
+    return lambda: engine.detect(inputs)
 
 
 def forget_compiled() -> None:

@@ -19,7 +19,7 @@ from benchmarks.gpu.runtime_variants import (
     resident_tensorrt,
 )
 from benchmarks.gpu.settings import Cell, Mode, Precision, Row, Settings
-from benchmarks.gpu.torch_variants import TITLES, TorchVariant
+from benchmarks.gpu.torch_variants import TITLES, open_variant, resident
 from tood_deploy.engines.base import BatchDetections, Engine
 
 Resident = Callable[
@@ -89,30 +89,28 @@ def _torch_variants(
 def _torch_variant(
     settings: Settings, artefacts: Artefacts, cell: Cell, mode: Mode, precision: Precision
 ) -> Variant:
-    def open_variant() -> tuple[Engine, Resident]:
-        variant = TorchVariant(
-            artefacts.model, mode, precision, cell, settings.device, settings.compile_mode
-        )
-        return variant, variant.resident
+    def open_torch() -> tuple[Engine, Resident]:
+        engine = open_variant(artefacts.model, mode, precision, cell, settings.device)
+        return engine, lambda *inputs: resident(engine, *inputs)
 
-    return Variant(Row(cell, "PyTorch", TITLES[mode], precision), mode, open_variant)
+    return Variant(Row(cell, "PyTorch", TITLES[mode], precision), mode, open_torch)
 
 
 def _onnx_variant(
     settings: Settings, artefacts: Artefacts, cell: Cell, precision: Precision
 ) -> Variant:
-    def open_variant() -> tuple[Engine, Resident]:
+    def open_runtime() -> tuple[Engine, Resident]:
         engine = open_onnx(artefacts.onnx(precision), settings.device)
         engine.input_shapes_hw = (cell.size_hw,)
         return engine, lambda *inputs: resident_onnx(engine, *inputs)
 
     return Variant(
-        Row(cell, "ONNX Runtime", settings.device.upper(), precision), "onnxruntime", open_variant
+        Row(cell, "ONNX Runtime", settings.device.upper(), precision), "onnxruntime", open_runtime
     )
 
 
 def _tensorrt_variant(artefacts: Artefacts, cell: Cell, precision: Precision) -> Variant:
-    def open_variant() -> tuple[Engine, Resident]:
+    def open_runtime() -> tuple[Engine, Resident]:
         if artefacts.settings.device != "cuda":
             from tood_deploy.errors import DeviceError
 
@@ -121,4 +119,4 @@ def _tensorrt_variant(artefacts: Artefacts, cell: Cell, precision: Precision) ->
         engine.input_shapes_hw = (cell.size_hw,)
         return engine, lambda *inputs: resident_tensorrt(engine, *inputs)
 
-    return Variant(Row(cell, "TensorRT", "engine", precision), "tensorrt", open_variant)
+    return Variant(Row(cell, "TensorRT", "engine", precision), "tensorrt", open_runtime)

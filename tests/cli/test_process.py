@@ -1,20 +1,23 @@
 """A command and its process: signals, stdout that is full, closed, or read by nobody."""
 
+import errno
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from tood_deploy.cli.common import BROKEN_PIPE, run_command
-from tood_deploy.errors import Stopped
+from tood_deploy.errors import InputError, Stopped
 from tood_deploy.files import atomic_path
 from tood_deploy.reporter import Reporter
 
 WRITER = """
 import sys, time
+from collections.abc import Sequence
 from pathlib import Path
 from tood_deploy.cli.common import run_command
 from tood_deploy.files import atomic_path
@@ -194,3 +197,34 @@ def test_a_crash_leaves_its_trace() -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
     assert result.returncode == -signal.SIGABRT
     assert b"in work" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "named"),
+    [
+        (MemoryError(), "memory"),
+        (RuntimeError("Exception from src: std::bad_alloc"), "memory"),
+        (OSError(errno.EMFILE, "Too many open files"), "ulimit"),
+        (RuntimeError("can't start new thread"), "ulimit"),
+    ],
+)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_shortage_is_one_line_and_no_file_is_to_blame_alone(
+    error: Exception, named: str, wrapped: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command(argv: Sequence[str] | None) -> int:
+        if not wrapped:
+            raise error
+        raise InputError("a.mp4: damaged") from error
+
+    assert run_command(command, []) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert named in line
+
+
+def test_an_error_of_another_kind_passes() -> None:
+    def command(argv: Sequence[str] | None) -> int:
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        run_command(command, [])

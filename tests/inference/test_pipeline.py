@@ -10,9 +10,9 @@ import pytest
 from inference.fakes import RedEngine, moving_images, red_image, write_image, write_video
 from numpy.typing import NDArray
 
-from tood_deploy import Detector, ToodError
+from tood_deploy import Detector, Moment, Selection, ToodError
 from tood_deploy.engines import BatchDetections
-from tood_deploy.errors import InputError
+from tood_deploy.errors import InputError, InputWarning
 from tood_deploy.inference.frame import Frame, Source
 from tood_deploy.inference.pipeline import InFlight, Timings, detect_frames
 
@@ -308,6 +308,25 @@ def test_stream_of_the_detector(tmp_path: Path) -> None:
         ("b.png", 0, None),
     ]
     assert all(len(objects) == 1 for _, objects in found)
+
+
+def test_stream_of_chosen_frames(tmp_path: Path) -> None:
+    video = write_video(tmp_path / "a.mp4", moving_images(12))
+    chosen = Selection(stride=3, start=Moment(2, is_frame=True), end=Moment(0.4), max_frames=2)
+    assert [frame.index for frame, _ in detector().stream(video, selection=chosen)] == [2, 5]
+
+
+def test_stream_warns_of_what_is_lost(tmp_path: Path) -> None:
+    whole = write_video(tmp_path / "a.mkv", moving_images(40))
+    (tmp_path / "cut.mkv").write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    (tmp_path / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    image = write_image(tmp_path / "b.png")
+    with pytest.warns(InputWarning) as warned:
+        list(detector().stream([tmp_path / "bad.png", tmp_path / "cut.mkv", image]))
+    texts = [str(warning.message) for warning in warned]
+    assert any("bad.png" in text for text in texts)
+    assert any("cut.mkv" in text for text in texts)
+    assert len(texts) == len(set(texts))
 
 
 def test_stream_refuses_what_is_not_there_at_once(tmp_path: Path) -> None:

@@ -130,6 +130,8 @@ def test_a_cut_matroska_file_tells_the_missing_seconds(tmp_path: Path) -> None:
     assert 5 < len(list(source)) < 40
     assert source.skipped >= 1
     assert "of 1.6 seconds" in source.problems[0]
+    again = VideoSource(str(cut))  # FFmpeg says of it what it said last
+    assert len(list(again)) + again.skipped == 40
 
 
 def test_broken_frames_are_counted_and_left_out(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ WEIGHTS = Path(scenes.__file__).parents[1] / "weights" / "tiny-demo.safetensors"
 IMAGES = ("jpg", "png", "webp", "tif", "bmp", "gif")
 VIDEOS = ("mp4", "mkv", "avi")
 FRAMES = 24
+SOAK_FRAMES = 6000
 SMALL = ("--imgsz", "64", "96", "--threads", "1", "--quiet", "--conf", "0.1")
 
 
@@ -43,6 +44,8 @@ class Seeds:
             (folder / "ready").touch()
 
     def __getitem__(self, name: str) -> Path:
+        if name == "soak.mp4" and not (self.folder / name).exists():
+            write_clip(self.folder / name, SOAK_FRAMES)
         return self.folder / name
 
     def _make(self) -> None:
@@ -79,11 +82,15 @@ class Seeds:
 
 def moving(count: int) -> list[np.ndarray]:
     """Images (120, 160, 3) of a square that moves."""
-    images = np.full((count, 120, 160, 3), 60, np.uint8)
-    for number, image in enumerate(images):
-        left = 3 * number % 120
-        image[30:70, left : left + 40] = (200, 40, 60)
-    return list(images)
+    return [moved(number) for number in range(count)]
+
+
+def moved(number: int) -> np.ndarray:
+    """Return the image (120, 160, 3) of a number."""
+    image = np.full((120, 160, 3), 60, np.uint8)
+    left = 3 * number % 120
+    image[30:70, left : left + 40] = (200, 40, 60)
+    return image
 
 
 def write_clip(path: Path, count: int) -> None:
@@ -92,8 +99,9 @@ def write_clip(path: Path, count: int) -> None:
         stream = container.add_stream("mpeg4" if path.suffix == ".avi" else "libx264", rate=25)
         stream.height, stream.width, stream.pix_fmt = 120, 160, "yuv420p"
         stream.codec_context.gop_size = 12
-        for image in moving(count):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="bgr24")))
+        for number in range(count):
+            frame = av.VideoFrame.from_ndarray(moved(number), format="bgr24")
+            container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
 
 

@@ -1,11 +1,16 @@
-"""Commands that are killed or get a signal: what is left, and what the next run makes of it."""
+"""Commands that are killed, get a signal, or run out of memory, file handles or disk.
+
+What is looked at: how they end, what is left, and what the next run makes of it.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -17,14 +22,18 @@ from importlib import import_module
 from pathlib import Path
 
 import cv2
-from robustness.campaign import Ledger, Row
-from robustness.inputs import SMALL, WEIGHTS, Seeds
+from robustness.campaign import GOOD, Ledger, Row
+from robustness.inputs import SMALL, SOAK_FRAMES, WEIGHTS, Seeds
 
 from tood_deploy.files import TEMPORARY
 from tood_deploy.manifest import mismatch, read_manifest
 
 SIGNALS = {signal.SIGTERM: 143, signal.SIGHUP: 129, signal.SIGINT: 130}
-LIMIT_S = 120.0
+LIMIT_S = 400.0
+HANDLES = 12  # at most so many more than are open at the start
+MEMORY = 500 * 2**20  # at most so much more address space
+DISK = 2 * 2**20  # the largest file, at most
+SOAK_MB, SOAK_HANDLES, SOAK_THREADS = 20, 2, 2  # between a fifth of a soak and its end
 
 
 def preload() -> None:
@@ -32,16 +41,19 @@ def preload() -> None:
     for name in (
         "torch onnxruntime tood_deploy.cli.eval tood_deploy.cli.export tood_deploy.cli.infer "
         "tood_deploy.cli.train tood_deploy.benchmark.evaluation.report tood_deploy.export.export "
-        "tood_deploy.training.train tood_deploy.inference.run tood_deploy.training.report"
+        "tood_deploy.training.train tood_deploy.inference.run tood_deploy.training.report "
+        "tood_deploy.cli.bench tood_deploy.benchmark.latency.run tood_deploy.export.to_openvino"
     ).split():
         import_module(name)
 
 
 class Run:
-    """A command in a fork of this process."""
+    """A command in a fork of this process; `limit` is called in the fork."""
 
-    def __init__(self, command: Sequence[object], log: Path) -> None:
-        self.log, self.code = log, None
+    def __init__(
+        self, command: Sequence[object], log: Path, limit: Callable[[], None] | None = None
+    ) -> None:
+        self.log, self.code, self.limit = log, None, limit
         sys.stdout.flush()
         self.pid = os.fork()
         if self.pid == 0:
@@ -54,7 +66,11 @@ class Run:
             handle = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             for number in (1, 2):
                 os.dup2(handle, number)
+            faulthandler.enable()
             main = import_module(f"tood_deploy.cli.{command[0].removeprefix('tood-')}").main
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            if self.limit is not None:
+                self.limit()
             code = main(command[1:])
         except SystemExit as error:
             code = error.code if isinstance(error.code, int) else 1
@@ -119,6 +135,15 @@ def kinds(seeds: Seeds) -> dict[str, Kind]:
         output = ["--to", "openvino", "--output", folder / "x.xml"]
         return ["tood-export", model, *output, "--quiet"]
 
+    def triton(folder: Path) -> list[object]:
+        output = ["--to", "triton", "--device", "cpu", "--output", folder / "models"]
+        return ["tood-export", model, *output, "--quiet"]
+
+    def bench(folder: Path) -> list[object]:
+        short = ["--rounds", "1", "--turn-seconds", "0.05", "--warmup-seconds", "0.1"]
+        size = ["--imgsz", "64", "96", "--threads", "1", "--quiet"]
+        return ["tood-bench", "latency", model, "--output", folder / "report", *short, *size]
+
     def evaluate(folder: Path) -> list[object]:
         output = ["--output", folder / "report", "--quiet", "--threads", "1"]
         return ["tood-eval", model, "--annotations", truth, "--images", images, *output]
@@ -131,7 +156,9 @@ def kinds(seeds: Seeds) -> dict[str, Kind]:
     return {
         "infer": Kind(infer, _infer_outputs),
         "openvino": Kind(openvino, lambda folder: _artefact(folder / "x.xml")),
-        "eval": Kind(evaluate, lambda folder: ""),
+        "triton": Kind(triton, _repository),
+        "bench": Kind(bench, _json_files),
+        "eval": Kind(evaluate, _json_files),
         "train": Kind(train, _checkpoint),
     }
 
@@ -150,6 +177,22 @@ def _infer_outputs(folder: Path) -> str:
     return ", ".join(path.name for path in crops if cv2.imread(str(path)) is None)
 
 
+def _json_files(folder: Path) -> str:
+    for path in (path for path in folder.rglob("*.json") if not _is_hidden(path, folder)):
+        json.loads(path.read_text(encoding="utf-8"))
+    return ""
+
+
+def _repository(folder: Path) -> str:
+    """Tell whether a repository has a model of which something is missing."""
+    models = folder / "models"
+    for model in sorted(models.iterdir()) if models.is_dir() else []:
+        versions = [*model.glob("1/model.*")]
+        if not _is_hidden(model, folder) and not (versions and (model / "config.pbtxt").is_file()):
+            return f"{model.name} has no model.onnx or no config.pbtxt"
+    return ""
+
+
 def _artefact(path: Path) -> str:
     manifest = read_manifest(path)
     return mismatch(path, manifest) if manifest else ""
@@ -165,15 +208,20 @@ def _checkpoint(folder: Path) -> str:
 
 
 class Kills:
-    """Kills and signals, numbered from 0, in the ledger of a campaign."""
+    """Kills, signals and limits, numbered from 0, in the ledger of a campaign."""
 
     def __init__(self, folder: Path, seeds: Seeds, ledger: Ledger) -> None:
         self.folder, self.ledger, self.kinds = folder / "kills", ledger, kinds(seeds)
+        self.seeds = seeds
         self.whole_s: dict[str, float] = {}
         preload()
 
     def run(self, counts: dict[str, int], until_s: float = float("inf")) -> None:
-        """Run what the ledger lacks; "kill infer/3" is a SIGKILL, "signal infer/3" another one."""
+        """Run what the ledger lacks.
+
+        "kill infer/3" is a SIGKILL, "signal infer/3" another one; "memory infer/3" has a limit of
+        memory, "handles" of file handles, "disk" of what a file may hold; "soak" is a long run.
+        """
         for name, count in counts.items():
             for number in range(count):
                 case = f"{name}/{number}"
@@ -181,13 +229,25 @@ class Kills:
                     self.ledger.add(self.run_case(case))
 
     def run_case(self, case: str) -> Row:
-        """Start a command, end it at a random moment, look at what is left, and run it again."""
+        """Start a command, disturb it, look at what is left, and run it again."""
         what, kind_name = case.split("/")[0].split(" ")
-        kind, chance = self.kinds[kind_name], random.Random(case)
-        whole_s = self._whole_s(kind_name)
-        folder = self._empty_folder()
         started = time.perf_counter()
-        run = Run(kind.command(folder), self.folder / "log")
+        if what == "soak":
+            outcome, line, where = self._soak()
+        else:
+            kind, chance, folder = self.kinds[kind_name], random.Random(case), self._empty_folder()
+            end = self._limited if what in LIMITS else self._ended
+            outcome, line, where = end(what, kind_name, chance, folder)
+            if outcome in GOOD:
+                outcome, line = self._look_at(kind, folder, what, outcome, line)
+        return Row(case, outcome, line, "", where, round(time.perf_counter() - started, 2))
+
+    def _ended(
+        self, what: str, name: str, chance: random.Random, folder: Path
+    ) -> tuple[str, str, str]:
+        """Start a command and end it at a random moment; return how it ended, why and when."""
+        whole_s, started = self._whole_s(name), time.perf_counter()
+        run = Run(self.kinds[name].command(folder), self.folder / "log")
         moment_s = chance.uniform(0.05, 1.0) * whole_s
         while not run.ended() and time.perf_counter() - started < moment_s:
             time.sleep(0.002)
@@ -195,29 +255,75 @@ class Kills:
         if not run.ended():
             run.send(number)
         code = run.wait()
-        outcome, line = self._judge(kind, folder, run, code, number)
         where = f"{signal.Signals(number).name} after {moment_s:.2f} of {whole_s:.2f} s"
-        return Row(case, outcome, line, "", where, round(time.perf_counter() - started, 2))
-
-    def _judge(self, kind: Kind, folder: Path, run: Run, code: int, number: int) -> tuple[str, str]:
         if code == -999:
-            return "hang", "after the signal"
+            return "hang", "after the signal", where
         expected = (0, -9) if number == signal.SIGKILL else (0, SIGNALS[signal.Signals(number)])
         if code not in expected or "Traceback" in run.said():
-            return "traceback", f"exit {code}: {run.said()[-200:]}"
+            return "traceback", f"exit {code}: {run.said()[-200:]}", where
+        return ("success" if code == 0 else "clean error"), "", where
+
+    def _limited(
+        self, what: str, name: str, chance: random.Random, folder: Path
+    ) -> tuple[str, str, str]:
+        """Run a command under a limit; return how it ended, why, and the limit."""
+        limit, where = LIMITS[what](chance)
+        run = Run(self.kinds[name].command(folder), self.folder / "log", limit)
+        code, said = run.wait(), run.said()
+        if code == -999:
+            return "hang", said[-200:], where
+        if code < 0:
+            return "crash", f"signal {-code}: {said[-200:]}", where
+        lines = [line for line in said.splitlines() if line.startswith(("error: ", "failed: "))]
+        if "Traceback" in said or code not in (0, 1, 2) or (code > 0) != (len(lines) == 1):
+            return "traceback", f"exit {code} with {len(lines)} lines: {said[-200:]}", where
+        return ("success" if code == 0 else "clean error"), "".join(lines), where
+
+    def _look_at(
+        self, kind: Kind, folder: Path, what: str, outcome: str, line: str
+    ) -> tuple[str, str]:
+        """Look for what cannot be read and what is left over, and run the command again."""
         try:
             if unreadable := kind.unreadable(folder):
                 return "silent", unreadable
         except Exception as error:
             return "silent", f"{type(error).__name__}: {error}"
-        if number != signal.SIGKILL and (left := _hidden(folder)):
+        if what != "kill" and (left := _hidden(folder)):
             return "leftover", ", ".join(left)
         again = Run(kind.command(folder), self.folder / "log")
         if again.wait() != 0:
             return "traceback", f"the next run ends with {again.code}: {again.said()[-200:]}"
         if left := _hidden(folder):
             return "leftover", f"after the next run: {', '.join(left)}"
-        return ("success" if code == 0 else "clean error"), ""
+        return outcome, line
+
+    def _soak(self) -> tuple[str, str, str]:
+        """Run tood-infer over a long video; its memory, handles and threads must stay as they are.
+
+        The first fifth counts as its start.
+        """
+        folder, clip, length = self._empty_folder(), self.seeds["soak.mp4"], SOAK_FRAMES
+        out = folder / "o.jsonl"
+        outputs = ["--jsonl", out, "--json", folder / "o.json", "--output", folder / "o.mp4"]
+        command = ["tood-infer", self.seeds["tiny.onnx"], clip, *outputs, *SMALL]
+        run, measured = Run(command, self.folder / "log"), list[tuple[int, int, int, int]]()
+        until = time.time() + 10 * LIMIT_S
+        while not run.ended() and time.time() < until:
+            time.sleep(0.2)
+            frames = out.read_bytes().count(b"\n") if out.exists() else 0
+            if frames > length // 5 and (state := _state(run.pid)):
+                measured.append((frames, *state))
+        if run.wait() != 0 or len(measured) < 2:
+            return "traceback", f"exit {run.code}: {run.said()[-200:]}", ""
+        first, *_, last = measured
+        where = " to ".join(
+            f"{frames} frames: {mb} MB, {handles} handles, {threads} threads"
+            for frames, mb, handles, threads in (first, last)
+        )
+        grown = [after - before for before, after in zip(first, last, strict=True)][1:]
+        limits = (SOAK_MB, SOAK_HANDLES, SOAK_THREADS)
+        flat = all(more <= limit for more, limit in zip(grown, limits, strict=True))
+        return ("success" if flat else "memory"), "" if flat else where, where
 
     def _whole_s(self, name: str) -> float:
         """Return how long the command takes when nothing disturbs it."""
@@ -233,6 +339,57 @@ class Kills:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         return folder
+
+
+Limit = Callable[[random.Random], tuple[Callable[[], None], str]]
+
+
+def _memory(chance: random.Random) -> tuple[Callable[[], None], str]:
+    more = chance.randrange(MEMORY)
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limit = taken + more
+    return (
+        lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
+        f"{more // 2**20} MB more",
+    )
+
+
+def _handles(chance: random.Random) -> tuple[Callable[[], None], str]:
+    more = chance.randrange(HANDLES)
+
+    def limit() -> None:
+        count = len([*Path("/proc/self/fd").iterdir()]) + more
+        resource.setrlimit(resource.RLIMIT_NOFILE, (count, count))
+
+    return limit, f"{more} handles more"
+
+
+def _disk(chance: random.Random) -> tuple[Callable[[], None], str]:
+    """Limit the size of a file: writing more fails as on a full disk, Python ignores the signal."""
+    size = int(4096 * (DISK / 4096) ** chance.random())  # the log needs some
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)), f"files of {size} bytes"
+
+
+LIMITS: dict[str, Limit] = {"memory": _memory, "handles": _handles, "disk": _disk}
+
+
+def _state(pid: int) -> tuple[int, int, int] | None:
+    """Return megabytes in memory, open handles and threads of a process; None where it ended."""
+    try:
+        status = dict(
+            line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines()
+        )
+        return (
+            int(status["VmRSS"].split()[0]) // 1024,
+            len([*Path(f"/proc/{pid}/fd").iterdir()]),
+            int(status["Threads"]),
+        )
+    except (OSError, KeyError):
+        return None
+
+
+def _is_hidden(path: Path, folder: Path) -> bool:
+    return any(part.startswith(TEMPORARY) for part in path.relative_to(folder).parts)
 
 
 def _hidden(folder: Path) -> list[str]:

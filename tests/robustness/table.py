@@ -43,15 +43,20 @@ def markdown_report(rows: Collection[Row]) -> str:
     date = datetime.now(UTC).strftime("%Y-%m-%d")
     seconds = sum(row.seconds for row in rows)
     kills = sum(row.case.startswith(("kill ", "signal ")) for row in rows)
+    limits = sum(" " in row.case for row in rows) - kills
+    long = [row.mutation for row in rows if row.case.startswith("soak ")]
     machine = f"tood_deploy {__version__}, Python {platform.python_version()}, {processor()}"
     return f"""# Robustness
 
-{date}, {machine}, one core: {len(rows) - kills:,} mutated inputs and {kills} kills and signals,
+{date}, {machine}, one core: {len(rows) - kills - limits:,} mutated inputs,
+{kills} kills and signals and {limits} runs with limits or over a long video,
 which took {seconds / 60:.0f} minutes. `make robustness` runs the campaign; a case is known by its
 name, and `--case jpg/17` runs it again.
 
 - clean error: one line, exit code 1 or 2; for a kill or signal: nothing unreadable, and the next
   run ended well and left nothing behind.
+- memory, handles, disk: the command has little more address space, file handles, or size of a file
+  than at its start. soak: what a long run takes stays as it is{"".join(f" ({x})" for x in long)}.
 - success: exit code 0.
 - silent: exit code 0 and a wrong result: frames that are missing, files that cannot be read.
 

@@ -23,16 +23,18 @@ from tood_deploy.cli.process import (
     stopping_signals,
 )
 from tood_deploy.engines.open import DEVICES, RUNTIMES, runtimes_for
-from tood_deploy.errors import CheckFailed, Stopped, ToodError, naming_extras
+from tood_deploy.errors import (
+    NO_HANDLES,
+    NO_MEMORY,
+    CheckFailed,
+    Stopped,
+    ToodError,
+    naming_extras,
+    shortage_of,
+)
 from tood_deploy.files import MAX_NAME_BYTES
 from tood_deploy.graph_io import ARTEFACT_SUFFIXES
-from tood_deploy.reporter import (
-    Reporter,
-    drop_stdout,
-    printable,
-    show_artefact_warnings,
-    stdout_errors,
-)
+from tood_deploy.reporter import Reporter, drop_stdout, printable, show_own_warnings, stdout_errors
 
 COMMANDS = {
     "tood-export": "Turn a TOOD checkpoint into an artefact with pre- and post-processing inside, "
@@ -48,6 +50,11 @@ MODELS = ("model", "models", "checkpoint", "reference", "baseline", "clip")  # f
 DONE, FAILED_CHECK, WRONG_USE = 0, 1, 2
 BROKEN_PIPE = 141  # as of a program that SIGPIPE ends
 ENDINGS = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "ended by a hang-up"}
+
+SHORTAGE_CURES = {
+    NO_MEMORY: " for this; give smaller images (--imgsz), or run it on a machine with more",
+    NO_HANDLES: "; raise the limit (ulimit -n, ulimit -u), and run it again",
+}
 
 
 def run_command(
@@ -77,7 +84,7 @@ def run_command(
     ends_process = argv is None
     with library_lines(ends_process), stopping_signals(ends_process), warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")  # decoding says what is wrong
-        show_artefact_warnings()
+        show_own_warnings()
         try:
             code = _exit_code(work)
         except SystemExit as left:  # after --help, --version or wrong use
@@ -90,7 +97,7 @@ def _exit_code(work: Callable[[], int]) -> int:
     try:
         return work()
     except ToodError as error:
-        line, code = f"error: {_one_line(error)}", WRONG_USE
+        line, code = _shortage_line(error) or f"error: {_one_line(error)}", WRONG_USE
     except CheckFailed as error:
         line, code = f"failed: {_one_line(error)}", FAILED_CHECK
     except KeyboardInterrupt as error:
@@ -103,15 +110,21 @@ def _exit_code(work: Callable[[], int]) -> int:
         place = f"{error.filename}: " if error.filename else ""
         reason = f"{place}{error.strerror or _one_line(error)}"
         line = f"error: the system refused: {reason}; see to that, and run the command again"
-        code = WRONG_USE
-    except MemoryError:
-        line = (
-            "error: there is not enough memory for this; give smaller images (--imgsz), or run it "
-            "on a machine with more"
-        )
-        code = WRONG_USE
+        line, code = _shortage_line(error) or line, WRONG_USE
+    except Exception as error:
+        if not (shortage := _shortage_line(error)):
+            raise
+        line, code = shortage, WRONG_USE
     Reporter().problem(line)
     return code
+
+
+def _shortage_line(error: Exception) -> str:
+    """Return the line for an error that memory, file handles or threads were too few; else ""."""
+    shortage = shortage_of(error)
+    if shortage == NO_MEMORY and isinstance(error, ToodError):
+        return f"error: {NO_MEMORY}, or a damaged file asks for too much: {_one_line(error)}"
+    return f"error: {shortage}{SHORTAGE_CURES[shortage]}" if shortage else ""
 
 
 def _one_line(error: Exception) -> str:
@@ -280,17 +293,24 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_runtime_options(parser: argparse._ActionsContainer) -> None:
-    """Add the options of every command that runs an exported artefact; None where not given."""
+    """Add the options of every command that chooses a runtime; None where not given."""
     parser.add_argument(
         "--runtime",
         choices=tuple(RUNTIMES),
-        help="what runs an artefact (default: by its name's ending)",
+        help="what runs an artefact (default: by its name's ending); torch runs a checkpoint in "
+        "PyTorch's fast form",
     )
     parser.add_argument(
         "--precision",
-        choices=("fp32", "bf16"),
-        help="OpenVINO alone: of all that is not quantised "
-        "(default: what the artefact was made for)",
+        choices=("fp32", "bf16", "fp16"),
+        help="OpenVINO: of all that is not quantised (default: what the artefact was made for); "
+        "PyTorch: of a checkpoint's network (default: fp32)",
+    )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        default=None,
+        help="PyTorch: compile kernels for each shape of images, at its first batch",
     )
     parser.add_argument(
         "--no-self-test",
@@ -448,9 +468,27 @@ def runtime_options(args: argparse.Namespace) -> dict[str, Any]:
     options = {
         "runtime": args.runtime,
         "precision": args.precision,
+        "compile": args.compile,
         "self_test": False if args.no_self_test else None,
     }
     return {name: value for name, value in options.items() if value is not None}
+
+
+def check_fast_torch(model: str, chosen: dict[str, Any]) -> None:
+    """Refuse runtime options that a checkpoint, which PyTorch runs, does not have.
+
+    Args:
+        model: as given to the command.
+        chosen: what `runtime_options` gave.
+
+    Raises:
+        ToodError: there are such options.
+    """
+    if "self_test" in chosen or chosen.get("runtime", "torch") != "torch":
+        raise ToodError(
+            f"{model}: a checkpoint is run by PyTorch, and has no self-test; give --runtime torch "
+            "or leave --runtime out, leave --no-self-test out, or export it first"
+        )
 
 
 def is_artefact(model: str) -> bool:

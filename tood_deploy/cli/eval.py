@@ -31,8 +31,10 @@ from tood_deploy.errors import CheckFailed, ToodError
 from tood_deploy.reporter import Reporter, printable
 
 if TYPE_CHECKING:
+    from tood_deploy.benchmark.evaluation.alignment import Alignment
     from tood_deploy.benchmark.evaluation.evaluate import DataSet, Evaluation
     from tood_deploy.benchmark.evaluation.thresholds import Wish
+    from tood_deploy.inference.detector import Detector
 
 
 RESULTS_SUFFIXES = (".json", ".json.gz")
@@ -40,7 +42,7 @@ MAX_CLASSES = 10  # named on stdout; the report has all
 MODEL_OPTIONS = tuple(  # without effect on a results file
     "conf iou max_det imgsz batch device threads runtime precision no_self_test fast_decode "
     "mapping preset classes convention weights_key only exclude slice overlap no_whole merge "
-    "merge_metric merge_threshold merge_class_agnostic".split()
+    "merge_metric merge_threshold merge_class_agnostic alignment".split()
 )
 
 EPILOG = """\
@@ -81,6 +83,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--quiet",
         action="store_true",
         help="no progress, no notes, no result on stdout: the files alone",
+    )
+    parser.add_argument(
+        "--alignment",
+        nargs="*",
+        metavar="IMAGE",
+        help="of a checkpoint: report how far scores and overlaps agree, and draw the maps of "
+        "these images, by file name (default: four of them)",
     )
     _add_detection_options(parser.add_argument_group("detection (not for results files)"))
     add_slicing(parser)
@@ -178,15 +187,17 @@ def eval_command(argv: Sequence[str] | None = None) -> int:
     inputs["the file of --mapping"] = [args.mapping]
     check_written(args.classes, [folder / name for name in names], inputs)
     data = open_data_set(args.annotations, args.images)
+    check_alignment(args, data)
     check_writable(folder)
+    alignment = None
     if of_results(args):
         result = evaluate_file(Path(args.model), data, command, reporter, wish_from(args))
     else:
-        result = evaluate_detector(args, data, folder, command, reporter)
-    write_evaluation(result, folder)
+        result, alignment = evaluate_detector(args, data, folder, command, reporter)
+    write_evaluation(result, folder, alignment)
     for note in result.notes:
         reporter.note(note)
-    reporter.result(f"{summary(result)}\n{folder / HTML}")
+    reporter.result(f"{summary(result, alignment)}\n{folder / HTML}")
     ap = 100 * result.metrics.numbers["AP"]
     if args.min_ap is not None and ap < args.min_ap:
         raise CheckFailed(f"AP is {ap:.2f}, expected at least {args.min_ap:g} (--min-ap)")
@@ -226,10 +237,35 @@ def check_options(args: argparse.Namespace) -> None:
         )
 
 
+def check_alignment(args: argparse.Namespace, data: "DataSet") -> None:
+    """Refuse --alignment where there are no maps to read, or not of what is detected.
+
+    Raises:
+        ToodError: an artefact, slices, or an image that the annotations do not have.
+    """
+    if args.alignment is None:
+        return
+    if is_artefact(args.model):
+        from tood_deploy.manifest import read_manifest
+
+        manifest = read_manifest(Path(args.model))
+        known = manifest is not None and manifest.checkpoint_sha256
+        of_hash = f" (SHA-256 {known})" if known else ""
+        raise ToodError(
+            f"{args.model}: an artefact gives no maps to draw for --alignment; give the checkpoint "
+            f"that it was made of{of_hash} in its place"
+        )
+    if args.slice is not None:
+        raise ToodError("--alignment reads the maps of whole images; leave --slice out")
+    from tood_deploy.benchmark.evaluation.alignment import choose_images
+
+    choose_images(data.truth, args.alignment)
+
+
 def evaluate_detector(
     args: argparse.Namespace, data: "DataSet", folder: Path, command: str, reporter: Reporter
-) -> "Evaluation":
-    """Open the model and run it over the images.
+) -> "tuple[Evaluation, Alignment | None]":
+    """Open the model and run it over the images; measure its alignment where asked for.
 
     Args:
         args: the command's arguments.
@@ -260,7 +296,7 @@ def evaluate_detector(
             doubt := doubts(Path(args.model), detector.engine.manifest)
         ):
             reporter.warn(doubt)
-        return evaluate_model(
+        result = evaluate_model(
             args.model,
             detector,
             data,
@@ -271,6 +307,25 @@ def evaluate_detector(
             batch=1 if args.batch is None else args.batch,
             wish=wish_from(args),
         )
+        return result, alignment_of(args, detector, result, reporter)
+
+
+def alignment_of(
+    args: argparse.Namespace, detector: "Detector", result: "Evaluation", reporter: Reporter
+) -> "Alignment | None":
+    """Return the alignment where it was asked for.
+
+    Args:
+        args: the command's arguments.
+        detector: in PyTorch.
+        result: its evaluation.
+        reporter: shows how far it is.
+    """
+    if args.alignment is None:
+        return None
+    from tood_deploy.benchmark.evaluation.alignment import measure_alignment
+
+    return measure_alignment(detector, result, args.alignment, reporter, args.mapping)
 
 
 def wish_from(args: argparse.Namespace) -> "Wish | None":
@@ -293,8 +348,8 @@ def wish_from(args: argparse.Namespace) -> "Wish | None":
     return None
 
 
-def summary(result: "Evaluation") -> str:
-    """Return the COCO numbers in percent, and AP of the classes, as text."""
+def summary(result: "Evaluation", alignment: "Alignment | None" = None) -> str:
+    """Return the COCO numbers in percent, AP of the classes and the alignment, as text."""
     numbers = result.metrics.numbers
     lines = [
         f"{name:>6} {100 * value:6.2f}" if value > -1 else f"{name:>6}      -"
@@ -307,7 +362,15 @@ def summary(result: "Evaluation") -> str:
     ]
     if len(best) > MAX_CLASSES:
         best = [*best[: MAX_CLASSES // 2], "...", *best[-MAX_CLASSES // 2 :]]
-    return "\n".join([*columns, f"AP of the classes, the best first: {', '.join(best)}"])
+    lines = [*columns, f"AP of the classes, the best first: {', '.join(best)}"]
+    if alignment is not None:
+        row = alignment.together
+        lines.append(
+            f"rank correlation of score and overlap: {row.correlation:.2f} of "
+            f"{row.true_positives} true positives, {row.surest_correlation:.2f} of the surest "
+            f"predictions of {row.objects} objects"
+        )
+    return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,6 +16,7 @@ from tood_deploy.cli.common import (
     add_runtime_options,
     add_slicing,
     add_thresholds,
+    check_fast_torch,
     class_options,
     is_artefact,
     load_options,
@@ -47,7 +48,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="an artefact of tood-export (.onnx, .xml, .engine), a checkpoint, or a preset's name",
+        help="an artefact of tood-export (.onnx, .xml, .engine, .pt2), a checkpoint, or a preset's "
+        "name",
     )
     parser.add_argument(
         "source",
@@ -325,11 +327,8 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
             "leave --preset, --classes, --convention, --weights-key out"
         )
     chosen = runtime_options(args)
-    if chosen and not is_artefact(args.model):
-        raise ToodError(
-            f"{args.model}: a checkpoint is run by PyTorch in float32; leave --runtime, "
-            "--precision, --no-self-test out, or export it first"
-        )
+    if not is_artefact(args.model):
+        check_fast_torch(args.model, chosen)
     return options | chosen | ({"threads": args.threads} if args.threads is not None else {})
 
 

@@ -13,6 +13,7 @@ from tood_deploy.cli.common import (
     add_device,
     add_model_options,
     add_runtime_options,
+    check_fast_torch,
     is_artefact,
     load_options,
     runtime_options,
@@ -205,17 +206,16 @@ def add_bench_options(parser: argparse.ArgumentParser, name: str) -> None:
 def options_by_model(args: argparse.Namespace, models: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Return what each model is opened with, by model.
 
-    Artefacts get the options of runtimes, checkpoints those of checkpoints.
+    Options of runtimes go to artefacts where there are any, else to checkpoints, which PyTorch's
+    fast form runs.
 
     Raises:
-        ToodError: options of runtimes, and no artefact.
+        ToodError: options of runtimes that a checkpoint does not have.
     """
     of_artefacts, of_checkpoints = runtime_options(args), load_options(args)
-    if of_artefacts and not any(map(is_artefact, models)):
-        raise ToodError(
-            f"{models[0]}: not an exported artefact; "
-            "leave --runtime, --precision, --no-self-test out, or export it first"
-        )
+    if not any(map(is_artefact, models)):
+        check_fast_torch(models[0], of_artefacts)
+        of_checkpoints |= of_artefacts
     return {model: of_artefacts if is_artefact(model) else of_checkpoints for model in models}
 
 

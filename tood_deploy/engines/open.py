@@ -19,14 +19,22 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tood_deploy.errors import ArtefactError, ArtefactWarning, InputError, ToodError, naming_extras
 from tood_deploy.files import absent_or
-from tood_deploy.graph_io import ARTEFACT_SUFFIXES, ENGINE_SUFFIXES, ONNX_SUFFIX, OPENVINO_SUFFIX
+from tood_deploy.graph_io import (
+    ARTEFACT_SUFFIXES,
+    ENGINE_SUFFIXES,
+    ONNX_SUFFIX,
+    OPENVINO_SUFFIX,
+    TORCH_SUFFIX,
+)
 from tood_deploy.presets import PRESETS, like_presets
 
 if TYPE_CHECKING:
     from tood_deploy.engines.base import Engine
 
 CHECKPOINT_SUFFIXES = (".pth", ".pt", ".safetensors")
-CHECKPOINT_OPTIONS = ("threads", "preset", "class_names", "convention", "weights_key")
+LOAD_OPTIONS = ("preset", "class_names", "convention", "weights_key")  # of checkpoints
+CHECKPOINT_OPTIONS = ("threads", *LOAD_OPTIONS)
+FAST_OPTIONS = ("precision", "compile", "cuda_graph")  # of PyTorch's fast form
 DEVICES = ("cpu", "cuda")
 Verify = Literal["warn", "strict", "off"]
 VERIFY: tuple[Verify, ...] = ("warn", "strict", "off")
@@ -56,6 +64,7 @@ RUNTIMES = {  # the first that opens a suffix is its default
         "openvino_engine", "OpenVinoEngine", (OPENVINO_SUFFIX, ONNX_SUFFIX), DEVICES
     ),
     "tensorrt": Runtime("tensorrt.engine", "TensorRTEngine", ENGINE_SUFFIXES),
+    "torch": Runtime("torch_fast", "FastTorchEngine", (TORCH_SUFFIX,)),
 }
 
 
@@ -78,18 +87,19 @@ def open_engine(
 
     Args:
         model: an artefact: .onnx (ONNX Runtime, or OpenVINO where `runtime` says so), .xml
-            (OpenVINO), .engine or .plan (TensorRT); a checkpoint (.pth, .pt, .safetensors) or a
-            preset's name (PyTorch).
+            (OpenVINO), .engine or .plan (TensorRT), .pt2 (PyTorch, fast); a checkpoint (.pth, .pt,
+            .safetensors) or a preset's name (PyTorch as it is, the reference; fast where `runtime`
+            is "torch", or one of its options is given).
         device: "cpu" or "cuda".
-        runtime: of an artefact: "onnxruntime", "openvino" or "tensorrt"; by the file's ending where
-            not given.
+        runtime: "onnxruntime", "openvino", "tensorrt" or "torch"; by the file's ending where not
+            given.
         self_test: whether an artefact proves, when it is first opened on this machine, that it
             gives the answer stored in its manifest.
         verify: what is done about an artefact whose SHA-256 is not the one in the manifest beside
             it: "warn" gives an `ArtefactWarning`, once for a file; "strict" refuses it, and one
             that has no SHA-256 to be compared with; "off" does not compare.
-        **options: of that runtime: `threads`; of OpenVINO `precision` and more; of checkpoints what
-            `load_checkpoint` takes.
+        **options: of that runtime: `threads`; of OpenVINO `precision` and more; of PyTorch
+            `precision`, `compile` and `cuda_graph`; of checkpoints what `load_checkpoint` takes.
 
     Raises:
         ToodError: no such file, not a model, an option that its runtime lacks, or the device is not
@@ -183,16 +193,21 @@ def _open_checkpoint(
             f"{model}: a checkpoint has no manifest to be compared with; leave verify out, or "
             "export it first with tood-export"
         )
-    if runtime is not None:
+    if runtime not in (None, "torch"):
         raise ToodError(
             f"{model}: a checkpoint is run by PyTorch, not by {runtime}; export it first with "
             "tood-export"
         )
-    _check_options(f"{model}: PyTorch", options, CHECKPOINT_OPTIONS)
-    with naming_extras():
-        from tood_deploy.engines.torch_engine import TorchEngine
+    _check_options(f"{model}: PyTorch", options, (*CHECKPOINT_OPTIONS, *FAST_OPTIONS))
+    if runtime is None and not any(name in options for name in FAST_OPTIONS):
+        with naming_extras():
+            from tood_deploy.engines.torch_engine import TorchEngine
 
-    return TorchEngine(model, device=device, **options)
+        return TorchEngine(model, device=device, **options)
+    with naming_extras():
+        from tood_deploy.engines.torch_fast import open_checkpoint
+    loading = {name: options.pop(name) for name in LOAD_OPTIONS if name in options}
+    return open_checkpoint(model, loading, device=device, **options)
 
 
 def _open_artefact(

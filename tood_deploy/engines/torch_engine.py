@@ -1,6 +1,6 @@
-"""PyTorch: runs a checkpoint as it is, eagerly.
+"""PyTorch: runs a checkpoint as it is, eagerly, in float32.
 
-The reference that every artefact is compared with.
+The reference that every artefact is compared with; `torch_fast` is for speed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from tood_deploy.engines.base import BatchDetections, Engine
-from tood_deploy.errors import DeviceError, ToodError
+from tood_deploy.engines.torch_fast import check_device
+from tood_deploy.errors import ToodError
 from tood_deploy.manifest import Manifest
 from tood_deploy.model.checkpoint import load_checkpoint
 from tood_deploy.model.detector import DenseDetector, FusedDetector
@@ -41,11 +42,7 @@ class TorchEngine(Engine):
         Raises:
             ToodError: the checkpoint cannot be loaded, or the device is not there.
         """
-        if device == "cuda" and not torch.cuda.is_available():
-            raise DeviceError(
-                f"device cuda is not there for PyTorch {torch.__version__}; install a CUDA build "
-                "and driver, or use --device cpu"
-            )
+        check_device(device)
         if threads is not None:
             if threads < 1:
                 raise ToodError(f"threads is {threads}; expected a positive number")

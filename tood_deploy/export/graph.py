@@ -10,12 +10,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from tood_deploy.model.deform import DeformConv2d, OffsetConv2d, sample_taps
 from tood_deploy.model.detector import DenseDetector, FusedDetector, Stages
 from tood_deploy.model.heads.tood import Alignment, TaskAlignedHead, TaskDecomposition, TowerMaps
-from tood_deploy.model.resnet import Bottleneck
+from tood_deploy.model.static_detector import fold_deformable_batch_norms
 
 
 def use_static_kernels(head: TaskAlignedHead) -> None:
@@ -87,7 +86,7 @@ class ExportedGraph(nn.Module):
         model = _copy_sharing_weights(model)
         if isinstance(model.bbox_head, TaskAlignedHead):
             use_static_kernels(model.bbox_head)
-        _fold_batch_norms(model)
+        fold_deformable_batch_norms(model)  # the exporter folds those behind ordinary ones
         if deform == "op":
             _exchange(model, DeformConv2d, DeformConvOp)
         _exchange(model, OffsetConv2d, OffsetConvOp if deform == "op" else OffsetConvProduct)
@@ -192,42 +191,8 @@ def _deform_node(
     )
 
 
-class Bias(nn.Module):
-    """What is left of a batch norm whose scale went into the convolution before it."""
-
-    def __init__(self, bias: Tensor) -> None:
-        super().__init__()
-        self.bias = nn.Parameter(bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) in and out."""
-        return x + self.bias[:, None, None]
-
-
 def _copy_sharing_weights(model: DenseDetector) -> DenseDetector:
     return copy.deepcopy(model, memo={id(parameter): parameter for parameter in model.parameters()})
-
-
-def _fold_batch_norms(model: DenseDetector) -> None:
-    """Fold the batch norms behind deformable convolutions into their weights, in place.
-
-    The exporter does so behind ordinary ones.
-    """
-    for block in model.modules():
-        if isinstance(block, Bottleneck) and isinstance(block.conv2, DeformConv2d):
-            norm = block.bn2
-            assert norm.running_mean is not None
-            assert norm.running_var is not None
-            block.conv2.weight, bias = fuse_conv_bn_weights(
-                block.conv2.weight,
-                None,
-                norm.running_mean,
-                norm.running_var,
-                norm.eps,
-                norm.weight,
-                norm.bias,
-            )
-            block.add_module("bn2", Bias(bias))
 
 
 def _exchange(

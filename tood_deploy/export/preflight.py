@@ -166,7 +166,8 @@ def check_export(config: ExportConfig, annotated: AnnotatedImages | None = None)
         check_writable(home_folder("calibration"), "name another folder in TOOD_HOME")
     folders = (config.precision.calib_data, config.verify_images)
     left_out = [left_out_note(folder) for folder in folders if folder is not None]
-    notes = [*check_images(list(_image_sets(config, annotated))), *filter(None, left_out)]
+    check_images(list(_image_sets(config, annotated)))
+    notes = [note for note in left_out if note]
     precision = source.precision if source else config.precision.precision
     if config.to == "engine" and "int8" in str(precision):
         notes += int8_notes(load_flavour(config.flavour))

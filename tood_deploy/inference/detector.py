@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Generator, Sequence
+from contextlib import closing
 from os import PathLike
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -12,7 +14,7 @@ from numpy.typing import NDArray
 
 from tood_deploy.detections import Detections
 from tood_deploy.engines import BatchDetections, Engine, open_engine
-from tood_deploy.errors import ToodError
+from tood_deploy.errors import InputWarning, ToodError
 from tood_deploy.inference.frame import Prepared
 from tood_deploy.inference.image_input import Color, ImageInput, bgr_from, check_color
 from tood_deploy.inference.slicing import Slicing
@@ -21,7 +23,8 @@ from tood_deploy.preprocess import choose_canvas, fit_imgsz, resize_and_pad, wit
 
 if TYPE_CHECKING:
     from tood_deploy.inference.file_list import Spec
-    from tood_deploy.inference.frame import Frame
+    from tood_deploy.inference.frame import Frame, Selection, Source
+    from tood_deploy.inference.live import Reconnection
 
 
 class Detector:
@@ -268,10 +271,13 @@ class Detector:
         *,
         first_page: bool = False,
         bit_depth: int | None = None,
+        selection: Selection | None = None,
+        reconnection: Reconnection | None = None,
     ) -> Generator[tuple[Frame, Detections], None, None]:
         """Yield every frame of what is named, with its detections, in order.
 
-        Images, folders, videos, a camera or a stream.
+        Images, folders, videos, a camera or a stream. What cannot be read, frames that are missing
+        and connections that were lost are told by an `InputWarning` each, and the rest goes on.
 
         Reading, scaling and inference run at the same time, in bounded queues. Close the iterator
         to stop early.
@@ -284,17 +290,28 @@ class Detector:
                 million where not given.
             first_page: of image files with several pages or frames, take the first alone.
             bit_depth: how many bits of 16-bit images hold data, where their files do not say.
+            selection: which frames of videos and streams to give; all where not given.
+            reconnection: what to do when the connection to a stream is lost; for rtsp and http it
+                is made again where not given.
 
         Raises:
             ToodError: the source cannot be opened; later, while iterating: cannot be read at all.
         """
         from tood_deploy.data.image_header import MAX_PIXELS
+        from tood_deploy.inference.frame import ALL_FRAMES
+        from tood_deploy.inference.live import Reconnection
         from tood_deploy.inference.pipeline import detect_frames
         from tood_deploy.inference.source import open_source
 
-        limit = MAX_PIXELS if max_pixels is None else max_pixels
-        opened = open_source(source, limit, first_page=first_page, bit_depth=bit_depth)
-        return detect_frames(self, opened, batch)
+        opened = open_source(
+            source,
+            MAX_PIXELS if max_pixels is None else max_pixels,
+            first_page=first_page,
+            bit_depth=bit_depth,
+            selection=selection or ALL_FRAMES,
+            reconnection=reconnection or Reconnection(),
+        )
+        return _warning_of_problems(detect_frames(self, opened, batch), opened)
 
     def close(self) -> None:
         """Free what the runtime holds."""
@@ -310,3 +327,22 @@ class Detector:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _warning_of_problems(
+    results: Generator[tuple[Frame, Detections], None, None], source: Source
+) -> Generator[tuple[Frame, Detections], None, None]:
+    """Yield the results of a source, and warn of what was lost."""
+    warned = 0
+
+    def warn() -> None:
+        nonlocal warned
+        for problem in source.problems[warned:]:
+            warned += 1
+            warnings.warn(problem, InputWarning, stacklevel=3)
+
+    with closing(results):
+        for pair in results:
+            warn()
+            yield pair
+    warn()

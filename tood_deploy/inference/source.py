@@ -13,7 +13,7 @@ from av.format import Flags
 
 from tood_deploy.data.image_file import ReadOptions
 from tood_deploy.data.image_header import MAX_PIXELS
-from tood_deploy.errors import InputError
+from tood_deploy.errors import InputError, shortage_of
 from tood_deploy.inference.address import local_path, redacted, scheme_of, stream_address
 from tood_deploy.inference.file_list import Spec, list_files
 from tood_deploy.inference.frame import ALL_FRAMES, Frame, Input, Kind, Selection, Source
@@ -159,10 +159,11 @@ class FileSources(Source):
             except InputError as error:
                 self.skip(str(error))
             except Exception as error:  # whatever a library meets in one file, the rest goes on
-                self.skip(
-                    f"{file.name}: cannot be read ({type(error).__name__}: {error}); expected an "
-                    "image or video: copy or convert it again"
-                )
+                cure = "expected an image or video: copy or convert it again"
+                reason = f"{type(error).__name__}: {error}"
+                if shortage := shortage_of(error):
+                    reason, cure = shortage, "read it alone, or where there is more"
+                self.skip(f"{file.name}: cannot be read ({reason}); {cure}")
         if not given:
             raise InputError(
                 f"none of the {len(self._inputs)} images and videos can be read; the first: "

@@ -23,7 +23,7 @@ from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 from tood_deploy.data.image_header import MAX_PIXELS
-from tood_deploy.errors import InputError
+from tood_deploy.errors import InputError, raise_shortage
 from tood_deploy.files import absent_or
 from tood_deploy.inference.address import STDIN, for_ffmpeg, redacted, without_secrets
 from tood_deploy.inference.frame import (
@@ -349,7 +349,8 @@ class Decoder:
         for packet in self._from_start(self._packets()):
             try:
                 decoded = self.stream.codec_context.decode(packet)
-            except FFmpegError:
+            except FFmpegError as error:
+                raise_shortage(error)
                 if self._start is None:
                     self.ledger.fail()
                 continue
@@ -407,6 +408,7 @@ class Decoder:
                 packets = self.container.demux(self.stream)
                 continue
             except FFmpegError as error:  # a lost connection or a failing disk: asking again waits
+                raise_shortage(error)
                 reason = str(error.strerror or error)
                 self.ledger.read_error = without_secrets(reason, self.container.name)
                 break

@@ -36,6 +36,7 @@ SELF_DESCRIBING = ("matroska", "mov", "mpegts", "avi")  # say themselves where t
 
 _lock = threading.Lock()
 _levels: list[int] = []  # asked for by the blocks that listen
+_skipped_repeated: list[bool] = []  # as it was before each of the blocks
 
 
 @contextmanager
@@ -45,12 +46,14 @@ def library_lines(level: int = av.logging.ERROR) -> Iterator[list[tuple[int, str
     Each is (level, where it comes from, text). Lines of other threads are dropped. PyAV's callback
     is in place only for the block: a decoder's thread that waits in it for Python's lock would stop
     the release of that decoder, which holds the lock. A program that listens itself is not
-    disturbed.
+    disturbed, but that lines which repeat the last one, also of another file, come in the block.
 
     Args:
         level: of the least important lines.
     """
     with _lock:
+        _skipped_repeated.append(av.logging.get_skip_repeated())
+        av.logging.set_skip_repeated(False)
         ours = bool(_levels) or av.logging.get_level() in (None, av.logging.PANIC)
         if ours:
             _levels.append(level)
@@ -60,6 +63,10 @@ def library_lines(level: int = av.logging.ERROR) -> Iterator[list[tuple[int, str
             yield lines
     finally:
         with _lock:
+            # Of blocks that overlap the last one to end gives back what the first one met.
+            skipped = _skipped_repeated.pop()
+            if not _skipped_repeated:
+                av.logging.set_skip_repeated(skipped)
             if ours:
                 _levels.remove(level)
             if ours and not _levels:

@@ -8,11 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from markupsafe import Markup
 
+from tood_deploy.benchmark.evaluation.alignment_report import (
+    alignment_section,
+    alignment_table,
+    alignment_values,
+)
 from tood_deploy.benchmark.evaluation.analysis import Cut, MistakeFinder, Mistakes
 from tood_deploy.benchmark.evaluation.evaluate import THRESHOLDS, Evaluation
 from tood_deploy.benchmark.evaluation.figures import (
@@ -42,6 +47,9 @@ from tood_deploy.benchmark.html_report import (
 )
 from tood_deploy.data.coco_metrics import AREAS, OVERLAPS, RECALLS, CocoMetrics
 from tood_deploy.data.images import read_image
+
+if TYPE_CHECKING:
+    from tood_deploy.benchmark.evaluation.alignment import Alignment
 
 HTML, MARKDOWN, JSON = "report.html", "report.md", "report.json"
 SHOWN_IMAGES = 8
@@ -207,13 +215,22 @@ def _threshold_row(name: str, best: Cut | None, as_run: Cut | None) -> tuple[Cel
     return (name, f"{best.conf:.3f}", iou, *shares, *own)
 
 
-def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
+def write_evaluation(
+    evaluation: Evaluation, folder: Path, alignment: Alignment | None = None
+) -> None:
     """Write the report in its three forms, and the thresholds to go on with.
+
+    Args:
+        evaluation: to report.
+        folder: of the files.
+        alignment: of the same network, where it was asked for.
 
     Raises:
         OutputError: the folder cannot be written.
     """
-    write_json(folder / JSON, evaluation_values(evaluation))
+    truth = evaluation.truth
+    aligned = None if alignment is None else alignment_values(alignment, truth)
+    write_json(folder / JSON, evaluation_values(evaluation) | {"alignment": aligned})
     write_thresholds(
         folder / THRESHOLDS,
         evaluation.chosen,
@@ -221,12 +238,14 @@ def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
         evaluation.files,
         evaluation.facts.get("model", evaluation.name),
     )
-    write_markdown(folder / MARKDOWN, _markdown(evaluation))
-    truth = evaluation.truth
+    write_markdown(folder / MARKDOWN, _markdown(evaluation, alignment))
+    sections = _sections(evaluation)
+    if alignment is not None:
+        sections.append(alignment_section(alignment, truth, evaluation.files))
     counts = f"{len(truth.boxes)} objects in {len(truth.images)} images"
     render_page(
         f"Evaluation of {evaluation.name}",
-        _sections(evaluation),
+        sections,
         folder / HTML,
         lead=f"{len(evaluation.results)} detections against {counts}.",
         tiles=_tiles(evaluation),
@@ -304,7 +323,7 @@ def _class_values(evaluation: Evaluation, k: int) -> dict[str, Any]:
     )
 
 
-def _markdown(evaluation: Evaluation) -> list[str]:
+def _markdown(evaluation: Evaluation, alignment: Alignment | None) -> list[str]:
     scores: list[str] = []
     if evaluation.calibration is not None:
         scores = ["## Scores", _calibration_text(evaluation)]
@@ -325,6 +344,11 @@ def _markdown(evaluation: Evaluation) -> list[str]:
         "## Thresholds to go on with",
         chosen_table(evaluation).markdown(),
         *scores,
+        *(
+            []
+            if alignment is None
+            else ["## Task alignment", alignment_table(alignment).markdown()]
+        ),
         "## Images with most mistakes",
         _mistake_table(evaluation, worst).markdown(),
         "## What was run",

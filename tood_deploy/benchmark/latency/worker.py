@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from tood_deploy.engines import BatchDetections, Engine
 from tood_deploy.presets import Preset
-from tood_deploy.reporter import show_artefact_warnings
+from tood_deploy.reporter import show_own_warnings
 
 if TYPE_CHECKING:
     from tood_deploy.inference.detector import Detector
@@ -125,7 +125,7 @@ def serve(connection: Connection, case: Case) -> None:
     """
     from tood_deploy.errors import ToodError
 
-    show_artefact_warnings()
+    show_own_warnings()
     try:
         with _open(case) as bench:
             connection.send(bench.opened)
@@ -335,7 +335,10 @@ def timed_call(engine: Engine) -> Call:
         return _whole_call(engine)
     if isinstance(engine, TimesItself):
         return _self_timed_call(engine)
-    return _bound_call(engine) if hasattr(engine, "session") else _torch_call(engine)
+    if hasattr(engine, "session"):
+        return _bound_call(engine)
+    # PyTorch's fast form is one CUDA graph, which has no steps.
+    return _torch_call(engine) if hasattr(engine, "detector") else _whole_call(engine)
 
 
 def _whole_call(engine: Engine) -> Call:

@@ -29,7 +29,9 @@ MOVING = frozenset(
 )
 POINTWISE = frozenset({"Add"})
 PRODUCTS = frozenset({"Mul"})  # one operand of low precision is enough: the other is a factor
-FLEXIBLE = MOVING | POINTWISE | PRODUCTS
+# Reads and writes half precision, and computes its means in float32 (`stash_type`).
+NORMS = frozenset({"GroupNormalization"})
+FLEXIBLE = MOVING | POINTWISE | PRODUCTS | NORMS
 ANY_TYPE = frozenset({"Shape", "Size"})  # read no numbers
 
 
