@@ -155,6 +155,8 @@ def _joins(node: ir.Node, at_hand: Collection[ir.Value]) -> bool:
     """Return whether a node may compute on the values that are in half precision already."""
     if node.op_type not in FLEXIBLE | {"QuantizeLinear"} or _interpolates(node):
         return False
+    if node.op_type in NORMS and node.attributes.get_int("stash_type", 1) != 1:
+        return False
     reads = [value for _, value in typed_inputs(node)]
     fitting = [value in at_hand and not is_constant(value) for value in reads]
     if node.op_type in PRODUCTS:
