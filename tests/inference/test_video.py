@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import av
+import av.error
 import numpy as np
 import pytest
 from inference.fakes import moving_images, without_packets, write_video
