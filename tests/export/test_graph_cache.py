@@ -74,6 +74,7 @@ def exports(monkeypatch: pytest.MonkeyPatch) -> list[DenseDetector]:
 
 
 class TestFilling:
+    @pytest.mark.slow
     def test_gives_a_fresh_export_to_the_bit(self, tiny_checkpoint: Path) -> None:
         model = load_checkpoint(tiny_checkpoint)
         said: list[str] = []
