@@ -55,7 +55,7 @@ def test_two_run_at_the_same_time(tiny_artefact: Path, monkeypatch: pytest.Monke
         assert all(len(engine.collect(ticket).num_dets) == 1 for ticket in tickets)
 
 
-@pytest.mark.parametrize(("threads", "in_flight"), [(1, 1), (2, 2), (5, 2)])
+@pytest.mark.parametrize(("threads", "in_flight"), [(1, 1), (2, 2), (5, 2), (13, 3)])
 def test_threads_are_shared(tiny_artefact: Path, threads: int, in_flight: int) -> None:
     with OnnxEngine(tiny_artefact, threads=threads, hint="throughput") as engine:
         assert engine.in_flight == in_flight

@@ -6,15 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tood_deploy.cli.common import (
-    DONE,
-    FAILED_CHECK,
-    CommandParser,
-    is_artefact,
-    run_command,
-    runtime_options,
-    takes_hint,
-)
+from tood_deploy.cli.common import DONE, FAILED_CHECK, CommandParser, is_artefact, run_command
+from tood_deploy.cli.detection import hint_options, runtime_options
 from tood_deploy.cli.infer import (
     OPENCV_PIXEL_LIMIT,
     add_inference_options,
@@ -139,6 +132,7 @@ def batch_command(argv: Sequence[str] | None = None) -> int:
         from tood_deploy.batch.source import list_images
         from tood_deploy.batch.worker import WorkerOptions
     from tood_deploy.data.image_file import ReadOptions
+    from tood_deploy.inference.address import redacted
     from tood_deploy.manifest import artefact_sha256
 
     check_bytes(args)
@@ -151,7 +145,8 @@ def batch_command(argv: Sequence[str] | None = None) -> int:
     ids = coco_ids(args, listed)
     shown = {name: str(value) for name, value in options.items() if name not in OF_MACHINES}
     shown |= {"bit_depth": str(reading.bit_depth), "first_page": str(reading.first_page)}
-    run = RunDescription(artefact_sha256(model), tuple(args.source), shown)
+    source = tuple(map(redacted, args.source))  # it is written down
+    run = RunDescription(artefact_sha256(model), source, shown)
     output = BatchOutput(args.output, run, resume=args.resume)
     cluster = ClusterOptions(args.address, args.workers, args.cpus_per_worker, gpus_of(args))
     worker_options = WorkerOptions(model.name, options, reading, args.batch)
@@ -192,9 +187,7 @@ def worker_detector_options(args: argparse.Namespace) -> dict[str, Any]:
     from tood_deploy.inference.thresholds import thresholds_from
 
     options = detector_options(args) | runtime_options(args) | {"conf": thresholds_from(args.conf)}
-    if takes_hint(args.model, args):
-        options["hint"] = "throughput"  # nobody waits for a single image
-    return options
+    return options | hint_options(args.model, args, several=True)
 
 
 def coco_ids(

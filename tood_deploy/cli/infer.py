@@ -10,19 +10,23 @@ from tood_deploy.cli.common import (
     DONE,
     FAILED_CHECK,
     CommandParser,
-    add_device,
-    add_fast_decode,
     add_model_options,
-    add_runtime_options,
-    add_slicing,
-    add_thresholds,
-    class_options,
     is_artefact,
     load_options,
     run_command,
+)
+from tood_deploy.cli.detection import (
+    add_device,
+    add_fast_decode,
+    add_hint,
+    add_runtime_options,
+    add_slicing,
+    add_thresholds,
+    check_fast_torch,
+    class_options,
+    hint_options,
     runtime_options,
     slicing_options,
-    takes_hint,
 )
 from tood_deploy.cli.files import model_files
 from tood_deploy.errors import ArtefactError, ToodError
@@ -36,6 +40,7 @@ gives the latest frame whenever the model is free, counts those it drops, and is
 where it is lost (see --reconnect).
 """
 if TYPE_CHECKING:
+    from tood_deploy.inference.frame import Source
     from tood_deploy.inference.video_writer import VideoEncoding
 
 OPENCV_PIXEL_LIMIT = 2**30
@@ -99,6 +104,7 @@ def add_inference_options(parser: argparse.ArgumentParser) -> None:
         "--threads", type=int, metavar="N", help="CPU threads of one inference (default: all cores)"
     )
     add_runtime_options(parser)
+    add_hint(parser, default="throughput for more than one image")
     parser.add_argument(
         "--allow-mismatch",
         action="store_true",
@@ -255,9 +261,7 @@ def infer_command(argv: Sequence[str] | None = None) -> int:
     outputs.check_files(source, model_files(args.model, args.classes))
     options = detector_options(args)
     check_bytes(args)
-    many = source.kind == "video" or len(source.names) > 1 or options["slicing"]
-    if takes_hint(args.model, args) and source.kind != "live" and many:
-        options["hint"] = "throughput"  # nobody waits for a single frame
+    options |= source_hint(args, source, sliced=options["slicing"] is not None)
     options["device_resize"] = args.device_resize
     with Detector(args.model, **options, **engine_options(args)) as detector:
         if is_artefact(args.model) and (
@@ -268,6 +272,26 @@ def infer_command(argv: Sequence[str] | None = None) -> int:
     if source.skipped and source.kind != "live":  # a lost connection has been told
         reporter.problem(f"failed: {source.skipped} images or frames could not be read")
     return FAILED_CHECK if source.skipped else DONE
+
+
+def source_hint(args: argparse.Namespace, source: "Source", *, sliced: bool) -> dict[str, Any]:
+    """Return how the engine shares its cores, for what is read.
+
+    Args:
+        args: the command's arguments.
+        source: what is read.
+        sliced: whether an image is several inputs of the network.
+
+    Raises:
+        ToodError: throughput is asked for where frames are run one at a time; a checkpoint.
+    """
+    if source.kind == "live" and args.hint == "throughput":
+        raise ToodError(
+            f"{source.names[0]}: of a camera or stream the latest frame is run, one at a time; "
+            "leave --hint throughput out"
+        )
+    many = source.kind == "video" or len(source.names) > 1 or sliced
+    return hint_options(args.model, args, several=many and source.kind != "live")
 
 
 def video_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -336,23 +360,6 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     if not is_artefact(args.model):
         check_fast_torch(args.model, chosen)
     return options | chosen | ({"threads": args.threads} if args.threads is not None else {})
-
-
-def check_fast_torch(model: str, chosen: dict[str, Any]) -> None:
-    """Refuse runtime options that a checkpoint, which PyTorch runs, does not have.
-
-    Args:
-        model: as given to the command.
-        chosen: what `runtime_options` gave.
-
-    Raises:
-        ToodError: there are such options.
-    """
-    if "self_test" in chosen or chosen.get("runtime", "torch") != "torch":
-        raise ToodError(
-            f"{model}: a checkpoint is run by PyTorch, and has no self-test; give --runtime torch "
-            "or leave --runtime out, leave --no-self-test out, or export it first"
-        )
 
 
 def check_bytes(args: argparse.Namespace) -> None:

@@ -10,18 +10,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, Protocol, Self, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tood_deploy.engines.open import HINTS
 from tood_deploy.errors import ArtefactError, InputError, ToodError
 from tood_deploy.manifest import Manifest
 from tood_deploy.preprocess import ImageTransform
 from tood_deploy.presets import SIZE_DIVISOR
-
-Hint = Literal["latency", "throughput"]  # work on one batch at a time, or on several
-HINTS = ("latency", "throughput")
 
 
 @dataclass(frozen=True, eq=False)

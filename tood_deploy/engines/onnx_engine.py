@@ -13,15 +13,18 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from tood_deploy.engines.base import BatchDetections, Engine, Hint, check_hint
+from tood_deploy.engines.base import BatchDetections, Engine, check_hint
+from tood_deploy.engines.open import Hint
 from tood_deploy.engines.precision_support import saturates_in_onnxruntime, why_not_on_cpus
 from tood_deploy.errors import ArtefactError, DeviceError, ToodError
 from tood_deploy.graph_io import INPUTS, OUTPUTS, graph_feeds
 from tood_deploy.manifest import METADATA_KEY, Manifest, manifest_path, read_manifest
 from tood_deploy.onnx_file import CPU, first_line, naming_failures, open_session, run_session
 
-STREAMS = 2  # more would hold more memory and keep a pair of cores no busier
 NHWC_OPTIONS = {"prefer_nhwc": "1"}  # of the CUDA provider
+# Batches side by side with the hint throughput: every one holds its own memory, and what one thread
+# of four waits for is little.
+CORES_A_STREAM, FEWEST_STREAMS, MOST_STREAMS = 4, 2, 8
 PROVIDERS = {"cpu": CPU, "cuda": "CUDAExecutionProvider"}
 
 
@@ -44,9 +47,9 @@ class OnnxEngine(Engine):
             path: the .onnx file.
             device: "cpu" or "cuda" (needs onnxruntime-gpu; never falls back to the CPU).
             threads: on the CPU, of all inferences together; the number of cores where not given.
-            hint: "latency": all threads work on one batch; "throughput", on the CPU: two batches
-                run beside one another (`in_flight`), whose threads need not wait for each other
-                after every layer.
+            hint: "latency": all threads work on one batch; "throughput", on the CPU: two to eight
+                batches, one for four cores, run beside one another (`in_flight`), whose threads
+                need not wait for each other after every layer.
             float_arithmetic: compute quantised layers as their Q/DQ nodes define them, in float32;
                 what is quantised for TensorRT is compared so (`needs_float_arithmetic`).
             nhwc: on a GPU, convolutions with the channels last, which tensor cores like.
@@ -75,12 +78,13 @@ class OnnxEngine(Engine):
         else:
             ort.preload_dlls()  # CUDA and cuDNN from their wheels, or from beside torch
         cores = _cores() if threads is None else threads
-        side_by_side = hint == "throughput" and cores >= STREAMS
+        side_by_side = hint == "throughput" and cores >= FEWEST_STREAMS
+        streams = streams_of(cores)
         # Who calls a session works for it; its own threads are one less than its number of threads.
         self.session = _open_session(
             path,
             provider,
-            cores - STREAMS + 1 if side_by_side else threads,
+            cores - streams + 1 if side_by_side else threads,
             float_arithmetic=float_arithmetic,
             provider_options=NHWC_OPTIONS if nhwc else None,
         )
@@ -92,8 +96,8 @@ class OnnxEngine(Engine):
         self.manifest = _session_manifest(self.session, path)
         self.device = device
         self.name = f"ONNX Runtime {ort.__version__}"
-        self._callers = ThreadPoolExecutor(STREAMS, "onnxruntime") if side_by_side else None
-        self.in_flight = STREAMS if side_by_side else 1
+        self._callers = ThreadPoolExecutor(streams, "onnxruntime") if side_by_side else None
+        self.in_flight = streams if side_by_side else 1
         self._bound = BoundInputs(self.session) if device == "cuda" else None
         # Who calls a session does the work of the threads that a fork has left behind.
         self.survives_fork = device == "cpu" and not side_by_side
@@ -167,6 +171,11 @@ class BoundInputs:
                 self._binding.bind_output(name, "cpu")
             self._session.run_with_iobinding(self._binding)
             return self._binding.copy_outputs_to_cpu()
+
+
+def streams_of(cores: int) -> int:
+    """Return how many batches run side by side on so many cores, with the hint throughput."""
+    return min(max(cores // CORES_A_STREAM, FEWEST_STREAMS), MOST_STREAMS)
 
 
 def _cores() -> int:

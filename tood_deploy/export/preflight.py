@@ -26,7 +26,7 @@ from tood_deploy.engines.tensorrt.library import load_flavour
 from tood_deploy.errors import ArtefactError, CheckpointError, DeviceError, OutputError, ToodError
 from tood_deploy.export.config import ExportConfig, PrecisionOptions
 from tood_deploy.export.options import flag_of
-from tood_deploy.export.tensorrt.options import EngineOptions, SizeOptions
+from tood_deploy.export.tensorrt.options import EngineOptions, SizeOptions, int8_notes
 from tood_deploy.files import check_overwrites, home_folder
 from tood_deploy.graph_io import (
     ARTEFACT_SUFFIXES,
@@ -168,7 +168,11 @@ def check_export(config: ExportConfig, annotated: AnnotatedImages | None = None)
     folders = (config.precision.calib_data, config.verify_images)
     left_out = [left_out_note(folder) for folder in folders if folder is not None]
     check_images(list(_image_sets(config, annotated)))
-    return [note for note in left_out if note]
+    notes = [note for note in left_out if note]
+    precision = source.precision if source else config.precision.precision
+    if config.to == "engine" and "int8" in str(precision):
+        notes += int8_notes(load_flavour(config.flavour))
+    return notes
 
 
 def _check_numbers(config: ExportConfig, annotated: AnnotatedImages | None) -> None:
@@ -460,11 +464,14 @@ def _check_device(config: ExportConfig) -> None:
 def _check_builder(config: ExportConfig) -> None:
     """Refuse what TensorRT cannot build here."""
     from tood_deploy.export.tensorrt.build import check_capabilities
+    from tood_deploy.export.tensorrt.to_tensorrt import check_gpu_here
     from tood_deploy.export.triton.fit import SERVED_FLAVOUR
 
     library = load_flavour(config.flavour if config.to == "engine" else SERVED_FLAVOUR)
     config.engine.check(library)
     check_capabilities(library, config.engine.compute_capabilities)
+    if library.name == "tensorrt_rtx" and not config.engine.compute_capabilities:
+        check_gpu_here(library)
     # TensorRT builds on the GPU that it builds for; a search measures there.
     if library.name == "tensorrt" or config.precision.autotune:
         from tood_deploy.engines.tensorrt.cuda import check_driver
