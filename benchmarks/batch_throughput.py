@@ -1,15 +1,17 @@
 """Compare the images a second of tood-batch on this machine with those of tood-infer.
 
-python benchmarks/batch_throughput.py tiny.onnx --report throughput.md
+python benchmarks/batch_throughput.py tiny.onnx --source coco/images --report throughput.md
 
-Both commands run on a few and on many images, in turn. The difference of the two times is that of
-working; what is left of the shorter one is that of starting.
+Both commands run on a few and on many images, in turn, so that other load on the machine hits both
+alike. The difference of the two times is that of working; what is left of the shorter one is that
+of starting. CPU time, of a command and all processes that it starts, is disturbed least.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import os
 import platform
 import statistics
@@ -17,16 +19,38 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import cv2
+import psutil
 
+from tood_deploy.data.images import IMAGE_SUFFIXES
 from tood_deploy.demo.scenes import make_scene
 
 CODE = "import sys; from tood_deploy.cli.{command} import main; sys.exit(main())"
-SCENES = 50  # different images; more are copies of them
+SCENES, SCENE_HW = 50, (240, 320)  # images where no folder is given
+SAMPLING_S = 0.2
+HEADER = """
+| round | tood-infer, images/s | tood-batch, images/s | ratio | tood-infer, CPU ms an image \
+| tood-batch, CPU ms an image | ratio | start of tood-infer, s (CPU s) | start of tood-batch, s \
+(CPU s) |
+|---|---|---|---|---|---|---|---|---|"""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run of a command took.
+
+    Attributes:
+        seconds: from its start to its end.
+        cpu_s: of a core, by its process and all that it started.
+    """
+
+    seconds: float
+    cpu_s: float
 
 
 @dataclass(frozen=True)
@@ -35,34 +59,70 @@ class Rate:
 
     Attributes:
         images_per_s: while it works.
-        start_s: seconds before and after.
+        cpu_ms: milliseconds of a core an image.
+        start_s, start_cpu_s: before and after.
     """
 
     images_per_s: float
+    cpu_ms: float
     start_s: float
+    start_cpu_s: float
+
+    @property
+    def start(self) -> str:
+        """Seconds and CPU seconds of starting."""
+        return f"{self.start_s:.1f} ({self.start_cpu_s:.1f})"
 
 
-def write_images(folder: Path, count: int, size_hw: tuple[int, int]) -> Path:
-    """Write JPEG images, and return their folder."""
+def write_scenes(folder: Path) -> list[Path]:
+    """Write generated images as JPEG files."""
     folder.mkdir()
-    files = [
-        cv2.imencode(".jpg", make_scene(seed, size_hw).image_bgr)[1].tobytes()
-        for seed in range(min(count, SCENES))
-    ]
-    for i in range(count):
-        (folder / f"{i:06}.jpg").write_bytes(files[i % len(files)])
+    paths = [folder / f"scene{seed:02}.jpg" for seed in range(SCENES)]
+    for seed, path in enumerate(paths):
+        cv2.imwrite(str(path), make_scene(seed, SCENE_HW).image_bgr)
+    return paths
+
+
+def link_images(folder: Path, images: Sequence[Path], count: int) -> Path:
+    """Fill a folder with links to images, again and again the same where there are too few."""
+    folder.mkdir()
+    for i, path in zip(range(count), itertools.cycle(images), strict=False):
+        (folder / f"{i:06}{path.suffix}").symlink_to(path.resolve())
     return folder
 
 
-def run_seconds(command: str, *arguments: str | Path) -> float:
-    """Return how long a command of ours takes."""
-    started = time.perf_counter()
+def run_command(command: str, *arguments: str | Path) -> Run:
+    """Run a command of ours to its end."""
+    started, cpu_s = time.perf_counter(), dict[tuple[int, float], float]()
     words = [sys.executable, "-c", CODE.format(command=command), *map(str, arguments), "--quiet"]
-    subprocess.run(words, check=True, capture_output=True)
-    return time.perf_counter() - started
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL) as job:
+        root = psutil.Process(job.pid)
+        while job.poll() is None:
+            cpu_s |= sample_cpu(root)
+            time.sleep(SAMPLING_S)
+    seconds = time.perf_counter() - started
+    if job.returncode:
+        raise SystemExit(f"{' '.join(words)}: exit code {job.returncode}")
+    return Run(seconds, sum(cpu_s.values()))
 
 
-def measure(command: str, model: Path, folders: tuple[Path, Path], outputs: Path) -> Rate:
+def sample_cpu(root: psutil.Process) -> dict[tuple[int, float], float]:
+    """Return the CPU seconds of a process and its descendants, by number and start."""
+    sampled = {}
+    try:
+        processes = [root, *root.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return {}
+    for process in processes:
+        try:
+            times = process.cpu_times()
+            sampled[process.pid, process.create_time()] = times.user + times.system
+        except psutil.Error:  # it has just ended
+            continue
+    return sampled
+
+
+def measure(command: str, model: Path, folders: Sequence[Path], outputs: Path) -> Rate:
     """Run a command on few and on many images.
 
     Args:
@@ -71,46 +131,56 @@ def measure(command: str, model: Path, folders: tuple[Path, Path], outputs: Path
         folders: of few and of many images.
         outputs: folder for what the commands write.
     """
-    seconds, counts = [], [len(list(folder.iterdir())) for folder in folders]
-    for folder in folders:
-        place = outputs / f"{command}-{time.monotonic_ns()}"
-        option = "--jsonl" if command == "infer" else "--output"
-        seconds.append(run_seconds(command, model, folder, option, place))
-    rate = (counts[1] - counts[0]) / (seconds[1] - seconds[0])
-    return Rate(rate, seconds[0] - counts[0] / rate)
+    counts = [len(list(folder.iterdir())) for folder in folders]
+    option = "--jsonl" if command == "infer" else "--output"
+    few, many = (
+        run_command(command, model, folder, option, outputs / f"{command}-{time.monotonic_ns()}")
+        for folder in folders
+    )
+    images = counts[1] - counts[0]
+    image_s, image_cpu_s = (many.seconds - few.seconds) / images, (many.cpu_s - few.cpu_s) / images
+    return Rate(
+        1 / image_s,
+        1000 * image_cpu_s,
+        few.seconds - counts[0] * image_s,
+        few.cpu_s - counts[0] * image_cpu_s,
+    )
 
 
-def report(rounds: list[dict[str, Rate]], counts: tuple[int, int], size_hw: tuple[int, int]) -> str:
+def report(rounds: Sequence[dict[str, Rate]], counts: Sequence[int], images: str) -> str:
     """Return the page.
 
     Args:
         rounds: rates by command.
         counts: of images, few and many.
-        size_hw: of the images.
+        images: what they are.
     """
-    names = [
-        line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
-    ratios = [one["batch"].images_per_s / one["infer"].images_per_s for one in rounds]
+    cpus = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    cpu = next(line.partition(": ")[2] for line in cpus if line.startswith("model name"))
     versions = ", ".join(f"{name} {version(name)}" for name in ("ray", "pyarrow", "onnxruntime"))
     lines = [
-        "# Throughput of tood-batch on one machine",
+        "# tood-batch on one machine",
         "",
-        f"{names[0].partition(': ')[2]}, {os.cpu_count()} cores, {platform.system()}; {versions}; "
-        f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}; JPEG images of "
-        f"{size_hw[1]} x {size_hw[0]}, {counts[0]} and {counts[1]} of them.",
-        "",
-        "| round | tood-infer, images/s | tood-batch, images/s | ratio | start of tood-infer, s "
-        "| start of tood-batch, s |",
-        "|---|---|---|---|---|---|",
+        f"{cpu}, {os.cpu_count()} cores, {platform.system()}; Python {platform.python_version()}, "
+        f"{versions}; {datetime.datetime.now(datetime.UTC):%Y-%m-%d}; {counts[0]} and {counts[1]} "
+        f"{images}; load of the machine in the end, this job's included: {os.getloadavg()[1]:.1f}.",
+        HEADER,
     ]
-    for number, (one, ratio) in enumerate(zip(rounds, ratios, strict=True), 1):
+    rates, cpu_ratios = [], []
+    for number, one in enumerate(rounds, 1):
         infer, batch = one["infer"], one["batch"]
+        rates.append(batch.images_per_s / infer.images_per_s)
+        cpu_ratios.append(infer.cpu_ms / batch.cpu_ms)
         lines.append(
-            f"| {number} | {infer.images_per_s:.1f} | {batch.images_per_s:.1f} | {ratio:.2f} "
-            f"| {infer.start_s:.1f} | {batch.start_s:.1f} |"
+            f"| {number} | {infer.images_per_s:.1f} | {batch.images_per_s:.1f} | {rates[-1]:.2f} "
+            f"| {infer.cpu_ms:.1f} | {batch.cpu_ms:.1f} | {cpu_ratios[-1]:.2f} "
+            f"| {infer.start} | {batch.start} |"
         )
-    lines += ["", f"Median ratio: **{statistics.median(ratios):.2f}**."]
+    lines += [
+        "",
+        f"Median ratio of the rates: **{statistics.median(rates):.2f}**; of the images that a "
+        f"second of a core is enough for: **{statistics.median(cpu_ratios):.2f}**.",
+    ]
     return "\n".join([*lines, "", f"Made by `python {' '.join(sys.argv)}`.", ""])
 
 
@@ -118,28 +188,27 @@ def main() -> None:
     """Measure, print the page, and write it where asked."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model", type=Path)
+    parser.add_argument("--source", type=Path, help="folder of images (default: generated ones)")
     parser.add_argument("--images", nargs=2, type=int, default=(200, 1200), metavar=("FEW", "MANY"))
-    parser.add_argument("--size", nargs=2, type=int, default=(240, 320), metavar=("H", "W"))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--report", type=Path)
     arguments = parser.parse_args()
-    size_hw = (arguments.size[0], arguments.size[1])
-    few, many = arguments.images
-    with tempfile.TemporaryDirectory() as place:
-        folders = tuple(
-            write_images(Path(place) / name, count, size_hw)
-            for name, count in (("few", few), ("many", many))
-        )
-        rounds = []
-        for _ in range(arguments.rounds):
-            pair = (folders[0], folders[1])
-            rounds.append(
-                {
-                    command: measure(command, arguments.model, pair, Path(place))
-                    for command in ("infer", "batch")
-                }
-            )
-    page = report(rounds, (few, many), size_hw)
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        if arguments.source is None:
+            images, kind = write_scenes(place / "scenes"), f"generated images, {SCENES} of them new"
+        else:
+            listed = sorted(arguments.source.iterdir())
+            images = [path for path in listed if path.suffix.lower() in IMAGE_SUFFIXES]
+            if not images:
+                raise SystemExit(f"{arguments.source}: holds no image")
+            kind = f"images, links to {len(images)} different ones"
+        folders = [link_images(place / str(n), images, n) for n in arguments.images]
+        rounds = [
+            {name: measure(name, arguments.model, folders, place) for name in ("infer", "batch")}
+            for _ in range(arguments.rounds)
+        ]
+    page = report(rounds, arguments.images, kind)
     print(page)
     if arguments.report is not None:
         arguments.report.write_text(page, encoding="utf-8")

@@ -66,6 +66,16 @@ def test_a_list_names_files_from_its_folder(folder: Path) -> None:
     assert names(list_images([str(folder / "list.txt")])) == expected
 
 
+def test_a_list_takes_names_as_they_stand(folder: Path) -> None:
+    """As tood-infer does: none is a glob, and what is not there is an error of its own row."""
+    (folder / "list.txt").write_text("\ufeffx/[z].png\nabsent.png\n", encoding="utf-8")
+    (chunk,) = list_images([str(folder / "list.txt")])
+    assert chunk.names == (f"{folder}/x/[z].png", f"{folder}/absent.png")
+    present, absent = (data for _, data in read_chunk(chunk))
+    assert present == b"x/[z].png"
+    assert isinstance(absent, InputError)
+
+
 def test_what_is_named_twice_is_done_once(folder: Path) -> None:
     assert len(names(list_images([str(folder), f"{folder}/*", f"{folder}/b.png"]))) == 3
 

@@ -25,7 +25,7 @@ from tood_deploy.export.export import export_onnx
 from tood_deploy.export.tensorrt.options import Profiles
 from tood_deploy.export.triton.config import config_text, triton_config
 from tood_deploy.export.triton.options import TritonOptions
-from tood_deploy.files import file_sha256
+from tood_deploy.files import file_sha256, no_empty_folder
 from tood_deploy.manifest import Manifest, manifest_path, read_manifest
 from tood_deploy.manifest_sections import EngineTarget, OptimizationProfile, Serving
 from tood_deploy.model import load_checkpoint
@@ -275,11 +275,11 @@ def test_what_builds_is_looked_for_before_the_long_work(
 
 def test_a_folder_that_was_made_for_nothing_is_gone(tmp_path: Path) -> None:
     new = tmp_path / "new"
-    with suppress(ToodError), export_module._no_empty_folder(new):
+    with suppress(ToodError), no_empty_folder(new):
         new.mkdir()
         raise ToodError("no")
     assert not list(tmp_path.iterdir())
-    with export_module._no_empty_folder(new):
+    with no_empty_folder(new):
         new.mkdir()
         (new / "a.onnx").touch()
     assert [path.name for path in new.iterdir()] == ["a.onnx"]

@@ -55,7 +55,7 @@ with process_group("cpu") as device:
     journal = Journal(None if rank() else output, Reporter.silent(), every=1)
     network = new_model(preset, recipe.seed)
     if preset.detector == "gfl":  # sure enough that its averages are not raised to 1
-        torch.nn.init.zeros_(network.bbox_head.gfl_cls.bias)
+        torch.nn.init.constant_(network.bbox_head.gfl_cls.bias, 3.0)
     fit(network, data, recipe, RunOptions(output), journal=journal)
     found = CocoEvaluator(annotations, device, batch=3)(load_checkpoint(weights))
     (output / f"evaluation{rank()}.json").write_text(json.dumps(found.metrics))

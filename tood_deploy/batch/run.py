@@ -142,6 +142,8 @@ def run_batch(
     """
     total = sum(len(chunk.names) for chunk in listed)
     progress = Progress()
+    if total == len(output.done):  # by a run that is resumed
+        return progress
     with ray_session(cluster) as ray, reporter.progress("images", total) as task:
         task.update(len(output.done), state="workers start")
         attempts = ray.remote(_Attempts).options(num_cpus=0, max_restarts=-1, max_task_retries=-1)

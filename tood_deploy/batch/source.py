@@ -24,6 +24,7 @@ from pyarrow import fs  # pyright: ignore[reportMissingImports]
 from tood_deploy.data.image_header import IMAGE_SUFFIXES
 from tood_deploy.errors import InputError
 from tood_deploy.files import absolute_path
+from tood_deploy.inference.address import redacted, without_secrets
 
 TABLE_SUFFIX, LIST_SUFFIX = ".parquet", ".txt"
 PATHS, BYTES = "path", "bytes"  # usual columns of a table, as Ray's own readers name them
@@ -98,14 +99,15 @@ def locate(spec: str) -> Location:
     try:
         _, path = fs.FileSystem.from_uri(spec)
     except (pa.ArrowException, ValueError, OSError) as error:
+        reason = without_secrets(_first_line(error), spec)
         raise InputError(
-            f"{spec}: no file system that can be read ({_first_line(error)}); expected a path, or "
-            "an address such as s3://bucket/folder, gs:// or hdfs://"
+            f"{redacted(spec)}: no file system that can be read ({reason}); expected a path, or an "
+            "address such as s3://bucket/folder, gs:// or hdfs://"
         ) from error
-    bare = spec.partition("?")[0]
-    scheme = bare.partition("://")[0]
-    prefix = bare[: bare.rindex(path)] if path and path in bare else f"{scheme}://"
-    return Location(path, prefix, spec)
+    scheme, _, rest = spec.partition("?")[0].partition("://")
+    before = rest[: rest.rindex(path)] if path and path in rest else ""
+    host = before.rpartition("@")[2]  # names are written down, and a login is nobody's business
+    return Location(path, f"{scheme}://{host}", spec)
 
 
 @functools.lru_cache(maxsize=16)
@@ -131,7 +133,7 @@ def list_images(specs: Sequence[str], column: str | None = None) -> list[Chunk]:
     chunks: list[Chunk] = []
     any_table = False
     for spec in specs:
-        located = [file for one in _of_list(spec) for file in _files(one)]
+        located = _files_without_secrets(spec)
         tables = [file for file in located if file.path.endswith(TABLE_SUFFIX)]
         images = [file for file in located if not file.path.endswith(TABLE_SUFFIX)]
         any_table |= bool(tables)
@@ -195,28 +197,42 @@ def _row_group(address: str, table: str, row_group: int, column: str) -> pa.Chun
         return pq.ParquetFile(file).read_row_group(row_group, columns=[column]).column(0)
 
 
-def _of_list(spec: str) -> list[str]:
-    """Return the lines of a text file, relative to its folder; anything else as it is."""
-    if not spec.lower().endswith(LIST_SUFFIX):
-        return [spec]
+def _files_of_list(spec: str) -> list[Location]:
+    """Return the files that a text names; one that is not there is its row's error later."""
     where = locate(spec)
     data = _read(Chunk((where.name,), where.prefix, where.address), where.name)
     if isinstance(data, InputError):
         raise InputError(f"{spec}: cannot be read as a list of images: {data}")
     try:
-        lines = [line.strip() for line in data.decode("utf-8").splitlines()]
+        lines = [line.strip() for line in data.decode("utf-8-sig").splitlines()]
     except UnicodeDecodeError as error:
         raise InputError(f"{spec}: no list ({error}); expected text, one path a line") from error
-    folder = where.name.rpartition("/")[0]
     named = [line for line in lines if line and not line.startswith("#")]
-    return [line if "://" in line or line[0] == "/" else f"{folder}/{line}" for line in named]
+    if not named:
+        raise InputError(f"{spec}: names no file; expected text, one path a line")
+    return [_beside(where, line) for line in named]
+
+
+def _split_query(spec: str) -> tuple[str, str]:
+    """Return an address without and with nothing but its query, in which ? is no wildcard."""
+    query = re.search(r"\?\w+=.*$", spec) if "://" in spec else None
+    return (spec[: query.start()], query.group()) if query else (spec, "")
+
+
+def _files_without_secrets(spec: str) -> list[Location]:
+    """Return the files that one argument stands for; no message shows a password in it."""
+    is_list = _split_query(spec)[0].lower().endswith(LIST_SUFFIX)
+    try:
+        return _files_of_list(spec) if is_list else _files(spec)
+    except InputError as error:
+        raise InputError(without_secrets(str(error), spec)) from error
 
 
 def _files(spec: str) -> list[Location]:
     """Return the files that one argument stands for, in order of their names."""
-    where = Location(str(absolute_path(spec))) if glob.has_magic(spec) else locate(spec)
-    if glob.has_magic(spec):
+    if glob.has_magic(_split_query(spec)[0]):
         return _files_of_glob(spec)
+    where = locate(spec)
     try:
         info = open_filesystem(where.address).get_file_info(where.path)
         if info.type == fs.FileType.File:
@@ -235,18 +251,20 @@ def _files_of_folder(spec: str, where: Location) -> list[Location]:
     listed = _walk(where, recursive=False)
     kept = [file for file in listed if _is_readable(file.path)]
     if not kept:
+        bare, query = _split_query(spec)
         raise InputError(
             f"{spec}: holds {len(listed)} files, but no image and no Parquet table; subfolders are "
-            f"searched only by a glob, such as '{spec.rstrip('/')}/**/*.jpg'"
+            f"searched only by a glob, such as '{bare.rstrip('/')}/**/*.jpg{query}'"
         )
     return kept
 
 
 def _files_of_glob(spec: str) -> list[Location]:
     """Match as a shell does: ** stands for any folders, * and ? for no slash."""
-    start = re.split(r"[*?\[]", spec, maxsplit=1)[0].rpartition("/")[0]
-    base = locate(start or ("/" if spec.startswith("/") else "."))
-    rest = spec[len(start) :].lstrip("/") if start else spec.lstrip("/")
+    bare, query = _split_query(spec)
+    start = re.split(r"[*?\[]", bare, maxsplit=1)[0].rpartition("/")[0]
+    base = locate(f"{start}{query}" if start else ("/" if spec.startswith("/") else "."))
+    rest = bare[len(start) :].lstrip("/") if start else bare.lstrip("/")
     pattern = re.compile(_regex(f"{glob.escape(base.path.rstrip('/'))}/{rest}"))
     files = [file for file in _walk(base, recursive=True) if pattern.fullmatch(file.path)]
     if not files:
@@ -315,7 +333,7 @@ def _chunks_of_table(table: Location, column: str | None) -> list[Chunk]:
 
 
 def _beside(table: Location, path: str) -> Location:
-    """Return where a path of a table leads: relative ones start from the table's folder."""
+    """Return where a path of a table or list leads: relative ones start from its folder."""
     if "://" in path:
         return _located_once(path)
     if table.address:
@@ -326,8 +344,9 @@ def _beside(table: Location, path: str) -> Location:
 
 def _located_once(path: str) -> Location:
     """Locate a file by its folder's file system, which is opened once for all of a folder."""
-    folder, _, name = path.rpartition("/")
-    where = _locate_cached(folder)
+    bare, query = _split_query(path)
+    folder, _, name = bare.rpartition("/")
+    where = _locate_cached(f"{folder}{query}")
     return replace(where, path=f"{where.path.rstrip('/')}/{name}")
 
 

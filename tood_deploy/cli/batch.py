@@ -132,6 +132,7 @@ def batch_command(argv: Sequence[str] | None = None) -> int:
         from tood_deploy.batch.source import list_images
         from tood_deploy.batch.worker import WorkerOptions
     from tood_deploy.data.image_file import ReadOptions
+    from tood_deploy.inference.address import redacted
     from tood_deploy.manifest import artefact_sha256
 
     check_bytes(args)
@@ -144,7 +145,8 @@ def batch_command(argv: Sequence[str] | None = None) -> int:
     ids = coco_ids(args, listed)
     shown = {name: str(value) for name, value in options.items() if name not in OF_MACHINES}
     shown |= {"bit_depth": str(reading.bit_depth), "first_page": str(reading.first_page)}
-    run = RunDescription(artefact_sha256(model), tuple(args.source), shown)
+    source = tuple(map(redacted, args.source))  # it is written down
+    run = RunDescription(artefact_sha256(model), source, shown)
     output = BatchOutput(args.output, run, resume=args.resume)
     cluster = ClusterOptions(args.address, args.workers, args.cpus_per_worker, gpus_of(args))
     worker_options = WorkerOptions(model.name, options, reading, args.batch)

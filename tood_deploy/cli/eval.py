@@ -249,7 +249,8 @@ def check_alignment(args: argparse.Namespace, data: "DataSet") -> None:
     """Refuse --alignment where there are no maps to read, or not of what is detected.
 
     Raises:
-        ToodError: an artefact, slices, or an image that the annotations do not have.
+        ToodError: an artefact, options that change what is computed, or an image that the
+            annotations do not have.
     """
     if args.alignment is None:
         return
@@ -263,8 +264,14 @@ def check_alignment(args: argparse.Namespace, data: "DataSet") -> None:
             f"{args.model}: an artefact gives no maps to draw for --alignment; give the checkpoint "
             f"that it was made of{of_hash} in its place"
         )
-    if args.slice is not None:
-        raise ToodError("--alignment reads the maps of whole images; leave --slice out")
+    for name, maps in (
+        ("slice", "of whole images"),
+        ("runtime", "of the network as it is"),
+        ("precision", "of the network in float32"),
+        ("compile", "of the network as it is"),
+    ):
+        if getattr(args, name) not in (None, False):
+            raise ToodError(f"--alignment reads the maps {maps}; leave --{name} out")
     from tood_deploy.benchmark.evaluation.alignment import choose_images
 
     choose_images(data.truth, args.alignment)

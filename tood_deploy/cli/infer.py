@@ -112,6 +112,12 @@ def add_inference_options(parser: argparse.ArgumentParser) -> None:
     )
     add_fast_decode(parser)
     parser.add_argument(
+        "--device-resize",
+        action="store_true",
+        help="resize and pad images where the model runs, in PyTorch's fast form; pixels differ by "
+        "one grey level at most",
+    )
+    parser.add_argument(
         "--max-pixels",
         type=int,
         default=200_000_000,
@@ -256,6 +262,7 @@ def infer_command(argv: Sequence[str] | None = None) -> int:
     options = detector_options(args)
     check_bytes(args)
     options |= source_hint(args, source, sliced=options["slicing"] is not None)
+    options["device_resize"] = args.device_resize
     with Detector(args.model, **options, **engine_options(args)) as detector:
         if is_artefact(args.model) and (
             doubt := doubts(Path(args.model), detector.engine.manifest)

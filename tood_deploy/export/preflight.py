@@ -33,6 +33,7 @@ from tood_deploy.graph_io import (
     OPENVINO_SUFFIX,
     OPENVINO_WEIGHTS_SUFFIX,
     TARGET_SUFFIXES,
+    TORCH_SUFFIX,
 )
 from tood_deploy.manifest import Manifest, manifest_path, neighbour
 from tood_deploy.manifest_sections import HalfBuild, Int8Build
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 MAX_VERIFY_IMAGES = 16
 ELSEWHERE = "choose another --output"
 # Copies of the float32 weights that lie in the output's folder at a time.
-COPIES = {"onnx": 1, "openvino": 1, "engine": 2, "triton": 2}
+COPIES = {"onnx": 1, "openvino": 1, "engine": 2, "triton": 2, "torch": 1}
 
 MIB = 2**20
 SPARE_BYTES = 64 * MIB  # beside the artefacts themselves
@@ -254,8 +255,9 @@ def _check_checkpoint(source: str) -> None:
         published_weights(PRESETS[source])
         return
     if path.suffix.lower() in ARTEFACT_SUFFIXES:
+        kind = "PyTorch" if path.suffix.lower() == TORCH_SUFFIX else "OpenVINO"
         raise ToodError(
-            f"{path}: an artefact for OpenVINO cannot be exported further; "
+            f"{path}: an artefact for {kind} cannot be exported further; "
             "give the .onnx or the checkpoint it was made from"
         )
     if not path.is_file():
@@ -279,6 +281,11 @@ def _check_checkpoint(source: str) -> None:
 def _check_given_onnx(config: ExportConfig, manifest: Manifest) -> None:
     """Refuse an .onnx that cannot become what is asked for."""
     path, changes = Path(config.source), config.precision.changes_graph
+    if config.to == "torch":
+        raise ToodError(
+            f"{path} is an .onnx, and --to torch starts from the network; give the checkpoint that "
+            "it was made from"
+        )
     if manifest.precision != "fp32" and changes:
         raise ToodError(
             f"{path} is in {manifest.precision} already; leave --precision out, or start from the "

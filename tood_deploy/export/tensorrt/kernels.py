@@ -129,7 +129,8 @@ class KernelSummary:
         streams = f"{self.streams} stream{'s' if self.streams > 1 else ''}"
         text = (
             f"the built engine has {self.kernels} kernels on {streams} ({types}); {self.moving} of "
-            f"them only move or convert; {self.mib:.0f} MiB read and written an image, each value once a kernel"
+            f"them only move or convert; {self.mib:.0f} MiB read and written an image, each value "
+            "once a kernel"
         )
         if self.requantised:
             text += (
