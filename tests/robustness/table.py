@@ -56,7 +56,8 @@ name, and `--case jpg/17` runs it again.
 - clean error: one line, exit code 1 or 2; for a kill or signal: nothing unreadable, and the next
   run ended well and left nothing behind.
 - memory, handles, disk, as inputs: the command has little more address space, file handles, or
-  size of a file than at its start. soak: what a long run takes stays as it is{"".join(f" ({x})" for x in long)}.
+  size of a file than at its start.
+- soak: what a long run takes stays as it is{"".join(f" ({x})" for x in long)}.
 - success: exit code 0.
 - silent: exit code 0 and a wrong result: frames that are missing, files that cannot be read.
 
