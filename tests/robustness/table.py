@@ -32,7 +32,7 @@ def failures(rows: Iterable[Row]) -> str:
         if row.outcome not in GOOD:
             kinds[row.outcome, row.place, row.line.split(":")[0][:60]].append(row)
     return "\n".join(
-        f"{len(same)} x {outcome} {place}: {same[0].line[:160]} "
+        f"{len(same)} x {outcome} {place}: {' '.join(same[0].line.split())[:160]} "
         f"({', '.join(row.case for row in same[:4])})"
         for (outcome, place, _), same in sorted(kinds.items(), key=lambda item: -len(item[1]))
     )
@@ -49,14 +49,15 @@ def markdown_report(rows: Collection[Row]) -> str:
     return f"""# Robustness
 
 {date}, {machine}, one core: {len(rows) - kills - limits:,} mutated inputs,
-{kills} kills and signals and {limits} runs with limits or over a long video,
+{kills} kills and signals, {limits - len(long)} runs with limits and {len(long)} of a long video,
 which took {seconds / 60:.0f} minutes. `make robustness` runs the campaign; a case is known by its
 name, and `--case jpg/17` runs it again.
 
 - clean error: one line, exit code 1 or 2; for a kill or signal: nothing unreadable, and the next
   run ended well and left nothing behind.
-- memory, handles, disk: the command has little more address space, file handles, or size of a file
-  than at its start. soak: what a long run takes stays as it is{"".join(f" ({x})" for x in long)}.
+- memory, handles, disk, as inputs: the command has little more address space, file handles, or
+  size of a file than at its start.
+- soak: what a long run takes stays as it is{"".join(f" ({x})" for x in long)}.
 - success: exit code 0.
 - silent: exit code 0 and a wrong result: frames that are missing, files that cannot be read.
 
