@@ -72,6 +72,7 @@ def test_fp16(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert manifest.self_test
 
 
+@pytest.mark.slow
 def test_bf16(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It says what it is for, is refused by name where it does not run, and can be taken further:
     its reference is emulated."""
@@ -112,6 +113,7 @@ def test_triton(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "next: tood-infer" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_engine_says_how_to_run_it(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         main([str(source), "--to", "engine", "--shapes", "64x96", "--batch", "1", "--list-layers"])
@@ -301,6 +303,7 @@ def shipped(
 class TestNothingIsLeft:
     """A failed, interrupted or terminated export leaves what was there, and nothing else."""
 
+    @pytest.mark.slow
     def test_a_graph_that_is_not_equal(
         self,
         tiny_artefact: Path,

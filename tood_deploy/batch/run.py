@@ -286,6 +286,8 @@ def ray_session(cluster: ClusterOptions) -> Iterator[Any]:
     os.environ.setdefault("RAY_DATA_LOG_LEVEL", "CRITICAL")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    if cluster.address != LOCAL and _has_token():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     with naming_extras("cluster"), _silent_stderr():
         import ray  # pyright: ignore[reportMissingImports]
         import ray.data  # pyright: ignore[reportMissingImports]
@@ -299,7 +301,7 @@ def ray_session(cluster: ClusterOptions) -> Iterator[Any]:
         reason = " ".join(str(error).split())
         raise ToodError(
             f"--address {cluster.address}: no Ray cluster can be used ({reason}); start one with "
-            "ray start --head, or use --address local"
+            "ray start --head, set RAY_AUTH_MODE=token and its token, or use --address local"
         ) from error
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -308,6 +310,15 @@ def ray_session(cluster: ClusterOptions) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _has_token() -> bool:
+    """Return whether there is a token: `ray start` then asks for it, and Ray's driver gives none.
+
+    A cluster that asks for no token takes one all the same.
+    """
+    named = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+    return named or Path("~/.ray/auth_token").expanduser().is_file()
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -241,3 +242,7 @@ def finish(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run tood-batch as a command; see `run_command` for the exit codes."""
     return run_command(batch_command, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

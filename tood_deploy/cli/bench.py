@@ -114,6 +114,20 @@ def _add_latency(parser: argparse.ArgumentParser) -> None:
         help="images of one engine call; several numbers are measured in turn (default: 1)",
     )
     parser.add_argument(
+        "--ap",
+        action="append",
+        default=[],
+        metavar="MODEL=P",
+        help="a model's AP, 0 to 100 (default: its manifest's)",
+    )
+    _add_turns(parser)
+    add_bench_thresholds(parser, conf=0.3)
+    add_slicing(parser)
+    add_bench_options(parser, "latency")
+
+
+def _add_turns(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--rounds", type=int, default=10, metavar="N", help="turns of every model (default: 10)"
     )
     parser.add_argument(
@@ -130,16 +144,6 @@ def _add_latency(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="longest warm-up of each kind of call (default: 20)",
     )
-    add_bench_thresholds(parser, conf=0.3)
-    add_slicing(parser)
-    parser.add_argument(
-        "--ap",
-        action="append",
-        default=[],
-        metavar="MODEL=P",
-        help="a model's AP, 0 to 100 (default: its manifest's)",
-    )
-    add_bench_options(parser, "latency")
 
 
 def _add_video(parser: argparse.ArgumentParser) -> None:
@@ -397,3 +401,7 @@ def _check_inputs_stay(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run tood-bench, and return its exit code; see `run_command`."""
     return run_command(bench_command, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -180,6 +180,45 @@ def slicing_options(args: argparse.Namespace) -> dict[str, Any] | None:
     return {"size": args.slice, **options}
 
 
+def add_imgsz(parser: argparse._ActionsContainer, *, default: str = "the model's") -> None:
+    """Add --imgsz; the help says of the default what `default` says."""
+    parser.add_argument(
+        "--imgsz",
+        nargs=2,
+        type=int,
+        metavar=("H", "W"),
+        help=f"short and long side to fit images to (default: {default})",
+    )
+
+
+def add_iou(
+    parser: argparse._ActionsContainer, *, default: str = "the model's, 0.6 as published"
+) -> None:
+    """Add --iou; the help says of the default what `default` says."""
+    parser.add_argument(
+        "--iou",
+        type=float,
+        help=f"overlap above which the weaker of two boxes goes, 0 to 1 (default: {default})",
+    )
+
+
+def add_max_det(parser: argparse._ActionsContainer, *, of: str = "an image") -> None:
+    """Add --max-det; the help says `of` what it is."""
+    parser.add_argument(
+        "--max-det",
+        type=int,
+        metavar="N",
+        help=f"largest number of detections in {of} (default: what the model gives, 100)",
+    )
+
+
+def add_threads(parser: argparse._ActionsContainer, *, of: str = "one inference") -> None:
+    """Add --threads; the help says `of` what they are."""
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help=f"CPU threads of {of} (default: all cores)"
+    )
+
+
 def add_thresholds(
     parser: argparse._ActionsContainer, *, default: float | None, shown: str | None = None
 ) -> None:

@@ -15,8 +15,12 @@ from tood_deploy.cli.detection import (
     add_device,
     add_fast_decode,
     add_hint,
+    add_imgsz,
+    add_iou,
+    add_max_det,
     add_runtime_options,
     add_slicing,
+    add_threads,
     add_thresholds,
     class_options,
     hint_options,
@@ -133,26 +137,9 @@ def _add_threshold_options(group: Any) -> None:
 
 def _add_detection_options(group: Any) -> None:
     add_thresholds(group, default=None, shown="the model's, 0.05 as published")
-    group.add_argument(
-        "--iou",
-        type=float,
-        help="overlap above which the weaker of two boxes goes, 0 to 1 "
-        "(default: the model's, 0.6 as published)",
-    )
-    group.add_argument(
-        "--max-det",
-        type=int,
-        metavar="N",
-        help="the most detections an image, or each slice of it (default: what the model gives, "
-        "100)",
-    )
-    group.add_argument(
-        "--imgsz",
-        nargs=2,
-        type=int,
-        metavar=("H", "W"),
-        help="short and long side to fit images to (default: the model's)",
-    )
+    add_iou(group)
+    add_max_det(group, of="an image, or in each slice of it")
+    add_imgsz(group)
     group.add_argument(
         "--batch",
         type=int,
@@ -160,9 +147,7 @@ def _add_detection_options(group: Any) -> None:
         help="the most images, or slices of them, of one engine call (default: 1)",
     )
     add_device(group, default=None)
-    group.add_argument(
-        "--threads", type=int, metavar="N", help="CPU threads of one inference (default: all cores)"
-    )
+    add_threads(group)
     add_runtime_options(group)
     add_hint(group, default="throughput")
     add_fast_decode(group)
@@ -406,3 +391,7 @@ def summary(result: "Evaluation", alignment: "Alignment | None" = None) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run as the command; see `run_command` for the exit codes."""
     return run_command(eval_command, argv, extras=("eval",))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -352,3 +352,7 @@ def search_from(config: ExportConfig, annotated: AnnotatedData | None) -> Precis
         half,
         annotated.measure if annotated and wanted.max_ap_drop is not None else None,
     )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +20,12 @@ from tood_deploy.cli.detection import (
     add_device,
     add_fast_decode,
     add_hint,
+    add_imgsz,
+    add_iou,
+    add_max_det,
     add_runtime_options,
     add_slicing,
+    add_threads,
     add_thresholds,
     check_fast_torch,
     class_options,
@@ -41,6 +46,7 @@ where it is lost (see --reconnect).
 """
 if TYPE_CHECKING:
     from tood_deploy.inference.frame import Source
+    from tood_deploy.inference.run import Outputs
     from tood_deploy.inference.video_writer import VideoEncoding
 
 OPENCV_PIXEL_LIMIT = 2**30
@@ -72,27 +78,10 @@ def build_parser() -> argparse.ArgumentParser:
 def add_inference_options(parser: argparse.ArgumentParser) -> None:
     """Add how images are read and the model is run."""
     add_device(parser)
-    parser.add_argument(
-        "--imgsz",
-        nargs=2,
-        type=int,
-        metavar=("H", "W"),
-        help="short and long side to fit images to (default: the model's)",
-    )
+    add_imgsz(parser)
     add_thresholds(parser, default=0.3)
-    parser.add_argument(
-        "--iou",
-        type=float,
-        help="overlap above which the weaker of two boxes goes, 0 to 1 "
-        "(default: the model's, 0.6 as published)",
-    )
-    parser.add_argument(
-        "--max-det",
-        type=int,
-        metavar="N",
-        help="largest number of detections in an image, or in each slice of it (default: what the "
-        "model gives, 100)",
-    )
+    add_iou(parser)
+    add_max_det(parser, of="an image, or in each slice of it")
     parser.add_argument(
         "--batch",
         type=int,
@@ -100,9 +89,7 @@ def add_inference_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="frames, or slices of them, of one engine call (default: 1)",
     )
-    parser.add_argument(
-        "--threads", type=int, metavar="N", help="CPU threads of one inference (default: all cores)"
-    )
+    add_threads(parser)
     add_runtime_options(parser)
     add_hint(parser, default="throughput for more than one image")
     parser.add_argument(
@@ -110,6 +97,11 @@ def add_inference_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="run an artefact that is not the file its manifest describes, with a warning",
     )
+    _add_reading_options(parser)
+    add_slicing(parser)
+
+
+def _add_reading_options(parser: argparse.ArgumentParser) -> None:
     add_fast_decode(parser)
     parser.add_argument(
         "--device-resize",
@@ -135,7 +127,6 @@ def add_inference_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="bits that hold data in images of 16 bits, 9 to 16 (default: what their files say)",
     )
-    add_slicing(parser)
 
 
 def add_video_options(parser: argparse.ArgumentParser) -> None:
@@ -169,6 +160,15 @@ def add_video_options(parser: argparse.ArgumentParser) -> None:
 def add_output_options(parser: argparse.ArgumentParser) -> None:
     """Add what to write and where."""
     group = parser.add_argument_group("output")
+    _add_annotated_output(group)
+    _add_records_output(group)
+    group.add_argument("--show", action="store_true", help="show the frames in a window; q ends")
+    group.add_argument(
+        "--quiet", action="store_true", help="no line a frame, no progress, no closing line"
+    )
+
+
+def _add_annotated_output(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--output",
         type=Path,
@@ -186,6 +186,12 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
         "vp9)",
     )
     group.add_argument(
+        "--crops", type=Path, metavar="DIR", help="every object as an image of its own"
+    )
+
+
+def _add_records_output(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
         "--json",
         type=Path,
         metavar="FILE",
@@ -201,9 +207,6 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
         "--jsonl", metavar="FILE", help="one JSON object a frame, as they come; - for stdout"
     )
     group.add_argument(
-        "--crops", type=Path, metavar="DIR", help="every object as an image of its own"
-    )
-    group.add_argument(
         "--geojson",
         type=Path,
         metavar="FILE",
@@ -214,10 +217,6 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
         "--crs",
         metavar="CODE",
         help="coordinate system of images with a world file alone, such as EPSG:32632",
-    )
-    group.add_argument("--show", action="store_true", help="show the frames in a window; q ends")
-    group.add_argument(
-        "--quiet", action="store_true", help="no line a frame, no progress, no closing line"
     )
 
 
@@ -232,7 +231,7 @@ def infer_command(argv: Sequence[str] | None = None) -> int:
     import cv2
 
     from tood_deploy.inference.detector import Detector
-    from tood_deploy.inference.run import Outputs, run_inference
+    from tood_deploy.inference.run import run_inference
     from tood_deploy.inference.source import open_source
     from tood_deploy.manifest import doubts
 
@@ -240,17 +239,7 @@ def infer_command(argv: Sequence[str] | None = None) -> int:
         cv2.utils.logging.LOG_LEVEL_SILENT
     )  # what fails is said once, by us
     reporter = Reporter(args.quiet)
-    outputs = Outputs(
-        args.output,
-        args.json,
-        args.coco_annotations,
-        args.jsonl,
-        args.crops,
-        args.show,
-        args.geojson,
-        args.crs,
-        encoding=video_encoding(args),
-    )
+    outputs = outputs_from(args)
     source = open_source(
         args.source,
         args.max_pixels,
@@ -292,6 +281,27 @@ def source_hint(args: argparse.Namespace, source: "Source", *, sliced: bool) -> 
         )
     many = source.kind == "video" or len(source.names) > 1 or sliced
     return hint_options(args.model, args, several=many and source.kind != "live")
+
+
+def outputs_from(args: argparse.Namespace) -> "Outputs":
+    """Return what to write and where.
+
+    Raises:
+        ToodError: options of annotated videos out of range, or without any.
+    """
+    from tood_deploy.inference.run import Outputs
+
+    return Outputs(
+        args.output,
+        args.json,
+        args.coco_annotations,
+        args.jsonl,
+        args.crops,
+        args.show,
+        args.geojson,
+        args.crs,
+        encoding=video_encoding(args),
+    )
 
 
 def video_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -387,3 +397,7 @@ def check_bytes(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run tood-infer as a command; see `run_command` for the exit codes."""
     return run_command(infer_command, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

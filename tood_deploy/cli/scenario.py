@@ -11,7 +11,10 @@ from typing import Any
 from tood_deploy.cli.common import DONE, add_model_options, is_artefact, load_options
 from tood_deploy.cli.detection import (
     add_device,
+    add_imgsz,
+    add_iou,
     add_runtime_options,
+    add_threads,
     check_fast_torch,
     runtime_options,
     takes_hint,
@@ -165,27 +168,14 @@ def add_bench_thresholds(parser: argparse.ArgumentParser, *, conf: float | None)
         default=conf,
         help=f"score that detections must exceed, 0 to 1 (default: {conf or of_model})",
     )
-    parser.add_argument(
-        "--iou",
-        type=float,
-        help="overlap above which the weaker of two boxes goes, 0 to 1 "
-        "(default: the model's own, 0.6 as published)",
-    )
+    add_iou(parser)
 
 
 def add_bench_options(parser: argparse.ArgumentParser, name: str) -> None:
     """Add what every subcommand has; `name` is that of its report."""
-    parser.add_argument(
-        "--imgsz",
-        nargs=2,
-        type=int,
-        metavar=("H", "W"),
-        help="short and long side to fit images to (default: the first model's)",
-    )
+    add_imgsz(parser, default="the first model's")
     add_device(parser)
-    parser.add_argument(
-        "--threads", type=int, metavar="N", help="CPU threads of one inference (default: all cores)"
-    )
+    add_threads(parser)
     add_runtime_options(parser)
     parser.add_argument(
         "--output",

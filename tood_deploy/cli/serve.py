@@ -1,13 +1,18 @@
 """tood-serve: serves artefacts over HTTP."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from tood_deploy.cli.common import DONE, CommandParser, add_model_options, is_artefact, run_command
 from tood_deploy.cli.detection import (
     add_device,
+    add_imgsz,
+    add_iou,
+    add_max_det,
     add_runtime_options,
+    add_threads,
     add_thresholds,
     class_options,
     takes_hint,
@@ -56,29 +61,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
     add_device(parser)
-    parser.add_argument(
-        "--imgsz",
-        nargs=2,
-        type=int,
-        metavar=("H", "W"),
-        help="short and long side to fit images to (default: the model's)",
-    )
+    add_imgsz(parser)
     add_thresholds(parser, default=0.3, shown="0.3; a request may say others")
-    parser.add_argument(
-        "--iou",
-        type=float,
-        help="overlap above which the weaker of two boxes goes, 0 to 1 (default: the model's; a "
-        "request may say another)",
-    )
-    parser.add_argument(
-        "--max-det",
-        type=int,
-        metavar="N",
-        help="largest number of detections in an image (default: what the model gives, 100)",
-    )
-    parser.add_argument(
-        "--threads", type=int, metavar="N", help="CPU threads of a model (default: all cores)"
-    )
+    add_iou(parser, default="the model's; a request may say another")
+    add_max_det(parser)
+    add_threads(parser, of="a model")
     add_runtime_options(parser)
     add_model_options(parser)
 
@@ -206,3 +193,7 @@ def read_token(path: Path) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run tood-serve as a command; see `run_command` for the exit codes."""
     return run_command(serve_command, argv, extras=("serve",))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -14,6 +14,7 @@ from tood_deploy.presets import PRESETS
 from tood_deploy.reporter import Reporter
 
 if TYPE_CHECKING:
+    from tood_deploy.training.config import RunOptions
     from tood_deploy.training.train import DataPaths
 
 
@@ -76,7 +77,9 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="go on from the folder's last checkpoint, if there is one",
     )
-    _add_data_options(result.add_argument_group("data"))
+    data = result.add_argument_group("data")
+    _add_data_options(data)
+    _add_image_options(data)
     _add_weight_options(
         result.add_argument_group(
             "first weights (default: the ImageNet backbone of the published recipe)"
@@ -115,6 +118,14 @@ def _add_data_options(group: Any) -> None:
         help="which classes in which order: separated by commas, or a text file with one a line",
     )
     group.add_argument(
+        "--check-data",
+        action="store_true",
+        help="report what is in the data and what is wrong with it, and train nothing",
+    )
+
+
+def _add_image_options(group: Any) -> None:
+    group.add_argument(
         "--imgsz",
         type=int,
         nargs=2,
@@ -139,11 +150,6 @@ def _add_data_options(group: Any) -> None:
         type=float,
         metavar="S",
         help="share of a box that a window must show to have it (default: 0.1)",
-    )
-    group.add_argument(
-        "--check-data",
-        action="store_true",
-        help="report what is in the data and what is wrong with it, and train nothing",
     )
 
 
@@ -286,32 +292,11 @@ def train_command(argv: Sequence[str] | None) -> int:
     if arguments.check_data:
         return _check_data(paths, class_names, Reporter())
     from tood_deploy.preprocess import check_imgsz
-    from tood_deploy.training.checkpoints import BEST, FINAL, LAST
-    from tood_deploy.training.config import RunOptions
-    from tood_deploy.training.logger import LOG
     from tood_deploy.training.train import FirstWeights, choose_recipe, train
 
     recipe, notes = choose_recipe(arguments.preset, _recipe_changes(arguments))
-    workers = 4 if arguments.device == "cuda" else 0
-    if arguments.workers is not None:
-        workers = arguments.workers
-    options = RunOptions(
-        arguments.output or Path("runs") / arguments.preset,
-        arguments.device,
-        workers,
-        arguments.save_every,
-        arguments.eval_every,
-        arguments.resume,
-        arguments.stop_after,
-    )
-    inputs = {
-        "the data": [paths.train_json, paths.val_json],
-        "a checkpoint": [arguments.checkpoint, arguments.backbone_weights],
-    }
-    if arguments.resume:  # the folder's own checkpoint goes first
-        del inputs["a checkpoint"]
-    written = [options.output / name for name in (LAST, BEST, FINAL, LOG)]
-    check_written(arguments.classes, written, inputs)
+    options = _run_options(arguments)
+    _check_output(arguments, options.output, paths)
     summary = train(
         arguments.preset,
         paths,
@@ -333,6 +318,39 @@ def train_command(argv: Sequence[str] | None) -> int:
     if summary is not None:
         reporter.result(summary)
     return DONE
+
+
+def _run_options(arguments: argparse.Namespace) -> "RunOptions":
+    """Return where and how to train."""
+    from tood_deploy.training.config import RunOptions
+
+    workers = 4 if arguments.device == "cuda" else 0
+    if arguments.workers is not None:
+        workers = arguments.workers
+    return RunOptions(
+        arguments.output or Path("runs") / arguments.preset,
+        arguments.device,
+        workers,
+        arguments.save_every,
+        arguments.eval_every,
+        arguments.resume,
+        arguments.stop_after,
+    )
+
+
+def _check_output(arguments: argparse.Namespace, output: Path, paths: "DataPaths") -> None:
+    """Refuse a folder in which training would write over what it reads."""
+    from tood_deploy.training.checkpoints import BEST, FINAL, LAST
+    from tood_deploy.training.logger import LOG
+
+    inputs = {
+        "the data": [paths.train_json, paths.val_json],
+        "a checkpoint": [arguments.checkpoint, arguments.backbone_weights],
+    }
+    if arguments.resume:  # the folder's own checkpoint goes first
+        del inputs["a checkpoint"]
+    written = [output / name for name in (LAST, BEST, FINAL, LOG)]
+    check_written(arguments.classes, written, inputs)
 
 
 def _check_positive(arguments: argparse.Namespace) -> None:

@@ -178,6 +178,11 @@ def _object(properties: Mapping[str, object], *required: str) -> JsonObject:
 
 
 def _schemas() -> JsonObject:
+    error = _object({"error": {"type": "string"}}, "error")
+    return {"Error": error} | _detection_schemas() | _tensor_schemas()
+
+
+def _detection_schemas() -> JsonObject:
     number, whole, text = {"type": "number"}, {"type": "integer"}, {"type": "string"}
     box = {"type": "array", "items": number, "minItems": 4, "maxItems": 4}
     detection = _object(
@@ -199,6 +204,13 @@ def _schemas() -> JsonObject:
         "height",
         "detections",
     )
+    images = {"type": "array", "items": image}
+    answer = _object({"model": text, "images": images, "ms": number}, "model", "images")
+    return {"Detections": answer}
+
+
+def _tensor_schemas() -> JsonObject:
+    number, text = {"type": "number"}, {"type": "string"}
     shape = {"type": "array", "items": {"type": "integer", "minimum": 1}}
     data = {"type": "array", "items": number}
     tensor = {"name": text, "datatype": text, "shape": shape, "data": data}
@@ -209,12 +221,6 @@ def _schemas() -> JsonObject:
     }
     wanted = _object({"name": {"type": "string", "enum": [*OUTPUTS]}}, "name")
     return {
-        "Error": _object({"error": text}, "error"),
-        "Detections": _object(
-            {"model": text, "images": {"type": "array", "items": image}, "ms": number},
-            "model",
-            "images",
-        ),
         "InferRequest": _object(
             {
                 "id": text,

@@ -161,7 +161,7 @@ def _cuda_graphs(profiles: Profiles) -> dict[str, Any] | None:
     smallest, _, largest = profiles.batch
     batches = [2**power for power in range(largest.bit_length()) if smallest <= 2**power < largest]
     image, *others = _inputs()
-    fixed = [image | {"dims": [*profiles.shapes_hw[0], 3]}, *others]
+    fixed = [image | {"dims": [*next(iter(profiles.shapes_hw)), 3]}, *others]
     shapes = {one["name"]: {"dim": one["dims"]} for one in fixed}
     specs = [{"batch_size": batch, "input": shapes} for batch in (*batches, largest)]
     return {"cuda": {"graphs": True, "graph_spec": specs}}
