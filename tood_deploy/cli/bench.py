@@ -243,9 +243,10 @@ def latency_command(args: argparse.Namespace, command: str) -> int:
     from tood_deploy.preprocess import check_imgsz
     from tood_deploy.reporter import Reporter
 
-    models = {BASELINE: args.baseline} if args.baseline else {}
-    models |= dict(zip(names, args.models, strict=True))
-    options = options_by_model(args, list(models.values()))
+    of_models = options_by_model(args, args.models)
+    rows = [(name, model, of_models[model]) for name, model in zip(names, args.models, strict=True)]
+    if args.baseline:  # eager, whatever is asked of the others
+        rows.insert(0, (BASELINE, args.baseline, load_options(args)))
     slicing = _slicing(args)
     cases = tuple(
         Case(
@@ -257,9 +258,9 @@ def latency_command(args: argparse.Namespace, command: str) -> int:
             conf=args.conf,
             iou=args.iou,
             warmup_s=args.warmup_seconds,
-            options=options[model] | slicing,
+            options=options | slicing,
         )
-        for name, model in models.items()
+        for name, model, options in rows
     )
     sizes = (check_imgsz(args.imgsz) if args.imgsz else None,)
     plan = LatencyPlan(cases, tuple(args.batch), sizes, args.rounds, args.turn_seconds)

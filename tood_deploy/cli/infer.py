@@ -251,7 +251,6 @@ def infer_command(argv: Sequence[str] | None = None) -> int:
     options = detector_options(args)
     check_bytes(args)
     options |= source_hint(args, source, sliced=options["slicing"] is not None)
-    options["device_resize"] = args.device_resize
     with Detector(args.model, **options, **engine_options(args)) as detector:
         if is_artefact(args.model) and (
             doubt := doubts(Path(args.model), detector.engine.manifest)
@@ -348,6 +347,7 @@ def detector_options(args: argparse.Namespace) -> dict[str, Any]:
     options = {name: getattr(args, name) for name in ("conf", "iou", "max_det", "imgsz", "device")}
     options |= class_options(args) | {"slicing": None if slicing is None else Slicing(**slicing)}
     options["fast_decode"] = bool(args.fast_decode)
+    options["device_resize"] = args.device_resize
     if is_artefact(args.model):
         options["verify"] = "off"  # `check_bytes` does
     return options
