@@ -1,6 +1,7 @@
 """Compare TOOD with ATSS, GFL and PAA: train small ones, time large ones, write one page.
 
     python benchmarks/heads.py train --work runs/heads --data bccd --epochs 30 --seeds 0 1 2
+    python benchmarks/heads.py align --work runs/heads --data bccd
     python benchmarks/heads.py latency --work runs/heads --images bccd/val --imgsz 640 640
     python benchmarks/heads.py report --work runs/heads --output docs/results/heads.md
 
@@ -24,6 +25,7 @@ from tood_deploy import __version__
 from tood_deploy.benchmark.latency.measure import LatencyPlan
 from tood_deploy.benchmark.latency.statistics import speedup
 from tood_deploy.benchmark.latency.worker import END_TO_END, Case
+from tood_deploy.cli.eval import main as tood_eval
 from tood_deploy.cli.train import main as tood_train
 from tood_deploy.files import write_text
 from tood_deploy.presets import PRESETS
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
 LARGE = ("r50-1x", "atss-r50-1x", "gfl-r50-1x", "paa-r50-1x")
 LARGE_HW = (800, 1344)
 RUNTIMES = ("eager PyTorch", "ONNX Runtime", "OpenVINO fp32", "OpenVINO int8")
+REPORT = "report.json"
+ALIGNMENT = "alignment"  # folder beside a training's checkpoint
 METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 CALIBRATION_IMAGES, SCHEME = 16, "u8s7"
 
@@ -108,6 +112,22 @@ def train(arguments: argparse.Namespace) -> int:
             given += ["--drops", *map(str, drops(arguments.epochs))]
             if code := tood_train([*given, "--resume", "--quiet", "--output", str(output)]):
                 return code
+    return 0
+
+
+def align(arguments: argparse.Namespace) -> int:
+    """Measure the task alignment of every finished training that has none yet; 0, or an error."""
+    from tood_deploy.training.checkpoints import FINAL
+
+    truth = ["--annotations", str(arguments.data / "val.json"), "--images"]
+    truth.append(str(arguments.data / "val"))
+    for final in sorted(arguments.work.glob(f"*-e*-s*/{FINAL}")):
+        output = final.parent / ALIGNMENT
+        if (output / REPORT).is_file():
+            continue
+        command = [str(final), *truth, "--output", str(output), "--quiet", "--alignment"]
+        if code := tood_eval(command):
+            return code
     return 0
 
 
@@ -219,6 +239,8 @@ def report(arguments: argparse.Namespace) -> int:
     sections = ["# The heads compared", INTRODUCTION.format(version=__version__, date=today())]
     sections += ["## Average precision, `tiny` trained from random weights", SMALL_NOTE]
     sections += accuracy(arguments.work)
+    sections += ["## Task alignment, of the same trainings", ALIGNMENT_NOTE]
+    sections += alignment(arguments.work)
     sections += ["## Size, R50", size_table().markdown()]
     sections += ["## Latency, R50", *latency(arguments.work / "latency")]
     write_text(arguments.output, "\n\n".join(sections) + "\n")
@@ -241,6 +263,15 @@ can show: that each of them learns, and differences well above the spread over s
 show: the paper's differences of one or two points, which are those of networks with pre-trained
 backbones on COCO, 400 times the images. A row of one seed has no spread, and two rows of one seed
 each should not be ranked by a point or two: three seeds of TOOD over 30 epochs lay 1.0 apart."""
+
+
+ALIGNMENT_NOTE = """\
+Spearman's rank correlation of score and overlap (IoU) over all true positives, a class a column,
+by `tood-eval --alignment` on the validation images; of all classes together, before suppression,
+the mean over the objects of the correlation among the 50 predictions that are surest of an object,
+and of the overlap of the 10 surest (docs/alignment.md). Means over the seeds. What this can show:
+whether a head and its learning are far apart in it. What it cannot: differences of some hundredths,
+and differences in classes of some dozens of objects, which one training more may turn around."""
 
 
 @dataclass(frozen=True)
@@ -296,6 +327,33 @@ def accuracy_row(name: str, done: Sequence[Training]) -> list[str]:
     numbers = [f"{means[metric]:.3f}" for metric in METRICS]
     variant = VARIANTS[name]
     return [name, variant.head, variant.learning, str(len(own)), numbers[0], spread, *numbers[1:]]
+
+
+def alignment(work: Path) -> list[str]:
+    """Return a table of the alignment of the trainings that it was measured of, a row a variant."""
+    from tood_deploy.benchmark.html_report import Table
+
+    measured: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for training in trainings(work):
+        path = run_folder(work, training.variant, training.epochs, training.seed)
+        path = path / ALIGNMENT / REPORT
+        if path.is_file():
+            values = json.loads(path.read_text(encoding="utf-8"))["alignment"]
+            measured.setdefault((training.variant, training.epochs), []).append(values)
+    if not measured:
+        return ["Not measured."]
+    classes = list(next(iter(measured.values()))[0]["classes"])
+    rows = []
+    for name, epochs in sorted(measured, key=lambda key: (-key[1], list(VARIANTS).index(key[0]))):
+        runs = measured[name, epochs]
+        columns = [[run["classes"][own]["correlation"] for run in runs] for own in classes]
+        for key in ("correlation", "surest_correlation", "tight_iou"):
+            columns.append([run["together"][key] for run in runs])
+        known = ([value for value in values if value is not None] for values in columns)
+        means = (f"{statistics.fmean(values):.3f}" if values else None for values in known)
+        rows.append([name, str(epochs), str(len(runs)), *means])
+    headers = ("variant", "epochs", "seeds", *classes, "all", "50 surest", "IoU of 10 surest")
+    return [Table(headers, rows).markdown()]
 
 
 def size_table() -> Table:
@@ -358,21 +416,23 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, action in (("train", train), ("latency", time_models), ("report", report)):
+    steps = (("train", train), ("align", align), ("latency", time_models), ("report", report))
+    for name, action in steps:
         command = commands.add_parser(name, help=str(action.__doc__).splitlines()[0])
         command.set_defaults(run=action)
         command.add_argument("--work", type=Path, required=True, metavar="DIR")
-        if name == "train":
+        if name in ("train", "align"):
             command.add_argument(
                 "--data", type=Path, required=True, metavar="DIR", help="train.json, train, val..."
             )
+        if name == "train":
             command.add_argument("--epochs", type=int, default=30, metavar="N")
             command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N")
             command.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
             command.add_argument("--threads", type=int, default=1, metavar="N")
         elif name == "latency":
             _add_latency(command)
-        else:
+        elif name == "report":
             command.add_argument("--output", type=Path, required=True, metavar="FILE")
     return parser.parse_args(argv)
 

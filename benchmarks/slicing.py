@@ -82,7 +82,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", help="an artefact or a checkpoint")
+    parser.add_argument("model", help="an artefact, .onnx or .xml")
     parser.add_argument("--image", type=Path, help="default: a generated scene of 2160 x 3840")
     parser.add_argument("--slice", type=int, nargs=2, default=(640, 640), metavar=("H", "W"))
     parser.add_argument("--imgsz", type=int, nargs=2, default=(640, 640), metavar=("H", "W"))
@@ -109,13 +109,13 @@ def print_table(arguments: argparse.Namespace, whole: NDArray[np.uint8]) -> None
         for name in ("runtime", "threads")
         if (value := getattr(arguments, name)) is not None
     }
-    hint = {"hint": "throughput"} if arguments.runtime == "openvino" else {}
     slicing = Slicing(arguments.slice)
-    ours = Detector(arguments.model, slicing=slicing, **hint, **options)
+    ours = Detector(arguments.model, slicing=slicing, hint="throughput", **options)
     same = Detector(ours.engine, conf=arguments.conf, imgsz=arguments.imgsz)
-    contenders = {"sahi, the same engine": same}
-    if hint:  # an engine for throughput gives one call a part of the cores
-        contenders["sahi, an engine opened for latency"] = Detector(arguments.model, **options)
+    contenders = {  # an engine for throughput gives one call a part of the cores
+        "sahi, the same engine": same,
+        "sahi, an engine opened for latency": Detector(arguments.model, **options),
+    }
     models = {name: ToodModel(model=found, device="cpu") for name, found in contenders.items()}
     times: dict[str, list[float]] = {name: [] for name in ("tood_deploy", *models)}
     shares: list[float] = []

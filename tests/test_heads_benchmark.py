@@ -61,6 +61,22 @@ def test_the_page_says_how_much_there_is(tmp_path: Path, monkeypatch: pytest.Mon
     assert "Not measured." in page
 
 
+def test_alignment_is_the_mean_over_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluated: list[list[str]] = []
+    monkeypatch.setattr(heads, "tood_eval", lambda argv: evaluated.append(argv) or 0)
+    for seed, value in ((0, 0.4), (1, 0.5), (2, None)):
+        folder = add_run(tmp_path, "tood", seed, 0.5) / heads.ALIGNMENT
+        row = {"correlation": value, "surest_correlation": 0.6, "tight_iou": 0.7}
+        values = {"classes": {"cat": row}, "together": row}
+        folder.mkdir()
+        (folder / heads.REPORT).write_text(json.dumps({"alignment": values}))
+    missing = add_run(tmp_path, "gfl", 0, 0.5)
+    (table,) = heads.alignment(tmp_path)
+    assert "| tood | 12 | 3 | 0.450 | 0.450 | 0.600 | 0.700 |" in table
+    assert heads.main(["align", "--work", str(tmp_path), "--data", "data"]) == 0
+    assert [argv[0] for argv in evaluated] == [str(missing / "model.safetensors")]
+
+
 def test_latencies_are_compared_in_one_runtime(tmp_path: Path) -> None:
     measurements = []
     for i, preset in enumerate(heads.LARGE):

@@ -18,7 +18,8 @@ SCRIPTS: dict[str, str] = tomllib.loads((ROOT / "pyproject.toml").read_text(enco
 HEAVY = {"numpy", "cv2", "onnxruntime", "torch", "av", "rich"}
 RUNTIME = (*sorted(LAYERS[0]), "preprocess", "engines", "inference")
 NEED_TORCH = {
-    f"tood_deploy.engines.torch_{name}" for name in ("engine", "fast", "graphs", "program")
+    f"tood_deploy.engines.torch_{name}"
+    for name in ("engine", "fast", "frames", "graphs", "program")
 }
 
 RUN_HELP = """

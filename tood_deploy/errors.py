@@ -79,6 +79,7 @@ OUT_OF_MEMORY = (
     "failed to allocate",
     "out of memory",
     "insufficient memory",
+    "could not create a primitive",  # oneDNN's, in PyTorch
     "failed to map segment",  # of a library that is loaded
     "failed to serialize proto",
 )

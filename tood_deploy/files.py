@@ -322,3 +322,15 @@ def absent_or(ask: Callable[[], bool]) -> bool:
 def absolute_path(name: str | Path) -> Path:
     """Return the path from the root, without `.` and `..`, symbolic links left as they are."""
     return Path(os.path.normpath(Path(name).absolute()))
+
+
+@contextmanager
+def no_empty_folder(folder: Path) -> Iterator[None]:
+    """Leave no folder behind that was made for the output, if nothing came into it."""
+    new = not folder.exists()
+    try:
+        yield
+    finally:
+        if new:
+            with suppress(OSError):  # it was never made, or there is something in it
+                folder.rmdir()

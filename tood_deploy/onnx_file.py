@@ -7,7 +7,8 @@ refused), its file, graphs with further outputs, and sessions of ONNX Runtime. N
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -177,6 +178,7 @@ def open_session(
     threads: int | None = None,
     keeps_memory: bool = True,
     float_arithmetic: bool = False,
+    provider_options: Mapping[str, str] | None = None,
 ) -> ort.InferenceSession:
     """Open a session that prints nothing on the terminal: what fails is raised.
 
@@ -188,6 +190,7 @@ def open_session(
             time would keep too much.
         float_arithmetic: compute quantised layers as their Q/DQ nodes define them, in float32, and
             not by integer kernels; see `needs_float_arithmetic`.
+        provider_options: of the provider, by ONNX Runtime's names.
 
     Raises:
         Exception: of ONNX Runtime's own types, which share no public base, where it cannot open the
@@ -205,7 +208,9 @@ def open_session(
     if threads is not None:
         options.intra_op_num_threads = threads
     return ort.InferenceSession(
-        model if isinstance(model, bytes) else str(model), options, providers=[provider]
+        model if isinstance(model, bytes) else str(model),
+        options,
+        providers=[(provider, dict(provider_options))] if provider_options else [provider],
     )
 
 
@@ -222,14 +227,21 @@ def run_session(
     Raises:
         ArtefactError: the graph fails while it runs, or there is not enough memory for it.
     """
-    try:
+    with naming_failures():
         values: Any = session.run(list(outputs), feeds)
+    return values
+
+
+@contextmanager
+def naming_failures() -> Iterator[None]:
+    """Raise as an ArtefactError what an inference of ONNX Runtime raises inside the block."""
+    try:
+        yield
     except Exception as error:  # onnxruntime raises types of its own that share no public base
         raise ArtefactError(
             f"ONNX Runtime {ort.__version__}: an inference failed ({first_line(error)}); give "
             "smaller images or a smaller --batch, or export the model again"
         ) from error
-    return values
 
 
 def first_line(error: Exception) -> str:

@@ -199,6 +199,43 @@ def resize(
     )
 
 
+def plan_resize(
+    image_bgr: NDArray[np.uint8],
+    imgsz: ImageSize,
+    net_hw: tuple[int, int] | None = None,
+    image_hw: tuple[int, int] | None = None,
+) -> ImageTransform:
+    """Return what `resize_and_pad` makes of an image, without making it.
+
+    Args:
+        image_bgr, imgsz, net_hw, image_hw: as `resize_and_pad` takes them.
+
+    Raises:
+        InputError: as `resize_and_pad` does.
+    """
+    if (
+        image_bgr.ndim != 3
+        or image_bgr.shape[2] != 3
+        or image_bgr.dtype != np.uint8
+        or not image_bgr.size
+    ):
+        raise InputError(
+            f"image is {image_bgr.dtype} {image_bgr.shape}; expected uint8 (H, W, 3) in BGR order, "
+            "as cv2.imread gives it"
+        )
+    image_hw = image_hw or (image_bgr.shape[0], image_bgr.shape[1])
+    if net_hw is None:
+        net_hw = padded_size(image_hw, imgsz)
+        imgsz = fit_imgsz(image_hw, imgsz, net_hw)
+    resized_hw = fit_size(image_hw, imgsz)
+    if net_hw[0] < resized_hw[0] or net_hw[1] < resized_hw[1]:
+        raise InputError(
+            f"image is {resized_hw} after resizing, the network takes {net_hw}; give a smaller "
+            "imgsz"
+        )
+    return ImageTransform(image_hw, resized_hw, net_hw)
+
+
 def resize_and_pad(
     image_bgr: NDArray[np.uint8],
     imgsz: ImageSize,
@@ -221,27 +258,9 @@ def resize_and_pad(
     Raises:
         InputError: not a (H, W, 3) uint8 image, or `net_hw` is too small for it.
     """
-    if (
-        image_bgr.ndim != 3
-        or image_bgr.shape[2] != 3
-        or image_bgr.dtype != np.uint8
-        or not image_bgr.size
-    ):
-        raise InputError(
-            f"image is {image_bgr.dtype} {image_bgr.shape}; expected uint8 (H, W, 3) in BGR order, "
-            "as cv2.imread gives it"
-        )
-    image_hw = image_hw or (image_bgr.shape[0], image_bgr.shape[1])
-    if net_hw is None:
-        net_hw = padded_size(image_hw, imgsz)
-        imgsz = fit_imgsz(image_hw, imgsz, net_hw)
-    resized = resize(image_bgr, imgsz, image_hw)
-    resized_hw = resized.shape[0], resized.shape[1]
-    if net_hw[0] < resized_hw[0] or net_hw[1] < resized_hw[1]:
-        raise InputError(
-            f"image is {resized_hw} after resizing, the network takes {net_hw}; give a smaller "
-            "imgsz"
-        )
-    padded = np.zeros((*net_hw, 3), np.uint8)
-    cv2.cvtColor(resized, cv2.COLOR_BGR2RGB, dst=padded[: resized_hw[0], : resized_hw[1]])
-    return padded, ImageTransform(image_hw, resized_hw, net_hw)
+    transform = plan_resize(image_bgr, imgsz, net_hw, image_hw)
+    rows, columns = transform.resized_hw
+    resized = cv2.resize(image_bgr, (columns, rows), interpolation=cv2.INTER_LINEAR)
+    padded = np.zeros((*transform.net_hw, 3), np.uint8)
+    cv2.cvtColor(resized, cv2.COLOR_BGR2RGB, dst=padded[:rows, :columns])
+    return padded, transform

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
-from tood_deploy.errors import ArtefactWarning, OutputError
+from tood_deploy.errors import ArtefactWarning, InputWarning, OutputError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -282,12 +282,12 @@ def drop_stdout() -> None:
         os.close(descriptor)
 
 
-def show_artefact_warnings() -> None:
-    """Print every `ArtefactWarning` of this process as a line of a reporter, not as Python does."""
+def show_own_warnings() -> None:
+    """Print our own warnings of this process as lines of a reporter, not as Python does."""
     before = warnings.showwarning
 
     def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
-        if issubclass(category, ArtefactWarning):
+        if issubclass(category, ArtefactWarning | InputWarning):
             Reporter().warn(str(message))
         else:
             before(message, category, *place, **more)

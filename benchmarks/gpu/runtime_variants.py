@@ -21,10 +21,6 @@ Call = Callable[[], BatchDetections]
 
 def open_onnx(path: Path, device: str) -> Engine:
     """Open an .onnx file in ONNX Runtime."""
-    import onnxruntime as ort
-
-    if device == "cuda" and hasattr(ort, "preload_dlls"):
-        ort.preload_dlls()  # finds CUDA and cuDNN beside torch
     from tood_deploy.engines.onnx_engine import OnnxEngine
 
     return OnnxEngine(path, device=device)

@@ -100,6 +100,18 @@ def test_the_models_own_thresholds_are_the_default(
     assert report("told")["facts"]["detection"].startswith("conf 0.1, iou 0.5")
 
 
+def test_more_detections_than_coco_counts(run: Run) -> None:
+    plain = run("--images", "images", "--imgsz", "48", "64", "--output", "first")[1]
+    code, out, _ = run("--count", "300", "--output", "second", model="first/results.json")
+    assert code == 0
+    assert "Of 300 detections of a class in an image: AP 66.34" in out
+    assert "Of 300" not in plain
+    assert report("second")["numbers"] == report("first")["numbers"]
+    assert report("second")["counted"]["detections"] == 300
+    assert "More detections" in Path("second/report.md").read_text()
+    assert_one_line(run("--images", "images", "--count", "99"), "99", "100")
+
+
 def test_its_results_file_scores_the_same(run: Run) -> None:
     run("--images", "images", "--imgsz", "48", "64", "--output", "first")
     assert run("--output", "second", model="first/results.json")[0] == 0

@@ -19,7 +19,7 @@ WRITER = """
 import sys, time
 from collections.abc import Sequence
 from pathlib import Path
-from tood_deploy.cli.common import run_command
+from tood_deploy.cli.common import (run_command,)
 from tood_deploy.files import atomic_path
 
 def work(argv):
@@ -81,7 +81,7 @@ def test_the_handlers_of_a_program_come_back() -> None:
 
 PRINTER = """
 import sys
-from tood_deploy.cli.common import run_command
+from tood_deploy.cli.common import (run_command,)
 from tood_deploy.reporter import Reporter
 
 def work(argv):
@@ -168,7 +168,7 @@ def test_results_and_files_come_through(tmp_path: Path, capsys: pytest.CaptureFi
 
 NOISY = """
 import os, sys
-from tood_deploy.cli.common import run_command
+from tood_deploy.cli.common import (run_command,)
 from tood_deploy.reporter import Reporter
 
 def work(argv):

@@ -83,6 +83,8 @@ def test_which_weights_reach_the_checkpoint(
         (["m.onnx", "v.mp4", "--runtime", "openvino"], "throughput"),
         (["m.onnx", "v.mp4", "--device", "cuda"], None),
         (["m.engine", "v.mp4"], None),
+        (["m.onnx", "a.png", "--hint", "throughput"], "throughput"),
+        (["m.onnx", "v.mp4", "--hint", "latency"], "latency"),
     ],
 )
 def test_batches_run_side_by_side_on_a_cpu_where_nobody_waits_for_one(
@@ -95,6 +97,16 @@ def test_batches_run_side_by_side_on_a_cpu_where_nobody_waits_for_one(
     write_video(tmp_path / "v.mp4", moving_images(3))
     assert run(infer, *arguments, "--quiet")[0] == 0
     assert asked[0].get("hint") == hint
+
+
+def test_hints_are_refused_where_they_do_nothing(
+    run: Run, asked: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    image = write_image(tmp_path / "a.png")
+    for source in ((infer, "m.pth", image), (infer, "m.onnx", "rtsp://a/b")):
+        code, said = run(*source, "--hint", "throughput", "--quiet")
+        assert (code, "leave --hint" in said) == (2, True)
+    assert asked == []
 
 
 def test_of_videos_in_the_benchmark(

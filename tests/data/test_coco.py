@@ -252,3 +252,13 @@ def test_ids_that_are_not_listed(
 def test_no_ids_in_what_is_no_list_of_images(tmp_path: Path, content: object) -> None:
     with pytest.raises(InputError, match=r"listed\.json"):
         read_coco_ids(write_json(tmp_path / "listed.json", content), ["a.png"], CLASSES)
+
+
+def test_what_unpacks_without_end_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tood_deploy.data.coco.MIN_UNPACKED_BYTES", 1000)
+    bomb = tmp_path / "a.json"
+    bomb.write_bytes(gzip.compress(b" " * 1_000_000))
+    with pytest.raises(InputError, match="unpacks to more than"):
+        read_annotations(bomb)

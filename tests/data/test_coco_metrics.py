@@ -14,6 +14,7 @@ from tood_deploy.data import coco_metrics as coco_ap
 from tood_deploy.data.coco import read_annotations
 from tood_deploy.data.coco_metrics import NUMBERS, evaluate, match
 from tood_deploy.data.results import empty_results, read_results, results_from_rows
+from tood_deploy.errors import ToodError
 
 
 @pytest.mark.shared
@@ -49,6 +50,32 @@ def test_equals_pycocotools_used_as_its_manual_says(
     metrics = evaluate(path, rows)
     assert list(metrics.numbers.values()) == reference.stats.tolist()
     np.testing.assert_array_equal(metrics.precision, reference.eval["precision"][..., -1])
+
+
+@pytest.mark.parametrize("count", [100, 150, 1000])
+def test_more_detections_than_coco_counts(tmp_path: Path, count: int) -> None:
+    boxes = [(3 * (i % 20), 3 * (i // 20), 2, 2) for i in range(200)]
+    objects = [annotation(1, 1, box) for box in boxes]
+    rows = [result(1, 1, box, 1 - i / 1000) for i, box in enumerate(boxes)]
+    truth = truth_of(tmp_path, objects)
+    standard, metrics = evaluate(truth, rows), evaluate(truth, rows, count)
+    assert (standard.numbers["AR100"], standard.counted["AR"]) == (0.5, 0.5)
+    assert metrics.numbers == standard.numbers
+    np.testing.assert_array_equal(metrics.precision, standard.precision)
+    assert metrics.counted["AR"] == pytest.approx(min(count, 200) / 200)
+    assert metrics.counted["ARs"] == metrics.counted["AR"]
+    assert len(metrics.matches.rows) == min(count, 200)
+    # Precision is 1 up to the recall reached, of 101 recalls.
+    assert metrics.counted["AP"] == pytest.approx(1 if count > 199 else (count // 2 + 1) / 101)
+
+
+def test_counted_numbers_of_as_many_detections_are_cocos(tmp_path: Path) -> None:
+    annotations, rows = random_rows(3)
+    metrics = evaluate(truth_of(tmp_path, annotations, images=12), rows)
+    expected = {name.replace("AR100", "AR"): value for name, value in metrics.numbers.items()}
+    assert metrics.counted == pytest.approx({name: expected[name] for name in metrics.counted})
+    with pytest.raises(ToodError, match="99"):
+        evaluate(truth_of(tmp_path, annotations, images=12), rows, 99)
 
 
 def test_perfect_detections(tmp_path: Path) -> None:

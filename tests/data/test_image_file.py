@@ -138,6 +138,27 @@ def test_a_jpeg_that_lacks_its_end_marker_alone_is_used_with_a_note(
             decode_image(data[:-cut], "a.jpg")
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("options", [{}, {"restart_marker_blocks": 4}, {"subsampling": 0}])
+def test_a_cut_jpeg_that_was_closed_again_is_refused(
+    orientation: int, options: dict[str, int]
+) -> None:
+    exif = Image.Exif()
+    exif[274] = orientation
+    data = saved(Image.fromarray(pattern()), "JPEG", exif=exif, quality=95, **options)
+    decode_image(data, "a.jpg")
+    for share, fit in ((0.9, None), (0.6, None), (0.6, (8, 8))):
+        closed = data[: round(len(data) * share)] + data[-2:]
+        with pytest.raises(InputError, match="cut"):
+            decode_file(closed, "a.jpg", fit=fit)
+
+
+def test_a_jpeg_with_a_flat_corner_is_whole() -> None:
+    image = pattern()
+    image[-24:] = 255
+    decode_image(saved(Image.fromarray(image), "JPEG"), "a.jpg")
+
+
 def deep(bits: int) -> NDArray[np.uint16]:
     """Grey values (40, 60) of so many bits, from 0 to the largest."""
     return np.linspace(0, 2**bits - 1, 2400).reshape(40, 60).astype(np.uint16)

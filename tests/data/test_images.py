@@ -27,7 +27,7 @@ from tood_deploy.data.images import (
     read_image_size,
     spread_evenly,
 )
-from tood_deploy.errors import InputError
+from tood_deploy.errors import InputError, InputWarning
 from tood_deploy.inference.source import ImageSource
 
 # 24 x 16 pixels: red (220, 30, 40), green (30, 200, 60) and blue (40, 60, 210) thirds, from left to
@@ -319,10 +319,11 @@ def test_the_first_page_is_taken_with_a_note(tmp_path: Path) -> None:
     pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
     write_one(tmp_path / "b.png")
     (tmp_path / "notes.md").write_text("text")
-    (note,) = check_images([ImagesToCheck("--calib-data", image_paths(tmp_path))])
-    assert note.startswith("--calib-data: the first page or frame is taken of ")
-    assert "a.tif" in note
-    assert read_image(tmp_path / "a.tif").mean() == 80
+    pages[0].save(tmp_path / "c.tif", save_all=True, append_images=pages[1:])
+    with pytest.warns(InputWarning, match=r"a\.tif: has 2 pages") as warned:  # noqa: PT031
+        assert read_image(tmp_path / "a.tif").mean() == 80
+        assert read_image_of_size(tmp_path / "c.tif", (8, 9)).mean() == 80
+    assert len(warned) == 1  # of the folder
     assert left_out_note(tmp_path) == f"{tmp_path}: 1 files are no images: {tmp_path / 'notes.md'}"
     (tmp_path / "notes.md").unlink()
     assert left_out_note(tmp_path) == ""

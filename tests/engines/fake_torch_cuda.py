@@ -44,7 +44,8 @@ class Graph:
 
     def replay(self) -> None:
         self.replays += 1
-        flat = torch.utils._pytree.tree_leaves
+        from torch.utils._pytree import tree_leaves as flat
+
         fresh = self.owner.function(*self.owner.inputs)
         for old, new in zip(flat(self.owner.outputs), flat(fresh), strict=True):
             old.copy_(new)

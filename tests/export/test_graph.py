@@ -9,8 +9,9 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from tood_deploy.export.graph import Bias, DeformConvOp, ExportedGraph, use_static_kernels
+from tood_deploy.export.graph import DeformConvOp, ExportedGraph, use_static_kernels
 from tood_deploy.model.deform import DeformConv2d
+from tood_deploy.model.static_detector import Bias
 
 
 @pytest.mark.parametrize(("stride", "groups", "offset_groups"), [(1, 1, 4), (2, 8, 1)])

@@ -1,5 +1,6 @@
 """From an .onnx artefact to OpenVINO's IR: verified, described, whole or not at all."""
 
+import resource
 import shutil
 import sys
 from collections.abc import Callable
@@ -216,6 +217,22 @@ class TestRefusals:
     ) -> None:
         with pytest.raises(OutputError, match="choose another --output"):
             openvino_from_onnx(tiny_artefact, Path("/proc/nowhere/a.xml"), reference=reference)
+
+    def test_a_full_disk_leaves_the_earlier_files(
+        self, made: tuple[Path, Manifest], tiny_artefact: Path, reference: Reference, tmp_path: Path
+    ) -> None:
+        for path in made[0].parent.iterdir():
+            shutil.copy(path, tmp_path)
+        before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        # A write beyond fails, within OpenVINO, as on a full disk.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limits[1]))
+        try:
+            with pytest.raises(OutputError, match="make room"):
+                openvino_from_onnx(tiny_artefact, tmp_path / "tiny.xml", reference=reference)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
     def test_without_openvino(
         self,

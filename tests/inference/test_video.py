@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from inference.fakes import moving_images, without_packets, write_video
 
-from tood_deploy.errors import InputError, ToodError
+from tood_deploy.errors import InputError, ToodError, shortage_of
 from tood_deploy.inference.frame import Moment, Selection
-from tood_deploy.inference.video import VideoSource
+from tood_deploy.inference.video import VideoSource, raise_decoder_shortage
 
 VARIABLE_TIMES = [500, 510, 600, 603, 900, 1000, 1500, 1501]
 
@@ -295,6 +295,14 @@ def test_a_recording_that_begins_between_two_key_frames(tmp_path: Path) -> None:
     frames, lost, _ = read_losses(without_packets(whole, tmp_path / "part.ts", range(4)))
     assert frames + lost == 36
     assert lost == 6
+
+
+def test_a_decoder_without_memory_or_threads_is_no_damage() -> None:
+    for error in (av.error.MemoryError(12, "no memory"), av.error.BlockingIOError(11, "threads")):
+        with pytest.raises((MemoryError, OSError)) as caught:
+            raise_decoder_shortage(error)
+        assert shortage_of(caught.value)
+    raise_decoder_shortage(av.error.InvalidDataError(1094995529, "damaged"))
 
 
 def test_one_frame(tmp_path: Path) -> None:

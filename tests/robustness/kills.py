@@ -6,6 +6,7 @@ What is looked at: how they end, what is left, and what the next run makes of it
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import os
 import random
@@ -65,6 +66,7 @@ class Run:
             handle = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             for number in (1, 2):
                 os.dup2(handle, number)
+            faulthandler.enable()
             main = import_module(f"tood_deploy.cli.{command[0].removeprefix('tood-')}").main
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             if self.limit is not None:

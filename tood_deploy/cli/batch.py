@@ -7,15 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tood_deploy.cli.common import (
-    DONE,
-    FAILED_CHECK,
-    CommandParser,
-    is_artefact,
-    run_command,
-    runtime_options,
-    takes_hint,
-)
+from tood_deploy.cli.common import DONE, FAILED_CHECK, CommandParser, is_artefact, run_command
+from tood_deploy.cli.detection import hint_options, runtime_options
 from tood_deploy.cli.infer import (
     OPENCV_PIXEL_LIMIT,
     add_inference_options,
@@ -195,9 +188,7 @@ def worker_detector_options(args: argparse.Namespace) -> dict[str, Any]:
     from tood_deploy.inference.thresholds import thresholds_from
 
     options = detector_options(args) | runtime_options(args) | {"conf": thresholds_from(args.conf)}
-    if takes_hint(args.model, args):
-        options["hint"] = "throughput"  # nobody waits for a single image
-    return options
+    return options | hint_options(args.model, args, several=True)
 
 
 def coco_ids(

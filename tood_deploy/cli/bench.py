@@ -10,16 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tood_deploy.cli.common import (
-    DONE,
-    CommandParser,
-    add_slicing,
-    is_artefact,
-    load_options,
-    run_command,
-    slicing_options,
-    takes_hint,
-)
+from tood_deploy.cli.common import DONE, CommandParser, is_artefact, load_options, run_command
+from tood_deploy.cli.detection import add_hint, add_slicing, hint_options, slicing_options
 from tood_deploy.cli.files import check_written, model_files
 from tood_deploy.cli.scenario import (
     SCENARIO_EPILOG,
@@ -172,6 +164,7 @@ def _add_video(parser: argparse.ArgumentParser) -> None:
     add_bench_thresholds(parser, conf=0.3)
     add_slicing(parser)
     add_bench_options(parser, "video")
+    add_hint(parser, default="throughput")
 
 
 def _add_parity(parser: argparse.ArgumentParser) -> None:
@@ -285,7 +278,7 @@ def video_command(args: argparse.Namespace, command: str) -> int:
     options = {name: getattr(args, name) for name in ("conf", "iou", "imgsz", "device")}
     options |= {} if args.threads is None else {"threads": args.threads}
     options |= options_by_model(args, [args.model])[args.model] | _slicing(args)
-    options |= {"hint": "throughput"} if takes_hint(args.model, args) else {}
+    options |= hint_options(args.model, args, several=True)
     plan = VideoPlan(args.clip, args.batch, args.limit, encode=not args.no_encode)
     reporter = Reporter(args.quiet)
     with Detector(args.model, **options) as detector:

@@ -10,24 +10,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tood_deploy.cli.common import (
-    DONE,
-    CommandParser,
+from tood_deploy.cli.common import DONE, CommandParser, add_model_options, is_artefact, run_command
+from tood_deploy.cli.detection import (
     add_device,
     add_fast_decode,
+    add_hint,
     add_imgsz,
     add_iou,
     add_max_det,
-    add_model_options,
     add_runtime_options,
     add_slicing,
     add_threads,
     add_thresholds,
     class_options,
-    is_artefact,
-    run_command,
+    hint_options,
     slicing_options,
-    takes_hint,
 )
 from tood_deploy.cli.files import check_written, model_files
 from tood_deploy.cli.infer import engine_options
@@ -44,7 +41,7 @@ if TYPE_CHECKING:
 RESULTS_SUFFIXES = (".json", ".json.gz")
 MAX_CLASSES = 10  # named on stdout; the report has all
 MODEL_OPTIONS = tuple(  # without effect on a results file
-    "conf iou max_det imgsz batch device threads runtime precision no_self_test fast_decode "
+    "conf iou max_det imgsz batch device threads runtime precision no_self_test hint fast_decode "
     "mapping preset classes convention weights_key only exclude slice overlap no_whole merge "
     "merge_metric merge_threshold merge_class_agnostic alignment".split()
 )
@@ -82,6 +79,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--min-ap", type=float, metavar="P", help="exit with code 1 if AP, in percent, is lower"
+    )
+    parser.add_argument(
+        "--count",
+        type=int,
+        metavar="N",
+        help="also AP and recall of the N best detections of a class in an image, and thresholds "
+        "by them; COCO's own numbers count 100, and stay",
     )
     parser.add_argument(
         "--quiet",
@@ -145,6 +149,7 @@ def _add_detection_options(group: Any) -> None:
     add_device(group, default=None)
     add_threads(group)
     add_runtime_options(group)
+    add_hint(group, default="throughput")
     add_fast_decode(group)
     group.add_argument(
         "--mapping",
@@ -166,7 +171,8 @@ def eval_command(argv: Sequence[str] | None = None) -> int:
     from tood_deploy.inference.output_paths import check_writable
 
     reporter = Reporter(args.quiet)
-    wish_from(args)  # a wrong value is said before the long run
+    wish_from(args)  # wrong values are said before the long run
+    count_from(args)
     names = (HTML, JSON, MARKDOWN) if of_results(args) else (HTML, JSON, MARKDOWN, RESULTS)
     inputs = {"the truth": [args.annotations], "a file of the model": model_files(args.model)}
     inputs["the file of --mapping"] = [args.mapping]
@@ -176,7 +182,9 @@ def eval_command(argv: Sequence[str] | None = None) -> int:
     check_writable(folder)
     alignment = None
     if of_results(args):
-        result = evaluate_file(Path(args.model), data, command, reporter, wish_from(args))
+        result = evaluate_file(
+            Path(args.model), data, command, reporter, wish_from(args), count_from(args)
+        )
     else:
         result, alignment = evaluate_detector(args, data, folder, command, reporter)
     write_evaluation(result, folder, alignment)
@@ -226,7 +234,8 @@ def check_alignment(args: argparse.Namespace, data: "DataSet") -> None:
     """Refuse --alignment where there are no maps to read, or not of what is detected.
 
     Raises:
-        ToodError: an artefact, slices, or an image that the annotations do not have.
+        ToodError: an artefact, options that change what is computed, or an image that the
+            annotations do not have.
     """
     if args.alignment is None:
         return
@@ -240,8 +249,14 @@ def check_alignment(args: argparse.Namespace, data: "DataSet") -> None:
             f"{args.model}: an artefact gives no maps to draw for --alignment; give the checkpoint "
             f"that it was made of{of_hash} in its place"
         )
-    if args.slice is not None:
-        raise ToodError("--alignment reads the maps of whole images; leave --slice out")
+    for name, maps in (
+        ("slice", "of whole images"),
+        ("runtime", "of the network as it is"),
+        ("precision", "of the network in float32"),
+        ("compile", "of the network as it is"),
+    ):
+        if getattr(args, name) not in (None, False):
+            raise ToodError(f"--alignment reads the maps {maps}; leave --{name} out")
     from tood_deploy.benchmark.evaluation.alignment import choose_images
 
     choose_images(data.truth, args.alignment)
@@ -270,8 +285,7 @@ def evaluate_detector(
     options |= class_options(args) | {"slicing": None if slicing is None else Slicing(**slicing)}
     if args.conf is not None:
         options["conf"] = args.conf
-    if takes_hint(args.model, args):
-        options["hint"] = "throughput"
+    options |= hint_options(args.model, args, several=True)
     if is_artefact(args.model):
         options["verify"] = "off"  # compared below
     with Detector(args.model, **options, **engine_options(args)) as detector:
@@ -291,6 +305,7 @@ def evaluate_detector(
             mapping=args.mapping,
             batch=1 if args.batch is None else args.batch,
             wish=wish_from(args),
+            count=count_from(args),
         )
         return result, alignment_of(args, detector, result, reporter)
 
@@ -311,6 +326,17 @@ def alignment_of(
     from tood_deploy.benchmark.evaluation.alignment import measure_alignment
 
     return measure_alignment(detector, result, args.alignment, reporter, args.mapping)
+
+
+def count_from(args: argparse.Namespace) -> int:
+    """Return how many detections of a class in an image count.
+
+    Raises:
+        ToodError: fewer than COCO's own numbers count.
+    """
+    from tood_deploy.data.coco_metrics import STANDARD_COUNT, check_count
+
+    return STANDARD_COUNT if args.count is None else check_count(args.count)
 
 
 def wish_from(args: argparse.Namespace) -> "Wish | None":
@@ -348,6 +374,10 @@ def summary(result: "Evaluation", alignment: "Alignment | None" = None) -> str:
     if len(best) > MAX_CLASSES:
         best = [*best[: MAX_CLASSES // 2], "...", *best[-MAX_CLASSES // 2 :]]
     lines = [*columns, f"AP of the classes, the best first: {', '.join(best)}"]
+    if result.metrics.counts_more:
+        counted = result.metrics.counted.items()
+        more = ", ".join(f"{name} {100 * value:.2f}" for name, value in counted if value > -1)
+        lines.append(f"Of {result.metrics.count} detections of a class in an image: {more}")
     if alignment is not None:
         row = alignment.together
         lines.append(

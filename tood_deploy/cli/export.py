@@ -55,12 +55,14 @@ PACKAGES = ("torch", "onnx", "onnx_ir", "onnxscript", "ml_dtypes", "safetensors"
 
 EPILOG = """\
 what comes out:
-  --to onnx (the default)  one .onnx for ONNX Runtime, with pre- and post-processing inside; every
-                           other target is made from it
+  --to onnx (the default)  one .onnx for ONNX Runtime, with pre- and post-processing inside; all
+                           other targets but torch are made from it
   --to openvino            .xml and .bin for OpenVINO on CPUs
   --to ovms                the same in a folder of OpenVINO Model Server (docs/serving.md)
   --to engine              a TensorRT or TensorRT-RTX engine; the precision is written into the
                            graph, the network strongly typed
+  --to torch               a .pt2 for PyTorch on GPUs and CPUs (docs/torch.md); made from the
+                           checkpoint itself, in fp32, bf16 or fp16
   --to triton              a model in a repository of NVIDIA Triton Inference Server
                            (docs/serving.md)
 

@@ -11,24 +11,27 @@ from tood_deploy.cli.common import (
     DONE,
     FAILED_CHECK,
     CommandParser,
+    add_model_options,
+    is_artefact,
+    load_options,
+    run_command,
+)
+from tood_deploy.cli.detection import (
     add_device,
     add_fast_decode,
+    add_hint,
     add_imgsz,
     add_iou,
     add_max_det,
-    add_model_options,
     add_runtime_options,
     add_slicing,
     add_threads,
     add_thresholds,
     check_fast_torch,
     class_options,
-    is_artefact,
-    load_options,
-    run_command,
+    hint_options,
     runtime_options,
     slicing_options,
-    takes_hint,
 )
 from tood_deploy.cli.files import model_files
 from tood_deploy.errors import ArtefactError, ToodError
@@ -42,6 +45,7 @@ gives the latest frame whenever the model is free, counts those it drops, and is
 where it is lost (see --reconnect).
 """
 if TYPE_CHECKING:
+    from tood_deploy.inference.frame import Source
     from tood_deploy.inference.run import Outputs
     from tood_deploy.inference.video_writer import VideoEncoding
 
@@ -87,6 +91,7 @@ def add_inference_options(parser: argparse.ArgumentParser) -> None:
     )
     add_threads(parser)
     add_runtime_options(parser)
+    add_hint(parser, default="throughput for more than one image")
     parser.add_argument(
         "--allow-mismatch",
         action="store_true",
@@ -98,6 +103,12 @@ def add_inference_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_reading_options(parser: argparse.ArgumentParser) -> None:
     add_fast_decode(parser)
+    parser.add_argument(
+        "--device-resize",
+        action="store_true",
+        help="resize and pad images where the model runs, in PyTorch's fast form; pixels differ by "
+        "one grey level at most",
+    )
     parser.add_argument(
         "--max-pixels",
         type=int,
@@ -239,9 +250,8 @@ def infer_command(argv: Sequence[str] | None = None) -> int:
     outputs.check_files(source, model_files(args.model, args.classes))
     options = detector_options(args)
     check_bytes(args)
-    many = source.kind == "video" or len(source.names) > 1 or options["slicing"]
-    if takes_hint(args.model, args) and source.kind != "live" and many:
-        options["hint"] = "throughput"  # nobody waits for a single frame
+    options |= source_hint(args, source, sliced=options["slicing"] is not None)
+    options["device_resize"] = args.device_resize
     with Detector(args.model, **options, **engine_options(args)) as detector:
         if is_artefact(args.model) and (
             doubt := doubts(Path(args.model), detector.engine.manifest)
@@ -272,6 +282,26 @@ def outputs_from(args: argparse.Namespace) -> "Outputs":
         args.crs,
         encoding=video_encoding(args),
     )
+
+
+def source_hint(args: argparse.Namespace, source: "Source", *, sliced: bool) -> dict[str, Any]:
+    """Return how the engine shares its cores, for what is read.
+
+    Args:
+        args: the command's arguments.
+        source: what is read.
+        sliced: whether an image is several inputs of the network.
+
+    Raises:
+        ToodError: throughput is asked for where frames are run one at a time; a checkpoint.
+    """
+    if source.kind == "live" and args.hint == "throughput":
+        raise ToodError(
+            f"{source.names[0]}: of a camera or stream the latest frame is run, one at a time; "
+            "leave --hint throughput out"
+        )
+    many = source.kind == "video" or len(source.names) > 1 or sliced
+    return hint_options(args.model, args, several=many and source.kind != "live")
 
 
 def video_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -8,17 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tood_deploy.cli.common import (
-    DONE,
+from tood_deploy.cli.common import DONE, add_model_options, is_artefact, load_options
+from tood_deploy.cli.detection import (
     add_device,
     add_imgsz,
     add_iou,
-    add_model_options,
     add_runtime_options,
     add_threads,
     check_fast_torch,
-    is_artefact,
-    load_options,
     runtime_options,
     takes_hint,
 )

@@ -5,20 +5,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tood_deploy.cli.common import (
-    DONE,
-    CommandParser,
+from tood_deploy.cli.common import DONE, CommandParser, add_model_options, is_artefact, run_command
+from tood_deploy.cli.detection import (
     add_device,
     add_imgsz,
     add_iou,
     add_max_det,
-    add_model_options,
     add_runtime_options,
     add_threads,
     add_thresholds,
     class_options,
-    is_artefact,
-    run_command,
     takes_hint,
 )
 from tood_deploy.cli.infer import engine_options

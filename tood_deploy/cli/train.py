@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tood_deploy.cli.common import DONE, CommandParser, add_device, run_command
+from tood_deploy.cli.common import DONE, CommandParser, run_command
+from tood_deploy.cli.detection import add_device
 from tood_deploy.cli.files import check_written, class_names_from
 from tood_deploy.errors import ToodError
 from tood_deploy.presets import PRESETS

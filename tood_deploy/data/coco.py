@@ -9,6 +9,7 @@ pixels: whether the images are there and what size they have is asked elsewhere.
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import math
 import zlib
@@ -26,6 +27,7 @@ from tood_deploy.files import write_text
 
 PARTS = ("images", "annotations", "categories")
 GZIP_START = b"\x1f\x8b"
+MIN_UNPACKED_BYTES, MAX_UNPACKED_SHARE = 1 << 28, 100  # JSON of boxes packs to a tenth
 MAX_ID = 2**63  # arrays of ids are int64
 EXAMPLES = 3  # named for each kind of problem
 
@@ -199,12 +201,28 @@ def load_json(path: Path, expected: str) -> object:
     """
     try:
         data = path.read_bytes()
-        return json.loads(gzip.decompress(data) if data.startswith(GZIP_START) else data)
+        return json.loads(_unpacked(data, path) if data.startswith(GZIP_START) else data)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON ({error}); expected {expected}") from error
     except (OSError, EOFError, zlib.error) as error:  # gzip's errors are of all three kinds
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{path}: cannot be read ({reason}); expected {expected}") from error
+
+
+def _unpacked(data: bytes, path: Path) -> bytes:
+    """Return what gzip compressed.
+
+    Raises:
+        InputError: it is more than JSON can be: 10 MB of zeros unpack to 10 GB.
+    """
+    limit = max(MIN_UNPACKED_BYTES, MAX_UNPACKED_SHARE * len(data))
+    unpacked = gzip.GzipFile(fileobj=io.BytesIO(data)).read(limit + 1)
+    if len(unpacked) > limit:
+        raise InputError(
+            f"{path}: unpacks to more than {limit:,} bytes, {MAX_UNPACKED_SHARE} times its own "
+            "size, which no JSON does; if you trust it, unpack it with gunzip"
+        )
+    return unpacked
 
 
 def whole_number(value: object) -> int:

@@ -25,11 +25,15 @@ from tood_deploy.data.categories import map_categories
 from tood_deploy.data.coco import Annotations, read_annotations
 from tood_deploy.data.results import Results, results_from_rows
 from tood_deploy.detections import Detections
+from tood_deploy.errors import ToodError
 
 NUMBERS: tuple[str, ...] = tuple("AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl".split())
 AREAS = ("all", "small", "medium", "large")
 OVERLAPS = tuple(Params("bbox").iouThrs.tolist())  # 0.50, 0.55 ... 0.95
 RECALLS = tuple(Params("bbox").recThrs.tolist())  # 0.00, 0.01 ... 1.00
+STANDARD_COUNTS = tuple(Params("bbox").maxDets)  # detections of a class in an image: 1, 10, 100
+STANDARD_COUNT = STANDARD_COUNTS[-1]
+COUNTED: tuple[str, ...] = tuple("AP AP50 AP75 APs APm APl AR ARs ARm ARl".split())
 CHUNK_IMAGES = 250
 
 
@@ -40,7 +44,8 @@ class Matches:
     Crowds, and what lies on them are ignored.
 
     Attributes:
-        rows: (D,) positions in the results; at most the 100 best of a class and image.
+        rows: (D,) positions in the results; of a class and image at most the best that count, 100
+            where not asked for more.
         matched: (D, T) bool, whether it matches an object, at T overlaps.
         ignored: (D, T) bool, whether it counts as neither right nor false.
         truth_scores: (G,) score of the detection that matches an object at the first overlap; -1
@@ -68,6 +73,8 @@ class CocoMetrics:
             `AREAS`; 100 detections an image.
         recall: (T, K, A) the highest reached.
         matches: what matched what.
+        count: detections of a class in an image of which `counted` and `matches` are; 100 or more.
+        counted: the numbers of `COUNTED`, of so many detections.
     """
 
     numbers: dict[str, float]
@@ -75,6 +82,13 @@ class CocoMetrics:
     precision: NDArray[np.float64]
     recall: NDArray[np.float64]
     matches: Matches
+    count: int
+    counted: dict[str, float]
+
+    @property
+    def counts_more(self) -> bool:
+        """Whether more detections count than for COCO's own numbers."""
+        return self.count > STANDARD_COUNT
 
     @property
     def class_ap(self) -> dict[str, float]:
@@ -122,23 +136,28 @@ class CocoMetrics:
 
 
 def evaluate(
-    annotations: Annotations | Path, results: Results | Sequence[dict[str, Any]]
+    annotations: Annotations | Path,
+    results: Results | Sequence[dict[str, Any]],
+    count: int = STANDARD_COUNT,
 ) -> CocoMetrics:
     """Compute the COCO metrics of detections.
 
     Args:
         annotations: the truth, or its file.
-        results: of these images, at most the 100 best an image count; `Results`, or rows as in a
-            COCO results file.
+        results: of these images; `Results`, or rows as in a COCO results file.
+        count: detections of a class in an image, the best, of which `CocoMetrics.counted` is;
+            `CocoMetrics.numbers` are COCO's own, of 100, whatever it is.
 
     Raises:
         InputError: the annotations or rows cannot be read or do not fit each other.
+        ToodError: a count below 100.
     """
+    check_count(count)
     truth = annotations if isinstance(annotations, Annotations) else read_annotations(annotations)
     results = results if isinstance(results, Results) else results_from_rows(results, truth)
-    total = _new_eval(Params("bbox"), truth)
+    total = _new_eval(_params(count), truth)
     collected = _Collected(len(truth.categories) * len(total.params.areaRng))
-    for chunk, start, truth_start in _match_chunks(truth, results, Params("bbox")):
+    for chunk, start, truth_start in _match_chunks(truth, results, _params(count)):
         collected.add(chunk, start, truth_start)
     with contextlib.redirect_stdout(io.StringIO()):
         total.evalImgs = [entry for column in collected.columns for entry in column]
@@ -147,24 +166,66 @@ def evaluate(
         total.summarize()
     numbers = dict(zip(NUMBERS, np.asarray(total.stats).tolist(), strict=True))
     names = tuple(truth.categories.values())
+    precision, recall = total.eval["precision"], total.eval["recall"]
+    standard = STANDARD_COUNTS.index(STANDARD_COUNT)
     return CocoMetrics(
         numbers,
         names,
-        total.eval["precision"][..., -1],
-        total.eval["recall"][..., -1],
+        precision[..., standard],
+        recall[..., standard],
         collected.matches(truth),
+        count,
+        _counted(precision[..., -1], recall[..., -1]),
     )
 
 
-def match(truth: Annotations, results: Results, overlap: float = 0.5) -> Matches:
+def check_count(count: int) -> int:
+    """Return how many detections of a class in an image count.
+
+    Raises:
+        ToodError: fewer than COCO's own numbers count.
+    """
+    if count < STANDARD_COUNT:
+        raise ToodError(
+            f"the count of detections is {count}; expected {STANDARD_COUNT}, which COCO's numbers "
+            "count, or more"
+        )
+    return count
+
+
+def _params(count: int) -> Params:
+    """Return pycocotools's settings; more detections than it counts are one more column."""
+    params = Params("bbox")
+    params.maxDets = [*STANDARD_COUNTS, *([count] if count > STANDARD_COUNT else [])]
+    return params
+
+
+def _counted(precision: NDArray[np.float64], recall: NDArray[np.float64]) -> dict[str, float]:
+    """Return the numbers of `COUNTED`.
+
+    Args:
+        precision: (T, R, K, A), as of `CocoMetrics`.
+        recall: (T, K, A).
+    """
+    at_overlaps = (precision[[OVERLAPS.index(overlap)], ..., 0] for overlap in (0.5, 0.75))
+    by_size = (precision[..., area] for area in range(1, len(AREAS)))
+    recalls = (recall[..., area] for area in range(len(AREAS)))
+    parts = (precision[..., 0], *at_overlaps, *by_size, *recalls)
+    return dict(zip(COUNTED, map(_mean, parts), strict=True))
+
+
+def match(
+    truth: Annotations, results: Results, overlap: float = 0.5, count: int = STANDARD_COUNT
+) -> Matches:
     """Return what matches what at one overlap: a tenth of the work of `evaluate`.
 
     Args:
         truth: the annotations.
         results: the detections.
         overlap: IoU from which a detection matches an object of its class.
+        count: detections of a class in an image, the best, that are matched.
     """
-    params = Params("bbox")
+    params = _params(count)
     params.iouThrs = np.array([overlap])
     params.areaRng, params.areaRngLbl = params.areaRng[:1], params.areaRngLbl[:1]
     collected = _Collected(len(truth.categories))

@@ -45,6 +45,7 @@ DECODING = {  # OpenCV's way of reading, by how many times smaller a JPEG is dec
     8: cv2.IMREAD_REDUCED_COLOR_8,
 }
 JPEG_END, PNG_END, PADDING = b"\xff\xd9", b"IEND", 64
+LAST_BLOCK = 4  # pixels of a side; of what is coded together, those next to other data may differ
 ALL_BITS = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH
 
 
@@ -127,6 +128,8 @@ def decode_file(
         image, notes = _to_8_bits(image, plain, header, name, options.bit_depth)
     else:
         image, notes = _decode_jpeg_or_such(data, name, DECODING[factor])
+        if header.format == "JPEG" and _last_block_is_flat(image, header.orientation, factor):
+            _check_end(data, name)
     check_pixels(image.shape, name, options.max_pixels)
     if factor == 1 or header.size_hw is None:
         return DecodedImage(image, None, notes)
@@ -338,23 +341,59 @@ def _decode_jpeg_or_such(
 
 
 def _with_end_marker(data: bytes) -> bytes | None:
-    """Return a JPEG with the end marker it lacks; None where more is missing.
+    """Return a JPEG with the end marker it lacks; None where more is missing."""
+    if not data.startswith(JPEG_START):
+        return None
+    data = data.rstrip(b"\xff")
+    return data + JPEG_END if _has_all_data(data) else None
+
+
+def _has_all_data(data: bytes) -> bool:
+    """Tell whether nothing but the end marker is missing from a JPEG.
 
     Where more is missing, the decoder takes what follows for it: two different fillings then give
     two different images.
     """
-    if not data.startswith(JPEG_START):
-        return None
-    data = data.rstrip(b"\xff")
     images = []
     for filling in (b"\x00", b"\x55"):
         try:
             image = open_with_pillow(io.BytesIO(data + filling * PADDING + JPEG_END), "")
-            images.append(None if image is None else np.asarray(image))
+            if image is None:
+                return False
+            images.append(np.asarray(image))
         except Exception:  # Pillow's plugins raise what they meet
-            return None
-    whole = images[0] is not None and np.array_equal(images[0], images[1])
-    return data + JPEG_END if whole else None
+            return False
+    return np.array_equal(images[0], images[1])
+
+
+def _last_block_is_flat(image: NDArray[np.uint8], orientation: int, factor: int) -> bool:
+    """Tell whether the corner that a file has last is of one colour, as it is where data are cut.
+
+    Args:
+        image: (H, W, 3), upright.
+        orientation: EXIF's, 1 to 8, that it was turned by.
+        factor: by how many times smaller it was decoded.
+    """
+    side = max(2, LAST_BLOCK // factor)
+    rows = slice(-side, None) if orientation in (1, 2, 5, 6) else slice(side)
+    columns = slice(-side, None) if orientation in (1, 4, 5, 8) else slice(side)
+    corner = image[rows, columns]
+    return bool((corner == corner[:1, :1]).all())
+
+
+def _check_end(data: bytes, name: str) -> None:
+    """Refuse a JPEG that was cut and closed with an end marker, which decoders fill with a colour.
+
+    Files with something behind the end marker are not looked at.
+
+    Raises:
+        InputError: its data do not reach its last row.
+    """
+    if data.endswith(JPEG_END) and not _has_all_data(data[: -len(JPEG_END)]):
+        raise InputError(
+            f"{name}: cut: its data end before its last row, and an end marker follows; copy or "
+            "convert it again"
+        )
 
 
 def _to_8_bits(

@@ -6,6 +6,7 @@ Paths in; 8-bit BGR images out, upright. Knows no annotations, no videos and no 
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +24,13 @@ from tood_deploy.data.image_header import (
     check_header,
     read_header,
 )
-from tood_deploy.errors import InputError
+from tood_deploy.errors import InputError, InputWarning
 from tood_deploy.files import absent_or
 
 CHECK_SECONDS = 1.0  # of looking at images before a long run
 NAMED_IMAGES = 3  # at most so many unreadable ones are named in one message
+
+_paged_folders: set[Path] = set()  # that were told to hold images with several pages
 
 
 def read_image(path: Path) -> NDArray[np.uint8]:
@@ -36,7 +39,21 @@ def read_image(path: Path) -> NDArray[np.uint8]:
     Raises:
         InputError: it cannot be read.
     """
-    return decode_image(read_file(path), str(path))
+    data = read_file(path)
+    _tell_pages(path, check_header(data, str(path), MAX_PIXELS))
+    return decode_image(data, str(path))
+
+
+def _tell_pages(path: Path, header: ImageHeader) -> None:
+    """Warn of an image with several pages or frames, once for each folder."""
+    if len(header.positions) > 1 and path.parent not in _paged_folders:
+        _paged_folders.add(path.parent)
+        warnings.warn(
+            f"{path}: has {len(header.positions)} pages or frames, of which the first is taken, as "
+            "of all such images in its folder",
+            InputWarning,
+            stacklevel=3,
+        )
 
 
 def read_image_of_size(path: Path, size_hw: tuple[int, int]) -> NDArray[np.uint8]:
@@ -56,8 +73,10 @@ def read_image_of_size(path: Path, size_hw: tuple[int, int]) -> NDArray[np.uint8
         InputError: it cannot be read, or has that size in neither way.
     """
     data, name = read_file(path), str(path)
+    header = check_header(data, name, MAX_PIXELS)
+    _tell_pages(path, header)
     upright = decode_image(data, name)
-    stored = as_stored(upright, check_header(data, name, MAX_PIXELS).orientation)
+    stored = as_stored(upright, header.orientation)
     for image in (stored, upright):
         if image.shape[:2] == size_hw:
             return image
@@ -195,7 +214,7 @@ class ImagesToCheck:
     decode: Callable[[Path], object] | None = read_image
 
 
-def check_images(sets: Sequence[ImagesToCheck], seconds: float = CHECK_SECONDS) -> list[str]:
+def check_images(sets: Sequence[ImagesToCheck], seconds: float = CHECK_SECONDS) -> None:
     """Look at headers first and then at whole images, spread evenly over each set.
 
     Args:
@@ -203,28 +222,17 @@ def check_images(sets: Sequence[ImagesToCheck], seconds: float = CHECK_SECONDS) 
         seconds: for all sets together; of every set at least one image is decoded, however long it
             takes.
 
-    Returns:
-        A sentence for every set in which images with several pages or frames were seen.
-
     Raises:
         InputError: some cannot be read; the message names the first of them.
     """
-    notes: list[str] = []
     for images in sets:
         started = time.perf_counter()
         share = seconds / len(sets)
-        paged: list[Path] = []
-        unread = list(_without_header(images.paths, started + share / 2, paged))
+        unread = list(_without_header(images.paths, started + share / 2))
         if not unread and images.decode is not None:
             unread = list(_undecoded(images, started + share))
         if unread:
             raise InputError(_unread_message(images, unread))
-        if paged:
-            notes.append(
-                f"{images.option}: the first page or frame is taken of {_named(paged)}, which have "
-                "several"
-            )
-    return notes
 
 
 def spread_evenly(count: int) -> list[int]:
@@ -232,18 +240,10 @@ def spread_evenly(count: int) -> list[int]:
     return sorted(range(count), key=lambda number: f"{number:032b}"[::-1])
 
 
-def _without_header(paths: Sequence[Path], deadline: float, paged: list[Path]) -> Iterator[Path]:
-    """Yield those that have no image's header, while there is time.
-
-    Args:
-        paths: to look at.
-        deadline: by `time.perf_counter`.
-        paged: gets those that have several pages or frames.
-    """
+def _without_header(paths: Sequence[Path], deadline: float) -> Iterator[Path]:
+    """Yield those that have no image's header, while there is time."""
     for number in spread_evenly(len(paths)):
         header = header_of(paths[number])
-        if header is not None and len(header.positions) > 1:
-            paged.append(paths[number])
         try:
             if header is None or header.size_hw is None:
                 read_image_size(paths[number])

@@ -10,17 +10,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tood_deploy.engines.open import HINTS
 from tood_deploy.errors import ArtefactError, InputError, ToodError
 from tood_deploy.manifest import Manifest
+from tood_deploy.preprocess import ImageTransform
 from tood_deploy.presets import SIZE_DIVISOR
-
-Hint = Literal["latency", "throughput"]  # work on one batch at a time, or on several
-HINTS = ("latency", "throughput")
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,6 +231,27 @@ class Engine(ABC):
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+@runtime_checkable
+class ResizesFrames(Protocol):
+    """An engine that resizes, pads and orders the channels of frames where it runs."""
+
+    def submit_frames(
+        self,
+        frames: Sequence[NDArray[np.uint8]],
+        transforms: Sequence[ImageTransform],
+        score_threshold: float,
+        iou_threshold: float,
+    ) -> Any:
+        """Start a batch, and return what `collect` takes.
+
+        Args:
+            frames: (H, W, 3) uint8 BGR, of any sizes.
+            transforms: of the frames, to one padded size.
+            score_threshold, iou_threshold: as `Engine.infer` takes them.
+        """
+        ...
 
 
 def check_hint(hint: str) -> None:

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from tood_deploy.engines.base import BatchDetections, Engine, Hint, check_hint
+from tood_deploy.engines.base import BatchDetections, Engine, check_hint
+from tood_deploy.engines.open import Hint
 from tood_deploy.engines.precision_support import saturates_in_onnxruntime, why_not_on_cpus
 from tood_deploy.errors import ArtefactError, DeviceError, ToodError
 from tood_deploy.graph_io import INPUTS, OUTPUTS, graph_feeds
 from tood_deploy.manifest import METADATA_KEY, Manifest, manifest_path, read_manifest
-from tood_deploy.onnx_file import CPU, first_line, open_session, run_session
+from tood_deploy.onnx_file import CPU, first_line, naming_failures, open_session, run_session
 
-STREAMS = 2  # more would hold more memory and keep a pair of cores no busier
+NHWC_OPTIONS = {"prefer_nhwc": "1"}  # of the CUDA provider
+# Batches side by side with the hint throughput: every one holds its own memory, and what one thread
+# of four waits for is little.
+CORES_A_STREAM, FEWEST_STREAMS, MOST_STREAMS = 4, 2, 8
 PROVIDERS = {"cpu": CPU, "cuda": "CUDAExecutionProvider"}
 
 
@@ -33,6 +39,7 @@ class OnnxEngine(Engine):
         threads: int | None = None,
         hint: Hint = "latency",
         float_arithmetic: bool = False,
+        nhwc: bool = False,
     ) -> None:
         """Open the artefact.
 
@@ -40,11 +47,12 @@ class OnnxEngine(Engine):
             path: the .onnx file.
             device: "cpu" or "cuda" (needs onnxruntime-gpu; never falls back to the CPU).
             threads: on the CPU, of all inferences together; the number of cores where not given.
-            hint: "latency": all threads work on one batch; "throughput", on the CPU: two batches
-                run beside one another (`in_flight`), whose threads need not wait for each other
-                after every layer.
+            hint: "latency": all threads work on one batch; "throughput", on the CPU: two to eight
+                batches, one for four cores, run beside one another (`in_flight`), whose threads
+                need not wait for each other after every layer.
             float_arithmetic: compute quantised layers as their Q/DQ nodes define them, in float32;
                 what is quantised for TensorRT is compared so (`needs_float_arithmetic`).
+            nhwc: on a GPU, convolutions with the channels last, which tensor cores like.
 
         Raises:
             ArtefactError: not a file of tood-export, cut, or of another version.
@@ -57,6 +65,8 @@ class OnnxEngine(Engine):
                 f"hint is throughput, which ONNX Runtime has on the CPU, and device is {device}; "
                 "leave the hint out, give a batch"
             )
+        if nhwc and device != "cuda":
+            raise ToodError(f"nhwc is for GPUs, and device is {device}; leave it out")
         provider = PROVIDERS[device]
         if provider not in ort.get_available_providers():
             raise DeviceError(
@@ -65,14 +75,18 @@ class OnnxEngine(Engine):
             )
         if device == "cpu":
             _check_precision(path)
+        else:
+            ort.preload_dlls()  # CUDA and cuDNN from their wheels, or from beside torch
         cores = _cores() if threads is None else threads
-        side_by_side = hint == "throughput" and cores >= STREAMS
+        side_by_side = hint == "throughput" and cores >= FEWEST_STREAMS
+        streams = streams_of(cores)
         # Who calls a session works for it; its own threads are one less than its number of threads.
         self.session = _open_session(
             path,
             provider,
-            cores - STREAMS + 1 if side_by_side else threads,
+            cores - streams + 1 if side_by_side else threads,
             float_arithmetic=float_arithmetic,
+            provider_options=NHWC_OPTIONS if nhwc else None,
         )
         if self.session.get_providers()[0] != provider:
             raise DeviceError(
@@ -82,8 +96,9 @@ class OnnxEngine(Engine):
         self.manifest = _session_manifest(self.session, path)
         self.device = device
         self.name = f"ONNX Runtime {ort.__version__}"
-        self._callers = ThreadPoolExecutor(STREAMS, "onnxruntime") if side_by_side else None
-        self.in_flight = STREAMS if side_by_side else 1
+        self._callers = ThreadPoolExecutor(streams, "onnxruntime") if side_by_side else None
+        self.in_flight = streams if side_by_side else 1
+        self._bound = BoundInputs(self.session) if device == "cuda" else None
         # Who calls a session does the work of the threads that a fork has left behind.
         self.survives_fork = device == "cpu" and not side_by_side
 
@@ -99,6 +114,8 @@ class OnnxEngine(Engine):
         iou_threshold: float,
     ) -> BatchDetections:
         feeds = graph_feeds(images, valid_hw, score_threshold, iou_threshold)
+        if self._bound is not None:
+            return BatchDetections(*self._bound.run(feeds))
         return BatchDetections(*run_session(self.session, OUTPUTS, feeds))
 
     def _submit(
@@ -119,7 +136,46 @@ class OnnxEngine(Engine):
         super().close()
         if (callers := vars(self).pop("_callers", None)) is not None:
             callers.shutdown()
+        self._bound = None
         vars(self).pop("session", None)
+
+
+class BoundInputs:
+    """Inputs of a session that stay where they are on the GPU, for calls of the same shapes.
+
+    A CUDA graph on top is not to be had: ONNX Runtime records none of a graph with loops, and ours
+    has the exact one of suppression.
+    """
+
+    def __init__(self, session: ort.InferenceSession) -> None:
+        """Bind nothing yet."""
+        self._session, self._binding = session, session.io_binding()
+        self._values: dict[str, Any] = {}
+        self._running = Lock()
+
+    def run(self, feeds: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        """Copy the inputs to the GPU, run, and return what `OUTPUTS` names, in host memory.
+
+        Raises:
+            ArtefactError: the graph fails while it runs, or there is not enough memory for it.
+        """
+        with self._running, naming_failures():
+            for name, array in feeds.items():
+                value, contiguous = self._values.get(name), np.asarray(array, order="C")
+                if value is not None and tuple(value.shape()) == array.shape:
+                    value.update_inplace(contiguous)
+                    continue
+                self._values[name] = ort.OrtValue.ortvalue_from_numpy(contiguous, "cuda", 0)
+                self._binding.bind_ortvalue_input(name, self._values[name])
+            for name in OUTPUTS:
+                self._binding.bind_output(name, "cpu")
+            self._session.run_with_iobinding(self._binding)
+            return self._binding.copy_outputs_to_cpu()
+
+
+def streams_of(cores: int) -> int:
+    """Return how many batches run side by side on so many cores, with the hint throughput."""
+    return min(max(cores // CORES_A_STREAM, FEWEST_STREAMS), MOST_STREAMS)
 
 
 def _cores() -> int:
@@ -147,13 +203,22 @@ def _check_precision(path: Path) -> None:
 
 
 def _open_session(
-    path: Path, provider: str, threads: int | None, *, float_arithmetic: bool
+    path: Path,
+    provider: str,
+    threads: int | None,
+    *,
+    float_arithmetic: bool,
+    provider_options: Mapping[str, str] | None,
 ) -> ort.InferenceSession:
     if threads is not None and threads < 1:
         raise ToodError(f"threads is {threads}; expected a positive number")
     try:
         return open_session(
-            path, provider=provider, threads=threads, float_arithmetic=float_arithmetic
+            path,
+            provider=provider,
+            threads=threads,
+            float_arithmetic=float_arithmetic,
+            provider_options=provider_options,
         )
     except Exception as error:  # onnxruntime raises types of its own that share no public base
         reason = first_line(error)

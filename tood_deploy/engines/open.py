@@ -36,6 +36,8 @@ LOAD_OPTIONS = ("preset", "class_names", "convention", "weights_key")  # of chec
 CHECKPOINT_OPTIONS = ("threads", *LOAD_OPTIONS)
 FAST_OPTIONS = ("precision", "compile", "cuda_graph")  # of PyTorch's fast form
 DEVICES = ("cpu", "cuda")
+Hint = Literal["latency", "throughput"]  # work on one batch at a time, or on several
+HINTS: tuple[Hint, ...] = ("latency", "throughput")
 Verify = Literal["warn", "strict", "off"]
 VERIFY: tuple[Verify, ...] = ("warn", "strict", "off")
 

@@ -15,7 +15,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from tood_deploy.engines.base import BatchDetections, Engine, Hint, check_hint
+from tood_deploy.engines.base import BatchDetections, Engine, check_hint
+from tood_deploy.engines.open import Hint
 from tood_deploy.engines.openvino_runtime import (
     CPU,
     TYPES,

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tood_deploy.engines.base import BatchDetections, Engine
+from tood_deploy.engines.torch_frames import resize_and_pad_frames
 from tood_deploy.engines.torch_graphs import BUFFERS, Buffers, CudaRunner, Packed
 from tood_deploy.engines.torch_program import read_program
 from tood_deploy.errors import DeviceError, ToodError
@@ -28,6 +29,7 @@ from tood_deploy.model.checkpoint import load_checkpoint
 from tood_deploy.model.detector import DenseDetector
 from tood_deploy.model.postprocess import BatchResult, Candidates
 from tood_deploy.model.static_detector import DTYPES, StaticDetector, finish_exactly, pack, unpack
+from tood_deploy.preprocess import ImageTransform
 
 Precision = Literal["fp32", "bf16", "fp16"]
 MAX_COMPILED = 8  # shapes of images; PyTorch compiles no function more often
@@ -128,6 +130,35 @@ class FastTorchEngine(Engine):
         if self._runner is not None:
             return self._runner.submit(arrays), iou_threshold
         return self._start([torch.from_numpy(array) for array in arrays], iou_threshold)
+
+    @torch.no_grad()
+    def submit_frames(
+        self,
+        frames: Sequence[NDArray[np.uint8]],
+        transforms: Sequence[ImageTransform],
+        score_threshold: float,
+        iou_threshold: float,
+    ) -> BatchDetections | tuple[Buffers, float]:
+        """Start a batch of frames, which are resized and padded on the device.
+
+        Args:
+            frames: (H, W, 3) uint8 BGR, of any sizes.
+            transforms: of the frames, to one padded size.
+            score_threshold, iou_threshold: as `infer` takes them.
+        """
+        shape = (len(frames), *transforms[0].net_hw, 3)
+        valid_hw = np.array([transform.resized_hw for transform in transforms], np.int32)
+        self._check_call(np.broadcast_to(np.uint8(0), shape), valid_hw)
+
+        def inputs() -> list[Tensor]:
+            uploaded = [torch.from_numpy(frame).to(self._place) for frame in frames]
+            images, sizes = resize_and_pad_frames(uploaded, transforms)
+            thresholds = (torch.tensor(one) for one in (score_threshold, iou_threshold))
+            return [images, sizes, *(one.to(self._place) for one in thresholds)]
+
+        if self._runner is not None:
+            return self._runner.submit_made(inputs), iou_threshold
+        return self._start(inputs(), iou_threshold)
 
     def _start(
         self, inputs: Sequence[Tensor], iou_threshold: float

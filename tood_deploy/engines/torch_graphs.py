@@ -87,12 +87,13 @@ class Buffers:
     def __init__(self) -> None:
         self.host: list[Tensor] = []
         self.on_device: list[Tensor] = []
+        self.inputs: Sequence[Tensor] = ()
         self.result: Tensor | None = None
         self.candidates: Candidates | None = None
         self.uploaded, self.done = torch.cuda.Event(), torch.cuda.Event()
 
-    def fill(self, arrays: Sequence[NDArray[Any]], place: torch.device) -> None:
-        """Copy arrays into pinned memory, and start their copy to the GPU.
+    def fill(self, arrays: Sequence[NDArray[Any]], place: torch.device) -> list[Tensor]:
+        """Copy arrays into pinned memory, start their copy to the GPU, and return what is there.
 
         The memory is that of the batch before, where shapes are the same.
 
@@ -107,6 +108,7 @@ class Buffers:
         for value, host, device in zip(values, self.host, self.on_device, strict=True):
             host.copy_(value)
             device.copy_(host, non_blocking=True)
+        return self.on_device
 
     def keep(self, result: Packed) -> None:
         """Start the copy of a result to the host; keep its candidates from the next replay."""
@@ -150,12 +152,24 @@ class CudaRunner:
         Args:
             arrays: of the function's arguments.
         """
+        return self._submit(lambda buffers: buffers.fill(arrays, self._place))
+
+    def submit_made(self, make: Callable[[], Sequence[Tensor]]) -> Buffers:
+        """Start a batch whose inputs are made on the GPU, beside the batch before.
+
+        Args:
+            make: returns the function's arguments.
+        """
+        return self._submit(lambda _: make())
+
+    def _submit(self, make: Callable[[Buffers], Sequence[Tensor]]) -> Buffers:
         buffers = self._free.get()
         try:
             with torch.cuda.stream(self._copying):
-                buffers.fill(arrays, self._place)
+                # Kept until the batch is collected: the other stream reads them.
+                buffers.inputs = make(buffers)
                 buffers.uploaded.record(self._copying)
-            self._launch(buffers, buffers.on_device)
+            self._launch(buffers, buffers.inputs)
         except BaseException:
             self._free.put(buffers)
             raise
@@ -191,7 +205,7 @@ class CudaRunner:
             with torch.cuda.stream(self._computing):
                 yield buffers.result, buffers.candidates
         finally:
-            buffers.candidates = None
+            buffers.candidates, buffers.inputs = None, ()
             self._free.put(buffers)
 
     def _call(self, inputs: Inputs) -> Packed:

@@ -33,6 +33,7 @@ from tood_deploy.export.options import (
     INT8_OR_SEARCH,
     LOWERED,
     SEARCH,
+    TORCH,
     TRITON,
     comma_separated,
     option,
@@ -78,6 +79,7 @@ class CheckpointOptions:
         "deformable convolutions as ONNX's operator (ONNX Runtime, TensorRT) or as gathers "
         "(OpenVINO, TensorRT-RTX)",
         choices=("op", "gather"),
+        never=(TORCH,),
     )
 
 
@@ -107,7 +109,7 @@ class PrecisionOptions:
         "measured on this machine",
         parse=None,
         only=(GRAPH_SOURCE,),
-        never=(TRITON,),
+        never=(TRITON, TORCH),
     )
     fallback: FloatPrecision | None = option(
         None,
@@ -127,7 +129,7 @@ class PrecisionOptions:
         metavar="NAMES",
         old_flag="--keep",
         only=(GRAPH_SOURCE,),
-        never=(SEARCH,),
+        never=(SEARCH, TORCH),
     )
     calib_data: Path | None = option(
         None,
@@ -195,6 +197,7 @@ class PrecisionOptions:
         metavar="FILE",
         group="int8",
         only=(LOWERED,),
+        never=(TORCH,),
         required=(AP_LIMIT,),
         expected="FILE: COCO annotations (--max-drop does without)",
     )
@@ -290,6 +293,11 @@ class ExportConfig:
             raise ToodError(
                 f"--precision auto is for --to openvino, and --to is {self.to}; name a precision, "
                 "or let --autotune-precision search"
+            )
+        if self.precision.precision == "int8" and self.to == "torch":
+            raise ToodError(
+                "--precision int8 is for the other targets, and --to is torch; give fp32, bf16 or "
+                "fp16"
             )
 
     @property

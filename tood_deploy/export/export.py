@@ -8,8 +8,7 @@ the last step, which alone writes. What only some targets need is imported where
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
@@ -33,6 +32,7 @@ from tood_deploy.export.preflight import MAX_VERIFY_IMAGES, check_deform, needs_
 from tood_deploy.export.result import ExportResult, describe_preset
 from tood_deploy.export.timings import timed
 from tood_deploy.export.to_onnx import OPSET
+from tood_deploy.files import no_empty_folder
 from tood_deploy.graph_io import INNER_VALUES, ONNX_SUFFIX, Target
 from tood_deploy.manifest import Manifest
 from tood_deploy.manifest_sections import Build, Parity
@@ -114,7 +114,11 @@ def run_export(
         reporter.info(f"{config.source}: copying the engine into {config.place}")
         return _serve(config, Path(config.source), None, reporter)
     images = read_images(config.verify_images, MAX_VERIFY_IMAGES) if config.verify_images else []
-    with _no_empty_folder(config.place.parent):
+    with no_empty_folder(config.place.parent):
+        if config.to == "torch":
+            from tood_deploy.export.to_torch import write_torch
+
+            return write_torch(config, _load(config, reporter), images, reporter)
         artefact, reference = _float32_artefact(config, images, annotated, reporter)
         profiles = _choose_profiles(config, reference, reporter)
         ap = annotated.measure(artefact) if annotated else None
@@ -152,18 +156,6 @@ def _finish(
         return _WRITERS[config.to](config, prepared, reporter)
 
 
-@contextmanager
-def _no_empty_folder(folder: Path) -> Iterator[None]:
-    """Leave no folder behind that was made for the output, if nothing came into it."""
-    new = not folder.exists()
-    try:
-        yield
-    finally:
-        if new:
-            with suppress(OSError):  # it was never made, or there is something in it
-                folder.rmdir()
-
-
 def _float32_artefact(
     config: ExportConfig, images: Images, annotated: AnnotatedImages | None, reporter: Reporter
 ) -> tuple[OnnxArtefact, Reference]:
@@ -171,13 +163,7 @@ def _float32_artefact(
     if config.from_onnx:
         artefact = read_onnx(Path(config.source))
         return artefact, onnx_reference(_runnable(artefact))
-    options = config.checkpoint
-    reporter.info(f"{config.source}: loading the checkpoint")
-    with timed("checkpoint"):
-        model = load_checkpoint(
-            config.source, **options.load, imgsz=options.imgsz, reporter=reporter
-        )
-    reporter.info(f"{config.source}: {describe_preset(model.preset)}")
+    options, model = config.checkpoint, _load(config, reporter)
     max_det = model.preset.max_det if options.max_det is None else options.max_det
     _check_loaded(config, model, max_det, annotated)
     artefact = onnx_from_checkpoint(
@@ -188,6 +174,18 @@ def _float32_artefact(
         reporter=reporter,
     )
     return artefact, torch_reference(model, max_det)
+
+
+def _load(config: ExportConfig, reporter: Reporter) -> DenseDetector:
+    """Return the network of the checkpoint that is exported."""
+    options = config.checkpoint
+    reporter.info(f"{config.source}: loading the checkpoint")
+    with timed("checkpoint"):
+        model = load_checkpoint(
+            config.source, **options.load, imgsz=options.imgsz, reporter=reporter
+        )
+    reporter.info(f"{config.source}: {describe_preset(model.preset)}")
+    return model
 
 
 def _runnable(artefact: OnnxArtefact) -> OnnxArtefact:

@@ -40,13 +40,14 @@ class When:
 # What the options of `tood-export` depend on.
 ENGINE = When(lambda config: config.to == "engine", "--to engine")
 PROFILES = When(lambda config: config.to in ("engine", "triton"), "--to engine or --to triton")
+TORCH = When(lambda config: config.to == "torch", "--to torch")
 TRITON = When(lambda config: config.to == "triton", "--to triton")
 BUILD = When(
     lambda config: config.to == "engine" or config.triton.backend == "tensorrt",
     "--to engine, or --to triton with --backend tensorrt",
 )
 CPU_TARGET = When(
-    lambda config: not BUILD.holds(config),
+    lambda config: not BUILD.holds(config) and config.to != "torch",
     "--to onnx, openvino, or triton with --backend onnxruntime",
 )
 GRAPH_SOURCE = When(

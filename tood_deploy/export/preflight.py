@@ -26,13 +26,14 @@ from tood_deploy.engines.tensorrt.library import load_flavour
 from tood_deploy.errors import ArtefactError, CheckpointError, DeviceError, OutputError, ToodError
 from tood_deploy.export.config import ExportConfig, PrecisionOptions
 from tood_deploy.export.options import flag_of
-from tood_deploy.export.tensorrt.options import EngineOptions, SizeOptions
+from tood_deploy.export.tensorrt.options import EngineOptions, SizeOptions, int8_notes
 from tood_deploy.files import check_overwrites, home_folder
 from tood_deploy.graph_io import (
     ARTEFACT_SUFFIXES,
     OPENVINO_SUFFIX,
     OPENVINO_WEIGHTS_SUFFIX,
     TARGET_SUFFIXES,
+    TORCH_SUFFIX,
 )
 from tood_deploy.manifest import Manifest, manifest_path, neighbour
 from tood_deploy.manifest_sections import HalfBuild, Int8Build
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 MAX_VERIFY_IMAGES = 16
 ELSEWHERE = "choose another --output"
 # Copies of the float32 weights that lie in the output's folder at a time.
-COPIES = {"onnx": 1, "openvino": 1, "engine": 2, "triton": 2}
+COPIES = {"onnx": 1, "openvino": 1, "engine": 2, "triton": 2, "torch": 1}
 
 MIB = 2**20
 SPARE_BYTES = 64 * MIB  # beside the artefacts themselves
@@ -166,7 +167,12 @@ def check_export(config: ExportConfig, annotated: AnnotatedImages | None = None)
         check_writable(home_folder("calibration"), "name another folder in TOOD_HOME")
     folders = (config.precision.calib_data, config.verify_images)
     left_out = [left_out_note(folder) for folder in folders if folder is not None]
-    return [*check_images(list(_image_sets(config, annotated))), *filter(None, left_out)]
+    check_images(list(_image_sets(config, annotated)))
+    notes = [note for note in left_out if note]
+    precision = source.precision if source else config.precision.precision
+    if config.to == "engine" and "int8" in str(precision):
+        notes += int8_notes(load_flavour(config.flavour))
+    return notes
 
 
 def _check_numbers(config: ExportConfig, annotated: AnnotatedImages | None) -> None:
@@ -249,8 +255,9 @@ def _check_checkpoint(source: str) -> None:
         published_weights(PRESETS[source])
         return
     if path.suffix.lower() in ARTEFACT_SUFFIXES:
+        kind = "PyTorch" if path.suffix.lower() == TORCH_SUFFIX else "OpenVINO"
         raise ToodError(
-            f"{path}: an artefact for OpenVINO cannot be exported further; "
+            f"{path}: an artefact for {kind} cannot be exported further; "
             "give the .onnx or the checkpoint it was made from"
         )
     if not path.is_file():
@@ -274,6 +281,11 @@ def _check_checkpoint(source: str) -> None:
 def _check_given_onnx(config: ExportConfig, manifest: Manifest) -> None:
     """Refuse an .onnx that cannot become what is asked for."""
     path, changes = Path(config.source), config.precision.changes_graph
+    if config.to == "torch":
+        raise ToodError(
+            f"{path} is an .onnx, and --to torch starts from the network; give the checkpoint that "
+            "it was made from"
+        )
     if manifest.precision != "fp32" and changes:
         raise ToodError(
             f"{path} is in {manifest.precision} already; leave --precision out, or start from the "
@@ -452,11 +464,14 @@ def _check_device(config: ExportConfig) -> None:
 def _check_builder(config: ExportConfig) -> None:
     """Refuse what TensorRT cannot build here."""
     from tood_deploy.export.tensorrt.build import check_capabilities
+    from tood_deploy.export.tensorrt.to_tensorrt import check_gpu_here
     from tood_deploy.export.triton.fit import SERVED_FLAVOUR
 
     library = load_flavour(config.flavour if config.to == "engine" else SERVED_FLAVOUR)
     config.engine.check(library)
     check_capabilities(library, config.engine.compute_capabilities)
+    if library.name == "tensorrt_rtx" and not config.engine.compute_capabilities:
+        check_gpu_here(library)
     # TensorRT builds on the GPU that it builds for; a search measures there.
     if library.name == "tensorrt" or config.precision.autotune:
         from tood_deploy.engines.tensorrt.cuda import check_driver

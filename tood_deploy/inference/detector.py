@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 
 from tood_deploy.detections import Detections
 from tood_deploy.engines import BatchDetections, Engine, open_engine
+from tood_deploy.engines.base import ResizesFrames
 from tood_deploy.errors import InputWarning, ToodError
 from tood_deploy.inference.frame import Prepared
 from tood_deploy.inference.image_input import Color, ImageInput, bgr_from, check_color
 from tood_deploy.inference.slicing import Slicing
 from tood_deploy.inference.thresholds import DEFAULT_CONF, Conf, class_scores, thresholds_from
-from tood_deploy.preprocess import choose_canvas, fit_imgsz, resize_and_pad, with_imgsz
+from tood_deploy.preprocess import choose_canvas, fit_imgsz, plan_resize, resize_and_pad, with_imgsz
 
 if TYPE_CHECKING:
     from tood_deploy.inference.file_list import Spec
@@ -41,6 +42,7 @@ class Detector:
         device: str = "cpu",
         color: Color = "bgr",
         fast_decode: bool = False,
+        device_resize: bool = False,
         slicing: Slicing | None = None,
         only: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
@@ -65,6 +67,8 @@ class Detector:
             fast_decode: whether `stream` may decode JPEG images at 1/2, 1/4 or 1/8 of their size
                 where `imgsz` needs no more. Results then differ a little; `Frame.image_bgr` is
                 smaller, boxes stay in pixels of the whole image (`Frame.size_hw`).
+            device_resize: whether images go to the device as they are, to be resized and padded
+                there, in PyTorch's fast form; pixels differ by one grey level at most.
             slicing: search images in overlapping windows, and merge what is detected in them.
             only: names of the classes to detect; all where not given.
             exclude: names of classes to leave out.
@@ -87,6 +91,12 @@ class Detector:
             if isinstance(model, Engine)
             else open_engine(model, device=device, **engine_options)
         )
+        if device_resize and not isinstance(self.engine, ResizesFrames):
+            raise ToodError(
+                f"device_resize is for PyTorch's fast form (runtime torch, or a .pt2), and the "
+                f"model runs in {self.engine.name}; leave it out, or choose that runtime"
+            )
+        self.device_resize = device_resize
         given = self.engine.manifest.max_det
         if max_det is not None and not 1 <= max_det <= given:
             raise ToodError(f"max_det is {max_det}; expected 1 to {given}, what this model gives")
@@ -166,12 +176,13 @@ class Detector:
         """
         image_bgr = bgr_from(image, self.color if color is None else color)
         canvases, size_hw = self.engine.input_shapes_hw, image_hw or image_bgr.shape
-        if not canvases:
-            return Prepared(*resize_and_pad(image_bgr, self.sizing, image_hw=image_hw))
-        net_hw = choose_canvas(size_hw, self.sizing, canvases)
-        return Prepared(
-            *resize_and_pad(image_bgr, fit_imgsz(size_hw, self.sizing, net_hw), net_hw, image_hw)
-        )
+        sizing, net_hw = self.sizing, None
+        if canvases:
+            net_hw = choose_canvas(size_hw, self.sizing, canvases)
+            sizing = fit_imgsz(size_hw, self.sizing, net_hw)
+        if self.device_resize:
+            return Prepared(image_bgr, plan_resize(image_bgr, sizing, net_hw, image_hw))
+        return Prepared(*resize_and_pad(image_bgr, sizing, net_hw, image_hw))
 
     def infer(self, batch: Sequence[Prepared]) -> list[Detections]:
         """Return the second half: the network and the way back, for images of one padded size.
@@ -193,6 +204,11 @@ class Detector:
         Raises:
             ToodError: the padded sizes differ.
         """
+        if self.device_resize and isinstance(self.engine, ResizesFrames):
+            self._check_sizes(batch)
+            frames = [prepared.image for prepared in batch]
+            transforms = [prepared.transform for prepared in batch]
+            return self.engine.submit_frames(frames, transforms, self.conf, self.iou)
         return self.engine.submit(*self._inputs(batch), self.conf, self.iou)
 
     def collect(self, ticket: Any) -> BatchDetections:
@@ -205,14 +221,20 @@ class Detector:
         Raises:
             ToodError: the padded sizes differ.
         """
+        if self.device_resize:
+            return self.collect(self.submit(batch))
         return self.engine.infer(*self._inputs(batch), self.conf, self.iou)
 
-    def _inputs(self, batch: Sequence[Prepared]) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
+    @staticmethod
+    def _check_sizes(batch: Sequence[Prepared]) -> None:
         if len({prepared.transform.net_hw for prepared in batch}) != 1:
             raise ToodError(
                 f"a batch of {len(batch)} images of different padded sizes; expected one size "
                 "(group by transform.net_hw)"
             )
+
+    def _inputs(self, batch: Sequence[Prepared]) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
+        self._check_sizes(batch)
         images = (
             batch[0].image[None]
             if len(batch) == 1

@@ -250,7 +250,10 @@ class Frame:
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """An image ready for the network: (rows, columns, 3) uint8 RGB, and the way back."""
+    """An image ready for the network: (rows, columns, 3) uint8 RGB, and the way back.
+
+    Where the device resizes, the image is as it was read: (H, W, 3) uint8 BGR.
+    """
 
     image: NDArray[np.uint8]
     transform: ImageTransform

@@ -6,26 +6,20 @@ the images lie, and projects. Knows no detector.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import TextIO
 
 from tood_deploy.detections import Detections
 from tood_deploy.errors import InputError
-from tood_deploy.files import atomic_path
 from tood_deploy.inference.frame import Frame
-from tood_deploy.inference.output_paths import check_writable
-from tood_deploy.inference.sinks import Sink, output_errors
+from tood_deploy.inference.text_sinks import JsonArrayFile, check_all_finite, finite_detections
 from tood_deploy.inference.windowed import GeoReference, read_georeference
 
-START, END = '{"type": "FeatureCollection", "features": [', "\n]}\n"
 
+class GeoJson(JsonArrayFile):
+    """One file of features."""
 
-class GeoJson(Sink):
-    """One file of features, written as the frames come and renamed when complete."""
+    start, end = '{"type": "FeatureCollection", "features": [', "]}\n"
 
     def __init__(self, path: Path, names: Sequence[str], crs: str | None = None) -> None:
         """Look where every image lies, before anything is detected.
@@ -39,14 +33,10 @@ class GeoJson(Sink):
             InputError: an image is not georeferenced.
             OutputError: the folder cannot be written.
         """
-        check_writable(path.parent)
-        self.path = path
+        super().__init__(path)
         self.places: dict[str, GeoReference] = {}
         for name in names:
             self.places[name] = read_georeference(name, crs)
-        self._stack = ExitStack()
-        self._file: TextIO | None = None
-        self._features = 0
 
     def write(self, frame: Frame, detections: Detections) -> None:
         """Add a frame's features."""
@@ -55,35 +45,20 @@ class GeoJson(Sink):
                 f"{frame.name}: has several pages, of which one is georeferenced; take the first "
                 "alone (--first-page)"
             )
-        polygons = self.places[frame.name].polygons(detections.boxes)
-        with output_errors(self.path):
-            file = self._file or self._open()
-            columns = zip(
-                polygons,
-                detections.names(),
-                detections.scores.tolist(),
-                detections.boxes.tolist(),
-                strict=True,
-            )
-            for polygon, name, score, box in columns:
-                properties = {"class": name, "score": score, "image": frame.name, "box": box}
-                feature = {"type": "Feature", "geometry": polygon, "properties": properties}
-                file.write(("," if self._features else "") + "\n" + json.dumps(feature))
-                self._features += 1
-
-    def _open(self) -> TextIO:
-        temporary = self._stack.enter_context(atomic_path(self.path))
-        self._file = self._stack.enter_context(temporary.open("w", encoding="utf-8"))
-        self._file.write(START)
-        return self._file
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        with output_errors(self.path):
-            if self._file is not None and error is None:
-                self._file.write(END)
-            self._stack.__exit__(kind, error, trace)
+        finite = finite_detections(detections)
+        columns = zip(
+            self.places[frame.name].polygons(finite.boxes),
+            finite.names(),
+            finite.scores.tolist(),
+            finite.boxes.tolist(),
+            strict=True,
+        )
+        self.add(
+            {
+                "type": "Feature",
+                "geometry": polygon,
+                "properties": {"class": name, "score": score, "image": frame.name, "box": box},
+            }
+            for polygon, name, score, box in columns
+        )
+        check_all_finite(finite, detections, frame.name)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -27,8 +27,59 @@ from tood_deploy.reporter import Reporter, printable, stdout_errors
 STDOUT = "-"
 
 
-class CocoResults(Sink):
-    """A COCO results file, written as the frames come and renamed when complete."""
+class JsonArrayFile(Sink):
+    """A file of one JSON array, written as the frames come and renamed when complete.
+
+    Attributes:
+        start, end: what stands before and behind the array's items.
+    """
+
+    start, end = "[", "]\n"
+
+    def __init__(self, path: Path) -> None:
+        """Take where to write.
+
+        Raises:
+            OutputError: the folder cannot be written.
+        """
+        check_writable(path.parent)
+        self.path = path
+        self._stack = ExitStack()
+        self._file: TextIO | None = None
+        self._items = 0
+
+    def add(self, items: Iterable[Mapping[str, Any]]) -> None:
+        """Add a frame's items, none of them where it has none.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
+        with output_errors(self.path):
+            file = self._file or self._open()
+            for item in items:
+                file.write(("," if self._items else "") + "\n" + json_text(item))
+                self._items += 1
+
+    def _open(self) -> TextIO:
+        temporary = self._stack.enter_context(atomic_path(self.path))
+        self._file = self._stack.enter_context(temporary.open("w", encoding="utf-8"))
+        self._file.write(self.start)
+        return self._file
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with output_errors(self.path):
+            if self._file is not None and error is None:
+                self._file.write(("\n" if self._items else "") + self.end)
+            self._stack.__exit__(kind, error, trace)
+
+
+class CocoResults(JsonArrayFile):
+    """A COCO results file."""
 
     def __init__(
         self, path: Path, image_ids: Mapping[Part, int] | None, category_ids: Sequence[int] | None
@@ -44,39 +95,17 @@ class CocoResults(Sink):
         Raises:
             OutputError: the folder cannot be written.
         """
-        check_writable(path.parent)
-        self.path, self.image_ids, self.category_ids = path, image_ids, category_ids
-        self._stack = ExitStack()
-        self._file: TextIO | None = None
-        self._frames = self._rows = 0
+        super().__init__(path)
+        self.image_ids, self.category_ids = image_ids, category_ids
+        self._frames = 0
 
     def write(self, frame: Frame, detections: Detections) -> None:
         """Add a frame's rows."""
-        with output_errors(self.path):
-            file = self._file or self._open()
-            self._frames += 1
-            image_id = self._frames if self.image_ids is None else self.image_ids[frame.part]
-            finite = finite_detections(detections)
-            for row in finite.to_coco(image_id, self.category_ids):
-                file.write(("[\n" if not self._rows else ",\n") + json_text(row))
-                self._rows += 1
+        self._frames += 1
+        image_id = self._frames if self.image_ids is None else self.image_ids[frame.part]
+        finite = finite_detections(detections)
+        self.add(finite.to_coco(image_id, self.category_ids))
         check_all_finite(finite, detections, frame.name)
-
-    def _open(self) -> TextIO:
-        temporary = self._stack.enter_context(atomic_path(self.path))
-        self._file = self._stack.enter_context(temporary.open("w", encoding="utf-8"))
-        return self._file
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        with output_errors(self.path):
-            if self._file is not None and error is None:
-                self._file.write("\n]\n" if self._rows else "[]\n")
-            self._stack.__exit__(kind, error, trace)
 
 
 class JsonLines(Sink):

@@ -5,6 +5,7 @@ Broken ones are counted and left out. PyAV decodes.
 
 from __future__ import annotations
 
+import errno
 import sys
 import time
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 from tood_deploy.data.image_header import MAX_PIXELS
-from tood_deploy.errors import InputError, raise_shortage
+from tood_deploy.errors import NO_HANDLES, InputError, raise_shortage
 from tood_deploy.files import absent_or
 from tood_deploy.inference.address import STDIN, for_ffmpeg, redacted, without_secrets
 from tood_deploy.inference.frame import (
@@ -304,6 +305,18 @@ class VideoSource(Source):
         )
 
 
+def raise_decoder_shortage(error: FFmpegError) -> None:
+    """Raise the error of a decoder that lacks memory or threads: the video is not to blame.
+
+    Raises:
+        OSError: its threads do not start.
+        FFmpegError: it has no memory.
+    """
+    if isinstance(error, BlockingIOError):
+        raise OSError(errno.EMFILE, NO_HANDLES) from error
+    raise_shortage(error)
+
+
 class Decoder:
     """Reads packets and decodes them, past whatever is broken.
 
@@ -350,7 +363,7 @@ class Decoder:
             try:
                 decoded = self.stream.codec_context.decode(packet)
             except FFmpegError as error:
-                raise_shortage(error)
+                raise_decoder_shortage(error)
                 if self._start is None:
                     self.ledger.fail()
                 continue

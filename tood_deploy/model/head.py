@@ -119,6 +119,15 @@ def init_convs(module: nn.Module, std: float, bias: float = 0.0) -> None:
                 nn.init.constant_(conv.bias, bias)
 
 
+def probability(logits: Tensor) -> Tensor:
+    """Return sigmoid(logits), in float32.
+
+    Computed through softplus, because ONNX Runtime's Sigmoid has steps of 6e-8: of a level where
+    nothing is seen, and all probabilities are small, that is far more than float32 explains.
+    """
+    return (-F.softplus(-logits.float())).exp()
+
+
 def geometric_mean_probability(first: Tensor, second: Tensor) -> Tensor:
     """Return sqrt(sigmoid(first) * sigmoid(second)) of logits.
 
@@ -174,7 +183,7 @@ class SeparateTowers(nn.Module, ABC):
 
     def scores(self, maps: HeadMaps) -> list[Tensor]:
         """Return final probabilities (B, K, h, w) of every level."""
-        return [logits.float().sigmoid() for logits in maps.classes]
+        return [probability(logits) for logits in maps.classes]
 
     def ranking(self, maps: HeadMaps) -> list[Tensor]:
         """Return the probabilities (B, K, h, w) that thresholds and limits look at.
@@ -202,10 +211,10 @@ class CenternessTowers(SeparateTowers):
     def scores(self, maps: HeadMaps) -> list[Tensor]:
         """Return class probability times centre-ness."""
         return [
-            probability * quality.float().sigmoid()
-            for probability, quality in zip(self.ranking(maps), maps.quality, strict=True)
+            of_class * probability(quality)
+            for of_class, quality in zip(self.ranking(maps), maps.quality, strict=True)
         ]
 
     def ranking(self, maps: HeadMaps) -> list[Tensor]:
         """Return the class probability alone."""
-        return [logits.float().sigmoid() for logits in maps.classes]
+        return [probability(logits) for logits in maps.classes]

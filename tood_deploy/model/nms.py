@@ -157,6 +157,7 @@ def _repeat_while(
 
 
 UNROLLED_BLOCK = 1280  # three of them hold all candidates
+HALF_COUNTS = 2048  # up to here float16 holds every whole number
 ROUNDS = 16  # measured images needed 12 at most (docs/tensorrt.md)
 
 
@@ -183,6 +184,7 @@ def nms_unrolled(
     *,
     block: int = UNROLLED_BLOCK,
     rounds: int = ROUNDS,
+    mask_type: torch.dtype = torch.float32,
 ) -> UnrolledKept:
     """Suppress greedily, class by class, in a fixed number of rounds: no loop on the data.
 
@@ -195,7 +197,11 @@ def nms_unrolled(
         block: rows that are looked at together.
         rounds: of each block; every one settles at least one more box, in practice a large part of
             those that are left.
+        mask_type: of the masks. float16 reads and writes half as much and is as exact, as it holds
+            every count of boxes up to 2048.
     """
+    if mask_type == torch.float16 and block > HALF_COUNTS:
+        raise ValueError(f"blocks of {block} boxes; float16 counts {HALF_COUNTS} exactly")
     batch, count = scores.shape
     # Kept positions, counted from the end, so that the largest come first; 0 for none. Floats hold
     # them exactly, and every runtime has a TopK of floats.
@@ -208,7 +214,7 @@ def nms_unrolled(
         if start:
             kept = count - from_end.long()
             valid = valid & ~_covered(boxes, labels, kept, part, part_labels, iou_threshold)
-        keep, changed = _rounds(part, part_labels, valid, iou_threshold, rounds)
+        keep, changed = _rounds(part, part_labels, valid, iou_threshold, rounds, mask_type)
         place = (from_end > 0).sum(1, keepdim=True) + keep.long().cumsum(1)
         # Boxes behind the last one that is kept need not have settled.
         counts = place - keep.long() < max_det
@@ -243,7 +249,12 @@ def _covered(
 
 
 def _rounds(
-    boxes: Tensor, labels: Tensor, valid: Tensor, iou_threshold: Tensor | float, rounds: int
+    boxes: Tensor,
+    labels: Tensor,
+    valid: Tensor,
+    iou_threshold: Tensor | float,
+    rounds: int,
+    mask_type: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Return which boxes of a block are kept after some rounds, and which the last one changed.
 
@@ -253,12 +264,13 @@ def _rounds(
         valid: (B, P) bool; other boxes are never kept.
         iou_threshold: overlap that must be exceeded.
         rounds: how many.
+        mask_type: of the masks, 0 and 1.
 
     Returns:
         Two (B, P) bool.
     """
-    matrix = _suppresses(boxes, labels, iou_threshold).float()
-    free = valid.float().unsqueeze(1)
+    matrix = _suppresses(boxes, labels, iou_threshold).to(mask_type)
+    free = valid.to(mask_type).unsqueeze(1)
     before = keep = free
     for _ in range(rounds):
         # 1, less the number of kept boxes that overlap it, is above 0 only without any.

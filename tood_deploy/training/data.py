@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from tood_deploy.errors import InputError
+from tood_deploy.errors import InputError, InputWarning
 from tood_deploy.preprocess import pad_size, resize
 from tood_deploy.training.assign import Targets
 from tood_deploy.training.records import Record, read_image
@@ -282,7 +283,9 @@ def load_batches(
     )  # type: ignore[arg-type]
 
 
-def _start_worker(_: int) -> None:
+def _start_worker(number: int) -> None:
+    if number:  # what is told of the images, the first one tells
+        warnings.simplefilter("ignore", InputWarning)
     # Signals are for the process that trains: it saves first. SIGTERM, by which PyTorch too ends a
     # loading process, must end it, and with 0: of any other end PyTorch makes an error at once.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

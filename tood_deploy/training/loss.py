@@ -6,6 +6,7 @@ Knows no images and no optimiser.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -168,6 +169,39 @@ class FlatMaps(NamedTuple):
         moved = [target.to(classes.device) for target in targets]
         valid = torch.stack([grid.valid_mask(target.valid_hw) for target in moved])
         return cls(classes, regression, quality, grid, moved, valid)
+
+
+class MapsLoss(ABC):
+    """The losses of a preset whose head has separate towers: raw maps in, averaged terms out.
+
+    Attributes:
+        term_names: of what `terms` gives.
+    """
+
+    reads_maps = True
+    term_names: tuple[str, ...]
+
+    def __init__(self, preset: Preset) -> None:
+        self.preset = preset
+
+    def __call__(self, maps: HeadMaps, targets: Sequence[Targets], epoch: int) -> Losses:
+        """Compute the losses of one batch; differentiable in `maps`.
+
+        Args:
+            maps: of B images.
+            targets: of the B images.
+            epoch: counted from 0; all epochs are alike.
+
+        Raises:
+            ToodError: the number of targets, or a label, does not fit the maps.
+        """
+        flat = FlatMaps.of(maps, targets, self.preset)
+        by_anchor, positives = self.terms(flat)
+        return Losses.of_anchors(by_anchor, flat.grid, positives)
+
+    @abstractmethod
+    def terms(self, flat: FlatMaps) -> tuple[dict[str, Tensor], Positives]:
+        """Return (A,) of every term, already averaged, and the positives that they are of."""
 
 
 def flatten(levels: Sequence[Tensor]) -> Tensor:

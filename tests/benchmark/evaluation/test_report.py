@@ -5,12 +5,8 @@ import pytest
 from data.small_coco import annotation, random_rows, result, truth_of
 from inference.fakes import write_image
 
-from tood_deploy.benchmark.evaluation.evaluate import (
-    category_notes,
-    evaluate_results,
-    size_notes,
-    unlisted_notes,
-)
+from tood_deploy.benchmark.evaluation.evaluate import evaluate_results
+from tood_deploy.benchmark.evaluation.notes import category_notes, size_notes, unlisted_notes
 from tood_deploy.benchmark.evaluation.report import write_evaluation
 from tood_deploy.benchmark.html_report import Table
 from tood_deploy.cli.eval import summary

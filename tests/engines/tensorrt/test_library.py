@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tood_deploy.engines.tensorrt import library as tensorrt_flavour
-from tood_deploy.engines.tensorrt.library import Messages, load_flavour
+from tood_deploy.engines.tensorrt.library import Flavour, Messages, load_flavour
 from tood_deploy.errors import DeviceError, ToodError
 
 Install = Callable[..., None]
@@ -167,3 +167,31 @@ class TestLogger:
         assert Messages().reason() == "the library gave no reason"
         assert Messages(["a", "b", "a"], ["c"]).reason() == "a; b"
         assert Messages([], ["c"]).reason() == "c"
+
+
+class TestGpus:
+    """Which GPUs a library runs on at all, whatever an engine was built for."""
+
+    @pytest.mark.parametrize(
+        ("capability", "runs"),
+        [("7.5", True), ("8.9", True), ("12.1", True), ("9.0", False), ("10.0", False)],
+    )
+    def test_rtx_runs_on_those_it_lists_alone(self, capability: str, runs: bool) -> None:
+        pytest.importorskip("tensorrt_rtx")
+        flavour = load_flavour("tensorrt_rtx")
+        if runs:
+            flavour.check_gpu(capability, "a GPU")
+            return
+        with pytest.raises(DeviceError) as refusal:
+            flavour.check_gpu(capability, "NVIDIA H200", "do this; ")
+        for words in ("NVIDIA H200", capability, "8.9, 12.0", "do this; ", "PyTorch", "--flavour"):
+            assert words in str(refusal.value)
+
+    def test_tensorrt_runs_on_turing_and_later(self) -> None:
+        flavour = Flavour("tensorrt", None, "10.13", None)  # pyright: ignore[reportArgumentType]
+        flavour.check_gpu("7.5", "a T4")
+        flavour.check_gpu("10.0", "a B200")
+        with pytest.raises(
+            DeviceError, match=r"a V100 has compute capability 7\.0.*7\.5 and later"
+        ):
+            flavour.check_gpu("7.0", "a V100")

@@ -26,7 +26,7 @@ from tood_deploy.model.deform import DeformConv2d
 from tood_deploy.onnx_file import with_outputs
 
 HALF_TYPES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
-FLOAT32_OPERATORS = "Exp Softplus Sigmoid Floor Range GatherElements TopK GroupNormalization ReduceMean ReduceMax Where Neg Div".split()  # noqa: E501
+FLOAT32_OPERATORS = "Exp Softplus Sigmoid Floor Range GatherElements TopK ReduceMean ReduceMax Where Neg Div".split()  # noqa: E501
 
 
 def small_graph(body: str, constants: str = "") -> onnx.ModelProto:
@@ -107,11 +107,21 @@ def test_the_model_that_was_given_stays_as_it_was() -> None:
     assert model.SerializeToString() == before
 
 
-def test_normalisation_stays_float32() -> None:
+def test_normalisation_reads_and_writes_half_precision_with_float32_means() -> None:
     body = f"a = Conv<{PAD}>(x, w) n = GroupNormalization<num_groups = 2>(a, s, z) r = Relu(n) y = Conv(r, u)"  # noqa: E501
     half, casts = lowered(small_graph(body, "float[4] s = {1,1,1,1}, float[4] z = {0,0,0,0}"))
-    assert casts == 4
-    assert {value_types(half)[name] for name in "snz"} == {TensorProto.FLOAT}
+    assert casts == 2
+    assert {value_types(half)[name] for name in "anrsz"} == {TensorProto.FLOAT16}
+    (norm,) = (node for node in half.graph.node if node.op_type == "GroupNormalization")
+    assert all(entry.i == 1 for entry in norm.attribute if entry.name == "stash_type")
+    # Where its means would be in half precision, too, it stays as it is.
+    half, _ = lowered(
+        small_graph(
+            body.replace("2>", "2, stash_type = 10>"),
+            "float[4] s = {1,1,1,1}, float[4] z = {0,0,0,0}",
+        )
+    )
+    assert value_types(half)["n"] == TensorProto.FLOAT
 
 
 def test_what_follows_the_last_layer_stays_float32() -> None:

@@ -18,7 +18,7 @@ import pytest
 from export.small_graph import MACS_A_PIXEL, save_small
 from manifest_values import plain
 
-from tood_deploy.engines.tensorrt.library import Flavour, Name
+from tood_deploy.engines.tensorrt.library import Flavour, Name, load_flavour
 from tood_deploy.errors import ArtefactError, DeviceError, OutputError, ToodError
 from tood_deploy.export.precision.convert import lower_artefact
 from tood_deploy.export.precision.half import lower_precision
@@ -298,6 +298,20 @@ def test_rtx_is_for_ampere_and_later_unless_told() -> None:
         ["8.9"],
         False,
     )
+
+
+def test_rtx_beside_a_gpu_it_does_not_know_faked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU that is here and named by nobody is refused; a named one is built for."""
+    library = load_flavour("tensorrt_rtx")
+    seen = [("NVIDIA H200", "9.0")]
+    device: Any = SimpleNamespace(visible_gpu=lambda: seen[0])
+    monkeypatch.setitem(sys.modules, "tood_deploy.engines.tensorrt.cuda", device)
+    with pytest.raises(DeviceError, match=r"NVIDIA H200 has .* 9\.0.*--compute-capability"):
+        engine_target(library, TARGET_PROFILES, EngineOptions())
+    named = engine_target(library, TARGET_PROFILES, EngineOptions(compute_capabilities=("8.9",)))
+    assert named.compute_capabilities == ("8.9",)
+    seen[0] = ("NVIDIA L4", "8.9")
+    engine_target(library, TARGET_PROFILES, EngineOptions())
 
 
 class TestTensorRT:

@@ -3,7 +3,11 @@
 import pytest
 from google.protobuf import text_format
 
-from tood_deploy.export.triton.config import config_text, new_config, read_config
+from tood_deploy.export.tensorrt.options import Profiles
+from tood_deploy.export.triton.config import config_text, new_config, read_config, triton_config
+from tood_deploy.export.triton.options import TritonOptions
+from tood_deploy.manifest import Manifest
+from tood_deploy.presets import PRESETS
 
 
 def test_text_and_back() -> None:
@@ -53,3 +57,27 @@ def test_published_example_can_be_read() -> None:
     config = read_config(text)
     assert config.instance_group[0].profile == ["0", "1"]
     assert config.model_warmup[0].inputs["in"].input_data_file == "f"
+
+
+def test_a_plan_of_one_size_is_recorded_at_few_batches() -> None:
+    manifest = Manifest(PRESETS["tiny"])
+    profiles = Profiles(((256, 320),), (1, 1, 6))
+    config = read_config(
+        config_text(triton_config(manifest, "tensorrt", TritonOptions(name="a"), profiles))
+    )
+    cuda = config.optimization.cuda
+    assert cuda.graphs
+    assert [spec.batch_size for spec in cuda.graph_spec] == [1, 2, 4, 6]
+    assert {name: list(shape.dim) for name, shape in cuda.graph_spec[0].input.items()} == {
+        "images": [256, 320, 3],
+        "valid_hw": [2],
+        "score_threshold": [1],
+        "iou_threshold": [1],
+    }
+    for other in (
+        triton_config(manifest, "onnxruntime", TritonOptions(name="a"), profiles),
+        triton_config(
+            manifest, "tensorrt", TritonOptions(name="a"), Profiles(((64, 96), (96, 64)))
+        ),
+    ):
+        assert not other.HasField("optimization")

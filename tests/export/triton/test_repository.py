@@ -451,6 +451,7 @@ class TestTensorRT:
             PROFILES,
         )
         assert list(config.instance_group[0].profile) == ["0", "1"]
+        assert not config.HasField("optimization")  # a recording fits one profile alone
         assert model.path.read_bytes() == b"a plan"
         with pytest.raises(ToodError, match="has its own sizes"):
             triton_repository(engine, tmp_path / "repo", profiles=PROFILES)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
 from tood_deploy.data.coco import Annotations, Boxes
-from tood_deploy.data.coco_metrics import OVERLAPS, Matches, match
+from tood_deploy.data.coco_metrics import OVERLAPS, STANDARD_COUNT, Matches, match
 from tood_deploy.data.results import Results
 from tood_deploy.draw import class_colour, draw_boxes, line_width
 
@@ -81,7 +81,11 @@ class Thresholds:
 
 
 def find_thresholds(
-    truth: Annotations, results: Results, conf: float = 0.0, iou: float | None = None
+    truth: Annotations,
+    results: Results,
+    conf: float = 0.0,
+    iou: float | None = None,
+    count: int = STANDARD_COUNT,
 ) -> Thresholds:
     """Find the best cuts of detections.
 
@@ -90,12 +94,14 @@ def find_thresholds(
         results: the detections.
         conf: score threshold that they were made with.
         iou: suppression threshold that they were made with; None where it is unknown.
+        count: detections of a class in an image, the best, that count.
     """
-    tries: dict[float | None, tuple[Results, Matches]] = {iou: (results, match(truth, results))}
+    matches = match(truth, results, count=count)
+    tries: dict[float | None, tuple[Results, Matches]] = {iou: (results, matches)}
     for lower, kept in zip(lower_ious(iou), suppress(results, lower_ious(iou)), strict=True):
         if not kept.all():
             fewer = results.pick(kept)
-            tries[lower] = fewer, match(truth, fewer)
+            tries[lower] = fewer, match(truth, fewer, count=count)
     cuts: dict[str, dict[float | None, Cut]] = {}
     curves: dict[str, F1Curve] = {}
     for key, name in truth.categories.items():

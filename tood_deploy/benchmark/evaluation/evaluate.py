@@ -25,13 +25,18 @@ from tood_deploy.benchmark.evaluation.analysis import (
     calibrate,
     find_thresholds,
 )
+from tood_deploy.benchmark.evaluation.notes import (
+    category_notes,
+    metric_notes,
+    size_notes,
+    unlisted_notes,
+)
 from tood_deploy.benchmark.evaluation.predict import PredictionFile, predict, prediction_key
 from tood_deploy.benchmark.evaluation.thresholds import ChosenThresholds, Wish, choose_thresholds
 from tood_deploy.data.categories import map_categories
 from tood_deploy.data.coco import Annotations, read_annotations
-from tood_deploy.data.coco_metrics import CocoMetrics, evaluate
+from tood_deploy.data.coco_metrics import STANDARD_COUNT, CocoMetrics, evaluate
 from tood_deploy.data.image_set import list_image_files
-from tood_deploy.data.images import image_paths
 from tood_deploy.data.results import Results, read_results, write_results
 from tood_deploy.files import file_sha256
 from tood_deploy.inference.detector import Detector
@@ -40,7 +45,6 @@ from tood_deploy.inference.thresholds import DEFAULT_CONF
 from tood_deploy.manifest import artefact_sha256
 from tood_deploy.reporter import Reporter
 
-COUNTED_DETECTIONS = 100  # of a class in an image, by COCO's metric
 SIZE_LIMITS = {
     "all": (0.0, np.inf),
     "small": (0.0, 32.0**2),
@@ -122,6 +126,7 @@ def evaluate_results(
     wish: Wish | None = None,
     class_names: Mapping[str, Sequence[str]] | None = None,
     sliced: SlicedRun | None = None,
+    count: int = STANDARD_COUNT,
 ) -> Evaluation:
     """Compare detections with the truth in every way that the report shows.
 
@@ -136,9 +141,10 @@ def evaluate_results(
         wish: what the thresholds to go on with shall do; best F1 where not given.
         class_names: the model's classes by category name, where they differ.
         sliced: the same model without slices, where it was run with them.
+        count: detections of a class in an image that count, beside COCO's own numbers.
     """
-    metrics = evaluate(truth, results)
-    thresholds = find_thresholds(truth, results, conf, iou)
+    metrics = evaluate(truth, results, count)
+    thresholds = find_thresholds(truth, results, conf, iou, count)
     common = thresholds.together.conf if thresholds.together else max(conf, DEFAULT_CONF)
     chosen = {
         key: thresholds.as_run[name].conf if name in thresholds.as_run else common
@@ -149,7 +155,7 @@ def evaluate_results(
         truth, metrics.matches, thresholds, wish or Wish(), conf, class_names
     )
     left_out = [f"In the annotations: {line}." for line in truth.problems.lines()]
-    every_note = [*left_out, *notes, *_own_notes(truth, results, metrics)]
+    every_note = [*left_out, *notes, *metric_notes(truth, results, metrics)]
     every_note += chosen_thresholds.remarks() if wish is not None else []
     calibration = calibrate(results, metrics.matches)
     return Evaluation(
@@ -167,93 +173,6 @@ def evaluate_results(
         every_note,
         sliced,
     )
-
-
-def size_notes(truth: Annotations, sizes_hw: Mapping[int, tuple[int, int]]) -> list[str]:
-    """Return a note where images are not of the annotated size: boxes do not fit there."""
-    wrong = [
-        (key, size)
-        for key, size in sizes_hw.items()
-        if truth.images[key].size_hw not in (None, size)
-    ]
-    if not wrong:
-        return []
-    (key, (height, width)) = wrong[0]
-    image = truth.images[key]
-    annotated_hw = image.size_hw or (0, 0)
-    return [
-        f"{len(wrong)} of {len(sizes_hw)} images are not of the size that the annotations give, "
-        f"so their boxes do not fit: {image.file_name} is {width} x {height}, "
-        f"the annotations say {annotated_hw[1]} x {annotated_hw[0]}."
-    ]
-
-
-def unlisted_notes(truth: Annotations, files: Mapping[int, Path]) -> list[str]:
-    """Return a note where the folders of the images hold others, which are not evaluated."""
-    folders = {path.parent for path in files.values()}
-    there = {path for folder in folders for path in image_paths(folder)}
-    extra = sorted(there - set(files.values()))
-    if not extra:
-        return []
-    return [
-        f"{len(extra)} images beside the {len(files)} of {truth.path} are not in it "
-        f"and were left out, such as {extra[0]}."
-    ]
-
-
-def category_notes(
-    truth: Annotations, class_names: Sequence[str], category_ids: Sequence[int | None]
-) -> list[str]:
-    """Return notes on the classes and categories that a mapping leaves out of the score.
-
-    Args:
-        truth: the annotations.
-        class_names: of the model.
-        category_ids: of every class; None for one that is left out.
-    """
-    classes = [name for name, key in zip(class_names, category_ids, strict=True) if key is None]
-    categories = [name for key, name in truth.categories.items() if key not in category_ids]
-    notes = [f"Left out by the mapping: the model's {', '.join(classes)}."] if classes else []
-    if categories:
-        notes.append(
-            "Not scored, as no class of the model stands for them: "
-            f"the annotations' {', '.join(categories)}."
-        )
-    return notes
-
-
-def _own_notes(truth: Annotations, results: Results, metrics: CocoMetrics) -> list[str]:
-    notes = []
-    if not len(results):
-        notes.append("There are no detections at all: every AP is 0.")
-    elif metrics.numbers["AP"] == 0:
-        notes.append(
-            "Not one detection is right: AP is 0. Are the categories, "
-            "the image size and the colours those of the model?"
-        )
-    without = [name for name in metrics.class_names if name not in metrics.class_ap]
-    if without:
-        notes.append(
-            "Classes without objects in the annotations have no AP and do not count in the mean: "
-            f"{', '.join(without)}."
-        )
-    crowded = _most_objects(truth)
-    if crowded > COUNTED_DETECTIONS:
-        notes.append(
-            f"An image has {crowded} objects of one class, of which COCO's metric counts the "
-            f"{COUNTED_DETECTIONS} best detections: its recall and AP are lower than they look in "
-            "the images."
-        )
-    return notes
-
-
-def _most_objects(truth: Annotations) -> int:
-    """Return the largest number of objects of one class in one image."""
-    boxes = truth.boxes.pick(~truth.boxes.crowd)
-    if not len(boxes):
-        return 0
-    pairs = np.stack([boxes.image_ids, boxes.category_ids])
-    return int(np.unique(pairs, axis=1, return_counts=True)[1].max())
 
 
 RESULTS, THRESHOLDS = "results.json", "thresholds.json"
@@ -284,7 +203,12 @@ def open_data_set(annotations: Path, images: Path | None) -> DataSet:
 
 
 def evaluate_file(
-    path: Path, data: DataSet, command: str, reporter: Reporter, wish: Wish | None = None
+    path: Path,
+    data: DataSet,
+    command: str,
+    reporter: Reporter,
+    wish: Wish | None = None,
+    count: int = STANDARD_COUNT,
 ) -> Evaluation:
     """Evaluate a COCO results file.
 
@@ -294,6 +218,7 @@ def evaluate_file(
         command: for the report.
         reporter: is told of what takes long.
         wish: what the thresholds to go on with shall do; best F1 where not given.
+        count: detections of a class in an image that count, beside COCO's own numbers.
 
     Raises:
         InputError: not such a file, or not of these annotations.
@@ -305,7 +230,7 @@ def evaluate_file(
         **_common_facts(data.truth, command),
     }
     return evaluate_results(
-        path.name, data.truth, results, files=data.files, facts=facts, wish=wish
+        path.name, data.truth, results, files=data.files, facts=facts, wish=wish, count=count
     )
 
 
@@ -320,6 +245,7 @@ def evaluate_model(
     mapping: Path | None = None,
     batch: int = 1,
     wish: Wish | None = None,
+    count: int = STANDARD_COUNT,
 ) -> Evaluation:
     """Run a detector over the images and evaluate its detections.
 
@@ -333,6 +259,7 @@ def evaluate_model(
         mapping: file that maps class names to category names; equal names where not given.
         batch: the most images of one engine call.
         wish: what the thresholds to go on with shall do; best F1 where not given.
+        count: detections of a class in an image that count, beside COCO's own numbers.
 
     Raises:
         ToodError: classes and categories differ, images cannot be read, the folder cannot be
@@ -351,7 +278,7 @@ def evaluate_model(
     _announce_scoring(results, reporter)
     sliced = None
     if whole is not None:
-        metrics = evaluate(truth, whole[0].results(category_ids))
+        metrics = evaluate(truth, whole[0].results(category_ids), count)
         sliced = SlicedRun(metrics, _ms(whole[1]), _ms(timings))
     facts = _model_facts(model, detector) | {"batch": str(batch)} | _common_facts(truth, command)
     if resumed:
@@ -373,6 +300,7 @@ def evaluate_model(
         wish=wish,
         class_names=_classes_by_category(truth, detector.class_names, category_ids),
         sliced=sliced,
+        count=count,
     )
 
 

@@ -45,13 +45,14 @@ from tood_deploy.benchmark.html_report import (
     write_json,
     write_markdown,
 )
-from tood_deploy.data.coco_metrics import AREAS, OVERLAPS, RECALLS, CocoMetrics
+from tood_deploy.data.coco_metrics import AREAS, OVERLAPS, RECALLS, STANDARD_COUNT, CocoMetrics
 from tood_deploy.data.images import read_image
 
 if TYPE_CHECKING:
     from tood_deploy.benchmark.evaluation.alignment import Alignment
 
 HTML, MARKDOWN, JSON = "report.html", "report.md", "report.json"
+COUNTED_AS = {"AR": "AR100"}  # COCO's name, where it has another
 SHOWN_IMAGES = 8
 OPEN_CLASSES = 12  # more small figures than this are folded away
 LEGEND_CLASSES = 8
@@ -104,6 +105,19 @@ def numbers_table(metrics: CocoMetrics) -> Table:
         (f"{name}: {MEANINGS[name]}", percent(value)) for name, value in metrics.numbers.items()
     ]
     return Table(("", "%"), rows, "By pycocotools. A dash: the annotations have no such object.")
+
+
+def counted_table(metrics: CocoMetrics) -> Table | None:
+    """Return the numbers of more detections than COCO counts; None where none were asked for."""
+    if not metrics.counts_more:
+        return None
+    rows: list[tuple[Cell, ...]] = [
+        (name, *map(percent, (metrics.numbers[COUNTED_AS.get(name, name)], value)))
+        for name, value in metrics.counted.items()
+    ]
+    names = ("%", f"{STANDARD_COUNT} detections", f"{metrics.count} detections")
+    note = "Of a class in an image the best count; COCO's own numbers are those of the first."
+    return Table(names, rows, note)
 
 
 def class_table(evaluation: Evaluation) -> Table:
@@ -172,6 +186,13 @@ def sliced_table(evaluation: Evaluation) -> Table | None:
         whole, now = percent(sliced.whole.numbers[name]), percent(value)
         gain = None if whole is None or now is None else f"{now - whole:+.1f}"
         rows.append((f"{name}: {MEANINGS[name]}", whole, now, gain))
+    if evaluation.metrics.counts_more:
+        rows += [
+            (f"{name}: {evaluation.metrics.count} detections", whole, now, f"{now - whole:+.1f}")
+            for name, value in evaluation.metrics.counted.items()
+            if (whole := percent(sliced.whole.counted[name])) is not None
+            and (now := percent(value)) is not None
+        ]
     times = [None if ms is None else f"{ms:.0f}" for ms in (sliced.whole_ms, sliced.sliced_ms)]
     rows.append(("ms an image", *times, None))
     return Table(("", "whole", "sliced", "difference"), rows, "The same model and thresholds.")
@@ -285,6 +306,7 @@ def evaluation_values(evaluation: Evaluation) -> dict[str, Any]:
         "facts": dict(evaluation.facts),
         "notes": list(evaluation.notes),
         "numbers": metrics.numbers,
+        "counted": {"detections": metrics.count, "numbers": metrics.counted},
         "classes": {
             name: _class_values(evaluation, k) for k, name in enumerate(metrics.class_names)
         },
@@ -328,12 +350,13 @@ def _markdown(evaluation: Evaluation, alignment: Alignment | None) -> list[str]:
     if evaluation.calibration is not None:
         scores = ["## Scores", _calibration_text(evaluation)]
     worst = sorted(evaluation.mistakes, key=_by_all_mistakes)[:SHOWN_IMAGES]
-    sliced = sliced_table(evaluation)
+    sliced, counted = sliced_table(evaluation), counted_table(evaluation.metrics)
     return [
         f"# Evaluation of {evaluation.name}",
         *(f"**Note:** {note}" for note in evaluation.notes),
         "## COCO numbers",
         numbers_table(evaluation.metrics).markdown(),
+        *([] if counted is None else ["## More detections", counted.markdown()]),
         "## Classes",
         class_table(evaluation).markdown(),
         "## Sizes",
@@ -361,9 +384,10 @@ def _sections(evaluation: Evaluation) -> list[Section]:
     curves = precision_recall(metrics) + _class_curves(evaluation)
     sizes = ap_by_size(metrics, evaluation.size_counts()) + size_table(evaluation).html()
     classes = class_table(evaluation).html()
-    sliced = sliced_table(evaluation)
+    sliced, counted = sliced_table(evaluation), counted_table(metrics)
     return [
         Section("COCO numbers", numbers_table(metrics).html()),
+        *([] if counted is None else [Section("More detections", counted.html())]),
         *([] if sliced is None else [Section("Whole against sliced", sliced.html(), SLICED_LEAD)]),
         Section("Classes", classes, "AP and recall in percent; objects without crowds."),
         Section("Precision and recall", curves, CURVES_LEAD),

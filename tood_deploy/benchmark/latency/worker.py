@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from tood_deploy.engines import BatchDetections, Engine
 from tood_deploy.presets import Preset
-from tood_deploy.reporter import show_artefact_warnings
+from tood_deploy.reporter import show_own_warnings
 
 if TYPE_CHECKING:
     from tood_deploy.inference.detector import Detector
@@ -125,7 +125,7 @@ def serve(connection: Connection, case: Case) -> None:
     """
     from tood_deploy.errors import ToodError
 
-    show_artefact_warnings()
+    show_own_warnings()
     try:
         with _open(case) as bench:
             connection.send(bench.opened)

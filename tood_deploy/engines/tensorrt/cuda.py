@@ -99,6 +99,32 @@ def check_driver() -> None:
         )
 
 
+def visible_gpu() -> tuple[str, str] | None:
+    """Return name and compute capability of the first GPU that CUDA sees; None where it sees none.
+
+    Holds nothing of it.
+    """
+    try:
+        check_driver()
+    except DeviceError:
+        return None
+    return _describe_device(call(driver.cuDeviceGet, 0))
+
+
+def _describe_device(device: Any) -> tuple[str, str]:
+    """Return the name of a device, and its compute capability such as "8.9"."""
+    attributes = driver.CUdevice_attribute
+    major, minor = (
+        call(driver.cuDeviceGetAttribute, attribute, device)
+        for attribute in (
+            attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+            attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+        )
+    )
+    name = call(driver.cuDeviceGetName, 256, device).decode().strip("\0 ")
+    return name, f"{major}.{minor}"
+
+
 class Gpu:
     """A GPU and its primary context, which every CUDA library in the process shares.
 
@@ -122,20 +148,8 @@ class Gpu:
                 f"{count - 1}"
             )
         device = call(driver.cuDeviceGet, ordinal)
-        attributes = driver.CUdevice_attribute
-        major = call(
-            driver.cuDeviceGetAttribute,
-            attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
-            device,
-        )
-        minor = call(
-            driver.cuDeviceGetAttribute,
-            attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
-            device,
-        )
         self.ordinal = ordinal
-        self.name = call(driver.cuDeviceGetName, 256, device).decode().strip("\0 ")
-        self.compute_capability = f"{major}.{minor}"
+        self.name, self.compute_capability = _describe_device(device)
         self._device = device
         self._context = call(driver.cuDevicePrimaryCtxRetain, device)
 

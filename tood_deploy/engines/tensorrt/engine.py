@@ -111,6 +111,7 @@ class TensorRTEngine(Engine):
                 f"{path}: cannot be read ({error.strerror}); look at its permissions"
             ) from error
         here = f"{sys.platform}-{platform.machine()}".lower()
+        flavour.check_gpu(self._gpu.compute_capability, self._gpu.name)
         machine = Machine(
             flavour.name, flavour.version, here, self._gpu.compute_capability, self._gpu.name
         )

@@ -14,7 +14,7 @@ import importlib
 import importlib.util
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, cast
@@ -27,7 +27,14 @@ TITLES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX"}
 SOURCE_NOTE = re.compile(
     r"\[\w+\.cpp:+\S+?\d+\] ?| ?In \S+ at /\S+\.cpp:\d+ ?|\bI[A-Z]\w+::\w+: "
 )  # the place in the library's own source
+KERNEL_LIST = "Layers:\n"  # so begins the builder's list in its log
 OLDEST = {"tensorrt": (10, 13), "tensorrt_rtx": (1, 2)}
+OLDEST_GPU = "7.5"  # TensorRT's support matrix, 10.13 to 11.4: Turing and later
+# What does run on a GPU that TensorRT-RTX has no kernels for, such as Hopper.
+RUNS_THERE = (
+    "there the checkpoint runs in PyTorch and the .onnx in ONNX Runtime, both with --device cuda, "
+    "and an engine of TensorRT, built on that GPU with --flavour tensorrt"
+)
 
 
 @dataclass
@@ -36,6 +43,7 @@ class Messages:
 
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    kernels: str = ""  # the list that a builder prints of what it made, as it stands
 
     def reason(self) -> str:
         """Return the errors in one line; the warnings where there are none."""
@@ -72,6 +80,53 @@ class Flavour:
     def title(self) -> str:
         """Name and version, for people."""
         return f"{TITLES[self.name]} {self.version}"
+
+    @property
+    def compute_capabilities(self) -> Mapping[str, Any]:
+        """The GPUs that TensorRT-RTX has kernels for, such as "8.9", with its own value for each.
+
+        Empty for TensorRT, which builds on the GPU that it builds for.
+        """
+        listed = getattr(self.module, "ComputeCapability", None)
+        if self.name != "tensorrt_rtx" or listed is None:
+            return {}
+        numbered = {
+            name.removeprefix("SM"): value
+            for name, value in listed.__members__.items()
+            if name.startswith("SM")
+        }
+        return {f"{name[:-1]}.{name[-1]}": value for name, value in numbered.items()}
+
+    def check_gpu(self, compute_capability: str, gpu_name: str, cure: str = "") -> None:
+        """Refuse a GPU that this library has no kernels for.
+
+        Args:
+            compute_capability: such as "9.0".
+            gpu_name: for the message.
+            cure: what else can be done, before what runs there.
+
+        Raises:
+            DeviceError: it has none, whatever an engine was built for.
+        """
+        known = self.compute_capabilities
+        if self.name == "tensorrt":
+            if as_numbers(compute_capability) >= as_numbers(OLDEST_GPU):
+                return
+            expected = f"{OLDEST_GPU} and later"
+        elif not known or compute_capability in known:
+            return
+        else:
+            expected = f"{', '.join(known)} and none between"
+        runs = RUNS_THERE.partition(", and an engine")[0] if self.name == "tensorrt" else RUNS_THERE
+        raise DeviceError(
+            f"{gpu_name} has compute capability {compute_capability}, {self.title} runs on "
+            f"{expected}; {cure}{runs}"
+        )
+
+
+def as_numbers(capability: str) -> tuple[int, ...]:
+    """Return a compute capability such as "8.9" as numbers, to compare."""
+    return tuple(int(part) for part in capability.split("."))
 
 
 def load_flavour(name: str | None = None) -> Flavour:
@@ -156,6 +211,10 @@ def _new_logger(module: Any) -> CollectingLogger:
 
         def log(self, severity: Any, message: str) -> None:
             if severity > module.ILogger.WARNING:  # the lower, the worse
+                if message.startswith(KERNEL_LIST):
+                    with self._lock:
+                        for messages in self._listening:
+                            messages.kernels = message
                 return
             with self._lock:
                 for messages in self._listening:

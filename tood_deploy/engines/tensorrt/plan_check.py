@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from tood_deploy.engines.tensorrt.library import TITLES
+from tood_deploy.engines.tensorrt.library import TITLES, as_numbers
 from tood_deploy.errors import ArtefactError
 from tood_deploy.manifest import Manifest, manifest_path, read_manifest
 from tood_deploy.manifest_sections import EngineTarget
@@ -154,5 +154,4 @@ def _gpu_mismatch(target: EngineTarget, machine: Machine) -> str:
 
 def _is_above(capability: str, others: tuple[str, ...]) -> bool:
     """Return whether a compute capability is at least the lowest of others."""
-    numbers = [tuple(int(part) for part in text.split(".")) for text in (capability, *others)]
-    return numbers[0] >= min(numbers[1:])
+    return as_numbers(capability) >= min(map(as_numbers, others))

@@ -29,7 +29,9 @@ MOVING = frozenset(
 )
 POINTWISE = frozenset({"Add"})
 PRODUCTS = frozenset({"Mul"})  # one operand of low precision is enough: the other is a factor
-FLEXIBLE = MOVING | POINTWISE | PRODUCTS
+# Reads and writes half precision, and computes its means in float32 (`stash_type`).
+NORMS = frozenset({"GroupNormalization"})
+FLEXIBLE = MOVING | POINTWISE | PRODUCTS | NORMS
 ANY_TYPE = frozenset({"Shape", "Size"})  # read no numbers
 
 
@@ -152,6 +154,8 @@ def _reads_float(node: ir.Node) -> bool:
 def _joins(node: ir.Node, at_hand: Collection[ir.Value]) -> bool:
     """Return whether a node may compute on the values that are in half precision already."""
     if node.op_type not in FLEXIBLE | {"QuantizeLinear"} or _interpolates(node):
+        return False
+    if node.op_type in NORMS and node.attributes.get_int("stash_type", 1) != 1:
         return False
     reads = [value for _, value in typed_inputs(node)]
     fitting = [value in at_hand and not is_constant(value) for value in reads]

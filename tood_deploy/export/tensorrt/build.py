@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar
 
 import onnx
 
-from tood_deploy.engines.tensorrt.library import Flavour, Messages
+from tood_deploy.engines.tensorrt.library import RUNS_THERE, Flavour, Messages
 from tood_deploy.errors import ArtefactError, DeviceError, ToodError
 from tood_deploy.export.tensorrt.options import EngineOptions, Profiles
 from tood_deploy.files import atomic_path
@@ -270,7 +270,7 @@ def _set_capabilities(flavour: Flavour, config: Any, capabilities: tuple[str, ..
     if not capabilities:
         return
     check_capabilities(flavour, capabilities)
-    known = known_capabilities(flavour)
+    known = flavour.compute_capabilities
     config.num_compute_capabilities = len(capabilities)
     for i, name in enumerate(capabilities):
         config.set_compute_capability(known[name], i)
@@ -282,21 +282,12 @@ def check_capabilities(flavour: Flavour, capabilities: tuple[str, ...]) -> None:
     Raises:
         ToodError: there is one; the message lists those that there are.
     """
-    known = known_capabilities(flavour) if capabilities else {}
+    known = flavour.compute_capabilities if capabilities else {}
     if unknown := [name for name in capabilities if name not in known]:
         raise ToodError(
             f"compute capability {', '.join(unknown)}: {flavour.title} builds for "
-            f"{', '.join(known)}"
+            f"{', '.join(known)}; {RUNS_THERE}"
         )
-
-
-def known_capabilities(flavour: Flavour) -> dict[str, Any]:
-    """Return what TensorRT-RTX can build for, such as "8.9", with its own value for it."""
-    members = flavour.module.ComputeCapability.__members__
-    numbered = {
-        name.removeprefix("SM"): value for name, value in members.items() if name.startswith("SM")
-    }
-    return {f"{name[:-1]}.{name[-1]}": value for name, value in numbered.items()}
 
 
 def _add_profiles(parsed: ParsedNetwork, config: Any, profiles: Profiles) -> None:

@@ -2,7 +2,8 @@
 
 Comes in: a parsed network or a plan. Goes out: layers, and shares of layers and of arithmetic per
 precision. A network is strongly typed, so its own types are certain. What the builder has made of
-it (layers fused, types of the tensors between them) is read from the plan, which takes a GPU.
+it (layers fused, types of the tensors between them) is read from the plan, which takes a GPU, or
+from the builder's log (`kernels.py`), which takes none.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.table import Column, Table
@@ -18,6 +19,7 @@ from rich.text import Text
 
 from tood_deploy.engines.tensorrt.library import Flavour
 from tood_deploy.errors import ArtefactError
+from tood_deploy.export.tensorrt.kernels import KernelSummary, kernels_from_log, summarise
 from tood_deploy.export.tensorrt.options import Shape
 
 PRECISIONS = ("int8", "fp16", "bf16", "fp32")
@@ -70,13 +72,32 @@ class LayerReport:
 
     Attributes:
         network: of the strongly typed network that was built.
-        engine: of the built engine; None where the plan could not be opened here.
+        engine: of the built engine, from the plan or from the builder's log; None where neither
+            tells.
         note: why not, in one line.
+        kernels: what the engine's kernels come to; None where the log does not tell.
     """
 
     network: tuple[Layer, ...]
     engine: tuple[Layer, ...] | None = None
     note: str = ""
+    kernels: KernelSummary | None = None
+
+    def with_kernels(self, log: str, profiles: int) -> LayerReport:
+        """Return the report with what the builder's log says of the engine.
+
+        Args:
+            log: its list of layers; "" where it printed none.
+            profiles: that the engine was built with.
+        """
+        if not log:
+            return self
+        try:
+            kernels = kernels_from_log(log, profiles)
+        except ArtefactError as error:
+            return replace(self, note=f"{self.note}; {error}" if self.note else str(error))
+        built = tuple(Layer(one.name, one.kind, one.precision, 0) for one in kernels)
+        return replace(self, engine=self.engine or built, note="", kernels=summarise(kernels))
 
     def check(self, asked: str) -> None:
         """Refuse a network that does none of its arithmetic in the precision that was asked for.
@@ -239,7 +260,7 @@ def shares_table(report: LayerReport) -> Table:
             f"{share.macs / 1e9:.3g}",
             f"{share.mac_share:.1%}",
         )
-    table.caption = report.note or _engine_summary(report.engine or ())
+    table.caption = report.note or str(report.kernels or _engine_summary(report.engine or ()))
     return table
 
 

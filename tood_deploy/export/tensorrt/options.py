@@ -149,6 +149,18 @@ def batch_from_text(text: str) -> Batch:
     return smallest, best, largest
 
 
+def int8_notes(flavour: Flavour) -> list[str]:
+    """Return what must be known of 8-bit layers in a library; nothing where they are fast."""
+    if flavour.name == "tensorrt":
+        return []
+    return [
+        f"int8: {flavour.title} fuses no 8-bit convolution (every one writes float32 and is "
+        "quantised again by a kernel of its own: 9 bytes a value, 2 in fp16), so the engine will "
+        "be slower than in fp16 and no more accurate; --precision fp16 is what to give it, or "
+        "--flavour tensorrt for int8"
+    ]
+
+
 @dataclass(frozen=True)
 class SizeOptions:
     """The padded image sizes and batches of an engine or a served model."""
@@ -175,7 +187,8 @@ class SizeOptions:
         None,
         "--shapes",
         "padded image sizes, 1 to 6, or auto with --images (default: landscape and portrait of "
-        "--imgsz)",
+        "--imgsz); for sliced images the size of a slice, then that of the whole image, such as "
+        "640x640,480x640",
         parse=shapes_or_auto,
         metavar="HxW,...",
     )

@@ -10,14 +10,14 @@ import platform
 import sys
 import time
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from tood_deploy import __version__
 from tood_deploy.engines.tensorrt.library import Flavour, load_flavour
-from tood_deploy.errors import OutputError, ToodError
+from tood_deploy.errors import DeviceError, OutputError, ToodError
 from tood_deploy.export.tensorrt.build import (
     Monitor,
     build_monitor,
@@ -35,7 +35,7 @@ from tood_deploy.onnx_file import OnnxArtefact, read_onnx
 from tood_deploy.reporter import Reporter
 
 # NVIDIA: "By default, an engine built by TensorRT-RTX can be run on GPU devices with compute
-# capability 8.0, 8.6, 8.9, 12.0, and later."
+# capability 8.0, 8.6, 8.9, 12.0, and later." Later ones are those that the library lists.
 RTX_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0")
 
 
@@ -44,7 +44,7 @@ def engine_target(flavour: Flavour, profiles: Profiles, options: EngineOptions) 
 
     Raises:
         DeviceError: TensorRT builds for the GPU of this machine, and there is none that CUDA can
-            use.
+            use; or the library has no kernels for the one that there is.
     """
     chosen = options.compute_capabilities
     target = EngineTarget(
@@ -57,18 +57,44 @@ def engine_target(flavour: Flavour, profiles: Profiles, options: EngineOptions) 
         hardware_compatibility="ampere_plus" if options.hardware_compatible else "none",
         version_compatible=options.version_compatible,
     )
-    return target if flavour.name == "tensorrt_rtx" else _for_gpu_here(target, options)
+    if flavour.name == "tensorrt":
+        return _for_gpu_here(target, options, flavour)
+    if not chosen:
+        check_gpu_here(flavour)
+    return target
 
 
-def _for_gpu_here(target: EngineTarget, options: EngineOptions) -> EngineTarget:
+def check_gpu_here(flavour: Flavour) -> None:
+    """Refuse to build for GPUs in general beside one that the library has no kernels for.
+
+    Raises:
+        DeviceError: there is such a one, and it is the one that CUDA would use.
+    """
+    try:
+        from tood_deploy.engines.tensorrt.cuda import visible_gpu
+    except DeviceError:  # without cuda-bindings nothing of ours runs an engine here
+        return
+    if gpu := visible_gpu():
+        name, capability = gpu
+        cure = "to build for another machine's GPU name it with --compute-capability; "
+        flavour.check_gpu(capability, name, cure)
+
+
+def _for_gpu_here(target: EngineTarget, options: EngineOptions, flavour: Flavour) -> EngineTarget:
     """Return the target with the GPU that TensorRT measures on, the first that CUDA sees.
 
     Its name and driver are information: another driver may run the plan.
+
+    Args:
+        target: without its GPU.
+        options: of the builder.
+        flavour: the library.
     """
     from tood_deploy.engines.tensorrt.cuda import Gpu, call, driver
 
     with closing(Gpu()) as gpu:
         capability, name = gpu.compute_capability, gpu.name
+    flavour.check_gpu(capability, name)
     version = call(driver.cuDriverGetVersion)
     return replace(
         target,
@@ -183,9 +209,11 @@ def _build(
     )
     layers.check(artefact.manifest.precision)
     parsed = parse_network(library, artefact)
-    plan = build_plan(library, parsed, profiles, options, monitor)
+    with library.logger.collecting() as messages:
+        plan = build_plan(library, parsed, profiles, options, monitor)
     engine, note = inspect_plan(library, plan, host_code=options.version_compatible)
-    return plan, replace(layers, engine=engine, note=note)
+    report = replace(layers, engine=engine, note=note)
+    return plan, report.with_kernels(messages.kernels, len(profiles.shapes_hw))
 
 
 def _describe(
@@ -210,6 +238,8 @@ def _describe(
         rebuild=rebuild,
         details={**source.build.details, **details, "precisions": layers.to_dict()},
     )
+    if layers.kernels is not None:
+        build.details["kernels"] = asdict(layers.kernels)
     compared = "the ONNX artefact that this engine was built from"
     parity = replace(source.parity, compared=compared) if source.parity else None
     return replace(

@@ -1,8 +1,9 @@
 """Replace the loops of suppression in an exported graph, so that TensorRT can use CUDA graphs.
 
-Comes in: an artefact in whatever precision, with thresholds for each image too: suppression is
-float32 in all of them. Goes out: the same with a fixed number of rounds. An image for which these
-are too few gets -1 as its count and no detections. Knows no runtime.
+Comes in: an artefact in whatever precision, with thresholds for each image too: boxes and scores
+are float32 in all of them. Goes out: the same with a fixed number of rounds, on masks in float16,
+which holds 0, 1 and their counts exactly. An image for which the rounds are too few gets -1 as its
+count and no detections. Knows no runtime.
 """
 
 from __future__ import annotations
@@ -171,7 +172,15 @@ class UnrolledSuppression(nn.Module):
         self, boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return positions (B, max_det) and how many of them count (B,), both int64."""
-        kept = nms_unrolled(boxes, scores, labels, iou_threshold, self.max_det, rounds=self.rounds)
+        kept = nms_unrolled(
+            boxes,
+            scores,
+            labels,
+            iou_threshold,
+            self.max_det,
+            rounds=self.rounds,
+            mask_type=torch.float16,  # a GPU reads the masks again in every round
+        )
         return kept.kept, torch.where(kept.exact, kept.num_dets, -1)
 
 

@@ -103,6 +103,7 @@ def triton_config(
             for shape in profiles.shapes_hw
             for batch in options.warm_up_batches
         ],
+        optimization=_cuda_graphs(profiles) if backend == "tensorrt" else None,
         parameters={
             name: {"string_value": value} for name, value in client_parameters(manifest).items()
         },
@@ -148,6 +149,22 @@ def _instances(options: TritonOptions, profiles: int) -> dict[str, Any]:
     return group | (
         {"profile": [str(number) for number in range(profiles)]} if profiles > 1 else {}
     )
+
+
+def _cuda_graphs(profiles: Profiles) -> dict[str, Any] | None:
+    """Return which batches of a plan are recorded as CUDA graphs: 1, 2, 4 and so on, the largest.
+
+    None for a plan of several sizes: Triton would try every recording in every profile.
+    """
+    if len(profiles.shapes_hw) > 1:
+        return None
+    smallest, _, largest = profiles.batch
+    batches = [2**power for power in range(largest.bit_length()) if smallest <= 2**power < largest]
+    fixed = _inputs()
+    fixed[0] = fixed[0] | {"dims": [*profiles.shapes_hw[0], 3]}
+    shapes = {one["name"]: {"dim": one["dims"]} for one in fixed}
+    specs = [{"batch_size": batch, "input": shapes} for batch in (*batches, largest)]
+    return {"cuda": {"graphs": True, "graph_spec": specs}}
 
 
 def _warm_up(shape: Shape, batch: int) -> dict[str, Any]:

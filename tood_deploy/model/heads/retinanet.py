@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tood_deploy.model.boxes import decode_deltas
-from tood_deploy.model.head import PRIOR_BIAS, HeadMaps, SeparateTowers, init_convs
+from tood_deploy.model.head import PRIOR_BIAS, HeadMaps, SeparateTowers, init_convs, probability
 from tood_deploy.presets import Preset
 
 
@@ -69,7 +69,7 @@ class RetinaHead(SeparateTowers):
 
     def scores(self, maps: HeadMaps) -> list[Tensor]:
         """Return class probabilities (B, K, h, w*A)."""
-        return [_side_by_side(self._by_anchor(x.float().sigmoid())) for x in maps.classes]
+        return [_side_by_side(self._by_anchor(probability(x))) for x in maps.classes]
 
     def boxes(self, regression: Tensor, level: int) -> Tensor:
         """Return boxes (B, 4, h, w*A) of deltas."""

@@ -3,19 +3,16 @@
 Source: reference/SPEC_FAMILY.md sections 0 and 1.
 """
 
-from collections.abc import Sequence
-
 from torch import Tensor
 from torch.nn import functional as F
 
 from tood_deploy.model.boxes import decode_deltas
-from tood_deploy.model.head import HeadMaps
 from tood_deploy.presets import Preset
-from tood_deploy.training.assign import AnchorGrid, Targets
+from tood_deploy.training.assign import AnchorGrid
 from tood_deploy.training.loss import (
     BOX_WEIGHT,
     FlatMaps,
-    Losses,
+    MapsLoss,
     Positives,
     atss_positives,
     class_loss,
@@ -26,29 +23,15 @@ from tood_deploy.training.loss import (
 )
 
 
-class AtssLoss:
-    """The losses of a preset."""
+class AtssLoss(MapsLoss):
+    """The losses of an ATSS preset."""
 
-    reads_maps = True
     term_names: tuple[str, ...] = ("cls", "box", "centerness")
 
-    def __init__(self, preset: Preset) -> None:
-        self.preset = preset
-
-    def __call__(self, maps: HeadMaps, targets: Sequence[Targets], epoch: int) -> Losses:
-        """Compute the losses of one batch; differentiable in `maps`.
-
-        Args:
-            maps: of B images.
-            targets: of the B images.
-            epoch: counted from 0; all epochs are alike.
-
-        Raises:
-            ToodError: the number of targets, or a label, does not fit the maps.
-        """
-        flat = FlatMaps.of(maps, targets, self.preset)
+    def terms(self, flat: FlatMaps) -> tuple[dict[str, Tensor], Positives]:
+        """Return class, box and centre-ness losses, and the positives."""
         positives = atss_positives(flat.grid, flat.targets)
-        count = positives_factor(positives, len(targets))
+        count = positives_factor(positives, len(flat.targets))
         boxes = decode_positives(flat.regression, positives, flat.grid, self.preset)
         box_losses = giou_loss(boxes, positives.boxes_strides(flat.grid)) * positives.weights
         by_anchor = {
@@ -57,7 +40,7 @@ class AtssLoss:
             / weights_factor(positives.weights),
             "centerness": quality_loss(flat.quality, positives, positives.weights) / count,
         }
-        return Losses.of_anchors(by_anchor, flat.grid, positives)
+        return by_anchor, positives
 
 
 def decode_positives(

@@ -3,19 +3,15 @@
 Source: reference/SPEC_FAMILY.md sections 0 and 2.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from tood_deploy.model.boxes import box_iou_floored, decode_distances
-from tood_deploy.model.head import HeadMaps
-from tood_deploy.presets import Preset
-from tood_deploy.training.assign import Targets
 from tood_deploy.training.loss import (
     BOX_WEIGHT,
     FlatMaps,
-    Losses,
+    MapsLoss,
+    Positives,
     atss_positives,
     class_loss,
     giou_loss,
@@ -28,27 +24,13 @@ DISTRIBUTION_WEIGHT = 0.25
 LAST_BIN_MARGIN = 0.1  # that distances stay below the last bin, in strides
 
 
-class GflLoss:
-    """The losses of a preset."""
+class GflLoss(MapsLoss):
+    """The losses of a GFL preset."""
 
-    reads_maps = True
     term_names: tuple[str, ...] = ("cls", "box", "distribution")
 
-    def __init__(self, preset: Preset) -> None:
-        self.preset = preset
-
-    def __call__(self, maps: HeadMaps, targets: Sequence[Targets], epoch: int) -> Losses:
-        """Compute the losses of one batch; differentiable in `maps`.
-
-        Args:
-            maps: of B images.
-            targets: of the B images.
-            epoch: counted from 0; all epochs are alike.
-
-        Raises:
-            ToodError: the number of targets, or a label, does not fit the maps.
-        """
-        flat = FlatMaps.of(maps, targets, self.preset)
+    def terms(self, flat: FlatMaps) -> tuple[dict[str, Tensor], Positives]:
+        """Return class, box and distribution losses, and the positives."""
         positives = atss_positives(flat.grid, flat.targets)
         goal, points = positives.boxes_strides(flat.grid), positives.points_strides(flat.grid)
         logits = positives.of(flat.regression).unflatten(1, (4, self.preset.bins))
@@ -63,11 +45,11 @@ class GflLoss:
         side_losses = _distribution_loss(logits, distances)
         classes = class_loss(flat.classes, positives, quality_focal_loss_of_logits, flat.valid)
         by_anchor = {
-            "cls": classes / positives_factor(positives, len(targets)),
+            "cls": classes / positives_factor(positives, len(flat.targets)),
             "box": positives.sum_at_anchors(box_losses, anchors) / factor,
             "distribution": positives.sum_at_anchors(side_losses * certainty, anchors) / factor,
         }
-        return Losses.of_anchors(by_anchor, flat.grid, positives)
+        return by_anchor, positives
 
 
 def _mean_distances(logits: Tensor) -> Tensor:

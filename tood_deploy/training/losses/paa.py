@@ -4,18 +4,14 @@ Anchors that overlap a box a little are its candidates; a mixture of two Gaussia
 tells which of them become positive. Source: reference/SPEC_FAMILY.md section 3.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from tood_deploy.model.boxes import box_iou_floored
-from tood_deploy.model.head import HeadMaps
-from tood_deploy.presets import Preset
-from tood_deploy.training.assign import Targets, assign_max_iou
+from tood_deploy.training.assign import assign_max_iou
 from tood_deploy.training.loss import (
     FlatMaps,
-    Losses,
+    MapsLoss,
     Positives,
     class_loss,
     focal_loss_of_logits,
@@ -30,29 +26,16 @@ TOPK = 9  # candidates of a box and level that the mixture is fitted to
 SMALLEST_WEIGHT = 1e-12
 
 
-class PaaLoss:
-    """The losses of a preset."""
+class PaaLoss(MapsLoss):
+    """The losses of a PAA preset.
 
-    reads_maps = True
+    Averages are those of this worker's own images, as in the reference.
+    """
+
     term_names: tuple[str, ...] = ("cls", "box", "overlap")
 
-    def __init__(self, preset: Preset) -> None:
-        self.preset = preset
-
-    def __call__(self, maps: HeadMaps, targets: Sequence[Targets], epoch: int) -> Losses:
-        """Compute the losses of one batch; differentiable in `maps`.
-
-        Averages are those of this worker's own images, as in the reference.
-
-        Args:
-            maps: of B images.
-            targets: of the B images.
-            epoch: counted from 0; all epochs are alike.
-
-        Raises:
-            ToodError: the number of targets, or a label, does not fit the maps.
-        """
-        flat = FlatMaps.of(maps, targets, self.preset)
+    def terms(self, flat: FlatMaps) -> tuple[dict[str, Tensor], Positives]:
+        """Return class, box and overlap losses, and the positives."""
         positives = self.positives(flat)
         boxes = decode_positives(flat.regression, positives, flat.grid, self.preset)
         goal, (images, anchors) = positives.boxes_strides(flat.grid), flat.valid.shape
@@ -65,7 +48,7 @@ class PaaLoss:
             "box": positives.sum_at_anchors(box_losses, anchors) / overlap,
             "overlap": OVERLAP_WEIGHT * quality_loss(flat.quality, positives, ious) / max(count, 1),
         }
-        return Losses.of_anchors(by_anchor, flat.grid, positives)
+        return by_anchor, positives
 
     @torch.no_grad()
     def positives(self, flat: FlatMaps) -> Positives:
