@@ -1,20 +1,26 @@
 """Measure training steps by preset and precision, and where the time goes; print one table.
 
     python benchmarks/training_throughput.py --presets tiny r50-1x --imgsz 240 320 --threads 2
+    python benchmarks/training_throughput.py --against 45640f5 --steps 20 --threads 1
 
 Images are random, with ten boxes each; the input pipeline is measured by itself on files
 (`--pipeline`). Times are medians of single steps. With `--threads 1` they are the thread's own
-time, so that other work on the machine hardly shows.
+time, so that other work on the machine hardly shows. `--against` times whole steps of this tree and
+of another revision in turns, a process for each, and prints how many times as fast this tree is.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,6 +44,28 @@ from tood_deploy.training.records import read_labelled_images
 
 BOXES = 10
 PARTS = ("forward", "assignment", "loss", "backward", "update")
+WARMUP_STEPS = 2
+ROOT = Path(__file__).resolve().parents[1]
+# A process of one revision: a step for every line that it reads, its seconds for an answer. It
+# takes nothing but what both revisions have.
+STEPPER = """
+import sys
+from dataclasses import replace
+import torch
+from training_throughput import make_batch, timed
+from tood_deploy.presets import PRESETS
+from tood_deploy.training.config import RECIPES
+from tood_deploy.training.init import new_model
+from tood_deploy.training.learner import Learner
+
+name, precision, count, height, width, threads = sys.argv[1:]
+torch.set_num_threads(int(threads))
+device, preset = torch.device("cpu"), PRESETS[name]
+learner = Learner(new_model(preset, 0), replace(RECIPES[name], precision=precision), device)
+batch = make_batch(int(count), (int(height), int(width)), preset.num_classes)
+for _ in sys.stdin:
+    print(timed(lambda: learner.step([batch], 99, 1e-6), device), flush=True)
+"""
 
 
 def make_batch(count: int, imgsz: tuple[int, int], classes: int) -> Batch:
@@ -133,6 +161,77 @@ def measure_pipeline(imgsz: tuple[int, int], batch: int) -> tuple[float, str]:
         return count / (time.process_time() - start), "generated JPEG of 640 x 480"
 
 
+@contextmanager
+def checked_out(revision: str) -> Iterator[Path]:
+    """Give a folder with the files of another revision, for as long as it is needed."""
+    git = ("git", "-C", str(ROOT), "worktree")
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent) / "revision"
+        try:
+            subprocess.run([*git, "add", "--quiet", "--detach", str(folder), revision], check=True)
+            yield folder
+        finally:
+            subprocess.run([*git, "remove", "--force", str(folder)], check=False)
+
+
+def start_stepper(tree: Path, arguments: Sequence[str]) -> subprocess.Popen[str]:
+    """Start a process that takes steps with the code in a folder; see `STEPPER`."""
+    path = os.pathsep.join((str(tree), str(tree / "benchmarks")))
+    return subprocess.Popen(
+        [sys.executable, "-c", STEPPER, *arguments],
+        cwd=tree,
+        env={**os.environ, "PYTHONPATH": path},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def take_step(stepper: subprocess.Popen[str]) -> float:
+    """Return the seconds of one step of a process."""
+    assert stepper.stdin is not None
+    assert stepper.stdout is not None
+    stepper.stdin.write("\n")
+    stepper.stdin.flush()
+    answer = stepper.stdout.readline()
+    if not answer:
+        raise SystemExit(f"a process ended with exit code {stepper.wait()}; see the lines above")
+    return float(answer)
+
+
+def step_ratio(
+    revision: str, preset: str, precision: str, arguments: argparse.Namespace
+) -> tuple[float, float, float]:
+    """Return how many times as fast this tree's steps are as a revision's, and 95% of the medians.
+
+    The interval is that of the medians of pairs drawn again, 2,000 times.
+
+    Args:
+        revision: of git.
+        preset: whose network learns.
+        precision: of the step.
+        arguments: of the command line.
+    """
+    settings = (arguments.batch, *arguments.imgsz, arguments.threads)
+    with checked_out(revision) as other:
+        trees = (other, ROOT)
+        steppers = [start_stepper(tree, [preset, precision, *map(str, settings)]) for tree in trees]
+        try:
+            rounds = [
+                [take_step(stepper) for stepper in steppers]
+                for _ in range(WARMUP_STEPS + arguments.steps)
+            ]
+        finally:
+            for stepper in steppers:
+                stepper.kill()
+                stepper.communicate()
+    theirs, ours = np.array(rounds[WARMUP_STEPS:]).T
+    drawn = np.random.default_rng(0).integers(0, len(ours), (2000, len(ours)))
+    medians = np.median((theirs / ours)[drawn], axis=1)
+    low, high = np.percentile(medians, (2.5, 97.5))
+    return float(np.median(theirs / ours)), float(low), float(high)
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the script's arguments."""
     result = argparse.ArgumentParser(description="Measures training steps.")
@@ -148,9 +247,29 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     result.add_argument("--threads", type=int, default=2)
     result.add_argument(
+        "--against", metavar="REVISION", help="compare whole steps, on the CPU, with this revision"
+    )
+    result.add_argument(
         "--pipeline", action="store_true", help="measure the input pipeline as well"
     )
     return result
+
+
+def print_ratios(arguments: argparse.Namespace) -> None:
+    """Print a row for every preset and precision: this tree against the other revision."""
+    against = f"as fast as {arguments.against}"
+    table = Table("preset", "precision", f"times {against}", "95%")
+    for name in arguments.presets:
+        for precision in arguments.precisions:
+            ratio, low, high = step_ratio(arguments.against, name, precision, arguments)
+            table.add_row(name, precision, f"{ratio:.3f}", f"{low:.3f} to {high:.3f}")
+    console = Console(width=120)
+    size = " x ".join(map(str, arguments.imgsz))
+    console.print(
+        f"{platform.processor() or platform.machine()}, {arguments.threads} threads, PyTorch "
+        f"{torch.__version__}; {arguments.steps} pairs of steps of {arguments.batch} x {size}"
+    )
+    console.print(table)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -158,6 +277,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser().parse_args(argv)
     torch.set_num_threads(arguments.threads)
     cv2.setNumThreads(1)
+    if arguments.against is not None:
+        print_ratios(arguments)
+        return
     imgsz, device = (arguments.imgsz[0], arguments.imgsz[1]), torch.device(arguments.device)
     table = Table("preset", "precision", "images/s", "s a step", *(f"{part} %" for part in PARTS))
     for name in arguments.presets:
@@ -168,8 +290,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             batch = make_batch(arguments.batch, imgsz, PRESETS[name].num_classes)
             runs = [
                 measure_step(learner, batch, AUTOCAST[precision])
-                for _ in range(2 + arguments.steps)
-            ][2:]
+                for _ in range(WARMUP_STEPS + arguments.steps)
+            ][WARMUP_STEPS:]
             parts = {part: statistics.median(run[part] for run in runs) for part in PARTS}
             total = sum(parts.values())
             shares = (f"{100 * seconds / total:.1f}" for seconds in parts.values())

@@ -100,7 +100,7 @@ def test_there_are_command_lines_of_every_command() -> None:
 
 @pytest.fixture(scope="module")
 def options() -> set[str]:
-    """Every option that a command or a script in benchmarks/ and examples/ has."""
+    """Every option that a command, the demo, or a script in benchmarks/ or examples/ has."""
     found = set()
     add = argparse.ArgumentParser.add_argument
 
@@ -119,6 +119,7 @@ def options() -> set[str]:
         *(ROOT / "benchmarks").rglob("*.py"),
         ROOT / "benchmarks" / "gpu.sh",
         *(ROOT / "examples").glob("*.py"),
+        ROOT / "tood_deploy" / "demo" / "__main__.py",
     ]:
         found.update(re.findall(r"""(?<=["'\s|])--[a-z][\w-]*""", path.read_text(encoding="utf-8")))
     return found

@@ -106,6 +106,7 @@ def search(
     return find(artefact, reporter), reporter
 
 
+@pytest.mark.slow
 def test_finds_what_may_be_in_8_bits(
     monkeypatch: pytest.MonkeyPatch, artefact: OnnxArtefact, images: Path
 ) -> None:

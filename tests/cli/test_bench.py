@@ -62,6 +62,7 @@ def assert_one_line(result: tuple[int, str, str], *words: str) -> None:
 
 
 class TestParity:
+    @pytest.mark.slow
     def test_equal_networks_pass(self, run: Callable, checkpoints: tuple[Path, Path]) -> None:
         code, out, _ = run(
             "parity", checkpoints[0], checkpoints[0], "--limit", 1, "--sizes", "--conf", 0, *SMALL
@@ -89,6 +90,7 @@ class TestParity:
         assert values["models"][str(checkpoints[1])]["failing_stage"] == "head"
         assert values["facts"]["command"].startswith("tood-bench parity ")
 
+    @pytest.mark.slow
     def test_a_given_limit_takes_the_place_of_the_default(
         self, run: Callable, checkpoints: tuple[Path, Path]
     ) -> None:
@@ -139,6 +141,7 @@ class TestParity:
 
 
 class TestLatency:
+    @pytest.mark.slow
     def test_a_baseline_and_a_model(self, run: Callable, checkpoints: tuple[Path, Path]) -> None:
         sound, off = checkpoints
         short = ("--rounds", 2, "--turn-seconds", 0.01, "--warmup-seconds", 0.01)
@@ -235,6 +238,7 @@ def test_a_clip_in_slices(
     assert max(engine.batches) == 2
 
 
+@pytest.mark.slow
 def test_latency_of_images_in_slices(
     run: Callable[..., tuple[int, str, str]], checkpoints: tuple[Path, Path], tmp_path: Path
 ) -> None:

@@ -25,6 +25,8 @@ MANIFEST = "extra/tood_deploy"
 class Network(nn.Module):
     """Takes what a detector takes; has a kernel, a constant, sizes, and a call of two results."""
 
+    mean: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv2d(3, 4, 3, padding=1)

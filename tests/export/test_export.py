@@ -25,7 +25,7 @@ from tood_deploy.export.export import export_onnx
 from tood_deploy.export.tensorrt.options import Profiles
 from tood_deploy.export.triton.config import config_text, triton_config
 from tood_deploy.export.triton.options import TritonOptions
-from tood_deploy.files import file_sha256
+from tood_deploy.files import file_sha256, no_empty_folder
 from tood_deploy.manifest import Manifest, manifest_path, read_manifest
 from tood_deploy.manifest_sections import EngineTarget, OptimizationProfile, Serving
 from tood_deploy.model import load_checkpoint
@@ -72,6 +72,7 @@ def test_fp16(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert manifest.self_test
 
 
+@pytest.mark.slow
 def test_bf16(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It says what it is for, is refused by name where it does not run, and can be taken further:
     its reference is emulated."""
@@ -112,6 +113,7 @@ def test_triton(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "next: tood-infer" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_engine_says_how_to_run_it(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         main([str(source), "--to", "engine", "--shapes", "64x96", "--batch", "1", "--list-layers"])
@@ -275,11 +277,11 @@ def test_what_builds_is_looked_for_before_the_long_work(
 
 def test_a_folder_that_was_made_for_nothing_is_gone(tmp_path: Path) -> None:
     new = tmp_path / "new"
-    with suppress(ToodError), export_module._no_empty_folder(new):
+    with suppress(ToodError), no_empty_folder(new):
         new.mkdir()
         raise ToodError("no")
     assert not list(tmp_path.iterdir())
-    with export_module._no_empty_folder(new):
+    with no_empty_folder(new):
         new.mkdir()
         (new / "a.onnx").touch()
     assert [path.name for path in new.iterdir()] == ["a.onnx"]
@@ -301,6 +303,7 @@ def shipped(
 class TestNothingIsLeft:
     """A failed, interrupted or terminated export leaves what was there, and nothing else."""
 
+    @pytest.mark.slow
     def test_a_graph_that_is_not_equal(
         self,
         tiny_artefact: Path,

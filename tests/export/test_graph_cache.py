@@ -74,6 +74,7 @@ def exports(monkeypatch: pytest.MonkeyPatch) -> list[DenseDetector]:
 
 
 class TestFilling:
+    @pytest.mark.slow
     def test_gives_a_fresh_export_to_the_bit(self, tiny_checkpoint: Path) -> None:
         model = load_checkpoint(tiny_checkpoint)
         said: list[str] = []
@@ -143,6 +144,9 @@ class TestKey:
         assert with_stand_in_classes(replace(TINY, **few)) == with_stand_in_classes(TINY)
         assert with_stand_in_classes(authors).num_classes == graph_cache.CLASSES
         assert with_stand_in_classes(replace(authors, **few)).num_classes == 2
+        paa = PRESETS["tiny-paa"]
+        assert with_stand_in_classes(paa).num_classes == graph_cache.CLASSES
+        assert with_stand_in_classes(replace(paa, **few)).num_classes == 2
 
     def test_is_the_same_for_what_does_not_reach_the_graph(self) -> None:
         other = replace(

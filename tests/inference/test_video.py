@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import av
+import av.error as av_error
 import numpy as np
 import pytest
 from inference.fakes import moving_images, without_packets, write_video
@@ -298,11 +299,11 @@ def test_a_recording_that_begins_between_two_key_frames(tmp_path: Path) -> None:
 
 
 def test_a_decoder_without_memory_or_threads_is_no_damage() -> None:
-    for error in (av.error.MemoryError(12, "no memory"), av.error.BlockingIOError(11, "threads")):
+    for error in (av_error.MemoryError(12, "no memory"), av_error.BlockingIOError(11, "threads")):
         with pytest.raises((MemoryError, OSError)) as caught:
             raise_decoder_shortage(error)
         assert shortage_of(caught.value)
-    raise_decoder_shortage(av.error.InvalidDataError(1094995529, "damaged"))
+    raise_decoder_shortage(av_error.InvalidDataError(1094995529, "damaged"))
 
 
 def test_one_frame(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ from tood_deploy.export.timings import timed
 from tood_deploy.export.to_onnx import OPSET, onnx_from_model
 from tood_deploy.files import atomic_path, home_folder
 from tood_deploy.model.detector import DenseDetector, build_model
+from tood_deploy.model.postprocess import rules_of
 from tood_deploy.presets import MAX_CANDIDATES, Preset
 
 FORMAT = 1
@@ -204,10 +205,10 @@ def with_stand_in_classes(preset: Preset) -> Preset:
         preset.base_channels,
         preset.base_width * preset.groups,
     )
+    # Where all pairs of the best anchors are kept, few classes decide how many a level gives.
     pairs = preset.candidates_per_level * min(preset.num_classes, CLASSES)
-    if (preset.convention == "authors" and pairs < MAX_CANDIDATES) or any(
-        size % CLASSES == 0 for size in sizes
-    ):
+    few_pairs = not rules_of(preset).limits_pairs and pairs < MAX_CANDIDATES
+    if few_pairs or any(size % CLASSES == 0 for size in sizes):
         return preset
     return replace(preset, class_names=tuple(map(str, range(CLASSES))))
 

@@ -29,7 +29,7 @@ from tood_deploy.detections import Detections
 from tood_deploy.errors import ToodError
 from tood_deploy.inference.detector import Detector
 from tood_deploy.preset import Preset
-from tood_deploy.reporter import show_artefact_warnings
+from tood_deploy.reporter import show_own_warnings
 
 MULTI_IMAGES = 8  # of a query in MLPerf's scenario of several streams
 
@@ -119,7 +119,7 @@ def serve_scenario(connection: Connection, case: ScenarioCase) -> None:
     """
     # Within LoadGen no signal is seen: the process that asks ends this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    show_artefact_warnings()
+    show_own_warnings()
     ending = threading.Lock()
 
     def fail(error: BaseException) -> None:

@@ -230,16 +230,15 @@ def _describe(
         "optimisation_level": options.optimisation_level,
     }
     details = {name: value for name, value in settings.items() if value is not None}
+    kernels = {} if layers.kernels is None else {"kernels": asdict(layers.kernels)}
     build = replace(
         source.build,
         format="engine",
         onnx_sha256=artefact.sha256,
         nms=options.nms,
         rebuild=rebuild,
-        details={**source.build.details, **details, "precisions": layers.to_dict()},
+        details={**source.build.details, **details, "precisions": layers.to_dict(), **kernels},
     )
-    if layers.kernels is not None:
-        build.details["kernels"] = asdict(layers.kernels)
     compared = "the ONNX artefact that this engine was built from"
     parity = replace(source.parity, compared=compared) if source.parity else None
     return replace(

@@ -160,8 +160,8 @@ def _cuda_graphs(profiles: Profiles) -> dict[str, Any] | None:
         return None
     smallest, _, largest = profiles.batch
     batches = [2**power for power in range(largest.bit_length()) if smallest <= 2**power < largest]
-    fixed = _inputs()
-    fixed[0] = fixed[0] | {"dims": [*profiles.shapes_hw[0], 3]}
+    image, *others = _inputs()
+    fixed = [image | {"dims": [*next(iter(profiles.shapes_hw)), 3]}, *others]
     shapes = {one["name"]: {"dim": one["dims"]} for one in fixed}
     specs = [{"batch_size": batch, "input": shapes} for batch in (*batches, largest)]
     return {"cuda": {"graphs": True, "graph_spec": specs}}
