@@ -262,26 +262,6 @@ def infer_command(argv: Sequence[str] | None = None) -> int:
     return FAILED_CHECK if source.skipped else DONE
 
 
-def source_hint(args: argparse.Namespace, source: "Source", *, sliced: bool) -> dict[str, Any]:
-    """Return how the engine shares its cores, for what is read.
-
-    Args:
-        args: the command's arguments.
-        source: what is read.
-        sliced: whether an image is several inputs of the network.
-
-    Raises:
-        ToodError: throughput is asked for where frames are run one at a time; a checkpoint.
-    """
-    if source.kind == "live" and args.hint == "throughput":
-        raise ToodError(
-            f"{source.names[0]}: of a camera or stream the latest frame is run, one at a time; "
-            "leave --hint throughput out"
-        )
-    many = source.kind == "video" or len(source.names) > 1 or sliced
-    return hint_options(args.model, args, several=many and source.kind != "live")
-
-
 def outputs_from(args: argparse.Namespace) -> "Outputs":
     """Return what to write and where.
 
@@ -301,6 +281,26 @@ def outputs_from(args: argparse.Namespace) -> "Outputs":
         args.crs,
         encoding=video_encoding(args),
     )
+
+
+def source_hint(args: argparse.Namespace, source: "Source", *, sliced: bool) -> dict[str, Any]:
+    """Return how the engine shares its cores, for what is read.
+
+    Args:
+        args: the command's arguments.
+        source: what is read.
+        sliced: whether an image is several inputs of the network.
+
+    Raises:
+        ToodError: throughput is asked for where frames are run one at a time; a checkpoint.
+    """
+    if source.kind == "live" and args.hint == "throughput":
+        raise ToodError(
+            f"{source.names[0]}: of a camera or stream the latest frame is run, one at a time; "
+            "leave --hint throughput out"
+        )
+    many = source.kind == "video" or len(source.names) > 1 or sliced
+    return hint_options(args.model, args, several=many and source.kind != "live")
 
 
 def video_options(args: argparse.Namespace) -> dict[str, Any]:
