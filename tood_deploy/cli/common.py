@@ -36,12 +36,12 @@ from tood_deploy.graph_io import ARTEFACT_SUFFIXES
 from tood_deploy.reporter import Reporter, drop_stdout, printable, show_own_warnings, stdout_errors
 
 COMMANDS = {
-    "tood-export": "Turn a TOOD checkpoint into an artefact with pre- and post-processing inside, "
-    "and prove it equal to PyTorch.",
+    "tood-export": "Turn a checkpoint of TOOD, or of ATSS, GFL, PAA and their relatives, into an "
+    "artefact with pre- and post-processing inside, and prove it equal to PyTorch.",
     "tood-infer": "Find objects in images, videos, cameras and streams.",
     "tood-batch": "Detect objects in more images than one machine gets through, on a Ray cluster.",
     "tood-eval": "Measure COCO AP of a model or of its results, and report where it is wrong.",
-    "tood-bench": "Measure latency, video throughput, and parity with PyTorch.",
+    "tood-bench": "Measure latency, video throughput, parity with PyTorch, and MLPerf's scenarios.",
     "tood-serve": "Serve artefacts over HTTP: encoded images and the Open Inference Protocol.",
     "tood-train": "Train a TOOD detector on COCO-format data.",
 }

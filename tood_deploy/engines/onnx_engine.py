@@ -59,20 +59,7 @@ class OnnxEngine(Engine):
             DeviceError: the device is not there, or does not compute the artefact's precision.
             ToodError: a value out of range.
         """
-        check_hint(hint)
-        if hint == "throughput" and device != "cpu":
-            raise ToodError(
-                f"hint is throughput, which ONNX Runtime has on the CPU, and device is {device}; "
-                "leave the hint out, give a batch"
-            )
-        if nhwc and device != "cuda":
-            raise ToodError(f"nhwc is for GPUs, and device is {device}; leave it out")
-        provider = PROVIDERS[device]
-        if provider not in ort.get_available_providers():
-            raise DeviceError(
-                f"device {device} needs {provider}, this onnxruntime has "
-                f"{ort.get_available_providers()}: {_remedy(device)}"
-            )
+        provider = _provider_for(device, hint, nhwc=nhwc)
         if device == "cpu":
             _check_precision(path)
         else:
@@ -176,6 +163,25 @@ class BoundInputs:
 def streams_of(cores: int) -> int:
     """Return how many batches run side by side on so many cores, with the hint throughput."""
     return min(max(cores // CORES_A_STREAM, FEWEST_STREAMS), MOST_STREAMS)
+
+
+def _provider_for(device: str, hint: Hint, *, nhwc: bool) -> str:
+    """Return the name of ONNX Runtime's provider; refuse what it is not there for."""
+    check_hint(hint)
+    if hint == "throughput" and device != "cpu":
+        raise ToodError(
+            f"hint is throughput, which ONNX Runtime has on the CPU, and device is {device}; "
+            "leave the hint out, give a batch"
+        )
+    if nhwc and device != "cuda":
+        raise ToodError(f"nhwc is for GPUs, and device is {device}; leave it out")
+    provider = PROVIDERS[device]
+    if provider not in ort.get_available_providers():
+        raise DeviceError(
+            f"device {device} needs {provider}, this onnxruntime has "
+            f"{ort.get_available_providers()}: {_remedy(device)}"
+        )
+    return provider
 
 
 def _cores() -> int:

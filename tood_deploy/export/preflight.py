@@ -165,10 +165,9 @@ def check_export(config: ExportConfig, annotated: AnnotatedImages | None = None)
     if config.precision.autotune or config.precision.precision in ("int8", "auto"):
         # Where a calibration will keep what it has measured.
         check_writable(home_folder("calibration"), "name another folder in TOOD_HOME")
-    folders = (config.precision.calib_data, config.verify_images)
-    left_out = [left_out_note(folder) for folder in folders if folder is not None]
+    folders = filter(None, (config.precision.calib_data, config.verify_images))
+    notes = [note for folder in folders if (note := left_out_note(folder))]
     check_images(list(_image_sets(config, annotated)))
-    notes = [note for note in left_out if note]
     precision = source.precision if source else config.precision.precision
     if config.to == "engine" and "int8" in str(precision):
         notes += int8_notes(load_flavour(config.flavour))

@@ -1,7 +1,7 @@
 """What of a video is missing, by evidence: errors, an index, gaps in its times.
 
 Comes in: the packets and frames as they are read. A header's count or duration alone is no promise:
-recorders write chunks without frames, start times twice, and pictures five seconds apart.
+recorders write chunks without frames, start times twice, and images five seconds apart.
 """
 
 from __future__ import annotations
