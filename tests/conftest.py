@@ -8,9 +8,11 @@ import os
 # Before anything imports torch: more threads only wait for each other on small maps, and where the
 # tests run in several processes these share the cores already.
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # idle threads leave the core to the others
 
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -56,6 +58,16 @@ def own_home(
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TOOD_HOME", str(home))
         yield
+
+
+@pytest.fixture(autouse=True)
+def own_threads() -> Iterator[None]:
+    """PyTorch has as many threads as before a test; a command's --threads holds for the process."""
+    yield
+    if torch := sys.modules.get("torch"):
+        threads = int(os.environ["OMP_NUM_THREADS"])
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
