@@ -482,8 +482,8 @@ class TestRefusals:
             ToodError, match="a checkpoint is run by PyTorch, not by openvino; export it first"
         ):
             open_engine(tiny_checkpoint, runtime="openvino")
-        with pytest.raises(ToodError, match="PyTorch takes no precision"):
-            open_engine(tiny_checkpoint, precision="bf16")
+        with pytest.raises(ToodError, match="PyTorch takes no hint"):
+            open_engine(tiny_checkpoint, hint="throughput")
 
     def test_of_options_of_openvino_in_onnx_runtime(self, tiny_artefact: Path) -> None:
         with pytest.raises(ToodError, match="onnxruntime takes no precision; it takes threads"):
