@@ -1,18 +1,19 @@
 """A network in, one ONNX graph out, with pre- and post-processing inside and dynamic in size.
 
 Knows nothing of runtimes. What the stages before the detections give (`STAGE_VALUES`) are values of
-the graph under fixed names but no
-outputs of it: `with_outputs` makes a copy that gives them, so what is verified is the shipped graph
-itself.
+the graph under fixed names but no outputs of it: `with_outputs` makes a copy that gives them, so
+what is verified is the shipped graph itself.
 """
 
 import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import onnx
 import torch
+from torch import Tensor
 
 from tood_deploy.export.graph import DeformForm, ExportedGraph
 from tood_deploy.export.shortcuts import take_shortcuts
@@ -22,11 +23,25 @@ from tood_deploy.model.postprocess import MAX_DET
 from tood_deploy.presets import SIZE_DIVISOR
 
 OPSET = 21  # the first with GroupNormalization as one node
-EXAMPLE_BATCH, EXAMPLE_H, EXAMPLE_W = (
-    2,
-    8,
-    10,
-)  # sizes in units of SIZE_DIVISOR; no two alike, none of them one
+# No two alike, none of them one; rows and columns in units of SIZE_DIVISOR.
+EXAMPLE_BATCH, EXAMPLE_H, EXAMPLE_W = 2, 8, 10
+
+
+def example_inputs() -> tuple[tuple[Tensor, ...], tuple[dict[int, Any] | None, ...]]:
+    """Return inputs to trace a detector with, and which of their sizes are dynamic: batch, image.
+
+    What `ExportedGraph` takes: (N, H, W, 3) uint8 images, (N, 2) int32 sizes, two thresholds.
+    """
+    height, width = EXAMPLE_H * SIZE_DIVISOR, EXAMPLE_W * SIZE_DIVISOR
+    example = (
+        torch.zeros(EXAMPLE_BATCH, height, width, 3, dtype=torch.uint8),
+        torch.full((EXAMPLE_BATCH, 2), height, dtype=torch.int32),
+        torch.tensor(0.05),
+        torch.tensor(0.6),
+    )
+    batch, rows, columns = (torch.export.Dim(name, min=1) for name in ("batch", "rows", "columns"))
+    sizes = {0: batch, 1: SIZE_DIVISOR * rows, 2: SIZE_DIVISOR * columns}
+    return example, (sizes, {0: batch}, None, None)
 
 
 def onnx_from_model(
@@ -51,21 +66,7 @@ def onnx_from_model(
     # The loops go through the compiler: nothing that earlier exports left there takes part.
     torch.compiler.reset()
     graph = ExportedGraph(model, deform, max_det).eval()
-    example = (
-        torch.zeros(
-            EXAMPLE_BATCH, EXAMPLE_H * SIZE_DIVISOR, EXAMPLE_W * SIZE_DIVISOR, 3, dtype=torch.uint8
-        ),
-        torch.full((EXAMPLE_BATCH, 2), EXAMPLE_H * SIZE_DIVISOR, dtype=torch.int32),
-        torch.tensor(0.05),
-        torch.tensor(0.6),
-    )
-    batch, rows, columns = (torch.export.Dim(name, min=1) for name in ("batch", "rows", "columns"))
-    dynamic = (
-        {0: batch, 1: SIZE_DIVISOR * rows, 2: SIZE_DIVISOR * columns},
-        {0: batch},
-        None,
-        None,
-    )
+    example, dynamic = example_inputs()
     with quiet_exporter(), take_shortcuts(), torch.no_grad():
         program = torch.onnx.export(
             graph,

@@ -40,7 +40,7 @@ from tood_deploy.export.graph_cache import Say, describe
 from tood_deploy.export.precision.convert import images_to_verify
 from tood_deploy.export.result import ExportResult
 from tood_deploy.export.timings import timed
-from tood_deploy.export.to_onnx import EXAMPLE_BATCH, EXAMPLE_H, EXAMPLE_W, quiet_exporter
+from tood_deploy.export.to_onnx import example_inputs, quiet_exporter
 from tood_deploy.files import atomic_path, atomic_paths, home_folder
 from tood_deploy.graph_io import MAP_NAMES, OUTPUTS, TORCH_SUFFIX, program_outputs
 from tood_deploy.manifest import METADATA_KEY, Manifest, manifest_path
@@ -52,7 +52,7 @@ from tood_deploy.parity.reference import Outputs
 from tood_deploy.parity.tolerances import DETECTION_LIMITS
 from tood_deploy.parity.torch_reference import torch_reference
 from tood_deploy.parity.verify import verify_detections, verify_float32
-from tood_deploy.presets import MAX_CANDIDATES, SIZE_DIVISOR
+from tood_deploy.presets import MAX_CANDIDATES
 from tood_deploy.reporter import Reporter
 
 FOLDER = "model"  # that all parts of the archive lie in
@@ -263,20 +263,7 @@ def trace(module: ProgramModule) -> Parts:
     Batch, rows and columns are dynamic, as in the ONNX graph.
     """
     torch.compiler.reset()
-    size_hw = EXAMPLE_H * SIZE_DIVISOR, EXAMPLE_W * SIZE_DIVISOR
-    example = (
-        torch.zeros(EXAMPLE_BATCH, *size_hw, 3, dtype=torch.uint8),
-        torch.full((EXAMPLE_BATCH, 2), size_hw[0], dtype=torch.int32),
-        torch.tensor(0.05),
-        torch.tensor(0.6),
-    )
-    batch, rows, columns = (torch.export.Dim(name, min=1) for name in ("batch", "rows", "columns"))
-    dynamic = (
-        {0: batch, 1: SIZE_DIVISOR * rows, 2: SIZE_DIVISOR * columns},
-        {0: batch},
-        None,
-        None,
-    )
+    example, dynamic = example_inputs()
     with quiet_exporter(), torch.no_grad():
         program = torch.export.export(module, example, dynamic_shapes=dynamic, strict=False)
         for node in program.graph.nodes:
