@@ -122,7 +122,8 @@ def test_an_engine_says_how_to_run_it(source: Path, capsys: pytest.CaptureFixtur
     assert made_beside(source) == {"tiny-engine.engine", "tiny-engine.json"}
     said = capsys.readouterr().out
     assert "IMAGES --output DIR --device cuda\n" in said
-    assert said.count("CONVOLUTION") > 50, "--list-layers lists them"
+    assert said.count("│ correlation ") > 50, "--list-layers lists the kernels of convolutions"
+    assert " kernels on 1 stream" in said
     manifest = read_manifest(Path("tiny-engine.engine"))
     assert manifest is not None
     assert (plain(manifest)["options"]["nms"], plain(manifest)["options"]["nms_rounds"]) == (
