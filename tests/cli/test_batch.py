@@ -142,8 +142,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture
 def batch() -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """A function that starts a job, in a process that ends with the test."""
+    """A function that starts a job, in a process that ends with the test.
+
+    There is a token, which these clusters do not ask for.
+    """
     code = "import sys; from tood_deploy.cli.batch import main; sys.exit(main())"
+    own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAY_AUTH_TOKEN": "0" * 64}
     jobs: list[subprocess.Popen[str]] = []
 
     def start(*arguments: str | Path) -> subprocess.Popen[str]:
@@ -152,7 +156,7 @@ def batch() -> Iterator[Callable[..., subprocess.Popen[str]]]:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            env=os.environ | own,
         )
         jobs.append(job)
         return job

@@ -286,7 +286,7 @@ def ray_session(cluster: ClusterOptions) -> Iterator[Any]:
     os.environ.setdefault("RAY_DATA_LOG_LEVEL", "CRITICAL")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    if cluster.address != LOCAL and _has_token():
+    if cluster.address == AUTO and _has_token():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     with naming_extras("cluster"), _silent_stderr():
         import ray  # pyright: ignore[reportMissingImports]
@@ -313,9 +313,10 @@ def ray_session(cluster: ClusterOptions) -> Iterator[Any]:
 
 
 def _has_token() -> bool:
-    """Return whether there is a token: `ray start` then asks for it, and Ray's driver gives none.
+    """Return whether there is a token: `ray start` on this machine then asks for it.
 
-    A cluster that asks for no token takes one all the same.
+    Ray's driver gives none by itself. A cluster that asks for none does not run with one, so that
+    for a cluster elsewhere RAY_AUTH_MODE says it.
     """
     named = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
     return named or Path("~/.ray/auth_token").expanduser().is_file()
