@@ -123,10 +123,15 @@ class TestFlow:
             assert parity["images"] == 2
             assert parity["images_outside"] == parity["slots_that_differ"] == 0
         assert row_of(report, "eager", "bf16")["parity"]["score_deviation"] > 0
-        folded = row_of(report, "folded, channels last", "bf16")["parity"]
-        assert folded["matched"] > 0.9 * folded["reference"]
-        assert 0 < folded["score_deviation"] < 0.1
         assert not row_of(report, "eager", "fp32", "64x96, batch 1")["parity"]
+
+    def test_folded_in_bf16(self, report: dict[str, Any]) -> None:
+        row = row_of(report, "folded, channels last", "bf16")
+        if row["status"] == "refused":
+            assert "needs a CPU with avx512_bf16" in row["note"]
+            return
+        assert row["parity"]["matched"] > 0.9 * row["parity"]["reference"]
+        assert 0 < row["parity"]["score_deviation"] < 0.1
 
     def test_suppression_alone(self, report: dict[str, Any]) -> None:
         rows = {(row["how"], row["batch"]): row for row in report["nms"]}
