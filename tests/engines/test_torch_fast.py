@@ -119,6 +119,9 @@ class TestOnTheCpu:
             assert len(engine.notes) == 1
 
     @pytest.mark.slow
+    @pytest.mark.filterwarnings(
+        "ignore:`torch.jit:DeprecationWarning"
+    )  # PyTorch's own, in its compiler
     def test_compiled(self, model: DenseDetector) -> None:
         check_compiler("cpu", needed=True)
         batch = batch_of(1)
