@@ -272,6 +272,8 @@ class TestScenario:
             (("--rate", 0), ("--rate is 0",)),
             (("--annotations", "a.json"), ("a.json", "--reference")),
             (("--reference-ap", 40), ("--annotations",)),
+            (("--accuracy", 99.9), ("--accuracy has no effect", "--annotations")),
+            (("--mapping", "m.json"), ("--mapping has no effect", "--annotations")),
             (("--images", "none"), ("none: no such folder",)),
         ):
             assert_one_line(run("scenario", "server", sound, *options), *words)

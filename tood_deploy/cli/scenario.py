@@ -149,7 +149,6 @@ def _add_accuracy(parser: argparse.ArgumentParser) -> None:
         "--accuracy",
         type=float,
         choices=ACCURACIES,
-        default=ACCURACIES[0],
         help="percent of the reference's AP that the model must have (default: 99)",
     )
 
@@ -213,6 +212,12 @@ def scenario_command(args: argparse.Namespace, command: str) -> int:
             raise ToodError(f"--{name} is {getattr(args, name)}; expected a positive number")
     if not args.delay_ms >= 0:
         raise ToodError(f"--delay-ms is {args.delay_ms:g}; expected 0 or more")
+    for name in ("accuracy", "mapping"):
+        if getattr(args, name) is not None and args.annotations is None:
+            raise ToodError(
+                f"--{name} has no effect without annotations; add --annotations FILE --images DIR, "
+                "and --reference MODEL or --reference-ap P"
+            )
     from tood_deploy.benchmark.scenario.process import ScenarioCase
     from tood_deploy.benchmark.scenario.run import ScenarioPlan, run_scenario
     from tood_deploy.benchmark.scenario.system import SystemSettings
@@ -236,7 +241,7 @@ def scenario_command(args: argparse.Namespace, command: str) -> int:
         args.mapping,
         reference=None if args.reference is None else _reference_case(args),
         reference_ap=args.reference_ap,
-        accuracy=args.accuracy,
+        accuracy=args.accuracy or ACCURACIES[0],
         traffic=Traffic(
             1.0, args.min_seconds, args.min_queries, args.latency_ms, samples=args.samples
         ),
