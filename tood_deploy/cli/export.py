@@ -21,10 +21,10 @@ from tood_deploy.cli.common import (
     CommandParser,
     accept_old_name,
     add_model_options,
+    check_written,
     load_options,
     run_command,
 )
-from tood_deploy.cli.files import check_written
 from tood_deploy.errors import DeviceError, InputError, ToodError, not_installed
 from tood_deploy.export.config import SECTIONS, CheckpointOptions, ExportConfig, PrecisionOptions
 from tood_deploy.export.options import (
