@@ -162,7 +162,7 @@ def export_command(argv: Sequence[str] | None) -> int:
         reporter.note(note)
     reporter.info(f"{config.source}: checked all that its export needs; starting PyTorch")
     from tood_deploy.export.export import run_export
-    from tood_deploy.export.timings import record_timings
+    from tood_deploy.export.result import record_timings
 
     with record_timings() as timings:
         search = search_from(config, annotated)
