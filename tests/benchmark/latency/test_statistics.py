@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from tood_deploy.benchmark.latency.statistics import speedup, summarise
+from tood_deploy.benchmark.latency.measure import speedup, summarise
 from tood_deploy.benchmark.latency.worker import is_stable, warm_up
 
 
