@@ -1,7 +1,9 @@
 """What an artefact says of itself: JSON beside it, and, for ONNX, the same in the file's metadata.
 
 Comes in: an artefact's path, or JSON. Goes out: a `Manifest`, whose sections `manifest_sections`
-types. Manifests of version 0.1.0 open, and that version opens what is written here. Knows no
+types; the schemas hold the types and ranges that its JSON is checked against, once, when it is read
+(what only people read is left alone). Manifests of version 0.1.0 open, and that version opens what
+is written here. Knows no
 runtime.
 """
 

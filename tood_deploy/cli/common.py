@@ -1,6 +1,7 @@
-"""What all commands share: the parser, exit codes, and the options that several of them have.
+"""What all commands share: the parser, exit codes, options of several, files beside their data.
 
-Comes in: arguments as text. Goes out: what the package's functions take. Imports nothing heavy, so
+Comes in: arguments as text. Goes out: what the package's functions take, and refusals to write over
+what is read. Imports nothing heavy, so
 that `--help` and completion stay quick.
 """
 
@@ -47,6 +48,7 @@ COMMANDS = {
 MODELS = ("model", "models", "checkpoint", "reference", "baseline", "clip")  # files, or presets
 DONE, FAILED_CHECK, WRONG_USE = 0, 1, 2
 BROKEN_PIPE = 141  # as of a program that SIGPIPE ends
+SHOWN_LETTERS = 80  # of a long argument, in errors
 ENDINGS = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "ended by a hang-up"}
 
 SHORTAGE_CURES = {
@@ -270,9 +272,6 @@ def load_options(args: argparse.Namespace) -> dict[str, Any]:
     }
     described["weights_key"] = args.weights_key
     return {name: value for name, value in described.items() if value is not None}
-
-
-SHOWN_LETTERS = 80  # of a long argument, in errors
 
 
 def class_names_from(text: str | None) -> list[str] | None:

@@ -1,6 +1,7 @@
-"""Describe what an export has come to: lines and tables for a person.
+"""Describe what an export has come to, and where its time went: lines and tables for a person.
 
-Comes in: an artefact's manifest, of an engine also its layers. Knows no runtime.
+Comes in: an artefact's manifest, of an engine also its layers; the steps that `timed` marks. Knows
+no runtime.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Latency of several models on one machine, in interleaved rounds so that drift hits all alike.
 
 A `LatencyPlan` comes in, a `Measurement` for each of its cases goes out; each model runs in a
-process of its own. Knows no reports.
+process of its own. `summarise` and `speedup` say what the times amount to. Knows no reports.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from tood_deploy.manifest import artefact_files
 from tood_deploy.reporter import Reporter
 
 SAMPLE_EVERY_S = 0.1
+RESAMPLES = 4000
+CONFIDENCE_PERCENT = 95
 Answer = TypeVar("Answer")
 
 
@@ -278,10 +280,6 @@ def describe(measurement: Measurement) -> dict[str, Any]:
             for kind, warm in opened.warm_ups.items()
         },
     }
-
-
-RESAMPLES = 4000
-CONFIDENCE_PERCENT = 95
 
 
 @dataclass(frozen=True)
