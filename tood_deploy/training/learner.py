@@ -210,6 +210,9 @@ class Learner:
         images = self.normalise(
             batch.images.to(self.device, non_blocking=True), batch.valid_hw.to(self.device)
         )
+        if self.device.type == "cpu":
+            # oneDNN is up to twice as fast on large maps of few channels, as the first ones are.
+            images = images.contiguous(memory_format=torch.channels_last)
         precision = AUTOCAST[self.recipe.precision]
         with torch.autocast(self.device.type, precision, enabled=precision is not None):
             out = self.network(images)
