@@ -46,7 +46,7 @@ def main() -> None:
 def measure(model: str, arguments: argparse.Namespace) -> tuple[str, ...]:
     """Return the runtime, the rate with either hint, and the ratio with its interval."""
     size = None if arguments.imgsz is None else tuple(arguments.imgsz)
-    detectors = {
+    detectors: dict[Hint, Detector] = {
         hint: Detector(model, imgsz=size, threads=arguments.threads, hint=hint) for hint in HINTS
     }
     seconds: dict[Hint, list[list[float]]] = {hint: [] for hint in HINTS}
