@@ -330,7 +330,7 @@ def _decode_page(data: bytes, name: str, position: int, flags: int) -> NDArray[n
 def _decode_jpeg_or_such(
     data: bytes, name: str, flags: int
 ) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
-    """Return an image of 8 bits, and a note on a JPEG whose end marker or last passes are missing."""
+    """Return an image of 8 bits, and a note on a JPEG that lacks its end marker or passes."""
     coarse = (
         f"{name}: a progressive JPEG whose last passes are missing, so that it is coarser than it "
         "was; used as it is",

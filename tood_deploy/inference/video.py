@@ -80,6 +80,11 @@ def open_container(
         InputError: nothing there, or not a video.
     """
     shown, expected = redacted(name), "expected an image, video, camera or stream"
+    silence = (
+        f"{shown}: no answer within {timeout_s:.0f} seconds; check that the camera or server is on "
+        "and sends"
+    )
+    asked_s = time.monotonic()
     camera_format = "v4l2" if name.startswith("/dev/") else None
     try:
         # Unbuffered: what has come is read at once.
@@ -90,11 +95,10 @@ def open_container(
         )
         return av.open(file, "r", format=camera_format, options=options or {}, timeout=timeout_s)
     except ExitError as error:
-        raise InputError(
-            f"{shown}: no answer within {timeout_s:.0f} seconds; check that the camera or server "
-            "is on and sends"
-        ) from error
+        raise InputError(silence) from error
     except FFmpegError as error:
+        if time.monotonic() - asked_s >= timeout_s:  # RTSP says of it that the data are invalid
+            raise InputError(silence) from error
         reason = without_secrets(str(error.strerror or error), name)
         raise InputError(f"{shown}: cannot be opened as a video ({reason}); {expected}") from error
     except (OSError, ValueError) as error:
