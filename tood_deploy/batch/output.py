@@ -296,7 +296,7 @@ class _OutputErrors:
         pass
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError | pa.ArrowException):
+        if error is not None and isinstance(error, OSError | pa.ArrowException):
             raise OutputError(
                 f"{self.name}: cannot be written ({reason_of(error)}); choose another --output"
             ) from error
