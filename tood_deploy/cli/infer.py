@@ -176,14 +176,14 @@ def _add_annotated_output(group: argparse._ActionsContainer) -> None:
         help="annotated images and videos: a folder, or a file for a single source",
     )
     group.add_argument(
-        "--codec", metavar="NAME", help="of annotated videos: h264 (default), hevc or vp9"
+        "--codec", metavar="NAME", help="of annotated videos: h264 (default), hevc, vp9 or av1"
     )
     group.add_argument(
         "--crf",
         type=int,
         metavar="N",
         help="quality of annotated videos, 0 the best (default: 20 for h264, 24 for hevc, 30 for "
-        "vp9)",
+        "vp9, 35 for av1)",
     )
     group.add_argument(
         "--crops", type=Path, metavar="DIR", help="every object as an image of its own"
