@@ -134,7 +134,7 @@ def test_video_options_that_cannot_be(run: Run, tmp_path: Path) -> None:
     assert_one_line(run(video, "--start", "60"), "--start")
     assert_one_line(run(image, "--max-frames", "1"), "images have no frames")
     assert_one_line(run(video, "--codec", "h264"), "add --output")
-    assert_one_line(run(video, "--output", "o.mp4", "--codec", "h263"), "h264, hevc, vp9")
+    assert_one_line(run(video, "--output", "o.mp4", "--codec", "h263"), "h264, hevc, vp9, av1")
     assert_one_line(run(video, "--output", "o.mp4", "--crf", "99"), "--crf is 99")
     assert_one_line(run(video, "--reconnect-timeout", "0"), "--reconnect-timeout")
     assert_one_line(run("rtsp://a/b", "--start", "1"), "no beginning")

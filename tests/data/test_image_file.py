@@ -2,6 +2,7 @@
 
 import base64
 import io
+import re
 import struct
 import sys
 import zlib
@@ -136,6 +137,20 @@ def test_a_jpeg_that_lacks_its_end_marker_alone_is_used_with_a_note(
     for cut in (6, 30, len(data) // 2):
         with pytest.raises(InputError, match="cut"):
             decode_image(data[:-cut], "a.jpg")
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("end", [b"", b"\xff\xd9"])
+def test_a_progressive_jpeg_that_lacks_passes_is_told(mode: str, end: bytes) -> None:
+    image = Image.fromarray(pattern()).convert(mode)
+    data = saved(image, "JPEG", progressive=True, quality=90)
+    assert decode_file(data, "a.jpg").notes == ()
+    passes = [match.start() for match in re.finditer(rb"\xff\xc4[^\xff]+\xff\xda", data)]
+    for start in passes[1:]:
+        decoded = decode_file(data[:start] + end, "a.jpg")
+        assert ["passes are missing" in note for note in decoded.notes] == [True]
+    shrunk = decode_file(data[: passes[-1]] + end, "a.jpg", fit=(8, 8))
+    assert "passes are missing" in shrunk.notes[0]
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

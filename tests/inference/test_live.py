@@ -2,6 +2,7 @@
 
 import io
 import os
+import socket
 import sys
 import threading
 import time
@@ -12,7 +13,7 @@ from typing import BinaryIO
 import av
 import pytest
 from inference.fakes import RedEngine, moving_images, write_image, write_video
-from inference.servers import MULTIPART, camera, serve
+from inference.servers import MULTIPART, camera, rtsp_server, serve
 
 from tood_deploy import Detector
 from tood_deploy.errors import InputError, ToodError
@@ -138,6 +139,38 @@ def test_a_server_that_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(InputError, match="no answer within"):
             video.open_container(address, timeout_s=0.4)
         ended.set()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"rtsp://127.0.0.1:{silent.getsockname()[1]}/live"
+        with pytest.raises(InputError, match="no answer within"):
+            video.open_container(address, timeout_s=0.4)
+
+
+@pytest.mark.slow
+def test_a_camera_by_rtsp() -> None:
+    """A real server, that asks for a password, is killed, comes again, and is killed for good."""
+    with rtsp_server() as (address, start):
+        for wrong in (address.replace("s3cret", "0th3r"), address.replace("/live", "/none")):
+            with pytest.raises(InputError, match=r"not one frame came .*40[14]") as error:
+                list(open_source(wrong))
+            assert "0th3r" not in str(error.value)
+        source = open_source(address, reconnection=Reconnection(timeout_s=20))
+        seconds: list[float] = []
+        for frame in source:
+            assert frame.image_bgr.shape == (120, 160, 3)
+            seconds.append(frame.timestamp_s or 0.0)
+            if len(seconds) == 3:
+                start()
+            if len(seconds) == 6:
+                source.close()
+        again = open_source(address, reconnection=Reconnection(timeout_s=1.5))
+        for _ in again:
+            start(again=False)
+    assert seconds == sorted(seconds)
+    assert "connecting again, for the 1st time" in source.problems[0]
+    assert "none again within 1.5 seconds" in again.problems[-1]
+    assert not any(
+        "s3cret" in text for text in (*source.problems, *again.problems, source.names[0])
+    )
 
 
 def test_passwords_are_never_shown() -> None:

@@ -245,6 +245,16 @@ def test_a_chunk_without_a_frame_is_no_loss(tmp_path: Path) -> None:
     assert times[3] == pytest.approx(0.4)
 
 
+@pytest.mark.parametrize("replaced", [0, 16], ids=["repeated", "in place of the next"])
+def test_a_frame_that_an_index_names_twice_hides_another(tmp_path: Path, replaced: int) -> None:
+    path = write_dense(tmp_path / "a.avi")
+    data = bytearray(path.read_bytes())
+    entry = data.rindex(b"idx1") + 8 + 16 * 20
+    data[entry + 16 : entry + 16 + replaced] = data[entry : entry + 16]
+    path.write_bytes(data)
+    assert read_losses(path) == (59, 1, [])
+
+
 def test_a_pause_is_noted_and_no_loss(tmp_path: Path) -> None:
     times = [40 * i for i in range(20)] + [3000 + 40 * i for i in range(20)]
     frames, lost, notes = read_losses(write_video(tmp_path / "a.mp4", moving_images(40), times))

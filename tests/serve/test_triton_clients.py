@@ -123,7 +123,7 @@ def test_the_example_finds_what_the_detector_finds(
     paths = [str(tmp_path / f"{number}.png") for number in range(len(IMAGES))]
     for path, image in zip(paths, IMAGES, strict=True):
         cv2.imwrite(path, image)
-    arguments = ["tiny", *paths, "--http", "--url", f"127.0.0.1:{server.port}", "--conf", "0.1"]
+    arguments = ["tiny", *paths, "--url", f"127.0.0.1:{server.port}", "--conf", "0.1"]
     assert example.main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
     with Detector(tiny_artefact, conf=0.1, iou=0.6) as detector:
@@ -135,3 +135,40 @@ def test_the_example_finds_what_the_detector_finds(
     ]
     assert [line.rpartition("\t")[0] for line in lines] == expected
     assert "tritonclient.http" in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("model", "url", "named"),
+    [
+        ("other", "http://127.0.0.1:PORT", "other"),
+        ("tiny", "127.0.0.1:1", "127.0.0.1:1"),
+        ("tiny", "https://127.0.0.1:PORT", "grpc://"),
+    ],
+)
+def test_the_example_says_what_is_wrong(
+    model: str,
+    url: str,
+    named: str,
+    example: ModuleType,
+    server: Running,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "a.png"
+    cv2.imwrite(str(path), IMAGES[0])
+    assert example.main([model, str(path), "--url", url.replace("PORT", str(server.port))]) == 2
+    err = capsys.readouterr().err
+    assert named in err
+    assert err.count("\n") == 1
+
+
+def test_the_example_speaks_grpc_where_the_address_says_so(
+    example: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+    grpc = ModuleType("tritonclient.grpc")
+    monkeypatch.setattr(grpc, "InferenceServerClient", opened.append, raising=False)
+    monkeypatch.setitem(sys.modules, "tritonclient.grpc", grpc)
+    monkeypatch.setattr("tritonclient.grpc", grpc, raising=False)
+    assert example.connect("grpc://host:8001")[1] is grpc
+    assert opened == ["host:8001"]

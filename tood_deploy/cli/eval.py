@@ -10,7 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tood_deploy.cli.common import DONE, CommandParser, add_model_options, is_artefact, run_command
+from tood_deploy.cli.common import (
+    DONE,
+    CommandParser,
+    add_model_options,
+    check_written,
+    is_artefact,
+    model_files,
+    run_command,
+)
 from tood_deploy.cli.detection import (
     add_device,
     add_fast_decode,
@@ -26,7 +34,6 @@ from tood_deploy.cli.detection import (
     hint_options,
     slicing_options,
 )
-from tood_deploy.cli.files import check_written, model_files
 from tood_deploy.cli.infer import engine_options
 from tood_deploy.errors import CheckFailed, ToodError
 from tood_deploy.reporter import Reporter, printable

@@ -14,6 +14,7 @@ from tood_deploy.cli.common import (
     add_model_options,
     is_artefact,
     load_options,
+    model_files,
     run_command,
 )
 from tood_deploy.cli.detection import (
@@ -33,7 +34,6 @@ from tood_deploy.cli.detection import (
     runtime_options,
     slicing_options,
 )
-from tood_deploy.cli.files import model_files
 from tood_deploy.errors import ArtefactError, ToodError
 from tood_deploy.reporter import Reporter
 
@@ -176,14 +176,14 @@ def _add_annotated_output(group: argparse._ActionsContainer) -> None:
         help="annotated images and videos: a folder, or a file for a single source",
     )
     group.add_argument(
-        "--codec", metavar="NAME", help="of annotated videos: h264 (default), hevc or vp9"
+        "--codec", metavar="NAME", help="of annotated videos: h264 (default), hevc, vp9 or av1"
     )
     group.add_argument(
         "--crf",
         type=int,
         metavar="N",
         help="quality of annotated videos, 0 the best (default: 20 for h264, 24 for hevc, 30 for "
-        "vp9)",
+        "vp9, 35 for av1)",
     )
     group.add_argument(
         "--crops", type=Path, metavar="DIR", help="every object as an image of its own"

@@ -24,6 +24,7 @@ from tood_deploy.data.image_header import (
     ImageHeader,
     check_header,
     check_pixels,
+    lacks_passes,
     open_with_pillow,
     orientation_of,
 )
@@ -329,15 +330,19 @@ def _decode_page(data: bytes, name: str, position: int, flags: int) -> NDArray[n
 def _decode_jpeg_or_such(
     data: bytes, name: str, flags: int
 ) -> tuple[NDArray[np.uint8], tuple[str, ...]]:
-    """Return an image of 8 bits, and the note on a JPEG whose end marker alone is missing."""
+    """Return an image of 8 bits, and a note on a JPEG that lacks its end marker or passes."""
+    coarse = (
+        f"{name}: a progressive JPEG whose last passes are missing, so that it is coarser than it "
+        "was; used as it is",
+    ) * (data.startswith(JPEG_START) and lacks_passes(data))
     try:
-        return np.asarray(_decode_page(data, name, 0, flags), np.uint8), ()
+        return np.asarray(_decode_page(data, name, 0, flags), np.uint8), coarse
     except InputError:
         completed = _with_end_marker(data)
         if completed is None:
             raise
         note = f"{name}: the end marker is missing, and nothing else; used as it is"
-        return np.asarray(_decode_page(completed, name, 0, flags), np.uint8), (note,)
+        return np.asarray(_decode_page(completed, name, 0, flags), np.uint8), coarse or (note,)
 
 
 def _with_end_marker(data: bytes) -> bytes | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -48,6 +49,9 @@ IMAGE_WIDTH, IMAGE_LENGTH, BITS_PER_SAMPLE, ORIENTATION, SUBFILE_TYPE = 256, 257
 MAX_SAMPLE_VALUES = (281, 341)  # MaxSampleValue, SMaxSampleValue
 REDUCED_OR_MASK = 0b101  # of SUBFILE_TYPE: a preview or a mask, no page
 MAX_TIFF_PAGES = 100_000
+# ITU-T T.81: a marker, apart from those that stand within coded data or between its restarts.
+JPEG_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])", re.DOTALL)
+PROGRESSIVE, SCAN, END_OF_IMAGE = (b"\xc2", b"\xca"), b"\xda", b"\xd9"
 
 
 @dataclass(frozen=True)
@@ -193,6 +197,32 @@ def orientation_of(image: Image) -> int:
     except Exception:  # damaged EXIF data say nothing
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def lacks_passes(data: bytes) -> bool:
+    """Tell whether a progressive JPEG ends before its last pass, and so shows a coarser image.
+
+    Decoders take this for whole. No library tells which bits of which coefficients a file has; the
+    headers of its passes, which are read here, do (ITU-T T.81, annex G).
+    """
+    bits: dict[int, dict[int, int]] = {}  # by component and coefficient: low ones that are missing
+    place = 2
+    while (marker := JPEG_MARKER.search(data, place)) is not None:
+        kind, start = marker[1], marker.end()
+        if kind == END_OF_IMAGE:
+            break
+        place = start + int.from_bytes(data[start : start + 2])
+        segment = data[start + 2 : place]
+        if kind in PROGRESSIVE:
+            bits = {component: {} for component in segment[6::3]}
+        elif kind == SCAN and len(segment) >= 4:
+            if not bits:  # a baseline JPEG
+                return False
+            first, last, approximation = segment[-3:]
+            for component in segment[1:-3:2]:
+                of_scan = dict.fromkeys(range(first, last + 1), approximation & 15)
+                bits.setdefault(component, {}).update(of_scan)
+    return any(len(known) < 64 or any(known.values()) for known in bits.values())
 
 
 def _png_max_value(stream: BinaryIO) -> int | None:

@@ -29,8 +29,7 @@ from tood_deploy.export.config import DeformForm, ExportConfig, PrecisionOptions
 from tood_deploy.export.graph_cache import graph_of
 from tood_deploy.export.options import flag_of
 from tood_deploy.export.preflight import MAX_VERIFY_IMAGES, check_deform, needs_gather
-from tood_deploy.export.result import ExportResult, describe_preset
-from tood_deploy.export.timings import timed
+from tood_deploy.export.result import ExportResult, describe_preset, timed
 from tood_deploy.export.to_onnx import OPSET
 from tood_deploy.files import no_empty_folder
 from tood_deploy.graph_io import INNER_VALUES, ONNX_SUFFIX, Target

@@ -38,8 +38,7 @@ from tood_deploy.export.config import ExportConfig
 from tood_deploy.export.graph import inner_values
 from tood_deploy.export.graph_cache import Say, describe
 from tood_deploy.export.precision.convert import images_to_verify
-from tood_deploy.export.result import ExportResult
-from tood_deploy.export.timings import timed
+from tood_deploy.export.result import ExportResult, timed
 from tood_deploy.export.to_onnx import example_inputs, quiet_exporter
 from tood_deploy.files import atomic_path, atomic_paths, home_folder
 from tood_deploy.graph_io import MAP_NAMES, OUTPUTS, TORCH_SUFFIX, program_outputs

@@ -41,6 +41,7 @@ from tood_deploy.inference.video_loss import (
     LossLedger,
     frames_text,
     library_lines,
+    packets_without_index,
     references_are_missing,
 )
 
@@ -79,6 +80,11 @@ def open_container(
         InputError: nothing there, or not a video.
     """
     shown, expected = redacted(name), "expected an image, video, camera or stream"
+    silence = (
+        f"{shown}: no answer within {timeout_s:.0f} seconds; check that the camera or server is on "
+        "and sends"
+    )
+    asked_s = time.monotonic()
     camera_format = "v4l2" if name.startswith("/dev/") else None
     try:
         # Unbuffered: what has come is read at once.
@@ -89,11 +95,10 @@ def open_container(
         )
         return av.open(file, "r", format=camera_format, options=options or {}, timeout=timeout_s)
     except ExitError as error:
-        raise InputError(
-            f"{shown}: no answer within {timeout_s:.0f} seconds; check that the camera or server "
-            "is on and sends"
-        ) from error
+        raise InputError(silence) from error
     except FFmpegError as error:
+        if time.monotonic() - asked_s >= timeout_s:  # RTSP says of it that the data are invalid
+            raise InputError(silence) from error
         reason = without_secrets(str(error.strerror or error), name)
         raise InputError(f"{shown}: cannot be opened as a video ({reason}); {expected}") from error
     except (OSError, ValueError) as error:
@@ -260,8 +265,12 @@ class VideoSource(Source):
         for count, text in losses:
             kept = f"; what could be decoded, {given} frames, is kept" if "cut" in text else ""
             self.skip(f"{self.name}: {text}{kept}", count)
-        if not losses and not self._is_pipe:
-            self._tell_gaps(ledger, stream_index)
+        if losses or self._is_pipe:
+            return
+        if decoder.read_to_end and (count := self._left_out_by_index(ledger, stream_index)):
+            self.skip(f"{self.name}: {frames_text(count)} lost, which its index leaves out", count)
+            return
+        self._tell_gaps(ledger, stream_index)
 
     def _tell_gaps(self, ledger: LossLedger, stream_index: int) -> None:
         """Tell gaps in the times of an intact file: lost, where later frames refer to them."""
@@ -279,6 +288,15 @@ class VideoSource(Source):
                 f"{self.name}: its times have a gap of {gaps[0][2]} frames after {seconds:.2f} s"
                 f"{others}; nothing shows that frames were lost"
             )
+
+    def _left_out_by_index(self, ledger: LossLedger, stream_index: int) -> int:
+        """Return how many frames an AVI file holds that its index does not name.
+
+        Fewer packets than the times have room for may also be chunks without a frame.
+        """
+        if not (ledger.repeats_frames and ledger.has_room and "://" not in self.address):
+            return 0
+        return max(0, packets_without_index(self.address, stream_index) - ledger.packets)
 
     def _format(
         self, container: InputContainer, stream: VideoStream, frame: VideoFrame

@@ -248,6 +248,11 @@ class LossLedger:
         return self._format == "avi"
 
     @property
+    def has_room(self) -> bool:
+        """Whether an AVI file counts, or has times for, more frames than were read."""
+        return self.packets < max(self.stream.frames, self._last_dts + 1)
+
+    @property
     def _is_damaged(self) -> bool:
         return bool(self.container_error or self.read_error)
 
@@ -315,6 +320,21 @@ class LossLedger:
         if self.stream.duration:
             return float(self.stream.duration * self.time_base)
         return (self.container.duration or 0) / av.time_base
+
+
+def packets_without_index(name: str, stream_index: int) -> int:
+    """Return how many packets a file has where it is read from start to end, as a pipe is.
+
+    Args:
+        name: of the file.
+        stream_index: of its video.
+    """
+    try:
+        with av.open(for_ffmpeg(name), options={"seekable": "0"}) as container:
+            stream = container.streams[stream_index]
+            return sum(packet.size > 0 for packet in container.demux(stream))
+    except (FFmpegError, IndexError):  # it was read before: what cannot be read again is no proof
+        return 0
 
 
 def references_are_missing(name: str, stream_index: int, gap: tuple[int, int, int]) -> bool:

@@ -5,6 +5,7 @@ Comes in: images with their times. Knows no detections.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ class _Encoder:
         crf, max_crf: the quality that is taken, and the worst there is; 0 is the best.
         options: that set its speed, and keep it from printing.
         tag: by which players of .mp4 and .mov know the codec, where it is not FFmpeg's.
+        smallest_side: of a frame that it takes, and that players show.
     """
 
     title: str
@@ -50,6 +52,7 @@ class _Encoder:
     max_crf: int
     options: dict[str, str]
     tag: str | None = None
+    smallest_side: int = 16
 
 
 ENCODERS = {
@@ -60,8 +63,10 @@ ENCODERS = {
     "vp9": _Encoder(
         "VP9", "libvpx-vp9", 30, 63, {"b": "0", "deadline": "realtime", "cpu-used": "8"}
     ),
+    # SVT-AV1 waits for ever for frames of 160 x 16.
+    "av1": _Encoder("AV1", "libsvtav1", 35, 63, {"preset": "8"}, smallest_side=64),
 }
-SMALLEST_SIDE = 16  # of a frame that players take
+SVT_LOG = "SVT_LOG", "1"  # errors alone: SVT-AV1 would print its settings on stderr
 UNSPECIFIED, FULL_RANGE = 2, 2
 MATROSKA = ".mkv"
 PREROLL_S = 0.1  # of sound that decoders need before what is heard
@@ -204,6 +209,7 @@ class VideoWriter:
 
     def _open(self, with_sound: bool) -> None:
         """Open the encoder and write the header: without sound, where it cannot be kept."""
+        os.environ.setdefault(*SVT_LOG)
         self._container = av.open(for_ffmpeg(str(self._temporary)), "w")
         crf = self.encoder.crf if self.crf is None else self.crf
         options = self.encoder.options | {"crf": str(crf)}
@@ -230,7 +236,7 @@ class VideoWriter:
     def _set_up(self, stream: VideoStream) -> None:
         """Set what the encoder needs to know before it is opened."""
         stream.width, stream.height = (
-            max(SMALLEST_SIDE, side + side % 2) for side in self.frame_wh
+            max(self.encoder.smallest_side, side + side % 2) for side in self.frame_wh
         )
         stream.pix_fmt = "yuv420p"
         context = stream.codec_context

@@ -25,9 +25,15 @@ from tood_deploy.benchmark.html_report import (
     write_json,
     write_markdown,
 )
-from tood_deploy.benchmark.latency.measure import Measurement, describe
+from tood_deploy.benchmark.latency.measure import (
+    Measurement,
+    Ratio,
+    Summary,
+    describe,
+    speedup,
+    summarise,
+)
 from tood_deploy.benchmark.latency.peak import Arithmetic
-from tood_deploy.benchmark.latency.statistics import Ratio, Summary, speedup, summarise
 from tood_deploy.benchmark.latency.worker import END_TO_END, ENGINE, PARTS
 
 STAGES = ("pre", *PARTS, "post")
