@@ -13,7 +13,7 @@ from benchmarks.gpu.parity import verdict
 from benchmarks.gpu.settings import Row
 from tood_deploy.benchmark.html_report import Cell as TableCell
 from tood_deploy.benchmark.html_report import Table, write_json, write_markdown
-from tood_deploy.benchmark.latency.report import Summary, speedup, summarise
+from tood_deploy.benchmark.latency.measure import Summary, speedup, summarise
 
 
 def write_report(
