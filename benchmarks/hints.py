@@ -17,7 +17,7 @@ from rich.table import Table
 
 from tood_deploy import Detections, Detector, __version__
 from tood_deploy.benchmark.latency.machine import describe_machine
-from tood_deploy.benchmark.latency.statistics import speedup
+from tood_deploy.benchmark.latency.measure import speedup
 from tood_deploy.engines.open import Hint
 
 HINTS: tuple[Hint, ...] = ("latency", "throughput")

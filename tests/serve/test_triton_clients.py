@@ -19,12 +19,19 @@ from tood_deploy.preprocess import resize_and_pad
 triton = pytest.importorskip("tritonclient.http")
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 TYPES = {"uint8": "UINT8", "int32": "INT32", "float32": "FP32"}
+NET_HW = (96, 128)
 IMAGES = [synthetic_image(120, 160, 0), synthetic_image(300, 200, 1), synthetic_image(97, 333, 2)]
 
 
 @pytest.fixture(scope="module")
-def server(tiny_artefact: Path) -> Iterator[Running]:
-    with running({"tiny": Detector(tiny_artefact)}) as served:
+def detector(tiny_artefact: Path) -> Iterator[Detector]:
+    with Detector(tiny_artefact) as detector:
+        yield detector
+
+
+@pytest.fixture(scope="module")
+def server(detector: Detector) -> Iterator[Running]:
+    with running({"tiny": detector}) as served:
         yield served
 
 
@@ -42,7 +49,7 @@ def example() -> ModuleType:
 
 
 def request_inputs(image: Any, conf: float, *, batch: int = 1, binary: bool = True) -> list[Any]:
-    padded, transform = resize_and_pad(image, (240, 320))
+    padded, transform = resize_and_pad(image, NET_HW)
     arrays = {
         "images": np.stack([padded] * batch),
         "valid_hw": np.array([transform.resized_hw] * batch, np.int32),
@@ -77,10 +84,11 @@ def test_health_and_metadata(client: Any) -> None:
     assert "class_names" in config["parameters"]
 
 
-@pytest.mark.parametrize("binary", [True, False])
-@pytest.mark.parametrize("packing", [None, "gzip", "deflate"])
+@pytest.mark.parametrize(
+    ("binary", "packing"), [(True, None), (True, "gzip"), (True, "deflate"), (False, None)]
+)
 def test_tensors_in_binary_and_as_json(
-    client: Any, tiny_artefact: Path, binary: bool, packing: str | None
+    client: Any, detector: Detector, binary: bool, packing: str | None
 ) -> None:
     outputs = [
         triton.InferRequestedOutput(name, binary_data=binary)
@@ -95,8 +103,9 @@ def test_tensors_in_binary_and_as_json(
         response_compression_algorithm=packing,
     )
     assert result.get_response()["id"] == "mine"
-    with Detector(tiny_artefact, conf=0.1, iou=0.5) as detector:
-        expected = detector.run_engine([detector.prepare(IMAGES[0])])
+    padded, transform = resize_and_pad(IMAGES[0], NET_HW)
+    valid_hw = np.array([transform.resized_hw], np.int32)
+    expected = detector.engine.infer(padded[None], valid_hw, 0.1, 0.5)
     assert expected.num_dets[0] > 0
     for slot in (0, 1):
         assert result.as_numpy("num_dets")[slot] == expected.num_dets
@@ -116,7 +125,7 @@ def test_errors_reach_the_client(client: Any) -> None:
 def test_the_example_finds_what_the_detector_finds(
     example: ModuleType,
     server: Running,
-    tiny_artefact: Path,
+    detector: Detector,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -126,8 +135,8 @@ def test_the_example_finds_what_the_detector_finds(
     arguments = ["tiny", *paths, "--url", f"127.0.0.1:{server.port}", "--conf", "0.1"]
     assert example.main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
-    with Detector(tiny_artefact, conf=0.1, iou=0.6) as detector:
-        detections = [detector(image) for image in IMAGES]
+    detector.set_conf(0.1)
+    detections = [detector(image) for image in IMAGES]
     expected = [
         f"{path}\t{name}\t{score:.3f}"
         for path, own in zip(paths, detections, strict=True)

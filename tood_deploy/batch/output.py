@@ -24,8 +24,8 @@ from tood_deploy.batch.source import Location, locate, open_filesystem, reason_o
 from tood_deploy.batch.worker import ROWS
 from tood_deploy.detections import Detections
 from tood_deploy.errors import OutputError
+from tood_deploy.files import check_writable
 from tood_deploy.inference.frame import Frame
-from tood_deploy.inference.output_paths import check_writable
 from tood_deploy.inference.text_sinks import finite_detections, frame_record, json_text
 
 Format = Literal["parquet", "jsonl", "coco"]

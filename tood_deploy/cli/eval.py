@@ -175,7 +175,7 @@ def eval_command(argv: Sequence[str] | None = None) -> int:
 
     from tood_deploy.benchmark.evaluation.evaluate import RESULTS, evaluate_file, open_data_set
     from tood_deploy.benchmark.evaluation.report import HTML, JSON, MARKDOWN, write_evaluation
-    from tood_deploy.inference.output_paths import check_writable
+    from tood_deploy.files import check_writable
 
     reporter = Reporter(args.quiet)
     wish_from(args)  # wrong values are said before the long run

@@ -7,6 +7,7 @@ process of its own. `summarise` and `speedup` say what the times amount to. Know
 from __future__ import annotations
 
 import contextlib
+import itertools
 import multiprocessing
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tood_deploy.benchmark.latency.machine import GpuMeter
-from tood_deploy.benchmark.latency.worker import Calls, Case, Failed, Opened, Turn, serve
+from tood_deploy.benchmark.latency.worker import (
+    END_TO_END,
+    Calls,
+    Case,
+    Failed,
+    Opened,
+    Turn,
+    serve,
+)
 from tood_deploy.errors import ToodError
 from tood_deploy.manifest import artefact_files
 from tood_deploy.reporter import Reporter
@@ -346,3 +355,46 @@ def speedup(
     low, high = np.percentile(medians[:, 0] / medians[:, 1], [tail, 100 - tail]).tolist()
     middle = np.median(both, axis=0)
     return Ratio(float(middle[0] / middle[1]), low, high)
+
+
+def summary_of(measurement: Measurement, kind: str, part: str = "total") -> Summary | None:
+    """Summarise all rounds; None where the part does not exist on this device.
+
+    Args:
+        measurement: of one case.
+        kind: of calls.
+        part: of a call.
+    """
+    times = [ms for turn in measurement.times_ms(kind, part) for ms in turn]
+    return summarise(times) if times else None
+
+
+def total_of(measurement: Measurement, kind: str) -> Summary:
+    """Summarise whole calls of one kind over all rounds."""
+    summary = summary_of(measurement, kind)
+    assert summary is not None  # every turn makes a call of each kind
+    return summary
+
+
+def fps(measurement: Measurement) -> float:
+    """Return images a second, end to end, one call after another."""
+    return 1000 * measurement.case.batch / total_of(measurement, END_TO_END).mean
+
+
+def groups(measurements: Sequence[Measurement]) -> Iterator[list[Measurement]]:
+    """Yield those that were measured together: the same size asked for, and batch."""
+    for _, group in itertools.groupby(
+        measurements, key=lambda measurement: (measurement.case.imgsz, measurement.case.batch)
+    ):
+        yield list(group)
+
+
+def speedups(measurements: Sequence[Measurement], kind: str = END_TO_END) -> dict[int, Ratio]:
+    """Return the speed-up over the first of the same group, by position; the first has none."""
+    ratios, position = {}, 0
+    for group in groups(measurements):
+        for measurement in group:
+            if measurement is not group[0]:
+                ratios[position] = speedup(group[0].times_ms(kind), measurement.times_ms(kind))
+            position += 1
+    return ratios
