@@ -1,8 +1,8 @@
 # Each target sets up what it needs in .venv, and is quick when run again.
 PYTHON ?= python3
 MARKS ?= not slow
-# A process for each core: a file's tests stay together, since they share what they export.
-PROCESSES ?= --numprocesses logical --maxprocesses 8 --dist loadfile
+# A process for each core: a file's tests stay together, since they share what they export, and files of long tests come first.
+PROCESSES ?= --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 

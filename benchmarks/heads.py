@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tood_deploy import __version__
-from tood_deploy.benchmark.latency.measure import LatencyPlan
-from tood_deploy.benchmark.latency.statistics import speedup
+from tood_deploy.benchmark.latency.measure import LatencyPlan, speedup
 from tood_deploy.benchmark.latency.worker import END_TO_END, Case
 from tood_deploy.cli.eval import main as tood_eval
 from tood_deploy.cli.train import main as tood_train

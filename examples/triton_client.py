@@ -1,10 +1,10 @@
-"""Find objects in images by a model on Triton Inference Server, or on `tood-serve`.
-
-    pip install "tritonclient[grpc]"
-    python examples/triton_client.py tood street.jpg dog.jpg --url localhost:8001
+"""Find objects in images by a model on `tood-serve`, or on Triton Inference Server.
 
     pip install "tritonclient[http]"
-    python examples/triton_client.py tood street.jpg dog.jpg --http --url localhost:8000
+    python examples/triton_client.py tood street.jpg dog.jpg --url localhost:8000
+
+    pip install "tritonclient[grpc]"          # Triton alone speaks gRPC
+    python examples/triton_client.py tood street.jpg dog.jpg --url grpc://localhost:8001
 
 The client scales and pads images as `Detector` does and maps boxes back; it asks the server for
 what it must know of the model. `tood_deploy` is needed for its pre-processing alone: NumPy and
@@ -165,11 +165,46 @@ class HttpClients(threading.local):
         self.get_model_config, self.infer = self._client.get_model_config, self._client.infer
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Print a line for each object, and return the exit code.
+def connect(url: str) -> tuple[Any, Any]:
+    """Return a client for an address, and the module of `tritonclient` that it is from.
 
-    It is 2 at an image that cannot be read or that the engine has no answer for.
+    Raises:
+        ToodError: the address is of neither protocol.
     """
+    protocol, _, place = url.rpartition("://")
+    if protocol in ("", "http"):
+        from tritonclient import http  # pyright: ignore[reportMissingImports]
+
+        return HttpClients(place), http
+    if protocol == "grpc":
+        from tritonclient import grpc  # pyright: ignore[reportMissingImports]
+
+        return grpc.InferenceServerClient(place), grpc
+    raise ToodError(f"--url {url}: expected HOST:PORT, http://HOST:PORT or grpc://HOST:PORT")
+
+
+def read_images(paths: Sequence[Path]) -> list[NDArray[np.uint8]]:
+    """Return all images, (H, W, 3) uint8 BGR each.
+
+    Raises:
+        ToodError: some cannot be read.
+    """
+    images: list[Any] = [cv2.imread(str(path), cv2.IMREAD_COLOR) for path in paths]
+    pairs = zip(paths, images, strict=True)
+    if unreadable := [str(path) for path, image in pairs if image is None]:
+        raise ToodError(f"cannot be read as images: {', '.join(unreadable)}")
+    return images
+
+
+def print_detections(path: Path, detections: Detections) -> None:
+    """Print a line for each object of an image."""
+    columns = (detections.boxes, detections.scores, detections.names())
+    for box, score, name in zip(*columns, strict=True):
+        print(f"{path}\t{name}\t{score:.3f}\t{' '.join(f'{side:.1f}' for side in box)}")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the options of the program."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -177,39 +212,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("images", nargs="+", type=Path)
     parser.add_argument(
         "--url",
-        default="localhost:8001",
-        help="host and port of the server's gRPC service, or of its HTTP service "
-        "(default: %(default)s)",
+        default="localhost:8000",
+        help="HOST:PORT of the server's HTTP service, or grpc://HOST:PORT (default: %(default)s)",
     )
-    parser.add_argument("--http", action="store_true", help="ask over HTTP in place of gRPC")
     parser.add_argument("--conf", type=float, default=0.3)
     parser.add_argument("--iou", type=float, default=0.6)
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print a line for each object, and return the exit code.
+
+    It is 2 at an image that cannot be read or that the engine has no answer for, and where the
+    server does not answer or refuses.
+    """
+    arguments = build_parser().parse_args(argv)
     # No extra of tood_deploy: it wants older versions of some packages than tood_deploy does.
-    if arguments.http:
-        from tritonclient import http as triton  # pyright: ignore[reportMissingImports]
+    from tritonclient.utils import InferenceServerException  # pyright: ignore[reportMissingImports]
 
-        client: Any = HttpClients(arguments.url)
-    else:
-        from tritonclient import grpc as triton  # pyright: ignore[reportMissingImports]
-
-        client = triton.InferenceServerClient(arguments.url)
-    images: list[Any] = [cv2.imread(str(path), cv2.IMREAD_COLOR) for path in arguments.images]
-    pairs = zip(arguments.images, images, strict=True)
-    if unreadable := [str(path) for path, image in pairs if image is None]:
-        print(f"error: cannot be read as images: {', '.join(unreadable)}", file=sys.stderr)
+    try:
+        client, triton = connect(arguments.url)
+        images = read_images(arguments.images)
+        model = read_model(client, arguments.model)
+        answers = detect(client, triton, model, images, arguments.conf, arguments.iou)
+        for path, detections in zip(arguments.images, answers, strict=True):
+            print_detections(path, detections)
+    except ToodError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
-    model = read_model(client, arguments.model)
-    answers = detect(client, triton, model, images, arguments.conf, arguments.iou)
-    for path in arguments.images:
-        try:
-            detections = next(answers)
-        except ToodError as error:
-            print(f"error: {path}: {error}", file=sys.stderr)
-            return 2
-        columns = (detections.boxes, detections.scores, detections.names())
-        for box, score, name in zip(*columns, strict=True):
-            print(f"{path}\t{name}\t{score:.3f}\t{' '.join(f'{side:.1f}' for side in box)}")
+    except (OSError, InferenceServerException) as error:
+        reason = " ".join(str(error).split())
+        print(f"error: --url {arguments.url}: {reason}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -1,8 +1,9 @@
 """What all tests share.
 
-Thread limits, the folder of goldens, the synthetic image, the stand-in weights.
+Thread limits, the folder of goldens, the synthetic image, the stand-in weights, `tiny` exported.
 """
 
+import hashlib
 import os
 
 # Before anything imports torch: more threads only wait for each other on small maps, and where the
@@ -16,6 +17,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +29,17 @@ from reference import seeded_family, seeded_weights, synth_image
 from reported_once import pytest_runtest_makereport  # noqa: F401 - a hook
 
 ROOT = Path(__file__).resolve().parents[1]
+VERIFIED_HW = {"landscape": (128, 192), "portrait": (192, 128)}
 SHARED = Path(os.environ.get("TOOD_SHARED") or ROOT / ".." / "shared").resolve()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips what this machine has no folder or no GPU for."""
+    """Skip what this machine has no folder or no GPU for; files of long tests come first.
+
+    Processes that share the files then end at about the same time.
+    """
+    long = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in long)
     absent = {
         "shared": None if SHARED.is_dir() else f"{SHARED} is absent",
         # Where the environment says that there is one, its absence is a failure.
@@ -59,6 +67,27 @@ def own_home(
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TOOD_HOME", str(home))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def small_verification() -> Iterator[dict[str, tuple[int, int]]]:
+    """Exports are verified on small images, a fifth of the work; gives the sizes of users'."""
+    from tood_deploy.parity import verify
+
+    shipped = verify.SIZES_HW
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verify, "SIZES_HW", VERIFIED_HW)
+        yield shipped
+
+
+@pytest.fixture
+def full_sizes(
+    small_verification: dict[str, tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exports are verified as users' are."""
+    from tood_deploy.parity import verify
+
+    monkeypatch.setattr(verify, "SIZES_HW", small_verification)
 
 
 @pytest.fixture
@@ -180,14 +209,65 @@ def tiny_checkpoint(
 
 
 @pytest.fixture(scope="session")
-def tiny_artefact(tiny_checkpoint: Path) -> Path:
-    """The same, exported and verified once for all tests. Copy it before changing it."""
+def tiny_artefact(tiny_checkpoint: Path, pytestconfig: pytest.Config) -> Path:
+    """The same, exported and verified once for all tests. Copy it before changing it.
+
+    One process makes it for the others, and for later runs of the same sources.
+    """
+    path = tiny_checkpoint.with_suffix(".onnx")
+    if pytestconfig.cache is None:
+        export_tiny(tiny_checkpoint, path)
+        return path
+    from filelock import FileLock
+
+    folder = pytestconfig.cache.mkdir("artefacts")
+    kept = folder / f"{sources_sha256(tiny_checkpoint)}.onnx"
+    with FileLock(folder / "lock"):
+        if not kept.with_suffix(".json").is_file():
+            for older in (*folder.glob("*.onnx"), *folder.glob("*.json")):
+                older.unlink()
+            export_tiny(tiny_checkpoint, kept)
+        for suffix in (".onnx", ".json"):
+            shutil.copy(kept.with_suffix(suffix), path.with_suffix(suffix))
+    return path
+
+
+def export_tiny(checkpoint: Path, path: Path) -> None:
+    """Export and verify a checkpoint."""
     from tood_deploy.export.export import export_onnx
     from tood_deploy.model import load_checkpoint
 
-    path = tiny_checkpoint.with_suffix(".onnx")
-    export_onnx(load_checkpoint(tiny_checkpoint), path)
-    return path
+    export_onnx(load_checkpoint(checkpoint), path)
+
+
+def sources_sha256(checkpoint: Path) -> str:
+    """Return the hash of all that decides what becomes of a checkpoint."""
+    names = ("numpy", "onnx", "onnxruntime", "onnxscript", "torch")
+    digest = hashlib.sha256(repr([version(name) for name in names]).encode())
+    for path in (checkpoint, Path(__file__), *sorted((ROOT / "tood_deploy").rglob("*.py"))):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:32]
+
+
+@pytest.fixture(scope="session")
+def tiny_reference(tiny_checkpoint: Path) -> Any:
+    """The same in PyTorch, as what exports are compared with.
+
+    What is measured of an input is measured once.
+    """
+    from tood_deploy.model import load_checkpoint
+    from tood_deploy.parity.torch_reference import torch_reference
+
+    measured: dict[bytes, Any] = {}
+    reference = torch_reference(load_checkpoint(tiny_checkpoint), 100)
+
+    def measure(images: NDArray[np.uint8], *others: Any) -> Any:
+        key = repr((images.shape, others)).encode() + images.tobytes()
+        if key not in measured:
+            measured[key] = reference.measure(images, *others)
+        return measured[key]
+
+    return replace(reference, measure=measure)
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from tood_deploy.files import (
     atomic_path,
     atomic_paths,
     check_overwrites,
+    check_writable,
     file_sha256,
     remove_leftovers,
     temporary_folder,
@@ -201,3 +202,32 @@ def test_text_that_can_be_no_path_is_no_file(text: str) -> None:
 def test_what_is_no_text_is_escaped(tmp_path: Path) -> None:
     write_text(tmp_path / "a.txt", "caf\udce9")
     assert (tmp_path / "a.txt").read_bytes() == b"caf\\udce9"
+
+
+class TestWritable:
+    def test_what_is_there_already(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        assert check_writable(tmp_path, "") == tmp_path
+        assert check_writable(tmp_path / "new" / "folder", "") == tmp_path
+        assert check_writable(Path("new/folder"), "").samefile(tmp_path)
+        assert check_writable(Path(), "") == Path()
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_file_in_the_way(self, tmp_path: Path) -> None:
+        (tmp_path / "file").touch()
+        with pytest.raises(OutputError, match=r"file is a file; go elsewhere"):
+            check_writable(tmp_path / "file" / "new", "go elsewhere")
+        with pytest.raises(OutputError, match="cannot be written"):
+            check_writable(Path("/proc/none"))
+
+    def test_not_allowed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """By a stand-in: whoever runs the tests may be allowed everything."""
+
+        def refuse(**_: object) -> None:
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr(files.tempfile, "TemporaryFile", refuse)
+        with pytest.raises(
+            OutputError, match=r"new: cannot be written \(Permission denied\); go elsewhere"
+        ):
+            check_writable(tmp_path / "new", "go elsewhere")

@@ -20,6 +20,7 @@ from tood_deploy.engines.torch_fast import BF16_CPU
 from tood_deploy.export.export import export_onnx
 from tood_deploy.matching import NetDetections, match_boxes
 from tood_deploy.model import load_checkpoint
+from tood_deploy.parity import verify
 from tood_deploy.parity.tolerances import DETECTION_LIMITS
 
 pytestmark = [pytest.mark.shared, pytest.mark.slow]
@@ -34,9 +35,16 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def artefact(name: str, shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def artefact(
+    name: str,
+    shared: Path,
+    small_verification: dict[str, tuple[int, int]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
     path = tmp_path_factory.mktemp(name) / f"{name}.onnx"
-    export_onnx(load_checkpoint(shared / "reference" / "checkpoints" / f"{name}.pth"), path)
+    with pytest.MonkeyPatch.context() as patch:  # verified as users' are
+        patch.setattr(verify, "SIZES_HW", small_verification)
+        export_onnx(load_checkpoint(shared / "reference" / "checkpoints" / f"{name}.pth"), path)
     return path
 
 

@@ -22,7 +22,6 @@ LAYERS = (
         "draw",
         "files",
         "graph_io",
-        "manifest_schema",
         "manifest_sections",
         "reporter",
     },

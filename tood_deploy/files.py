@@ -8,6 +8,7 @@ import re
 import secrets
 import shutil
 import stat
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache, lru_cache
@@ -226,6 +227,32 @@ def _remove(path: Path) -> None:
     else:
         with suppress(OSError):
             path.unlink(missing_ok=True)
+
+
+def check_writable(folder: Path, remedy: str = "choose another place") -> Path:
+    """Refuse a folder that cannot be written, or made where it is not there yet.
+
+    Leaves nothing behind.
+
+    Args:
+        folder: that files will come into.
+        remedy: what to do about it, for the message.
+
+    Returns:
+        The folder itself, or the one that it will be made in.
+
+    Raises:
+        OutputError: it cannot.
+    """
+    places = (folder, *folder.absolute().parents)
+    present = next(place for place in places if os.path.lexists(place))
+    if not present.is_dir():
+        raise OutputError(f"{folder}: cannot be written, as {present} is a file; {remedy}")
+    try:
+        with tempfile.TemporaryFile(dir=present):
+            return present
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be written ({error.strerror}); {remedy}") from error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -13,28 +13,37 @@ int round_half_up(double side) { return std::max(1, static_cast<int>(side + 0.5)
 
 int next_multiple(int side, int divisor) { return (side + divisor - 1) / divisor * divisor; }
 
-cv::Size fit_size(cv::Size image, const Sizing& sizing) {
+// The largest size of the image's aspect whose short side and long side fit the target.
+cv::Size fit(cv::Size image, cv::Size2d target) {
+  const double scale = std::min(target.height / std::min(image.width, image.height),
+                                target.width / std::max(image.width, image.height));
+  return {round_half_up(image.width * scale), round_half_up(image.height * scale)};
+}
+
+cv::Size resized_size(cv::Size image, const Sizing& sizing) {
   cv::Size2d target = sizing.target;
   if (sizing.scale_factor) {
     const int columns = static_cast<int>(image.width * sizing.scale_factor->width + 0.5);
     const int rows = static_cast<int>(image.height * sizing.scale_factor->height + 0.5);
     target = sizing.stretch ? cv::Size2d(columns, rows) : cv::Size2d(std::max(columns, rows), std::min(columns, rows));
   }
-  if (sizing.stretch) return {round_half_up(target.width), round_half_up(target.height)};
-  const double scale = std::min(target.height / std::min(image.width, image.height),  // short side
-                                target.width / std::max(image.width, image.height));  // long side
-  return {round_half_up(image.width * scale), round_half_up(image.height * scale)};
+  return sizing.stretch ? cv::Size(round_half_up(target.width), round_half_up(target.height)) : fit(image, target);
 }
 
 // An image that a fixed canvas has no room for is made smaller.
-cv::Size shrink_to(cv::Size image, cv::Size resized, const Sizing& sizing, cv::Size canvas) {
+cv::Size shrink_to(cv::Size image, cv::Size resized, bool stretch, cv::Size canvas) {
   if (resized.width <= canvas.width && resized.height <= canvas.height) return resized;
-  if (sizing.stretch) return {std::min(resized.width, canvas.width), std::min(resized.height, canvas.height)};
+  if (stretch) return {std::min(resized.width, canvas.width), std::min(resized.height, canvas.height)};
   const double room = std::min(static_cast<double>(canvas.height) / image.height, static_cast<double>(canvas.width) / image.width);
   const int columns = std::max(1, static_cast<int>(image.width * room)), rows = std::max(1, static_cast<int>(image.height * room));
-  Sizing smaller;
-  smaller.target = {static_cast<double>(std::max(columns, rows)), static_cast<double>(std::min(columns, rows))};
-  return fit_size(image, smaller);
+  return fit(image, cv::Size2d(std::max(columns, rows), std::min(columns, rows)));
+}
+
+// Two numbers of the manifest, rows before columns, as OpenCV orders them; nothing where there are none.
+std::optional<cv::Size2d> optional_size(const nlohmann::json& preset, const char* name) {
+  if (!preset.contains(name) || preset[name].is_null()) return std::nullopt;
+  const auto values = preset[name].get<std::array<double, 2>>();
+  return cv::Size2d(values[1], values[0]);
 }
 
 }  // namespace
@@ -46,35 +55,26 @@ Manifest read_manifest(const std::string& model_path) {
   try {
     const auto manifest = nlohmann::json::parse(file);
     const auto& preset = manifest.at("preset");
-    Manifest read;
-    read.class_names = preset.at("class_names").get<std::vector<std::string>>();
-    read.iou_threshold = preset.at("iou_threshold");
-    read.bf16 = manifest.at("precision") == "bf16" || manifest.at("options").value("rest", "fp32") == "bf16";
-    const auto imgsz = preset.at("imgsz").get<std::array<double, 2>>();  // short and long side, or rows and columns
-    read.sizing.target = {imgsz[1], imgsz[0]};
-    read.sizing.stretch = preset.value("resize", "fit") == "stretch";
-    read.sizing.divisor = preset.value("pad_divisor", 32);
-    if (preset.contains("scale_factor") && !preset["scale_factor"].is_null())
-      read.sizing.scale_factor = cv::Size2d(preset["scale_factor"][1], preset["scale_factor"][0]);
-    if (preset.contains("canvas_hw") && !preset["canvas_hw"].is_null())
-      read.sizing.canvas = cv::Size(preset["canvas_hw"][1], preset["canvas_hw"][0]);
-    return read;
+    preset.at("imgsz");  // short and long side, or rows and columns: the one size that is always there
+    return {{*optional_size(preset, "imgsz"), preset.value("resize", "fit") == "stretch", optional_size(preset, "scale_factor"),
+             preset.value("pad_divisor", 32), optional_size(preset, "canvas_hw")},
+            preset.at("class_names").get<std::vector<std::string>>(),
+            preset.at("iou_threshold").get<float>(),
+            manifest.at("precision") == "bf16" || manifest.at("options").value("rest", "fp32") == "bf16"};
   } catch (const nlohmann::json::exception& error) {
     throw std::runtime_error(path + ": not a manifest of tood-export (" + error.what() + "); export the model again");
   }
 }
 
 Prepared prepare(const cv::Mat& image_bgr, const Sizing& sizing) {
-  Prepared prepared;
-  prepared.image = image_bgr.size();
-  prepared.resized = fit_size(prepared.image, sizing);
-  const cv::Size padded = sizing.canvas.value_or(cv::Size(next_multiple(prepared.resized.width, sizing.divisor),
-                                                          next_multiple(prepared.resized.height, sizing.divisor)));
-  prepared.resized = shrink_to(prepared.image, prepared.resized, sizing, padded);
-  cv::Mat resized;
-  cv::resize(image_bgr, resized, prepared.resized, 0, 0, cv::INTER_LINEAR);
-  prepared.images = cv::Mat::zeros(padded, CV_8UC3);
-  cv::cvtColor(resized, prepared.images(cv::Rect(cv::Point(0, 0), prepared.resized)), cv::COLOR_BGR2RGB);
+  cv::Size resized = resized_size(image_bgr.size(), sizing);
+  const cv::Size padded = sizing.canvas.value_or(
+      cv::Size(next_multiple(resized.width, sizing.divisor), next_multiple(resized.height, sizing.divisor)));
+  resized = shrink_to(image_bgr.size(), resized, sizing.stretch, padded);
+  Prepared prepared{cv::Mat::zeros(padded, CV_8UC3), resized, image_bgr.size()};
+  cv::Mat pixels;
+  cv::resize(image_bgr, pixels, resized, 0, 0, cv::INTER_LINEAR);
+  cv::cvtColor(pixels, prepared.images(cv::Rect({0, 0}, resized)), cv::COLOR_BGR2RGB);
   return prepared;
 }
 
@@ -86,10 +86,9 @@ std::vector<Detection> detections_from(const Outputs& outputs, const Prepared& p
   const auto scale_y = static_cast<float>(static_cast<double>(prepared.resized.height) / prepared.image.height);
   std::vector<Detection> detections;
   for (std::int32_t i = 0; i < outputs.count; ++i) {
-    const float* box = outputs.boxes.data() + 4 * static_cast<std::size_t>(i);
+    const float* box = outputs.boxes + 4 * i;
     detections.push_back({{box[0] / scale_x, box[1] / scale_y, box[2] / scale_x, box[3] / scale_y},
-                          outputs.scores[static_cast<std::size_t>(i)],
-                          outputs.labels[static_cast<std::size_t>(i)]});
+                          outputs.scores[i], static_cast<std::size_t>(outputs.labels[i])});
   }
   return detections;
 }

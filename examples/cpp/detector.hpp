@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <opencv2/core.hpp>
 #include <optional>
 #include <string>
@@ -10,11 +11,11 @@
 
 // How an image is brought to the size of the network's input; fields of the manifest's preset.
 struct Sizing {
-  cv::Size2d target;                          // "fit": width is the long side, height the short one; "stretch": columns, rows
-  bool stretch = false;                       // whether the aspect is not kept
-  std::optional<cv::Size2d> scale_factor;     // of columns and rows, in place of `target`
-  int divisor = 32;                           // columns and rows are padded to a multiple of it
-  std::optional<cv::Size> canvas;             // or every image is padded to this
+  cv::Size2d target;                       // "fit": width is the long side, height the short one; "stretch": columns, rows
+  bool stretch = false;                    // whether the aspect is not kept
+  std::optional<cv::Size2d> scale_factor;  // of columns and rows, in place of `target`
+  int divisor = 32;                        // columns and rows are padded to a multiple of it
+  std::optional<cv::Size> canvas;          // or every image is padded to this
 };
 
 struct Manifest {
@@ -31,26 +32,27 @@ struct Prepared {
   cv::Size image;    // columns and rows of the image
 };
 
-// What the graph gives for one image: `count` rows, best first, boxes in pixels of `Prepared::images`.
+// The network's output for one image, best first; it lies in the runtime until the next image.
 struct Outputs {
-  std::int32_t count = 0;
-  std::vector<float> boxes;  // x1, y1, x2, y2 of the first row, of the second, ...
-  std::vector<float> scores;
-  std::vector<std::int32_t> labels;
+  std::int32_t count;         // of rows; -1: not known
+  const float* boxes;         // x1, y1, x2, y2 of the first row, of the second, ... in pixels of `Prepared::images`
+  const float* scores;        // 0 to 1
+  const std::int32_t* labels;  // positions in `Manifest::class_names`
 };
 
 struct Detection {
   cv::Vec4f box;  // x1, y1, x2, y2 in pixels of the image, not clipped to it
-  float score;    // 0 to 1
-  int class_id;   // position in `Manifest::class_names`
+  float score;
+  std::size_t class_id;
 };
 
-// One opened network. `infer` takes one image; the graph itself takes batches of images of one padded size.
-class Runtime {
- public:
-  virtual ~Runtime() = default;
-  virtual Outputs infer(const Prepared& prepared, float conf, float iou) = 0;
-};
+// One opened network: takes one image, a score that detections must exceed, and the overlap above which the weaker of two goes.
+// The graph itself takes batches of images of one padded size.
+using Network = std::function<Outputs(const Prepared& prepared, float conf, float iou)>;
+
+// Open a network on the CPU; both throw std::exception. CMakeLists.txt says which of them are built in.
+Network open_openvino(const std::string& model_path, const Manifest& manifest);
+Network open_onnxruntime(const std::string& model_path, const Manifest& manifest);
 
 // Read `model.json`, which lies beside `model.onnx` or `model.xml`; throws std::runtime_error.
 Manifest read_manifest(const std::string& model_path);

@@ -155,6 +155,7 @@ def test_rows_are_written_and_resumed(server: str) -> None:
 
 
 def test_no_such_bucket_for_rows(server: str) -> None:
-    output = BatchOutput(f"s3://nowhere/run{server}", RUN, resume=False)
+    """It is said before a run begins."""
     with pytest.raises(OutputError, match="nowhere"):
-        output.begin()
+        BatchOutput(f"s3://nowhere/run{server}", RUN, resume=False)
+    BatchOutput(f"s3://nowhere/run{server}&allow_bucket_creation=true", RUN, resume=False).begin()

@@ -10,7 +10,7 @@ pytest.importorskip("pyarrow")
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tood_deploy.batch.source import Chunk, deal_out, list_images, read_chunk
+from tood_deploy.batch.source import Chunk, deal_out, list_images, locate, read_chunk
 from tood_deploy.errors import InputError
 
 
@@ -164,3 +164,17 @@ def test_what_cannot_be_listed(spec_of: Callable[[Path], str], reason: str, fold
 def test_a_column_without_a_table_is_refused(folder: Path) -> None:
     with pytest.raises(InputError, match="--column"):
         list_images([str(folder)], "url")
+
+
+@pytest.mark.parametrize(
+    ("spec", "limit"),
+    [
+        ("gs://anonymous@bucket/a", "?retry_limit_seconds=20"),
+        ("gs://anonymous@bucket/a?scheme=http", "&retry_limit_seconds=20"),
+        ("gs://anonymous@bucket/a?retry_limit_seconds=90", ""),
+    ],
+)
+def test_a_store_that_does_not_answer_is_not_asked_for_ever(spec: str, limit: str) -> None:
+    where = locate(spec)
+    assert where.address == spec + limit
+    assert where.name == "gs://bucket/a"

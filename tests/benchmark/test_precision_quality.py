@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import onnx
 import pytest
+from benchmark.small_artefact import for_size
 from data.small_coco import annotation, coco, write_json
 from onnx import numpy_helper
 
@@ -23,13 +24,16 @@ from tood_deploy.onnx_file import OnnxArtefact, read_onnx
 
 @pytest.fixture(scope="module")
 def reference(tiny_artefact: Path) -> OnnxArtefact:
-    return read_onnx(tiny_artefact)
+    """The exported network, for small images."""
+    return for_size(read_onnx(tiny_artefact), (64, 96))
 
 
 @pytest.fixture(scope="module")
 def data(tiny_artefact: Path, tmp_path_factory: pytest.TempPathFactory) -> DataSet:
     folder, found = tmp_path_factory.mktemp("annotated"), []
-    with Detector(tiny_artefact, conf=0.05, max_det=10, self_test=False) as detector:
+    with Detector(
+        tiny_artefact, imgsz=(64, 96), conf=0.05, max_det=10, self_test=False
+    ) as detector:
         for i in range(1, 3):
             image = synthetic_image(64, 96, i)
             cv2.imwrite(str(folder / f"{i}.png"), image)

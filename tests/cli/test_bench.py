@@ -12,6 +12,7 @@ import pytest
 import torch
 from inference.fakes import RedEngine, moving_images, write_image, write_video
 
+from tood_deploy.benchmark.latency import peak
 from tood_deploy.benchmark.latency import video as video_module
 from tood_deploy.cli.bench import ap_from, main, short_names, size_from
 from tood_deploy.errors import ToodError
@@ -40,6 +41,8 @@ def run(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> Callable[..., tuple[int, str, str]]:
     """Runs tood-bench in an empty folder; gives exit code, stdout and stderr."""
+    monkeypatch.setattr(peak, "PRODUCT_SIDE", 64)
+    monkeypatch.setattr(peak, "CONV_HW", (8, 8))
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
 

@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 
 from tood_deploy import __version__
-from tood_deploy.cli.common import COMMANDS, CommandParser, accept_old_name
+from tood_deploy.cli.common import COMMANDS, CommandParser, accept_old_name, class_names_from
 from tood_deploy.cli.detection import add_device
-from tood_deploy.cli.files import class_names_from
 from tood_deploy.errors import ToodError
 from tood_deploy.presets import PRESETS
 

@@ -1,7 +1,9 @@
 """Every command in an installation without any extra: one line that names ours, and exit code 2."""
 
+import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -9,13 +11,32 @@ from inference.fakes import write_image
 
 from tood_deploy.errors import PACKAGES
 
+Run = Callable[[Path, str, list[str]], tuple[int, str]]
 OPTIONAL = sorted({name.split(".")[0] for name, package in PACKAGES.items() if package.extras})
-RUN = """
-import sys
-for name in {missing}:
-    sys.modules[name] = None
-from tood_deploy.cli.{module} import main
-sys.exit(main({arguments}))
+# A process that has what every installation has, and a copy of it for every line that it reads.
+COPIES = """
+import importlib, json, os, sys, traceback
+import av, cv2, imagesize, msgspec, numpy, onnxruntime, PIL.Image, rich.progress, rich.table
+
+for line in sys.stdin:
+    folder, missing, module, arguments = json.loads(line)
+    if os.fork() == 0:
+        os.chdir(folder)
+        os.dup2(os.open("stderr", os.O_CREAT | os.O_WRONLY), 2)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        for name in [name for name in sys.modules if name.split(".")[0] in missing]:
+            del sys.modules[name]
+        sys.modules.update(dict.fromkeys(missing))
+        code = 1
+        try:
+            code = importlib.import_module(f"tood_deploy.cli.{module}").main(arguments)
+        except SystemExit as end:
+            code = end.code
+        except BaseException:
+            traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(code)
+    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
 """
 
 
@@ -28,18 +49,24 @@ def files(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(folder: Path, command: str, missing: list[str]) -> tuple[int, str]:
-    module, *arguments = command.split()
-    code = RUN.format(missing=missing, module=module, arguments=arguments)
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    return result.returncode, result.stderr
+@pytest.fixture(scope="module")
+def run() -> Iterator[Run]:
+    """A function of a folder, a command and packages: its exit code and stderr without these."""
+    with subprocess.Popen(
+        [sys.executable, "-c", COPIES], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        given, codes = process.stdin, process.stdout
+
+        def in_a_copy(folder: Path, command: str, missing: list[str]) -> tuple[int, str]:
+            module, *arguments = command.split()
+            given.write(json.dumps([str(folder), missing, module, arguments]) + "\n")
+            given.flush()
+            code = int(codes.readline())
+            return code, (folder / "stderr").read_text(encoding="utf-8")
+
+        yield in_a_copy
 
 
 @pytest.mark.parametrize(
@@ -63,7 +90,9 @@ def run(folder: Path, command: str, missing: list[str]) -> tuple[int, str]:
         ("train tiny --train-json t.json --train-images . --check-data", "torch", "train"),
     ],
 )
-def test_every_command_without_extras(command: str, package: str, extra: str, files: Path) -> None:
+def test_every_command_without_extras(
+    command: str, package: str, extra: str, files: Path, run: Run
+) -> None:
     code, err = run(files, command, OPTIONAL)
     assert (code, err.count("\n")) == (2, 1), err
     assert err.startswith(f"error: the package {package}")
@@ -81,7 +110,7 @@ def test_every_command_without_extras(command: str, package: str, extra: str, fi
     ],
 )
 def test_a_single_package_that_is_missing(
-    command: str, package: str, extra: str, files: Path
+    command: str, package: str, extra: str, files: Path, run: Run
 ) -> None:
     code, err = run(files, command, [package])
     assert (code, err.count("\n")) == (2, 1), err
@@ -90,13 +119,13 @@ def test_a_single_package_that_is_missing(
 
 
 @pytest.mark.parametrize("command", ["infer m.onnx a.png", "export m.pth"])
-def test_onnxruntime_missing(command: str, files: Path) -> None:
+def test_onnxruntime_missing(command: str, files: Path, run: Run) -> None:
     code, err = run(files, command, ["onnxruntime"])
     assert (code, err.count("\n")) == (2, 1), err
     assert "pip install --no-deps onnxruntime" in err
 
 
-def test_any_other_missing_module_is_a_traceback(files: Path) -> None:
+def test_any_other_missing_module_is_a_traceback(files: Path, run: Run) -> None:
     code, err = run(files, "infer m.onnx a.png", ["tood_deploy.inference.detector"])
     assert code == 1
     assert "Traceback" in err

@@ -24,9 +24,14 @@ from tood_deploy.matching import NetDetections, match_boxes
 SIZES_HW = [(64, 64), (64, 320), (256, 96)]
 
 
-@pytest.fixture(scope="module", params=["torch", "onnx"])
-def engine(request: pytest.FixtureRequest, tiny_checkpoint: Path, tiny_artefact: Path) -> Engine:
-    return open_engine(tiny_checkpoint if request.param == "torch" else tiny_artefact)
+@pytest.fixture(scope="module")
+def engines(tiny_checkpoint: Path, tiny_artefact: Path) -> dict[str, Engine]:
+    return {"torch": open_engine(tiny_checkpoint), "onnx": open_engine(tiny_artefact, threads=1)}
+
+
+@pytest.fixture(params=["torch", "onnx"])
+def engine(request: pytest.FixtureRequest, engines: dict[str, Engine]) -> Engine:
+    return engines[request.param]
 
 
 def rows(found: BatchDetections, image: int) -> NetDetections:
@@ -73,14 +78,13 @@ def test_what_lies_outside_the_image_does_not_matter(engine: Engine) -> None:
 @pytest.mark.parametrize("size_hw", SIZES_HW)
 @pytest.mark.parametrize("batch", [1, 2, 5])
 def test_runtimes_agree_at_every_size_and_batch(
-    size_hw: tuple[int, int], batch: int, tiny_checkpoint: Path, tiny_artefact: Path
+    size_hw: tuple[int, int], batch: int, engines: dict[str, Engine]
 ) -> None:
     images = np.stack([synthetic_image(*size_hw, seed) for seed in range(batch)])
     sizes = np.array(
         [[size_hw[0] - seed, size_hw[1] - 3 * seed] for seed in range(batch)], np.int32
     )
-    expected = open_engine(tiny_checkpoint).infer(images, sizes, 0.03, 0.6)
-    found = open_engine(tiny_artefact, threads=1).infer(images, sizes, 0.03, 0.6)
+    expected, found = (engines[name].infer(images, sizes, 0.03, 0.6) for name in ("torch", "onnx"))
     for image in range(batch):
         match = match_boxes(
             rows(expected, image),

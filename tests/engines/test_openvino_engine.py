@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from tood_deploy.data.image_set import synthetic_image
-from tood_deploy.engines import BatchDetections, open_engine
+from tood_deploy.engines import BatchDetections, Engine, open_engine
 from tood_deploy.engines.openvino_engine import CompiledShape, CompiledShapes, OpenVinoEngine
 from tood_deploy.engines.openvino_runtime import shared_core
 from tood_deploy.errors import ArtefactError, DeviceError, InputError, OutputError, ToodError
@@ -53,6 +53,11 @@ def ir(tiny_artefact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def onnx_runtime(tiny_artefact: Path) -> Engine:
+    return open_engine(tiny_artefact, threads=1)
+
+
+@pytest.fixture(scope="module")
 def engine(ir: Path) -> OpenVinoEngine:
     return OpenVinoEngine(ir, threads=1)
 
@@ -76,12 +81,11 @@ class TestAnswers:
     @pytest.mark.parametrize("size_hw", SIZES_HW)
     @pytest.mark.parametrize("batch", [1, 2, 5])
     def test_are_onnx_runtimes_at_every_size_and_batch(
-        self, size_hw: tuple[int, int], batch: int, engine: OpenVinoEngine, tiny_artefact: Path
+        self, size_hw: tuple[int, int], batch: int, engine: OpenVinoEngine, onnx_runtime: Engine
     ) -> None:
-        with open_engine(tiny_artefact, threads=1) as other:
-            expected, found = (
-                each.infer(*inputs(batch, size_hw), 0.03, 0.6) for each in (other, engine)
-            )
+        expected, found = (
+            each.infer(*inputs(batch, size_hw), 0.03, 0.6) for each in (onnx_runtime, engine)
+        )
         for image in range(batch):
             match = match_boxes(
                 rows(expected, image),

@@ -123,7 +123,7 @@ def test_draws_and_names_what_cannot_be_read(
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (["MODEL"], "usage"),
+        (["MODEL"], "images"),
         (["MODEL", "a.png", "--conf", "1.5"], "1.5"),
         (["MODEL", "a.png", "--conf", "nan"], "nan"),
         (["MODEL", "a.png", "--cnof", "0.5"], "--cnof"),

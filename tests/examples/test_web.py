@@ -20,6 +20,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from axe import accessibility_problems
 from examples.conftest import CONF, skip_or_fail
 from same_detections import assert_same_detections
 
@@ -144,6 +145,19 @@ def test_boxes_are_drawn_and_the_slider_filters(
     set_conf(page, 0.95)
     assert rows.count() == sum(one["score"] > 0.95 for one in line["detections"])
     assert best < 0.95 or rows.count() > 0
+
+
+def test_nothing_stands_in_the_way_of_keyboards_and_screen_readers(
+    page: Any, demo_artefact: Path, scenes: list[Path]
+) -> None:
+    assert accessibility_problems(page) == []
+    open_model(page, demo_artefact)
+    results(page, scenes[1:2])
+    page.click("summary")
+    page.set_viewport_size({"width": 320, "height": 640})
+    page.emulate_media(color_scheme="dark")
+    assert accessibility_problems(page) == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= 320
 
 
 @pytest.mark.parametrize("seed", [1, 2])

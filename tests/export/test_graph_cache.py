@@ -30,20 +30,19 @@ from tood_deploy.presets import PRESETS
 TINY = PRESETS["tiny"]
 SMALL_DCN = {"depth": 50, "base_channels": 16, "deform_stages": (3, 4), "deform_tower": 1}
 VARIANTS: dict[str, tuple[dict[str, Any], DeformForm]] = {
-    "deformable, operator": (SMALL_DCN, "op"),
-    "deformable, gathers": (SMALL_DCN, "gather"),
-    "anchor-based, authors, BGR": (
-        {
+    "deformable as operator, seven classes, ResNeXt": (
+        SMALL_DCN | {"groups": 4, "class_names": tuple("abcdefg")},
+        "op",
+    ),
+    "deformable as gathers, anchor-based, authors, BGR": (
+        SMALL_DCN
+        | {
             "anchor": "based",
             "convention": "authors",
             "channel_order": "bgr",
             "pad_value": (0.0, 0.1, 0.2),
         },
-        "op",
-    ),
-    "seven classes, ResNeXt": (
-        {"depth": 50, "base_channels": 16, "groups": 4, "class_names": tuple("abcdefg")},
-        "op",
+        "gather",
     ),
 }
 

@@ -22,7 +22,7 @@ from tood_deploy.cli.export import main
 from tood_deploy.engines import openvino_runtime as openvino_model
 from tood_deploy.errors import OutputError, ToodError
 from tood_deploy.export import preflight
-from tood_deploy.export.preflight import check_artefact, check_space, check_writable
+from tood_deploy.export.preflight import check_artefact, check_space
 from tood_deploy.export.tensorrt.options import Profiles
 from tood_deploy.export.triton.config import config_text, triton_config
 from tood_deploy.export.triton.options import TritonOptions
@@ -492,33 +492,6 @@ class TestArtefact:
         (tmp_path / "a.onnx").touch()
         with pytest.raises(ToodError, match=r"such as \S+a-openvino\.xml"):
             check_artefact(tmp_path / "a.xml", (".xml",), "openvino")
-
-
-class TestWritable:
-    def test_what_is_there_already(self, tmp_path: Path) -> None:
-        before = tree()
-        assert check_writable(tmp_path, "") == tmp_path
-        assert check_writable(tmp_path / "new" / "folder", "") == tmp_path
-        assert check_writable(Path("new/folder"), "").samefile(tmp_path)
-        assert check_writable(Path(), "") == Path()
-        assert tree() == before
-
-    def test_a_file_in_the_way(self, tmp_path: Path) -> None:
-        (tmp_path / "file").touch()
-        with pytest.raises(OutputError, match=r"file is a file; go elsewhere"):
-            check_writable(tmp_path / "file" / "new", "go elsewhere")
-
-    def test_not_allowed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """By a stand-in: whoever runs the tests may be allowed everything."""
-
-        def refuse(**_: object) -> None:
-            raise PermissionError(13, "Permission denied")
-
-        monkeypatch.setattr(preflight.tempfile, "TemporaryFile", refuse)
-        with pytest.raises(
-            OutputError, match=r"new: cannot be written \(Permission denied\); go elsewhere"
-        ):
-            check_writable(tmp_path / "new", "go elsewhere")
 
 
 def test_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

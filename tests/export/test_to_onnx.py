@@ -19,10 +19,9 @@ from tood_deploy.export.export import export_onnx
 from tood_deploy.files import file_sha256
 from tood_deploy.graph_io import INPUTS, OUTPUTS
 from tood_deploy.manifest import METADATA_KEY, Manifest, read_manifest
-from tood_deploy.model import load_checkpoint
 from tood_deploy.onnx_file import with_outputs
 from tood_deploy.parity.onnx_reference import OnnxRunner
-from tood_deploy.parity.torch_reference import torch_reference
+from tood_deploy.parity.reference import Reference
 from tood_deploy.parity.verify import verify_float32
 
 # What every runtime builds (DESIGN section 4). No GridSample, no NonMaxSuppression, nothing of a
@@ -116,9 +115,9 @@ class TestManifest:
         manifest = read_manifest(tiny_artefact)
         assert manifest is not None
         parity = plain(manifest)["parity"]
-        assert parity["images"] == 3 * 2
+        assert parity["images"] == 2 * 2
         assert (
-            parity["detections"]["reference"] > 300
+            parity["detections"]["reference"] > 200
         )  # the stand-in weights find things: the comparison is not empty
         assert (
             parity["detections"]["matched"]
@@ -138,15 +137,13 @@ class TestVerification:
         [("tood_cls.bias", "head: head_scores"), ("tood_reg.bias", "head: head_boxes")],
     )
     def test_a_changed_artefact_fails_and_the_stage_is_named(
-        self, name: str, stage: str, tiny_artefact: Path, tiny_checkpoint: Path
+        self, name: str, stage: str, tiny_artefact: Path, tiny_reference: Reference
     ) -> None:
         broken = onnx.load(tiny_artefact)
         constant = next(value.name for value in broken.graph.initializer if name in value.name)
         edit_weight(broken, constant, lambda values: np.multiply(values, 1.001, out=values))
         with pytest.raises(CheckFailed, match=stage):
-            verify_float32(
-                torch_reference(load_checkpoint(tiny_checkpoint), 100), OnnxRunner(broken)
-            )
+            verify_float32(tiny_reference, OnnxRunner(broken))
 
     def test_values_of_a_rewritten_graph_are_missed(self, graph: onnx.ModelProto) -> None:
         with pytest.raises(ToodError, match="no values nowhere"):
@@ -154,6 +151,10 @@ class TestVerification:
 
 
 SETTINGS: dict[str, Any] = {
+    "depth": 50,
+    "base_channels": 16,
+    "deform_stages": (3, 4),
+    "deform_tower": 1,
     "anchor": "based",
     "norm_groups": 16,
     "norm_eps": 1e-3,
@@ -173,6 +174,7 @@ SETTINGS: dict[str, Any] = {
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("full_sizes")
 def test_every_setting_is_in_the_artefact(seeded_model: Callable[..., Any], tmp_path: Path) -> None:
     """Equal to the network in PyTorch, whose settings are tested apart against naive
     computations."""
@@ -215,8 +217,14 @@ EVERY = [
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("full_sizes")
 @pytest.mark.parametrize(
-    ("name", "deform"), [*((name, "op") for name in EVERY), ("x101-dcn-2x", "gather")]
+    ("name", "deform"),
+    [
+        ("r50-1x", "op"),
+        *(pytest.param(name, "op", marks=pytest.mark.large) for name in EVERY[1:]),
+        pytest.param("x101-dcn-2x", "gather", marks=pytest.mark.large),
+    ],
 )
 def test_every_preset_exports_and_verifies(
     name: str, deform: Any, seeded_model: Callable[..., Any], tmp_path: Path

@@ -6,7 +6,7 @@ import pytest
 
 from tood_deploy.errors import OutputError
 from tood_deploy.inference.frame import Input
-from tood_deploy.inference.output_paths import check_writable, plan_outputs, shorten
+from tood_deploy.inference.output_paths import plan_outputs, shorten
 
 
 def inputs_of(names: list[str]) -> list[Input]:
@@ -117,16 +117,3 @@ def test_an_input_is_never_overwritten(tmp_path: Path) -> None:
         names = [str(image), str(tmp_path / "b.jpg")][: 2 if output.is_dir() else 1]
         with pytest.raises(OutputError, match="is an input"):
             plan_outputs(inputs_of(names), output)
-
-
-def test_a_place_that_can_be_written_is_left_as_it_was(tmp_path: Path) -> None:
-    check_writable(tmp_path)
-    check_writable(tmp_path / "not" / "yet" / "there")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    for place in (tmp_path / "file" / "below", Path("/proc/none")):
-        with pytest.raises(OutputError, match="cannot be written"):
-            check_writable(place)

@@ -8,6 +8,7 @@ from typing import Any
 
 import cv2
 import pytest
+from axe import accessibility_problems
 from serve.served import Running, running
 
 from tood_deploy import Detector
@@ -149,3 +150,31 @@ def test_the_page_of_the_api(page: Any, server: Running) -> None:
     for path in ("/detect/{name}", "/v2/models/{name}/infer", "/metrics"):
         assert path in text
     assert "/detect/tiny" in page.inner_text("#examples")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_nothing_stands_in_the_way_of_keyboards_and_screen_readers(
+    page: Any, image: Path, server: Running, scheme: Any
+) -> None:
+    """In a narrow window, before and after detection; nothing reaches out of it sideways."""
+    page.set_viewport_size({"width": 320, "height": 640})
+    page.emulate_media(color_scheme=scheme)
+    assert accessibility_problems(page) == []
+    page.set_input_files("#file", image)
+    wait_for_objects(page)
+    assert accessibility_problems(page) == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= 320
+    page.goto(f"http://localhost:{server.port}/docs")
+    page.wait_for_selector("details")
+    page.click("summary")
+    assert accessibility_problems(page) == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= 320
+
+
+def test_the_slider_changes_what_is_said(page: Any, image: Path) -> None:
+    page.set_input_files("#file", image)
+    wait_for_objects(page)
+    page.eval_on_selector(
+        "#threshold", "slider => { slider.value = 0.05; slider.dispatchEvent(new Event('input')); }"
+    )
+    assert page.inner_text("#status").startswith(f"{rows(page)} objects, ")

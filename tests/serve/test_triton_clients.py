@@ -19,12 +19,19 @@ from tood_deploy.preprocess import resize_and_pad
 triton = pytest.importorskip("tritonclient.http")
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 TYPES = {"uint8": "UINT8", "int32": "INT32", "float32": "FP32"}
+NET_HW = (96, 128)
 IMAGES = [synthetic_image(120, 160, 0), synthetic_image(300, 200, 1), synthetic_image(97, 333, 2)]
 
 
 @pytest.fixture(scope="module")
-def server(tiny_artefact: Path) -> Iterator[Running]:
-    with running({"tiny": Detector(tiny_artefact)}) as served:
+def detector(tiny_artefact: Path) -> Iterator[Detector]:
+    with Detector(tiny_artefact) as detector:
+        yield detector
+
+
+@pytest.fixture(scope="module")
+def server(detector: Detector) -> Iterator[Running]:
+    with running({"tiny": detector}) as served:
         yield served
 
 
@@ -42,7 +49,7 @@ def example() -> ModuleType:
 
 
 def request_inputs(image: Any, conf: float, *, batch: int = 1, binary: bool = True) -> list[Any]:
-    padded, transform = resize_and_pad(image, (240, 320))
+    padded, transform = resize_and_pad(image, NET_HW)
     arrays = {
         "images": np.stack([padded] * batch),
         "valid_hw": np.array([transform.resized_hw] * batch, np.int32),
@@ -77,10 +84,11 @@ def test_health_and_metadata(client: Any) -> None:
     assert "class_names" in config["parameters"]
 
 
-@pytest.mark.parametrize("binary", [True, False])
-@pytest.mark.parametrize("packing", [None, "gzip", "deflate"])
+@pytest.mark.parametrize(
+    ("binary", "packing"), [(True, None), (True, "gzip"), (True, "deflate"), (False, None)]
+)
 def test_tensors_in_binary_and_as_json(
-    client: Any, tiny_artefact: Path, binary: bool, packing: str | None
+    client: Any, detector: Detector, binary: bool, packing: str | None
 ) -> None:
     outputs = [
         triton.InferRequestedOutput(name, binary_data=binary)
@@ -95,8 +103,9 @@ def test_tensors_in_binary_and_as_json(
         response_compression_algorithm=packing,
     )
     assert result.get_response()["id"] == "mine"
-    with Detector(tiny_artefact, conf=0.1, iou=0.5) as detector:
-        expected = detector.run_engine([detector.prepare(IMAGES[0])])
+    padded, transform = resize_and_pad(IMAGES[0], NET_HW)
+    valid_hw = np.array([transform.resized_hw], np.int32)
+    expected = detector.engine.infer(padded[None], valid_hw, 0.1, 0.5)
     assert expected.num_dets[0] > 0
     for slot in (0, 1):
         assert result.as_numpy("num_dets")[slot] == expected.num_dets
@@ -116,18 +125,18 @@ def test_errors_reach_the_client(client: Any) -> None:
 def test_the_example_finds_what_the_detector_finds(
     example: ModuleType,
     server: Running,
-    tiny_artefact: Path,
+    detector: Detector,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     paths = [str(tmp_path / f"{number}.png") for number in range(len(IMAGES))]
     for path, image in zip(paths, IMAGES, strict=True):
         cv2.imwrite(path, image)
-    arguments = ["tiny", *paths, "--http", "--url", f"127.0.0.1:{server.port}", "--conf", "0.1"]
+    arguments = ["tiny", *paths, "--url", f"127.0.0.1:{server.port}", "--conf", "0.1"]
     assert example.main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
-    with Detector(tiny_artefact, conf=0.1, iou=0.6) as detector:
-        detections = [detector(image) for image in IMAGES]
+    detector.set_conf(0.1)
+    detections = [detector(image) for image in IMAGES]
     expected = [
         f"{path}\t{name}\t{score:.3f}"
         for path, own in zip(paths, detections, strict=True)
@@ -135,3 +144,40 @@ def test_the_example_finds_what_the_detector_finds(
     ]
     assert [line.rpartition("\t")[0] for line in lines] == expected
     assert "tritonclient.http" in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("model", "url", "named"),
+    [
+        ("other", "http://127.0.0.1:PORT", "other"),
+        ("tiny", "127.0.0.1:1", "127.0.0.1:1"),
+        ("tiny", "https://127.0.0.1:PORT", "grpc://"),
+    ],
+)
+def test_the_example_says_what_is_wrong(
+    model: str,
+    url: str,
+    named: str,
+    example: ModuleType,
+    server: Running,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "a.png"
+    cv2.imwrite(str(path), IMAGES[0])
+    assert example.main([model, str(path), "--url", url.replace("PORT", str(server.port))]) == 2
+    err = capsys.readouterr().err
+    assert named in err
+    assert err.count("\n") == 1
+
+
+def test_the_example_speaks_grpc_where_the_address_says_so(
+    example: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+    grpc = ModuleType("tritonclient.grpc")
+    monkeypatch.setattr(grpc, "InferenceServerClient", opened.append, raising=False)
+    monkeypatch.setitem(sys.modules, "tritonclient.grpc", grpc)
+    monkeypatch.setattr("tritonclient.grpc", grpc, raising=False)
+    assert example.connect("grpc://host:8001")[1] is grpc
+    assert opened == ["host:8001"]

@@ -66,7 +66,7 @@ def short_recipe() -> Recipe:
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_fit(scenes: Path, small_preset: Preset, short_recipe: Recipe) -> Fit:
     """A function: trains in a folder, with changes to the recipe and the options."""
 
@@ -78,6 +78,7 @@ def run_fit(scenes: Path, small_preset: Preset, short_recipe: Recipe) -> Fit:
         preset: Preset = small_preset,
         **options: Any,
     ) -> Progress:
+        torch.set_num_threads(1)  # as `_one_thread`, also in fixtures of wider scope
         recipe = recipe or short_recipe
         annotations = read_labelled_images(scenes / "annotations.json", scenes / "images")
         data = TrainingData(

@@ -19,12 +19,18 @@ from tood_deploy.training.train import summarise
 WEIGHTS = Path(__file__).resolve().parents[2] / "tood_deploy" / "weights" / "tiny-demo.safetensors"
 
 
-def test_trained_weights_find_what_is_there(scenes: Path) -> None:
-    evaluator = CocoEvaluator(
-        read_labelled_images(scenes / "annotations.json", scenes / "images"), batch=4
-    )
-    found = evaluator(load_checkpoint(WEIGHTS))
-    assert evaluator.latest is found
+@pytest.fixture(scope="module")
+def evaluator(scenes: Path) -> CocoEvaluator:
+    """One that has evaluated the trained weights."""
+    images = read_labelled_images(scenes / "annotations.json", scenes / "images")
+    evaluator = CocoEvaluator(images, batch=4)
+    assert evaluator(load_checkpoint(WEIGHTS)) is evaluator.latest
+    return evaluator
+
+
+def test_trained_weights_find_what_is_there(evaluator: CocoEvaluator) -> None:
+    found = evaluator.latest
+    assert found is not None
     assert found.metrics["AP"] > 0.6
     assert found.metrics["AP50"] > found.metrics["AP"]
     assert found.precision is not None
@@ -34,11 +40,10 @@ def test_trained_weights_find_what_is_there(scenes: Path) -> None:
     assert [image.shape for image in found.images] == [(240, 320, 3)] * 4
 
 
-def test_category_ids_of_any_kind_and_bare_annotations(scenes: Path, tmp_path: Path) -> None:
+def test_category_ids_of_any_kind_and_bare_annotations(
+    scenes: Path, tmp_path: Path, evaluator: CocoEvaluator
+) -> None:
     content = json.loads((scenes / "annotations.json").read_text())
-    plain = CocoEvaluator(read_labelled_images(scenes / "annotations.json", scenes / "images"))(
-        load_checkpoint(WEIGHTS)
-    )
     content["categories"] = [entry | {"id": entry["id"] * 7} for entry in content["categories"]][
         ::-1
     ]
@@ -52,10 +57,10 @@ def test_category_ids_of_any_kind_and_bare_annotations(scenes: Path, tmp_path: P
     ]
     (tmp_path / "odd.json").write_text(json.dumps(content))
     names = ("disc", "square", "triangle", "star", "ring")
-    odd = CocoEvaluator(read_labelled_images(tmp_path / "odd.json", scenes / "images", names))(
-        load_checkpoint(WEIGHTS)
-    )
-    assert odd.metrics == plain.metrics
+    images = read_labelled_images(tmp_path / "odd.json", scenes / "images", names)
+    odd = CocoEvaluator(images, batch=4)(load_checkpoint(WEIGHTS))
+    assert evaluator.latest is not None
+    assert odd.metrics == evaluator.latest.metrics
 
 
 def test_an_unreadable_image_counts_as_missed(scenes: Path, tmp_path: Path) -> None:

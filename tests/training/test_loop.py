@@ -44,10 +44,10 @@ def assert_same(first: Path, second: Path) -> None:
     assert a["training"]["step"] == b["training"]["step"]
 
 
-@pytest.fixture
-def straight(run_fit: Fit, tmp_path: Path) -> Path:
-    """The folder of a run that nothing broke off."""
-    output = tmp_path / "straight"
+@pytest.fixture(scope="module")
+def straight(run_fit: Fit, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nothing broke off. Nothing may change it."""
+    output = tmp_path_factory.mktemp("run") / "straight"
     assert run_fit(output).step == 4 * STEPS
     return output
 
@@ -137,12 +137,9 @@ def _lose_power(*_: Any) -> None:
 
 
 def test_a_finished_run_is_left_alone(run_fit: Fit, straight: Path) -> None:
-    before = read_training_state(straight / "last.pth")
-    assert run_fit(straight, resume=True).step == before["training"]["step"]
-    assert torch.equal(
-        read_training_state(straight / "last.pth")["state_dict"]["bbox_head.tood_cls.bias"],
-        before["state_dict"]["bbox_head.tood_cls.bias"],
-    )
+    before = (straight / "last.pth").read_bytes()
+    assert run_fit(straight, resume=True).step == 4 * STEPS
+    assert (straight / "last.pth").read_bytes() == before
 
 
 def test_a_run_is_not_overwritten(run_fit: Fit, straight: Path) -> None:

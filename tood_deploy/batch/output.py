@@ -20,17 +20,18 @@ import pyarrow as pa  # pyright: ignore[reportMissingImports]
 import pyarrow.parquet as pq  # pyright: ignore[reportMissingImports]
 from pyarrow import fs  # pyright: ignore[reportMissingImports]
 
-from tood_deploy.batch.source import Location, locate, open_filesystem
+from tood_deploy.batch.source import Location, locate, open_filesystem, reason_of
 from tood_deploy.batch.worker import ROWS
 from tood_deploy.detections import Detections
 from tood_deploy.errors import OutputError
+from tood_deploy.files import check_writable
 from tood_deploy.inference.frame import Frame
-from tood_deploy.inference.output_paths import check_writable
 from tood_deploy.inference.text_sinks import finite_detections, frame_record, json_text
 
 Format = Literal["parquet", "jsonl", "coco"]
 FORMATS: tuple[Format, ...] = ("parquet", "jsonl", "coco")
 RUN_FILE, PART, SUFFIX, TEMPORARY = "run.json", "part-", ".parquet", ".tmp-"
+BUCKET_CREATION = "allow_bucket_creation=true"  # in an address of pyarrow
 RESULTS = {"jsonl": "results.jsonl", "coco": "results.json"}
 ROWS_OF_FILE = 10_000
 SECONDS_OF_FILE = 60.0  # what has waited longer is written, so that a stop loses little
@@ -53,7 +54,11 @@ class RunDescription:
     def differences(self, other: Mapping[str, Any]) -> list[str]:
         """Return what is different in the run that wrote `other`, in words."""
         own = json.loads(json.dumps(asdict(self)))
-        differing = [key for key in ("model_sha256", "source") if own[key] != other.get(key)]
+        differing = [
+            f"{key} {other.get(key)}"
+            for key in ("model_sha256", "source")
+            if own[key] != other.get(key)
+        ]
         before = other.get("options") or {}
         names = sorted({*own["options"], *before})
         return differing + [
@@ -80,8 +85,8 @@ class BatchOutput:
             resume: whether there may be rows of the same run; their images are not done again.
 
         Raises:
-            OutputError: the folder belongs to another run or holds other files, or cannot be
-                written.
+            OutputError: the folder belongs to another run or holds other files, cannot be written,
+                or would lie in a bucket that is not there.
         """
         self.where = locate(folder)
         self.done: set[str] = set()
@@ -90,6 +95,7 @@ class BatchOutput:
         self._since_s = time.monotonic()
         self._files = open_filesystem(self.where.address)
         names = self._list()
+        self._check_bucket()
         with self._errors():
             self._check(names, run, resume)
         self._run, self._begun = run, RUN_FILE in names
@@ -225,6 +231,21 @@ class BatchOutput:
                 "go on with the same model, source and options, or choose another --output"
             )
 
+    def _check_bucket(self) -> None:
+        """Make sure that what holds the folder in an object store is there: it is not created."""
+        bucket = self.where.path.partition("/")[0]  # "" where paths begin at a root
+        if not (self.where.address and bucket) or BUCKET_CREATION in self.where.address:
+            return
+        try:
+            info = self._files.get_file_info(bucket)
+        except OSError:  # some may write files and not look at buckets: the first file tells
+            return
+        if info.type == fs.FileType.NotFound:
+            raise OutputError(
+                f"{self.where.name}: there is no bucket {bucket}; create it, or choose another "
+                "--output"
+            )
+
     def _read_done(self) -> None:
         for name in self.parts:
             table = self._read(name, ["path", "error"])
@@ -279,10 +300,9 @@ class _OutputErrors:
         pass
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError | pa.ArrowException):
-            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        if error is not None and isinstance(error, OSError | pa.ArrowException):
             raise OutputError(
-                f"{self.name}: cannot be written ({reason}); choose another --output"
+                f"{self.name}: cannot be written ({reason_of(error)}); choose another --output"
             ) from error
 
 

@@ -24,10 +24,12 @@ from pyarrow import fs  # pyright: ignore[reportMissingImports]
 from tood_deploy.data.image_header import IMAGE_SUFFIXES
 from tood_deploy.errors import InputError
 from tood_deploy.files import absolute_path
-from tood_deploy.inference.address import redacted, without_secrets
+from tood_deploy.inference.address import redacted, scheme_of, without_secrets
 
 TABLE_SUFFIX, LIST_SUFFIX = ".parquet", ".txt"
 PATHS, BYTES = "path", "bytes"  # usual columns of a table, as Ray's own readers name them
+GOOGLE_SCHEMES, RETRY_LIMIT = ("gs", "gcs"), "retry_limit_seconds"
+RETRY_S = 20  # of Google's client, which by itself asks a quarter of an hour; S3's ends by itself
 READERS = 8  # that wait for images at a time; most of the time of reading from afar is waiting
 
 
@@ -96,8 +98,9 @@ def locate(spec: str) -> Location:
     """
     if "://" not in spec:
         return Location(str(absolute_path(spec)))
+    address = _with_retry_limit(spec)
     try:
-        _, path = fs.FileSystem.from_uri(spec)
+        _, path = fs.FileSystem.from_uri(address)
     except (pa.ArrowException, ValueError, OSError) as error:
         reason = without_secrets(_first_line(error), spec)
         raise InputError(
@@ -107,7 +110,14 @@ def locate(spec: str) -> Location:
     scheme, _, rest = spec.partition("?")[0].partition("://")
     before = rest[: rest.rindex(path)] if path and path in rest else ""
     host = before.rpartition("@")[2]  # names are written down, and a login is nobody's business
-    return Location(path, f"{scheme}://{host}", spec)
+    return Location(path, f"{scheme}://{host}", address)
+
+
+def _with_retry_limit(spec: str) -> str:
+    """Return an address whose store is not asked for ever where it does not answer."""
+    if scheme_of(spec) not in GOOGLE_SCHEMES or f"{RETRY_LIMIT}=" in spec:
+        return spec
+    return f"{spec}{'&' if '?' in spec else '?'}{RETRY_LIMIT}={RETRY_S}"
 
 
 @functools.lru_cache(maxsize=16)
@@ -175,14 +185,14 @@ def _read(chunk: Chunk, name: str) -> bytes | InputError:
         with open_filesystem(chunk.address).open_input_stream(path) as stream:
             return stream.read()
     except (OSError, pa.ArrowException) as error:
-        return InputError(f"{name}: cannot be read ({_reason(error)}); expected an image")
+        return InputError(f"{name}: cannot be read ({reason_of(error)}); expected an image")
 
 
 def _read_rows(chunk: Chunk) -> Iterator[bytes | InputError]:
     try:
         group = _row_group(chunk.address, chunk.table, chunk.row_group, chunk.column)
     except (OSError, pa.ArrowException) as error:
-        problem = InputError(f"{chunk.prefix}{chunk.table}: cannot be read ({_reason(error)})")
+        problem = InputError(f"{chunk.prefix}{chunk.table}: cannot be read ({reason_of(error)})")
         yield from itertools.repeat(problem, len(chunk.rows))
         return
     for name, row in zip(chunk.names, chunk.rows, strict=True):
@@ -240,7 +250,7 @@ def _files(spec: str) -> list[Location]:
         if info.type == fs.FileType.Directory:
             return _files_of_folder(spec, where)
     except (OSError, pa.ArrowException) as error:
-        raise InputError(f"{spec}: cannot be read ({_reason(error)})") from error
+        raise InputError(f"{spec}: cannot be read ({reason_of(error)})") from error
     raise InputError(
         f"{spec}: no such file or folder; expected images, a folder, a glob, a list or a Parquet "
         "table"
@@ -293,7 +303,7 @@ def _walk(where: Location, *, recursive: bool) -> list[Location]:
     try:
         infos = open_filesystem(where.address).get_file_info(selector)
     except (OSError, pa.ArrowException) as error:
-        raise InputError(f"{where.name}: cannot be listed ({_reason(error)})") from error
+        raise InputError(f"{where.name}: cannot be listed ({reason_of(error)})") from error
     paths = [info.path for info in infos if info.type == fs.FileType.File]
     shown = sorted(path for path in paths if not path.rpartition("/")[2].startswith("."))
     return [replace(where, path=path) for path in shown]
@@ -328,7 +338,7 @@ def _chunks_of_table(table: Location, column: str | None) -> list[Chunk]:
             ]
     except (OSError, pa.ArrowException) as error:
         raise InputError(
-            f"{table.name}: cannot be read as a Parquet table ({_reason(error)})"
+            f"{table.name}: cannot be read as a Parquet table ({reason_of(error)})"
         ) from error
 
 
@@ -417,10 +427,12 @@ def _each_once(chunks: Sequence[Chunk]) -> list[Chunk]:
     return kept
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: BaseException) -> str:
     """Return the system's own words where there are some, else the first line."""
     return getattr(error, "strerror", None) or _first_line(error)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _first_line(error: BaseException) -> str:
+    """Return the first line, without what Google's client adds to say it all once more."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line.partition(" error_info=")[0]

@@ -10,9 +10,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tood_deploy.cli.common import DONE, CommandParser, is_artefact, load_options, run_command
+from tood_deploy.cli.common import (
+    DONE,
+    CommandParser,
+    check_written,
+    is_artefact,
+    load_options,
+    model_files,
+    run_command,
+)
 from tood_deploy.cli.detection import add_hint, add_slicing, hint_options, slicing_options
-from tood_deploy.cli.files import check_written, model_files
 from tood_deploy.cli.scenario import (
     SCENARIO_EPILOG,
     add_bench_options,

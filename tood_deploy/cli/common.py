@@ -1,6 +1,7 @@
-"""What all commands share: the parser, exit codes, and the options that several of them have.
+"""What all commands share: the parser, exit codes, options of several, files beside their data.
 
-Comes in: arguments as text. Goes out: what the package's functions take. Imports nothing heavy, so
+Comes in: arguments as text. Goes out: what the package's functions take, and refusals to write over
+what is read. Imports nothing heavy, so
 that `--help` and completion stay quick.
 """
 
@@ -9,12 +10,11 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from tood_deploy import __version__
-from tood_deploy.cli.files import SHOWN_LETTERS, class_names_from
 from tood_deploy.cli.process import (
     SIGNAL_EXIT,
     close_stdout,
@@ -31,7 +31,7 @@ from tood_deploy.errors import (
     naming_extras,
     shortage_of,
 )
-from tood_deploy.files import MAX_NAME_BYTES
+from tood_deploy.files import MAX_NAME_BYTES, absent_or, check_overwrites
 from tood_deploy.graph_io import ARTEFACT_SUFFIXES
 from tood_deploy.reporter import Reporter, drop_stdout, printable, show_own_warnings, stdout_errors
 
@@ -48,6 +48,7 @@ COMMANDS = {
 MODELS = ("model", "models", "checkpoint", "reference", "baseline", "clip")  # files, or presets
 DONE, FAILED_CHECK, WRONG_USE = 0, 1, 2
 BROKEN_PIPE = 141  # as of a program that SIGPIPE ends
+SHOWN_LETTERS = 80  # of a long argument, in errors
 ENDINGS = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "ended by a hang-up"}
 
 SHORTAGE_CURES = {
@@ -271,3 +272,82 @@ def load_options(args: argparse.Namespace) -> dict[str, Any]:
     }
     described["weights_key"] = args.weights_key
     return {name: value for name, value in described.items() if value is not None}
+
+
+def class_names_from(text: str | None) -> list[str] | None:
+    """Return the names of --classes; None where not given.
+
+    Args:
+        text: names separated by commas, or a text file with one name a line.
+
+    Raises:
+        ToodError: names are empty or stand twice.
+    """
+    if text is None:
+        return None
+    path = Path(text)
+    parts = _lines_of(path) if absent_or(path.is_file) else text.split(",")
+    names = [part.strip() for part in parts if part.strip()]
+    if not names or len(set(names)) != len(names):
+        shown = text if len(text) <= SHOWN_LETTERS else f"{text[:SHOWN_LETTERS]}..."
+        raise ToodError(
+            f"--classes {shown}: {len(names)} names, {len(set(names))} different; expected one "
+            "different name for each class"
+        )
+    return names
+
+
+def _lines_of(path: Path) -> list[str]:
+    """Return the lines of a text file in UTF-8, with or without a byte-order mark.
+
+    Raises:
+        ToodError: it cannot be read, or is in another encoding.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ToodError(
+            f"--classes {path}: not in UTF-8 ({error.reason} at byte {error.start}); expected text "
+            "with one name a line: save it in UTF-8"
+        ) from error
+    except OSError as error:
+        raise ToodError(
+            f"--classes {path}: cannot be read ({error.strerror}); expected text with one name a "
+            "line"
+        ) from error
+
+
+def check_written(
+    classes: str | None,
+    written: Iterable[Path],
+    inputs: Mapping[str, Iterable[str | Path | None]] | None = None,
+) -> None:
+    """Refuse to write over a file that the command reads.
+
+    Args:
+        classes: what --classes was given.
+        written: files that the command writes.
+        inputs: files that it reads, by what they are; None where not given.
+
+    Raises:
+        OutputError: it would.
+    """
+    read = {what: [path for path in paths if path] for what, paths in (inputs or {}).items()}
+    named = [classes] if classes and absent_or(Path(classes).is_file) else []
+    check_overwrites({**read, "the file of --classes": named}, {"--output": list(written)})
+
+
+def model_files(model: str, classes: str | None = None) -> list[Path]:
+    """Return the files that a command reads to open a model; none where it names a preset.
+
+    Args:
+        model: as given to the command.
+        classes: what --classes was given.
+    """
+    path = Path(model)
+    files = [path]
+    if path.suffix.lower() in ARTEFACT_SUFFIXES:  # OpenVINO has a file of weights
+        files += [path.with_suffix(".json"), path.with_suffix(".bin"), Path(f"{path}.data")]
+    if classes is not None:
+        files.append(Path(classes))
+    return [file for file in files if absent_or(file.is_file)]

@@ -10,7 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tood_deploy.cli.common import DONE, CommandParser, add_model_options, is_artefact, run_command
+from tood_deploy.cli.common import (
+    DONE,
+    CommandParser,
+    add_model_options,
+    check_written,
+    is_artefact,
+    model_files,
+    run_command,
+)
 from tood_deploy.cli.detection import (
     add_device,
     add_fast_decode,
@@ -26,7 +34,6 @@ from tood_deploy.cli.detection import (
     hint_options,
     slicing_options,
 )
-from tood_deploy.cli.files import check_written, model_files
 from tood_deploy.cli.infer import engine_options
 from tood_deploy.errors import CheckFailed, ToodError
 from tood_deploy.reporter import Reporter, printable
@@ -168,7 +175,7 @@ def eval_command(argv: Sequence[str] | None = None) -> int:
 
     from tood_deploy.benchmark.evaluation.evaluate import RESULTS, evaluate_file, open_data_set
     from tood_deploy.benchmark.evaluation.report import HTML, JSON, MARKDOWN, write_evaluation
-    from tood_deploy.inference.output_paths import check_writable
+    from tood_deploy.files import check_writable
 
     reporter = Reporter(args.quiet)
     wish_from(args)  # wrong values are said before the long run

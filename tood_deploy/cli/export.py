@@ -21,10 +21,10 @@ from tood_deploy.cli.common import (
     CommandParser,
     accept_old_name,
     add_model_options,
+    check_written,
     load_options,
     run_command,
 )
-from tood_deploy.cli.files import check_written
 from tood_deploy.errors import DeviceError, InputError, ToodError, not_installed
 from tood_deploy.export.config import SECTIONS, CheckpointOptions, ExportConfig, PrecisionOptions
 from tood_deploy.export.options import (
@@ -162,7 +162,7 @@ def export_command(argv: Sequence[str] | None) -> int:
         reporter.note(note)
     reporter.info(f"{config.source}: checked all that its export needs; starting PyTorch")
     from tood_deploy.export.export import run_export
-    from tood_deploy.export.timings import record_timings
+    from tood_deploy.export.result import record_timings
 
     with record_timings() as timings:
         search = search_from(config, annotated)

@@ -14,6 +14,7 @@ from tood_deploy.cli.common import (
     add_model_options,
     is_artefact,
     load_options,
+    model_files,
     run_command,
 )
 from tood_deploy.cli.detection import (
@@ -33,7 +34,6 @@ from tood_deploy.cli.detection import (
     runtime_options,
     slicing_options,
 )
-from tood_deploy.cli.files import model_files
 from tood_deploy.errors import ArtefactError, ToodError
 from tood_deploy.reporter import Reporter
 

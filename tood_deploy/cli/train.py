@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tood_deploy.cli.common import DONE, CommandParser, run_command
+from tood_deploy.cli.common import DONE, CommandParser, check_written, class_names_from, run_command
 from tood_deploy.cli.detection import add_device
-from tood_deploy.cli.files import check_written, class_names_from
 from tood_deploy.errors import ToodError
 from tood_deploy.presets import PRESETS
 from tood_deploy.reporter import Reporter

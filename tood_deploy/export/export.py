@@ -29,13 +29,12 @@ from tood_deploy.export.config import DeformForm, ExportConfig, PrecisionOptions
 from tood_deploy.export.graph_cache import graph_of
 from tood_deploy.export.options import flag_of
 from tood_deploy.export.preflight import MAX_VERIFY_IMAGES, check_deform, needs_gather
-from tood_deploy.export.result import ExportResult, describe_preset
-from tood_deploy.export.timings import timed
+from tood_deploy.export.result import ExportResult, describe_preset, timed
 from tood_deploy.export.to_onnx import OPSET
 from tood_deploy.files import no_empty_folder
 from tood_deploy.graph_io import INNER_VALUES, ONNX_SUFFIX, Target
 from tood_deploy.manifest import Manifest
-from tood_deploy.manifest_sections import Build, Parity
+from tood_deploy.manifest_sections import Build
 from tood_deploy.model.checkpoint import load_checkpoint
 from tood_deploy.model.detector import DenseDetector
 from tood_deploy.onnx_file import OnnxArtefact, artefact_in_memory, read_onnx, write_onnx
@@ -285,7 +284,7 @@ def onnx_from_checkpoint(
         parity = verify_float32(reference, run, images=verify_images, reporter=reporter)
         reporter.info("making its self-test")
         self_test = self_test_from(reference.run)
-    proven = replace(manifest, parity=Parity.from_dict(parity), self_test=self_test)
+    proven = replace(manifest, parity=parity, self_test=self_test)
     return replace(artefact, manifest=proven)
 
 

@@ -30,7 +30,7 @@ from torch import nn
 
 from tood_deploy.errors import OutputError
 from tood_deploy.export.graph import DeformForm, ExportedGraph
-from tood_deploy.export.timings import timed
+from tood_deploy.export.result import timed
 from tood_deploy.export.to_onnx import OPSET, onnx_from_model
 from tood_deploy.files import atomic_path, home_folder
 from tood_deploy.model.detector import DenseDetector, build_model

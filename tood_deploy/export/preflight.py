@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
-import tempfile
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +26,7 @@ from tood_deploy.errors import ArtefactError, CheckpointError, DeviceError, Outp
 from tood_deploy.export.config import ExportConfig, PrecisionOptions
 from tood_deploy.export.options import flag_of
 from tood_deploy.export.tensorrt.options import EngineOptions, SizeOptions, int8_notes
-from tood_deploy.files import check_overwrites, home_folder
+from tood_deploy.files import check_overwrites, check_writable, home_folder
 from tood_deploy.graph_io import (
     ARTEFACT_SUFFIXES,
     OPENVINO_SUFFIX,
@@ -101,29 +100,6 @@ def _is_manifest(path: Path) -> bool:
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(content, dict) and {"format", "preset"} <= content.keys()
-
-
-def check_writable(folder: Path, remedy: str) -> Path:
-    """Refuse a folder that cannot be written, or made where it is not there yet.
-
-    Args:
-        folder: that files will come into.
-        remedy: what to do about it, for the message.
-
-    Returns:
-        The folder itself, or the one that it will be made in.
-
-    Raises:
-        OutputError: it cannot.
-    """
-    present = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not present.is_dir():
-        raise OutputError(f"{folder}: cannot be written, as {present} is a file; {remedy}")
-    try:
-        with tempfile.TemporaryFile(dir=present):
-            return present
-    except OSError as error:
-        raise OutputError(f"{folder}: cannot be written ({error.strerror}); {remedy}") from error
 
 
 def check_space(folder: Path, needed_bytes: int) -> None:

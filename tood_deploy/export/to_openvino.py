@@ -37,7 +37,6 @@ from tood_deploy.graph_io import (
     graph_feeds,
 )
 from tood_deploy.manifest import Manifest, manifest_path
-from tood_deploy.manifest_sections import Parity
 from tood_deploy.onnx_file import OnnxArtefact, read_onnx
 from tood_deploy.parity.reference import Outputs, Reference
 from tood_deploy.parity.tolerances import DETECTION_LIMITS
@@ -195,7 +194,7 @@ def _verify(
     run = OpenVinoRunner(xml, fallback, maps=in_float32)
     if in_float32:
         parity = verify_float32(reference, run, images=images, reporter=reporter)
-        return replace(manifest, parity=Parity.from_dict(parity))
+        return replace(manifest, parity=parity)
     parity = verify_detections(
         reference,
         run,
@@ -206,7 +205,7 @@ def _verify(
     )
     if manifest.precision == "int8":  # whose right answer is what OpenVINO's own rounding gives
         manifest = replace(manifest, self_test=self_test_from(run))
-    return replace(manifest, parity=Parity.from_dict(parity))
+    return replace(manifest, parity=parity)
 
 
 def _manifest(source: Manifest, fallback: RunPrecision | None, ov: ModuleType) -> Manifest:

@@ -38,13 +38,12 @@ from tood_deploy.export.config import ExportConfig
 from tood_deploy.export.graph import inner_values
 from tood_deploy.export.graph_cache import Say, describe
 from tood_deploy.export.precision.convert import images_to_verify
-from tood_deploy.export.result import ExportResult
-from tood_deploy.export.timings import timed
+from tood_deploy.export.result import ExportResult, timed
 from tood_deploy.export.to_onnx import example_inputs, quiet_exporter
 from tood_deploy.files import atomic_path, atomic_paths, home_folder
 from tood_deploy.graph_io import MAP_NAMES, OUTPUTS, TORCH_SUFFIX, program_outputs
 from tood_deploy.manifest import METADATA_KEY, Manifest, manifest_path
-from tood_deploy.manifest_sections import Build, Parity
+from tood_deploy.manifest_sections import Build
 from tood_deploy.model.detector import DenseDetector
 from tood_deploy.model.postprocess import Candidates
 from tood_deploy.model.static_detector import StaticDetector, finish_exactly
@@ -231,7 +230,7 @@ def _proven(
         )
     reporter.info("making its self-test")
     self_test = self_test_from(reference.run)
-    return replace(manifest, parity=Parity.from_dict(parity), self_test=self_test)
+    return replace(manifest, parity=parity, self_test=self_test)
 
 
 def _kept_or_new(module: ProgramModule, manifest: Manifest, say: Say) -> Parts:

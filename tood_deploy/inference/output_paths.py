@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import tempfile
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,23 +26,6 @@ IMAGE_OUTPUTS = frozenset(
 )  # OpenCV writes them in full colour
 VIDEO_OUTPUTS = frozenset((".mkv", ".mov", ".mp4"))
 DEFAULT_IMAGE, DEFAULT_VIDEO, PAGE_SUFFIX = ".png", ".mp4", ".jpg"
-
-
-def check_writable(path: Path) -> None:
-    """Raise OutputError unless files can be made in this folder.
-
-    Or in the one that it would be made in. Leaves nothing behind.
-    """
-    existing = next(
-        folder for folder in (path, *path.absolute().parents) if os.path.lexists(folder)
-    )
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise OutputError(
-            f"{path}: cannot be written ({error.strerror}); choose another place"
-        ) from error
 
 
 def plan_outputs(inputs: Sequence[Input], output: Path) -> dict[Part, Path]:

@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 
 from tood_deploy.detections import Detections
 from tood_deploy.errors import OutputError
-from tood_deploy.files import atomic_path
+from tood_deploy.files import atomic_path, check_writable
 from tood_deploy.inference.frame import Frame, Input, Part
-from tood_deploy.inference.output_paths import check_writable, plan_names, shorten
+from tood_deploy.inference.output_paths import plan_names, shorten
 from tood_deploy.inference.video_writer import USUAL_ENCODING, VideoEncoding, VideoWriter
 
 WAITING_FRAMES = 2

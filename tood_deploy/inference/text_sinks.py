@@ -18,9 +18,8 @@ from typing import Any, TextIO
 import numpy as np
 
 from tood_deploy.detections import Detections
-from tood_deploy.files import atomic_path, is_of_system
+from tood_deploy.files import atomic_path, check_writable, is_of_system
 from tood_deploy.inference.frame import Frame, Part
-from tood_deploy.inference.output_paths import check_writable
 from tood_deploy.inference.sinks import FrameOutputError, Sink, output_errors
 from tood_deploy.reporter import Reporter, printable, stdout_errors
 

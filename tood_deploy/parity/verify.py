@@ -8,7 +8,7 @@ real images. The limits are in `tolerances`. Knows no file and no runtime.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from tood_deploy.data.image_set import synthetic_image
 from tood_deploy.errors import CheckFailed, ToodError
 from tood_deploy.graph_io import OUTPUTS
+from tood_deploy.manifest_sections import Parity
 from tood_deploy.matching import NetDetections, split_batch
 from tood_deploy.parity.detection_verdict import DetectionVerdict, choose_score_threshold
 from tood_deploy.parity.float32_verdict import Allowance, Float32Judge, Float32Verdict
@@ -128,14 +129,10 @@ class Float32Verifier:
             self._judge.judge_detections(first, second, allowance)
         self.verdict.images_sha256 = self._pixels.hexdigest()
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the verdict as plain values for the manifest."""
-        names = {
-            "reference": self.reference.run.name,
-            "runtime": self.run.name,
-            "judged_by": "float32 noise",
-        }
-        return names | {"limits": asdict(self._judge.limits)} | self.verdict.to_dict()
+    def parity(self) -> Parity:
+        """Return the verdict as the manifest holds it."""
+        details = {"limits": asdict(self._judge.limits)} | self.verdict.to_dict()
+        return _parity(self.reference, self.run, "float32 noise", details)
 
 
 def prepare(images: Sequence[NDArray[np.uint8]], imgsz: ImageSize) -> Batch:
@@ -156,7 +153,7 @@ def verify_float32(
     *,
     images: Sequence[NDArray[np.uint8]] = (),
     reporter: Reporter = SILENT,
-) -> dict[str, Any]:
+) -> Parity:
     """Compare a float32 artefact with its reference: at three sizes, alone and in batches.
 
     Args:
@@ -190,7 +187,7 @@ def verify_float32(
         raise CheckFailed(
             f"the artefact is not equal to its reference, {reference.run.name}: {_list(failures)}"
         )
-    return verifier.to_dict()
+    return verifier.parity()
 
 
 def _list(failures: Sequence[Failure]) -> str:
@@ -208,7 +205,7 @@ def verify_detections(
     *,
     measure_ap: Callable[[], tuple[float, float]] | None = None,
     reporter: Reporter = SILENT,
-) -> dict[str, Any]:
+) -> Parity:
     """Compare an artefact in lower precision with its reference as a user would see it.
 
     Args:
@@ -251,8 +248,22 @@ def verify_detections(
             "the artefact differs too much from its reference, "
             f"{reference.run.name}: {_list(failures)}"
         )
-    names = {"reference": reference.run.name, "runtime": run.name, "judged_by": "detections"}
-    return names | {"limits": asdict(limits)} | verdict.to_dict()
+    details = {"limits": asdict(limits)} | verdict.to_dict()
+    return _parity(reference, run, "detections", details)
+
+
+def _parity(
+    reference: Reference, run: Runner, judged_by: str, details: Mapping[str, Any]
+) -> Parity:
+    """Return a verdict as the manifest holds it.
+
+    Args:
+        reference, run: what was compared.
+        judged_by: "float32 noise" or "detections".
+        details: limits and deviations, and how many images.
+    """
+    names = {"reference": reference.run.name, "runtime": run.name, "judged_by": judged_by}
+    return Parity.from_dict(names | dict(details))
 
 
 def _detect(run: Runner, batch: Batch, score: float, iou: float) -> list[NetDetections]:

@@ -68,12 +68,12 @@ def with_tower(artefact: OnnxArtefact, factor: float) -> OnnxArtefact:
 
 
 class TestInt8:
-    def test_the_graph_and_its_manifest(self, artefact: OnnxArtefact, images: Path) -> None:
-        reporter, before = RecordingReporter(), artefact.model.SerializeToString()
+    def test_the_graph_and_its_manifest(self, small: OnnxArtefact, images: Path) -> None:
+        reporter, before = RecordingReporter(), small.model.SerializeToString()
         options = Int8Options(scheme="s8s8", method="minmax", keep=("backbone.conv1",))
-        quantized = quantize_artefact(artefact, images, options, reporter=reporter)
-        source, manifest = artefact.manifest, quantized.manifest
-        assert artefact.model.SerializeToString() == before
+        quantized = quantize_artefact(small, images, options, reporter=reporter)
+        source, manifest = small.manifest, quantized.manifest
+        assert small.model.SerializeToString() == before
         assert plain(manifest)["options"]["int8"] | {"calibration": ""} == {
             "scheme": "s8s8",
             "needs": "TensorRT",
@@ -89,11 +89,11 @@ class TestInt8:
             source.preset,
             source.checkpoint_sha256,
         )
-        assert quantized.model.ByteSize() < 0.4 * artefact.model.ByteSize()
+        assert quantized.model.ByteSize() < 0.4 * small.model.ByteSize()
         assert "fewer than 64" in " ".join(reporter.lines)
 
     def test_keeps_as_many_layers_as_quality_asks_for(
-        self, artefact: OnnxArtefact, images: Path, monkeypatch: pytest.MonkeyPatch
+        self, small: OnnxArtefact, images: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         ranked = [Sensitivity(f"backbone.layer{i}.*", 1 / i) for i in range(1, 5)]
         monkeypatch.setattr(convert_module, "measure_sensitivity", lambda *args, **kwargs: ranked)
@@ -109,7 +109,7 @@ class TestInt8:
             return 100 * len(weights) / 58
 
         quantized = quantize_artefact(
-            artefact,
+            small,
             images,
             Int8Options(method="minmax", keep=("neck.*",), max_drop=75.0),
             quality=share_of_8_bits,
@@ -123,13 +123,13 @@ class TestInt8:
         assert [one["group"] for one in described["ranked"]] == [one.group for one in ranked]
 
     def test_without_annotations_detections_are_compared(
-        self, artefact: OnnxArtefact, images: Path, monkeypatch: pytest.MonkeyPatch
+        self, small: OnnxArtefact, images: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(
             convert_module, "DetectionMismatch", partial(DetectionMismatch, score_threshold=0.05)
         )
         options = Int8Options(method="minmax", max_drop=100.0)
-        quantized = quantize_artefact(artefact, images, options)
+        quantized = quantize_artefact(small, images, options)
         described = plain(quantized.manifest)["options"]["int8"]
         assert 0 < described["drop"] <= 100
         assert described["keep"] == []

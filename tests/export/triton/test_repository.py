@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from tood_deploy.data.image_set import synthetic_image
 from tood_deploy.errors import ArtefactError, CheckFailed, DeviceError, OutputError, ToodError
 from tood_deploy.export.tensorrt.options import Profiles
-from tood_deploy.export.tensorrt.to_tensorrt import engine_from_onnx
 from tood_deploy.export.triton import folder as triton_folder
 from tood_deploy.export.triton import repository as to_triton
 from tood_deploy.export.triton.config import read_config
@@ -439,17 +438,15 @@ class TestTensorRT:
             quick(backend="tensorrt")
         assert not (tmp_path / "repo").exists()
 
-    def test_serving_form_builds_by_tensorrt_rtx(self, served: ServedModel, tmp_path: Path) -> None:
-        """Triton does not run plans of TensorRT-RTX, but it builds without a GPU and shares
-        TensorRT's parser."""
-        pytest.importorskip("tensorrt_rtx")
-        profiles = Profiles(((64, 96),), (1, 1, 2))
-        built = engine_from_onnx(
-            served.path, tmp_path / "tood.engine", profiles=profiles, flavour="tensorrt_rtx"
-        )
+    def test_a_plan_of_tensorrt_rtx_is_refused(self, served: ServedModel, tmp_path: Path) -> None:
+        """A stand-in for one; that the served form builds is tested in test_export.py."""
+        engine = tmp_path / "tood.engine"
+        engine.write_bytes(b"a plan")
+        target = EngineTarget("tensorrt_rtx", "1.7", "linux", ("8.9",), PROFILES.for_manifest())
+        stated = replace(served.manifest, target=target).with_artefact(engine)
+        write_text(manifest_path(engine), stated.to_json())
         with pytest.raises(ArtefactError, match="is a plan of tensorrt_rtx"):
-            triton_repository(tmp_path / "tood.engine", tmp_path / "repo")
-        assert "serving" in plain(built.manifest)["options"]
+            triton_repository(engine, tmp_path / "repo")
 
     def test_engine_whose_manifest_pretends_another_flavour(
         self, tmp_path: Path, served: ServedModel

@@ -25,9 +25,8 @@ from tood_deploy.data.image_header import MAX_PIXELS
 from tood_deploy.data.results import Results, empty_results
 from tood_deploy.detections import Detections
 from tood_deploy.errors import ArtefactError, InputError, OutputError
-from tood_deploy.files import file_sha256, take_lock
+from tood_deploy.files import check_writable, file_sha256, take_lock
 from tood_deploy.inference.detector import Detector
-from tood_deploy.inference.output_paths import check_writable
 from tood_deploy.inference.pipeline import Timings, detect_frames
 from tood_deploy.inference.sinks import output_errors
 from tood_deploy.inference.source import Source, open_source

@@ -1,12 +1,13 @@
 """Latency of several models on one machine, in interleaved rounds so that drift hits all alike.
 
 A `LatencyPlan` comes in, a `Measurement` for each of its cases goes out; each model runs in a
-process of its own. Knows no reports.
+process of its own. `summarise` and `speedup` say what the times amount to. Knows no reports.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import multiprocessing
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -15,13 +16,26 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from tood_deploy.benchmark.latency.machine import GpuMeter
-from tood_deploy.benchmark.latency.worker import Calls, Case, Failed, Opened, Turn, serve
+from tood_deploy.benchmark.latency.worker import (
+    END_TO_END,
+    Calls,
+    Case,
+    Failed,
+    Opened,
+    Turn,
+    serve,
+)
 from tood_deploy.errors import ToodError
 from tood_deploy.manifest import artefact_files
 from tood_deploy.reporter import Reporter
 
 SAMPLE_EVERY_S = 0.1
+RESAMPLES = 4000
+CONFIDENCE_PERCENT = 95
 Answer = TypeVar("Answer")
 
 
@@ -275,3 +289,112 @@ def describe(measurement: Measurement) -> dict[str, Any]:
             for kind, warm in opened.warm_ups.items()
         },
     }
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Of times in milliseconds.
+
+    Attributes:
+        count: measurements.
+        median: in milliseconds, as all that follow.
+        mean: of all.
+        p90: 90th percentile.
+        p95: 95th percentile.
+        p99: 99th percentile; of few measurements that is their largest.
+        spread: distance between the first and third quartile.
+    """
+
+    count: int
+    median: float
+    mean: float
+    p90: float
+    p95: float
+    p99: float
+    spread: float
+
+
+def summarise(times_ms: Sequence[float] | NDArray[np.float64]) -> Summary:
+    """Summarise at least one measurement."""
+    values = np.asarray(times_ms, np.float64)
+    first, median, third, p90, p95, p99 = np.percentile(values, [25, 50, 75, 90, 95, 99]).tolist()
+    return Summary(len(values), median, float(values.mean()), p90, p95, p99, third - first)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A ratio and the interval that holds it with `CONFIDENCE_PERCENT` percent confidence."""
+
+    value: float
+    low: float
+    high: float
+
+
+def speedup(
+    baseline_ms: Sequence[Sequence[float]], times_ms: Sequence[Sequence[float]], seed: int = 0
+) -> Ratio:
+    """Return how many times faster than a baseline it is: ratio of medians, bootstrap interval.
+
+    Rounds are drawn with replacement, both sides of a round together, so that drift, which hits
+    both, cancels out.
+
+    Args:
+        baseline_ms: times of every round; rounds in order.
+        times_ms: the same rounds of what is compared.
+        seed: of the resampling.
+    """
+    both = np.array(
+        [
+            [np.median(first), np.median(second)]
+            for first, second in zip(baseline_ms, times_ms, strict=True)
+        ]
+    )
+    drawn = np.random.default_rng(seed).integers(0, len(both), (RESAMPLES, len(both)))
+    medians = np.median(both[drawn], axis=1)
+    tail = (100 - CONFIDENCE_PERCENT) / 2
+    low, high = np.percentile(medians[:, 0] / medians[:, 1], [tail, 100 - tail]).tolist()
+    middle = np.median(both, axis=0)
+    return Ratio(float(middle[0] / middle[1]), low, high)
+
+
+def summary_of(measurement: Measurement, kind: str, part: str = "total") -> Summary | None:
+    """Summarise all rounds; None where the part does not exist on this device.
+
+    Args:
+        measurement: of one case.
+        kind: of calls.
+        part: of a call.
+    """
+    times = [ms for turn in measurement.times_ms(kind, part) for ms in turn]
+    return summarise(times) if times else None
+
+
+def total_of(measurement: Measurement, kind: str) -> Summary:
+    """Summarise whole calls of one kind over all rounds."""
+    summary = summary_of(measurement, kind)
+    assert summary is not None  # every turn makes a call of each kind
+    return summary
+
+
+def fps(measurement: Measurement) -> float:
+    """Return images a second, end to end, one call after another."""
+    return 1000 * measurement.case.batch / total_of(measurement, END_TO_END).mean
+
+
+def groups(measurements: Sequence[Measurement]) -> Iterator[list[Measurement]]:
+    """Yield those that were measured together: the same size asked for, and batch."""
+    for _, group in itertools.groupby(
+        measurements, key=lambda measurement: (measurement.case.imgsz, measurement.case.batch)
+    ):
+        yield list(group)
+
+
+def speedups(measurements: Sequence[Measurement], kind: str = END_TO_END) -> dict[int, Ratio]:
+    """Return the speed-up over the first of the same group, by position; the first has none."""
+    ratios, position = {}, 0
+    for group in groups(measurements):
+        for measurement in group:
+            if measurement is not group[0]:
+                ratios[position] = speedup(group[0].times_ms(kind), measurement.times_ms(kind))
+            position += 1
+    return ratios

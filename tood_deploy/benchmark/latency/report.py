@@ -5,8 +5,7 @@ A `LatencyRun` comes in, tables, figures and files go out.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,55 +24,18 @@ from tood_deploy.benchmark.html_report import (
     write_json,
     write_markdown,
 )
-from tood_deploy.benchmark.latency.measure import Measurement, describe
+from tood_deploy.benchmark.latency.measure import (
+    Measurement,
+    describe,
+    fps,
+    speedups,
+    summary_of,
+    total_of,
+)
 from tood_deploy.benchmark.latency.peak import Arithmetic
-from tood_deploy.benchmark.latency.statistics import Ratio, Summary, speedup, summarise
 from tood_deploy.benchmark.latency.worker import END_TO_END, ENGINE, PARTS
 
 STAGES = ("pre", *PARTS, "post")
-
-
-def summary_of(measurement: Measurement, kind: str, part: str = "total") -> Summary | None:
-    """Summarise all rounds; None where the part does not exist on this device.
-
-    Args:
-        measurement: of one case.
-        kind: of calls.
-        part: of a call.
-    """
-    times = [ms for turn in measurement.times_ms(kind, part) for ms in turn]
-    return summarise(times) if times else None
-
-
-def total_of(measurement: Measurement, kind: str) -> Summary:
-    """Summarise whole calls of one kind over all rounds."""
-    summary = summary_of(measurement, kind)
-    assert summary is not None  # every turn makes a call of each kind
-    return summary
-
-
-def fps(measurement: Measurement) -> float:
-    """Return images a second, end to end, one call after another."""
-    return 1000 * measurement.case.batch / total_of(measurement, END_TO_END).mean
-
-
-def groups(measurements: Sequence[Measurement]) -> Iterator[list[Measurement]]:
-    """Yield those that were measured together: the same size asked for, and batch."""
-    for _, group in itertools.groupby(
-        measurements, key=lambda measurement: (measurement.case.imgsz, measurement.case.batch)
-    ):
-        yield list(group)
-
-
-def speedups(measurements: Sequence[Measurement], kind: str = END_TO_END) -> dict[int, Ratio]:
-    """Return the speed-up over the first of the same group, by position; the first has none."""
-    ratios, position = {}, 0
-    for group in groups(measurements):
-        for measurement in group:
-            if measurement is not group[0]:
-                ratios[position] = speedup(group[0].times_ms(kind), measurement.times_ms(kind))
-            position += 1
-    return ratios
 
 
 def _case(measurement: Measurement) -> list[str | int]:

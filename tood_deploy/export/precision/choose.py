@@ -24,8 +24,7 @@ from tood_deploy.engines.openvino_runtime import has_bf16
 from tood_deploy.errors import CheckFailed
 from tood_deploy.export.config import ExportConfig, PrecisionOptions
 from tood_deploy.export.precision.convert import images_to_verify
-from tood_deploy.export.result import ExportResult
-from tood_deploy.export.timings import timed
+from tood_deploy.export.result import ExportResult, timed
 from tood_deploy.files import atomic_paths
 from tood_deploy.graph_io import OPENVINO_SUFFIX, OPENVINO_WEIGHTS_SUFFIX
 from tood_deploy.manifest import manifest_path

@@ -48,7 +48,7 @@ from tood_deploy.export.precision.sensitivity import (
     choose_kept,
     measure_sensitivity,
 )
-from tood_deploy.manifest_sections import HalfBuild, ImageStatistics, Int8Build, Parity, SelfTest
+from tood_deploy.manifest_sections import HalfBuild, ImageStatistics, Int8Build, SelfTest
 from tood_deploy.matching import split_batch
 from tood_deploy.onnx_file import OnnxArtefact, artefact_in_memory
 from tood_deploy.parity.onnx_reference import OnnxRunner
@@ -430,10 +430,10 @@ def verify_converted(
     """
     precision = artefact.manifest.precision
     if precision == "fp32":  # what a search of mixtures may come to
-        parity = verify_float32(
-            reference, OnnxRunner(artefact.model), images=images, reporter=reporter
-        )
-        return _with_verdict(artefact, parity, self_test)
+        run = OnnxRunner(artefact.model)
+        parity = verify_float32(reference, run, images=images, reporter=reporter)
+        manifest = replace(artefact.manifest, parity=parity, self_test=self_test)
+        return replace(artefact, manifest=manifest)
     run = OnnxRunner(emulate_low_precision(artefact.model), maps=False)
     if half := half_precision_of(artefact.manifest):
         run.name += f", {half} emulated"
@@ -453,16 +453,8 @@ def verify_converted(
     if precision == "int8":
         self_test = self_test_from(run)
         classes = artefact.manifest.preset.num_classes
-        parity |= {"statistics": image_statistics(reference, classes, images).to_dict()}
-    return _with_verdict(artefact, parity, self_test)
-
-
-def _with_verdict(
-    artefact: OnnxArtefact, parity: dict[str, Any], self_test: SelfTest | None
-) -> OnnxArtefact:
-    """Return the artefact with a verdict and a self-test in its manifest."""
-    verdict = Parity.from_dict(parity)
-    manifest = replace(artefact.manifest, parity=verdict, self_test=self_test)
+        parity = replace(parity, statistics=image_statistics(reference, classes, images))
+    manifest = replace(artefact.manifest, parity=parity, self_test=self_test)
     return replace(artefact, manifest=manifest)
 
 

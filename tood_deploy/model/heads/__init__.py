@@ -1,12 +1,15 @@
-"""The heads of the detectors, one file each; `build_head` gives the one of a preset."""
+"""The heads: TOOD's, and its relatives' of two towers; `build_head` gives a preset's."""
 
 from tood_deploy.model.head import SeparateTowers
-from tood_deploy.model.heads.atss import AtssHead, PaaHead
-from tood_deploy.model.heads.fcos import FcosHead
-from tood_deploy.model.heads.gfl import GflHead
-from tood_deploy.model.heads.retinanet import RetinaHead
 from tood_deploy.model.heads.tood import TaskAlignedHead
-from tood_deploy.model.heads.vfnet import VfnetHead
+from tood_deploy.model.heads.towers import (
+    AtssHead,
+    FcosHead,
+    GflHead,
+    PaaHead,
+    RetinaHead,
+    VfnetHead,
+)
 from tood_deploy.presets import DetectorName, Preset
 
 Head = TaskAlignedHead | SeparateTowers

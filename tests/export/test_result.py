@@ -1,6 +1,6 @@
 """The table of `tood-export --timings`."""
 
-from tood_deploy.export.timings import Timings, record_timings, timed
+from tood_deploy.export.result import Timings, record_timings, timed
 
 
 def test_steps_are_recorded_inside_the_block_alone() -> None:

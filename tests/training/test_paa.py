@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tood_deploy.training.losses.paa import separate
-from tood_deploy.training.mixture import fit_two_gaussians
+from tood_deploy.training.losses.paa import fit_two_gaussians, separate
 
 
 def rows(count: int, seed: int) -> list[torch.Tensor]:
