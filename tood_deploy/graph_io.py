@@ -20,13 +20,14 @@ LEVELS = tuple(f"p{i}" for i in range(3, 3 + len(STRIDES)))
 HEAD_OUTPUTS = tuple(f"head_{kind}_{level}" for kind in ("scores", "boxes") for level in LEVELS)
 
 # Values on the way to `OUTPUTS` that keep these names in every exported graph, stage by stage.
-# None of them is an output of the graph.
+# None of them is an output of the graph; an engine of tood-export gives the candidates.
+CANDIDATES = ("candidate_boxes", "candidate_scores", "candidate_labels")
 STAGE_VALUES = {
     "pixels": ("pixels",),
     "backbone": ("c3", "c4", "c5"),
     "pyramid": LEVELS,
     "head": HEAD_OUTPUTS,
-    "candidates": ("candidate_boxes", "candidate_scores", "candidate_labels"),
+    "candidates": CANDIDATES,
 }
 INNER_VALUES = tuple(name for names in STAGE_VALUES.values() for name in names)
 # Of detectors that hold the class score alone against thresholds, what the head hands on beside its

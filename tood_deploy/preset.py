@@ -23,6 +23,9 @@ STRIDES = (8, 16, 32, 64, 128)
 SIZE_DIVISOR = 32
 MAX_IMGSZ = 16384  # pixels of a side of the network's input
 MAX_CANDIDATES = 3840  # of all levels together: the most that TensorRT's TopK takes
+# Of score voting: overlap below which a candidate has no vote, the width of the weights, and the
+# sum of weights below which nobody has voted.
+MIN_VOTING_IOU, VOTING_SIGMA, MIN_VOTES = 0.01, 0.025, 1e-30
 
 ALLOWED = {
     "detector": ("tood", "atss", "gfl", "paa", "fcos", "vfnet", "retinanet"),

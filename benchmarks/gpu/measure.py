@@ -15,13 +15,15 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.gpu.facts import GpuWatch
-from benchmarks.gpu.failures import row_errors
+from benchmarks.gpu.failures import note_of, row_errors
+from benchmarks.gpu.kernel_profile import profile_call
 from benchmarks.gpu.parity import Reference
 from benchmarks.gpu.settings import CONF, IOU, Row, Settings
 from benchmarks.gpu.torch_variants import TorchVariant, forget_compiled
 from benchmarks.gpu.variants import Resident, Variant
 from tood_deploy.benchmark.latency.worker import warm_up
 from tood_deploy.engines.base import Engine
+from tood_deploy.engines.torch_fast import FastTorchEngine
 from tood_deploy.inference.detector import Detector
 
 MAX_CALLS, MAX_WARM_UP_SECONDS = 50, 1.0
@@ -109,6 +111,8 @@ def measure_cell(
     """
     opened = _open_all(session, candidates, frames)
     _take_turns(opened, session)
+    if reference is not None:
+        _profile(opened, session)
     while opened:
         _finish(opened.pop(0), reference)
     gc.collect()
@@ -132,6 +136,16 @@ def _open_all(
         row = variant.row
         session.log(f"{row.cell.name}: {row.name}: {row.status} {row.note}".rstrip())
     return opened
+
+
+def _profile(opened: Sequence[OpenVariant], session: Session) -> None:
+    """List the kernels of PyTorch's fast rows, after all times: listing slows calls down."""
+    for variant in opened:
+        if isinstance(variant.engine, FastTorchEngine) and variant.row.status == "ok":
+            try:
+                variant.row.kernels = profile_call(variant.call, session.settings.device)
+            except RuntimeError as error:  # of the profiler: the row's times are good
+                variant.row.note = f"no kernels were counted ({note_of(error)})"
 
 
 def _finish(opened: OpenVariant, reference: Reference | None) -> None:

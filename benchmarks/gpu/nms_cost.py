@@ -22,7 +22,7 @@ from benchmarks.gpu.settings import CONF, IOU, Mode, Status
 from tood_deploy.benchmark.latency.worker import warm_up
 from tood_deploy.engines.torch_graphs import Recorded
 from tood_deploy.model.detector import DenseDetector, FusedDetector
-from tood_deploy.model.nms import nms, nms_unrolled
+from tood_deploy.model.nms import best_for, nms, nms_unrolled
 from tood_deploy.model.postprocess import MAX_DET, Candidates
 
 Kept = tuple[Tensor, Tensor]
@@ -133,8 +133,8 @@ def _methods(candidates: Candidates, modes: Sequence[Mode]) -> dict[str, Callabl
     """Return by name the functions that prepare a call of a method."""
     threshold = torch.tensor(IOU, device=candidates.scores.device)
 
-    def unrolled(*inputs: Tensor) -> Any:
-        return nms_unrolled(inputs[0], inputs[1], inputs[2], inputs[3], MAX_DET)
+    def unrolled(boxes: Tensor, scores: Tensor, labels: Tensor, iou: Tensor) -> Any:
+        return nms_unrolled(boxes, scores, labels, iou, MAX_DET, best=best_for(MAX_DET))
 
     def recorded(function: Callable[..., Any]) -> Callable[[], Call]:
         def prepare() -> Call:

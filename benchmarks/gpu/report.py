@@ -13,7 +13,7 @@ from benchmarks.gpu.parity import verdict
 from benchmarks.gpu.settings import Row
 from tood_deploy.benchmark.html_report import Cell as TableCell
 from tood_deploy.benchmark.html_report import Table, write_json, write_markdown
-from tood_deploy.benchmark.latency.report import Summary, speedup, summarise
+from tood_deploy.benchmark.latency.measure import Summary, speedup, summarise
 
 
 def write_report(
@@ -93,7 +93,7 @@ def _markdown(
         noted = [row for row in in_cell if row.note or row.status != "ok"]
         notes = [f"- {row.name}: **{row.status}**. {row.note}".rstrip() for row in noted]
         parts += ["\n".join(notes)] if notes else []
-    parts += _parity_parts(rows)
+    parts += _parity_parts(rows) + _kernel_parts(rows, bool(floors))
     return [*parts, "## Suppression alone", _nms_table(nms_rows).markdown(), *_nms_notes(nms_rows)]
 
 
@@ -158,6 +158,24 @@ def _speed_cells(row: Row, rows: Sequence[Row], floor: float | None) -> list[Tab
         None if row.memory_mib is None else round(row.memory_mib),
         round(row.open_seconds, 1),
     ]
+
+
+def _kernel_parts(rows: Sequence[Row], on_gpu: bool) -> list[str]:
+    parts: list[str] = []
+    for row in rows:
+        if row.kernels:
+            kind = "Kernels" if on_gpu else "Operators"
+            cells: list[list[TableCell]] = [
+                [one.name[:100], round(one.launches, 1), round(one.ms, 3)] for one in row.kernels
+            ]
+            total = sum(one.ms for one in row.kernels)
+            note = (
+                f"Of a call, slowest first, by PyTorch's profiler after the times above: "
+                f"{sum(one.launches for one in row.kernels):.0f} launches, {total:.2f} ms."
+            )
+            table = Table((kind.lower()[:-1], "launches", "ms"), cells, note)
+            parts += [f"## {kind} of {row.name}, {row.cell.name}", table.markdown()]
+    return parts
 
 
 def _parity_parts(rows: Sequence[Row]) -> list[str]:

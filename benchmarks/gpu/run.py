@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,8 +21,8 @@ from benchmarks.gpu.measure import Budget, Session, measure_cell
 from benchmarks.gpu.nms_cost import NmsRow, candidates_of, measure_nms
 from benchmarks.gpu.parity import Reference
 from benchmarks.gpu.report import failures_of, write_report
-from benchmarks.gpu.settings import CONF, IOU, Row, Settings, cells
-from benchmarks.gpu.variants import variants
+from benchmarks.gpu.settings import CONF, IOU, Cell, Row, Settings, cells
+from benchmarks.gpu.variants import Variant, runtime_variants, torch_variants
 from tood_deploy.data.image_set import synthetic_image
 from tood_deploy.data.images import read_images
 from tood_deploy.errors import DeviceError
@@ -67,26 +68,47 @@ def run_all(settings: Settings, output: Path, command: str) -> list[str]:
     }
     artefacts = Artefacts(model, settings)
     _log(f"{facts['gpu'].get('name', 'CPU')}; {facts['versions']}")
-    rows: list[Row] = []
-    nms_rows: list[NmsRow] = []
-    for cell in cells(settings):
-        frames = [synthetic_image(*FRAME_HW[settings.device], seed) for seed in range(cell.batch)]
-        reference = Reference(model, _parity_images(settings), cell.size_hw) if cell.first else None
-        rows += measure_cell(session, variants(settings, artefacts, cell), frames, reference)
-        if cell.first:
-            nms_rows = _measure_suppression(settings, model, session.budget)
-    for row in rows:
-        row.note = row.note.replace(f"{settings.folder}/", "")
     floors: dict[str, float] = {}
     if settings.device == "cuda":
         peak = settings.peak_tflops
         floors = {cell.name: floor_ms(model.preset, cell, peak) for cell in cells(settings)}
-    failures = failures_of(rows, nms_rows)
-    facts["GPU during the run"] = session.watch.to_dict()
-    paths = write_report(output, rows, nms_rows, facts, floors, failures)
-    print(paths[1].read_text(encoding="utf-8"))
-    _log(f"written: {', '.join(map(str, paths))}")
+    rows: list[Row] = []
+    nms_rows: list[NmsRow] = []
+    failures: list[str] = []
+    # What surely runs first, and its report: other runtimes may be refused, or not be there.
+    for variants_of in (torch_variants, runtime_variants):
+        for cell in cells(settings):
+            rows += _measure_cell(session, variants_of(settings, artefacts, cell), cell, model)
+            if cell.first and variants_of is torch_variants:
+                nms_rows = _measure_suppression(settings, model, session.budget)
+        failures = failures_of(rows, nms_rows)
+        facts["GPU during the run"] = session.watch.to_dict()
+        paths = write_report(output, rows, nms_rows, facts, floors, failures)
+        _log(f"written: {', '.join(map(str, paths))}")
+    print(output.with_name(f"{output.name}.md").read_text(encoding="utf-8"))
     return failures
+
+
+def _measure_cell(
+    session: Session, candidates: Sequence[Variant], cell: Cell, model: DenseDetector
+) -> list[Row]:
+    """Fill and return the rows of some variants in a cell; in the first, parity is measured, too.
+
+    Args:
+        session: of the run.
+        candidates: the variants.
+        cell: theirs.
+        model: the network.
+    """
+    settings = session.settings
+    if not candidates:
+        return []
+    frames = [synthetic_image(*FRAME_HW[settings.device], seed) for seed in range(cell.batch)]
+    reference = Reference(model, _parity_images(settings), cell.size_hw) if cell.first else None
+    rows = measure_cell(session, candidates, frames, reference)
+    for row in rows:
+        row.note = row.note.replace(f"{settings.folder}/", "")
+    return rows
 
 
 def _log(line: str) -> None:

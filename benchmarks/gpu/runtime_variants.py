@@ -14,9 +14,44 @@ import torch
 from numpy.typing import NDArray
 
 from tood_deploy.engines.base import BatchDetections, Engine
+from tood_deploy.errors import DeviceError
 from tood_deploy.graph_io import INPUTS, OUTPUTS
 
 Call = Callable[[], BatchDetections]
+
+
+def check_onnx(device: str) -> None:
+    """Raise what says that ONNX Runtime does not run on a device here, if it does not.
+
+    Raises:
+        ImportError: it is not installed.
+        DeviceError: it has nothing for the device.
+    """
+    import onnxruntime
+
+    if device == "cuda" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        raise DeviceError(
+            f"this onnxruntime has {', '.join(onnxruntime.get_available_providers())}; carry "
+            "onnxruntime-gpu for rows of ONNX Runtime"
+        )
+
+
+def check_tensorrt(device: str) -> None:
+    """Raise what says that TensorRT does not run on a device here, if it does not.
+
+    Raises:
+        DeviceError: it is not installed, or has no kernels for the GPU.
+    """
+    if device != "cuda":
+        raise DeviceError(f"device is {device}; TensorRT runs on GPUs")
+    from tood_deploy.engines.tensorrt.library import load_flavour
+
+    flavour = load_flavour(None)
+    from tood_deploy.engines.tensorrt.cuda import visible_gpu
+
+    if gpu := visible_gpu():
+        name, capability = gpu
+        flavour.check_gpu(capability, name)
 
 
 def open_onnx(path: Path, device: str) -> Engine:

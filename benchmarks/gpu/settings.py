@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from benchmarks.gpu.kernel_profile import KernelTime
+
 Precision = Literal["fp32", "fp16", "bf16"]
 Backend = Literal["torch", "onnxruntime", "tensorrt"]
 Mode = Literal["eager", "static", "graph", "compiled"]
@@ -93,6 +95,7 @@ class Row:
         open_seconds: for exporting, building, compiling, recording and the first call.
         memory_mib: of the device, for these at most; None where it cannot be measured.
         parity: how far from PyTorch in float32 on the CPU; empty where it was not compared.
+        kernels: that take the most of a call; of PyTorch's rows in the first cell alone.
     """
 
     cell: Cell
@@ -106,6 +109,7 @@ class Row:
     open_seconds: float = 0.0
     memory_mib: float | None = None
     parity: dict[str, Any] = field(default_factory=dict)
+    kernels: list[KernelTime] = field(default_factory=list)
 
     @property
     def name(self) -> str:

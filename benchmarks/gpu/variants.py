@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 from benchmarks.gpu.artefacts import Artefacts
 from benchmarks.gpu.runtime_variants import (
+    check_onnx,
+    check_tensorrt,
     open_onnx,
     open_tensorrt,
     resident_onnx,
@@ -52,24 +54,33 @@ class Variant:
         return GUESSED_SECONDS.get(self.kind, 5.0)
 
 
-def variants(settings: Settings, artefacts: Artefacts, cell: Cell) -> list[Variant]:
-    """Return the variants of a cell, quick ones first, so that they are measured in any case.
+def torch_variants(settings: Settings, artefacts: Artefacts, cell: Cell) -> list[Variant]:
+    """Return what runs wherever PyTorch does, quick ones first, so that these run in any case.
 
     Args:
         settings: of the run.
-        artefacts: files that other runtimes run.
+        artefacts: has the network.
+        cell: size and batch.
+    """
+    modes = sorted(settings.modes, key=lambda mode: mode == "compiled")
+    return [
+        variant for mode in modes for variant in _torch_variants(settings, artefacts, cell, mode)
+    ]
+
+
+def runtime_variants(settings: Settings, artefacts: Artefacts, cell: Cell) -> list[Variant]:
+    """Return what needs another runtime, which may have been carried along.
+
+    Args:
+        settings: of the run.
+        artefacts: files that they run, made when a runtime takes them.
         cell: size and batch.
     """
     result: list[Variant] = []
-    for mode in settings.modes:
-        if mode != "compiled":
-            result += _torch_variants(settings, artefacts, cell, mode)
     if "onnxruntime" in settings.backends:
         result += [_onnx_variant(settings, artefacts, cell, name) for name in settings.precisions]
     if "tensorrt" in settings.backends:
         result += [_tensorrt_variant(artefacts, cell, name) for name in settings.precisions]
-    if "compiled" in settings.modes:
-        result += _torch_variants(settings, artefacts, cell, "compiled")
     return result
 
 
@@ -100,6 +111,7 @@ def _onnx_variant(
     settings: Settings, artefacts: Artefacts, cell: Cell, precision: Precision
 ) -> Variant:
     def open_runtime() -> tuple[Engine, Resident]:
+        check_onnx(settings.device)  # before the export, which takes half a minute
         engine = open_onnx(artefacts.onnx(precision), settings.device)
         engine.input_shapes_hw = (cell.size_hw,)
         return engine, lambda *inputs: resident_onnx(engine, *inputs)
@@ -111,10 +123,7 @@ def _onnx_variant(
 
 def _tensorrt_variant(artefacts: Artefacts, cell: Cell, precision: Precision) -> Variant:
     def open_runtime() -> tuple[Engine, Resident]:
-        if artefacts.settings.device != "cuda":
-            from tood_deploy.errors import DeviceError
-
-            raise DeviceError(f"device is {artefacts.settings.device}; TensorRT runs on GPUs")
+        check_tensorrt(artefacts.settings.device)
         engine = open_tensorrt(artefacts.engine(precision))
         engine.input_shapes_hw = (cell.size_hw,)
         return engine, lambda *inputs: resident_tensorrt(engine, *inputs)

@@ -31,7 +31,21 @@ TYPES: dict[str, Any] = {
     "labels": np.int32,
 }
 INPUTS = list(TYPES)[:4]
-SHAPES = {"num_dets": (), "boxes": (MAX_DET, 4), "scores": (MAX_DET,), "labels": (MAX_DET,)}
+CANDIDATES = 8  # of an image
+CANDIDATE_TYPES: dict[str, Any] = {
+    "candidate_boxes": np.float32,
+    "candidate_scores": np.float32,
+    "candidate_labels": np.int64,
+}
+SHAPES = {
+    "num_dets": (),
+    "boxes": (MAX_DET, 4),
+    "scores": (MAX_DET,),
+    "labels": (MAX_DET,),
+    "candidate_boxes": (CANDIDATES, 4),
+    "candidate_scores": (CANDIDATES,),
+    "candidate_labels": (CANDIDATES,),
+}
 SCRATCH = 4096
 
 
@@ -40,7 +54,7 @@ def answers(
 ) -> dict[str, NDArray[Any]]:
     """What the formula finds: every input decides about something."""
     batch = len(images)
-    found = {name: np.zeros((batch, *SHAPES[name]), TYPES[name]) for name in SHAPES}
+    found = {name: np.zeros((batch, *SHAPES[name]), TYPES[name]) for name in list(TYPES)[4:]}
     found["num_dets"][:] = 1 + images[:, 0, 0, 0] % MAX_DET
     found["boxes"][:, 0, :2] = valid_hw
     found["boxes"][:, 0, 2] = images.reshape(batch, -1).sum(1, dtype=np.int64) % 1000
@@ -92,7 +106,7 @@ class FakeContext:
 
     def execute_async_v3(self, stream_handle: int) -> bool:
         driver = self._plan.driver
-        assert set(self._addresses) == set(TYPES)
+        assert set(self._addresses) == set(self._plan.types)
         assert self._scratch
         if failure := self._plan.failures.pop("execute", None):
             self._plan.say("ERROR", failure)
@@ -118,9 +132,12 @@ class FakeContext:
             driver.array(scratch, (SCRATCH,), np.uint8)[:] = 0x5C
             inputs = [driver.array(addresses[name], shapes[name], TYPES[name]) for name in INPUTS]
             found = answers(*inputs)
+            for name in CANDIDATE_TYPES.keys() & self._plan.types.keys():
+                shape = (len(inputs[0]), *SHAPES[name])
+                found[name] = np.zeros(shape, CANDIDATE_TYPES[name])
             self._plan.spoil(found)
             for name, values in found.items():
-                driver.array(addresses[name], values.shape, TYPES[name])[...] = values
+                driver.array(addresses[name], values.shape, values.dtype)[...] = values
 
         return work
 
@@ -193,7 +210,7 @@ class FakeEngine:
         return list(self.plan.types)[index]
 
     def get_tensor_dtype(self, name: str) -> Any:
-        names = {np.uint8: "UINT8", np.int32: "INT32", np.float32: "FLOAT"}
+        names = {np.uint8: "UINT8", np.int32: "INT32", np.int64: "INT64", np.float32: "FLOAT"}
         return tensorrt_rtx.DataType.__members__[names[self.plan.types[name]]]
 
     def get_tensor_mode(self, name: str) -> Any:

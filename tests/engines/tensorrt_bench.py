@@ -38,8 +38,9 @@ class Bench:
     path: Path
     manifest: Manifest
 
-    def open(self, **options: Any) -> TensorRTEngine:
-        return TensorRTEngine(self.path, **options)
+    def open(self, *, warm_up: bool = False, **options: Any) -> TensorRTEngine:
+        """Open it, without a warm-up where not asked for: most tests look at the first batches."""
+        return TensorRTEngine(self.path, warm_up=warm_up, **options)
 
     def write(self, **fields: Any) -> None:
         """Changes the manifest."""

@@ -143,8 +143,25 @@ class TestOnAStandInForAGpu:
         with TorchEngine(model) as eager:
             for batch in (batch_of(2), batch_of(1), (batch_of(2)[0][::-1].copy(), batch_of(2)[1])):
                 assert_equal(engine.infer(*batch, CONF, IOU), eager.infer(*batch, CONF, IOU))
-        assert len(recordings) == 2, "a recording for each shape"
-        assert recordings[0].graph.replays == 2
+        assert len(recordings) == 1, "the single image runs in the recording for two"
+        assert recordings[0].graph.replays == 3
+
+    def test_a_smaller_batch_is_recorded_once_it_has_come_again(
+        self, engine: FastTorchEngine, model: DenseDetector, recordings: Any
+    ) -> None:
+        """And then of a power of two, so that recordings are few."""
+        images, valid_hw = batch_of(1)
+        five, three = (
+            (np.repeat(images, count, axis=0), np.repeat(valid_hw, count, axis=0))
+            for count in (5, 3)
+        )
+        with TorchEngine(model) as eager:
+            expected = eager.infer(*three, CONF, IOU)
+        engine.infer(*five, CONF, IOU)
+        for _ in range(4):
+            assert_equal(engine.infer(*three, CONF, IOU), expected)
+        assert [len(recorded.inputs[0]) for recorded in recordings] == [5, 4]
+        assert recordings[1].graph.replays == 2
 
     def test_two_batches_are_under_way(self, engine: FastTorchEngine, model: DenseDetector) -> None:
         assert engine.in_flight == 2

@@ -15,7 +15,7 @@ from model.crowds import Boxes, chain, crowd
 from numpy.typing import NDArray
 
 from tood_deploy.model.boxes import box_iou
-from tood_deploy.model.nms import BLOCK, nms, nms_unrolled
+from tood_deploy.model.nms import BLOCK, best_for, nms, nms_unrolled
 
 
 def greedy(
@@ -206,3 +206,32 @@ class TestUnrolled:
         compiled = torch.compile(nms_unrolled, backend="eager", fullgraph=True)
         pairs = zip(compiled(*boxes, 0.6, 20), nms_unrolled(*boxes, 0.6, 20), strict=True)
         assert all(torch.equal(first, second) for first, second in pairs)
+
+
+class TestBestAlone:
+    def test_what_they_hold_is_that_of_all(self) -> None:
+        boxes = crowd(3, 2, 300, 5, 800.0)
+        kept, counts = nms(*boxes, 0.6, 20)
+        unrolled = nms_unrolled(*boxes, 0.6, 20, best=100)
+        assert unrolled.exact.all()
+        assert torch.equal(unrolled.kept, kept)
+        assert torch.equal(unrolled.num_dets, counts)
+
+    def test_an_image_that_needs_more_is_not_exact(self) -> None:
+        """The first image has candidates behind the best, and room for detections; not the second.
+
+        The third has nothing but empty rows there.
+        """
+        boxes, scores, labels = crowd(3, 3, 300, 5, 800.0)
+        scores[2, 100:] = 0
+        unrolled = nms_unrolled(boxes, scores, labels, 0.6, 95, best=100)
+        enough = unrolled.num_dets >= 95
+        assert unrolled.exact.tolist() == [bool(enough[0]), bool(enough[1]), True]
+        assert not nms_unrolled(boxes, scores, labels, 0.6, 101, best=100).exact[:2].any()
+
+    def test_no_candidate_behind_the_best(self) -> None:
+        boxes = crowd(3, 1, 100, 5, 800.0)
+        assert nms_unrolled(*boxes, 0.6, 200, best=100).exact.all()
+
+    def test_few_detections_alone_are_looked_for_among_them(self) -> None:
+        assert (best_for(100), best_for(101)) == (1024, None)

@@ -7,7 +7,7 @@ memory. Knows neither networks nor files.
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from queue import SimpleQueue
@@ -21,6 +21,7 @@ from torch import Tensor
 from tood_deploy.model.postprocess import Candidates
 
 WARM_UPS = 3
+PADDED_AT_FIRST = 2  # times that a batch runs in a larger recording before it gets its own
 MAX_GRAPHS = 8  # sizes and batches that stay recorded; each holds its inputs and results
 BUFFERS = 2  # one computes, one is filled
 
@@ -68,12 +69,31 @@ class Recorded:
             self.outputs = function(*self.inputs)
 
     def __call__(self, *inputs: Tensor) -> Any:
-        """Replay on these inputs; the result is overwritten by the next call."""
+        """Replay on these inputs; the result is overwritten by the next call.
+
+        Of a smaller batch than was recorded, the images that are missing are all padding.
+        """
         for mine, given in zip(self.inputs, inputs, strict=True):
-            if mine is not given:
+            if mine is given:
+                continue
+            if mine.dim() and len(given) < len(mine):
+                mine[: len(given)].copy_(given, non_blocking=True)
+                mine[len(given) :].zero_()
+            else:
                 mine.copy_(given, non_blocking=True)
         self.graph.replay()
         return self.outputs
+
+
+def pad_batch(inputs: Inputs, rows: int) -> Inputs:
+    """Return inputs of so many images, those that are missing all padding: no pixel is valid."""
+    missing = rows - len(inputs[0])
+    if not missing:
+        return inputs
+    return tuple(
+        torch.cat([one, one.new_zeros(missing, *one.shape[1:])]) if one.dim() else one
+        for one in inputs
+    )
 
 
 def pinned(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -140,6 +160,7 @@ class CudaRunner:
         self.notes = notes
         self._copying, self._computing = torch.cuda.Stream(), torch.cuda.Stream()
         self._recorded: OrderedDict[tuple[int, ...], Recorded] = OrderedDict()
+        self._padded: Counter[tuple[int, ...]] = Counter()
         self._pool = torch.cuda.graph_pool_handle() if graphs else None
         self._launching = threading.Lock()
         self._free: SimpleQueue[Buffers] = SimpleQueue()
@@ -209,15 +230,43 @@ class CudaRunner:
             self._free.put(buffers)
 
     def _call(self, inputs: Inputs) -> Packed:
-        """Run the function, by a graph of its own for each shape of the images."""
+        """Run the function, by a graph for each size of the images and a few batches.
+
+        A batch that comes for the first time runs in the recording of a larger one, where there is
+        one, so that the last batch of a video does not wait for a recording of its own.
+        """
         if not self._graphs:
             return self._function(*inputs)
-        shape = tuple(inputs[0].shape)
+        batch, *size = inputs[0].shape
+        shape = (self._batch_to_run(batch, tuple(size)), *size)
         if shape not in self._recorded:
             self._make_room()
-            self._recorded[shape] = Recorded(self._function, inputs, self._pool)
+            self._recorded[shape] = Recorded(
+                self._function, pad_batch(inputs, shape[0]), self._pool
+            )
         self._recorded.move_to_end(shape)
-        return self._recorded[shape](*inputs)
+        packed, candidates = self._recorded[shape](*inputs)
+        return Packed(packed[:batch], Candidates(*(part[:batch] for part in candidates)))
+
+    def _batch_to_run(self, batch: int, size: tuple[int, ...]) -> int:
+        """Return the batch that one is padded to.
+
+        Its own where that is recorded, or nothing larger is. Else a power of two, or, at first, a
+        larger one that is recorded.
+
+        Args:
+            batch: B.
+            size: of the images, behind the batch.
+        """
+        larger = [kept[0] for kept in self._recorded if kept[1:] == size and kept[0] >= batch]
+        if not larger or batch in larger:
+            return batch
+        own = min(1 << (batch - 1).bit_length(), *larger)
+        if own not in larger:
+            self._padded[own, *size] += 1
+            if self._padded[own, *size] <= PADDED_AT_FIRST:
+                return min(larger)
+        return own
 
     def _make_room(self) -> None:
         """Drop the recording that was not used for longest, where there are enough of them."""

@@ -26,13 +26,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from tood_deploy.errors import ArtefactError
-from tood_deploy.graph_io import INPUTS, OUTPUTS, program_outputs
+from tood_deploy.graph_io import CANDIDATES, INPUTS, OUTPUTS, program_outputs
 from tood_deploy.manifest import METADATA_KEY, Manifest, manifest_path, read_manifest
 
 SCHEMA = 8  # major version of the JSON that PyTorch 2.8 to 2.13 write
 MODEL, MANIFEST = "models/model.json", f"extra/{METADATA_KEY}"
 TENSORS = {"weights": "weight", "constants": "tensor"}  # folders in data/, and names in them
-CANDIDATES = ("candidate_boxes", "candidate_scores", "candidate_labels")
 DETECTIONS = (*OUTPUTS, "exact", *CANDIDATES)
 
 # Operators of aten: arithmetic on tensors; none of them opens a file or calls anything else.

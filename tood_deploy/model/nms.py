@@ -158,6 +158,8 @@ def _repeat_while(
 
 UNROLLED_BLOCK = 1280  # three of them hold all candidates
 HALF_COUNTS = 2048  # up to here float16 holds every whole number
+# Candidates that held the best 100 detections of every measured image (docs/tensorrt.md).
+BEST, BEST_HOLDS = 1024, 100
 ROUNDS = 16  # measured images needed 12 at most (docs/tensorrt.md)
 
 
@@ -185,6 +187,7 @@ def nms_unrolled(
     block: int = UNROLLED_BLOCK,
     rounds: int = ROUNDS,
     mask_type: torch.dtype = torch.float32,
+    best: int | None = None,
 ) -> UnrolledKept:
     """Suppress greedily, class by class, in a fixed number of rounds: no loop on the data.
 
@@ -199,16 +202,19 @@ def nms_unrolled(
             those that are left.
         mask_type: of the masks. float16 reads and writes half as much and is as exact, as it holds
             every count of boxes up to 2048.
+        best: rows that are looked at, all where not given. An image that would need more is not
+            exact.
     """
     if mask_type == torch.float16 and block > HALF_COUNTS:
         raise ValueError(f"blocks of {block} boxes; float16 counts {HALF_COUNTS} exactly")
     batch, count = scores.shape
+    last = min(best or count, count)
     # Kept positions, counted from the end, so that the largest come first; 0 for none. Floats hold
     # them exactly, and every runtime has a TopK of floats.
     from_end = torch.zeros(batch, max_det, device=scores.device)
     exact = torch.ones(batch, dtype=torch.bool, device=scores.device)
-    for start in range(0, count, block):
-        end = min(start + block, count)
+    for start in range(0, last, block):
+        end = min(start + block, last)
         part, part_labels = boxes[:, start:end], labels[:, start:end]
         valid = scores[:, start:end] > 0
         if start:
@@ -221,7 +227,15 @@ def nms_unrolled(
         exact = exact & ~(changed & counts).any(1)
         own = torch.where(keep, count - torch.arange(start, end, device=keep.device), 0).float()
         from_end = torch.cat((from_end, own), 1).topk(max_det, dim=1).values
-    return UnrolledKept(count - from_end.long(), (from_end > 0).sum(1), exact)
+    num_dets = (from_end > 0).sum(1)
+    if last < count:
+        exact = exact & ((num_dets >= max_det) | (scores[:, last] <= 0))
+    return UnrolledKept(count - from_end.long(), num_dets, exact)
+
+
+def best_for(max_det: int) -> int | None:
+    """Return how many candidates hold this many detections of nearly all images; None for all."""
+    return BEST if max_det <= BEST_HOLDS else None
 
 
 def _covered(

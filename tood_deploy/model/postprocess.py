@@ -15,15 +15,19 @@ from torch.nn import functional as F
 
 from tood_deploy.model.boxes import box_iou
 from tood_deploy.model.head import HeadOutput
-from tood_deploy.model.nms import nms, nms_unrolled
-from tood_deploy.presets import MAX_CANDIDATES, STRIDES, Convention, Preset
+from tood_deploy.model.nms import best_for, nms, nms_unrolled
+from tood_deploy.presets import (
+    MAX_CANDIDATES,
+    MIN_VOTES,
+    MIN_VOTING_IOU,
+    STRIDES,
+    VOTING_SIGMA,
+    Convention,
+    Preset,
+)
 
 CANDIDATES_PER_LEVEL = 1000
 MAX_DET = 100
-
-# Of score voting: overlap below which a candidate has no vote, the width of the weights, and the
-# sum of weights below which nobody has voted.
-MIN_VOTING_IOU, VOTING_SIGMA, MIN_VOTES = 0.01, 0.025, 1e-30
 
 
 class Rules(NamedTuple):
@@ -108,13 +112,15 @@ def suppress_unrolled(
 ) -> tuple[BatchResult, Tensor]:
     """Suppress in a fixed number of rounds, without a loop on the data.
 
+    Up to 100 detections are looked for among the best 1024 candidates alone.
+
     Args:
         candidates, iou_threshold, max_det: as of `suppress`.
 
     Returns:
         The detections, and whether each image's are those of `suppress`, (B,) bool.
     """
-    result = nms_unrolled(*candidates, iou_threshold, max_det)
+    result = nms_unrolled(*candidates, iou_threshold, max_det, best=best_for(max_det))
     return _take_kept(candidates, result.kept, result.num_dets), result.exact
 
 

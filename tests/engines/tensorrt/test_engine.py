@@ -22,13 +22,15 @@ trt = pytest.importorskip("tensorrt_rtx")
 real_driver = pytest.importorskip("cuda.bindings.driver")
 
 
+from engines.fake_tensorrt import CANDIDATE_TYPES
 from engines.tensorrt_bench import PROFILES, Bench, assert_answers, make_images
 
 from tood_deploy.benchmark.latency.worker import TimesItself
+from tood_deploy.engines.base import BatchDetections
 from tood_deploy.engines.tensorrt import engine as tensorrt_engine
 from tood_deploy.engines.tensorrt import slot as tensorrt_slot
 from tood_deploy.engines.tensorrt.cuda import CudaError, Event, Gpu, Stream
-from tood_deploy.engines.tensorrt.engine import choose_profile
+from tood_deploy.engines.tensorrt.engine import batch_sizes, choose_profile
 from tood_deploy.errors import ArtefactError, DeviceError, InputError, ToodError
 from tood_deploy.inference.detector import Detector
 from tood_deploy.manifest_sections import OptimizationProfile
@@ -87,6 +89,34 @@ class TestTooFewRoundsOfSuppression:
         bench.plan.spoil = spoil
         bench.write(options={"nms": "unrolled", "nms_rounds": 16})
         return bench
+
+    def test_the_candidates_are_suppressed_on_the_cpu_with_a_fake_gpu(self, bench: Bench) -> None:
+        """Two of four candidates overlap, the last one is none."""
+        bench.plan.types |= CANDIDATE_TYPES
+
+        def spoil(found: dict[str, np.ndarray]) -> None:
+            found["num_dets"][2:3] = -1
+            for name in ("boxes", "scores", "labels"):
+                found[name][2:3] = 0
+            corners = np.array([[0, 0, 10, 10], [1, 0, 11, 10], [50, 50, 60, 60], [0, 0, 9, 9]])
+            found["candidate_boxes"][2:3, :4] = corners
+            found["candidate_scores"][2:3, :3] = 0.9, 0.8, 0.7
+            found["candidate_labels"][2:3] = 3
+
+        bench.plan.spoil = spoil
+        images, valid_hw = make_images(4)
+        with bench.open() as engine:
+            detections = engine.collect(engine.submit(images, valid_hw, 0.25, 0.5))
+            strict = engine.infer(images, valid_hw, 0.25, 0.9)
+            assert engine.repaired == 2
+        assert detections.num_dets[2] == 2
+        assert detections.scores[2].tolist() == [np.float32(0.9), np.float32(0.7), 0, 0, 0]
+        assert detections.boxes_net[2, :3].tolist() == [[0, 0, 10, 10], [50, 50, 60, 60], [0] * 4]
+        assert detections.labels[2].tolist() == [3, 3, 0, 0, 0]
+        assert strict.num_dets[2] == 3
+        others = [0, 1, 3]
+        kept = BatchDetections(*(part[others] for part in vars(detections).values()))
+        assert_answers(kept, images[others], valid_hw[others])
 
     MESSAGE = r"16 rounds .* image 3 of a batch of 4 .* --nms-rounds, or .* --nms loop"
 
@@ -155,6 +185,60 @@ class TestCudaGraphs:
     def test_another_value_is_refused_with_a_fake_gpu(self, bench: Bench) -> None:
         with pytest.raises(ToodError, match="cuda_graph is 'always'; expected auto, True or False"):
             bench.open(cuda_graph="always")
+
+
+class TestFewBatches:
+    """Others are padded to these, so that contexts and recordings are few."""
+
+    @pytest.mark.parametrize(
+        ("batches", "sizes"),
+        [
+            ((1, 1, 1), (1,)),
+            ((1, 1, 8), (1, 2, 4, 8)),
+            ((1, 5, 6), (1, 2, 3, 5, 6)),
+            ((2, 3, 7), (2, 3, 4, 7)),
+            ((8, 8, 8), (8,)),
+        ],
+    )
+    def test_sizes(self, batches: tuple[int, int, int], sizes: tuple[int, ...]) -> None:
+        assert batch_sizes(OptimizationProfile((64, 96), *batches)) == sizes
+
+    def test_a_batch_between_them_has_no_context_of_its_own_with_a_fake_gpu(
+        self, bench: Bench
+    ) -> None:
+        with bench.open() as engine:
+            for batch in (4, 3, 4, 3):
+                images, valid_hw = make_images(batch, batch)
+                assert_answers(engine.infer(images, valid_hw, 0.25, 0.5), images, valid_hw)
+            assert len(bench.plan.contexts) == 1
+        assert bench.driver.calls["cuGraphInstantiate"] == 1
+
+    def test_images_that_pad_a_batch_hold_no_pixels_with_a_fake_gpu(self, bench: Bench) -> None:
+        """Nor do they keep the sizes of the batch before."""
+        seen: list[np.ndarray] = []
+        bench.plan.spoil = lambda found: seen.append(found["boxes"][:, 0, :2].copy())
+        with bench.open() as engine:
+            engine.infer(*make_images(4), 0.25, 0.5)
+            images, valid_hw = make_images(3, 5)
+            engine.infer(images, valid_hw, 0.25, 0.5)
+        assert seen[-1].tolist() == [*valid_hw.tolist(), [0, 0]]
+
+    def test_all_are_ready_once_it_is_open_with_a_fake_gpu(self, bench: Bench) -> None:
+        """Five sizes and batches, in each of the two sets of buffers."""
+        with bench.open(warm_up=True) as engine:
+            assert len(bench.plan.contexts) == 10
+            recorded, made = bench.driver.calls["cuGraphInstantiate"], list(bench.plan.compiled)
+            assert recorded == 10
+            bench.driver.history.clear()
+            for size_hw, (least, _, most) in PROFILES:
+                for batch in range(least, most + 1):
+                    images, valid_hw = make_images(batch, batch, size_hw)
+                    assert_answers(engine.infer(images, valid_hw, 0.25, 0.5), images, valid_hw)
+            runs = [entry for entry in bench.driver.history if "run" in entry]
+            assert all(entry.startswith("replayed") for entry in runs)
+            assert len(bench.plan.contexts) == 10
+        assert bench.driver.calls["cuGraphInstantiate"] == recorded
+        assert bench.plan.compiled == made
 
 
 class TestTwoInFlight:
@@ -463,7 +547,7 @@ class TestLifecycle:
             for _ in range(10_000):
                 engine.infer(*batch, 0.25, 0.5)
             assert bench.driver.held() == held
-            assert bench.driver.calls["cuMemAlloc"] == 5
+            assert bench.driver.calls["cuMemAlloc"] == 7
             bench.driver.history.clear()
 
     def test_a_failed_batch_leaves_the_engine_usable_with_a_fake_gpu(self, bench: Bench) -> None:

@@ -1,6 +1,7 @@
 """Suppression without a loop in exported graphs: to the bit what the loop gives, or -1 as count;
 never anything else."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,12 +17,15 @@ from model.crowds import Boxes, chain, crowd
 from numpy.typing import NDArray
 
 from tood_deploy.data.image_set import synthetic_image
+from tood_deploy.engines.base import BatchDetections
+from tood_deploy.engines.tensorrt.repair import BatchCandidates, finish_exactly
 from tood_deploy.errors import ArtefactError
 from tood_deploy.export.precision.half import emulate_low_precision, lower_precision
 from tood_deploy.export.precision.quantize import calibrated_values, quantize
 from tood_deploy.export.tensorrt.unroll_nms import unroll_nms
 from tood_deploy.export.triton.repository import serving_form
-from tood_deploy.graph_io import OUTPUTS, STAGE_VALUES
+from tood_deploy.graph_io import CANDIDATES, OUTPUTS, STAGE_VALUES
+from tood_deploy.manifest_sections import Serving
 from tood_deploy.model.nms import ROUNDS
 from tood_deploy.onnx_file import OnnxArtefact, read_onnx
 
@@ -47,7 +51,9 @@ def opened(model: onnx.ModelProto) -> ort.InferenceSession:
     )
 
 
-def run(model: onnx.ModelProto, score: Any = 0.05, iou: Any = 0.6) -> Found:
+def run(
+    model: onnx.ModelProto, score: Any = 0.05, iou: Any = 0.6, outputs: Sequence[str] = OUTPUTS
+) -> Found:
     """Detections in three images, of which two are partly padding."""
     images = np.stack([synthetic_image(*NET_HW, seed) for seed in range(3)])
     valid_hw = np.array([NET_HW, (60, 128), (90, 31)], np.int32)
@@ -57,7 +63,7 @@ def run(model: onnx.ModelProto, score: Any = 0.05, iou: Any = 0.6) -> Found:
         "score_threshold": np.array(score, np.float32),
         "iou_threshold": np.array(iou, np.float32),
     }
-    return list(opened(model).run(list(OUTPUTS), feeds))  # pyright: ignore[reportReturnType] - dense tensors
+    return list(opened(model).run(list(outputs), feeds))  # pyright: ignore[reportReturnType] - dense tensors
 
 
 class Tail:
@@ -178,6 +184,31 @@ class TestTooFewRounds:
         artefact = unroll_nms(loop, 41)
         assert plain(artefact.manifest)["options"]["nms_rounds"] == 41
         assert_same(Tail(artefact)(chained, 0.3), tails[0](chained, 0.3))
+
+
+class TestCandidates:
+    """The graph gives what its suppression reads, for images that need more."""
+
+    def test_the_cpu_finds_what_one_round_does_not(self, loop: OnnxArtefact) -> None:
+        model = unroll_nms(loop, 1).model
+        assert [value.name for value in model.graph.output] == [*OUTPUTS, *CANDIDATES]
+        results = run(model, outputs=(*OUTPUTS, *CANDIDATES))
+        detections = BatchDetections(*results[:4])
+        assert (detections.num_dets == -1).any()
+        candidates = BatchCandidates(*results[4:])
+        finished = finish_exactly(detections, candidates, 0.6, voting=False)
+        assert_same(list(vars(finished).values()), run(loop.model))
+
+    def test_a_graph_for_a_server_gives_none_and_looks_at_all(self, loop: OnnxArtefact) -> None:
+        build = replace(loop.manifest.build, serving=Serving("0" * 64, 1))
+        served = replace(loop, manifest=replace(loop.manifest, build=build))
+        model = unroll_nms(served).model
+        assert [value.name for value in model.graph.output] == list(OUTPUTS)
+        products, fewer = (
+            sum(node.op_type == "MatMul" for node in graph.node)
+            for graph in (model.graph, unroll_nms(loop).model.graph)
+        )
+        assert products - fewer == 2 * ROUNDS
 
 
 class TestGraph:

@@ -17,6 +17,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from tood_deploy.engines.base import BatchDetections, Engine
 from tood_deploy.engines.tensorrt.cuda import DeviceBuffer, Gpu, view_array
 from tood_deploy.engines.tensorrt.execution import CudaGraph
@@ -29,6 +31,7 @@ from tood_deploy.engines.tensorrt.plan_check import (
     rebuild,
     tuned_elsewhere,
 )
+from tood_deploy.engines.tensorrt.repair import finish_exactly
 from tood_deploy.engines.tensorrt.slot import Slot, Slots, Ticket
 from tood_deploy.errors import ArtefactError, DeviceError, InputError, ToodError
 from tood_deploy.files import home_folder
@@ -55,12 +58,19 @@ class TensorRTEngine(Engine):
 
     Attributes:
         notes: remarks for the user, each once: that no CUDA graph could be recorded, for example.
+        repaired: images whose suppression was done again on the CPU, exactly.
     """
 
     in_flight = 2
 
     def __init__(
-        self, path: Path, *, device: str = "cuda", gpu: int = 0, cuda_graph: CudaGraph = "auto"
+        self,
+        path: Path,
+        *,
+        device: str = "cuda",
+        gpu: int = 0,
+        cuda_graph: CudaGraph = "auto",
+        warm_up: bool = True,
     ) -> None:
         """Open the plan.
 
@@ -71,6 +81,7 @@ class TensorRTEngine(Engine):
             cuda_graph: whether to replay each shape, from its second batch on, as a CUDA graph:
                 "auto" where that can be recorded (if not, `notes` says so); True, or an error;
                 False, never.
+            warm_up: prepare every size and batch now, so that none has to wait for it later.
 
         Raises:
             ArtefactError: the plan is damaged, or was built for another machine; every mismatch is
@@ -89,13 +100,14 @@ class TensorRTEngine(Engine):
         flavour = _flavour_for(path, target, self.manifest)
         self._notes: list[str] = []
         self.notes = self._notes
+        self.repaired = 0
         self._gpu = Gpu(gpu)
         self.device, self.name = device, f"{flavour.title}, {self._gpu.name}"
         resources = ExitStack()
         try:
             blob = self._read_plan(path, target, flavour)
             with self._gpu.current():
-                self._open(blob, path, target, flavour, cuda_graph, resources)
+                self._open(blob, path, target, flavour, cuda_graph, resources, warm_up=warm_up)
         except BaseException:
             _close(self._gpu, resources)
             raise
@@ -128,6 +140,8 @@ class TensorRTEngine(Engine):
         flavour: Flavour,
         cuda_graph: CudaGraph,
         resources: ExitStack,
+        *,
+        warm_up: bool,
     ) -> None:
         remedy = rebuild(path, self.manifest)
         add_note = _once(self._notes)
@@ -157,6 +171,21 @@ class TensorRTEngine(Engine):
         for _ in range(self.in_flight):
             self._buffers.append(Slot(plan, scratch, cuda_graph=cuda_graph, add_note=add_note))
             resources.callback(self._buffers[-1].close)
+        self._gives_candidates = plan.candidates > 0
+        if warm_up:
+            self._warm_up()
+
+    def _warm_up(self) -> None:
+        """Run every batch that is padded to, at every size, so that no later one has to wait."""
+        for index, profile in enumerate(self._profiles):
+            for rows in batch_sizes(profile):
+                shape = (rows, *profile.size_hw, 3)
+                for slot in self._buffers:
+                    slot.fill(
+                        np.zeros(shape, np.uint8), np.zeros((rows, 2), np.int32), 0.5, 0.5, rows
+                    )
+                    slot.start(index, shape, [])
+                    slot.done.wait()
 
     def infer(
         self, images: Any, valid_hw: Any, score_threshold: float, iou_threshold: float
@@ -187,7 +216,7 @@ class TensorRTEngine(Engine):
         begun = time.perf_counter()
         with self._slots.take() as (slot, _), self._gpu.current():
             batch = self._start(slot, images, valid_hw, score_threshold, iou_threshold, timed=True)
-            detections = self._checked(slot.detections(batch))
+            detections = self._checked(self._detections(slot, batch))
             to_device, inference = slot.seconds(begun)
         return detections, CallSeconds(
             to_device, inference, time.perf_counter() - begun - to_device - inference
@@ -222,9 +251,8 @@ class TensorRTEngine(Engine):
         self, images: Any, valid_hw: Any, score_threshold: float, iou_threshold: float
     ) -> BatchDetections:
         with self._slots.take() as (slot, _), self._gpu.current():
-            return slot.detections(
-                self._start(slot, images, valid_hw, score_threshold, iou_threshold)
-            )
+            batch = self._start(slot, images, valid_hw, score_threshold, iou_threshold)
+            return self._detections(slot, batch)
 
     def _submit(
         self, images: Any, valid_hw: Any, score_threshold: float, iou_threshold: float
@@ -234,7 +262,24 @@ class TensorRTEngine(Engine):
 
     def _collect(self, ticket: Ticket) -> BatchDetections:
         with self._slots.resume(ticket) as slot, self._gpu.current():
-            return slot.detections(ticket.batch)
+            return self._detections(slot, ticket.batch)
+
+    def _detections(self, slot: Slot, batch: int) -> BatchDetections:
+        """Return what a slot holds; images that needed more than the engine looks at are finished.
+
+        A negative count marks them.
+        """
+        detections = slot.detections(batch)
+        unfinished = int((detections.num_dets < 0).sum())
+        if not unfinished or not self._gives_candidates:
+            return detections
+        self.repaired += unfinished
+        return finish_exactly(
+            detections,
+            slot.candidates(batch),
+            slot.iou_threshold,
+            voting=self.manifest.preset.score_voting,
+        )
 
     def _checked(self, detections: BatchDetections) -> BatchDetections:
         if (detections.num_dets < 0).any():
@@ -261,11 +306,12 @@ class TensorRTEngine(Engine):
         super()._check_call(*views)
         shape = views[0].shape
         profile = choose_profile(self._profiles, shape)
-        slot.fill(*views, score_threshold, iou_threshold)
+        rows = next(size for size in batch_sizes(self._profiles[profile]) if size >= shape[0])
+        slot.fill(*views, score_threshold, iou_threshold, rows)
         with self._launching:
             slot.start(
                 profile,
-                shape,
+                (rows, *shape[1:]),
                 [other.computed for other in self._buffers if other is not slot],
                 timed=timed,
             )
@@ -303,6 +349,20 @@ def choose_profile(profiles: Sequence[OptimizationProfile], shape: tuple[int, ..
             "build it for others"
         )
     return min(fitting)[1]
+
+
+def batch_sizes(profile: OptimizationProfile) -> tuple[int, ...]:
+    """Return the batches that others of a profile are padded to, smallest first.
+
+    The smallest, the one to be fastest at, the largest, and halves of the largest: few, since each
+    holds memory and takes time to prepare, and none is padded to twice its size.
+    """
+    sizes = {profile.min_batch, profile.opt_batch}
+    size = profile.max_batch
+    while size > profile.min_batch:
+        sizes.add(size)
+        size = (size + 1) // 2
+    return tuple(sorted(sizes))
 
 
 def _unsettled(num_dets: Sequence[int], manifest: Manifest) -> str:

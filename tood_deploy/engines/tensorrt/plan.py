@@ -15,7 +15,7 @@ from tood_deploy.engines.tensorrt.cuda import CudaError, OutOfDeviceMemory
 from tood_deploy.engines.tensorrt.library import Flavour, Messages
 from tood_deploy.errors import ArtefactError, DeviceError, OutputError, ToodError
 from tood_deploy.files import atomic_path
-from tood_deploy.graph_io import INPUTS, OUTPUTS
+from tood_deploy.graph_io import CANDIDATES, INPUTS, OUTPUTS
 from tood_deploy.manifest_sections import OptimizationProfile
 
 AddNote = Callable[[str], None]  # takes a remark for the user
@@ -62,6 +62,7 @@ OTHER_GPU = (
 )
 INPUT_TYPES = dict(zip(INPUTS, ("UINT8", "INT32", "FLOAT", "FLOAT"), strict=True))
 OUTPUT_TYPES = dict(zip(OUTPUTS, ("INT32", "FLOAT", "FLOAT", "INT32"), strict=True))
+CANDIDATE_TYPES = dict(zip(CANDIDATES, ("FLOAT", "FLOAT", "INT64"), strict=True))
 
 
 class Plan:
@@ -72,6 +73,7 @@ class Plan:
         logger: hears what TensorRT says.
         profiles: its optimisation profiles, in its own order.
         max_det: rows D of the outputs.
+        candidates: N of an image that it gives beside its detections; 0 where it gives none.
         scratch_bytes: what a context needs on the GPU while it runs, beside inputs and outputs;
             contexts that take turns can share it.
     """
@@ -119,6 +121,7 @@ class Plan:
             self._check_tensors()
             self.profiles = tuple(map(self._profile, range(self._engine.num_optimization_profiles)))
             self.max_det = int(self._engine.get_tensor_shape("boxes")[1])
+            self.candidates = self._count_candidates()
             self.scratch_bytes = max(
                 map(self._engine.get_device_memory_size_for_profile_v2, range(len(self.profiles)))
             )
@@ -163,10 +166,11 @@ class Plan:
         names = list(map(self._engine.get_tensor_name, range(self._engine.num_io_tensors)))
         inputs = {name: self._type_of(name) for name in names if self._is_input(name)}
         outputs = {name: self._type_of(name) for name in names if not self._is_input(name)}
-        if (inputs, outputs) != (INPUT_TYPES, OUTPUT_TYPES):
+        expected = OUTPUT_TYPES | (CANDIDATE_TYPES if set(CANDIDATES) <= outputs.keys() else {})
+        if (inputs, outputs) != (INPUT_TYPES, expected):
             raise ArtefactError(
                 f"{self.path}: a plan, but not one of tood_deploy (inputs {inputs}, outputs "
-                f"{outputs}, expected {INPUT_TYPES} and {OUTPUT_TYPES}); "
+                f"{outputs}, expected {INPUT_TYPES} and {expected}); "
                 "make it from the checkpoint with tood-export --to engine"
             )
         if len(self._engine.get_tensor_shape("score_threshold")):
@@ -184,6 +188,12 @@ class Plan:
                 f"{self.path}: wants {', '.join(on_host)} in host memory, as no plan of "
                 f"tood_deploy does; {self._remedy}"
             )
+
+    def _count_candidates(self) -> int:
+        names = map(self._engine.get_tensor_name, range(self._engine.num_io_tensors))
+        if CANDIDATES[1] not in set(names):
+            return 0
+        return int(self._engine.get_tensor_shape(CANDIDATES[1])[1])
 
     def _type_of(self, name: str) -> str:
         return self._engine.get_tensor_dtype(name).name

@@ -30,7 +30,9 @@ from tood_deploy.engines.tensorrt.cuda import (
 )
 from tood_deploy.engines.tensorrt.execution import ALIGNMENT, CudaGraph, Execution
 from tood_deploy.engines.tensorrt.plan import AddNote, Plan
+from tood_deploy.engines.tensorrt.repair import BatchCandidates
 from tood_deploy.errors import ToodError
+from tood_deploy.graph_io import CANDIDATES
 
 Array = NDArray[Any] | DeviceArray
 
@@ -100,8 +102,16 @@ class Slot:
                 "labels": (rows, np.int32),
             }
         )
+        count = plan.candidates
+        types = (np.float32, np.float32, np.int64)
+        shapes = ((largest, count, 4), (largest, count), (largest, count))
+        # Of the size zero where the plan gives none.
+        self._candidates = Tensors(
+            dict(zip(CANDIDATES, zip(shapes, types, strict=True), strict=True)) if count else {}
+        )
         self._executions: dict[tuple[int, int], Execution] = {}
         self._on_device: dict[str, DeviceArray] = {}
+        self._pixels, self._is_padded = 0, False
         self._resources = ExitStack()
         try:
             self._allocate()
@@ -124,11 +134,20 @@ class Slot:
         self._host_out: PinnedBuffer = own(PinnedBuffer(self._outputs.size, "detections"))
         self._device_in: DeviceBuffer = own(DeviceBuffer(self._inputs.size, "images"))
         self._device_out: DeviceBuffer = own(DeviceBuffer(self._outputs.size, "detections"))
+        self._host_candidates: PinnedBuffer = own(PinnedBuffer(self._candidates.size, "candidates"))
+        self._device_candidates: DeviceBuffer = own(
+            DeviceBuffer(self._candidates.size, "candidates")
+        )
         self._resources.callback(self._close_executions)
         self._resources.callback(self.stream.drain)
 
     def fill(
-        self, images: Array, valid_hw: Array, score_threshold: float, iou_threshold: float
+        self,
+        images: Array,
+        valid_hw: Array,
+        score_threshold: float,
+        iou_threshold: float,
+        rows: int,
     ) -> None:
         """Take a batch, once the GPU is through with what lay here before.
 
@@ -136,9 +155,14 @@ class Slot:
             images: (B, H, W, 3) uint8 RGB, in host memory or on the GPU.
             valid_hw: (B, 2) int32.
             score_threshold, iou_threshold: 0 to 1.
+            rows: B or more, the batch that will run. Images beyond B are all padding, as none of
+                their pixels is valid.
         """
         self.done.wait()
         self._on_device.clear()
+        self.iou_threshold = iou_threshold
+        self._pixels, self._is_padded = images.size, rows > len(images)
+        self._inputs.view(self._host_in, "valid_hw", (rows, 2))[...] = 0
         values = {
             "images": images,
             "valid_hw": valid_hw,
@@ -158,7 +182,7 @@ class Slot:
 
         Args:
             profile: the number of the optimisation profile.
-            shape: of the images, (B, H, W, 3).
+            shape: of the images, (B, H, W, 3), with those that are all padding.
             others: marks of other slots; computing begins after them, since all use the same
                 scratch memory.
             timed: whether `seconds` will be asked for.
@@ -172,7 +196,7 @@ class Slot:
             )
             self._begun = time.perf_counter()
             self._mark(0, timed)
-            images = self._copy_in(execution, prod(shape))
+            images = self._copy_in(execution)
             self._mark(1, timed)
             self._take_turn(others)
             execution.run(images)
@@ -211,8 +235,10 @@ class Slot:
         self, profile: int, shape: tuple[int, ...], others: list[Event]
     ) -> Execution:
         self._take_turn(others)  # choosing a profile may be work for the GPU, too
-        addresses = self._inputs.addresses(self._device_in.address) | self._outputs.addresses(
-            self._device_out.address
+        addresses = (
+            self._inputs.addresses(self._device_in.address)
+            | self._outputs.addresses(self._device_out.address)
+            | self._candidates.addresses(self._device_candidates.address)
         )
         shapes = {"images": shape, "valid_hw": (shape[0], 2)}
         execution = Execution(
@@ -228,15 +254,20 @@ class Slot:
         self._executions[profile, shape[0]] = execution
         return execution
 
-    def _copy_in(self, execution: Execution, pixels: int) -> int | None:
+    def _copy_in(self, execution: Execution) -> int | None:
         """Bring the inputs to the GPU.
 
         The address of the images where they can be read where they lie.
         """
         addresses = self._inputs.addresses(self._device_in.address)
         images = self._on_device.get("images")
-        in_place = images is not None and not execution.replays and images.address % ALIGNMENT == 0
-        on_host = pixels if images is None else 0
+        in_place = (
+            images is not None
+            and not self._is_padded
+            and not execution.replays
+            and images.address % ALIGNMENT == 0
+        )
+        on_host = self._pixels if images is None else 0
         self.stream.to_device(
             self._device_in.address, self._host_in.address, self._inputs.offsets["images"] + on_host
         )
@@ -265,6 +296,22 @@ class Slot:
                 for name, shape in shapes.items()
             )
         )
+
+    def candidates(self, batch: int) -> BatchCandidates:
+        """Return the input of suppression of the batch whose detections were asked for last.
+
+        Raises:
+            CudaError: the GPU failed.
+        """
+        self.stream.to_host(
+            self._host_candidates.address, self._device_candidates.address, self._candidates.size
+        )
+        self.stream.synchronise()
+        boxes, scores, labels = (
+            self._candidates.view(self._host_candidates, name, (batch, *shape[1:]))
+            for name, (shape, _) in self._candidates.tensors.items()
+        )
+        return BatchCandidates(boxes, scores, labels)
 
     def _close_executions(self) -> None:
         while self._executions:

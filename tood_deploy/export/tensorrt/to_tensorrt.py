@@ -25,6 +25,7 @@ from tood_deploy.export.tensorrt.build import (
     parse_network,
     run_cancellable,
 )
+from tood_deploy.export.tensorrt.join_stages import join_stages
 from tood_deploy.export.tensorrt.layers import LayerReport, inspect_plan, network_layers
 from tood_deploy.export.tensorrt.options import EngineOptions, Profiles, default_shapes
 from tood_deploy.files import atomic_paths
@@ -157,7 +158,7 @@ def engine_from_onnx(
     _check_output(output)
     library = load_flavour(flavour)
     options.check(library)
-    artefact = read_onnx(source) if isinstance(source, Path) else source
+    artefact = join_stages(read_onnx(source) if isinstance(source, Path) else source)
     if options.nms == "unrolled":
         from tood_deploy.export.tensorrt.unroll_nms import unroll_nms  # PyTorch makes its graph
 

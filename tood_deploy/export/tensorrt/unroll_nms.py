@@ -2,8 +2,9 @@
 
 Comes in: an artefact in whatever precision, with thresholds for each image too: boxes and scores
 are float32 in all of them. Goes out: the same with a fixed number of rounds, on masks in float16,
-which holds 0, 1 and their counts exactly. An image for which the rounds are too few gets -1 as its
-count and no detections. Knows no runtime.
+which holds 0, 1 and their counts exactly. An image for which these are too few gets -1 as its count
+and no detections. A graph for engines that are run here gives the candidates as well, of which the
+host then finds such an image's detections. Knows no runtime.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from torch import Tensor, nn
 
 from tood_deploy.errors import ArtefactError
 from tood_deploy.export.to_onnx import OPSET, quiet_exporter
-from tood_deploy.model.nms import nms_unrolled
+from tood_deploy.graph_io import CANDIDATES
+from tood_deploy.model.nms import best_for, nms_unrolled
 from tood_deploy.onnx_file import OnnxArtefact
 
 PREFIX = "unrolled_"  # of all values and nodes that come in
@@ -47,7 +49,9 @@ class Suppression:
 def unroll_nms(artefact: OnnxArtefact, rounds: int | None = None) -> OnnxArtefact:
     """Return the artefact with suppression without a loop, in memory; its manifest has the rounds.
 
-    Its file stays as it is.
+    Its file stays as it is. The graph gives its candidates, too, and looks at the best alone where
+    these nearly always do; that for a model server does neither, as nobody there would go on with
+    an image that needs more.
 
     Args:
         artefact: of tood-export, in any precision.
@@ -67,14 +71,33 @@ def unroll_nms(artefact: OnnxArtefact, rounds: int | None = None) -> OnnxArtefac
             f"{len(suppressions)} times, expected once; "
             "export the ONNX again, or give --nms loop to build the graph as it is"
         )
+    (suppression,) = suppressions
+    manifest, is_served = artefact.manifest, artefact.manifest.build.serving is not None
     rounds = rounds or ROUNDS
-    unrolled = suppression_graph(suppressions[0].count, artefact.manifest.max_det, rounds)
+    best = None if is_served else best_for(manifest.max_det)
+    unrolled = suppression_graph(suppression.count, manifest.max_det, rounds, best)
     _replace(
-        model.graph, suppressions[0], ir.from_proto(onnx.compose.add_prefix(unrolled, PREFIX)).graph
+        model.graph, suppression, ir.from_proto(onnx.compose.add_prefix(unrolled, PREFIX)).graph
     )
+    if not is_served:
+        _give_candidates(model.graph, suppression)
     RemoveUnusedNodesPass()(model)
-    manifest = replace(artefact.manifest, build=replace(artefact.manifest.build, nms_rounds=rounds))
+    manifest = replace(manifest, build=replace(manifest.build, nms_rounds=rounds))
     return replace(artefact, model=ir.to_proto(model), manifest=manifest)
+
+
+def _give_candidates(graph: ir.Graph, suppression: Suppression) -> None:
+    """Add what suppression reads to the outputs of the graph, under the names of `CANDIDATES`."""
+    first = graph.inputs[0].shape
+    assert first is not None
+    columns = ([suppression.count, 4], [suppression.count], [suppression.count])
+    kinds = (BOXES, SCORES, LABELS)
+    for name, value, (dtype, _), own in zip(
+        CANDIDATES, suppression.reads, kinds, columns, strict=False
+    ):
+        value.name, value.type = name, ir.TensorType(dtype)
+        value.shape = ir.Shape([first[0], *own])
+        graph.outputs.append(value)
 
 
 def _suppressions(graph: ir.Graph) -> Iterator[Suppression]:
@@ -164,9 +187,9 @@ EXAMPLE_BATCH = 2
 class UnrolledSuppression(nn.Module):
     """`nms_unrolled`; where it is not exact, the count is -1."""
 
-    def __init__(self, max_det: int, rounds: int) -> None:
+    def __init__(self, max_det: int, rounds: int, best: int | None) -> None:
         super().__init__()
-        self.max_det, self.rounds = max_det, rounds
+        self.max_det, self.rounds, self.best = max_det, rounds, best
 
     def forward(
         self, boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: Tensor
@@ -180,15 +203,20 @@ class UnrolledSuppression(nn.Module):
             self.max_det,
             rounds=self.rounds,
             mask_type=torch.float16,  # a GPU reads the masks again in every round
+            best=self.best,
         )
         return kept.kept, torch.where(kept.exact, kept.num_dets, -1)
 
 
 @lru_cache(maxsize=4)
-def suppression_graph(count: int, max_det: int, rounds: int) -> onnx.ModelProto:
+def suppression_graph(count: int, max_det: int, rounds: int, best: int | None) -> onnx.ModelProto:
     """Return the graph for `count` candidates of an image, dynamic in the batch.
 
     Not to be changed, as further calls give the same object.
+
+    Args:
+        count: N.
+        max_det, rounds, best: as of `nms_unrolled`.
     """
     batch = torch.export.Dim("batch", min=1)
     shape = (EXAMPLE_BATCH, count)
@@ -200,7 +228,7 @@ def suppression_graph(count: int, max_det: int, rounds: int) -> onnx.ModelProto:
     )
     with quiet_exporter(), torch.no_grad():
         program = torch.onnx.export(
-            UnrolledSuppression(max_det, rounds).eval(),
+            UnrolledSuppression(max_det, rounds, best).eval(),
             example,
             dynamo=True,
             opset_version=OPSET,
