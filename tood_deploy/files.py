@@ -112,14 +112,26 @@ def check_replaceable(path: Path) -> None:
 
 @contextmanager
 def _output_errors(path: Path) -> Iterator[None]:
-    """Make an OSError, such as a full disk, the OutputError that names the output."""
+    """Make an OSError, such as a full disk, the OutputError that names the output.
+
+    So is one of a file in a temporary folder: that name is gone when a user reads it.
+    """
     try:
         yield
     except OSError as error:
-        raise OutputError(
-            f"{path}: cannot be written ({error.strerror or error}); nothing was left behind: make "
-            "room, or choose another --output"
-        ) from error
+        raise _unwritable(path, error) from error
+    except OutputError as error:
+        cause = error.__cause__
+        if not isinstance(cause, OSError) or TEMPORARY not in str(error):
+            raise
+        raise _unwritable(path, cause) from cause
+
+
+def _unwritable(path: Path, error: OSError) -> OutputError:
+    return OutputError(
+        f"{path}: cannot be written ({error.strerror or error}); nothing was left behind: make "
+        "room, or choose another --output"
+    )
 
 
 @contextmanager

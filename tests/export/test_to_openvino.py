@@ -3,6 +3,7 @@
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from tood_deploy.errors import ArtefactError, CheckFailed, DeviceError, OutputEr
 from tood_deploy.export import to_openvino
 from tood_deploy.export.to_openvino import openvino_from_onnx
 from tood_deploy.manifest import Manifest, artefact_sha256, doubts, manifest_path, read_manifest
+from tood_deploy.onnx_file import read_onnx
 from tood_deploy.parity.reference import Reference
 from tood_deploy.parity.tolerances import DETECTION_LIMITS
 from tood_deploy.presets import Sizing
@@ -206,6 +208,24 @@ class TestRefusals:
     ) -> None:
         with pytest.raises(OutputError, match="choose another --output"):
             openvino_from_onnx(tiny_artefact, Path("/proc/nowhere/a.xml"), reference=reference)
+
+    @pytest.mark.parametrize("size", [2000, 300_000])
+    def test_a_full_disk_leaves_the_earlier_files(
+        self,
+        made: tuple[Path, Manifest],
+        tiny_artefact: Path,
+        reference: Reference,
+        tmp_path: Path,
+        full_disk: Callable[[int], AbstractContextManager[None]],
+        size: int,
+    ) -> None:
+        for path in made[0].parent.iterdir():
+            shutil.copy(path, tmp_path)
+        before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        source = read_onnx(tiny_artefact)
+        with full_disk(size), pytest.raises(OutputError, match=r"tiny\.xml: .*make room"):
+            openvino_from_onnx(source, tmp_path / "tiny.xml", reference=reference)
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
     def test_without_openvino(
         self,

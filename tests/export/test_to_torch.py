@@ -11,9 +11,18 @@ from tood_deploy.cli.export import main
 from tood_deploy.data.image_set import synthetic_image
 from tood_deploy.engines import open_engine
 from tood_deploy.engines.torch_engine import TorchEngine
+from tood_deploy.engines.torch_program import read_program
 from tood_deploy.errors import ArtefactError
-from tood_deploy.export.to_torch import _stored_bytes, export_torch, write_parts
-from tood_deploy.manifest import manifest_path, read_manifest
+from tood_deploy.export.to_torch import (
+    ProgramModule,
+    _filled,
+    _stored_bytes,
+    export_torch,
+    trace,
+    write_parts,
+)
+from tood_deploy.manifest import Manifest, manifest_path, read_manifest
+from tood_deploy.manifest_sections import Build
 from tood_deploy.model import load_checkpoint
 
 
@@ -104,6 +113,26 @@ class TestArtefact:
         manifest_path(tmp_path / "bad.pt2").write_bytes(manifest_path(artefact).read_bytes())
         with pytest.raises(ArtefactError, match="self-test"):
             open_engine(tmp_path / "bad.pt2", verify="off")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["paa-r50-1x", "fcos-r50-1x", "vfnet-r50-1x"])
+def test_programs_of_the_relatives_can_be_read(
+    name: str, seeded_model: Callable, tmp_path: Path
+) -> None:
+    """PAA votes, FCOS takes BGR, VFNet has deformable convolutions."""
+    model = seeded_model(name, depth=18, base_channels=32, channels=64).eval()
+    module = ProgramModule(model.requires_grad_(False), "fp32", 100).eval()
+    manifest = Manifest(model.preset, checkpoint_sha256="0" * 64, build=Build(format="torch"))
+    write_parts(_filled(trace(module), module, manifest), tmp_path / "a.pt2")
+    program = read_program(tmp_path / "a.pt2", torch.device("cpu"))
+    images = torch.from_numpy(synthetic_image(96, 128, 3)[None])
+    inputs = (images, torch.tensor([[90, 128]]), torch.tensor(0.05), torch.tensor(0.6))
+    with torch.no_grad():
+        outputs, expected = program.run_stages(*inputs), module(*inputs)
+    assert expected[0] > 0
+    for ours, theirs in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_weights_are_stored_as_they_lie_in_memory() -> None:

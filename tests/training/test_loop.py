@@ -3,12 +3,12 @@
 import json
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -236,19 +236,14 @@ def test_a_gradient_that_is_no_number_stops_before_the_weights_change(
         run_fit(tmp_path / "run", recipe)
 
 
-def test_full_disk(run_fit: Fit, tmp_path: Path) -> None:
+def test_full_disk(
+    run_fit: Fit, tmp_path: Path, full_disk: Callable[[int], AbstractContextManager[None]]
+) -> None:
     output = tmp_path / "run"
     run_fit(output, stop_after=1)
     before = (output / "last.pth").read_bytes()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(
-        resource.RLIMIT_FSIZE, (100_000, limits[1])
-    )  # a write beyond fails, as on a full disk
-    try:
-        with pytest.raises(OutputError, match=r"the older last\.pth is intact"):
-            run_fit(output, resume=True)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with full_disk(100_000), pytest.raises(OutputError, match=r"the older last\.pth is intact"):
+        run_fit(output, resume=True)
     assert (output / "last.pth").read_bytes() == before
     assert [path.name for path in output.iterdir()] == ["last.pth"]
 

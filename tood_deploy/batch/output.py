@@ -54,7 +54,11 @@ class RunDescription:
     def differences(self, other: Mapping[str, Any]) -> list[str]:
         """Return what is different in the run that wrote `other`, in words."""
         own = json.loads(json.dumps(asdict(self)))
-        differing = [key for key in ("model_sha256", "source") if own[key] != other.get(key)]
+        differing = [
+            f"{key} {other.get(key)}"
+            for key in ("model_sha256", "source")
+            if own[key] != other.get(key)
+        ]
         before = other.get("options") or {}
         names = sorted({*own["options"], *before})
         return differing + [

@@ -104,7 +104,8 @@ class Progress:
 
     def state(self) -> str:
         """Return a few words for a progress line."""
-        return f"{self.rate:.1f} images/s, {len(self.images)} workers"
+        count = len(self.images)
+        return f"{self.rate:.1f} images/s, {count} worker{'' if count == 1 else 's'}"
 
     def stragglers(self) -> list[str]:
         """Return the workers that are slower than half the median one, with their rates."""

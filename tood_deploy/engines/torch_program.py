@@ -37,21 +37,22 @@ DETECTIONS = (*OUTPUTS, "exact", *CANDIDATES)
 # Operators of aten: arithmetic on tensors; none of them opens a file or calls anything else.
 OPERATORS = """
 __and__.Tensor __or__.Tensor abs.default add.Scalar add.Tensor amax.default amin.default any.dim
-arange.default arange.start arange.start_step argmax.default bitwise_and.Tensor bitwise_not.default
-bitwise_or.Tensor bmm.default cat.default chunk.default clamp.default clone.default
-contiguous.default conv2d.default cumsum.default detach.default div.Scalar div.Tensor
-div.Tensor_mode eq.Scalar eq.Tensor exp.default expand.default expand_as.default
+arange.default arange.start arange.start_step argmax.default bitwise_and.Tensor
+bitwise_not.default bitwise_or.Tensor bmm.default cat.default chunk.default clamp.default
+clone.default contiguous.default conv2d.default cumsum.default detach.default div.Scalar
+div.Tensor div.Tensor_mode eq.Scalar eq.Tensor exp.default expand.default expand_as.default
 flatten.using_ints floor.default full.default full_like.default gather.default ge.Scalar ge.Tensor
 group_norm.default gt.Scalar gt.Tensor index.Tensor index_select.default le.Scalar le.Tensor
-linear.default log.default logical_and.default logical_not.default lt.Scalar lt.Tensor
-matmul.default max_pool2d.default maximum.default mean.dim minimum.default mul.Scalar mul.Tensor
-ne.Scalar ne.Tensor neg.default ones.default ones_like.default pad.default permute.default
-pow.Tensor_Scalar reciprocal.default relu.default repeat.default repeat_interleave.self_int
-reshape.default rsub.Scalar rsqrt.default scatter.src select.int sigmoid.default slice.Tensor
-softmax.int softplus.default split.Tensor split_with_sizes.default sqrt.default square.default
-squeeze.dim stack.default sub.Scalar sub.Tensor sum.default sum.dim_IntList sym_size.int to.dtype
-topk.default transpose.int unbind.int unflatten.int unsqueeze.default upsample_nearest2d.vec
-view.default where.ScalarOther where.ScalarSelf where.self zeros.default zeros_like.default
+lift_fresh_copy.default linear.default log.default logical_and.default logical_not.default
+lt.Scalar lt.Tensor matmul.default max_pool2d.default maximum.default mean.dim minimum.default
+mul.Scalar mul.Tensor ne.Scalar ne.Tensor neg.default ones.default ones_like.default pad.default
+permute.default pow.Tensor_Scalar reciprocal.default relu.default repeat.default
+repeat_interleave.self_int reshape.default rsub.Scalar rsqrt.default scatter.src select.int
+sigmoid.default slice.Tensor softmax.int softplus.default split.Tensor split_with_sizes.default
+sqrt.default square.default squeeze.dim stack.default sub.Scalar sub.Tensor sum.default
+sum.dim_IntList sym_size.int to.dtype topk.default transpose.int unbind.int unflatten.int
+unsqueeze.default upsample_nearest2d.vec view.default where.ScalarOther where.ScalarSelf
+where.self zeros.default zeros_like.default
 """.split()
 SIZE_ARITHMETIC = ("add", "mul", "sub", "floordiv", "mod", "neg", "truediv")
 # What PyTorch checks, or says of sizes, and computes nothing with.

@@ -152,7 +152,8 @@ def _tap_positions(
     Returns:
         y (H', 1, T, 1) and x (1, W', T, 1), in cells.
     """
-    dtype = torch.promote_types(like.dtype, torch.float32)
+    # Not torch.promote_types: PyTorch's tracer would keep that as a call in the program.
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
 
     def cells(count: int) -> Tensor:
         return torch.arange(count, device=like.device, dtype=dtype)

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -392,7 +393,7 @@ class TestFolder:
         monkeypatch.setattr(to_triton, "check_serving_form", fail)
         with pytest.raises(CheckFailed):
             quick()
-        assert list((tmp_path / "repo").iterdir()) == []
+        assert not (tmp_path / "repo").exists()
 
     def test_full_disk_leaves_the_last_version(
         self, quick: Callable[..., ServedModel], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -407,6 +408,25 @@ class TestFolder:
             quick()
         assert files_below(tmp_path / "repo") == before
 
+    @pytest.mark.parametrize("size", [20, 500, 20_000])  # its labels, its model, its warm-up
+    def test_a_disk_that_fills_while_a_file_is_written(
+        self,
+        quick: Callable[..., ServedModel],
+        tmp_path: Path,
+        full_disk: Callable[[int], AbstractContextManager[None]],
+        size: int,
+    ) -> None:
+        repository = tmp_path / "repo"
+        with full_disk(size), pytest.raises(OutputError, match="repo/small: cannot be written"):
+            quick()
+        assert not repository.exists()
+        folder = quick().folder
+        before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        with full_disk(size), pytest.raises(OutputError, match="repo/small: cannot be written"):
+            quick()
+        assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        assert not list(repository.rglob(".*"))
+
 
 class TestTensorRT:
     def test_without_tensorrt_is_said_and_leaves_nothing(
@@ -416,7 +436,7 @@ class TestTensorRT:
             pytest.skip("TensorRT is installed")
         with pytest.raises(DeviceError, match="TensorRT is not installed"):
             quick(backend="tensorrt")
-        assert list((tmp_path / "repo").iterdir()) == []
+        assert not (tmp_path / "repo").exists()
 
     def test_a_plan_of_tensorrt_rtx_is_refused(self, served: ServedModel, tmp_path: Path) -> None:
         """A stand-in for one; that the served form builds is tested in test_export.py."""

@@ -40,7 +40,7 @@ from tood_deploy.export.triton.fit import (
 )
 from tood_deploy.export.triton.folder import CONFIG_FILE, FIRST_VERSION, new_model_folder
 from tood_deploy.export.triton.options import Backend, TritonOptions
-from tood_deploy.files import write_text
+from tood_deploy.files import no_empty_folder, write_text
 from tood_deploy.graph_io import INPUTS, ONNX_SUFFIX, OUTPUTS
 from tood_deploy.manifest import Manifest, manifest_path
 from tood_deploy.manifest_sections import Serving
@@ -119,7 +119,7 @@ def triton_repository(
     plan = plan_serving(path, source, repository, options, profiles)
     backend, profiles = plan.backend, plan.profiles
     folder = repository / options.name
-    with new_model_folder(folder, plan.version) as new_folder:
+    with no_empty_folder(repository), new_model_folder(folder, plan.version) as new_folder:
         file = new_folder / FIRST_VERSION / MODEL_FILES[backend]
         manifest = _write_model(model, file, profiles, engine_options, reporter)
         (new_folder / LABELS_FILE).write_text(
