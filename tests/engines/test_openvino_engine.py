@@ -14,6 +14,7 @@ import onnx
 import openvino
 import pytest
 from engines.forked import in_a_fork
+from export.small_graph import save_small
 from manifest_values import changed
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
@@ -25,6 +26,7 @@ from tood_deploy.engines.openvino_runtime import shared_core
 from tood_deploy.errors import ArtefactError, DeviceError, InputError, OutputError, ToodError
 from tood_deploy.manifest import Manifest, manifest_path, read_manifest
 from tood_deploy.matching import NetDetections, match_boxes, split_batch
+from tood_deploy.onnx_file import read_onnx
 
 HAS_BF16 = "BF16" in shared_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 needs_bf16 = pytest.mark.skipif(not HAS_BF16, reason="this CPU has no bf16 instructions")
@@ -50,6 +52,23 @@ def ir(tiny_artefact: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert manifest is not None
     manifest_path(path).write_text(manifest.with_artefact(path).to_json())
     return path
+
+
+@pytest.fixture(scope="module")
+def small_ir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A graph of one convolution, which is compiled in a moment; `dark` has inputs for it."""
+    source = save_small(tmp_path_factory.mktemp("small") / "source.onnx")
+    path = source.with_name("small.xml")
+    openvino.save_model(shared_core().read_model(source), path, compress_to_fp16=False)
+    for artefact in (source, path):
+        manifest = read_onnx(source).manifest.with_artefact(artefact)
+        manifest_path(artefact).write_text(manifest.to_json())
+    return path
+
+
+def dark(size_hw: tuple[int, int] = (64, 64)) -> Inputs:
+    """An image for `small_ir`, which names a class by the image's mean and its size."""
+    return np.zeros((1, *size_hw, 3), np.uint8), np.array([size_hw], np.int32)
 
 
 @pytest.fixture(scope="module")
@@ -163,11 +182,11 @@ class TestPrecision:
         rest: str | None,
         asked: str | None,
         runs: str,
-        tiny_artefact: Path,
+        small_ir: Path,
         tmp_path: Path,
     ) -> None:
         path = described(
-            tiny_artefact,
+            small_ir.with_name("source.onnx"),
             tmp_path / "a.onnx",
             precision=own,
             options={"rest": rest} if rest else {},
@@ -178,7 +197,7 @@ class TestPrecision:
             assert engine.precision == runs
 
     def test_that_the_cpu_lacks_is_an_error(
-        self, ir: Path, monkeypatch: pytest.MonkeyPatch
+        self, small_ir: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A stand-in for a CPU without bf16: OpenVINO itself would run in float32 in silence."""
         asked = openvino.Core.get_property
@@ -191,7 +210,7 @@ class TestPrecision:
             DeviceError,
             match=r"bf16 is not there: this CPU \(.+\) has no bf16 instructions; use fp32",
         ):
-            OpenVinoEngine(ir, precision="bf16")
+            OpenVinoEngine(small_ir, precision="bf16")
 
 
 class TestBatchesSideBySide:
@@ -272,7 +291,7 @@ class TestFormsOfTheirOwn:
             )
 
     def test_are_made_beside_the_work_and_used_once_they_are_there(
-        self, ir: Path, monkeypatch: pytest.MonkeyPatch
+        self, small_ir: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         may_compile, compile_for, used = threading.Event(), CompiledShapes._compile_for, []
         submit = CompiledShape.submit
@@ -284,23 +303,23 @@ class TestFormsOfTheirOwn:
         monkeypatch.setattr(
             CompiledShape, "submit", lambda self, values: used.append(self) or submit(self, values)
         )
-        with OpenVinoEngine(ir, threads=1, calls_before_static=1) as own:
+        with OpenVinoEngine(small_ir, threads=1, calls_before_static=1) as own:
             for _ in range(3):
-                own.infer(*inputs(), 0.05, 0.6)
+                own.infer(*dark(), 0.05, 0.6)
             assert len(set(used)) == 1
             may_compile.set()
-            own.settle(1, (96, 128))
-            own.infer(*inputs(), 0.05, 0.6)
+            own.settle(1, (64, 64))
+            own.infer(*dark(), 0.05, 0.6)
         assert used[-1].compiled.inputs[0].partial_shape.is_static
         assert not used[0].compiled.inputs[0].partial_shape.is_static
 
     def test_are_few_and_the_oldest_goes(
-        self, ir: Path, compiled: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+        self, small_ir: Path, compiled: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr("tood_deploy.engines.openvino_engine.MAX_STATIC_SHAPES", 1)
-        with OpenVinoEngine(ir, threads=1, calls_before_static=0) as own:
+        with OpenVinoEngine(small_ir, threads=1, calls_before_static=0) as own:
             for width in (32, 64, 64, 32):
-                own.infer(*inputs(size_hw=(32, width)), 0.05, 0.6)
+                own.infer(*dark((32, width)), 0.05, 0.6)
         assert [shape[2] for shape in compiled] == [32, 64, 32]
 
     def test_that_give_other_answers_are_refused(
@@ -323,12 +342,12 @@ class TestFormsOfTheirOwn:
                 engine.infer(*inputs(), 0.05, 0.6)
 
     def test_are_not_for_large_networks(
-        self, ir: Path, monkeypatch: pytest.MonkeyPatch, compiled: list[tuple[int, ...]]
+        self, small_ir: Path, monkeypatch: pytest.MonkeyPatch, compiled: list[tuple[int, ...]]
     ) -> None:
-        monkeypatch.setattr("tood_deploy.engines.openvino_engine.MAX_STATIC_BYTES", 1000)
+        monkeypatch.setattr("tood_deploy.engines.openvino_engine.MAX_STATIC_BYTES", 100)
         monkeypatch.setattr("tood_deploy.engines.openvino_engine.CALLS_BEFORE_STATIC", 0)
-        with OpenVinoEngine(ir, threads=1) as own:
-            own.infer(*inputs(size_hw=(32, 32)), 0.05, 0.6)
+        with OpenVinoEngine(small_ir, threads=1) as own:
+            own.infer(*dark((32, 32)), 0.05, 0.6)
         assert not compiled
 
 
@@ -348,9 +367,9 @@ except KeyboardInterrupt:
 """
 
 
-def test_ctrl_c_after_engines_that_ended_in_the_order_they_began(ir: Path) -> None:
+def test_ctrl_c_after_engines_that_ended_in_the_order_they_began(small_ir: Path) -> None:
     run = subprocess.run(
-        [sys.executable, "-c", SIGNALLED, str(ir)],
+        [sys.executable, "-c", SIGNALLED, str(small_ir)],
         capture_output=True,
         text=True,
         timeout=120,
@@ -387,26 +406,26 @@ def test_a_stream_that_is_still_open_at_the_end_of_the_process(ir: Path, tmp_pat
     assert (run.returncode, run.stdout, run.stderr) == (0, "ends\n", "")
 
 
-def test_a_forked_process_is_told_to_open_its_own(ir: Path) -> None:
-    with OpenVinoEngine(ir, threads=1, cache=False) as engine:
+def test_a_forked_process_is_told_to_open_its_own(small_ir: Path) -> None:
+    with OpenVinoEngine(small_ir, threads=1, cache=False) as engine:
         assert "before this process was forked" in in_a_fork(engine)
 
 
 class TestCache:
-    def test_is_used_where_asked(self, ir: Path, tmp_path: Path) -> None:
+    def test_is_used_where_asked(self, small_ir: Path, tmp_path: Path) -> None:
         made = []
         for _ in range(2):
-            with OpenVinoEngine(ir, threads=1, cache=tmp_path) as engine:
+            with OpenVinoEngine(small_ir, threads=1, cache=tmp_path) as engine:
                 made.append(engine.loaded_from)
         assert made == ["artefact", "cache"]
-        with OpenVinoEngine(ir, threads=1, cache=False) as engine:
+        with OpenVinoEngine(small_ir, threads=1, cache=False) as engine:
             assert engine.loaded_from == "artefact"
 
     def test_lies_in_our_home_unless_asked(
-        self, ir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, small_ir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("TOOD_HOME", str(tmp_path))
-        OpenVinoEngine(ir, threads=1).close()
+        OpenVinoEngine(small_ir, threads=1).close()
         assert len(list((tmp_path / "openvino" / "fp32").iterdir())) == 1
 
     @needs_bf16
@@ -421,14 +440,14 @@ class TestCache:
                 found.append(rows(engine.infer(*inputs(), 0.05, 0.6)))
         assert len(match_boxes(*found).pairs) > 0.8 * len(found[0]) > 10
 
-    def test_that_is_damaged_is_made_again(self, ir: Path, tmp_path: Path) -> None:
-        OpenVinoEngine(ir, threads=1, cache=tmp_path).close()
+    def test_that_is_damaged_is_made_again(self, small_ir: Path, tmp_path: Path) -> None:
+        OpenVinoEngine(small_ir, threads=1, cache=tmp_path).close()
         (kept,) = (tmp_path / "fp32").iterdir()
         kept.chmod(0o600)
-        kept.write_bytes(kept.read_bytes()[:100_000])
-        with OpenVinoEngine(ir, threads=1, cache=tmp_path) as engine:
+        kept.write_bytes(kept.read_bytes()[: kept.stat().st_size // 2])
+        with OpenVinoEngine(small_ir, threads=1, cache=tmp_path) as engine:
             assert engine.loaded_from == "artefact"
-            assert engine.infer(*inputs(), 0.05, 0.6).num_dets[0] > 10
+            assert engine.infer(*dark(), 0.05, 0.6).num_dets[0] > 10
 
     def test_of_a_file_that_was_replaced_is_not_used(
         self, ir: Path, tiny_artefact: Path, tmp_path: Path
@@ -448,11 +467,11 @@ class TestCache:
         with OpenVinoEngine(path, threads=1, cache=tmp_path) as second:
             assert second.infer(*inputs(), 0.05, 0.6).scores.max() > before.scores.max() + 0.01
 
-    def test_that_cannot_be_kept_is_an_error(self, ir: Path) -> None:
+    def test_that_cannot_be_kept_is_an_error(self, small_ir: Path) -> None:
         with pytest.raises(
             OutputError, match=r"/proc/nowhere/fp32: cannot keep compiled models.*TOOD_HOME"
         ):
-            OpenVinoEngine(ir, cache="/proc/nowhere")
+            OpenVinoEngine(small_ir, cache="/proc/nowhere")
 
 
 class TestRefusals:
@@ -477,9 +496,9 @@ class TestRefusals:
             ),
         ],
     )
-    def test_of_options(self, options: dict[str, Any], message: str, ir: Path) -> None:
+    def test_of_options(self, options: dict[str, Any], message: str, small_ir: Path) -> None:
         with pytest.raises(ToodError, match=message):
-            open_engine(ir, **options)
+            open_engine(small_ir, **options)
 
     def test_of_runtimes_for_checkpoints(self, tiny_checkpoint: Path) -> None:
         with pytest.raises(
@@ -493,13 +512,13 @@ class TestRefusals:
         with pytest.raises(ToodError, match="onnxruntime takes no precision; it takes threads"):
             open_engine(tiny_artefact, precision="bf16")
 
-    def test_without_openvino(self, ir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_without_openvino(self, small_ir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "openvino", None)
         with pytest.raises(DeviceError, match=r"openvino is not installed; .*\[openvino\]"):
-            open_engine(ir)
+            open_engine(small_ir)
 
     def test_with_an_openvino_that_does_not_load(
-        self, ir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, small_ir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         (tmp_path / "openvino.py").write_text(
             "raise ImportError('libopenvino.so: cannot open shared object file')"
@@ -509,14 +528,14 @@ class TestRefusals:
         with pytest.raises(
             DeviceError, match=r"does not load \(libopenvino.so: .*reinstall the package openvino"
         ):
-            open_engine(ir)
+            open_engine(small_ir)
 
-    def test_of_a_closed_engine(self, ir: Path) -> None:
-        engine = OpenVinoEngine(ir, threads=1)
+    def test_of_a_closed_engine(self, small_ir: Path) -> None:
+        engine = OpenVinoEngine(small_ir, threads=1)
         engine.close()
         engine.close()
         with pytest.raises(ToodError, match="was closed"):
-            engine.infer(*inputs(), 0.05, 0.6)
+            engine.infer(*dark(), 0.05, 0.6)
 
 
 class TestForeignFiles:

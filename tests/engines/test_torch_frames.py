@@ -8,8 +8,7 @@ import torch
 from engines import fake_torch_cuda
 
 from tood_deploy.data.image_set import synthetic_image
-from tood_deploy.engines.torch_fast import FastTorchEngine
-from tood_deploy.engines.torch_frames import resize_and_pad_frames
+from tood_deploy.engines.torch_fast import FastTorchEngine, resize_and_pad_frames
 from tood_deploy.errors import ToodError
 from tood_deploy.inference.detector import Detector
 from tood_deploy.model import load_checkpoint

@@ -2,7 +2,9 @@
 
 Takes a network, or a .pt2 artefact of tood-export. On a GPU all of it is one CUDA graph for each
 shape, two batches are under way at a time, and suppression that needs more rounds than were
-recorded is done again by the exact loop. On a CPU suppression is the exact loop itself.
+recorded is done again by the exact loop. On a CPU suppression is the exact loop itself. Frames are
+resized and padded on the device: equal to `preprocess.resize_and_pad` within one grey level, as
+OpenCV computes with 11 bits of weight and this in float32.
 """
 
 from __future__ import annotations
@@ -18,9 +20,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
 from tood_deploy.engines.base import BatchDetections, Engine
-from tood_deploy.engines.torch_frames import resize_and_pad_frames
 from tood_deploy.engines.torch_graphs import BUFFERS, Buffers, CudaRunner, Packed
 from tood_deploy.engines.torch_program import read_program
 from tood_deploy.errors import DeviceError, ToodError
@@ -377,3 +379,33 @@ def check_compiler(device: str, *, needed: bool) -> None:
             "compile needs a C++ compiler, and there is none; install g++ or clang, or leave "
             "--compile out"
         ) from error
+
+
+def resize_and_pad_frames(
+    frames: Sequence[Tensor], transforms: Sequence[ImageTransform]
+) -> tuple[Tensor, Tensor]:
+    """Return the images of a batch, and the rows and columns of each that hold real pixels.
+
+    Args:
+        frames: (H, W, 3) uint8 BGR, of any sizes.
+        transforms: of the frames, to one padded size.
+
+    Returns:
+        (B, rows, columns, 3) uint8 RGB, zeros where padded; and (B, 2) int32.
+    """
+    (net_hw,) = {transform.net_hw for transform in transforms}
+    images = torch.zeros((len(frames), *net_hw, 3), dtype=torch.uint8, device=frames[0].device)
+    for image, frame, transform in zip(images, frames, transforms, strict=True):
+        rows, columns = transform.resized_hw
+        image[:rows, :columns] = _resize(frame, transform.resized_hw).flip(2)
+    sizes = [transform.resized_hw for transform in transforms]
+    return images, torch.tensor(sizes, dtype=torch.int32).to(images.device, non_blocking=True)
+
+
+def _resize(frame: Tensor, size_hw: tuple[int, int]) -> Tensor:
+    """Return a frame (H, W, 3) uint8 in another size, bilinearly between the centres of pixels."""
+    if tuple(frame.shape[:2]) == size_hw:
+        return frame
+    planes = frame.permute(2, 0, 1).unsqueeze(0).float()
+    resized = F.interpolate(planes, size=size_hw, mode="bilinear", align_corners=False)
+    return resized[0].round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)

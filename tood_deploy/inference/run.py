@@ -18,7 +18,7 @@ from tood_deploy.inference.frame import Source
 from tood_deploy.inference.output_paths import plan_outputs
 from tood_deploy.inference.pipeline import Timings, detect_frames
 from tood_deploy.inference.sinks import Annotated, Crops, Sink, SinkThread
-from tood_deploy.inference.text_sinks import STDOUT, CocoResults, JsonLines, TextLines
+from tood_deploy.inference.text_sinks import STDOUT, CocoResults, GeoJson, JsonLines, TextLines
 from tood_deploy.inference.video_writer import USUAL_ENCODING, VideoEncoding
 from tood_deploy.reporter import Reporter
 
@@ -205,8 +205,6 @@ def open_sinks(
 
 
 def _geojson(path: Path, source: Source, crs: str | None) -> Sink:
-    from tood_deploy.inference.geojson import GeoJson
-
     if source.kind != "images":
         raise InputError(
             f"{source.names[0]}: --geojson is for georeferenced images, the source is a video; "

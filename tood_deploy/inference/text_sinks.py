@@ -1,7 +1,8 @@
-"""Results as text: COCO results, one JSON object a frame, and one readable line a frame.
+"""Results as text: COCO results, GeoJSON, one JSON object a frame, one readable line a frame.
 
 Comes in: frames with their detections. What cannot be written as text is escaped; numbers that are
-not finite, which JSON does not have, are left out and reported.
+not finite, which JSON does not have, are left out and reported. rasterio (extra `large`) reads
+where georeferenced images lie, and projects.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from typing import Any, TextIO
 import numpy as np
 
 from tood_deploy.detections import Detections
+from tood_deploy.errors import InputError
 from tood_deploy.files import atomic_path, check_writable, is_of_system
 from tood_deploy.inference.frame import Frame, Part
 from tood_deploy.inference.sinks import FrameOutputError, Sink, output_errors
+from tood_deploy.inference.windowed import GeoReference, read_georeference
 from tood_deploy.reporter import Reporter, printable, stdout_errors
 
 STDOUT = "-"
@@ -227,3 +230,51 @@ class TextLines(Sink):
         page = "" if frame.page is None else f" page {frame.page}"
         line = f"{printable(frame.name)}{page}{moment}: {counts or 'nothing'}"
         self.reporter.result(line)
+
+
+class GeoJson(JsonArrayFile):
+    """One file of GeoJSON: a polygon in WGS 84 for every object of georeferenced images."""
+
+    start, end = '{"type": "FeatureCollection", "features": [', "]}\n"
+
+    def __init__(self, path: Path, names: Sequence[str], crs: str | None = None) -> None:
+        """Look where every image lies, before anything is detected.
+
+        Args:
+            path: of the file.
+            names: of all images.
+            crs: coordinate system of images whose files name none.
+
+        Raises:
+            InputError: an image is not georeferenced.
+            OutputError: the folder cannot be written.
+        """
+        super().__init__(path)
+        self.places: dict[str, GeoReference] = {}
+        for name in names:
+            self.places[name] = read_georeference(name, crs)
+
+    def write(self, frame: Frame, detections: Detections) -> None:
+        """Add a frame's features."""
+        if frame.page is not None:
+            raise InputError(
+                f"{frame.name}: has several pages, of which one is georeferenced; take the first "
+                "alone (--first-page)"
+            )
+        finite = finite_detections(detections)
+        columns = zip(
+            self.places[frame.name].polygons(finite.boxes),
+            finite.names(),
+            finite.scores.tolist(),
+            finite.boxes.tolist(),
+            strict=True,
+        )
+        self.add(
+            {
+                "type": "Feature",
+                "geometry": polygon,
+                "properties": {"class": name, "score": score, "image": frame.name, "box": box},
+            }
+            for polygon, name, score, box in columns
+        )
+        check_all_finite(finite, detections, frame.name)

@@ -13,7 +13,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, cast
 
-import onnx
 import pytest
 from export.small_graph import MACS_A_PIXEL, save_small
 from manifest_values import plain
@@ -27,7 +26,6 @@ from tood_deploy.export.tensorrt.layers import shares
 from tood_deploy.export.tensorrt.options import EngineOptions, Nms, Profiles
 from tood_deploy.export.tensorrt.to_tensorrt import BuiltEngine, engine_from_onnx, engine_target
 from tood_deploy.export.to_onnx import onnx_from_model
-from tood_deploy.export.triton.repository import serving_form
 from tood_deploy.files import file_sha256
 from tood_deploy.manifest import Manifest, manifest_path, read_manifest
 from tood_deploy.manifest_sections import Parity, SelfTest, SelfTestCase
@@ -254,11 +252,6 @@ class TestTiny:
         model, _ = lower_precision(quantize(artefact.model, ranges, scheme="s8s8"), "fp16")
         manifest = replace(artefact.manifest, precision="int8")
         self.check(artefact_in_memory(artefact.path, model, manifest), "int8", tmp_path)
-
-    @pytest.mark.slow
-    def test_the_form_that_servers_batch(self, tiny_artefact: Path, tmp_path: Path) -> None:
-        onnx.save(serving_form(onnx.load(tiny_artefact)), tmp_path / "a.onnx")
-        self.check(tmp_path / "a.onnx", "fp32", tmp_path)
 
     @pytest.mark.slow
     def test_deformable_convolutions_as_gathers(

@@ -225,9 +225,7 @@ def matching_table(result: Result) -> Table:
 
 def ap_table(result: Result) -> Table:
     """Return AP, and what each part costs when it alone is substituted."""
-    reference, artefact = (
-        average_precision(metrics) for metrics in (result.reference_metrics, result.metrics)
-    )
+    reference, artefact = map(average_precision, (result.reference_metrics, result.metrics))
     rows: list[tuple[str, float, float]] = [
         ("PyTorch", reference, 0.0),
         ("artefact", artefact, reference - artefact),
