@@ -90,6 +90,13 @@ class TestSystem:
         assert isinstance(engine, RedEngine)
         assert max(engine.batches) <= 3
 
+    def test_a_warm_up_asks_for_what_is_in_memory_alone(self, images: list[Path]) -> None:
+        with system_of("offline", images) as system:
+            system.library.load([1, 3])
+            system.kept = {}
+            warm_up(system, 5, 0)
+            assert sorted(system.kept) == [1, 3]
+
     def test_an_image_that_is_dropped_is_read_again(self, images: list[Path]) -> None:
         library = ImageLibrary(images, "frames")
         library.load([2])

@@ -67,6 +67,11 @@ class ImageLibrary:
     def __len__(self) -> int:
         return len(self.names)
 
+    @property
+    def loaded(self) -> tuple[int, ...]:
+        """Return the positions of the images in memory."""
+        return tuple(self._loaded)
+
     def load(self, positions: Sequence[int]) -> None:
         """Read images into memory.
 
@@ -306,7 +311,7 @@ def warm_up(system: DetectorSystem, query_images: int, seconds: float) -> tuple[
     """Ask again and again, and return how fast the answers came at the end.
 
     Args:
-        system: with images 0 to `query_images` - 1, or fewer, loaded.
+        system: with some images loaded, which are asked for in turn.
         query_images: of one query.
         seconds: how long, at least two queries.
 
@@ -320,11 +325,12 @@ def warm_up(system: DetectorSystem, query_images: int, seconds: float) -> tuple[
             answered.release()
 
     system.set_complete(complete)
-    count = len(system.library)
+    loaded = system.library.loaded
     ends, fastest_s, calls = time.perf_counter() + seconds, float("inf"), 0
     while calls < 2 or time.perf_counter() < ends:
         before = time.perf_counter()
-        system.issue([Query(number, number % count) for number in range(query_images)])
+        keys = range(query_images)
+        system.issue([Query(number, loaded[number % len(loaded)]) for number in keys])
         for _ in range(query_images):
             answered.acquire()
         fastest_s, calls = min(fastest_s, time.perf_counter() - before), calls + 1
