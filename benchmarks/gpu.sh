@@ -3,8 +3,9 @@
 #
 #     benchmarks/gpu.sh [--wheels DIR]... [arguments of python -m benchmarks.gpu]
 #
-# Needs a python (PYTHON, else python3) with PyTorch, NumPy, OpenCV, imagesize, psutil, rich, Jinja2,
-# onnx, onnxscript; no package registry, and nothing is installed. What that python lacks can lie in
+# Needs a python (PYTHON, else python3) with PyTorch, NumPy, OpenCV, Pillow, matplotlib, psutil, rich,
+# Jinja2, imagesize and msgspec, and for rows of other runtimes onnx, onnx_ir and onnxscript; no package
+# registry, and nothing is installed. What that python lacks can lie in
 # folders given with --wheels: wheels (*.whl), shared libraries of TensorRT-RTX (*.so*.xz), an archive
 # cut into parts (part.0, part.1, ... of a .tar.xz, in any folders below). They are unpacked into a
 # temporary folder that is deleted at the end.

@@ -21,10 +21,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # the benchmarks are no part of the package
 
 from benchmarks.gpu import __main__ as command
+from benchmarks.gpu import run as run_module
 from benchmarks.gpu import variants
 from benchmarks.gpu.facts import network_gflop
 from benchmarks.gpu.failures import note_of, status_of
 from benchmarks.gpu.parity import Reference, verdict
+from benchmarks.gpu.runtime_variants import check_onnx, check_tensorrt
 from benchmarks.gpu.settings import Cell, Settings, cells
 from benchmarks.gpu.torch_variants import EagerVariant, open_variant, resident
 from tood_deploy.data.image_set import synthetic_image
@@ -102,6 +104,10 @@ class TestFlow:
             assert len(row["call_ms"]) == len(row["whole_ms"]) == 1
             assert 0 < row["summary"]["call"]["median"] <= row["summary"]["call"]["p90"]
             assert row["open_seconds"] > 0
+        kernels = row_of(report, "folded, channels last", "fp32")["kernels"]
+        assert 10 < len(kernels) <= 60
+        assert kernels[0]["ms"] >= kernels[1]["ms"] > 0
+        assert any("conv" in kernel["name"] for kernel in kernels)
         summary = row_of(report, "eager", "fp32")["summary"]
         assert summary["times_faster_than_eager_fp32"]["value"] == 1
 
@@ -147,6 +153,11 @@ class TestFlow:
         assert "## 64x96, batch 2" in text
         assert "## Parity, 64x96, batch 2" in text
         assert "## Suppression alone" in text
+        assert "## Operators of" in text
+        how = [row["how"] for row in report["rows"]]
+        others = min(how.index("CPU"), how.index("engine"))
+        assert {"eager", "folded, channels last"} == set(how[:others])
+        assert not {"eager", "folded, channels last"} & set(how[others:])
         assert "- command: python -m benchmarks.gpu --device cpu" in text
         assert "**refused**. device is cpu; TensorRT runs on GPUs" in text
 
@@ -185,6 +196,33 @@ class TestFailures:
         assert (row["status"], row["note"]) == ("failed", "RuntimeError: broken in two lines")
         assert row_of(report, "eager", "fp32")["status"] == "ok"
         assert "failed: 64x96, batch 2: ONNX Runtime, CPU, fp32" in capsys.readouterr().err
+
+    @pytest.mark.slow
+    def test_what_pytorch_gave_is_written_before_other_runtimes_are_tried(
+        self, run: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def stop(*_: Any) -> None:
+            raise ToodError("the machine is gone; take another one")
+
+        monkeypatch.setattr(run_module, "runtime_variants", stop)
+        assert run(tmp_path / "gpu", "--precisions", "fp32") == 2
+        report = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
+        assert row_of(report, "eager", "fp32")["status"] == "ok"
+        assert report["nms"]
+
+    def test_nothing_is_exported_for_a_runtime_that_is_not_there(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        import onnxruntime
+
+        monkeypatch.setattr(
+            onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"]
+        )
+        with pytest.raises(DeviceError, match=r"has CPUExecutionProvider; .*onnxruntime-gpu"):
+            check_onnx("cuda")
+        check_onnx("cpu")
+        with pytest.raises(DeviceError, match="TensorRT runs on GPUs"):
+            check_tensorrt("cpu")
 
     @pytest.mark.slow
     def test_wrong_boxes_fail_the_run(

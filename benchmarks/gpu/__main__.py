@@ -154,7 +154,7 @@ def measure(argv: Sequence[str] | None) -> int:
     try:
         from benchmarks.gpu.run import run_all
     except ImportError as error:
-        packages = "PyTorch, NumPy, OpenCV, imagesize, psutil, rich and Jinja2"
+        packages = "PyTorch, NumPy, OpenCV, Pillow, psutil, rich, Jinja2, imagesize and msgspec"
         raise DeviceError(
             f"{error}; this needs {packages}: set PYTHON, or give --wheels"
         ) from error

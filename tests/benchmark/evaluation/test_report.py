@@ -125,6 +125,9 @@ def test_what_a_mapping_leaves_out_is_told(tmp_path: Path) -> None:
         "b.",
         "cat.",
     ]
+    (note,) = category_notes(truth, ["a", "b\nc"], [1, None])[:1]
+    assert note.splitlines() == [note]
+    assert "b\\x0ac" in note
 
 
 HOSTILE_NAMES = (

@@ -5,7 +5,7 @@ Annotations, images and metrics in; sentences out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from tood_deploy.data.coco import Annotations
 from tood_deploy.data.coco_metrics import CocoMetrics
 from tood_deploy.data.images import image_paths
 from tood_deploy.data.results import Results
+from tood_deploy.reporter import printable
 
 
 def size_notes(truth: Annotations, sizes_hw: Mapping[int, tuple[int, int]]) -> list[str]:
@@ -48,6 +49,11 @@ def unlisted_notes(truth: Annotations, files: Mapping[int, Path]) -> list[str]:
     ]
 
 
+def _listed(names: Iterable[str]) -> str:
+    """Return names with commas between them; a line end in one breaks no line."""
+    return ", ".join(map(printable, names))
+
+
 def category_notes(
     truth: Annotations, class_names: Sequence[str], category_ids: Sequence[int | None]
 ) -> list[str]:
@@ -60,11 +66,11 @@ def category_notes(
     """
     classes = [name for name, key in zip(class_names, category_ids, strict=True) if key is None]
     categories = [name for key, name in truth.categories.items() if key not in category_ids]
-    notes = [f"Left out by the mapping: the model's {', '.join(classes)}."] if classes else []
+    notes = [f"Left out by the mapping: the model's {_listed(classes)}."] if classes else []
     if categories:
         notes.append(
             "Not scored, as no class of the model stands for them: "
-            f"the annotations' {', '.join(categories)}."
+            f"the annotations' {_listed(categories)}."
         )
     return notes
 
@@ -89,7 +95,7 @@ def metric_notes(truth: Annotations, results: Results, metrics: CocoMetrics) -> 
     if without:
         notes.append(
             "Classes without objects in the annotations have no AP and do not count in the mean: "
-            f"{', '.join(without)}."
+            f"{_listed(without)}."
         )
     crowded = _most_objects(truth)
     if crowded > metrics.count:
