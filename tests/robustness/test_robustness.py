@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import random
 import time
 from pathlib import Path
@@ -79,15 +80,25 @@ def test_a_ledger_that_was_cut_goes_on(tmp_path: Path) -> None:
     assert list(Ledger(ledger.path).rows) == ["x/0"]
 
 
-@pytest.mark.slow
-def test_a_small_campaign(tmp_path: Path) -> None:
+def run_small_campaign(folder: Path) -> None:
     from robustness.__main__ import made_in_a_child
     from robustness.inputs import targets
 
-    chosen = targets(made_in_a_child(tmp_path / "seeds"))
-    campaign = Campaign(tmp_path, {name: target for name, (target, _) in chosen.items()})
+    chosen = targets(made_in_a_child(folder / "seeds"))
+    campaign = Campaign(folder, {name: target for name, (target, _) in chosen.items()})
     campaign.run(CASES, time.time() + 120)
-    rows = campaign.ledger.rows.values()
+
+
+@pytest.mark.slow
+def test_a_small_campaign(tmp_path: Path) -> None:
+    # The campaign forks, which PyTorch's threads in this process would not survive.
+    child = multiprocessing.get_context("spawn").Process(
+        target=run_small_campaign, args=(tmp_path,)
+    )
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+    rows = Ledger(tmp_path / "ledger.jsonl").rows.values()
     assert len(rows) > 50
     bad = [row for row in rows if row.outcome not in GOOD]
     assert not bad, failures(rows)
