@@ -181,8 +181,9 @@ def seeded_model() -> Callable[..., Any]:
             model = build_model(replace(PRESETS[name], **fields))
         shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
         weights = stand_in_weights(shapes, model.preset.detector)
+        # Copies: the weights are kept, and a test may change its model's.
         model.load_state_dict(
-            {key: torch.as_tensor(value) for key, value in weights.items()}, assign=True
+            {key: torch.tensor(value) for key, value in weights.items()}, assign=True
         )
         return model.requires_grad_(True)
 
