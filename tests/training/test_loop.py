@@ -19,12 +19,13 @@ import torch
 
 from tood_deploy.errors import CheckFailed, CheckpointError, OutputError, ToodError
 from tood_deploy.model import DenseDetector, load_checkpoint
-from tood_deploy.presets import Preset
+from tood_deploy.presets import PRESETS, Preset
 from tood_deploy.reporter import Reporter
 from tood_deploy.training import checkpoints
 from tood_deploy.training import learner as step
 from tood_deploy.training.checkpoints import read_training_state
-from tood_deploy.training.config import LOSS_TERMS, Recipe
+from tood_deploy.training.config import LOSS_TERMS, RECIPES, Recipe
+from tood_deploy.training.init import new_model
 from tood_deploy.training.logger import Journal, read_log
 from tood_deploy.training.loop import StopFlag
 
@@ -343,7 +344,7 @@ from pathlib import Path
 import cv2, torch
 torch.set_num_threads(1)
 cv2.setNumThreads(1)
-from tood_deploy.presets import Preset
+from tood_deploy.presets import PRESETS, Preset
 from tood_deploy.training.records import read_labelled_images
 from tood_deploy.training.data import Augment
 from tood_deploy.training.data import TrainingData
@@ -436,3 +437,20 @@ def test_lower_precisions_learn_and_resume(
     assert read_training_state(tmp_path / "run" / "last.pth")["training"]["scaler"].get(
         "scale", 0.0
     ) == (65536.0 if precision == "fp16" else 0.0)
+
+
+def test_on_a_cpu_the_backbone_computes_in_channels_last() -> None:
+    model = new_model(PRESETS["tiny"], 0)
+    images = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    layouts = []
+    with torch.inference_mode():
+        expected = model.eval().backbone(images)
+        learner = step.Learner(model, RECIPES["tiny"], torch.device("cpu"))
+        model.backbone.get_submodule("layer1").register_forward_hook(
+            lambda _, __, out: layouts.append(out.is_contiguous(memory_format=torch.channels_last))
+        )
+        maps = learner.model.eval().backbone(images)
+    assert layouts == [True]
+    assert all(values.is_contiguous() for values in maps)
+    for values, wanted in zip(maps, expected, strict=True):
+        torch.testing.assert_close(values, wanted, rtol=1e-4, atol=1e-4)
