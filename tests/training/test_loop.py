@@ -344,7 +344,7 @@ from pathlib import Path
 import cv2, torch
 torch.set_num_threads(1)
 cv2.setNumThreads(1)
-from tood_deploy.presets import PRESETS, Preset
+from tood_deploy.presets import Preset
 from tood_deploy.training.records import read_labelled_images
 from tood_deploy.training.data import Augment
 from tood_deploy.training.data import TrainingData
